@@ -1,0 +1,166 @@
+"""A micro-batch: groups laid out as one flat token stream, with what attention and the head need to know of it.
+
+Axes: T tokens of the stream, N scored positions, R responses of the micro-batch, P pairs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadpo.data.groups import Group
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive stream tokens that attend alike: causally to themselves, and wholly to a shared prompt before them.
+
+    Attributes:
+        start, end: the tokens [start, end) of the stream, which are queries and keys.
+        prompt_start, prompt_end: further keys, all of them visible; empty (equal) where the segment stands alone.
+    """
+
+    start: int
+    end: int
+    prompt_start: int = 0
+    prompt_end: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One flat stream for one forward pass.
+
+    Attributes:
+        tokens_T: int64 token ids, padding included.
+        positions_T: int64 position ids: each response goes on where its prompt ends.
+        segments: covers the stream without gaps, in order.
+        scored_N: int64 stream positions whose next-token distribution is read (a shared prompt's end is read K times).
+        targets_N: int64 the token that follows there.
+        response_N: int64 the response, 0..R-1, that the target belongs to.
+        num_completion_tokens_R: int64 tokens of each response, scored or not.
+        group_R: int64 the group, 0..G-1, of each response.
+        rows: the group numbers in the store, one a group.
+        num_padding: stream tokens that belong to no group.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    segments: tuple[Segment, ...]
+    scored_N: Tensor
+    targets_N: Tensor
+    response_N: Tensor
+    num_completion_tokens_R: Tensor
+    group_R: Tensor
+    rows: tuple[int, ...]
+    num_padding: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Stream tokens, padding left out."""
+        return len(self.tokens_T) - self.num_padding
+
+    @property
+    def num_responses(self) -> int:
+        """R."""
+        return len(self.group_R)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def lay_out(
+    groups: Sequence[Group], rows: Sequence[int], share_prompts: bool = True, multiple_of: int = 1, padding_token: int = 0
+) -> MicroBatch:
+    """Lay groups out as ``[prompt | response 1 | … | response K]``, one after the other.
+
+    Without `share_prompts`, or where a group's prompts differ, each response gets its own copy of its prompt.
+
+    Args:
+        rows: the groups' numbers in the store.
+        multiple_of: the stream's length is padded up to a multiple of it (sequence parallelism cuts the stream evenly).
+    """
+    stream = _Stream()
+    for number, group in enumerate(groups):
+        if share_prompts and group.shares_prompt:
+            prompt_start, prompt_end = stream.add_prompt(group.prompts[0])
+            for response in group.responses:
+                stream.add_response(response, number, prompt_start, prompt_end)
+        else:
+            for i, response in enumerate(group.responses):
+                stream.add_sequence(group.prompt_of(i), response, number)
+    num_padding = max(-stream.length % multiple_of, multiple_of if not groups else 0)
+    if num_padding:
+        stream.add_tokens(np.full(num_padding, padding_token), 0)
+        stream.segments.append(Segment(stream.length - num_padding, stream.length))
+    return stream.finish(tuple(int(row) for row in rows), num_padding)
+
+
+class _Stream:
+    """The lists a MicroBatch is made of, grown response by response."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.scored: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.scored_per_response: list[int] = []
+        self.num_completion_tokens: list[int] = []
+        self.group_of_response: list[int] = []
+
+    def add_tokens(self, tokens: np.ndarray, first_position: int) -> int:
+        start = self.length
+        self.tokens.append(tokens)
+        self.positions.append(np.arange(first_position, first_position + len(tokens)))
+        self.length += len(tokens)
+        return start
+
+    def add_prompt(self, prompt: np.ndarray) -> tuple[int, int]:
+        start = self.add_tokens(prompt, 0)
+        if len(prompt):
+            self.segments.append(Segment(start, self.length))
+        return start, self.length
+
+    def add_response(self, response: np.ndarray, group: int, prompt_start: int, prompt_end: int) -> None:
+        start = self.add_tokens(response, prompt_end - prompt_start)
+        self.segments.append(Segment(start, self.length, prompt_start, prompt_end))
+        self._score(response, start, prompt_end - 1 if prompt_end > prompt_start else None, group)
+
+    def add_sequence(self, prompt: np.ndarray, response: np.ndarray, group: int) -> None:
+        start = self.add_tokens(prompt, 0)
+        middle = self.add_tokens(response, len(prompt))
+        self.segments.append(Segment(start, self.length))
+        self._score(response, middle, middle - 1 if len(prompt) else None, group)
+
+    def _score(self, response: np.ndarray, start: int, before: int | None, group: int) -> None:
+        """Without a prompt nothing stands before the first token, so that one has no log-prob (as in TRL)."""
+        within = np.arange(start, start + len(response) - 1)
+        self.scored.append(within if before is None else np.concatenate([[before], within]))
+        self.targets.append(response[1:] if before is None else response)
+        self.scored_per_response.append(len(self.targets[-1]))
+        self.num_completion_tokens.append(len(response))
+        self.group_of_response.append(group)
+
+    def finish(self, rows: tuple[int, ...], num_padding: int) -> MicroBatch:
+        def joined(arrays: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64))
+
+        return MicroBatch(
+            tokens_T=joined(self.tokens),
+            positions_T=joined(self.positions),
+            segments=tuple(self.segments),
+            scored_N=joined(self.scored),
+            targets_N=joined(self.targets),
+            response_N=torch.from_numpy(np.repeat(np.arange(len(self.targets)), self.scored_per_response)),
+            num_completion_tokens_R=torch.tensor(self.num_completion_tokens, dtype=torch.int64),
+            group_R=torch.tensor(self.group_of_response, dtype=torch.int64),
+            rows=rows,
+            num_padding=num_padding,
+        )

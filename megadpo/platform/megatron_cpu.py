@@ -1,0 +1,177 @@
+"""Megatron-core on a machine without an accelerator.
+
+Megatron names CUDA in its factory calls (``device="cuda"``, ``torch.cuda.current_device()``, streams, events). Where
+there is no accelerator, `prepare_megatron` gives each imported megatron module a stand-in for its global name ``torch``
+that answers those few names for the CPU and passes everything else on. torch itself stays as it is.
+
+One thing cannot be reached so: the distributed optimizer compares ``tensor.type()``, a method of torch.Tensor, with
+CUDA names. `cuda_tensor_names` redirects that method for the length of a ``with`` block and puts it back.
+On CUDA nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "rand")
+_MODULES = (
+    "megatron.core.models.gpt",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.random",
+)
+
+
+class _NoStream:
+    """A stream or event of a device that runs everything at once, in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
+
+class _Nvtx:
+    """Range markers for a profiler that is not there."""
+
+    def range_push(self, message: str) -> None:
+        pass
+
+    def range_pop(self) -> None:
+        pass
+
+    def range(self, message: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class _Cuda:
+    """torch.cuda as megatron's modules see it: the CPU answers; names not listed here are torch.cuda's own."""
+
+    Stream = Event = _NoStream
+    nvtx = _Nvtx()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return _CPU
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def current_stream(self, device: Any = None) -> _NoStream:
+        return _NoStream()
+
+    def default_stream(self, device: Any = None) -> _NoStream:
+        return _NoStream()
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+
+class _Torch(types.ModuleType):
+    """torch as megatron's modules see it: factories asked for "cuda" make CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _Cuda()
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_stand_in = _Torch()
+
+
+def prepare_megatron() -> None:
+    """Import the megatron modules that are used and, without an accelerator, redirect their CUDA names to the CPU.
+
+    Call before anything of megatron is used; a second call also covers modules imported since the first.
+    """
+    # With tensor or pipeline parallelism Megatron relies on kernels being launched in program order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron says at each import that Apex and TransformerEngine are absent.
+        for name in _MODULES:
+            importlib.import_module(name)
+    if torch.cuda.is_available():
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and getattr(module, "torch", None) is torch:
+            module.torch = _stand_in  # type: ignore[attr-defined]
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def cuda_tensor_names() -> Iterator[None]:
+    """Within the block, ``tensor.type()`` of a CPU tensor answers with the CUDA name that Megatron compares with."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def cuda_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = cuda_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        # The method is inherited: taking the redirection away restores the class to what it was.
+        del torch.Tensor.type

@@ -1,0 +1,63 @@
+"""The world of processes: joined once, with Megatron's parallel groups on it, and left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megadpo.parallel.layout import Layout
+from megadpo.platform.device import communication_backend, compute_device, seed_everything
+from megadpo.platform.megatron_cpu import prepare_megatron
+
+
+def world_size() -> int:
+    """Number of processes in this run, known before they are joined (torchrun's WORLD_SIZE)."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number in the run, known before the processes are joined (torchrun's RANK)."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iterator[None]:
+    """Join the processes of the run and make Megatron's groups for `layout`; on leaving, undo what was made here.
+
+    A process group that the caller has already made is used and left standing.
+    """
+    prepare_megatron()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(compute_device())
+    made_here = not dist.is_initialized()
+    if made_here:
+        _initialize(timedelta(minutes=timeout_minutes))
+    seed_everything(seed)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        distributed_timeout_minutes=max(1, int(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if made_here:
+            dist.destroy_process_group()
+
+
+def _initialize(timeout: timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(communication_backend(), timeout=timeout)
+    else:
+        dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,324 @@
+"""Every option of megadpo: one dataclass tree, read strictly from YAML, a dict or ``key.sub=value``.
+
+    config = load_config("run.yaml", ["train.learning_rate=5e-7", "parallel.tensor=2"])
+
+An unknown key, a wrong type, a value out of range, a contradiction or a feature that this version does not have is one
+UserError; no option is ever ignored. Whether a layout fits the model and the world size is checked in parallel/layout.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadpo import strict
+from megadpo.config_check import check
+from megadpo.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""
+    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
+    dtype: str = "auto"
+    """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
+    fp32 on CPU."""
+
+
+@dataclass
+class ReferenceConfig:
+    mode: str = "resident"
+    """`resident`: a frozen second model runs beside the policy. `precomputed`: its log-probs are computed first,
+    cached on disk, and the reference is freed."""
+    path: str | None = None
+    """Model directory of the reference; null = `model.path`."""
+    tokens_per_micro_batch: int | None = None
+    """Tokens of a micro-batch while log-probs are precomputed (nothing is kept for a backward, so more fit); null =
+    `train.tokens_per_micro_batch`."""
+
+
+@dataclass
+class DataConfig:
+    train: Any = None
+    """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
+    from Python also `datasets.Dataset`. Required for training."""
+    eval: Any = None
+    """Held-out pairs, given like `data.train`; null = no evaluation."""
+    shuffle: bool = True
+    """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
+    max_length: int | None = 1024
+    """Longest prompt + completion in tokens; null = no limit."""
+    truncation: str = "prompt_left"
+    """What gives way beyond `max_length`: `prompt_left` (the prompt's beginning, then the completion's end),
+    `keep_start` or `keep_end` of the whole sequence."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; null = the tokenizer's own."""
+    share_prompts: bool = True
+    """Compute a prompt once for both of its responses; false = once per response (the numbers are the same)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames: our field name -> the file's field name, for example `{chosen: better, rejected: worse}`."""
+    num_workers: int | None = None
+    """Processes that tokenise; null = one per CPU core."""
+    cache_dir: str | None = None
+    """Where tokenised data and reference log-probs are kept; null = `$MEGADPO_CACHE`, else `~/.cache/megadpo`."""
+
+
+@dataclass
+class ObjectiveConfig:
+    loss_type: str = "sigmoid"
+    """The preference loss: `sigmoid` (DPO)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: rewards are beta times the log-ratio."""
+    label_smoothing: float = 0.0
+    """Probability that a preference label is flipped (conservative DPO), in [0, 0.5)."""
+
+
+@dataclass
+class ParallelConfig:
+    engine: str = "megatron"
+    """Who keeps gradients and optimizer state: `megatron` (DDP + DistributedOptimizer)."""
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool | None = None
+    """Sequence parallelism inside the tensor-parallel group; null = on with `tensor` > 1."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage; only 1 in this version."""
+    context: int = 1
+    """Context-parallel size; only 1 in this version."""
+    context_method: str = "auto"
+    """How a sequence is cut for context parallelism; only `auto` in this version."""
+    expert: int = 1
+    """Expert-parallel size; only 1 in this version."""
+    expert_tensor: int = 1
+    """Tensor-parallel size inside an expert; only 1 in this version."""
+    zero_stage: int = 1
+    """What is sharded over data-parallel ranks; 1 = optimizer state, the only one in this version."""
+    offload: str = "none"
+    """Where optimizer state is moved to; only `none` in this version."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file; only null in this version."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps; give this or `epochs`, not both."""
+    epochs: float | None = None
+    """Passes over the data (may be a fraction); with neither this nor `steps`: 1."""
+    pairs_per_step: int = 64
+    """Pairs in the global batch of a step, over all processes; each weighs exactly the same."""
+    tokens_per_micro_batch: int = 8192
+    """Most tokens that go through a model replica at once; changes memory and speed, not the result."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = 0.0
+    """Where the schedule ends."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: str = "cosine"
+    """How the learning rate falls after the warm-up: `cosine`, `linear` or `constant`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass to save memory: `none`, `selective` (attention) or `full`
+    (layers)."""
+    seed: int = 42
+    """Seed of the data order and of every random number."""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0
+    """Evaluate on `data.eval` every this many steps; 0 = only after the last step."""
+    pairs: int | None = None
+    """Use only the first this many pairs of `data.eval`; null = all."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Save the full training state every this many steps; 0 = never."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint in `output_dir`, if there is one; `never`; or the path of a step
+    directory."""
+
+
+@dataclass
+class LoggingConfig:
+    every: int = 1
+    """Write metrics every this many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under `output_dir`."""
+
+
+@dataclass
+class Config:
+    """All options. Built by `load_config`; attributes may be changed before a run, `validate()` checks them again."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    output_dir: str = ""
+    """Directory for config.yaml, metrics.jsonl, checkpoints/ and hf/. Required for training."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range, a contradiction, or a feature this version does not have."""
+        check(self)
+
+    def require_for_training(self) -> None:
+        """Raises UserError where an option that training cannot do without is missing."""
+        for name, value in (
+            ("model.path", self.model.path),
+            ("data.train", self.data.train),
+            ("output_dir", self.output_dir),
+        ):
+            if value is None or (isinstance(value, (str, list)) and not value):
+                raise UserError(
+                    f"{name} is required for training: set it in the configuration or as {name}=… on the command line"
+                )
+
+    def resolved(self) -> Config:
+        """A copy in which the defaults that follow from other options are spelled out (nothing that depends on the machine)."""
+        config = copy_config(self)
+        if config.parallel.sequence is None:
+            config.parallel.sequence = config.parallel.tensor > 1
+        if config.reference.path is None:
+            config.reference.path = config.model.path or None
+        if config.reference.mode == "precomputed" and config.reference.tokens_per_micro_batch is None:
+            config.reference.tokens_per_micro_batch = config.train.tokens_per_micro_batch
+        if config.train.steps is None and config.train.epochs is None:
+            config.train.epochs = 1.0
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with its rows and fingerprint."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, in the order of this file."""
+        return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
+
+    Raises:
+        UserError: file missing or not YAML, unknown or repeated key, wrong type, anything `validate` refuses.
+    """
+    places: strict.Places = {}
+    values: Mapping[str, Any]
+    if isinstance(source, Config):
+        values = _shallow(source)
+    elif isinstance(source, Mapping):
+        values = source
+    else:
+        values, places = strict.read_yaml(Path(source))
+    config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
+    for name in ("train", "eval"):
+        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    config.validate()
+    return config
+
+
+@dataclass
+class SourceConfig:
+    """One entry of `data.train` or `data.eval` that is written as a mapping."""
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    subset: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def check_sources(value: Any, name: str) -> Any:
+    """`data.train` or `data.eval` after checking: None, a text, a Dataset, or a list of texts, dicts and Datasets."""
+    if value is None or is_dataset(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise UserError(f"{name} is an empty list; name at least one source")
+        return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    source = _check_source(value, name)
+    return [source] if isinstance(source, dict) else source
+
+
+def _check_source(value: Any, name: str) -> Any:
+    if is_dataset(value):
+        return value
+    if isinstance(value, Mapping):
+        if "path" not in value:
+            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}")
+        for key in value:
+            if key not in strict.all_keys(SourceConfig):
+                guess = strict.closest(str(key), strict.all_keys(SourceConfig))
+                raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
+        hints = strict.field_types(SourceConfig)
+        source = {key: strict.convert(hints[key], item, f"{name}.{key}", {}) for key, item in value.items()}
+        if not 0 < source.get("weight", 1.0) < float("inf"):
+            raise UserError(f"{name}.weight must be greater than 0, got {source['weight']!r}")
+        return source
+    text = strict.convert(str | None, value, name, {})
+    if not text:
+        raise UserError(f"{name} is empty; give a file, a directory or a Hugging Face dataset id")
+    return text
+
+
+def is_dataset(value: Any) -> bool:
+    """True for a `datasets.Dataset`, without importing datasets."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(value, datasets.Dataset)
+
+
+def copy_config(config: Config) -> Config:
+    """A deep copy that keeps the very same `datasets.Dataset` objects."""
+    data = dataclasses.replace(config.data, train=None, eval=None)
+    result = copy.deepcopy(dataclasses.replace(config, data=data))
+    result.data.train, result.data.eval = config.data.train, config.data.eval
+    return result
+
+
+def _shallow(config: Config) -> dict[str, Any]:
+    """A Config as nested dicts whose leaves are the very same objects."""
+    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    return {
+        name: {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in sections.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if is_dataset(value):
+        return f"<datasets.Dataset, {value.num_rows} rows, fingerprint {value._fingerprint}>"
+    return value

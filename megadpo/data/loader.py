@@ -1,0 +1,115 @@
+"""Which groups a step sees: a pure function of (seed, step), so that resuming anywhere needs no state.
+
+Sample number s of a run lies in epoch s // samples_per_epoch, at place s % samples_per_epoch of that epoch's order.
+Epochs follow each other without a gap: a step may end one and begin the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+# What a random stream is for; part of its seed, so that no two purposes share numbers.
+_ORDER, _SUBSET = 0, 1
+
+
+def samples_per_epoch(sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike = (1.0,)) -> int:
+    """Number of groups an epoch sees: a source's rows times its weight, rounded to a whole group.
+
+    Args:
+        sources: the number of groups (of one source), or int [G]: each group's source number.
+        weights: float [num_sources], how many times an epoch sees each group of a source.
+    """
+    members = _members(sources, weights)
+    return sum(_num_samples(len(rows), weight) for rows, weight in members)
+
+
+def num_steps(num_samples_an_epoch: int, pairs_per_step: int, epochs: float) -> int:
+    """Steps of a run of `epochs` epochs; the last one may be smaller."""
+    return -(-num_samples(num_samples_an_epoch, epochs) // pairs_per_step)
+
+
+def num_samples(num_samples_an_epoch: int, epochs: float) -> int:
+    """Groups seen in `epochs` epochs, at least one."""
+    return max(round(num_samples_an_epoch * epochs), 1)
+
+
+def step_batch(
+    sources: int | npt.ArrayLike,
+    weights: Sequence[float] | npt.ArrayLike,
+    step: int,
+    pairs_per_step: int,
+    seed: int,
+    shuffle: bool = True,
+    epochs: float | None = None,
+) -> IntArray:
+    """The groups of a step.
+
+    Args:
+        sources: the number of groups (of one source), or int [G]: each group's source number.
+        weights: float [num_sources], how many times an epoch sees each group of a source; of a fractional part it sees
+            another window of the source's groups every epoch, so that all are seen equally often in the long run.
+        step: from 0.
+        pairs_per_step: groups of a full step.
+        seed: of the run.
+        shuffle: False keeps the order of the sources in every epoch.
+        epochs: where a run of so many epochs ends; its last step is smaller, later ones are empty. None: it never ends.
+
+    Returns:
+        int64 [at most pairs_per_step]: group numbers.
+    """
+    an_epoch = samples_per_epoch(sources, weights)
+    assert an_epoch > 0 and step >= 0 and pairs_per_step >= 1
+    end = (step + 1) * pairs_per_step
+    if epochs is not None:
+        end = min(end, num_samples(an_epoch, epochs))
+    parts = [np.zeros(0, np.int64)]
+    sample = step * pairs_per_step
+    while sample < end:
+        epoch, place = divmod(sample, an_epoch)
+        order = epoch_order(sources, weights, epoch, seed, shuffle)
+        part = order[place : place + end - sample]
+        parts.append(part)
+        sample += len(part)
+    return np.concatenate(parts)
+
+
+def epoch_order(
+    sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike, epoch: int, seed: int, shuffle: bool = True
+) -> IntArray:
+    """int64 [samples_per_epoch]: an epoch's group numbers in the order they are seen. Pure."""
+    parts = []
+    for number, (rows, weight) in enumerate(_members(sources, weights)):
+        whole, extra = divmod(_num_samples(len(rows), weight), max(len(rows), 1))
+        parts += [rows] * whole
+        if extra:
+            # A window that moves on by its own length every epoch: no row twice in an epoch, none left behind for long.
+            window = (np.arange(extra) + epoch * extra) % len(rows)
+            chosen = _random(seed, _SUBSET, number).permutation(len(rows)) if shuffle else np.arange(len(rows))
+            parts.append(rows[np.sort(chosen[window])])
+    order = np.concatenate(parts)
+    return _random(seed, _ORDER, epoch).permutation(order) if shuffle else order
+
+
+def _members(sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike) -> list[tuple[IntArray, float]]:
+    """Each source's group numbers, ascending, and its weight."""
+    weights_list = [float(weight) for weight in np.asarray(weights, np.float64)]
+    if isinstance(sources, int | np.integer):
+        assert len(weights_list) == 1
+        return [(np.arange(int(sources)), weights_list[0])]
+    sources_G = np.asarray(sources)
+    return [(np.flatnonzero(sources_G == number), weight) for number, weight in enumerate(weights_list)]
+
+
+def _num_samples(num_rows: int, weight: float) -> int:
+    """Rounded half up; at least one sample of a source that has a row."""
+    return max(math.floor(num_rows * weight + 0.5), 1) if num_rows else 0
+
+
+def _random(seed: int, purpose: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number])))

@@ -1,0 +1,107 @@
+"""Chat templates: messages -> token ids, as transformers and TRL 1.16 render them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megadpo.data.formats import Message
+from megadpo.errors import UserError
+
+
+def read_template(value: str | None) -> str | None:
+    """The template's text for `data.chat_template`: a path to a jinja file, or the text itself.
+
+    Raises:
+        UserError: where it is neither.
+    """
+    if value is None:
+        return None
+    if "{" not in value or len(value) < 255 and os.path.exists(value):
+        try:
+            return Path(value).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"data.chat_template: {value} is neither a readable file nor a template: {error}"
+            ) from error
+    return value
+
+
+def check_template(tokenizer: Any, location: str) -> None:
+    """Refuse conversational rows without a template.
+
+    Raises:
+        UserError: where the tokenizer has no chat template (`data.chat_template` is set on it when it is loaded).
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{location}: the row is conversational and the tokenizer has no chat template; "
+            "set data.chat_template to a jinja file"
+        )
+
+
+def render_ids(tokenizer: Any, messages: list[Message], location: str, **kwargs: Any) -> list[int]:
+    """Token ids of a conversation; the template alone places BOS and EOS.
+
+    Raises:
+        UserError: where the template refuses the messages (roles out of order, …).
+    """
+    try:
+        output = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    except Exception as error:
+        raise _refused(error, location) from error
+    return list(output["input_ids"])
+
+
+def render_text(tokenizer: Any, messages: list[Message], location: str, **kwargs: Any) -> str:
+    """The conversation as the template writes it, before tokenisation; raises what `render_ids` raises."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    except Exception as error:
+        raise _refused(error, location) from error
+
+
+def check_prompt_survives(
+    tokenizer: Any, prompt: list[Message], completion: list[Message], location: str, **kwargs: Any
+) -> None:
+    """Refuse a template that renders the prompt so differently with a completion that its last turn is not common.
+
+    Where the rendered prompt is no prefix of the rendered conversation, the completion starts at their first
+    difference. That is right for a generation prompt that the conversation leaves out (DeepSeek-R1's "<think>"), and nonsense where
+    the difference lies before the end of the last user turn: it would be trained as if it were the answer.
+
+    Raises:
+        UserError: for such a row.
+    """
+    alone = render_text(tokenizer, prompt, location, add_generation_prompt=True, **kwargs)
+    whole = render_text(tokenizer, prompt + completion, location, **kwargs)
+    common = len(os.path.commonprefix([alone, whole]))
+    content = prompt[-1].get("content")
+    text = content.strip() if isinstance(content, str) else ""
+    start = alone.rfind(text) if text else -1
+    needed = start + len(text) if start >= 0 else 1
+    if common < needed:
+        raise UserError(
+            f"{location}: the chat template renders the prompt differently with an answer than alone, already at "
+            f"character {common} ({alone[common : common + 20]!r} against {whole[common : common + 20]!r}), before the "
+            "last turn ends, so the answer's beginning is unknown; set data.chat_template to a template that does not"
+        )
+
+
+def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, **kwargs: Any) -> list[int]:
+    """Token ids of the last user turn rendered on its own, generation prompt included.
+
+    Its common end with the tokenised prompt is the part of the prompt that is the last turn.
+    """
+    users = [index for index, message in enumerate(prompt) if message.get("role") == "user"]
+    turns = prompt[users[-1] :] if users else prompt[-1:]
+    try:
+        return render_ids(tokenizer, turns, location, add_generation_prompt=True, **kwargs)
+    except UserError:  # a template may insist on a system message; then no turn is protected
+        return []
+
+
+def _refused(error: Exception, location: str) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{location}: the chat template refuses the row: {reason}")

@@ -37,7 +37,7 @@ setup(
         "deepspeed": ["deepspeed>=0.18"],
         "mpi": ["mpi4py>=4.0"],
         "dev": [
-            "trl>=1.16,<1.17",
+            'trl>=1.16,<1.17; python_version >= "3.11"',
             "peft>=0.18",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -28,7 +28,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, callbacks: Any = ()) 
     """Trains as ``megadpo train`` does, in this process or as one rank of a torchrun job.
 
     Args:
-        config: a Config, a nested dict or the path of a YAML file; `data.train` and `data.eval` may be `datasets.Dataset`.
+        config: a Config, a nested dict or the path of a YAML file; `data.train`, `data.eval` may be `datasets.Dataset`.
         callbacks: called at the end of steps, evaluations and saves; see `megadpo.train.run_training`.
 
     Returns:

@@ -3,7 +3,7 @@
     config = load_config("run.yaml", ["train.learning_rate=5e-7", "parallel.tensor=2"])
 
 An unknown key, a wrong type, a value out of range, a contradiction or a feature that this version does not have is one
-UserError; no option is ever ignored. Whether a layout fits the model and the world size is checked in parallel/layout.py.
+UserError; no option is ever ignored. Whether a layout fits model and world size is checked in parallel/layout.py.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Config:
                 )
 
     def resolved(self) -> Config:
-        """A copy in which the defaults that follow from other options are spelled out (nothing that depends on the machine)."""
+        """A copy in which the defaults that follow from other options are spelled out (none of the machine's)."""
         config = copy_config(self)
         if config.parallel.sequence is None:
             config.parallel.sequence = config.parallel.tensor > 1
@@ -214,7 +214,7 @@ class Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with its rows and fingerprint."""
+        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with rows and fingerprint."""
         return _plain(self)
 
     def to_yaml(self) -> str:

@@ -121,11 +121,11 @@ def _check_contradictions(config: Config) -> None:
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
         raise UserError(
-            f"train.steps ({train.steps}) and train.epochs ({train.epochs:g}) are both given; keep one, set the other to null"
+            f"train.steps ({train.steps}) and train.epochs ({train.epochs:g}) are both given; set one of them to null"
         )
     if train.min_learning_rate > train.learning_rate:
         raise UserError(
-            f"train.min_learning_rate ({train.min_learning_rate!r}) is above train.learning_rate ({train.learning_rate!r})"
+            f"train.min_learning_rate ({train.min_learning_rate!r}) is above learning_rate ({train.learning_rate!r})"
         )
     if train.schedule == "constant" and train.min_learning_rate > 0:
         raise UserError(

@@ -83,7 +83,7 @@ def _problem_of(error: yaml.YAMLError) -> str:
 
 
 def apply_overrides(tree: type, values: Mapping[str, Any], overrides: Sequence[str], places: Places) -> dict[str, Any]:
-    """A copy of `values` with each ``key.sub=value`` set; values are read as YAML (1e-6, true, null, [a, b], {a: b})."""
+    """A copy of `values` with each ``key.sub=value`` set; values are YAML (1e-6, true, null, [a, b], {a: b})."""
     result = _copy_mappings(values)
     for override in overrides:
         dotted, separator, text = override.partition("=")

@@ -1,0 +1,157 @@
+"""The command line: a table of commands, no logic.
+
+megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
+megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
+megadpo convert import HF_DIR OUT tensor=2 pipeline=2
+megadpo convert export CHECKPOINT OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megadpo import __version__, launch
+from megadpo.config import Config, load_config
+from megadpo.errors import UserError
+
+LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
+"""`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
+LATER = ("inspect", "plan", "doctor", "eval", "report")
+
+
+def console() -> NoReturn:
+    """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
+    sys.exit(launch.run_as_one(lambda: main(sys.argv[1:])))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit status. Raises UserError for anything the user can put right."""
+    if argv and argv[0] in LATER:
+        raise UserError(f"the command {argv[0]!r} is not available in this version of megadpo; see megadpo --help")
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.command(arguments, argv)
+    return status
+
+
+def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    config = load_config(arguments.config, arguments.override)
+    config.require_for_training()
+    if _starts_workers(arguments.nproc):
+        return _start_workers(arguments.nproc, argv)
+    from megadpo.train import run_training
+
+    run_training(config)
+    return 0
+
+
+def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    config = load_config(Config(), [*LOGPROBS_DEFAULTS, *arguments.override])
+    if _starts_workers(arguments.nproc):
+        return _start_workers(arguments.nproc, argv)
+    from megadpo.logprobs import run_logprobs
+
+    run_logprobs(arguments.model, arguments.data, arguments.out, config)
+    return 0
+
+
+def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    from megadpo.checkpoint.convert import import_hf
+
+    layout = _layout(arguments.layout)
+    import_hf(arguments.hf_dir, arguments.out, **layout)
+    return 0
+
+
+def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    from megadpo.checkpoint.convert import export_checkpoint
+
+    export_checkpoint(arguments.checkpoint, arguments.out)
+    return 0
+
+
+def _layout(overrides: Sequence[str]) -> dict[str, int]:
+    """tensor=N and pipeline=N, checked as the options of the same name under `parallel`."""
+    for override in overrides:
+        if override.partition("=")[0] not in ("tensor", "pipeline"):
+            raise UserError(f"unknown layout {override!r}; convert import takes tensor=N and pipeline=N")
+    parallel = load_config(Config(), [f"parallel.{override}" for override in overrides]).parallel
+    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+
+
+def _starts_workers(nproc: int | None) -> bool:
+    """True where this process is to start workers instead of being one."""
+    launch.adopt_slurm_environment(os.environ)
+    if nproc is None:
+        return False
+    if nproc < 1:
+        raise UserError(f"--nproc must be at least 1, got {nproc}")
+    if not launch.is_distributed(os.environ):
+        return nproc > 1
+    world_size = os.environ["WORLD_SIZE"]
+    if world_size != str(nproc):
+        raise UserError(
+            f"--nproc {nproc} is given, but this process is already one of {world_size} (started by torchrun or srun); "
+            "leave --nproc out"
+        )
+    return False
+
+
+def _start_workers(nproc: int, argv: Sequence[str]) -> int:
+    return launch.start_workers(nproc, [sys.executable, "-m", "megadpo", *argv])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="megadpo", description="Preference training of language models with Megatron-core.")
+    parser.add_argument("--version", action="version", version=f"megadpo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("train", help="train on preference pairs as a YAML file says")
+    command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
+    _add_common(command)
+    command.set_defaults(command=train)
+
+    command = commands.add_parser("logprobs", help="write the log-probs of chosen and rejected, a line a pair")
+    command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
+    command.add_argument("--data", required=True, metavar="FILE", help="preference pairs")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write")
+    _add_common(command)
+    command.set_defaults(command=logprobs)
+
+    conversions = commands.add_parser("convert", help="Hugging Face directory to checkpoint and back").add_subparsers(
+        title="directions", metavar="DIRECTION", required=True
+    )
+    command = conversions.add_parser("import", help="Hugging Face directory to a sharded checkpoint")
+    command.add_argument("hf_dir", metavar="HF_DIR")
+    command.add_argument("out", metavar="OUT")
+    command.add_argument("layout", metavar="tensor=N pipeline=N", nargs="*", help="how many shards")
+    command.set_defaults(command=convert_import)
+    command = conversions.add_parser("export", help="a checkpoint to a Hugging Face directory")
+    command.add_argument("checkpoint", metavar="CHECKPOINT")
+    command.add_argument("out", metavar="OUT")
+    command.set_defaults(command=convert_export)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("override", metavar="key.sub=value", nargs="*", help="options that replace those of the file")
+    command.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in the form of every other error of megadpo, and options allowed between positionals."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        # `train CONFIG --nproc 2 key=value`: plain argparse has closed the list of overrides when it meets --nproc.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "override"):
+            late = [argument for argument in unknown if "=" in argument and not argument.startswith("-")]
+            namespace.override = [*namespace.override, *late]
+            unknown = [argument for argument in unknown if argument not in late]
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.replace(', key.sub=value', '')}; see {self.prog} --help")

@@ -1,0 +1,296 @@
+"""Several processes that behave as one: start them, and when one fails, stop all and say why exactly once.
+
+    megadpo train run.yaml --nproc 4        # start_workers: 4 local processes, no torchrun needed
+    torchrun --nproc-per-node 4 -m megadpo train run.yaml
+    srun -n 4 megadpo train run.yaml        # adopt_slurm_environment: SLURM's variables become RANK, WORLD_SIZE, …
+
+Every worker's main goes through `run_as_one`, whoever started it. The first worker of a node to fail claims the right
+to speak by creating a file that must not exist yet; the others stay silent. A worker that only notices that its peers
+are gone (connection closed, timed out) first waits a moment: the one that knows the real reason speaks before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from megadpo.errors import UserError
+
+FAILURE_DIR = "MEGADPO_FAILURE_DIR"
+LAUNCHER = "MEGADPO_LAUNCHER"
+SECONDS_BEFORE_BLAMING_PEERS = 5.0
+SECONDS_TO_STOP = 5.0
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+KILLED_HINT = (
+    "; usually the machine ran out of memory: lower train.tokens_per_micro_batch or pairs per process, "
+    "or use fewer processes"
+)
+PEER_IS_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|closed by peer|reset by peer|broken pipe|socket closed|timed out"
+    r"|failed to recv|recvValue|remote process|heartbeat|NCCL (error|communicator)",
+    re.IGNORECASE,
+)
+
+
+def run_as_one(main: Callable[[], int]) -> int:
+    """Runs this process's main; returns its exit status. Of several workers that fail, only one prints.
+
+    Returns:
+        main's status; 2 after a UserError (the sentence on stderr), 1 after any other exception (with its traceback),
+        130 after Ctrl-C. With WORLD_SIZE > 1 a failure ends the process at once, without waiting for hung peers.
+    """
+    _die_with_launcher()
+    try:
+        return main()
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+        if _world_size() == 1:
+            print("megadpo: interrupted", file=sys.stderr)
+    except UserError as error:
+        status = EXIT_USER_ERROR
+        prefix = f"[rank {_rank()}] " if _world_size() > 1 else ""
+        _tell_once(status, f"{prefix}megadpo: error: {error}")
+    except Exception as error:
+        status = 1
+        if _world_size() > 1 and blames_peer(error):
+            time.sleep(SECONDS_BEFORE_BLAMING_PEERS)
+        who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
+        _tell_once(status, f"{traceback.format_exc()}megadpo: {who}: {type(error).__name__}: {error}")
+    if _world_size() > 1:
+        _leave_now(status)
+    return status
+
+
+def blames_peer(error: BaseException) -> bool:
+    """True where an exception tells that another process is gone, which is a consequence and not the reason."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConnectionError) or type(seen).__name__ in ("DistBackendError", "DistNetworkError"):
+            return True
+        if isinstance(seen, RuntimeError) and PEER_IS_GONE.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _leave_now(status: int) -> None:
+    """Ends the process without the clean-up of process groups, which may wait for peers that never answer."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell_once(status: int, message: str) -> None:
+    """Prints `message` if no other worker has failed before. The file is created first, and filled once told."""
+    if _world_size() == 1:
+        print(message, file=sys.stderr, flush=True)
+        return
+    path = _failure_file()
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        # Whoever ends first gets the others stopped, so let the one that speaks finish its sentence.
+        _first_failure(path)
+        return
+    except OSError:
+        print(message, file=sys.stderr, flush=True)
+        return
+    with os.fdopen(descriptor, "w") as file:
+        print(message, file=sys.stderr, flush=True)
+        json.dump({"rank": _rank(), "status": status}, file)
+
+
+def _first_failure(path: Path) -> dict[str, int] | None:
+    """Rank and status of the worker that failed first; None where none has claimed that. Waits while it speaks."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while path.exists():
+        if text := path.read_text():
+            return {str(key): int(value) for key, value in json.loads(text).items()}
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return None
+
+
+def _failure_file() -> Path:
+    """The launcher's file, or one that only the workers of the same parent (torchrun, srun) share."""
+    if FAILURE_DIR in os.environ:
+        return Path(os.environ[FAILURE_DIR]) / "first_failure.json"
+    parent = os.getppid()
+    try:
+        # Field 22 is the parent's start time, which tells a process id that is used again from the one before.
+        parent_start = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[-1].split()[19]
+    except (OSError, IndexError):
+        parent_start = "0"
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    identity = [str(os.getuid()), str(parent), parent_start, *(os.environ.get(name, "") for name in names)]
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
+    return Path(tempfile.gettempdir()) / f"megadpo-failure-{digest}.json"
+
+
+def _die_with_launcher() -> None:
+    """Under our launcher on Linux: ask the kernel to end this worker when the launcher is gone, however it went."""
+    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def start_workers(nproc: int, command: Sequence[str]) -> int:
+    """Runs `command` as ranks 0 … nproc - 1 on this machine and waits; returns 0, or the status of the first failure.
+
+    The workers' output goes straight to this process's stdout and stderr. When one fails, the others are stopped within
+    10 seconds. Only what no worker can tell itself is printed here: that one was killed by a signal, or left silently.
+    """
+    with tempfile.TemporaryDirectory(prefix="megadpo-") as directory:
+        workers: list[subprocess.Popen[bytes]] = []
+        old_handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            environment = _shared_environment(nproc, directory)
+            for rank in range(nproc):
+                worker_environment = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # A session each: whatever a worker has started itself is stopped together with it.
+                workers.append(
+                    subprocess.Popen(command, env=worker_environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                )
+            failed = _wait_for_failure(workers)
+            if failed is None:
+                return 0
+            return _report(failed, workers[failed].returncode, Path(directory) / "first_failure.json")
+        except KeyboardInterrupt:
+            _signal_all(workers, signal.SIGINT)
+            print("megadpo: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        finally:
+            _stop(workers)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _shared_environment(nproc: int, directory: str) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {**os.environ, FAILURE_DIR: directory, LAUNCHER: str(os.getpid())}
+    environment.update(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
+    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    return environment
+
+
+def _free_port() -> int:
+    """A free port below the range that the system gives to outgoing connections, so still free in a moment."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UserError("no free TCP port between 20000 and 32000 on this machine; use torchrun with --master-port")
+
+
+def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all have ended well (None) or one has not (its rank; one killed by a signal comes first)."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        bad = [rank for rank, code in enumerate(codes) if code]
+        if bad:
+            return min(bad, key=lambda rank: (workers[rank].returncode > 0, rank))
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _report(rank: int, code: int, failure_file: Path) -> int:
+    """Prints what no worker has told and returns the run's exit status."""
+    if first := _first_failure(failure_file):
+        return first["status"]
+    if code == EXIT_INTERRUPTED:
+        return code
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = KILLED_HINT if -code == signal.SIGKILL else ""
+        print(f"megadpo: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        return 1
+    print(f"megadpo: rank {rank} left with exit status {code}", file=sys.stderr)
+    return code
+
+
+def _signal_all(workers: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for worker in workers:
+        try:
+            os.killpg(worker.pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends every worker that still runs and everything that any worker started."""
+    if any(worker.poll() is None for worker in workers):
+        _signal_all(workers, signal.SIGTERM)
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+            time.sleep(0.05)
+    _signal_all(workers, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+def adopt_slurm_environment(environ: MutableMapping[str, str]) -> None:
+    """Inside an srun step of several tasks: sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from SLURM's.
+
+    Does nothing where RANK is set already (torchrun), outside SLURM, in a batch script or in an interactive shell.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    num_tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    batch_or_interactive = not step.isdigit() or int(step) >= 0xFFFFFFF0
+    if "RANK" in environ or "SLURM_PROCID" not in environ or batch_or_interactive or int(num_tasks) < 2:
+        return
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes and "MASTER_ADDR" not in environ:
+        raise UserError("SLURM gives no SLURM_NODELIST; set MASTER_ADDR to the host of the first task")
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["WORLD_SIZE"] = num_tasks
+    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+    environ.setdefault("MASTER_ADDR", first_host(nodes or ""))
+    # The same on every task, and different for two jobs, or two steps of a job, on the same node.
+    environ.setdefault("MASTER_PORT", str(20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(step)) % 12000))
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``gpu[07-09,12],cpu1`` -> ``gpu07``."""
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def is_distributed(environ: Mapping[str, str]) -> bool:
+    """True inside a worker: whoever started it has given it a rank."""
+    return "RANK" in environ and "WORLD_SIZE" in environ

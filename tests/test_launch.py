@@ -1,0 +1,249 @@
+"""Several processes behave as one: when a worker fails, all end soon and the reason is told exactly once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megadpo import launch
+
+LIMIT_SECONDS = 30
+
+WORKER = """
+import os, signal, sys, time
+from megadpo.errors import UserError
+from megadpo.launch import run_as_one
+
+rank, case = int(os.environ["RANK"]), sys.argv[1]
+
+def wait_for_peers():
+    import datetime, torch, torch.distributed as dist
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    dist.barrier()
+    if rank == 1:
+        fail()
+    dist.all_reduce(torch.ones(1))
+
+def fail():
+    if case == "user": raise UserError("row 7 has no field 'chosen'")
+    if case == "bug": raise KeyError("weight")
+    if case == "segv": os.kill(os.getpid(), signal.SIGSEGV)
+    if case == "kill": os.kill(os.getpid(), signal.SIGKILL)
+    if case == "silent": os._exit(7)
+
+def main():
+    if case == "all": raise UserError("model directory is missing")
+    if case == "omp": print(os.environ["OMP_NUM_THREADS"], flush=True)
+    if case == "sleep":
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        open(f"{sys.argv[2]}/{rank}", "w").write(f"{os.getpid()} {child.pid}\\n")
+        time.sleep(600)
+    if case in ("user", "bug", "segv", "kill", "silent", "fine"):
+        wait_for_peers()
+    return 0
+
+sys.exit(run_as_one(main))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return path
+
+
+def run(command: list[str], **environment: str) -> tuple[int, str, float]:
+    """Exit status, everything printed, and the seconds it took."""
+    start = time.monotonic()
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", launch.FAILURE_DIR)}
+    result = subprocess.run(
+        command,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * LIMIT_SECONDS,
+    )
+    return result.returncode, result.stdout, time.monotonic() - start
+
+
+def our_launcher(nproc: int, worker: Path, *arguments: str) -> list[str]:
+    code = (
+        "import sys; from megadpo.launch import start_workers; sys.exit(start_workers(int(sys.argv[1]), sys.argv[2:]))"
+    )
+    return [sys.executable, "-c", code, str(nproc), sys.executable, str(worker), *arguments]
+
+
+def torchrun(nproc: int, worker: Path, *arguments: str) -> list[str]:
+    options = ["--standalone", f"--nproc-per-node={nproc}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(worker), *arguments]
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "reason"),
+    [
+        ("user", 2, "[rank 1] megadpo: error: row 7 has no field 'chosen'"),
+        ("bug", 1, "megadpo: rank 1 failed: KeyError: 'weight'"),
+        ("segv", 1, "megadpo: rank 1 was killed by SIGSEGV"),
+        ("kill", 1, "megadpo: rank 1 was killed by SIGKILL; usually the machine ran out of memory"),
+        ("silent", 7, "megadpo: rank 1 left with exit status 7"),
+    ],
+)
+def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(
+    worker: Path, case: str, status: int, reason: str
+) -> None:
+    code, output, seconds = run(our_launcher(2, worker, case))
+    assert code == status
+    assert output.count(reason) == 1 and output.count("megadpo: ") == 1, output
+    assert ("Traceback" in output) == (case == "bug") and output.count("Traceback") <= 1
+    assert "rank 0" not in output and "onnection" not in output, output
+    assert seconds < LIMIT_SECONDS
+
+
+def test_a_mistake_that_every_rank_meets_is_told_once(worker: Path) -> None:
+    code, output, _ = run(our_launcher(4, worker, "all"))
+    assert code == 2
+    assert output.count("megadpo: error: model directory is missing") == 1 and len(output.splitlines()) == 1, output
+
+
+def test_workers_that_end_well_give_status_0_and_print_nothing_more(worker: Path) -> None:
+    assert run(our_launcher(2, worker, "fine"))[:2] == (0, "")
+
+
+def test_under_torchrun_the_reason_is_told_once_too(worker: Path) -> None:
+    code, output, seconds = run(torchrun(2, worker, "user"))
+    assert code != 0 and seconds < LIMIT_SECONDS
+    assert output.count("[rank 1] megadpo: error: row 7 has no field 'chosen'") == 1
+    assert "[rank 0] megadpo" not in output and "rank 0 failed" not in output, output
+
+
+def test_a_second_torchrun_run_is_not_silenced_by_the_failure_of_the_first(worker: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        fixed = ["--nproc-per-node=2", "--master-port=29876"]
+        command = [sys.executable, "-m", "torch.distributed.run", *fixed, str(worker), "all"]
+        _, output, _ = run(command, TMPDIR=str(tmp_path))
+        assert output.count("megadpo: error: model directory is missing") == 1, output
+
+
+def test_threads_are_shared_out_among_the_workers(worker: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    command = ["env", "-u", "OMP_NUM_THREADS", *our_launcher(2, worker, "omp")]
+    assert run(command)[1].split() == [str(max(1, cores // 2))] * 2
+    assert run(our_launcher(2, worker, "omp"), OMP_NUM_THREADS="3")[1].split() == ["3", "3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_launcher_stops_the_workers_and_what_they_started(
+    worker: Path, tmp_path: Path, number: int
+) -> None:
+    pids_dir = tmp_path / "pids"
+    pids_dir.mkdir()
+    launcher = subprocess.Popen(our_launcher(2, worker, "sleep", str(pids_dir)), stderr=subprocess.PIPE, text=True)
+    pids = started(pids_dir)
+    launcher.send_signal(number)
+    assert launcher.wait(LIMIT_SECONDS) == launch.EXIT_INTERRUPTED
+    assert launcher.stderr is not None and launcher.stderr.read() == "megadpo: interrupted\n"
+    assert gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells workers of their parent's end only on Linux")
+def test_workers_do_not_outlive_a_launcher_that_is_killed(worker: Path, tmp_path: Path) -> None:
+    pids_dir = tmp_path / "pids"
+    pids_dir.mkdir()
+    launcher = subprocess.Popen(our_launcher(2, worker, "sleep", str(pids_dir)))
+    pids = started(pids_dir)
+    launcher.kill()
+    launcher.wait()
+    workers, children = pids[0::2], pids[1::2]
+    assert gone(workers)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def started(directory: Path) -> list[int]:
+    """Process ids of two workers and of what each has started, once they have told them."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        texts = [path.read_text() for path in directory.iterdir()]
+        if len(texts) == 2 and all(text.endswith("\n") for text in texts):
+            return [int(pid) for text in texts for pid in text.split()]
+        time.sleep(0.05)
+    raise AssertionError("the workers did not start")
+
+
+def gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:27"), True),
+        (RuntimeError("Timed out waiting 1800000ms for send operation to complete"), True),
+        (ConnectionResetError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("connection closed"), False),
+    ],
+)
+def test_only_the_news_that_a_peer_is_gone_counts_as_a_consequence(error: Exception, expected: bool) -> None:
+    assert launch.blames_peer(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-09,12],cpu1", "gpu07"),
+        ("gpu[3,5]", "gpu3"),
+        ("rack[1-2]-node[03-04]", "rack1-node03"),
+        ("a-b[001-128].cluster", "a-b001.cluster"),
+    ],
+)
+def test_the_first_host_of_a_slurm_node_list_is_found(nodelist: str, host: str) -> None:
+    assert launch.first_host(nodelist) == host
+
+
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NODELIST": "n[2-3]",
+}
+
+
+def test_an_srun_task_takes_its_rank_from_slurm() -> None:
+    environ = dict(SRUN)
+    launch.adopt_slurm_environment(environ)
+    assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("5", "8", "1")
+    assert environ["MASTER_ADDR"] == "n2" and 20000 <= int(environ["MASTER_PORT"]) < 32000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "0"},
+        {"SLURM_STEP_ID": "4294967291"},
+        {"SLURM_STEP_ID": ""},
+        {"SLURM_NTASKS": "1"},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_torchrun_a_batch_script_and_a_single_task_keep_their_environment(change: dict[str, str]) -> None:
+    environ = {**SRUN, **change}
+    launch.adopt_slurm_environment(environ)
+    assert environ == {**SRUN, **change}

@@ -8,8 +8,9 @@ Importing this package imports neither torch nor transformers and changes nothin
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,28 +19,42 @@ from megadpo.config import Config, load_config
 from megadpo.errors import UserError
 
 if TYPE_CHECKING:
-    from megadpo.train import Result
+    from megadpo.train import Callbacks, Result
 
 __version__ = "0.1.0"
-__all__ = ["Config", "UserError", "__version__", "load_config", "train"]
+__all__ = ["Callbacks", "Config", "Result", "UserError", "__version__", "load_config", "train"]
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, callbacks: Any = ()) -> Result:
-    """Trains as ``megadpo train`` does, in this process or as one rank of a torchrun job.
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    callbacks: Callbacks | None = None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Trains as ``megadpo train`` does, in this process alone or as one rank of torchrun's.
 
     Args:
         config: a Config, a nested dict or the path of a YAML file; `data.train`, `data.eval` may be `datasets.Dataset`.
-        callbacks: called at the end of steps, evaluations and saves; see `megadpo.train.run_training`.
+        callbacks: functions called on rank 0 at the end of steps, evaluations and saves.
+        overrides: ``key.sub=value`` texts applied on top.
 
     Returns:
-        The metrics and the path of the exported Hugging Face directory.
+        The last metrics and the path of the exported Hugging Face directory.
 
     Raises:
         UserError: anything in the configuration, the model or the data that the caller can put right.
     """
     from megadpo.train import run_training
 
-    return run_training(load_config(config), callbacks)
+    loaded = load_config(config, overrides)
+    loaded.require_for_training()
+    return run_training(loaded, callbacks)
+
+
+def __getattr__(name: str) -> Any:
+    """`megadpo.Callbacks` and `megadpo.Result`, which need torch, when they are asked for."""
+    if name in ("Callbacks", "Result"):
+        return getattr(importlib.import_module("megadpo.train"), name)
+    raise AttributeError(f"module 'megadpo' has no attribute {name!r}")
 
 
 class _Package(ModuleType):

@@ -59,9 +59,9 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    layout = _layout(arguments.layout)
     from megadpo.checkpoint.convert import import_hf
 
-    layout = _layout(arguments.layout)
     import_hf(arguments.hf_dir, arguments.out, **layout)
     return 0
 

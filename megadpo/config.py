@@ -277,7 +277,10 @@ def _check_source(value: Any, name: str) -> Any:
                 guess = strict.closest(str(key), strict.all_keys(SourceConfig))
                 raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
         hints = strict.field_types(SourceConfig)
-        source = {key: strict.convert(hints[key], item, f"{name}.{key}", {}) for key, item in value.items()}
+        source = {
+            key: item if key == "path" and is_dataset(item) else strict.convert(hints[key], item, f"{name}.{key}", {})
+            for key, item in value.items()
+        }
         if not 0 < source.get("weight", 1.0) < float("inf"):
             raise UserError(f"{name}.weight must be greater than 0, got {source['weight']!r}")
         return source

@@ -33,12 +33,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: the allocator's on CUDA, the resident set's on CPU (Linux: ru_maxrss is in KiB)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,72 @@
+"""From the groups of a step to this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megadpo.data.micro_batch import MicroBatch, lay_out
+from megadpo.data.pack import FloatArray, IntArray, check_groups_fit, group_costs, plan_micro_batches
+from megadpo.data.store import GroupStore
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A data set with what is needed to pack any of its groups.
+
+    Attributes:
+        num_tokens_G: int64, stream tokens of each group.
+        costs_G: float64, work of each group.
+        multiple_of: every stream's length is padded up to a multiple of it.
+    """
+
+    groups: GroupStore
+    share_prompts: bool
+    tokens_per_micro_batch: int
+    num_data_parallel: int
+    multiple_of: int
+    num_tokens_G: IntArray
+    costs_G: FloatArray
+
+    def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
+        """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
+
+        Every replica gets the same number of micro-batches and near-equal work.
+        """
+        chosen = np.asarray(numbers, np.int64)
+        plan = plan_micro_batches(
+            self.num_tokens_G[chosen], self.costs_G[chosen], self.tokens_per_micro_batch, self.num_data_parallel
+        )
+        return [self._lay_out(chosen[members].tolist()) for members in plan[data_rank]]
+
+    def _lay_out(self, numbers: list[int]) -> MicroBatch:
+        return lay_out([self.groups[i] for i in numbers], numbers, self.share_prompts, self.multiple_of)
+
+
+def prepare_packing(
+    groups: GroupStore,
+    *,
+    share_prompts: bool,
+    tokens_per_micro_batch: int,
+    setting: str,
+    num_data_parallel: int,
+    multiple_of: int,
+    hidden_size: int,
+) -> Packing:
+    """Measure every group once.
+
+    Args:
+        setting: the configuration key of `tokens_per_micro_batch`, for the message.
+        hidden_size: of the model; weighs attention against the dense layers in the work.
+
+    Raises:
+        UserError: a group is longer than `tokens_per_micro_batch`.
+    """
+    num_tokens_G = groups.num_tokens(share_prompts)
+    check_groups_fit(num_tokens_G, groups.rows, tokens_per_micro_batch, setting)
+    costs_G = group_costs(groups, share_prompts, hidden_size)
+    return Packing(
+        groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G
+    )

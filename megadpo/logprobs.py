@@ -1,0 +1,80 @@
+"""`megadpo logprobs`: sequence log-probs of a data set's pairs under one model, a JSON line a pair."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+from megadpo.config import Config
+from megadpo.data.prepare import prepare_groups
+from megadpo.errors import UserError
+from megadpo.parallel.layout import check_layout, choose_layout
+from megadpo.platform.device import resolve_dtype
+from megadpo.platform.world import joined_world, rank, world_size
+from megadpo.prepare import check_token_ids, data_packing, open_model
+
+
+def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
+    """Write `out`: index, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens of each pair, in the data's order.
+
+    Args:
+        model: a Hugging Face directory or one of our checkpoints.
+        data: whatever `data.train` accepts.
+        config: layout, data options and dtype; `reference.tokens_per_micro_batch` sets the micro-batches.
+
+    Raises:
+        UserError: whatever cannot work, before anything is written.
+    """
+    layout = choose_layout(config.parallel, world_size())
+    files = open_model(model, "--model")
+    check_layout(layout, files.config)
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out: {out} is a directory; give a file name")
+    groups = prepare_groups(config.data, data, str(files.huggingface)).groups
+    check_token_ids(groups, files)
+    own = config.reference.tokens_per_micro_batch
+    packing = data_packing(
+        config,
+        groups,
+        layout,
+        files.config.hidden_size,
+        own or config.train.tokens_per_micro_batch,
+        "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch",
+    )
+    with joined_world(layout, config.train.seed):
+        from megadpo.reference import frozen_stage
+        from megadpo.score import response_logps
+
+        stage = frozen_stage(files.config, layout, resolve_dtype(config.model.dtype), files.source)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        lines = _open(partial) if rank() == 0 else None
+        for numbers, logps_GK in response_logps(stage, packing):
+            for number, logps_K in zip(numbers, logps_GK, strict=True):
+                if lines is not None:
+                    lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
+        if lines is not None:
+            lines.close()
+            partial.replace(path)
+    return path
+
+
+def _line(row: int, logps_K: object, responses: object) -> dict[str, object]:
+    (chosen_logp, rejected_logp), (chosen, rejected) = logps_K, responses  # type: ignore[misc]
+    return {
+        "index": row,
+        "chosen_logp": float(chosen_logp),
+        "rejected_logp": float(rejected_logp),
+        "chosen_tokens": len(chosen),
+        "rejected_tokens": len(rejected),
+    }
+
+
+def _open(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error

@@ -1,0 +1,113 @@
+"""Attention over a packed stream in which responses share their prompt; fills Megatron's core_attention slot.
+
+Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. Keys and
+values of prompt and segment are put side by side, so that an ordinary causal kernel with fewer queries than keys
+(aligned at the bottom right) does the rest, and its backward adds up the prompt's gradients over the responses.
+
+Axes: T stream tokens, A query heads and K key-value heads of this tensor rank, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megadpo.data.micro_batch import MicroBatch, Segment
+
+
+@dataclass
+class StreamParams(PackedSeqParams):
+    """Takes a micro-batch through Megatron in its packed_seq_params slot.
+
+    qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
+    """
+
+    micro_batch: MicroBatch | None = None
+    masks: dict[tuple[Segment, int | None], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+        """The segment's mask, made once for all layers; None where plain causal attention is meant."""
+        key = (segment, window)
+        if key not in self.masks:
+            self.masks[key] = segment_mask(segment, window, device)
+        return self.masks[key]
+
+
+def segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """Boolean mask [queries, keys], True where a query may look; None for a plain causal square.
+
+    Args:
+        window: a query at position p sees keys at positions p - window + 1 .. p (as transformers masks); None: all.
+    """
+    num_queries = segment.end - segment.start
+    num_keys = num_queries + segment.prompt_end - segment.prompt_start
+    windowed = window is not None and num_keys > window
+    if num_keys == num_queries and not windowed:
+        return None
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    if windowed:
+        assert window is not None
+        mask = mask.triu(num_keys - num_queries - window + 1)
+    return mask
+
+
+class GroupAttention(MegatronModule):
+    """core_attention: query [T, 1, A, D], key and value [T, 1, K, D] -> [T, 1, A * D]."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        *unused: Any,
+        windows: Sequence[int | None],
+        rope_scaling: float,
+        **also_unused: Any,
+    ) -> None:
+        """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model."""
+        super().__init__(config=config)
+        self.window = windows[layer_number - 1]
+        # Scaling cosine and sine of queries and keys (yarn) is scaling their product by the square.
+        self.softmax_scale = rope_scaling**2 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: StreamParams | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
+        query_ATD, key_KTD, value_KTD = (x.squeeze(1).transpose(0, 1) for x in (query, key, value))
+        outputs = [
+            self._segment(query_ATD, key_KTD, value_KTD, segment, packed_seq_params)
+            for segment in packed_seq_params.micro_batch.segments
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1).unsqueeze(1)
+
+    def _segment(self, query: Tensor, key: Tensor, value: Tensor, segment: Segment, stream: StreamParams) -> Tensor:
+        mask = stream.mask(segment, self.window, query.device)
+        own, prompt = slice(segment.start, segment.end), slice(segment.prompt_start, segment.prompt_end)
+        if segment.prompt_end > segment.prompt_start:
+            key, value = (torch.cat([x[:, prompt], x[:, own]], dim=1) for x in (key, value))
+        else:
+            key, value = key[:, own], value[:, own]
+        return F.scaled_dot_product_attention(
+            query[None, :, own],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )[0]

@@ -1,0 +1,179 @@
+"""One pipeline stage of a model: Megatron's GPTModel with our attention, rope, norm and head, filled from a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megadpo.checkpoint.hf import TensorSource, fill_shard
+from megadpo.errors import UserError
+from megadpo.model.attention import GroupAttention
+from megadpo.model.families import (
+    ParameterShard,
+    rope_of,
+    shard_parameters,
+    sliding_windows,
+    transformer_config_kwargs,
+)
+from megadpo.model.head import LogProbHead
+from megadpo.model.norm import RMSNorm
+from megadpo.model.rope import PositionRope
+from megadpo.parallel.layout import Layout
+
+
+@dataclass
+class Stage:
+    """What this rank holds of a model.
+
+    Attributes:
+        model: the GPTModel of this pipeline stage and tensor rank.
+        parameters: by global name (layers numbered over the whole model): the parameter and where its values
+            lie in the Hugging Face tensors.
+    """
+
+    model: GPTModel
+    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage has the head."""
+        return self.model.post_process
+
+
+def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none") -> Stage:
+    """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
+
+    Args:
+        hf_config: the transformers config.
+        dtype: of parameters and activations.
+        recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
+    """
+    layers = layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank())
+    is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    config = _transformer_config(hf_config, layout, dtype, recompute)
+    inverse_frequencies, rope_scaling = rope_of(hf_config)
+    model = GPTModel(
+        config,
+        _block_spec(hf_config, config, len(layers), rope_scaling),
+        vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=is_first,
+        post_process=is_last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb = PositionRope(inverse_frequencies)
+    if is_last:
+        model.output_layer = LogProbHead(model.output_layer.weight, hf_config.vocab_size, layout.sequence)
+    shards = shard_parameters(
+        hf_config,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        num_tensor=layout.tensor,
+        layers=layers,
+        has_embedding=is_first,
+        has_head=is_last,
+    )
+    return Stage(model, _match(model, shards, layers.start))
+
+
+def load_weights(stage: Stage, source: TensorSource) -> None:
+    """Read every parameter of the stage from `source`, only the part that this rank holds."""
+    with torch.no_grad():
+        for parameter, shard in stage.parameters.values():
+            fill_shard(shard, source, parameter.data)
+
+
+def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:
+    recomputation: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+    return TransformerConfig(
+        **transformer_config_kwargs(hf_config),
+        **recomputation,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        variable_seq_lengths=True,
+        deallocate_pipeline_outputs=True,
+        # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
+        calculate_per_token_loss=True,
+        # All of these need Apex or TransformerEngine, or change the rounding.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _block_spec(
+    hf_config: Any, config: TransformerConfig, num_layers: int, rope_scaling: float
+) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = functools.partial(
+        GroupAttention, windows=sliding_windows(hf_config), rope_scaling=rope_scaling
+    )
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _match(
+    model: GPTModel, shards: list[ParameterShard], first_layer: int
+) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
+    """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks.
+
+    Megatron marks them only while initialising at random; unmarked ones would count once instead of once a rank
+    in the gradient norm.
+    """
+    parameters = {_global_name(name, first_layer): parameter for name, parameter in model.named_parameters()}
+    by_name = {shard.name: shard for shard in shards}
+    assert parameters.keys() == by_name.keys(), sorted(parameters.keys() ^ by_name.keys())
+    for name, parameter in parameters.items():
+        shard = by_name[name]
+        assert tuple(parameter.shape) == shard.shape, (name, tuple(parameter.shape), shard.shape)
+        if not hasattr(parameter, "tensor_model_parallel"):
+            partition_dim = -1 if shard.partition_dim is None else shard.partition_dim
+            set_tensor_model_parallel_attributes(parameter, shard.partition_dim is not None, partition_dim, 1)
+    return {name: (parameters[name], by_name[name]) for name in parameters}
+
+
+def _global_name(name: str, first_layer: int) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + first_layer)
+    return ".".join(parts)
+
+
+def check_tokenizer_fits(vocab_size: int, num_tokens: int) -> None:
+    """Refuse a tokenizer that makes ids the model has no row for.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model's vocabulary.
+    """
+    if num_tokens > vocab_size:
+        raise UserError(
+            f"the tokenizer has {num_tokens} tokens but the model's vocabulary only {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,53 @@
+"""What training asks of an engine: carry a loss's gradient into the model, finish the gradients, take a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megadpo.data.micro_batch import MicroBatch
+
+ResponseGradient = Callable[[int, Tensor], Tensor]
+"""(micro-batch number, its response sums [R, S], detached) -> d loss / d log-prob [R]; asked on the last stage only."""
+
+
+class Engine(Protocol):
+    """Owns the policy's parameters, gradients and optimizer on this rank."""
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Response sums [R, S] of each micro-batch on the last pipeline stage, elsewhere an empty list; no gradients."""
+        ...
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient) -> None:
+        """Forward and backward of every micro-batch through all stages, gradients added up on each rank."""
+        ...
+
+    def finish_gradients(self) -> None:
+        """Add gradients up over replicas, sequence-parallel norms and tied embeddings: afterwards they are exact."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; the global gradient norm before clipping.
+
+        Raises:
+            ArithmeticError: the norm is not finite; the parameters are left as they were.
+        """
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """After `finish_gradients`: (global parameter name, gradient of this rank's tensor-parallel shard, fp32)."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq; collective."""
+        ...
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
+        """Set what `state` gives out: `read(kind, global parameter name)` after `num_steps` optimizer steps."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen here, for the console."""
+        ...

@@ -1,0 +1,151 @@
+"""The Megatron engine: DistributedDataParallel and DistributedOptimizer (ZeRO-1) under Megatron's schedules."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from megadpo.config import TrainConfig
+from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.build import Stage
+from megadpo.parallel import schedule
+from megadpo.parallel.engine import ResponseGradient
+from megadpo.platform.megatron_cpu import cuda_tensor_names
+
+STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+class MegatronEngine:
+    """See `megadpo.parallel.engine.Engine`."""
+
+    def __init__(self, stage: Stage, train: TrainConfig) -> None:
+        self.stage = stage
+        self.train = train
+        self.model = DistributedDataParallel(
+            stage.model.config,
+            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+            stage.model,
+        )
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.betas[0],
+            adam_beta2=train.betas[1],
+            adam_eps=train.eps,
+            clip_grad=train.clip_norm,
+            bf16=stage.model.config.params_dtype is torch.bfloat16,
+            params_dtype=stage.model.config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        with cuda_tensor_names(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer = get_megatron_optimizer(config, [self.model])
+        # Dense models give one distributed optimizer behind Megatron's chain.
+        (self.shards,) = self.optimizer.chained_optimizers
+        self.model.zero_grad_buffer()
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        return schedule.forward_only(self.model, micro_batches)
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient) -> None:
+        schedule.forward_backward(self.model, micro_batches, response_gradient)
+
+    def finish_gradients(self) -> None:
+        # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
+        finalize_model_grads([self.model], num_tokens=None)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.train.weight_decay * group.get("wd_mult", 1.0)
+        with cuda_tensor_names():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(norm):
+                raise ArithmeticError(f"the gradient norm is {norm}")
+            if self.train.clip_norm > 0:
+                clip_grad_by_total_norm_fp32(self.shards.get_parameters(), self.train.clip_norm, norm)
+            self.optimizer.step_with_ready_grads()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return norm
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            piece = self._piece(parameter)
+            own = None if piece is None else parameter.main_grad.view(-1)[piece]
+            yield name, _join_over_data(parameter, piece, own)
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            piece = self._piece(parameter)
+            tensors = {} if piece is None else self._main_state(parameter)
+            for kind in STATE_KINDS:
+                yield kind, name, _join_over_data(parameter, piece, tensors.get(kind))
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
+        with torch.no_grad():
+            for name, (parameter, _) in self.stage.parameters.items():
+                weights = read("weights", name)
+                parameter.data.copy_(weights)
+                piece = self._piece(parameter)
+                if piece is None:
+                    continue
+                main = self._main_parameter(parameter)
+                main.data.copy_(weights.view(-1)[piece])
+                moments = {kind: read(kind, name).view(-1)[piece].to(main.device) for kind in STATE_KINDS[1:]}
+                self._set_moments(main, {kind: moment.clone() for kind, moment in moments.items()}, num_steps)
+
+    def describe(self) -> dict[str, Any]:
+        optimizer = self.shards.optimizer
+        return {"engine": "megatron", "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}"}
+
+    def _piece(self, parameter: torch.nn.Parameter) -> slice | None:
+        """The part of the flattened parameter whose optimizer state lies on this data-parallel rank."""
+        if parameter not in self.shards.model_param_group_index_map:
+            return None
+        owned = self.shards._get_model_param_range_map(parameter)["param"]
+        return slice(owned.start, owned.end)
+
+    def _main_parameter(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        group, order = self.shards.model_param_group_index_map[parameter]
+        return self.shards.optimizer.param_groups[group]["params"][order]
+
+    def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """The owned piece of fp32 weights and moments; the moments are zeros before the first step."""
+        main = self._main_parameter(parameter)
+        moments = self.shards.optimizer.state.get(main, {})
+        zeros = torch.zeros_like(main, dtype=torch.float32)
+        return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in STATE_KINDS[1:]}}
+
+    def _set_moments(self, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
+        optimizer = self.shards.optimizer
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[main] = {"step": torch.tensor(float(num_steps)), **moments}
+        else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
+            optimizer.state[main] = moments
+            for group in optimizer.param_groups:
+                group["step"] = num_steps
+
+
+def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Tensor | None) -> Tensor:
+    """A parameter-shaped fp32 tensor from the pieces on the data-parallel ranks, bit for bit."""
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if piece is not None and own is not None:
+        whole[piece] = own
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if dist.get_world_size(group) > 1:
+        # Each element is set on one rank only; added as integers, even the sign of a zero survives.
+        dist.all_reduce(whole.view(torch.int32), group=group)
+    return whole.view(parameter.shape)

@@ -1,0 +1,203 @@
+"""All that can be known and refused before any process group is made: layout, model, data, steps, the output directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadpo.checkpoint import hf, sharded
+from megadpo.config import Config
+from megadpo.data.loader import num_steps, samples_per_epoch, step_batch
+from megadpo.data.pack import IntArray
+from megadpo.data.packing import Packing, prepare_packing
+from megadpo.data.prepare import DataReport, prepare_groups
+from megadpo.data.store import GroupStore
+from megadpo.errors import UserError
+from megadpo.model.families import check_tensors, family_of
+from megadpo.output import claim_output_dir
+from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.platform.device import resolve_dtype
+from megadpo.platform.world import world_size
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model directory, opened: its configuration, and where its tensors are read from.
+
+    Attributes:
+        huggingface: the directory with config.json and the tokenizer.
+    """
+
+    path: str
+    huggingface: Path
+    config: Any
+    source: hf.TensorSource
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked and can start.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        resume: the step directory to go on from, or None.
+    """
+
+    config: Config
+    layout: Layout
+    dtype: torch.dtype
+    policy: ModelFiles
+    reference: ModelFiles
+    train: Packing
+    eval: Packing | None
+    reports: dict[str, DataReport]
+    num_steps: int
+    output_dir: Path
+    resume: Path | None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Pairs that one epoch sees."""
+        return samples_per_epoch(self.train.groups.sources, self.train.groups.source_weights)
+
+    def batch(self, step: int) -> IntArray:
+        """Group numbers of a step's global batch."""
+        groups, options = self.train.groups, self.config
+        return step_batch(
+            groups.sources,
+            groups.source_weights,
+            step,
+            options.train.pairs_per_step,
+            options.train.seed,
+            options.data.shuffle,
+            None if options.train.steps else options.train.epochs or 1.0,
+        )
+
+
+def prepare(config: Config) -> Plan:
+    """Check everything and make the data ready, before any process group exists.
+
+    Raises:
+        UserError: whatever cannot work.
+    """
+    config.require_for_training()
+    config = config.resolved()
+    layout = choose_layout(config.parallel, world_size())
+    policy = open_model(config.model.path, "model.path")
+    reference = policy
+    if config.reference.path not in (None, config.model.path):
+        assert config.reference.path is not None
+        reference = open_model(config.reference.path, "reference.path")
+        _check_same_vocabulary(policy, reference)
+        check_layout(layout, reference.config)
+    check_layout(layout, policy.config, config.train.pairs_per_step)
+    output_dir = Path(config.output_dir)
+    resume = claim_output_dir(output_dir, config)
+    reports: dict[str, DataReport] = {}
+    train = _packing(config, config.data.train, policy, layout, reports, "train")
+    held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
+    if config.eval.every and held_out is None:
+        raise UserError("eval.every is set but data.eval is not; name the held-out pairs or set eval.every to 0")
+    total = config.train.steps or _steps_of_epochs(train.groups, config)
+    return Plan(
+        config,
+        layout,
+        resolve_dtype(config.model.dtype),
+        policy,
+        reference,
+        train,
+        held_out,
+        reports,
+        total,
+        output_dir,
+        resume,
+    )
+
+
+def open_model(path: str, setting: str) -> ModelFiles:
+    """Open a Hugging Face model directory or one of our checkpoints, and check that every tensor is there.
+
+    Raises:
+        UserError: naming `setting`, the file or tensor, and what is wrong.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
+    if sharded.is_checkpoint(directory):
+        checkpoint = sharded.open_checkpoint(directory)
+        huggingface, source = checkpoint.huggingface, checkpoint.source("weights")
+    else:
+        huggingface, source = directory, None
+    config = hf.read_hf_config(huggingface)
+    family_of(config)
+    source = source or hf.open_hf(directory)
+    check_tensors(config, source)
+    return ModelFiles(path, huggingface, config, source)
+
+
+def data_packing(
+    config: Config, groups: GroupStore, layout: Layout, hidden_size: int, tokens_per_micro_batch: int, setting: str
+) -> Packing:
+    """`groups` measured for packing in this layout."""
+    return prepare_packing(
+        groups,
+        share_prompts=config.data.share_prompts,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        setting=setting,
+        num_data_parallel=layout.data,
+        multiple_of=layout.tensor if layout.sequence else 1,
+        hidden_size=hidden_size,
+    )
+
+
+def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
+    """Refuse groups with token ids that the model has no row for.
+
+    Raises:
+        UserError: the tokenizer does not belong to the model.
+    """
+    if groups.max_token_id() >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {model.huggingface} makes token id {groups.max_token_id()} but the model's vocabulary has "
+            f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model"
+        )
+
+
+def _packing(
+    config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
+) -> Packing:
+    prepared = prepare_groups(config.data, sources, str(model.huggingface))
+    check_token_ids(prepared.groups, model)
+    groups = prepared.groups
+    if which == "eval" and config.eval.pairs is not None:
+        groups = first_groups(groups, config.eval.pairs)
+    reports[which] = prepared.report
+    return data_packing(
+        config,
+        groups,
+        layout,
+        model.config.hidden_size,
+        config.train.tokens_per_micro_batch,
+        "train.tokens_per_micro_batch",
+    )
+
+
+def first_groups(groups: GroupStore, count: int) -> GroupStore:
+    """The first `count` groups of a store."""
+    return GroupStore.of(groups[number] for number in range(min(count, len(groups))))
+
+
+def _steps_of_epochs(groups: GroupStore, config: Config) -> int:
+    an_epoch = samples_per_epoch(groups.sources, groups.source_weights)
+    return num_steps(an_epoch, config.train.pairs_per_step, config.train.epochs or 1.0)
+
+
+def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:
+    if policy.config.vocab_size != reference.config.vocab_size:
+        raise UserError(
+            f"reference.path: {reference.path} has {reference.config.vocab_size} vocabulary rows and the policy "
+            f"{policy.config.vocab_size}; both must read the same tokens"
+        )

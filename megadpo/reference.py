@@ -1,0 +1,109 @@
+"""The frozen reference: a second model run beside the policy, or its log-probs computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from megadpo.checkpoint.hf import TensorSource
+from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.packing import Packing
+from megadpo.errors import UserError
+from megadpo.model.build import Stage, build_stage, load_weights
+from megadpo.parallel.layout import Layout
+from megadpo.parallel.schedule import forward_only
+from megadpo.platform.device import compute_device
+from megadpo.score import response_logps
+
+Reference = Callable[[Sequence[MicroBatch]], list[Tensor]]
+"""Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty)."""
+
+CACHE_VERSION = 1
+
+
+def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource) -> Stage:
+    """The reference model's stage on this rank, loaded, without gradients."""
+    stage = build_stage(hf_config, layout, dtype)
+    load_weights(stage, source)
+    stage.model.requires_grad_(False)
+    stage.model.eval()
+    return stage
+
+
+def resident(stage: Stage) -> Reference:
+    """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
+    bit-equal log-probs."""
+    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.model, micro_batches)]
+
+
+def precomputed(logps_GK: np.ndarray) -> Reference:
+    """A reference that looks up what was computed before; `logps_GK` by group number and response."""
+    table_GK = torch.from_numpy(logps_GK).to(compute_device())
+
+    def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        rows = [torch.tensor(mb.rows, dtype=torch.int64, device=table_GK.device) for mb in micro_batches]
+        return [table_GK[numbers].flatten() for numbers in rows]
+
+    return look_up
+
+
+def cache_key(weights_digest: str, groups_digest: str, dtype: torch.dtype) -> str:
+    """A name for everything that changes a reference log-prob.
+
+    The groups' digest covers rows, tokenizer, template and truncation, since all of them act through the token ids.
+    """
+    parts = {"version": CACHE_VERSION, "weights": weights_digest, "groups": groups_digest, "dtype": str(dtype)}
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def cached_logps(directory: Path, key: str, packing: Packing, build: Callable[[], Stage]) -> tuple[np.ndarray, bool]:
+    """Reference log-probs [G, K] of all groups of `packing` from the cache, or computed and cached; collective.
+
+    Rank 0 reads and writes the cache; the values reach the others over the process group.
+
+    Args:
+        build: makes the reference's stage; called only where the cache does not have the key.
+
+    Returns:
+        The log-probs, and whether they came from the cache.
+    """
+    path = directory / "reference" / f"{key}.safetensors"
+    logps_GK = np.zeros((len(packing.groups), len(packing.groups[0].responses)))
+    found = torch.zeros((), dtype=torch.int64, device=compute_device())
+    if dist.get_rank() == 0 and path.is_file():
+        logps_GK = _read(path, logps_GK.shape)
+        found += 1
+    dist.broadcast(found, 0)
+    if found:
+        shared = torch.from_numpy(logps_GK).to(compute_device())
+        dist.broadcast(shared, 0)
+        return shared.cpu().numpy(), True
+    for numbers, values in response_logps(build(), packing):
+        logps_GK[numbers.start : numbers.stop] = values
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"logps_GK": logps_GK}, partial)
+        partial.replace(path)
+    return logps_GK, False
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        logps_GK = load_file(path)["logps_GK"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"the reference cache {path} is damaged ({error}); delete it") from error
+    if logps_GK.shape != shape:
+        raise UserError(f"the reference cache {path} holds {logps_GK.shape} values, not {shape}; delete it")
+    return logps_GK

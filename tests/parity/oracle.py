@@ -1,0 +1,59 @@
+"""The independent source: plain transformers, one sequence at a time, no packing, no sharing, no parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megadpo.data.groups import Group
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model in eager attention."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+
+
+def response_logp(model: torch.nn.Module, group: Group, response: int) -> Tensor:
+    """Sum of the completion tokens' log-probs, float64."""
+    prompt, completion = (torch.from_numpy(ids).long() for ids in (group.prompt_of(response), group.responses[response]))
+    logits = model(torch.cat([prompt, completion])[None]).logits[0]
+    logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+    return logps.gather(1, completion[:, None]).sum()
+
+
+def all_logps(model: torch.nn.Module, groups: Sequence[Group]) -> Tensor:
+    """[groups, 2], without gradients."""
+    with torch.no_grad():
+        return torch.stack([torch.stack([response_logp(model, g, r) for r in (0, 1)]) for g in groups])
+
+
+def dpo_step(
+    model: torch.nn.Module, groups: Sequence[Group], reference_logps: Tensor, beta: float, smoothing: float = 0.0
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss of the batch (mean over pairs) and its gradient by Hugging Face parameter name."""
+    model.zero_grad()
+    total = 0.0
+    for group, reference in zip(groups, reference_logps, strict=True):
+        logps = torch.stack([response_logp(model, group, r) for r in (0, 1)])
+        scaled = beta * ((logps - reference)[0] - (logps - reference)[1])
+        loss = (-(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)) / len(groups)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """max over tensors of ||a - b|| / ||b||; a tensor with a tiny norm is measured against the largest one."""
+    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+    largest = max(float(b.norm()) for b in theirs.values())
+    errors = {}
+    for name, b in theirs.items():
+        size = float(b.norm())
+        errors[name] = float((ours[name].double() - b.double()).norm()) / (size if size > 1e-4 * largest else largest)
+    name = max(errors, key=lambda name: errors[name])
+    return errors[name], name

@@ -1,0 +1,168 @@
+"""What the ranks of the parity worlds do: one layout after the other in the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.config import ObjectiveConfig, TrainConfig
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
+from megadpo.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of computing the same thing."""
+
+    layout: Layout
+    share_prompts: bool = True
+    tokens_per_micro_batch: int = 400
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        shared = "shared" if self.share_prompts else "unshared"
+        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, recompute {self.recompute}"
+
+
+@dataclass
+class Outcome:
+    """What a case gave, under Hugging Face names, whole tensors."""
+
+    logps: Tensor = field(default_factory=lambda: torch.empty(0))
+    loss: float = 0.0
+    margins: Tensor = field(default_factory=lambda: torch.empty(0))
+    grad_norm: float = 0.0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def outcomes(
+    model: Path,
+    reference: Path,
+    groups: Sequence[Group],
+    cases: Sequence[Case],
+    num_steps: int = 0,
+    dtype: torch.dtype = torch.float32,
+    objective: ObjectiveConfig | None = None,
+    tiny_tiles: bool = True,
+) -> list[Outcome] | None:
+    """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
+    from megadpo.platform.world import joined_world
+
+    if tiny_tiles:
+        from megadpo.model import head
+
+        head.TILE_ROWS = 7  # several tiles and a ragged last one, even at these sizes
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            results.append(_outcome(model, reference, groups, case, num_steps, dtype, objective or ObjectiveConfig()))
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return results if rank == 0 else None
+
+
+def _outcome(
+    model: Path,
+    reference: Path,
+    groups: Sequence[Group],
+    case: Case,
+    num_steps: int,
+    dtype: torch.dtype,
+    objective: ObjectiveConfig,
+) -> Outcome:
+    from megadpo.data.packing import prepare_packing
+    from megadpo.model.build import build_stage, load_weights
+    from megadpo.objectives.preference import Normalisers, evaluate
+    from megadpo.objectives.statistics import pair_statistics
+    from megadpo.parallel.megatron import MegatronEngine
+    from megadpo.prepare import open_model
+    from megadpo.reference import frozen_stage, resident
+    from megadpo.score import response_logps
+    from megadpo.train import rank_micro_batches
+
+    layout, files, theirs = case.layout, open_model(str(model), "model"), open_model(str(reference), "reference")
+    packing = prepare_packing(
+        GroupStore.of(groups),
+        share_prompts=case.share_prompts,
+        tokens_per_micro_batch=case.tokens_per_micro_batch,
+        setting="train.tokens_per_micro_batch",
+        num_data_parallel=layout.data,
+        multiple_of=layout.tensor if layout.sequence else 1,
+        hidden_size=64,
+    )
+    stage = build_stage(files.config, layout, dtype, case.recompute)
+    load_weights(stage, files.source)
+    outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
+    run_reference = resident(frozen_stage(theirs.config, layout, dtype, theirs.source))
+    stage.model.train()
+    engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
+    micro_batches = rank_micro_batches(packing, list(range(len(groups))))
+    reference_logps = run_reference(micro_batches)
+    for step in range(max(1, num_steps)):
+        total = torch.zeros((), dtype=torch.float64)
+        margins: list[Tensor] = []
+
+        def gradient(number: int, sums_RS: Tensor) -> Tensor:
+            statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
+            evaluated = evaluate(statistics, Normalisers(len(groups)), objective)
+            ratio = statistics.logps_R - statistics.reference_logps_R
+            margins.append(ratio[statistics.chosen_P] - ratio[statistics.rejected_P])
+            total.add_(evaluated.loss)
+            return evaluated.gradient_R
+
+        engine.forward_backward(micro_batches, gradient)
+        engine.finish_gradients()
+        gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
+        grad_norm = engine.step(1e-3)
+        if step == 0:
+            outcome.gradients = whole_tensors(files.config, stage, gradients, layout)
+            outcome.grad_norm, outcome.loss = grad_norm, _once_a_replica(total, layout)
+            outcome.margins = torch.cat(margins) if margins else torch.empty(0)
+    if num_steps:
+        weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
+        outcome.weights = whole_tensors(files.config, stage, weights, layout)
+    outcome.margins = torch.cat(_gathered(outcome.margins))
+    return outcome
+
+
+def whole_tensors(hf_config: object, stage: object, local: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Rank-local tensors by Megatron name, put together to whole ones by Hugging Face name (fp32), on every rank."""
+    parts = [
+        (piece, tensor.narrow(piece.dim, piece.local_start, piece.length).float())
+        for name, tensor in local.items()
+        for piece in stage.parameters[name][1].pieces  # type: ignore[attr-defined]
+    ]
+    everything: list[tuple[object, Tensor]] = [part for rank_parts in _gathered(parts) for part in rank_parts]
+    ends: dict[str, int] = {}
+    for piece, _ in everything:
+        ends[piece.logical_name] = max(ends.get(piece.logical_name, 0), piece.logical_start + piece.length)
+    whole: dict[str, Tensor] = {}
+    for piece, tensor in everything:
+        if piece.logical_name not in whole:
+            shape = list(tensor.shape)
+            shape[piece.dim] = ends[piece.logical_name]
+            whole[piece.logical_name] = torch.full(shape, torch.nan)
+        target = whole[piece.logical_name].narrow(piece.dim, piece.logical_start, piece.length)
+        target.copy_(tensor)
+    return whole
+
+
+def _once_a_replica(total: Tensor, layout: Layout) -> float:
+    """The loss summed over replicas: last stages hold a share each, all their tensor ranks the same one."""
+    summed = total.clone()
+    dist.all_reduce(summed)
+    return float(summed) / layout.tensor
+
+
+def _gathered(value: object) -> list:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ def _text_row(prompt: str | None, chosen: str, rejected: str) -> PreferenceRow:
             conversational=False,
             rejected_prompt=other if other != prompt else None,
         )
-    cut = _first_difference(chosen, rejected)
+    cut = _implicit_prompt_length(chosen, rejected)
     if 0 < cut < min(len(chosen), len(rejected)) and chosen[cut - 1] == " " and chosen[cut] != rejected[cut]:
         cut -= 1
     return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:], conversational=False)
@@ -127,7 +127,7 @@ def _message_row(
         if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
-        cut = _first_difference(chosen, rejected)
+        cut = _implicit_prompt_length(chosen, rejected)
         if cut:
             prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         elif prompt:
@@ -143,13 +143,17 @@ def _message_row(
     return PreferenceRow(prompt, chosen, rejected, True, rejected_prompt, template_kwargs)
 
 
-def _first_difference(chosen: Content, rejected: Content) -> int:
-    """Length of the common beginning; the shorter side's last item is left over (as in TRL's extract_prompt)."""
-    shorter = min(len(chosen), len(rejected))
-    for index in range(shorter):
-        if chosen[index] != rejected[index]:
-            return index
-    return max(shorter - 1, 0)
+def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """Number of leading items (characters, messages, ids) that both sequences have."""
+    shorter = min(len(ours), len(theirs))
+    if ours[:shorter] == theirs[:shorter]:
+        return shorter
+    return next(index for index in range(shorter) if ours[index] != theirs[index])
+
+
+def _implicit_prompt_length(chosen: Content, rejected: Content) -> int:
+    """The common beginning, of which the shorter side keeps its last item as a completion (as TRL's extract_prompt)."""
+    return max(min(first_difference(chosen, rejected), len(chosen) - 1, len(rejected) - 1), 0)
 
 
 def _as_messages(side: Content) -> list[Message]:
@@ -179,7 +183,7 @@ def _read_message(turn: object, name: str, location: str) -> Message:
     content = message.get("content")
     if isinstance(content, str):
         _checked_text(content, name, location)
-    elif not (isinstance(content, list) or content is None and message.get("tool_calls")):
+    elif not isinstance(content, list) and not (content is None and message.get("tool_calls")):
         raise UserError(f"{location}: a message of `{name}` has no text as its content but {content!r:.40}")
     return message
 

@@ -81,7 +81,7 @@ def check_groups_fit(
 
 
 def group_costs(groups: GroupStore, share_prompts: bool, hidden_size: int) -> FloatArray:
-    """Work of each group in tokens' worth of dense layers: its tokens + attention's query-key pairs / (6 x hidden_size).
+    """Work of each group, in tokens' worth of dense layers: tokens + attention's query-key pairs / (6 x hidden_size).
 
     A token costs about 24 x hidden_size^2 in a layer's projections and MLP, a query-key pair 4 x hidden_size.
 

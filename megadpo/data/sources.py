@@ -91,7 +91,7 @@ def _parse_source(entry: object, columns: dict[str, str]) -> Source:
 def _checked_path(value: object) -> Any:
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, str) and value.strip() or _is_dataset(value):
+    if (isinstance(value, str) and value.strip()) or _is_dataset(value):
         return value
     raise UserError(
         f"data: a source must be a path, a Hub id, a datasets.Dataset or a mapping with `path`, got {value!r:.80}"

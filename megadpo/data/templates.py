@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megadpo.data.formats import Message
+from megadpo.data.formats import Message, first_difference
 from megadpo.errors import UserError
 
 
@@ -18,7 +18,7 @@ def read_template(value: str | None) -> str | None:
     """
     if value is None:
         return None
-    if "{" not in value or len(value) < 255 and os.path.exists(value):
+    if "{" not in value or (len(value) < 255 and os.path.exists(value)):
         try:
             return Path(value).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -68,15 +68,15 @@ def check_prompt_survives(
     """Refuse a template that renders the prompt so differently with a completion that its last turn is not common.
 
     Where the rendered prompt is no prefix of the rendered conversation, the completion starts at their first
-    difference. That is right for a generation prompt that the conversation leaves out (DeepSeek-R1's "<think>"), and nonsense where
-    the difference lies before the end of the last user turn: it would be trained as if it were the answer.
+    difference. That is right for a generation prompt that the conversation leaves out (DeepSeek-R1's "<think>"), and
+    nonsense where it lies before the end of the last user turn, which would be trained as if it were the answer.
 
     Raises:
         UserError: for such a row.
     """
     alone = render_text(tokenizer, prompt, location, add_generation_prompt=True, **kwargs)
     whole = render_text(tokenizer, prompt + completion, location, **kwargs)
-    common = len(os.path.commonprefix([alone, whole]))
+    common = first_difference(alone, whole)
     content = prompt[-1].get("content")
     text = content.strip() if isinstance(content, str) else ""
     start = alone.rfind(text) if text else -1

@@ -6,12 +6,13 @@ its `DataCollatorForPreference`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megadpo.data import templates
-from megadpo.data.formats import PreferenceRow
+from megadpo.data.formats import PreferenceRow, first_difference
 from megadpo.errors import UserError
 
 EMPTY = "empty completion"
@@ -50,8 +51,6 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     Raises:
         UserError: where the directory or its tokenizer is missing or broken.
     """
-    import os
-
     if not os.path.isdir(path):
         raise UserError(f"model.path: {path} is not a directory; the tokenizer is read from it")
     from transformers import AutoTokenizer
@@ -128,29 +127,21 @@ def _tokenise_conversation(row: PreferenceRow, tokenizer: Any, location: str) ->
             ids.append(prompt_ids)
         whole_ids = templates.render_ids(tokenizer, prompt + completion, location, **kwargs)
         ids.append(whole_ids)
-        if common_prefix_length(prompt_ids, whole_ids) < len(prompt_ids):
+        if first_difference(prompt_ids, whole_ids) < len(prompt_ids):
             templates.check_prompt_survives(tokenizer, prompt, completion, location, **kwargs)
     return _pair(ids)
-
-
-def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
-    """Number of leading tokens that both sequences have."""
-    shorter = min(len(ids), len(other_ids))
-    if list(ids[:shorter]) == list(other_ids[:shorter]):
-        return shorter
-    return next(index for index in range(shorter) if ids[index] != other_ids[index])
 
 
 def _pair(ids: list[list[int]]) -> PairTokens | str:
     """Split prompt and completions at the shorter common prefix of the prompt with either whole."""
     if len(ids) == 3:
         prompt, chosen, rejected = ids
-        cut = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+        cut = min(first_difference(prompt, chosen), first_difference(prompt, rejected))
         moved = cut < len(prompt)
         pair = PairTokens((prompt[:cut],), (chosen[cut:], rejected[cut:]), moved)
     else:
         prompt, chosen, other, rejected = ids
-        cut, other_cut = common_prefix_length(prompt, chosen), common_prefix_length(other, rejected)
+        cut, other_cut = first_difference(prompt, chosen), first_difference(other, rejected)
         moved = cut < len(prompt) or other_cut < len(other)
         pair = PairTokens((prompt[:cut], other[:other_cut]), (chosen[cut:], rejected[other_cut:]), moved)
     if not all(pair.responses):
@@ -237,5 +228,5 @@ def last_turn_lengths(row: PreferenceRow, pair: PairTokens, tokenizer: Any, loca
             ids = templates.last_turn_ids(tokenizer, prompt, location, **row.template_kwargs)
         elif isinstance(prompt, str) and _LAST_TURN in prompt:
             ids = tokenizer(prompt[prompt.rindex(_LAST_TURN) :], add_special_tokens=False)["input_ids"]
-        lengths.append(max(1, common_prefix_length(ids[::-1], prompt_ids[::-1])))
+        lengths.append(max(1, first_difference(ids[::-1], prompt_ids[::-1])))
     return lengths

@@ -85,10 +85,13 @@ install_environment() {
     "$BIN/python" -m pip install -q -c "$constraints" -e "$ROOT${extra:+[$extra]}"
 }
 
-# The CPU wheel (2.13.0+cpu, preferred by pip where its index is reached) spares gigabytes of CUDA libraries.
+# The CPU wheel (2.13.0+cpu) spares gigabytes of CUDA libraries; without its index, the configured ones have to serve.
 install_cpu_torch() {
-    "$BIN/python" -m pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
-        "$(grep '^torch==' "$ROOT/constraints.txt")"
+    local index="https://download.pytorch.org/whl/cpu/" options=()
+    if "$BIN/python" -c "import urllib.request as r; r.urlopen('${index}torch/', timeout=10)" 2>/dev/null; then
+        options=(--extra-index-url "$index")
+    fi
+    "$BIN/python" -m pip install -q ${options[@]+"${options[@]}"} "$(grep '^torch==' "$ROOT/constraints.txt")"
 }
 
 # launch_train ARGUMENTS…: torchrun where the arguments describe processes, else one process (which may be a SLURM task).

@@ -59,7 +59,7 @@ class DataConfig:
     """What gives way beyond `max_length`: `prompt_left` (the prompt's beginning, then the completion's end),
     `keep_start` or `keep_end` of the whole sequence."""
     chat_template: str | None = None
-    """File with a Jinja chat template; null = the tokenizer's own."""
+    """A Jinja chat template, as a file or as its text; null = the tokenizer's own."""
     share_prompts: bool = True
     """Compute a prompt once for both of its responses; false = once per response (the numbers are the same)."""
     columns: dict[str, str] = field(default_factory=dict)

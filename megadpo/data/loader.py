@@ -63,20 +63,55 @@ def step_batch(
     Returns:
         int64 [at most pairs_per_step]: group numbers.
     """
-    an_epoch = samples_per_epoch(sources, weights)
-    assert an_epoch > 0 and step >= 0 and pairs_per_step >= 1
-    end = (step + 1) * pairs_per_step
-    if epochs is not None:
-        end = min(end, num_samples(an_epoch, epochs))
-    parts = [np.zeros(0, np.int64)]
-    sample = step * pairs_per_step
-    while sample < end:
-        epoch, place = divmod(sample, an_epoch)
-        order = epoch_order(sources, weights, epoch, seed, shuffle)
-        part = order[place : place + end - sample]
-        parts.append(part)
-        sample += len(part)
-    return np.concatenate(parts)
+    return Batches(sources, weights, pairs_per_step, seed, shuffle, epochs).at(step)
+
+
+class Batches:
+    """`step_batch` for many steps of one run: the order of the epoch at hand is kept, nothing else is remembered.
+
+    Attributes:
+        samples_per_epoch: groups an epoch sees.
+        num_steps: of a run of `epochs` epochs; None where it has no end.
+    """
+
+    def __init__(
+        self,
+        sources: int | npt.ArrayLike,
+        weights: Sequence[float] | npt.ArrayLike,
+        pairs_per_step: int,
+        seed: int,
+        shuffle: bool = True,
+        epochs: float | None = None,
+    ) -> None:
+        """Arguments as those of `step_batch`."""
+        assert pairs_per_step >= 1
+        self._data = (sources, weights)
+        self._seed, self._shuffle = seed, shuffle
+        self._pairs_per_step = pairs_per_step
+        self.samples_per_epoch = samples_per_epoch(sources, weights)
+        assert self.samples_per_epoch > 0
+        self._num_samples = None if epochs is None else num_samples(self.samples_per_epoch, epochs)
+        self.num_steps = None if epochs is None else num_steps(self.samples_per_epoch, pairs_per_step, epochs)
+        self._order: tuple[int, IntArray] | None = None
+
+    def at(self, step: int) -> IntArray:
+        """int64 [at most pairs_per_step]: the groups of a step."""
+        assert step >= 0
+        sample, end = step * self._pairs_per_step, (step + 1) * self._pairs_per_step
+        if self._num_samples is not None:
+            end = min(end, self._num_samples)
+        parts = [np.zeros(0, np.int64)]
+        while sample < end:
+            epoch, place = divmod(sample, self.samples_per_epoch)
+            part = self._order_of(epoch)[place : place + end - sample]
+            parts.append(part)
+            sample += len(part)
+        return np.concatenate(parts)
+
+    def _order_of(self, epoch: int) -> IntArray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(*self._data, epoch, self._seed, self._shuffle))
+        return self._order[1]
 
 
 def epoch_order(
@@ -90,10 +125,10 @@ def epoch_order(
         if extra:
             # A window that moves on by its own length every epoch: no row twice in an epoch, none left behind for long.
             window = (np.arange(extra) + epoch * extra) % len(rows)
-            chosen = _random(seed, _SUBSET, number).permutation(len(rows)) if shuffle else np.arange(len(rows))
+            chosen = _permutation(len(rows), seed, _SUBSET, number) if shuffle else np.arange(len(rows))
             parts.append(rows[np.sort(chosen[window])])
     order = np.concatenate(parts)
-    return _random(seed, _ORDER, epoch).permutation(order) if shuffle else order
+    return order[_permutation(len(order), seed, _ORDER, epoch)] if shuffle else order
 
 
 def _members(sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike) -> list[tuple[IntArray, float]]:
@@ -111,5 +146,7 @@ def _num_samples(num_rows: int, weight: float) -> int:
     return max(math.floor(num_rows * weight + 0.5), 1) if num_rows else 0
 
 
-def _random(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number])))
+def _permutation(count: int, seed: int, purpose: int, number: int) -> IntArray:
+    """The order of `count` random 64-bit numbers: unlike Generator.permutation, the same in every version of numpy."""
+    bits = np.random.Philox(np.random.SeedSequence([seed, purpose, number])).random_raw(count)
+    return np.argsort(bits, kind="stable")

@@ -26,17 +26,35 @@ def _data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def hh_rows() -> list[dict[str, str]]:
-    """Raw hh-rlhf rows: the real ones, or generated ones of the same form (and oddities) where those are not at hand."""
+    """Raw hh-rlhf rows: the real ones, or generated ones with the same oddities where those are not at hand."""
     file = _data_folder() / "hh-rlhf-harmless-test.jsonl.gz"
     if file.exists():
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
-    warnings.warn(f"{file} is not there (MEGADPO_TEST_DATA): generated hh-rlhf-like rows are used instead", stacklevel=1)
+    warnings.warn(
+        f"{file} is not there (MEGADPO_TEST_DATA): generated hh-rlhf-like rows are used instead", stacklevel=1
+    )
     return [_generated_row(random.Random(number), number) for number in range(2312)]
 
 
 def _generated_row(rng: random.Random, number: int) -> dict[str, str]:
-    words = "what is the best way to bake a cake, I’d rather not; perhaps tea? no! it isn't 12 o'clock".split()
+    words = [
+        "what",
+        "is",
+        "the",
+        "best",
+        "way",
+        "to",
+        "bake",
+        "a",
+        "cake,",
+        "I’d",
+        "rather",
+        "not;",
+        "it",
+        "isn't",
+        "12.",
+    ]
 
     def say(most: int) -> str:
         return " ".join(rng.choices(words, k=rng.randint(3, most)))

@@ -1,0 +1,149 @@
+"""Every supported row format ends as the same PreferenceRow; everything else is refused with its location."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megadpo.data.formats import PreferenceRow, recognise
+from megadpo.errors import UserError
+
+USER = {"role": "user", "content": "Colour of the sky?"}
+BLUE, GREEN = ({"role": "assistant", "content": text} for text in ("Blue.", "Green."))
+CONVERSATION = PreferenceRow([USER], [BLUE], [GREEN], conversational=True)
+
+
+def test_explicit_text() -> None:
+    row = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green.", "score": 3}
+    assert recognise(row, "f:1") == PreferenceRow("Sky?", " Blue.", " Green.", conversational=False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
+        {"prompt": [USER], "chosen": BLUE, "rejected": GREEN},
+        {"prompt": [USER], "chosen": "Blue.", "rejected": "Green."},
+        {"chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"prompt": "Colour of the sky?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"prompt": "Colour of the sky?", "chosen": [BLUE], "rejected": [GREEN]},
+        {"prompt": [USER], "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"prompt": [], "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"messages": [USER], "chosen": [BLUE], "rejected": [GREEN]},
+        {"conversations": [USER], "chosen": [BLUE], "rejected": [GREEN]},
+        {"prompt": [USER | {"tool_calls": None}], "chosen": [BLUE], "rejected": [GREEN | {"name": None}]},
+        {
+            "conversations": [{"from": "human", "value": "Colour of the sky?"}],
+            "chosen": {"from": "gpt", "value": "Blue."},
+            "rejected": [{"from": "assistant", "value": "Green."}],
+        },
+    ],
+)
+def test_every_form_of_a_conversation_is_the_same_pair(row: dict[str, Any]) -> None:
+    assert recognise(row, "f:1") == CONVERSATION
+
+
+def test_a_sharegpt_system_column_and_turn_become_a_system_message() -> None:
+    turns = [{"from": "human", "value": "Hi"}]
+    sides = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    expected = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert recognise({"conversations": turns, "system": "Be kind.", **sides}, "f:1").prompt == expected
+    turns = [{"from": "system", "value": "Be kind."}, *turns]
+    assert recognise({"conversations": turns, "system": "", **sides}, "f:1").prompt == expected
+
+
+def test_raw_hh_rlhf_text_is_split_after_the_last_assistant_mark() -> None:
+    prompt = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Sky?\n\nAssistant:"
+    row = recognise({"chosen": prompt + " It is blue.", "rejected": prompt + " It is green."}, "f:1")
+    assert row == PreferenceRow(prompt, " It is blue.", " It is green.", conversational=False)
+
+
+def test_raw_hh_rlhf_text_with_differing_prompts_keeps_both() -> None:
+    one, other = "\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Sky?\n\nAssistant:"
+    row = recognise({"chosen": one + " Yes.", "rejected": other + " Blue."}, "f:1")
+    assert row == PreferenceRow(one, " Yes.", " Blue.", conversational=False, rejected_prompt=other)
+
+
+def test_real_hh_rows_put_together_again_are_the_rows(hh_rows: list[dict[str, str]]) -> None:
+    num_unshared = 0
+    for number, raw in enumerate(hh_rows):
+        row = recognise(raw, f"f:{number}")
+        assert row.prompt.endswith("\n\nAssistant:") and "\n\nAssistant:" not in row.chosen + row.rejected
+        other = row.prompt if row.rejected_prompt is None else row.rejected_prompt
+        assert (row.prompt + row.chosen, other + row.rejected) == (raw["chosen"], raw["rejected"])
+        num_unshared += row.rejected_prompt is not None
+    assert num_unshared == 5
+
+
+def test_conversations_that_share_no_message_keep_two_prompts() -> None:
+    hello = {"role": "user", "content": "Hello"}
+    row = recognise({"chosen": [USER, BLUE], "rejected": [hello, GREEN]}, "f:1")
+    assert row == PreferenceRow([USER], [BLUE], [GREEN], True, rejected_prompt=[hello])
+
+
+@settings(deadline=None)
+@given(st.text("ab ", min_size=1, max_size=12), st.text("ab ", min_size=1, max_size=12))
+def test_implicit_text_is_split_as_trl_splits_it(chosen: str, rejected: str) -> None:
+    from trl import extract_prompt
+
+    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    row = recognise({"chosen": chosen, "rejected": rejected}, "f:1")
+    if chosen[0] == rejected[0]:  # where nothing is common TRL looks at the last character
+        assert {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} == expected
+    else:
+        assert (row.prompt, row.chosen, row.rejected) == ("", chosen, rejected)
+
+
+def test_tools_and_template_arguments_are_passed_on() -> None:
+    row = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "tools": '[{"name": "look"}]'}
+    row["chat_template_kwargs"] = {"enable_thinking": False}
+    assert recognise(row, "f:1").template_kwargs == {"tools": [{"name": "look"}], "enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "f:9: the row lacks `chosen` and `rejected`; it has no field at all"),
+        ({"prompt": "a", "chosen": "b", "text": "c"}, "f:9: the row lacks `rejected`; it has prompt, chosen, text"),
+        (
+            {"messages": [USER, BLUE], "label": True},
+            "f:9: the row lacks `chosen` and `rejected`; it has messages, label",
+        ),
+        ({"chosen": "a", "rejected": None}, "f:9: the row lacks `rejected`"),
+        ({"chosen": 1, "rejected": "b"}, "f:9: `chosen` must be text or a list of messages, it is int"),
+        ({"chosen": "a", "rejected": [GREEN]}, "f:9: `chosen` and `rejected` must both be text or both be messages"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "f:9: `chosen` has a message without"),
+        ({"chosen": [{"role": "user"}], "rejected": [GREEN]}, "f:9: a message of `chosen` has no text as its content"),
+        (
+            {"chosen": [{"from": "martian", "value": "x"}], "rejected": [GREEN]},
+            "f:9: `chosen` has a turn from 'martian'",
+        ),
+        ({"chosen": [BLUE], "rejected": [GREEN]}, "f:9: no prompt: `chosen` and `rejected` share no leading message"),
+        (
+            {"prompt": "a\ud800", "chosen": "b", "rejected": "c"},
+            "f:9: `prompt` has half a surrogate pair at character 1",
+        ),
+        ({"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "tools": "{"}, "f:9: `tools` is no valid JSON"),
+        (
+            {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "chat_template_kwargs": {"tokenize": False}},
+            "f:9: chat_template_kwargs may not set 'tokenize'",
+        ),
+    ],
+)
+def test_rows_without_what_is_needed_are_refused_with_their_location(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recognise(row, "f:9")
+    assert str(caught.value).startswith(message)
+
+
+def test_empty_and_identical_pairs_are_seen_in_both_forms() -> None:
+    def read(chosen: Any, rejected: Any) -> PreferenceRow:
+        return recognise({"prompt": "p", "chosen": chosen, "rejected": rejected}, "f:1")
+
+    assert read(" \n", "b").has_empty_completion and read([BLUE], [GREEN | {"content": " "}]).has_empty_completion
+    called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
+    assert not read(called, [GREEN]).has_empty_completion
+    assert read("a", "a").is_identical and read([BLUE], [BLUE]).is_identical and not read("a", "b").is_identical

@@ -1,0 +1,158 @@
+"""Files, directories and Hugging Face datasets as sources, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadpo.data.sources import Source, iter_rows, parse_sources
+from megadpo.errors import UserError
+
+ROWS = [{"prompt": f"p{n}", "chosen": f"c{n} – é", "rejected": f"r{n}"} for n in range(5)]
+
+
+def read(path: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    return [row for _, row in iter_rows(Source(str(path) if isinstance(path, Path) else path, **kwargs))]
+
+
+def write(path: Path) -> Path:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "parquet.gz"])
+def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / f"rows.{suffix}")) == ROWS
+
+
+def test_json_may_also_hold_one_object_a_line_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    lines = "\n\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "rows.json").write_text("\ufeff" + lines, encoding="utf-8")
+    assert read(tmp_path / "rows.json") == ROWS
+    (tmp_path / "list.json").write_text("\ufeff \n" + json.dumps(ROWS), encoding="utf-8")
+    assert read(tmp_path / "list.json") == ROWS
+
+
+def test_a_directory_gives_its_files_in_sorted_order_and_leaves_others_out(tmp_path: Path) -> None:
+    for name, row in (("b.jsonl", ROWS[1]), ("a.jsonl", ROWS[0]), (".hidden.jsonl", ROWS[3])):
+        (tmp_path / name).write_text(json.dumps(row))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.json").write_text(json.dumps([ROWS[2]]))
+    (tmp_path / "README.md").write_text("no rows")
+    assert read(tmp_path) == ROWS[:3]
+
+
+def test_saved_in_memory_and_split_datasets_are_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list(ROWS)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(train=dataset.select([0]), test=dataset.select([3, 4])).save_to_disk(str(tmp_path / "many"))
+    assert read(tmp_path / "one") == ROWS
+    assert read(dataset) == ROWS
+    assert read(tmp_path / "many") == ROWS[:1]
+    assert read(tmp_path / "many", split="test") == ROWS[3:]
+    assert read(DatasetDict(test=dataset), split="test") == ROWS
+    with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
+        read(tmp_path / "many", split="dev")
+
+
+def test_columns_are_renamed_and_a_source_wins_over_the_common_ones(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "better": "b", "worse": "w", "chosen": "old"}')
+    entry = {"path": str(tmp_path / "rows.jsonl"), "columns": {"rejected": "worse", "prompt": "question"}}
+    (source,) = parse_sources(entry, {"chosen": "better", "rejected": "nothing"})
+    assert read(source.path, columns=source.columns) == [{"prompt": "q", "chosen": "b", "rejected": "w"}]
+
+
+def test_locations_name_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert list(iter_rows(Source(str(file)))) == [(f"{file}:1", {"a": 1}), (f"{file}:3", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": }\n', r"a.jsonl:2: invalid JSON"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}\n', r"a.jsonl:3: invalid UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', r"a.jsonl:2: a row must be a JSON object, this one is a list"),
+        ("a.json", b'[\n{"a": 1},\n{"a" 2}]', r"a.json:3: invalid JSON"),
+        ("a.json", b'[\n{"a": 1},\n{"a": "\xff"}]', r"a.json:3: invalid UTF-8"),
+        ("a.json", b'[{"a": 1}, "b"]', r"a.json: row 1: a row must be a JSON object, this one is a string"),
+        ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: invalid JSON"),
+        ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], r"a.jsonl.gz cannot be read"),
+        ("a.parquet", b"no parquet", r"a.parquet is no readable parquet file"),
+        ("a.csv", b"a,b", r"unknown suffix; understood: .jsonl, .jsonl.gz"),
+    ],
+)
+def test_broken_files_are_named_with_the_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_missing_files_and_directories_without_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
+        read(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match=r"does not exist"):
+        read("data/pairs.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no usable file; understood suffixes: .jsonl"):
+        read(tmp_path / "empty")
+    with pytest.raises(UserError, match="remove its `split`"):
+        read(write(tmp_path / "rows.jsonl"), split="train")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"nobody/nothing is no file here and could not be loaded from the Hub: "
+    ) as caught:
+        read("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "list of sources is empty"),
+        (7, "a source must be a path"),
+        ({"weight": 1}, "a source has no `path`; it has weight"),
+        ({"path": "a", "wieght": 1}, "unknown key 'wieght'"),
+        ({"path": "a", "weight": 0}, "weight of source a is 0; it must be a number above 0"),
+        ({"path": "a", "weight": True}, "weight of source a is True"),
+        ({"path": "a", "split": 1}, "split of source a is 1; it must be a string"),
+        ({"path": "a", "columns": {"chosen": 1}}, "columns of source a must map"),
+    ],
+)
+def test_wrong_source_values_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_sources(value)
+
+
+def test_lists_may_mix_paths_mappings_and_datasets() -> None:
+    from datasets import Dataset
+
+    dataset = Dataset.from_list(ROWS)
+    sources = parse_sources(["a.jsonl", Path("b.jsonl"), {"path": dataset, "weight": 2}, dataset], {"prompt": "q"})
+    assert [source.name for source in sources] == ["a.jsonl", "b.jsonl", "datasets.Dataset", "datasets.Dataset"]
+    assert [source.weight for source in sources] == [1.0, 1.0, 2.0, 1.0]
+    assert all(source.columns == {"prompt": "q"} for source in sources)

@@ -82,7 +82,7 @@ install_environment() {
     else
         install_cpu_torch
     fi
-    "$BIN/python" -m pip install -q -c "$constraints" -e "$ROOT${extra:+[$extra]}"
+    PYTHONWARNINGS=ignore "$BIN/python" -m pip install -q -c "$constraints" -e "$ROOT${extra:+[$extra]}"
 }
 
 # The CPU wheel (2.13.0+cpu) spares gigabytes of CUDA libraries; without its index, the configured ones have to serve.

@@ -38,7 +38,7 @@ def fail():
 
 def main():
     if case == "all": raise UserError("model directory is missing")
-    if case == "omp": print(os.environ["OMP_NUM_THREADS"], flush=True)
+    if case == "omp": os.write(1, (os.environ["OMP_NUM_THREADS"] + "\\n").encode())
     if case == "sleep":
         import subprocess
         child = subprocess.Popen(["sleep", "600"])

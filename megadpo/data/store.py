@@ -141,9 +141,8 @@ class GroupStore(Sequence[Group]):
             hasher.update(array.data)
         return hasher.hexdigest()
 
-    @cached_property
     def max_token_id(self) -> int:
-        """The largest id in use: it must lie below the model's vocabulary size."""
+        """The largest id in use: it must lie below the model's vocabulary size. Reads every token."""
         return int(self.columns.tokens_T.max(initial=0))
 
     def segment_lengths(self) -> npt.NDArray[np.int64]:

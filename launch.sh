@@ -61,6 +61,9 @@ make_environment() {
         return
     fi
     [[ "${MEGADPO_DRY_RUN:-}" == 1 ]] && return
+    # Many tasks at once would install into each other.
+    [[ "$COMMAND" == install || -z "${SLURM_PROCID:-}" || "${SLURM_NTASKS:-1}" == 1 ]] ||
+        die "the environment is missing or old; run ./launch.sh install once before the job"
     install_environment "$extra"
     echo "$wanted $extra" >"$stamp"
 }
@@ -136,16 +139,16 @@ launch_train() {
 usage() { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch.sh"; }
 
 main() {
-    local command="${1:-help}"
+    COMMAND="${1:-help}"
     (($#)) && shift
-    case "$command" in
+    case "$COMMAND" in
         help | -h | --help) usage ;;
         install) make_environment "${1:-}"; echo "environment: ${BIN%/bin}" ;;
         exec) (($#)) || die "exec needs a command"; make_environment dev; PATH="$BIN:$PATH" run "$@" ;;
         test) make_environment dev; cd "$ROOT"; run "$BIN/python" -m pytest -q "$@" ;;
         quickstart) make_environment ""; run "$BIN/python" "$ROOT/examples/quickstart/run.py" "$@" ;;
         train) make_environment ""; launch_train "$@" ;;
-        *) make_environment ""; run "$BIN/python" -m megadpo "$command" "$@" ;;
+        *) make_environment ""; run "$BIN/python" -m megadpo "$COMMAND" "$@" ;;
     esac
 }
 

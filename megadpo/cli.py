@@ -30,6 +30,7 @@ def console() -> NoReturn:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status. Raises UserError for anything the user can put right."""
+    launch.adopt_slurm_environment(os.environ)
     if argv and argv[0] in LATER:
         raise UserError(f"the command {argv[0]!r} is not available in this version of megadpo; see megadpo --help")
     arguments = _parser().parse_args(argv)
@@ -84,7 +85,6 @@ def _layout(overrides: Sequence[str]) -> dict[str, int]:
 
 def _starts_workers(nproc: int | None) -> bool:
     """True where this process is to start workers instead of being one."""
-    launch.adopt_slurm_environment(os.environ)
     if nproc is None:
         return False
     if nproc < 1:

@@ -1,6 +1,7 @@
 """The commands: what they accept, what they answer, and their exit status; launch.sh around them."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -138,6 +139,20 @@ def test_launch_sh_uses_the_active_environment_that_has_megadpo() -> None:
     result = launch_sh("train", "c.yaml", VIRTUAL_ENV=str(Path(sys.prefix)))
     expected = Path(sys.prefix) / "bin" / "python"
     assert result.stdout.split()[0] == str(expected)
+
+
+def test_launch_sh_does_not_install_from_many_tasks_at_once(tmp_path: Path) -> None:
+    for name in ("launch.sh", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "MEGADPO_DRY_RUN")}
+    result = subprocess.run(
+        [str(tmp_path / "launch.sh"), "train", "c.yaml"],
+        env={**clean, "SLURM_PROCID": "3", "SLURM_NTASKS": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "run ./launch.sh install once before the job" in result.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("script", ["launch.sh", ".ci/run", "configs/clusters/slurm.sbatch"])

@@ -1,0 +1,228 @@
+"""Hugging Face model directories, read: the config, and any slice of any tensor straight from safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megadpo.errors import UserError
+from megadpo.model.families import ParameterShard, TensorSource, family_of
+
+__all__ = ["SafetensorsFile", "TensorSource", "fill_shard", "hf_directory", "open_hf", "read_hf_config", "read_json"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_JSON_BYTES = 1 << 30
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsFile:
+    """One safetensors file, memory-mapped on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _file(self) -> Any:
+        if not self.path.is_file():
+            raise UserError(f"{self.path} is missing; copy or download the model again")
+        try:
+            return safe_open(str(self.path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} is truncated or no safetensors file ({error}); get it again") from error
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Names of the tensors in the file."""
+        return frozenset(self._file.keys())
+
+    def slice(self, key: str) -> Any:
+        """safetensors' lazy view of a tensor.
+
+        Raises:
+            UserError: the file does not have it.
+        """
+        if key not in self.keys:
+            raise UserError(f"{self.path} has no tensor {key}, which its index promises; get the model again")
+        return self._file.get_slice(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self.slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of a tensor.
+
+        Raises:
+            UserError: a type that torch has no name for here.
+        """
+        name = self.slice(key).get_dtype()
+        if name not in DTYPES:
+            raise UserError(f"{self.path}: tensor {key} has type {name}, which is not supported")
+        return DTYPES[name]
+
+    def read(self, key: str, dim: int, start: int, length: int) -> Tensor:
+        """Elements ``[start, start + length)`` along `dim`; the rest of the tensor is not read."""
+        view = self.slice(key)
+        assert start >= 0 and start + length <= view.get_shape()[dim], (key, dim, start, length)
+        return view[(slice(None),) * dim + (slice(start, start + length),)]
+
+
+class _HfSource:
+    """A TensorSource on safetensors files that hold whole logical tensors."""
+
+    def __init__(self, files: Mapping[str, SafetensorsFile]) -> None:
+        self._files = files
+
+    def names(self) -> Iterable[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[name].dtype(name)
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self._files[name].read(name, dim, start, length)
+
+
+def open_hf(path: str | Path) -> TensorSource:
+    """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index.
+
+    Raises:
+        UserError: no safetensors, an index that names a missing file or one outside of the directory, a damaged file.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
+    if (directory / INDEX_NAME).is_file():
+        return _HfSource(_files_of_index(directory))
+    if (directory / SINGLE_NAME).is_file():
+        file = SafetensorsFile(directory / SINGLE_NAME)
+        return _HfSource(dict.fromkeys(file.keys, file))
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        raise UserError(
+            f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
+            "load it in transformers and call save_pretrained to get safetensors"
+        )
+    raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+
+
+def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
+    index = read_json(directory / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{directory / INDEX_NAME} has no weight_map; get the model again")
+    files: dict[str, SafetensorsFile] = {}
+    for file_name in sorted(set(map(str, weight_map.values()))):
+        files[file_name] = SafetensorsFile(file_inside(directory, file_name, INDEX_NAME))
+    sources = {name: files[str(file_name)] for name, file_name in weight_map.items()}
+    for name, file in sources.items():
+        file.slice(name)
+    return sources
+
+
+def file_inside(directory: Path, name: str, named_by: str) -> Path:
+    """The path of a file that an index names: a plain file name with the ending .safetensors.
+
+    Raises:
+        UserError: any other name, such as one with ``../``.
+    """
+    if name != Path(name).name or name.startswith(".") or "\\" in name or not name.endswith(".safetensors"):
+        raise UserError(f"{directory / named_by} names the file {name!r}; only .safetensors files beside it are read")
+    return directory / name
+
+
+def fill_shard(shard: ParameterShard, source: TensorSource, out: Tensor) -> None:
+    """Copy a shard's pieces from `source` into `out` [shard.shape], cast to its type; what no piece covers is zeroed.
+
+    One piece at a time is in memory besides `out`.
+    """
+    assert tuple(out.shape) == shard.shape, (shard.name, tuple(out.shape), shard.shape)
+    with torch.no_grad():
+        if not shard.pieces or sum(piece.length for piece in shard.pieces) < out.shape[shard.pieces[0].dim]:
+            out.zero_()
+        for piece in shard.pieces:
+            values = source.read(piece.logical_name, piece.dim, piece.logical_start, piece.length)
+            out.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
+
+
+def hf_directory(path: str | Path) -> Path:
+    """Where config and tokenizer of `path` are: itself, or the ``huggingface/`` of one of our checkpoints."""
+    directory = Path(path)
+    return directory / "huggingface" if (directory / "checkpoint.json").is_file() else directory
+
+
+def read_hf_config(path: str | Path) -> Any:
+    """The transformers config of a Hugging Face directory or of one of our checkpoints. No code of the model's runs.
+
+    Raises:
+        UserError: no such directory or config, an unsupported architecture, remote code, quantised weights, values
+            that transformers refuses.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"model.path {path} is not a directory; give a Hugging Face model directory or a checkpoint")
+    file = hf_directory(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory")
+    settings = read_json(file)
+    try:
+        family = family_of(settings)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    for field, why in (
+        ("auto_map", "the model's own code is never run"),
+        ("quantization_config", "weights must be plain"),
+    ):
+        if settings.get(field):
+            raise UserError(f"{file} has {field}, which is not supported: {why}")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
+        family.transformer_config(config)
+        family.sliding_windows(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:  # transformers' validators raise several kinds
+        raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}") from error
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        UserError: missing, huge, not UTF-8, not JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; that is no index or config")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

@@ -1,0 +1,46 @@
+"""Model families: Hugging Face config and names <-> Megatron config and names. One file a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadpo.model.families.check import check_tensors
+from megadpo.model.families.common import Family, ParameterShard, Piece, TensorSource
+from megadpo.model.families.registry import FAMILIES, as_config, family_of
+from megadpo.model.families.rope import rope_of
+from megadpo.model.families.shards import logical_shapes, shard_parameters
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ParameterShard",
+    "Piece",
+    "TensorSource",
+    "as_config",
+    "check_tensors",
+    "family_of",
+    "logical_shapes",
+    "rope_of",
+    "shard_parameters",
+    "sliding_windows",
+    "transformer_config_kwargs",
+]
+
+
+def transformer_config_kwargs(hf_config: Any) -> dict[str, Any]:
+    """Arguments of megatron.core's TransformerConfig that the model decides; those of the layout are the builder's.
+
+    Raises:
+        UserError: an unsupported architecture, activation or bias.
+    """
+    hf_config = as_config(hf_config)
+    return family_of(hf_config).transformer_config(hf_config)
+
+
+def sliding_windows(hf_config: Any) -> list[int | None]:
+    """For each layer, how many tokens a token attends to, itself included; None = all before it.
+
+    Equal to transformers 5.23: a query at position i sees keys at positions j with i - window < j <= i.
+    """
+    hf_config = as_config(hf_config)
+    return family_of(hf_config).sliding_windows(hf_config)

@@ -1,0 +1,57 @@
+"""Is a checkpoint complete, and does it fit its config?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megadpo.errors import UserError
+from megadpo.model.families.common import EMBEDDING, HEAD, TensorSource
+from megadpo.model.families.registry import as_config
+from megadpo.model.families.shards import logical_shapes
+
+# Buffers that old versions of transformers saved; the model computes them.
+HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+ROWS_AT_A_TIME = 4096
+
+
+def check_tensors(hf_config: Any, source: TensorSource) -> None:
+    """Refuse weights that are incomplete, of another shape, quantised, or more than the model has.
+
+    Raises:
+        UserError: naming the tensor, with the found and the expected shape where they differ.
+    """
+    expected, found = logical_shapes(hf_config), set(source.names())
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(
+                f"the model's weights have no tensor {name} of shape {list(shape)}, which its config asks for"
+            )
+        if tuple(source.shape(name)) != shape:
+            raise UserError(
+                f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(shape)}"
+            )
+        if not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
+            raise UserError(f"the model's tensor {name} is {source.dtype(name)}; quantised weights are not supported")
+    surplus = sorted(name for name in found - expected.keys() if not name.endswith(HARMLESS))
+    if surplus == [HEAD] and as_config(hf_config).tie_word_embeddings:
+        _check_tied_head(source)
+    elif surplus:
+        raise UserError(
+            f"the model's weights have {len(surplus)} tensors that its config does not know, the first is {surplus[0]}"
+        )
+
+
+def _check_tied_head(source: TensorSource) -> None:
+    """transformers ties only if both are equal, and otherwise overrules the config with a warning; we stop."""
+    same = source.shape(HEAD) == source.shape(EMBEDDING)
+    num_rows = source.shape(EMBEDDING)[0]
+    for start in range(0, num_rows if same else 0, ROWS_AT_A_TIME):
+        count = min(ROWS_AT_A_TIME, num_rows - start)
+        same = same and torch.equal(source.read(HEAD, 0, start, count), source.read(EMBEDDING, 0, start, count))
+    if not same:
+        raise UserError(
+            f"the model's config ties the embeddings, but {HEAD} and {EMBEDDING} differ; "
+            "set tie_word_embeddings to false in its config.json"
+        )

@@ -1,0 +1,52 @@
+"""Which family a config belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadpo.errors import UserError
+from megadpo.model.families.common import Family
+from megadpo.model.families.llama import LLAMA
+from megadpo.model.families.mistral import MISTRAL
+from megadpo.model.families.qwen2 import QWEN2
+from megadpo.model.families.qwen3 import QWEN3
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, MISTRAL)
+
+
+def family_of(hf_config: Any) -> Family:
+    """The family of a transformers config or of the dict that config.json holds.
+
+    ``architectures`` decides; a config without it goes by its ``model_type``.
+
+    Raises:
+        UserError: an unsupported architecture, named, with the list of supported ones.
+    """
+    field = hf_config.get if isinstance(hf_config, dict) else lambda key: getattr(hf_config, key, None)
+    architectures, model_type = field("architectures") or [], field("model_type")
+    for family in FAMILIES:
+        if family.name == model_type and (not architectures or set(architectures) & set(family.architectures)):
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    named = ", ".join(map(str, architectures)) or "none"
+    raise UserError(
+        f"the model's architecture {named} (model_type {model_type!r}) is not supported; supported: {supported}"
+    )
+
+
+def as_config(hf_config: Any) -> Any:
+    """A transformers config; a dict (config.json's content) is turned into one.
+
+    Raises:
+        UserError: an unsupported architecture, or values that transformers refuses.
+    """
+    if not isinstance(hf_config, dict):
+        return hf_config
+    from transformers import AutoConfig
+
+    family = family_of(hf_config)
+    try:
+        settings = {key: value for key, value in hf_config.items() if key != "model_type"}
+        return AutoConfig.for_model(family.name, **settings)
+    except Exception as error:  # transformers' validators raise several kinds
+        raise UserError(f"transformers refuses the model's config: {' '.join(str(error).split())}") from error

@@ -115,7 +115,9 @@ def source_files(source: Source) -> list[Path] | None:
     if path.is_dir() and _is_saved_dataset(path):
         return None
     if not path.exists():
-        if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES):
+        # "data/pairs" beside a folder data/ is a mistyped path: no reason to ask the network.
+        meant_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+        if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not meant_here:
             return None
         raise UserError(f"data: {source.path} does not exist")
     if source.split is not None or source.subset is not None:

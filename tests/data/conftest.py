@@ -38,29 +38,14 @@ def hh_rows() -> list[dict[str, str]]:
 
 
 def _generated_row(rng: random.Random, number: int) -> dict[str, str]:
-    words = [
-        "what",
-        "is",
-        "the",
-        "best",
-        "way",
-        "to",
-        "bake",
-        "a",
-        "cake,",
-        "I’d",
-        "rather",
-        "not;",
-        "it",
-        "isn't",
-        "12.",
-    ]
+    syllables = [first + vowel + last for first in "bdfgklmnprst" for vowel in "aeiou" for last in ("", "n", "’s", "r")]
+    words = [one + other for one in syllables[::3] for other in ("", "lo", "ting,", "me?", "ver.")]
 
     def say(most: int) -> str:
         return " ".join(rng.choices(words, k=rng.randint(3, most)))
 
-    turns = [f"\n\nHuman: {say(30)}\n\nAssistant: {say(60)}" for _ in range(rng.randint(0, 5))]
-    dialogue = "".join(turns) + f"\n\nHuman: {say(30)}\n\nAssistant:"
+    turns = [f"\n\nHuman: {say(30)}\n\nAssistant: {say(60)}" for _ in range(max(rng.randint(-3, 5), 0))]
+    dialogue = "".join(turns) + f"\n\nHuman: {say(6)}\n\nAssistant:"
     chosen = "" if number % 578 == 86 else f" {say(80)}"
     other = dialogue.replace("\n\nHuman:", "\n\nHuman: well,") if number % 462 == 300 else dialogue
     return {"chosen": dialogue + chosen, "rejected": f"{other} {say(80)}"}
@@ -141,7 +126,7 @@ def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory, hh_rows: list[di
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for row in hh_rows[:300] for line in row["chosen"].split("\n") if line),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=1000,
+        vocab_size=600,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",

@@ -107,12 +107,17 @@ def test_broken_files_are_named_with_the_line(name: str, content: bytes, message
         read(tmp_path / name)
 
 
-def test_missing_files_and_directories_without_rows_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_directories_without_rows_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match=r"does not exist"):
         read("data/pairs.jsonl")
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data: empty/pairs does not exist"):
+        read("empty/pairs")
     with pytest.raises(UserError, match=r"has no usable file; understood suffixes: .jsonl"):
         read(tmp_path / "empty")
     with pytest.raises(UserError, match="remove its `split`"):

@@ -1,0 +1,178 @@
+"""Where a step's metrics go: `metrics.jsonl`, TensorBoard, the terminal. Rank 0 writes; the others open no sinks.
+
+A record is flat: names to numbers, `step` among them. A step may have several records (a step's own, its evaluation's).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from megadpo.errors import UserError
+from megadpo.metrics.progress import ProgressSink
+
+Record = Mapping[str, float | int]
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Takes the records of a run, in order."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record; it has a `step`."""
+
+    def close(self) -> None:
+        """Nothing is written afterwards."""
+
+
+class LoggingOptions(Protocol):
+    """The part of the configuration that sinks read: its section `logging`."""
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+class JsonlSink:
+    """One strict JSON object a line, flushed at once.
+
+    JSON has no word for nan and infinity: such a value is written as null and spelled out under `non_finite`, as in
+    `{"step": 3, "loss": null, "non_finite": {"loss": "nan"}}`.
+
+    Args:
+        path: the file.
+        resume_step: the last step that the resumed checkpoint has done: lines of later steps are dropped (they will be
+            written anew), as is a half line left by a process that was killed. None for a new run: an older file is
+            kept under the next free name, metrics.1.jsonl, metrics.2.jsonl, …
+    """
+
+    def __init__(self, path: Path | str, resume_step: int | None = None) -> None:
+        path = Path(path)
+        if path.exists():
+            if resume_step is None:
+                set_aside(path)
+            else:
+                drop_later_steps(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Appends the record as a line."""
+        self._file.write(to_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def to_line(record: Record) -> str:
+    """The record as a line of strict JSON, its end included."""
+    line: dict[str, object] = dict(record)
+    non_finite = {name: str(float(value)) for name, value in record.items() if not math.isfinite(value)}
+    if non_finite:
+        line |= dict.fromkeys(non_finite)
+        line["non_finite"] = non_finite
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file to the first free of name.1.suffix, name.2.suffix, … and returns that."""
+    number = 1
+    while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(other)
+    return other
+
+
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Keeps the lines of steps up to `last_step`, byte by byte; the file is replaced whole or not at all."""
+    kept, num_broken = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        step = step_of(line)
+        if step is None:
+            num_broken += 1
+        elif step <= last_step:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    if num_broken:
+        logger.warning("%s: dropped %d line(s) that are not whole records", path, num_broken)
+    replacement = path.with_name(path.name + ".tmp")
+    with replacement.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.replace(path)
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl, or None if it is not a whole record."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard, under the metrics' names.
+
+    Args:
+        directory: of the event files.
+        resume_step: events of later steps, written before the run was resumed, are hidden.
+
+    Raises:
+        UserError: the package `tensorboard` is not installed.
+    """
+
+    def __init__(self, directory: Path | str, resume_step: int | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                f"logging.tensorboard is true but TensorBoard cannot be imported ({error}): "
+                "run `pip install tensorboard`, or set logging.tensorboard=false"
+            ) from error
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(log_dir=str(directory), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        """One scalar a metric, at the record's step."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        self._writer.close()
+
+
+def open_sinks(
+    output_dir: Path | str, logging_config: LoggingOptions, total_steps: int, resume_step: int | None = None
+) -> list[Sink]:
+    """The sinks of a run, for rank 0: `output_dir/metrics.jsonl`, `output_dir/tensorboard/`, progress on stderr.
+
+    Args:
+        output_dir: made if it does not exist.
+        logging_config: the configuration's section `logging`.
+        total_steps: steps of the whole run.
+        resume_step: the last step already done if the run is resumed, else None.
+
+    Raises:
+        UserError: `logging.tensorboard` is on and TensorBoard is not installed; nothing is written then.
+    """
+    output_dir = Path(output_dir)
+    sinks: list[Sink] = []
+    if logging_config.tensorboard:
+        sinks.append(TensorBoardSink(output_dir / "tensorboard", resume_step))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sinks.append(JsonlSink(output_dir / "metrics.jsonl", resume_step))
+    sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))
+    return sinks

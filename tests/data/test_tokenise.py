@@ -95,6 +95,7 @@ def test_one_side_that_merges_moves_the_boundary_of_both(bpe_dir: str) -> None:
     words = ["Assistant", "Human", "about", "would", "think", "because", "people"]
     rows = [{"prompt": w[:k], "chosen": w[k:] + " x", "rejected": " 7%"} for w in words for k in range(1, len(w))]
     rows = [{side: "Q: " * (side == "prompt") + text for side, text in row.items()} for row in rows]
+    rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     pairs = ours(rows, tokenizer)
     assert_equal_to_trl(pairs, tokenise_as_trl(rows, tokenizer))
     assert any(pair.moved_boundary for pair in pairs)
@@ -222,6 +223,8 @@ def test_prompt_left_cuts_the_prompts_beginning_first() -> None:
     pair = PairTokens((list(range(10)),), ([20, 21, 22], [30, 31]))
     cut = truncate(pair, 8, "prompt_left")
     assert cut == PairTokens(([5, 6, 7, 8, 9],), ([20, 21, 22], [30, 31]), truncated=True)
+    swapped = truncate(PairTokens((list(range(10)),), ([30, 31], [20, 21, 22])), 8, "prompt_left")
+    assert swapped == PairTokens(([5, 6, 7, 8, 9],), ([30, 31], [20, 21, 22]), truncated=True)
 
 
 def test_prompt_left_then_cuts_the_completions_ends_and_never_empties_one() -> None:

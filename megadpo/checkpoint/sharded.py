@@ -1,0 +1,298 @@
+"""Our checkpoints: safetensors and JSON under logical names and global shapes; any layout reads what any other wrote.
+
+::
+
+    step_00000100/
+        checkpoint.json              format, state, and for each kind ("weights", "exp_avg", …) and logical tensor its
+                                     shape, dtype and pieces: [file, key, dim, start, length]
+        pp00-tp01-000.safetensors    what a writer holds, in files of bounded size
+        huggingface/                 config.json and tokenizer: the directory stands alone
+
+Written as ``step_00000100.tmp`` and renamed: `begin` (one process), `write_shard_file` (each writer), `commit` (one).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo.checkpoint.export import copy_companions, logical_slices, save_tensors
+from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, hf_directory, open_hf, read_hf_config, read_json
+from megadpo.checkpoint.staging import begin, publish, staging
+from megadpo.errors import UserError
+from megadpo.model.families import ParameterShard, TensorSource, logical_shapes
+
+__all__ = [
+    "Checkpoint",
+    "begin",
+    "commit",
+    "is_checkpoint",
+    "latest_checkpoint",
+    "open_checkpoint",
+    "open_weights",
+    "step_checkpoints",
+    "step_directory",
+    "write_shard_file",
+]
+
+FORMAT, VERSION = "megadpo-checkpoint", 1
+INDEX = "checkpoint.json"
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Elements ``[start, start + length)`` along `dim` of a logical tensor: the tensor `key` of `file`."""
+
+    file: str
+    key: str
+    dim: int
+    start: int
+    length: int
+
+
+def write_shard_file(
+    directory: str | Path,
+    writer_name: str,
+    items: Iterable[tuple[str, ParameterShard, Tensor]],
+    max_file_bytes: float = 2e9,
+) -> dict[str, Any]:
+    """Write one rank's tensors. Ranks that hold the same values may all pass them: only primary shards are written.
+
+    Args:
+        directory: the checkpoint's final directory, after `begin`.
+        writer_name: unique among the writers, e.g. ``pp00-tp01``.
+        items: (kind, shard, local tensor [shard.shape]); taken one after the other, so a generator saves memory.
+        max_file_bytes: a file is closed, and its tensors dropped, once it is this large.
+
+    Returns:
+        A JSON-able manifest for `commit`.
+    """
+    entries: list[dict[str, Any]] = []
+    waiting: dict[str, Tensor] = {}
+    num_files = 0
+
+    def flush() -> None:
+        nonlocal num_files
+        if waiting:
+            save_tensors(waiting, staging(Path(directory)) / _file_name(writer_name, num_files))
+            waiting.clear()
+            num_files += 1
+
+    for kind, shard, tensor in items:
+        for part in logical_slices(shard, tensor) if shard.is_primary else []:
+            key = f"{kind}/{part.name}/{part.start}"
+            # torch.cat made a copy of its own only where there were several parts; a file must own its memory.
+            waiting[key] = part.values.to("cpu", copy=True).contiguous()
+            shape = list(part.values.shape)
+            piece = StoredPiece(_file_name(writer_name, num_files), key, part.dim, part.start, shape[part.dim])
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append({"kind": kind, "name": part.name, "shape": shape, "dtype": dtype, "piece": asdict(piece)})
+        if sum(values.nbytes for values in waiting.values()) >= max_file_bytes:
+            flush()
+    flush()
+    return {"writer": writer_name, "entries": entries}
+
+
+def _file_name(writer_name: str, number: int) -> str:
+    return f"{writer_name}-{number:03d}.safetensors"
+
+
+def commit(
+    directory: str | Path, manifests: Iterable[Mapping[str, Any]], state: dict[str, Any], hf_dir: str | Path
+) -> None:
+    """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
+
+    Args:
+        manifests: what every writer's `write_shard_file` returned.
+        state: JSON values: step, data position, scheduler, random state, …
+        hf_dir: where config and tokenizer are taken from: a Hugging Face directory or a checkpoint.
+
+    Raises:
+        ValueError: the manifests together are not the model: a piece is missing, or there twice.
+    """
+    directory, source = Path(directory), hf_directory(hf_dir)
+    tensors: dict[str, dict[str, dict[str, Any]]] = {}
+    for manifest in manifests:
+        for entry in manifest["entries"]:
+            whole = tensors.setdefault(entry["kind"], {}).setdefault(
+                entry["name"], {"shape": list(entry["shape"]), "dtype": entry["dtype"], "pieces": []}
+            )
+            piece = entry["piece"]
+            end = piece["start"] + piece["length"]
+            whole["shape"][piece["dim"]] = max(whole["shape"][piece["dim"]], end)
+            whole["pieces"].append(piece)
+    _check_complete(tensors, logical_shapes(read_hf_config(source)))
+    partial = staging(directory)
+    (partial / "huggingface").mkdir()
+    shutil.copyfile(source / "config.json", partial / "huggingface" / "config.json")
+    copy_companions(source, partial / "huggingface")
+    index = {"format": FORMAT, "version": VERSION, "state": state, "tensors": tensors}
+    (partial / INDEX).write_text(json.dumps(index, allow_nan=False) + "\n", encoding="utf-8")
+    publish(directory)
+
+
+def _check_complete(tensors: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for kind, stored in tensors.items():
+        for name, shape in shapes.items():
+            entry = stored.get(name)
+            if entry is None or tuple(entry["shape"]) != shape or not _covers(entry["pieces"], shape):
+                raise ValueError(f"the writers' pieces do not make up {kind} of {name} {shape}")
+
+
+def _covers(pieces: list[Any], shape: tuple[int, ...] | list[int]) -> bool:
+    """Whether pieces along one dimension make a tensor up, each element once."""
+    end, dims = 0, {piece["dim"] for piece in pieces}
+    if len(dims) != 1:
+        return False
+    for piece in sorted(pieces, key=lambda piece: piece["start"]):
+        if piece["start"] != end:
+            return False
+        end += piece["length"]
+    return end == shape[dims.pop()]
+
+
+class _ShardedSource:
+    """The logical tensors of one kind, out of the pieces of a checkpoint."""
+
+    def __init__(self, directory: Path, tensors: Mapping[str, Any]) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._pieces: dict[str, list[StoredPiece]] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for name, entry in tensors.items():
+            try:
+                self._add(directory, name, entry)
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                raise UserError(f"{directory / INDEX}: what it says of {name} makes no sense; it is damaged") from error
+
+    def _add(self, directory: Path, name: str, entry: Any) -> None:
+        shape, dtype = tuple(entry["shape"]), DTYPE_NAMES[entry["dtype"]]
+        if (
+            not shape
+            or not all(type(size) is int and size > 0 for size in shape)
+            or not _covers(entry["pieces"], shape)
+        ):
+            raise ValueError(name)
+        pieces = [StoredPiece(**piece) for piece in entry["pieces"]]
+        for piece in pieces:
+            if piece.file not in self._files:
+                self._files[piece.file] = SafetensorsFile(file_inside(directory, piece.file, INDEX))
+            file = self._files[piece.file]
+            stored = (*shape[: piece.dim], piece.length, *shape[piece.dim + 1 :])
+            if file.shape(piece.key) != stored or file.dtype(piece.key) is not dtype:
+                raise UserError(f"{file.path}: tensor {piece.key} is not what {INDEX} says; the checkpoint is damaged")
+        self._shapes[name], self._dtypes[name], self._pieces[name] = shape, dtype, pieces
+
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        shape = list(self._shapes[name])
+        assert start >= 0 and start + length <= shape[dim], (name, dim, start, length)
+        shape[dim] = length
+        out = torch.empty(shape, dtype=self._dtypes[name])
+        for piece in self._pieces[name]:
+            file = self._files[piece.file]
+            if piece.dim != dim:
+                out.narrow(piece.dim, piece.start, piece.length).copy_(file.read(piece.key, dim, start, length))
+                continue
+            low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if low < high:
+                part = file.read(piece.key, dim, low - piece.start, high - low)
+                out.narrow(dim, low - start, high - low).copy_(part)
+        return out
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        state: what `commit` was given.
+    """
+
+    directory: Path
+    state: dict[str, Any]
+    tensors: dict[str, Any]
+
+    @property
+    def huggingface(self) -> Path:
+        """The directory with config.json and the tokenizer."""
+        return self.directory / "huggingface"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is stored of each parameter."""
+        return tuple(self.tensors)
+
+    def source(self, kind: str) -> TensorSource:
+        """The logical tensors of a kind.
+
+        Raises:
+            UserError: the checkpoint has none, its index makes no sense, or a file is missing, truncated or another.
+        """
+        if not isinstance(self.tensors.get(kind), dict):
+            raise UserError(f"{self.directory} holds no {kind}; it has {', '.join(self.kinds) or 'nothing'}")
+        return _ShardedSource(self.directory, self.tensors[kind])
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether `directory` is a checkpoint of ours (whole, since it is renamed only then)."""
+    return (Path(directory) / INDEX).is_file()
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Open a checkpoint; tensors are read when asked for.
+
+    Raises:
+        UserError: no checkpoint, another version, or damaged.
+    """
+    directory = Path(directory)
+    if not is_checkpoint(directory):
+        raise UserError(f"{directory} is not a checkpoint: it has no {INDEX}")
+    index = read_json(directory / INDEX)
+    if index.get("format") != FORMAT or index.get("version") != VERSION:
+        raise UserError(f"{directory / INDEX} is not a {FORMAT} of version {VERSION}; use the megadpo that wrote it")
+    if not isinstance(index.get("state"), dict) or not isinstance(index.get("tensors"), dict):
+        raise UserError(f"{directory / INDEX} has no state or no tensors; it is damaged")
+    return Checkpoint(directory, index["state"], index["tensors"])
+
+
+def open_weights(path: str | Path) -> TensorSource:
+    """The weights of a Hugging Face directory or of one of our checkpoints, whichever `path` is.
+
+    Raises:
+        UserError: neither, or damaged.
+    """
+    return open_checkpoint(path).source("weights") if is_checkpoint(path) else open_hf(path)
+
+
+def step_directory(root: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(root) / f"step_{step:08d}"
+
+
+def step_checkpoints(root: str | Path) -> list[Path]:
+    """The checkpoints under `root`, oldest step first."""
+    found = [path for path in Path(root).glob("step_*") if path.name[5:].isdecimal() and is_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The checkpoint of the highest step under `root`; None where there is none."""
+    checkpoints = step_checkpoints(root)
+    return checkpoints[-1] if checkpoints else None

@@ -63,7 +63,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     layout = _layout(arguments.layout)
     from megadpo.checkpoint.convert import import_hf
 
-    import_hf(arguments.hf_dir, arguments.out, **layout)
+    import_hf(arguments.hf_dir, arguments.out, num_tensor=layout["tensor"], num_pipeline=layout["pipeline"])
     return 0
 
 

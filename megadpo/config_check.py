@@ -88,9 +88,7 @@ def _check_choices(config: Config) -> None:
         if value in NOT_BUILT.get(dotted, ()):
             raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
         guess = strict.closest(str(value), choices)
-        raise UserError(
-            f"{dotted}: {value!r} is not known; {allowed}" + (f" (did you mean {guess!r}?)" if guess else "")
-        )
+        raise UserError(f"{dotted}: {value!r} is not known; {allowed}" + (f" (did you mean {guess!r}?)" if guess else ""))
     for dotted, (only, feature) in ONLY.items():
         value = _value(config, dotted)
         if value != only:
@@ -134,9 +132,7 @@ def _check_contradictions(config: Config) -> None:
     if train.steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
     if config.parallel.sequence and config.parallel.tensor == 1:
-        raise UserError(
-            "parallel.sequence is true, but sequence parallelism needs parallel.tensor > 1; leave it at null"
-        )
+        raise UserError("parallel.sequence is true, but sequence parallelism needs parallel.tensor > 1; leave it at null")
     if config.reference.mode == "resident" and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
             "reference.tokens_per_micro_batch is only for reference.mode precomputed: a resident reference runs on "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from megadpo.config import Config
+from megadpo.data.groups import TokenIds
 from megadpo.data.prepare import prepare_groups
 from megadpo.errors import UserError
 from megadpo.parallel.layout import check_layout, choose_layout
@@ -52,7 +54,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         lines = _open(partial) if rank() == 0 else None
         for numbers, logps_GK in response_logps(stage, packing):
-            for number, logps_K in zip(numbers, logps_GK, strict=True):
+            for number, logps_K in zip(numbers, logps_GK.tolist(), strict=True):
                 if lines is not None:
                     lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
         if lines is not None:
@@ -61,8 +63,8 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     return path
 
 
-def _line(row: int, logps_K: object, responses: object) -> dict[str, object]:
-    (chosen_logp, rejected_logp), (chosen, rejected) = logps_K, responses  # type: ignore[misc]
+def _line(row: int, logps_K: Sequence[float], responses: Sequence[TokenIds]) -> dict[str, float]:
+    (chosen_logp, rejected_logp), (chosen, rejected) = logps_K, responses
     return {
         "index": row,
         "chosen_logp": float(chosen_logp),

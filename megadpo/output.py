@@ -53,9 +53,7 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
         return latest_checkpoint(directory / "checkpoints")
     chosen = Path(config.checkpoint.resume)
     if not is_checkpoint(chosen):
-        raise UserError(
-            f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory"
-        )
+        raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory")
     return chosen
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megadpo.checkpoint import hf, sharded
+from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.sharded import open_weights
 from megadpo.config import Config
 from megadpo.data.loader import num_steps, samples_per_epoch, step_batch
 from megadpo.data.pack import IntArray
@@ -16,7 +17,7 @@ from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.families import check_tensors, family_of
+from megadpo.model.families import TensorSource, check_tensors
 from megadpo.output import claim_output_dir
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
@@ -34,7 +35,7 @@ class ModelFiles:
     path: str
     huggingface: Path
     config: Any
-    source: hf.TensorSource
+    source: TensorSource
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,11 @@ def open_model(path: str, setting: str) -> ModelFiles:
     Raises:
         UserError: naming `setting`, the file or tensor, and what is wrong.
     """
-    directory = Path(path)
-    if not directory.is_dir():
+    if not Path(path).is_dir():
         raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
-    if sharded.is_checkpoint(directory):
-        checkpoint = sharded.open_checkpoint(directory)
-        huggingface, source = checkpoint.huggingface, checkpoint.source("weights")
-    else:
-        huggingface, source = directory, None
-    config = hf.read_hf_config(huggingface)
-    family_of(config)
-    source = source or hf.open_hf(directory)
+    config, source = read_hf_config(path), open_weights(path)
     check_tensors(config, source)
-    return ModelFiles(path, huggingface, config, source)
+    return ModelFiles(path, hf_directory(path), config, source)
 
 
 def data_packing(

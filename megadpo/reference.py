@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from megadpo.checkpoint.hf import TensorSource
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
 from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
+from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
@@ -56,6 +56,17 @@ def precomputed(logps_GK: np.ndarray) -> Reference:
         return [table_GK[numbers].flatten() for numbers in rows]
 
     return look_up
+
+
+def weights_digest(directory: Path) -> str:
+    """blake2b over the contents of every weights file of a model directory."""
+    hasher = hashlib.blake2b(digest_size=20)
+    for path in sorted(directory.glob("*.safetensors")):
+        hasher.update(path.name.encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                hasher.update(block)
+    return hasher.hexdigest()
 
 
 def cache_key(weights_digest: str, groups_digest: str, dtype: torch.dtype) -> str:

@@ -132,9 +132,7 @@ def _takes_text(hint: Any) -> bool:
     return hint is Any or hint is str or str in typing.get_args(hint)
 
 
-def build(
-    tree: type[Tree], values: Mapping[Any, Any], places: Places, root: type | None = None, prefix: str = ""
-) -> Tree:
+def build(tree: type[Tree], values: Mapping[Any, Any], places: Places, root: type | None = None, prefix: str = "") -> Tree:
     """An instance of the dataclass `tree` from nested mappings; every key known and every value of its field's type."""
     root = root or tree
     hints = typing.get_type_hints(tree)

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo import reference as references
 from megadpo.config import Config, load_config
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
@@ -34,6 +33,11 @@ from megadpo.output import write_config
 from megadpo.platform.device import compute_device
 from megadpo.platform.world import joined_world, rank
 from megadpo.prepare import Plan, data_packing, prepare
+
+if TYPE_CHECKING:
+    from megadpo.reference import Reference
+
+# What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
 
 Metrics = dict[str, float]
 
@@ -76,8 +80,8 @@ class Run:
 
     plan: Plan
     engine: Any
-    reference: references.Reference
-    eval_reference: references.Reference | None
+    reference: Reference
+    eval_reference: Reference | None
     callbacks: Callbacks
     sinks: list[Sink] = field(default_factory=list)
     num_tokens_seen: int = 0
@@ -127,8 +131,9 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     return Run(plan, MegatronEngine(stage, plan.config.train), reference, eval_reference, callbacks)
 
 
-def build_reference(plan: Plan) -> tuple[references.Reference, references.Reference | None]:
+def build_reference(plan: Plan) -> tuple[Reference, Reference | None]:
     """The reference for the training pairs and for the held-out ones."""
+    from megadpo import reference as references
 
     def frozen() -> Any:
         return references.frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
@@ -140,8 +145,10 @@ def build_reference(plan: Plan) -> tuple[references.Reference, references.Refere
     return train, None if plan.eval is None else precomputed_reference(plan, plan.eval, frozen)
 
 
-def precomputed_reference(plan: Plan, packing: Packing, frozen: Callable[[], Any]) -> references.Reference:
+def precomputed_reference(plan: Plan, packing: Packing, frozen: Callable[[], Any]) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
+    from megadpo import reference as references
+
     config = plan.config
     capacity = config.reference.tokens_per_micro_batch or config.train.tokens_per_micro_batch
     larger = data_packing(
@@ -152,7 +159,7 @@ def precomputed_reference(plan: Plan, packing: Packing, frozen: Callable[[], Any
         capacity,
         "reference.tokens_per_micro_batch",
     )
-    key = references.cache_key(plan.reference.source.digest(), packing.groups.digest, plan.dtype)
+    key = references.cache_key(references.weights_digest(Path(plan.reference.path)), packing.groups.digest, plan.dtype)
     logps_GK, from_cache = references.cached_logps(cache_root(config.data.cache_dir), key, larger, frozen)
     say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
     return references.precomputed(logps_GK)
@@ -287,9 +294,7 @@ def say_plan(plan: Plan) -> None:
         say(f"{which}: {report.sentence()}")
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
-            say(
-                f"the model's {name} {getattr(plan.policy.config, name)} is not used: preference training runs with dropout 0"
-            )
+            say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} pairs, {plan.layout}, {plan.dtype} on {device}")
     if plan.resume:

@@ -25,7 +25,24 @@ def hh_rows(count: int) -> list[dict[str, str]]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
     warnings.warn(f"{path} is missing: using made-up dialogues instead of hh-rlhf rows", stacklevel=2)
-    words = "the a model answer question yes no why because maybe please thanks do not know think".split()
+    words = [
+        "the",
+        "a",
+        "model",
+        "answer",
+        "question",
+        "yes",
+        "no",
+        "why",
+        "because",
+        "maybe",
+        "please",
+        "thanks",
+        "do",
+        "not",
+        "know",
+        "think",
+    ]
     random = np.random.default_rng(0)
 
     def say(n: int) -> str:
@@ -80,7 +97,6 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "pad_token_id": 1,
         **({"head_dim": 32} if family == "qwen3" else {}),
         **({"sliding_window": 48} if family == "mistral" else {}),
         **changes,
@@ -113,3 +129,18 @@ def random_groups(count: int, seed: int = 0, longest: int = 40, vocab_size: int 
         prompts = tuple(ids(1, longest) for _ in range(num_prompts))
         groups.append(Group(prompts, (ids(1, longest // 2), ids(1, longest // 2)), row))
     return groups
+
+
+def hh_groups(count: int, tokenizer: Path, max_length: int | None = None) -> list[Group]:
+    """The first `count` usable real pairs, tokenised by our own data path."""
+    import tempfile
+
+    from megadpo.config import DataConfig
+    from megadpo.data.prepare import prepare_groups
+
+    with tempfile.TemporaryDirectory() as directory:
+        rows = write_hh(Path(directory) / "rows.jsonl", count + 50)
+        options = DataConfig(max_length=max_length, cache_dir=str(Path(directory) / "cache"), num_workers=1)
+        store = prepare_groups(options, str(rows), str(tokenizer)).groups
+        groups = [store[i] for i in range(count)]
+        return [Group(tuple(np.array(p) for p in g.prompts), tuple(np.array(r) for r in g.responses), g.row) for g in groups]

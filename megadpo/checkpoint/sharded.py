@@ -105,9 +105,7 @@ def _file_name(writer_name: str, number: int) -> str:
     return f"{writer_name}-{number:03d}.safetensors"
 
 
-def commit(
-    directory: str | Path, manifests: Iterable[Mapping[str, Any]], state: dict[str, Any], hf_dir: str | Path
-) -> None:
+def commit(directory: str | Path, manifests: Iterable[Mapping[str, Any]], state: dict[str, Any], hf_dir: str | Path) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
     Args:
@@ -175,11 +173,7 @@ class _ShardedSource:
 
     def _add(self, directory: Path, name: str, entry: Any) -> None:
         shape, dtype = tuple(entry["shape"]), DTYPE_NAMES[entry["dtype"]]
-        if (
-            not shape
-            or not all(type(size) is int and size > 0 for size in shape)
-            or not _covers(entry["pieces"], shape)
-        ):
+        if not shape or not all(type(size) is int and size > 0 for size in shape) or not _covers(entry["pieces"], shape):
             raise ValueError(name)
         pieces = [StoredPiece(**piece) for piece in entry["pieces"]]
         for piece in pieces:

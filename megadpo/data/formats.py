@@ -136,9 +136,7 @@ def _message_row(
             prompt, rejected_prompt = chosen[:-1], rejected[:-1]
             chosen, rejected = chosen[-1:], rejected[-1:]
         else:
-            raise UserError(
-                f"{location}: no prompt: `chosen` and `rejected` share no leading message; add a `prompt` field"
-            )
+            raise UserError(f"{location}: no prompt: `chosen` and `rejected` share no leading message; add a `prompt` field")
     assert isinstance(prompt, list)
     return PreferenceRow(prompt, chosen, rejected, True, rejected_prompt, template_kwargs)
 
@@ -221,7 +219,5 @@ def _is_empty(side: Content) -> bool:
 
 def _text_of(content: object) -> str:
     if isinstance(content, list):
-        return "".join(
-            str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content
-        ).strip()
+        return "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content).strip()
     return str(content or "").strip()

@@ -67,6 +67,4 @@ def prepare_packing(
     num_tokens_G = groups.num_tokens(share_prompts)
     check_groups_fit(num_tokens_G, groups.rows, tokens_per_micro_batch, setting)
     costs_G = group_costs(groups, share_prompts, hidden_size)
-    return Packing(
-        groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G
-    )
+    return Packing(groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G)

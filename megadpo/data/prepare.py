@@ -298,9 +298,7 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
         if isinstance(pair, str):
             dropped[pair] += 1
             continue
-        prompts, responses = (
-            tuple(np.array(ids, np.int32) for ids in sides) for sides in (pair.prompts, pair.responses)
-        )
+        prompts, responses = (tuple(np.array(ids, np.int32) for ids in sides) for sides in (pair.prompts, pair.responses))
         groups.append(Group(prompts, responses, number))
         group_sources.append(source)
         report.num_unshared += len(prompts) > 1

@@ -22,9 +22,7 @@ def read_template(value: str | None) -> str | None:
         try:
             return Path(value).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"data.chat_template: {value} is neither a readable file nor a template: {error}"
-            ) from error
+            raise UserError(f"data.chat_template: {value} is neither a readable file nor a template: {error}") from error
     return value
 
 

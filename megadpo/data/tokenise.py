@@ -194,9 +194,7 @@ def _cut_keep_end(prompt: list[int], response: list[int], max_length: int) -> tu
     return prompt[excess:], response[max(excess - len(prompt), 0) :]
 
 
-def _cut_prompt_left(
-    pair: PairTokens, max_length: int, num_protected: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+def _cut_prompt_left(pair: PairTokens, max_length: int, num_protected: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """One cut for a shared prompt, so that it stays shared; each side its own where the prompts differ."""
     sides = pair.sides()
     if len(pair.prompts) == 1:

@@ -105,9 +105,7 @@ def from_vector(vector: Tensor) -> Sums:
     """The inverse of `to_vector`."""
     values = vector.tolist()
     assert len(values) == 2 * len(METRIC_SLOTS)
-    return dict(
-        zip(METRIC_SLOTS, zip(values[: len(METRIC_SLOTS)], values[len(METRIC_SLOTS) :], strict=True), strict=True)
-    )
+    return dict(zip(METRIC_SLOTS, zip(values[: len(METRIC_SLOTS)], values[len(METRIC_SLOTS) :], strict=True), strict=True))
 
 
 def add(left: Mapping[str, tuple[float, float]], right: Mapping[str, tuple[float, float]]) -> Sums:

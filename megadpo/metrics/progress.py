@@ -21,7 +21,7 @@ MOST_PLAIN_LINES = 50  # a log of a long run stays readable
 def describe(record: Mapping[str, float | int], prefix: str = "") -> str:
     """The record in a few words, e.g. "loss 0.6931, margin 0.000, accuracy 0.50, 1234 tokens/s"."""
     words = [f"{label} {record[prefix + name]:{form}}" for name, label, form in SHOWN if prefix + name in record]
-    if "tokens_per_second" in record:
+    if not prefix and "tokens_per_second" in record:
         words.append(f"{record['tokens_per_second']:.0f} tokens/s")
     return ", ".join(words)
 
@@ -60,9 +60,7 @@ class ProgressSink:
         self._started = clock()
         self._bar: tqdm | None = None
         if self._stream.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=self._first_step, unit="step", file=self._stream, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total_steps, initial=self._first_step, unit="step", file=self._stream, dynamic_ncols=True)
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Shows a step's record, and in full every record of held-out pairs (names that begin with "eval_")."""

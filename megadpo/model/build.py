@@ -14,11 +14,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.checkpoint.hf import TensorSource, fill_shard
-from megadpo.errors import UserError
+from megadpo.checkpoint.hf import fill_shard
 from megadpo.model.attention import GroupAttention
 from megadpo.model.families import (
     ParameterShard,
+    TensorSource,
     rope_of,
     shard_parameters,
     sliding_windows,
@@ -28,6 +28,7 @@ from megadpo.model.head import LogProbHead
 from megadpo.model.norm import RMSNorm
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout
+from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 
 @dataclass
@@ -61,29 +62,35 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     config = _transformer_config(hf_config, layout, dtype, recompute)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
-    model = GPTModel(
-        config,
-        _block_spec(hf_config, config, len(layers), rope_scaling),
-        vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=is_first,
-        post_process=is_last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
-    )
+    with cpu_tensors_pass_for_cuda():
+        model = GPTModel(
+            config,
+            _block_spec(hf_config, config, len(layers), rope_scaling),
+            vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=is_first,
+            post_process=is_last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            position_embedding_type="rope",
+        )
     model.rotary_pos_emb = PositionRope(inverse_frequencies)
     if is_last:
         model.output_layer = LogProbHead(model.output_layer.weight, hf_config.vocab_size, layout.sequence)
-    shards = shard_parameters(
-        hf_config,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        num_tensor=layout.tensor,
-        layers=layers,
-        has_embedding=is_first,
-        has_head=is_last,
-    )
+    shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank())
     return Stage(model, _match(model, shards, layers.start))
+
+
+def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:
+    """What tensor rank `tensor_rank` of this rank's pipeline stage holds."""
+    return shard_parameters(
+        hf_config,
+        tensor_rank=tensor_rank,
+        num_tensor=layout.tensor,
+        layers=layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank()),
+        has_embedding=parallel_state.is_pipeline_first_stage(),
+        has_head=parallel_state.is_pipeline_last_stage(),
+    )
 
 
 def load_weights(stage: Stage, source: TensorSource) -> None:
@@ -94,14 +101,14 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
 
 
 def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:
-    recomputation: dict[str, Any] = {
+    recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recompute]
+    }
     return TransformerConfig(
         **transformer_config_kwargs(hf_config),
-        **recomputation,
+        **recomputations[recompute],
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence,
@@ -111,6 +118,7 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # no experts here: Megatron wants it named with variable lengths
         deallocate_pipeline_outputs=True,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
@@ -164,16 +172,3 @@ def _global_name(name: str, first_layer: int) -> str:
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)
     return ".".join(parts)
-
-
-def check_tokenizer_fits(vocab_size: int, num_tokens: int) -> None:
-    """Refuse a tokenizer that makes ids the model has no row for.
-
-    Raises:
-        UserError: the tokenizer has more tokens than the model's vocabulary.
-    """
-    if num_tokens > vocab_size:
-        raise UserError(
-            f"the tokenizer has {num_tokens} tokens but the model's vocabulary only {vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )

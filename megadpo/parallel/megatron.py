@@ -20,7 +20,7 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.parallel import schedule
 from megadpo.parallel.engine import ResponseGradient
-from megadpo.platform.megatron_cpu import cuda_tensor_names
+from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -48,9 +48,9 @@ class MegatronEngine:
             params_dtype=stage.model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        with cuda_tensor_names(), warnings.catch_warnings():
+        with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.optimizer = get_megatron_optimizer(config, [self.model])
+            self.optimizer = get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
         # Dense models give one distributed optimizer behind Megatron's chain.
         (self.shards,) = self.optimizer.chained_optimizers
         self.model.zero_grad_buffer()
@@ -69,7 +69,7 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.train.weight_decay * group.get("wd_mult", 1.0)
-        with cuda_tensor_names():
+        with cpu_tensors_pass_for_cuda():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
             if not math.isfinite(norm):
@@ -84,7 +84,7 @@ class MegatronEngine:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             piece = self._piece(parameter)
-            own = None if piece is None else parameter.main_grad.view(-1)[piece]
+            own = None if piece is None else getattr(parameter, "main_grad").view(-1)[piece]  # noqa: B009
             yield name, _join_over_data(parameter, piece, own)
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 
-import numpy as np
 import torch
 
 
@@ -29,7 +28,6 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators."""
+    """Seed Python's and torch's generators; what is random in our own data path has generators of its own."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

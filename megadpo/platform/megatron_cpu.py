@@ -4,8 +4,9 @@ Megatron names CUDA in its factory calls (``device="cuda"``, ``torch.cuda.curren
 there is no accelerator, `prepare_megatron` gives each imported megatron module a stand-in for its global name ``torch``
 that answers those few names for the CPU and passes everything else on. torch itself stays as it is.
 
-One thing cannot be reached so: the distributed optimizer compares ``tensor.type()``, a method of torch.Tensor, with
-CUDA names. `cuda_tensor_names` redirects that method for the length of a ``with`` block and puts it back.
+Two things cannot be reached so, methods of torch.Tensor: the distributed optimizer compares ``tensor.type()`` with CUDA
+names, and a tied head is moved with ``tensor.cuda()``. `cpu_tensors_pass_for_cuda` redirects both for the length of a
+``with`` block and puts them back.
 On CUDA nothing here does anything.
 """
 
@@ -158,8 +159,8 @@ def prepare_megatron() -> None:
 
 
 @contextlib.contextmanager
-def cuda_tensor_names() -> Iterator[None]:
-    """Within the block, ``tensor.type()`` of a CPU tensor answers with the CUDA name that Megatron compares with."""
+def cpu_tensors_pass_for_cuda() -> Iterator[None]:
+    """Within the block, ``tensor.type()`` of a CPU tensor answers with the CUDA name and ``tensor.cuda()`` is the tensor."""
     if torch.cuda.is_available():
         yield
         return
@@ -170,8 +171,9 @@ def cuda_tensor_names() -> Iterator[None]:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.type = cuda_name  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     try:
         yield
     finally:
-        # The method is inherited: taking the redirection away restores the class to what it was.
-        del torch.Tensor.type
+        # Both are inherited: taking the redirections away restores the class to what it was.
+        del torch.Tensor.type, torch.Tensor.cuda

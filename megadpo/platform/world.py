@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -49,7 +50,11 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
     )
     model_parallel_cuda_manual_seed(seed)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Megatron 0.16 calls collectives by names that newer torch calls deprecated, once a call.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+            warnings.filterwarnings("ignore", message="full scope is deprecated")
+            yield
     finally:
         parallel_state.destroy_model_parallel()
         if made_here:

@@ -50,15 +50,13 @@ def outcomes(
     num_steps: int = 0,
     dtype: torch.dtype = torch.float32,
     objective: ObjectiveConfig | None = None,
-    tiny_tiles: bool = True,
+    tile_rows: int = 64,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
+    from megadpo.model import head
     from megadpo.platform.world import joined_world
 
-    if tiny_tiles:
-        from megadpo.model import head
-
-        head.TILE_ROWS = 7  # several tiles and a ragged last one, even at these sizes
+    head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
     dist.init_process_group("gloo")
     results = []
     for case in cases:
@@ -78,17 +76,18 @@ def _outcome(
     dtype: torch.dtype,
     objective: ObjectiveConfig,
 ) -> Outcome:
+    from megatron.core import parallel_state
+
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
     from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.preference import Normalisers, evaluate
     from megadpo.objectives.statistics import pair_statistics
     from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.prepare import open_model
     from megadpo.reference import frozen_stage, resident
     from megadpo.score import response_logps
-    from megadpo.train import rank_micro_batches
 
-    layout, files, theirs = case.layout, open_model(str(model), "model"), open_model(str(reference), "reference")
+    layout, hf_config = case.layout, read_hf_config(model)
     packing = prepare_packing(
         GroupStore.of(groups),
         share_prompts=case.share_prompts,
@@ -98,19 +97,19 @@ def _outcome(
         multiple_of=layout.tensor if layout.sequence else 1,
         hidden_size=64,
     )
-    stage = build_stage(files.config, layout, dtype, case.recompute)
-    load_weights(stage, files.source)
+    stage = build_stage(hf_config, layout, dtype, case.recompute)
+    load_weights(stage, open_hf(model))
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
-    run_reference = resident(frozen_stage(theirs.config, layout, dtype, theirs.source))
+    run_reference = resident(frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference)))
     stage.model.train()
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
-    micro_batches = rank_micro_batches(packing, list(range(len(groups))))
+    micro_batches = packing.micro_batches(list(range(len(groups))), parallel_state.get_data_parallel_rank())
     reference_logps = run_reference(micro_batches)
     for step in range(max(1, num_steps)):
         total = torch.zeros((), dtype=torch.float64)
         margins: list[Tensor] = []
 
-        def gradient(number: int, sums_RS: Tensor) -> Tensor:
+        def gradient(number: int, sums_RS: Tensor, total: Tensor = total, margins: list[Tensor] = margins) -> Tensor:
             statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
             evaluated = evaluate(statistics, Normalisers(len(groups)), objective)
             ratio = statistics.logps_R - statistics.reference_logps_R
@@ -123,12 +122,12 @@ def _outcome(
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)
         if step == 0:
-            outcome.gradients = whole_tensors(files.config, stage, gradients, layout)
+            outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
             outcome.grad_norm, outcome.loss = grad_norm, _once_a_replica(total, layout)
             outcome.margins = torch.cat(margins) if margins else torch.empty(0)
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
-        outcome.weights = whole_tensors(files.config, stage, weights, layout)
+        outcome.weights = whole_tensors(hf_config, stage, weights, layout)
     outcome.margins = torch.cat(_gathered(outcome.margins))
     return outcome
 

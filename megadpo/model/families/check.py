@@ -25,9 +25,7 @@ def check_tensors(hf_config: Any, source: TensorSource) -> None:
     expected, found = logical_shapes(hf_config), set(source.names())
     for name, shape in expected.items():
         if name not in found:
-            raise UserError(
-                f"the model's weights have no tensor {name} of shape {list(shape)}, which its config asks for"
-            )
+            raise UserError(f"the model's weights have no tensor {name} of shape {list(shape)}, which its config asks for")
         if tuple(source.shape(name)) != shape:
             raise UserError(
                 f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(shape)}"

@@ -97,9 +97,7 @@ def decoder_config(hf_config: Any, *, add_qkv_bias: bool, qk_layernorm: bool) ->
         raise UserError(f"the model's hidden_act is {hf_config.hidden_act!r}; only 'silu' is supported")
     for field in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, field, False):
-            raise UserError(
-                f"the model's config has {field}: true; {hf_config.model_type} is supported without it only"
-            )
+            raise UserError(f"the model's config has {field}: true; {hf_config.model_type} is supported without it only")
     num_heads = hf_config.num_attention_heads
     return {
         "num_layers": hf_config.num_hidden_layers,
@@ -128,7 +126,5 @@ def windows_of_layer_types(hf_config: Any) -> list[int | None]:
     """
     unknown = set(hf_config.layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UserError(
-            f"the model's layer_types has {sorted(unknown)[0]!r}; only full and sliding attention is supported"
-        )
+        raise UserError(f"the model's layer_types has {sorted(unknown)[0]!r}; only full and sliding attention is supported")
     return [hf_config.sliding_window if kind == "sliding_attention" else None for kind in hf_config.layer_types]

@@ -29,9 +29,7 @@ def family_of(hf_config: Any) -> Family:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     named = ", ".join(map(str, architectures)) or "none"
-    raise UserError(
-        f"the model's architecture {named} (model_type {model_type!r}) is not supported; supported: {supported}"
-    )
+    raise UserError(f"the model's architecture {named} (model_type {model_type!r}) is not supported; supported: {supported}")
 
 
 def as_config(hf_config: Any) -> Any:

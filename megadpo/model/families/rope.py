@@ -26,9 +26,7 @@ def rope_of(hf_config: Any) -> tuple[Tensor, float]:
     hf_config = as_config(hf_config)
     parameters = hf_config.rope_parameters or {}
     if "rope_theta" not in parameters:
-        raise UserError(
-            "the model's rope_parameters have no rope_theta at the top; one rope for all layers is supported"
-        )
+        raise UserError("the model's rope_parameters have no rope_theta at the top; one rope for all layers is supported")
     kind = parameters.get("rope_type", "default")
     if kind not in SUPPORTED:
         raise UserError(f"the model's rope_type is {kind!r}; supported: {', '.join(SUPPORTED)}")

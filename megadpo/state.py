@@ -1,0 +1,154 @@
+"""The state of a run: saved, resumed, and exported as a Hugging Face model. Every function here is collective."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megadpo.checkpoint.convert import writer_name
+from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
+from megadpo.checkpoint.hf import fill_shard
+from megadpo.checkpoint.sharded import (
+    begin,
+    commit,
+    open_checkpoint,
+    step_checkpoints,
+    step_directory,
+    write_shard_file,
+)
+from megadpo.errors import UserError
+from megadpo.model.build import stage_shards
+from megadpo.model.families import ParameterShard
+
+if TYPE_CHECKING:
+    from megadpo.train import Run
+
+
+def save(run: Run, step: int) -> Path:
+    """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
+    plan, root = run.plan, run.plan.output_dir / "checkpoints"
+    directory = step_directory(root, step)
+    if dist.get_rank() == 0:
+        begin(directory)
+    dist.barrier()
+    items = _owned_state(run)
+    manifest: dict[str, Any] | None = None
+    if parallel_state.get_data_parallel_rank() == 0:
+        stage, tensor_rank = (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+        manifest = write_shard_file(directory, writer_name(stage, tensor_rank), items)
+    else:
+        for _ in items:  # takes part in putting each tensor together over the replicas
+            pass
+    manifests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(manifests, manifest)
+    if dist.get_rank() == 0:
+        state = {
+            "step": step,
+            "num_steps": plan.num_steps,
+            "num_samples": step * plan.config.train.pairs_per_step,
+            "num_tokens": run.num_tokens_seen,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "data_digest": plan.train.groups.digest,
+            "config": plan.config.to_dict(),
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        }
+        commit(directory, [entry for entry in manifests if entry], state, plan.policy.huggingface)
+        for old in step_checkpoints(root)[: -plan.config.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return directory
+
+
+def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
+    for kind, name, tensor in run.engine.state():
+        yield kind, run.engine.stage.parameters[name][1], tensor
+
+
+def resume(run: Run) -> int:
+    """Load weights, optimizer and position from the checkpoint that the plan names; the number of steps done.
+
+    Raises:
+        UserError: the checkpoint is damaged, holds no training state, or was made with other data.
+    """
+    assert run.plan.resume is not None
+    checkpoint = open_checkpoint(run.plan.resume)
+    state = checkpoint.state
+    try:
+        step, num_tokens, digest = int(state["step"]), int(state["num_tokens"]), state["data_digest"]
+        rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint.directory} holds no training state to resume from ({error} is missing)") from error
+    if digest != run.plan.train.groups.digest:
+        raise UserError(
+            f"{checkpoint.directory} was made with other training pairs than data.train gives now; resume with the same "
+            "data, tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+        )
+    if step > run.plan.num_steps:
+        raise UserError(f"{checkpoint.directory} is at step {step}, beyond the {run.plan.num_steps} steps of this run")
+    sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+
+    def read(kind: str, name: str) -> Tensor:
+        parameter, shard = run.engine.stage.parameters[name]
+        tensor = torch.empty(shard.shape, dtype=torch.float32, device=parameter.device)
+        fill_shard(shard, sources[kind], tensor)
+        return tensor
+
+    run.engine.load_state(read, step)
+    run.num_tokens_seen = num_tokens
+    torch.set_rng_state(rng)
+    return step
+
+
+def export_policy(run: Run) -> Path:
+    """Write the policy to `output_dir/hf`, each pipeline stage its own files, in place of an earlier export."""
+    plan, directory = run.plan, run.plan.output_dir / "hf"
+    config, layout = plan.policy.config, plan.layout
+    stages = [layout.layers_of_stage(config.num_hidden_layers, stage) for stage in range(layout.pipeline)]
+    export = plan_export(config, plan.dtype, stages)
+    if dist.get_rank() == 0:
+        begin(directory)
+    dist.barrier()
+    if parallel_state.get_data_parallel_rank() == 0:
+        tensors = _whole_tensors(run)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            write_export_files(export, directory, tensors)
+        else:
+            for _ in tensors:
+                pass
+    dist.barrier()
+    if dist.get_rank() == 0:
+        finish_export(export, directory, plan.policy.huggingface)
+    dist.barrier()
+    return directory
+
+
+def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors of this stage, put together on tensor rank 0; the other tensor ranks yield nothing."""
+    group, num_tensor = parallel_state.get_tensor_model_parallel_group(), run.plan.layout.tensor
+    is_root = parallel_state.get_tensor_model_parallel_rank() == 0
+    shards_by_rank = [
+        {shard.name: shard for shard in stage_shards(run.plan.policy.config, run.plan.layout, rank)}
+        for rank in range(num_tensor)
+    ]
+    for name, (parameter, shard) in run.engine.stage.parameters.items():
+        if shard.name == "output_layer.weight" and run.plan.policy.config.tie_word_embeddings:
+            continue  # the embedding's stage writes it
+        if shard.partition_dim is None or num_tensor == 1:
+            parts = [(shards_by_rank[0][name], parameter.data)]
+        else:
+            received = [torch.empty_like(parameter.data) for _ in range(num_tensor)] if is_root else None
+            dist.gather(parameter.data.contiguous(), received, group_dst=0, group=group)
+            parts = [(shards_by_rank[rank][name], tensor) for rank, tensor in enumerate(received or [])]
+        if is_root:
+            yield from join_tensor_ranks(parts)

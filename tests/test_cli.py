@@ -70,9 +70,7 @@ def test_help_and_version_answer_without_importing_torch() -> None:
     assert megadpo("--version").stdout == f"megadpo {__version__}\n"
     for command in (["--help"], ["train", "--help"], ["convert", "import", "--help"]):
         assert megadpo(*command).returncode == 0
-    code = (
-        "import sys, megadpo, megadpo.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    )
+    code = "import sys, megadpo, megadpo.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -75,9 +75,7 @@ def run(command: list[str], **environment: str) -> tuple[int, str, float]:
 
 
 def our_launcher(nproc: int, worker: Path, *arguments: str) -> list[str]:
-    code = (
-        "import sys; from megadpo.launch import start_workers; sys.exit(start_workers(int(sys.argv[1]), sys.argv[2:]))"
-    )
+    code = "import sys; from megadpo.launch import start_workers; sys.exit(start_workers(int(sys.argv[1]), sys.argv[2:]))"
     return [sys.executable, "-c", code, str(nproc), sys.executable, str(worker), *arguments]
 
 
@@ -96,9 +94,7 @@ def torchrun(nproc: int, worker: Path, *arguments: str) -> list[str]:
         ("silent", 7, "megadpo: rank 1 left with exit status 7"),
     ],
 )
-def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(
-    worker: Path, case: str, status: int, reason: str
-) -> None:
+def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(worker: Path, case: str, status: int, reason: str) -> None:
     code, output, seconds = run(our_launcher(2, worker, case))
     assert code == status
     assert output.count(reason) == 1 and output.count("megadpo: ") == 1, output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, num_tensor: int = 1, num_pipe
     Raises:
         UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
     """
-    out, layout = Path(out), Layout(tensor=num_tensor, pipeline=num_pipeline)
+    out, layout = Path(os.path.abspath(out)), Layout(tensor=num_tensor, pipeline=num_pipeline)
     if is_checkpoint(hf_dir):
         raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
     refuse_existing(out)
@@ -55,7 +57,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
     Raises:
         UserError: no checkpoint, a damaged one, or `out` is not empty.
     """
-    out, opened = Path(out), open_checkpoint(checkpoint)
+    out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint)
     refuse_existing(out)
     config, source = read_hf_config(checkpoint), opened.source("weights")
     check_tensors(config, source)
@@ -81,7 +83,7 @@ def writer_name(stage: int, tensor_rank: int) -> str:
 def _shards(
     config: Any, source: TensorSource, layout: Layout, stage: int, rank: int
 ) -> Iterator[tuple[str, ParameterShard, Tensor]]:
-    """Every primary shard of a rank, filled, in the type of its logical tensors."""
+    """Every primary shard of a rank, filled."""
     shards = shard_parameters(
         config,
         tensor_rank=rank,
@@ -92,6 +94,8 @@ def _shards(
     )
     for shard in shards:
         if shard.is_primary and shard.pieces:
-            tensor = torch.empty(shard.shape, dtype=source.dtype(shard.pieces[0].logical_name))
+            # Fused projections may differ in type: the widest holds them all exactly.
+            dtype = functools.reduce(torch.promote_types, [source.dtype(piece.logical_name) for piece in shard.pieces])
+            tensor = torch.empty(shard.shape, dtype=dtype)
             fill_shard(shard, source, tensor)
             yield "weights", shard, tensor

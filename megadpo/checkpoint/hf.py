@@ -13,9 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, family_of
-
-__all__ = ["SafetensorsFile", "TensorSource", "fill_shard", "hf_directory", "open_hf", "read_hf_config", "read_json"]
+from megadpo.model.families import ParameterShard, TensorSource, family_of, rope_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -204,6 +202,7 @@ def read_hf_config(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
         family.transformer_config(config)
         family.sliding_windows(config)
+        rope_of(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # transformers' validators raise several kinds

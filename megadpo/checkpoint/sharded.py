@@ -173,9 +173,10 @@ class _ShardedSource:
 
     def _add(self, directory: Path, name: str, entry: Any) -> None:
         shape, dtype = tuple(entry["shape"]), DTYPE_NAMES[entry["dtype"]]
-        if not shape or not all(type(size) is int and size > 0 for size in shape) or not _covers(entry["pieces"], shape):
-            raise ValueError(name)
         pieces = [StoredPiece(**piece) for piece in entry["pieces"]]
+        numbers = [*shape, *(number for piece in pieces for number in (piece.dim, piece.start, piece.length))]
+        if not all(type(number) is int and number >= 0 for number in numbers) or not _covers(entry["pieces"], shape):
+            raise ValueError(name)
         for piece in pieces:
             if piece.file not in self._files:
                 self._files[piece.file] = SafetensorsFile(file_inside(directory, piece.file, INDEX))

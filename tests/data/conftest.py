@@ -31,9 +31,7 @@ def hh_rows() -> list[dict[str, str]]:
     if file.exists():
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
-    warnings.warn(
-        f"{file} is not there (MEGADPO_TEST_DATA): generated hh-rlhf-like rows are used instead", stacklevel=1
-    )
+    warnings.warn(f"{file} is not there (MEGADPO_TEST_DATA): generated hh-rlhf-like rows are used instead", stacklevel=1)
     return [_generated_row(random.Random(number), number) for number in range(2312)]
 
 

@@ -28,9 +28,7 @@ def bin_tokens(plan: list[list[list[int]]], lengths: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100)), max_size=60), st.integers(100, 300), st.integers(1, 9)
-)
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100)), max_size=60), st.integers(100, 300), st.integers(1, 9))
 def test_every_group_is_in_exactly_one_micro_batch_none_too_long_all_ranks_with_as_many(
     lengths_and_costs: list[tuple[int, int]], capacity: int, num_ranks: int
 ) -> None:
@@ -113,9 +111,7 @@ def test_fewer_groups_than_ranks_leave_some_micro_batches_empty() -> None:
 def test_a_group_longer_than_a_micro_batch_is_refused_by_row_and_setting() -> None:
     with pytest.raises(UserError, match=r"pair of row 7 has 30 tokens, more than train.tokens_per_micro_batch = 20"):
         check_groups_fit([3, 30, 25], [4, 7, 9], 20)
-    with pytest.raises(
-        UserError, match=r"\(2 rows are too long\); raise reference.tokens_per_micro_batch to at least 30"
-    ):
+    with pytest.raises(UserError, match=r"\(2 rows are too long\); raise reference.tokens_per_micro_batch to at least 30"):
         check_groups_fit([3, 30, 25], [4, 7, 9], 20, "reference.tokens_per_micro_batch")
     with pytest.raises(UserError, match="30 tokens"):
         plan_micro_batches([3, 30], [3, 30], 20, 1)
@@ -124,9 +120,7 @@ def test_a_group_longer_than_a_micro_batch_is_refused_by_row_and_setting() -> No
 
 def test_costs_count_what_each_query_attends_to() -> None:
     def group(prompts: list[int], responses: list[int]) -> Group:
-        return Group(
-            tuple(np.zeros(n, np.int32) for n in prompts), tuple(np.zeros(n, np.int32) for n in responses), row=0
-        )
+        return Group(tuple(np.zeros(n, np.int32) for n in prompts), tuple(np.zeros(n, np.int32) for n in responses), row=0)
 
     groups = [group([7], [3, 5]), group([7, 2], [3, 5]), group([4], [6])]
     store = GroupStore.of(groups)

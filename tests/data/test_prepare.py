@@ -90,8 +90,7 @@ def test_the_cache_is_read_the_second_time_and_by_processes_that_waited(
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)
     ]
     lines = "".join(rank.communicate(timeout=120)[0] for rank in ranks).split("\n")
     assert lines.count("made") == 1
@@ -178,9 +177,7 @@ def test_truncation_is_counted_and_only_keep_end_may_part_the_prompts(
     assert report.num_kept + sum(report.dropped.values()) == report.num_rows == 300
 
 
-def test_a_cut_prompt_keeps_its_last_user_turn(
-    options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any
-) -> None:
+def test_a_cut_prompt_keeps_its_last_user_turn(options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
     from transformers import AutoTokenizer
 
     early = "\n\nHuman: what is this about\n\nAssistant: many things" * 20

@@ -107,9 +107,7 @@ def test_broken_files_are_named_with_the_line(name: str, content: bytes, message
         read(tmp_path / name)
 
 
-def test_missing_files_and_directories_without_rows_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_files_and_directories_without_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match=r"does not exist"):
@@ -128,9 +126,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"nobody/nothing is no file here and could not be loaded from the Hub: "
-    ) as caught:
+    with pytest.raises(UserError, match=r"nobody/nothing is no file here and could not be loaded from the Hub: ") as caught:
         read("nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -64,9 +64,7 @@ def test_a_generation_prompt_that_the_conversation_leaves_out_ends_the_common_pr
         CHATML.replace("m['content'] +", "(m['content'] if loop.last else m['content'][:5]) +"),
     ],
 )
-def test_a_template_that_renders_the_last_user_turn_differently_is_refused_with_the_row(
-    template: str, bpe_dir: str
-) -> None:
+def test_a_template_that_renders_the_last_user_turn_differently_is_refused_with_the_row(template: str, bpe_dir: str) -> None:
     with pytest.raises(UserError, match=r"f.jsonl:3: the chat template renders the prompt differently with an answer"):
         tokenise(load_tokenizer(bpe_dir, template))
 

@@ -11,8 +11,7 @@ import torch
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.sharded import open_weights
 from megadpo.config import Config
-from megadpo.data.loader import num_steps, samples_per_epoch, step_batch
-from megadpo.data.pack import IntArray
+from megadpo.data.loader import Batches
 from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
@@ -43,6 +42,7 @@ class Plan:
     """A run that was checked and can start.
 
     Attributes:
+        batches: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
     """
@@ -55,27 +55,10 @@ class Plan:
     train: Packing
     eval: Packing | None
     reports: dict[str, DataReport]
+    batches: Batches
     num_steps: int
     output_dir: Path
     resume: Path | None
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Pairs that one epoch sees."""
-        return samples_per_epoch(self.train.groups.sources, self.train.groups.source_weights)
-
-    def batch(self, step: int) -> IntArray:
-        """Group numbers of a step's global batch."""
-        groups, options = self.train.groups, self.config
-        return step_batch(
-            groups.sources,
-            groups.source_weights,
-            step,
-            options.train.pairs_per_step,
-            options.train.seed,
-            options.data.shuffle,
-            None if options.train.steps else options.train.epochs or 1.0,
-        )
 
 
 def prepare(config: Config) -> Plan:
@@ -100,9 +83,16 @@ def prepare(config: Config) -> Plan:
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
-    if config.eval.every and held_out is None:
-        raise UserError("eval.every is set but data.eval is not; name the held-out pairs or set eval.every to 0")
-    total = config.train.steps or _steps_of_epochs(train.groups, config)
+    batches = Batches(
+        train.groups.sources,
+        train.groups.source_weights,
+        config.train.pairs_per_step,
+        config.train.seed,
+        config.data.shuffle,
+        config.train.epochs,
+    )
+    num_steps = config.train.steps or batches.num_steps
+    assert num_steps is not None
     return Plan(
         config,
         layout,
@@ -112,7 +102,8 @@ def prepare(config: Config) -> Plan:
         train,
         held_out,
         reports,
-        total,
+        batches,
+        num_steps,
         output_dir,
         resume,
     )
@@ -181,11 +172,6 @@ def _packing(
 def first_groups(groups: GroupStore, count: int) -> GroupStore:
     """The first `count` groups of a store."""
     return GroupStore.of(groups[number] for number in range(min(count, len(groups))))
-
-
-def _steps_of_epochs(groups: GroupStore, config: Config) -> int:
-    an_epoch = samples_per_epoch(groups.sources, groups.source_weights)
-    return num_steps(an_epoch, config.train.pairs_per_step, config.train.epochs or 1.0)
 
 
 def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:

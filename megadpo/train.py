@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import Config, load_config
+from megadpo.config import Config
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
 from megadpo.data.prepare import cache_root
@@ -87,25 +87,12 @@ class Run:
     num_tokens_seen: int = 0
 
 
-def train(
-    config: Mapping[str, Any] | str | Path | Config,
-    callbacks: Callbacks | None = None,
-    overrides: Sequence[str] = (),
-) -> Result:
-    """Train as `megadpo train` does, in this process alone or as one rank of torchrun's.
-
-    Args:
-        config: nested dict, YAML path or Config; `data.train` and `data.eval` may be `datasets.Dataset` objects.
-        overrides: "key.sub=value" texts applied on top.
+def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
+    """The whole of training; see the head of this file.
 
     Raises:
         UserError: whatever cannot work, in one sentence, before anything is written.
     """
-    return run_training(load_config(config, overrides), callbacks or Callbacks())
-
-
-def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
-    """The whole of training; see the head of this file."""
     plan = prepare(config)
     say_plan(plan)
     with joined_world(plan.layout, plan.config.train.seed):
@@ -196,7 +183,7 @@ def training_loop(run: Run) -> Metrics:
 def training_step(run: Run, step: int) -> Metrics:
     """One optimizer step on one global batch; its metrics, the same on every rank."""
     plan, started = run.plan, time.perf_counter()
-    numbers = plan.batch(step)
+    numbers = plan.batches.at(step)
     micro_batches = rank_micro_batches(plan.train, numbers)
     reference_logps = run.reference(micro_batches)
     totals = collect.empty_vector(compute_device())
@@ -225,7 +212,7 @@ def training_step(run: Run, step: int) -> Metrics:
         **metrics,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
-        "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.samples_per_epoch,
+        "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
         **throughput(time.perf_counter() - started, num_tokens, len(numbers)),
         **peak_memory(compute_device()),

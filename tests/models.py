@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,18 @@ def random_groups(count: int, seed: int = 0, longest: int = 40, vocab_size: int 
 
 
 def hh_groups(count: int, tokenizer: Path, max_length: int | None = None) -> list[Group]:
-    """The first `count` usable real pairs, tokenised by our own data path."""
-    import tempfile
+    """The first `count` usable real pairs."""
+    with tempfile.TemporaryDirectory() as directory:
+        rows = write_hh(Path(directory) / "rows.jsonl", count + 50)
+        return groups_of_file(rows, tokenizer, max_length)[:count]
 
+
+def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None) -> list[Group]:
+    """A file's pairs, tokenised by our own data path, in memory."""
     from megadpo.config import DataConfig
     from megadpo.data.prepare import prepare_groups
 
     with tempfile.TemporaryDirectory() as directory:
-        rows = write_hh(Path(directory) / "rows.jsonl", count + 50)
-        options = DataConfig(max_length=max_length, cache_dir=str(Path(directory) / "cache"), num_workers=1)
-        store = prepare_groups(options, str(rows), str(tokenizer)).groups
-        groups = [store[i] for i in range(count)]
-        return [Group(tuple(np.array(p) for p in g.prompts), tuple(np.array(r) for r in g.responses), g.row) for g in groups]
+        options = DataConfig(max_length=max_length, cache_dir=directory, num_workers=1)
+        store = prepare_groups(options, str(path), str(tokenizer)).groups
+        return [Group(tuple(np.array(p) for p in g.prompts), tuple(np.array(r) for r in g.responses), g.row) for g in store]

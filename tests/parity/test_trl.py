@@ -33,7 +33,12 @@ def _pairs() -> list[dict[str, str]]:
     for row in hh_rows(300):
         prompts = [row[key][: row[key].rindex("\n\nAssistant:") + len("\n\nAssistant:")] for key in ("chosen", "rejected")]
         completions = [row[key][len(prompt) :] for key, prompt in zip(("chosen", "rejected"), prompts, strict=True)]
-        if prompts[0] == prompts[1] and all(text.strip() for text in completions) and len(prompts[0]) < 400 and completions[0] != completions[1]:
+        if (
+            prompts[0] == prompts[1]
+            and all(text.strip() for text in completions)
+            and len(prompts[0]) < 400
+            and completions[0] != completions[1]
+        ):
             pairs.append({"prompt": prompts[0], "chosen": completions[0], "rejected": completions[1]})
     return pairs[: NUM_STEPS * PAIRS_PER_STEP]
 

@@ -1,0 +1,228 @@
+"""Training as a whole: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models import groups_of_file, hh_rows, save_model, write_hh
+from tests.parity import oracle
+from tests.worlds import run_world
+
+CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A tied model with a tokenizer, training pairs and held-out pairs."""
+    directory = tmp_path_factory.mktemp("files")
+    save_model(directory / "model", "qwen3", tie_word_embeddings=True)
+    rows = write_hh(directory / "train.jsonl", 60).read_text().splitlines(keepends=True)
+    (directory / "eval.jsonl").write_text("".join(rows[-12:]))
+    return directory
+
+
+def _settings(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": {"path": str(files / "model"), "dtype": "fp32"},
+        "data": {"train": str(files / "train.jsonl"), "max_length": 128, "cache_dir": str(files / "cache")},
+        "train": {"steps": 5, "pairs_per_step": 8, "tokens_per_micro_batch": 512, "learning_rate": 1e-3, "warmup_steps": 2},
+        "logging": {"tensorboard": False},
+        "output_dir": str(output_dir),
+    }
+    for section, values in changes.items():
+        settings[section] = settings.get(section, {}) | values
+    return settings
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _train(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
+    """Every metrics line; the run breaks off after step `stop_after`, as if killed."""
+    import megadpo
+    from megadpo.train import Callbacks
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_after:
+            raise _Interrupted
+
+    if stop_after is None:
+        megadpo.train(settings)
+    else:
+        try:
+            megadpo.train(settings, Callbacks(on_step_end=stop))
+        except Exception as error:
+            # The other ranks notice only that rank 0 has gone.
+            assert isinstance(error, _Interrupted) or "Connection" in str(error) or "onnect" in str(error), error
+    return read_metrics(Path(settings["output_dir"]))
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+
+
+def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted((output_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "parallel", "dtype"),
+    [(2, {"tensor": 2}, "fp32"), (2, {"pipeline": 2}, "bf16"), (2, {}, "bf16")],
+    ids=["tensor 2", "pipeline 2 in bf16", "data 2 in bf16"],
+)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num_processes, parallel, dtype):
+    def settings(name: str) -> dict[str, Any]:
+        # 60 rows and 8 pairs a step: step 8 crosses into the second epoch
+        return _settings(
+            files,
+            tmp_path / name,
+            model={"dtype": dtype},
+            parallel=parallel,
+            train={"steps": 9},
+            checkpoint={"every": 3, "keep": 1},
+        )
+
+    whole = run_world(num_processes, _train, settings("whole"))[0]
+    broken = run_world(num_processes, _train, settings("broken"), 5)[0]
+    assert len(broken) == 5
+    assert [p.name for p in sorted((tmp_path / "broken" / "checkpoints").iterdir())] == ["step_00000003"]
+    resumed = run_world(num_processes, _train, settings("broken"))[0]
+    assert resumed == whole and [record["step"] for record in resumed] == list(range(1, 10))
+    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_checkpoint_of_one_layout_goes_on_in_another(files, tmp_path):
+    def settings(name: str, parallel: dict[str, int]) -> dict[str, Any]:
+        return _settings(files, tmp_path / name, parallel=parallel, train={"steps": 4}, checkpoint={"every": 2})
+
+    whole = run_world(1, _train, settings("whole", {}))[0]
+    run_world(2, _train, settings("moved", {"tensor": 2}), 3)
+    moved = run_world(2, _train, settings("moved", {"pipeline": 2}))[0]
+    for a, b in zip(moved, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -> tuple[Any, list[str]]:
+    import torch.distributed as dist
+    from datasets import Dataset
+
+    import megadpo
+    from megadpo.train import Callbacks
+
+    heard: list[str] = []
+    settings["data"]["train"] = Dataset.from_list(rows)
+    result = megadpo.train(
+        settings,
+        Callbacks(
+            on_step_end=lambda step, metrics: heard.append(f"step {step}"),
+            on_evaluation=lambda step, metrics: heard.append(f"evaluation {step} {'eval_loss' in metrics}"),
+            on_save=lambda step, directory: heard.append(f"save {step} {directory.name}"),
+        ),
+    )
+    assert not dist.is_initialized(), "a guest leaves no process group behind"
+    return result, heard
+
+
+def test_the_python_interface_takes_datasets_and_callbacks_and_returns_metrics_and_path(files, tmp_path):
+    settings = _settings(files, tmp_path / "run", train={"steps": 2}, eval={"every": 1}, checkpoint={"every": 2})
+    settings["data"]["eval"] = str(files / "eval.jsonl")
+    result, heard = run_world(1, _train_with_datasets, settings, hh_rows(30))[0]
+    assert heard == ["evaluation 1 True", "step 1", "evaluation 2 True", "step 2", "save 2 step_00000002"]
+    assert result.steps == 2 and result.metrics["step"] == 2 and "eval_rewards/accuracies" in result.metrics
+    assert result.metrics["num_tokens"] > 0 and result.model_path == tmp_path / "run" / "hf"
+    oracle.load(result.model_path)
+
+
+def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_path):
+    from transformers import AutoTokenizer
+
+    changes = {"train": {"steps": 2}, "parallel": {"tensor": 2, "pipeline": 2}, "checkpoint": {"every": 2}}
+    run_world(4, _train, _settings(files, tmp_path / "run", **changes))
+    run_world(1, _train, _settings(files, tmp_path / "single", train={"steps": 2}))
+    model, start = oracle.load(tmp_path / "run" / "hf"), oracle.load(files / "model")
+    single = dict(oracle.load(tmp_path / "single" / "hf").named_parameters())
+    for (name, trained), (_, before) in zip(model.named_parameters(), start.named_parameters(), strict=True):
+        assert not torch.equal(trained, before), name
+        assert torch.allclose(trained, single[name], rtol=1e-4, atol=1e-5), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
+    assert tokenizer("Human")["input_ids"] == AutoTokenizer.from_pretrained(files / "model")("Human")["input_ids"]
+    from megadpo.checkpoint.convert import export_checkpoint
+
+    export_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "converted")
+    converted = dict(oracle.load(tmp_path / "converted").named_parameters())
+    assert all(torch.equal(converted[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_precomputed_reference_gives_the_resident_one_s_run_and_is_computed_once(files, tmp_path):
+    capacity = {"mode": "precomputed", "tokens_per_micro_batch": 1024}
+    resident = run_world(1, _train, _settings(files, tmp_path / "resident"))[0]
+    first = run_world(2, _train, _settings(files, tmp_path / "first", reference=capacity, parallel={"tensor": 2}))[0]
+    cached = list((files / "cache" / "reference").glob("*.safetensors"))
+    assert len(cached) == 1
+    written = cached[0].stat().st_mtime_ns
+    second = run_world(1, _train, _settings(files, tmp_path / "second", reference=capacity))[0]
+    assert cached[0].stat().st_mtime_ns == written, "the second run reads what the first one wrote"
+    for run in (first, second):
+        assert abs(run[0]["rewards/margins"]) < 1e-4 and run[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+        for a, b in zip(run, resident, strict=True):
+            for name in ("loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_the_reference_cache_is_not_used_for_other_weights(files, tmp_path):
+    mode = {"mode": "precomputed"}
+    one_step = {"steps": 1, "warmup_steps": 0}
+    run_world(1, _train, _settings(files, tmp_path / "first", reference=mode, train=one_step))
+    save_model(tmp_path / "other", "qwen3", seed=7, tie_word_embeddings=True)
+    changed = _settings(
+        files, tmp_path / "second", reference=mode | {"path": str(tmp_path / "other")}, train={"steps": 1, "warmup_steps": 0}
+    )
+    assert abs(run_world(1, _train, changed)[0][0]["rewards/margins"]) > 1e-2
+
+
+def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
+    runs = [
+        run_world(1, _train, _settings(files, tmp_path / f"{i}", train={"steps": 2, "seed": s}))[0]
+        for i, s in enumerate((1, 1, 2))
+    ]
+    assert runs[0] == runs[1] and runs[0][0]["logps/chosen"] != runs[2][0]["logps/chosen"]
+
+
+def _logprobs(model: Path, data: Path, out: Path, parallel: dict[str, int], share_prompts: bool, cache: Path) -> None:
+    from megadpo.config import load_config
+    from megadpo.logprobs import run_logprobs
+
+    data_options = {"max_length": 128, "share_prompts": share_prompts, "cache_dir": str(cache)}
+    options = {
+        "parallel": parallel,
+        "data": data_options,
+        "model": {"dtype": "fp32"},
+        "train": {"tokens_per_micro_batch": 600},
+    }
+    run_logprobs(str(model), str(data), str(out), load_config(options))
+
+
+@pytest.mark.parametrize(("num_processes", "parallel", "share"), [(1, {}, True), (2, {"pipeline": 2}, False), (2, {}, True)])
+def test_logprobs_writes_a_line_a_pair_that_transformers_agrees_with(files, tmp_path, num_processes, parallel, share):
+    arguments = (files / "model", files / "eval.jsonl", tmp_path / "out.jsonl", parallel, share, files / "cache")
+    run_world(num_processes, _logprobs, *arguments)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all(list(line) == ["index", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"] for line in lines)
+    groups = {group.row: group for group in groups_of_file(files / "eval.jsonl", files / "model", max_length=128)}
+    assert [line["index"] for line in lines] == list(groups) and len(lines) >= 10
+    model = oracle.load(files / "model")
+    for line in lines:
+        group = groups[line["index"]]
+        expected = oracle.all_logps(model, [group])[0]
+        assert line["chosen_logp"] == pytest.approx(float(expected[0]), abs=1e-4)
+        assert line["rejected_logp"] == pytest.approx(float(expected[1]), abs=1e-4)
+        assert (line["chosen_tokens"], line["rejected_tokens"]) == tuple(len(r) for r in group.responses)

@@ -23,6 +23,7 @@ from megadpo.config import Config
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
 from megadpo.data.prepare import cache_root
+from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
@@ -201,8 +202,8 @@ def training_step(run: Run, step: int) -> Metrics:
     try:
         grad_norm = run.engine.step(learning_rate)
     except ArithmeticError as error:
-        raise ArithmeticError(
-            f"step {step + 1}: {error}; nothing was updated. Lower train.learning_rate, or look for broken weights"
+        raise UserError(
+            f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
         ) from error
     metrics = reduce_metrics(totals)
     num_tokens = int(plan.train.num_tokens_G[numbers].sum())

@@ -1,0 +1,95 @@
+"""A micro-batch: groups in one stream, and what attention and head need to know of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megadpo.data.groups import Group
+from megadpo.data.micro_batch import Segment, lay_out
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+SHARED = Group((ids(1, 2, 3),), (ids(4, 5), ids(6, 7, 8)), row=0)
+UNSHARED = Group((ids(1, 2), ids(3)), (ids(4, 5), ids(6)), row=1)
+
+
+def test_a_shared_prompt_stands_once_and_both_responses_go_on_from_its_end():
+    batch = lay_out([SHARED], [0])
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert batch.segments == (Segment(0, 3), Segment(3, 5, 0, 3), Segment(5, 8, 0, 3))
+
+
+def test_the_end_of_a_shared_prompt_predicts_the_first_token_of_both_responses():
+    batch = lay_out([SHARED], [0])
+    assert batch.scored_N.tolist() == [2, 3, 2, 5, 6]
+    assert batch.targets_N.tolist() == [4, 5, 6, 7, 8]
+    assert batch.response_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.num_completion_tokens_R.tolist() == [2, 3] and batch.group_R.tolist() == [0, 0]
+
+
+def test_without_sharing_each_response_has_its_own_prompt():
+    batch = lay_out([SHARED], [0], share_prompts=False)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
+    assert batch.segments == (Segment(0, 5), Segment(5, 11)) and batch.scored_N.tolist() == [2, 3, 7, 8, 9]
+
+
+def test_different_prompts_are_laid_out_unshared():
+    batch = lay_out([UNSHARED], [7])
+    assert batch.tokens_T.tolist() == [1, 2, 4, 5, 3, 6] and batch.segments == (Segment(0, 4), Segment(4, 6))
+    assert batch.rows == (7,)
+
+
+def test_without_a_prompt_the_first_token_has_no_log_prob():
+    batch = lay_out([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0])
+    assert batch.scored_N.tolist() == [0] and batch.targets_N.tolist() == [5] and batch.response_N.tolist() == [0]
+    assert batch.num_responses == 2
+
+
+def test_padding_attends_to_itself_and_is_never_scored():
+    batch = lay_out([SHARED], [0], multiple_of=3)
+    assert len(batch.tokens_T) == 9 and batch.num_padding == 1 and batch.num_tokens == 8
+    assert batch.segments[-1] == Segment(8, 9) and 8 not in batch.scored_N
+
+
+def test_no_groups_make_a_stream_of_padding_with_nothing_to_score():
+    batch = lay_out([], [], multiple_of=2)
+    assert len(batch.tokens_T) == 2 and batch.num_responses == 0 and len(batch.scored_N) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([1, 2, 4]),
+)
+def test_segments_cover_the_stream_and_every_completion_token_is_scored_once(sizes, share, multiple_of):
+    groups = []
+    for row, (prompt, chosen, rejected, same) in enumerate(sizes):
+        prompts = (np.arange(prompt, dtype=np.int32),) * (1 if same else 2)
+        groups.append(Group(prompts, (np.arange(chosen, dtype=np.int32), np.arange(rejected, dtype=np.int32)), row))
+    batch = lay_out(groups, range(len(groups)), share, multiple_of)
+    ends = [0] + [segment.end for segment in batch.segments]
+    assert [segment.start for segment in batch.segments] == ends[:-1] and ends[-1] == len(batch.tokens_T)
+    assert len(batch.tokens_T) % multiple_of == 0
+    assert batch.num_tokens == sum(group.num_stream_tokens(share) for group in groups)
+    counts = torch.bincount(batch.response_N, minlength=batch.num_responses)
+    assert counts.tolist() == batch.num_completion_tokens_R.tolist()
+    # what a scored position predicts stands right behind it, or at the head of a response that shares its prompt
+    starts = {segment.start for segment in batch.segments if segment.prompt_end > segment.prompt_start}
+    for position, target in zip(batch.scored_N.tolist(), batch.targets_N.tolist(), strict=True):
+        follows = {int(batch.tokens_T[position + 1])} | {int(batch.tokens_T[start]) for start in starts}
+        assert target in follows
+
+
+def test_a_group_needs_responses_that_are_not_empty():
+    with pytest.raises(AssertionError):
+        Group((ids(1),), (ids(),), 0)

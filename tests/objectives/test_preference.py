@@ -1,0 +1,104 @@
+"""Objectives are pure functions of per-response statistics: right values, right gradients, exact weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megadpo.config import ObjectiveConfig
+from megadpo.objectives.preference import Normalisers, evaluate
+from megadpo.objectives.statistics import ResponseStatistics
+
+
+def statistics(num_pairs: int, seed: int = 0) -> ResponseStatistics:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(scale: float) -> torch.Tensor:
+        return scale * torch.randn(2 * num_pairs, generator=generator, dtype=torch.float64)
+
+    ones = torch.ones(2 * num_pairs, dtype=torch.float64)
+    policy = -50 + random(20.0)
+    chosen = torch.arange(0, 2 * num_pairs, 2)
+    return ResponseStatistics(policy, policy + random(5.0), 20 * ones, ones, ones, ones, ones, chosen, chosen + 1)
+
+
+def test_sigmoid_is_the_loss_of_the_dpo_paper():
+    given_ = statistics(6)
+    found = evaluate(given_, Normalisers(6), ObjectiveConfig(beta=0.3))
+    for pair in range(6):
+        z_chosen, z_rejected = (float(given_.logps_R[i] - given_.reference_logps_R[i]) for i in (2 * pair, 2 * pair + 1))
+        expected = math.log1p(math.exp(-0.3 * (z_chosen - z_rejected)))
+        assert float(found.losses_P[pair]) == pytest.approx(expected, rel=1e-12)
+    assert float(found.loss) == pytest.approx(float(found.losses_P.mean()), rel=1e-12)
+
+
+def test_label_smoothing_is_conservative_dpo():
+    given_ = statistics(5)
+    z = given_.logps_R - given_.reference_logps_R
+    scaled = 0.2 * (z[::2] - z[1::2])
+    expected = -(1 - 0.1) * F.logsigmoid(scaled) - 0.1 * F.logsigmoid(-scaled)
+    found = evaluate(given_, Normalisers(5), ObjectiveConfig(beta=0.2, label_smoothing=0.1))
+    torch.testing.assert_close(found.losses_P, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [ObjectiveConfig(), ObjectiveConfig(beta=0.5, label_smoothing=0.2)])
+def test_the_gradient_is_the_numeric_one(options):
+    given_ = statistics(4)
+    found = evaluate(given_, Normalisers(4), options)
+    for i in range(8):
+        step = torch.zeros(8, dtype=torch.float64)
+        step[i] = 1e-5
+        up = evaluate(replace(given_, logps_R=given_.logps_R + step), Normalisers(4), options).loss
+        down = evaluate(replace(given_, logps_R=given_.logps_R - step), Normalisers(4), options).loss
+        assert float(found.gradient_R[i]) == pytest.approx(float(up - down) / 2e-5, rel=1e-6, abs=1e-10)
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.11}, {"label_smoothing": 0.05}])
+def test_every_option_changes_the_gradient(change):
+    given_ = statistics(4)
+    base = evaluate(given_, Normalisers(4), ObjectiveConfig(beta=0.1))
+    changed = evaluate(given_, Normalisers(4), replace(ObjectiveConfig(beta=0.1), **change))
+    assert not torch.allclose(base.gradient_R, changed.gradient_R, rtol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 12), st.data())
+def test_splitting_a_batch_in_any_way_adds_up_to_the_whole(num_pairs, data):
+    whole = evaluate(statistics(num_pairs), Normalisers(num_pairs), ObjectiveConfig())
+    cut = data.draw(st.integers(1, num_pairs - 1))
+    parts = []
+    for pairs in (slice(0, cut), slice(cut, num_pairs)):
+        responses = slice(2 * pairs.start, 2 * pairs.stop)
+        s = statistics(num_pairs)
+        tensors = {name: getattr(s, name)[responses] for name in vars(s) if name.endswith("_R")}
+        count = pairs.stop - pairs.start
+        chosen = torch.arange(0, 2 * count, 2)
+        part = ResponseStatistics(**tensors, chosen_P=chosen, rejected_P=chosen + 1)
+        parts.append(evaluate(part, Normalisers(num_pairs), ObjectiveConfig()))
+    torch.testing.assert_close(torch.cat([part.gradient_R for part in parts]), whole.gradient_R, rtol=1e-12, atol=0)
+    assert float(sum(part.loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-12)
+
+
+def test_equal_policy_and_reference_give_ln_2():
+    given_ = statistics(3)
+    found = evaluate(replace(given_, reference_logps_R=given_.logps_R), Normalisers(3), ObjectiveConfig())
+    assert float(found.loss) == pytest.approx(math.log(2), rel=1e-12)
+
+
+def test_a_pair_of_weight_zero_counts_for_nothing():
+    given_ = statistics(3)
+    weight = torch.ones(6, dtype=torch.float64)
+    weight[2:4] = 0
+    found = evaluate(replace(given_, weight_R=weight), Normalisers(2), ObjectiveConfig())
+    assert not found.gradient_R[2:4].any() and found.gradient_R[:2].all()
+
+
+def test_no_pairs_at_all_give_no_loss():
+    found = evaluate(statistics(0), Normalisers(4), ObjectiveConfig())
+    assert float(found.loss) == 0 and found.gradient_R.shape == (0,)

@@ -110,7 +110,7 @@ train:
   learning_rate: 2.0e-4
   warmup_steps: {warmup_steps}
   seed: {seed}
-eval: {{every: 60}}
+eval: {{every: 100}}
 output_dir: {output}
 """
 
@@ -122,7 +122,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--train-pairs", type=int, default=8000, help="default 8000")
     parser.add_argument("--held-out-pairs", type=int, default=512, help="default 512")
     parser.add_argument("--warm-up-steps", type=int, default=400, help="at most; default 400")
-    parser.add_argument("--steps", type=int, default=120, help="of DPO; default 120")
+    parser.add_argument("--steps", type=int, default=200, help="of DPO; default 200")
     options = parser.parse_args()
     if (options.output / "dpo").exists():
         parser.error(f"{options.output} holds a quickstart already: remove it, or choose another --output")

@@ -163,7 +163,7 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     every: int = 1
-    """Write metrics every this many steps."""
+    """Write metrics every this many steps, at evaluations and at the end."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output_dir`."""
 

@@ -171,8 +171,9 @@ def training_loop(run: Run) -> Metrics:
             held_out = evaluation(run)
             record |= held_out
             call(run.callbacks.on_evaluation, done, held_out)
-        for sink in run.sinks:
-            sink.write(record)
+        if is_last or "eval_loss" in record or done % config.logging.every == 0:
+            for sink in run.sinks:
+                sink.write(record)
         call(run.callbacks.on_step_end, done, record)
         if config.checkpoint.every and (is_last or done % config.checkpoint.every == 0):
             directory = save(run, done)

@@ -8,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "run.py"
 
 
 def quickstart(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(QUICKSTART), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=290)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_trained_model_prefers_and_gives_right_answers(tmp_path: Path) -> None:
     done = quickstart("--output", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr

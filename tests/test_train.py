@@ -226,3 +226,16 @@ def test_logprobs_writes_a_line_a_pair_that_transformers_agrees_with(files, tmp_
         assert line["chosen_logp"] == pytest.approx(float(expected[0]), abs=1e-4)
         assert line["rejected_logp"] == pytest.approx(float(expected[1]), abs=1e-4)
         assert (line["chosen_tokens"], line["rejected_tokens"]) == tuple(len(r) for r in group.responses)
+
+
+def test_logging_every_thins_the_records_but_never_the_last_one_or_an_evaluation(files, tmp_path):
+    settings = _settings(
+        files, tmp_path / "run", logging={"every": 3}, eval={"every": 4}, data={"eval": str(files / "eval.jsonl")}
+    )
+    records = run_world(1, _train, settings)[0]
+    assert [record["step"] for record in records] == [3, 4, 5] and "eval_loss" in records[1]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(files, tmp_path):
+    with pytest.raises(AssertionError, match="UserError: step 2: the gradient norm is .*, so nothing was updated"):
+        run_world(1, _train, _settings(files, tmp_path / "run", train={"learning_rate": 1e30, "warmup_steps": 0}))

@@ -1,6 +1,6 @@
 """From nothing to a model trained on preferences, on a CPU, in a few minutes and without any download:
 
-    python examples/quickstart/run.py --output quickstart-run
+    python examples/quickstart/run.py --output runs/quickstart-1
 
 It makes preference pairs of a task whose right answers are known (write a word backwards), a tokenizer and a small
 Llama, teaches the model until it is right about half the time, trains it with DPO on two processes with
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -117,13 +118,15 @@ output_dir: {output}
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart-run"), help="directory for all it makes")
+    parser.add_argument("--output", type=Path, help="directory for all it makes (default: the next free runs/quickstart-N)")
     parser.add_argument("--seed", type=int, default=0, help="of pairs, weights and batches (default 0)")
     parser.add_argument("--train-pairs", type=int, default=8000, help="default 8000")
     parser.add_argument("--held-out-pairs", type=int, default=512, help="default 512")
     parser.add_argument("--warm-up-steps", type=int, default=400, help="at most; default 400")
     parser.add_argument("--steps", type=int, default=200, help="of DPO; default 200")
     options = parser.parse_args()
+    if options.output is None:
+        options.output = next(path for n in count(1) if not (path := Path(f"runs/quickstart-{n}")).exists())
     if (options.output / "dpo").exists():
         parser.error(f"{options.output} holds a quickstart already: remove it, or choose another --output")
     return options

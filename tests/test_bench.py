@@ -1,0 +1,65 @@
+"""The benchmarks run and report what they promise; at these sizes their times mean nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _report(tool: str, directory: Path, *options: str) -> dict:
+    path = directory / f"{tool}.json"
+    command = [sys.executable, "-m", f"tools.bench.{tool}", "--threads", "1", "--json", str(path), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| --- |" in done.stdout, "a table is printed"
+    report = json.loads(path.read_text())
+    assert report["command"].startswith(f"python -m tools.bench.{tool}")
+    assert report["machine"]["threads"] == 1
+    return report
+
+
+def test_sharing_prompts_saves_tokens_and_the_report_has_tokens_times_and_bound(tmp_path):
+    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
+    report = _report("sharing", tmp_path, "--tiny", *sizes)
+    tokens = report["tokens"]
+    assert tokens["pairs"] == report["rows"]["num_kept"] > 500
+    assert 0.5 < tokens["ratio"] < 1
+    assert math.isclose(tokens["per_pair_shared"], tokens["ratio"] * tokens["per_pair_unshared"])
+    assert [times["reference"] for times in report["times"]] == ["resident", "none"]
+    for times in report["times"]:
+        assert times["tokens"]["pairs"] == 8, "the time is of these pairs"
+        assert all(len(seconds) == 2 for seconds in times["seconds"].values())
+        assert times["time_ratio"] > 0 and times["gain_to_bound"] > 0
+        assert math.isclose(times["bound"], 1 / times["tokens"]["ratio"])
+
+
+def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
+    few, many, vocabulary = 512, 2048, 16384
+    half = ("--half-tokens", "64", "--half-hidden", "16", "--half-vocabulary", "2000", "--rounds", "1")
+    sizes = ("--tokens", str(few), str(many), "--vocabulary", str(vocabulary), "--hidden", "16")
+    report = _report("head_memory", tmp_path, *sizes, *half)
+    extra = {(p["way"], p["backward"], p["tokens"]): p["extra_mib"] for p in report["memory"]}
+    logits_mib = 4 * (many - few) * vocabulary / 2**20
+    for backward in (False, True):
+        grown = {way: extra[way, backward, many] - extra[way, backward, few] for way, *_ in extra}
+        assert grown["log_softmax + gather"] > 0.9 * logits_mib
+        assert grown["megadpo"] < 0.1 * logits_mib
+    assert report["half_scored"]["time_ratio"] > 0
+    assert report["half_scored"]["memory_ratio"] > 0
+
+
+def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
+    pytest.importorskip("trl")
+    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "2")
+    report = _report("against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    (mix,) = report["mixes"]
+    assert set(mix["by_batch_size"]) == {"1", "2"}
+    assert all(len(entry["trl"]) == len(entry["megadpo"]) == 2 for entry in mix["by_batch_size"].values())
+    assert mix["speedup"] == mix["by_batch_size"][str(mix["best_batch_size"])]["speedup"] > 0

@@ -72,12 +72,51 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    loss_type: str = "sigmoid"
-    """The preference loss: `sigmoid` (DPO)."""
+    loss_type: str | list[str] = "sigmoid"
+    """The preference loss, or a list of losses that are added up: see docs/objectives.md."""
+    loss_weights: list[float] | None = None
+    """A weight for each of the losses; null = 1 for each."""
     beta: float = 0.1
     """Strength of the pull towards the reference: rewards are beta times the log-ratio."""
     label_smoothing: float = 0.0
-    """Probability that a preference label is flipped (conservative DPO), in [0, 0.5)."""
+    """Probability that a preference label is flipped, in [0, 0.5); `exo_pair` needs it above 0."""
+    f_divergence: str = "reverse_kl"
+    """How distance from the reference is measured: `reverse_kl` (DPO), `forward_kl`, `js` or `alpha`."""
+    f_alpha: float = 0.5
+    """The alpha of `f_divergence: alpha`; 1 is reverse_kl."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight, in [0, 1], of completion tokens beyond the shorter answer's length; null = 1."""
+    wpo: bool = False
+    """WPO: each pair's loss is multiplied by how likely the policy finds its two answers (held fixed)."""
+    nll_coef: float = 0.0
+    """Times the mean negative log-prob of the chosen tokens, added to the loss (TRL's rpo_alpha and cpo_alpha)."""
+    length_penalty: float = 0.0
+    """R-DPO: times (chosen length - rejected length), added to the scaled margin."""
+    dpop_lambda: float = 0.0
+    """Smaug's DPOP: times what the chosen answer has fallen below the reference, taken off the margin."""
+    ipo_normalization: str = "mean"
+    """`ipo` on per-token scores (`mean`) or summed ones (`sum`)."""
+    discopop_tau: float = 0.05
+    """Temperature of `discopop`'s mixture."""
+    simpo_gamma: float = 0.5
+    """Target margin of `simpo`."""
+    alphapo_alpha: float = 0.0
+    """AlphaPO: alpha of the reward (1 - p^-alpha) / alpha in `cpo` and `simpo`; 0 = the log-prob."""
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The losses, as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+
+    @property
+    def terms(self) -> list[str]:
+        """The losses, and "nll" where the NLL term is on: what is added up."""
+        return self.loss_types + (["nll"] if self.nll_coef else [])
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each loss."""
+        return self.loss_weights or [1.0] * len(self.loss_types)
 
 
 @dataclass

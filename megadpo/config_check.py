@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo import strict
 from megadpo.errors import UserError
+from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, needs_reference
 
 if TYPE_CHECKING:
-    from megadpo.config import Config
+    from megadpo.config import Config, ObjectiveConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
-    "reference.mode": ("resident", "precomputed"),
+    "reference.mode": ("resident", "precomputed", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
-    "objective.loss_type": ("sigmoid",),
+    "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
+    "objective.ipo_normalization": ("mean", "sum"),
     "parallel.engine": ("megatron",),
     "parallel.context_method": ("auto",),
     "parallel.offload": ("none",),
@@ -26,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """The values each option may have in this version."""
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "reference.mode": ("adapter", "none"),
+    "reference.mode": ("adapter",),
     "parallel.engine": ("deepspeed",),
     "parallel.context_method": ("ring", "ulysses"),
     "parallel.offload": ("cpu", "nvme"),
@@ -49,6 +52,8 @@ AT_LEAST: dict[str, int] = {
     "data.num_workers": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "objective.nll_coef": 0,
+    "objective.dpop_lambda": 0,
     "train.steps": 1,
     "train.pairs_per_step": 1,
     "train.tokens_per_micro_batch": 1,
@@ -64,14 +69,69 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 1,
     "logging.every": 1,
 }
-ABOVE_ZERO: Sequence[str] = ("objective.beta", "train.epochs", "train.eps")
+ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "train.epochs", "train.eps")
 
 
 def check(config: Config) -> None:
     """Raises UserError for the first value that this version cannot honour."""
     _check_choices(config)
     _check_ranges(config)
+    _check_objective(config)
     _check_contradictions(config)
+
+
+def _check_objective(config: Config) -> None:
+    """The losses are known, their weights fit, and every option that was set is read by one of them."""
+    options = config.objective
+    losses = options.loss_types
+    for name in losses:
+        if name not in SPECS:
+            guess = strict.closest(name, SPECS)
+            hint = f"did you mean {guess!r}?" if guess else f"choose from {', '.join(SPECS)}"
+            raise UserError(f"objective.loss_type: {name!r} is not known; {hint}")
+    if not losses or len(set(losses)) < len(losses):
+        raise UserError(f"objective.loss_type is {losses}; name each loss once, and at least one")
+    if options.loss_weights is not None and len(options.loss_weights) != len(losses):
+        raise UserError(
+            f"objective.loss_weights has {len(options.loss_weights)} weights for {len(losses)} losses; give one each"
+        )
+    if not all(math.isfinite(weight) for weight in options.weights):
+        raise UserError(f"objective.loss_weights must be finite numbers, got {options.loss_weights}")
+    _check_options_are_read(options)
+    if "exo_pair" in losses and options.label_smoothing == 0:
+        raise UserError("objective.label_smoothing is 0, for which exo_pair has no finite loss; set it to 0.001 or more")
+    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
+        raise UserError(f"objective.ld_alpha must be in [0, 1], got {options.ld_alpha!r}")
+    if needs_reference(losses) and config.reference.mode == "none":
+        names = ", ".join(name for name in losses if SPECS[name].needs_reference)
+        raise UserError(f"reference.mode is none, but {names} needs a reference; use resident or precomputed")
+    if not needs_reference(losses) and config.reference.mode != "none":
+        raise UserError(
+            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {config.reference.mode}; "
+            "set reference.mode to none"
+        )
+
+
+def _check_options_are_read(options: ObjectiveConfig) -> None:
+    losses, defaults = options.loss_types, type(options)()
+    read = frozenset().union(*(SPECS[name].options for name in losses)) | GENERAL_OPTIONS
+    for field in dataclasses.fields(options):
+        if field.name not in read and getattr(options, field.name) != getattr(defaults, field.name):
+            having = [name for name, spec in SPECS.items() if field.name in spec.options]
+            raise UserError(
+                f"objective.{field.name} has no effect on {', '.join(losses)}; remove it, or use one of {', '.join(having)}"
+            )
+    if options.f_alpha != defaults.f_alpha and options.f_divergence != "alpha":
+        raise UserError("objective.f_alpha has no effect unless objective.f_divergence is alpha; remove it")
+    for option, allowed, is_set in (
+        ("f_divergence", "divergences", options.f_divergence != "reverse_kl"),
+        ("wpo", "weighting", options.wpo),
+        ("ld_alpha", "needs_reference", options.ld_alpha is not None),
+    ):
+        # sft reads none of them: it may stand beside a loss that does, but not alone.
+        wrong = [name for name in losses if not getattr(SPECS[name], allowed) and (name != "sft" or len(losses) == 1)]
+        if is_set and wrong:
+            raise UserError(f"objective.{option} is not defined for {', '.join(wrong)}; remove it or the loss")
 
 
 def _value(config: Config, dotted: str) -> Any:

@@ -17,6 +17,7 @@ from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource, check_tensors
+from megadpo.objectives.specs import scores_prompt
 from megadpo.output import claim_output_dir
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
@@ -134,6 +135,7 @@ def data_packing(
         num_data_parallel=layout.data,
         multiple_of=layout.tensor if layout.sequence else 1,
         hidden_size=hidden_size,
+        score_prompts=scores_prompt(config.objective.loss_types),
     )
 
 

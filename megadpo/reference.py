@@ -26,8 +26,8 @@ from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
 from megadpo.score import response_logps
 
-Reference = Callable[[Sequence[MicroBatch]], list[Tensor]]
-"""Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty)."""
+Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
+"""Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
 
 CACHE_VERSION = 1
 
@@ -41,10 +41,15 @@ def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: Ten
     return stage
 
 
-def resident(stage: Stage) -> Reference:
+def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
+    """The reference of objectives that read none."""
+    return [None] * len(micro_batches)
+
+
+def resident(stage: Stage, ld_alpha: float | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.model, micro_batches)]
+    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.model, micro_batches, ld_alpha)]
 
 
 def precomputed(logps_GK: np.ndarray) -> Reference:
@@ -69,16 +74,19 @@ def weights_digest(directory: Path) -> str:
     return hasher.hexdigest()
 
 
-def cache_key(weights_digest: str, groups_digest: str, dtype: torch.dtype) -> str:
+def cache_key(weights_digest: str, groups_digest: str, dtype: torch.dtype, ld_alpha: float | None = None) -> str:
     """A name for everything that changes a reference log-prob.
 
     The groups' digest covers rows, tokenizer, template and truncation, since all of them act through the token ids.
     """
-    parts = {"version": CACHE_VERSION, "weights": weights_digest, "groups": groups_digest, "dtype": str(dtype)}
+    parts: dict[str, Any] = {"version": CACHE_VERSION, "weights": weights_digest, "groups": groups_digest}
+    parts |= {"dtype": str(dtype), "ld_alpha": ld_alpha}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def cached_logps(directory: Path, key: str, packing: Packing, build: Callable[[], Stage]) -> tuple[np.ndarray, bool]:
+def cached_logps(
+    directory: Path, key: str, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
+) -> tuple[np.ndarray, bool]:
     """Reference log-probs [G, K] of all groups of `packing` from the cache, or computed and cached; collective.
 
     Rank 0 reads and writes the cache; the values reach the others over the process group.
@@ -100,7 +108,7 @@ def cached_logps(directory: Path, key: str, packing: Packing, build: Callable[[]
         shared = torch.from_numpy(logps_GK).to(compute_device())
         dist.broadcast(shared, 0)
         return shared.cpu().numpy(), True
-    for numbers, values in response_logps(build(), packing):
+    for numbers, values in response_logps(build(), packing, ld_alpha):
         logps_GK[numbers.start : numbers.stop] = values
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

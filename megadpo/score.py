@@ -18,7 +18,7 @@ GROUPS_AT_ONCE = 1024
 """Groups packed together; the results of one lot are gathered before the next begins."""
 
 
-def response_logps(stage: Stage, packing: Packing) -> Iterator[tuple[range, np.ndarray]]:
+def response_logps(stage: Stage, packing: Packing, ld_alpha: float | None = None) -> Iterator[tuple[range, np.ndarray]]:
     """Sequence log-probs of all groups, lot by lot, on every rank: (group numbers, float64 [groups of the lot, K]).
 
     Every group must have the same number K of responses.
@@ -29,7 +29,7 @@ def response_logps(stage: Stage, packing: Packing) -> Iterator[tuple[range, np.n
         numbers = range(start, min(start + GROUPS_AT_ONCE, num_groups))
         lot = packing.micro_batches(list(numbers), parallel_state.get_data_parallel_rank())
         micro_batches = [micro_batch.to(compute_device()) for micro_batch in lot]
-        sums = forward_only(stage.model, micro_batches)
+        sums = forward_only(stage.model, micro_batches, ld_alpha)
         logps_GK = torch.zeros(len(numbers), num_responses, dtype=torch.float64, device=compute_device())
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):

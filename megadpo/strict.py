@@ -209,6 +209,11 @@ def _converted(hint: Any, value: Any) -> Any:
             return MISSPELT
         items = [_converted(part, item) for part, item in zip(parts, value, strict=True)]
         return MISSPELT if any(item is MISSPELT for item in items) else tuple(items)
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            return MISSPELT
+        items = [_converted(typing.get_args(hint)[0], item) for item in value]
+        return MISSPELT if any(item is MISSPELT for item in items) else items
     if origin is dict:
         if not isinstance(value, Mapping) or not all(type(key) is str and type(v) is str for key, v in value.items()):
             return MISSPELT
@@ -239,6 +244,8 @@ def expected(hint: Any) -> str:
         return f"a list of {len(typing.get_args(hint))} numbers"
     if typing.get_origin(hint) is dict:
         return "a mapping from text to text"
+    if typing.get_origin(hint) is list:
+        return f"a list, each item {expected(typing.get_args(hint)[0])}"
     return " or ".join(expected(option) for option in typing.get_args(hint))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,9 @@ from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
-from megadpo.objectives.preference import Normalisers, evaluate
+from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.statistics import pair_statistics
+from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
 from megadpo.platform.device import compute_device
 from megadpo.platform.world import joined_world, rank
@@ -126,8 +127,11 @@ def build_reference(plan: Plan) -> tuple[Reference, Reference | None]:
     def frozen() -> Any:
         return references.frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
 
-    if plan.config.reference.mode == "resident":
-        resident = references.resident(frozen())
+    mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
+    if mode == "none":
+        return references.absent, references.absent
+    if mode == "resident":
+        resident = references.resident(frozen(), ld_alpha)
         return resident, resident
     train = precomputed_reference(plan, plan.train, frozen)
     return train, None if plan.eval is None else precomputed_reference(plan, plan.eval, frozen)
@@ -147,8 +151,9 @@ def precomputed_reference(plan: Plan, packing: Packing, frozen: Callable[[], Any
         capacity,
         "reference.tokens_per_micro_batch",
     )
-    key = references.cache_key(references.weights_digest(Path(plan.reference.path)), packing.groups.digest, plan.dtype)
-    logps_GK, from_cache = references.cached_logps(cache_root(config.data.cache_dir), key, larger, frozen)
+    weights, ld_alpha = references.weights_digest(Path(plan.reference.path)), config.objective.ld_alpha
+    key = references.cache_key(weights, packing.groups.digest, plan.dtype, ld_alpha)
+    logps_GK, from_cache = references.cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
     say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
     return references.precomputed(logps_GK)
 
@@ -188,16 +193,17 @@ def training_step(run: Run, step: int) -> Metrics:
     numbers = plan.batches.at(step)
     micro_batches = rank_micro_batches(plan.train, numbers)
     reference_logps = run.reference(micro_batches)
-    totals = collect.empty_vector(compute_device())
-    normalisers = Normalisers(num_pairs=len(numbers))
+    objective, terms = plan.config.objective, plan.config.objective.terms
+    totals = collect.empty_vector(compute_device(), terms)
+    normalisers = normalisers_of(plan.train.groups, numbers)
 
     def response_gradient(number: int, sums_RS: Tensor) -> Tensor:
         statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-        evaluated = evaluate(statistics, normalisers, plan.config.objective)
-        totals.add_(collect.sum_vector(statistics, evaluated.losses_P, plan.config.objective.beta))
-        return evaluated.gradient_R
+        evaluated = evaluate(statistics, normalisers, objective)
+        totals.add_(collect.sum_vector(statistics, evaluated.losses_P, evaluated.rewards_R, evaluated.several_terms))
+        return evaluated.gradient_RD
 
-    run.engine.forward_backward(micro_batches, response_gradient)
+    run.engine.forward_backward(micro_batches, response_gradient, objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:
@@ -206,7 +212,7 @@ def training_step(run: Run, step: int) -> Metrics:
         raise UserError(
             f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
         ) from error
-    metrics = reduce_metrics(totals)
+    metrics = reduce_metrics(totals, terms)
     num_tokens = int(plan.train.num_tokens_G[numbers].sum())
     run.num_tokens_seen += num_tokens
     return {
@@ -225,17 +231,19 @@ def evaluation(run: Run) -> Metrics:
     """Loss and rewards on the held-out pairs, under names that begin with "eval_"; the same on every rank."""
     plan = run.plan
     assert plan.eval is not None and run.eval_reference is not None
-    totals = collect.empty_vector(compute_device())
+    objective, terms = plan.config.objective, plan.config.objective.terms
+    totals = collect.empty_vector(compute_device(), terms)
+    normalisers = normalisers_of(plan.eval.groups, range(len(plan.eval.groups)))
     started = time.perf_counter()
     for start in range(0, len(plan.eval.groups), plan.config.train.pairs_per_step):
         numbers = range(start, min(start + plan.config.train.pairs_per_step, len(plan.eval.groups)))
         micro_batches = rank_micro_batches(plan.eval, list(numbers))
         reference_logps = run.eval_reference(micro_batches)
-        for number, sums_RS in enumerate(run.engine.forward(micro_batches)):
+        for number, sums_RS in enumerate(run.engine.forward(micro_batches, objective.ld_alpha)):
             statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-            evaluated = evaluate(statistics, Normalisers(len(numbers)), plan.config.objective)
-            totals += collect.sum_vector(statistics, evaluated.losses_P, plan.config.objective.beta)
-    return reduce_metrics(totals, "eval_") | {"eval_seconds": time.perf_counter() - started}
+            evaluated = evaluate(statistics, normalisers, objective)
+            totals += collect.sum_vector(statistics, evaluated.losses_P, evaluated.rewards_R, evaluated.several_terms)
+    return reduce_metrics(totals, terms, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
 def rank_micro_batches(packing: Packing, numbers: Any) -> list[MicroBatch]:
@@ -246,14 +254,14 @@ def rank_micro_batches(packing: Packing, numbers: Any) -> list[MicroBatch]:
     return [mb.to(device) for mb in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
 
 
-def reduce_metrics(totals: Tensor, prefix: str = "") -> Metrics:
+def reduce_metrics(totals: Tensor, terms: Sequence[str], prefix: str = "") -> Metrics:
     """Metrics of the whole world from each rank's sums: only last stages have any, and of their tensor ranks one counts."""
     from megatron.core import parallel_state
 
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         totals.zero_()
     dist.all_reduce(totals)
-    return collect.reduce(collect.from_vector(totals), prefix)
+    return collect.reduce(collect.from_vector(totals, terms), prefix)
 
 
 def export(run: Run) -> Path:

@@ -45,7 +45,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "model": "path dtype",
         "reference": "mode path tokens_per_micro_batch",
         "data": "train eval shuffle max_length truncation chat_template share_prompts columns num_workers cache_dir",
-        "objective": "loss_type beta label_smoothing",
+        "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
+        "dpop_lambda ipo_normalization discopop_tau simpo_gamma alphapo_alpha",
         "parallel": "engine tensor sequence pipeline virtual_pipeline context context_method expert expert_tensor "
         "zero_stage offload deepspeed_config",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
@@ -203,9 +204,8 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
         "parallel.zero_stage=3",
         "parallel.offload=cpu",
         "parallel.deepspeed_config=ds.json",
-        "objective.loss_type=ipo",
+        "objective.loss_type=kto",
         "reference.mode=adapter",
-        "reference.mode=none",
     ],
 )
 def test_what_this_version_does_not_have_is_refused_and_not_ignored(override: str) -> None:

@@ -237,5 +237,5 @@ def test_logging_every_thins_the_records_but_never_the_last_one_or_an_evaluation
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(files, tmp_path):
-    with pytest.raises(AssertionError, match="UserError: step 2: the gradient norm is .*, so nothing was updated"):
+    with pytest.raises(AssertionError, match=r"UserError: step 2: the gradient norm is .*, so nothing was updated"):
         run_world(1, _train, _settings(files, tmp_path / "run", train={"learning_rate": 1e30, "warmup_steps": 0}))

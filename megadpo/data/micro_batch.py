@@ -41,6 +41,7 @@ class MicroBatch:
         scored_N: int64 stream positions whose next-token distribution is read (a shared prompt's end is read K times).
         targets_N: int64 the token that follows there.
         response_N: int64 the response, 0..R-1, that the target belongs to.
+        place_N: int64 the target's place in its completion, from 1; 0 for a token of the prompt (see `lay_out`).
         num_completion_tokens_R: int64 tokens of each response, scored or not.
         group_R: int64 the group, 0..G-1, of each response.
         rows: the group numbers in the store, one a group.
@@ -53,6 +54,7 @@ class MicroBatch:
     scored_N: Tensor
     targets_N: Tensor
     response_N: Tensor
+    place_N: Tensor
     num_completion_tokens_R: Tensor
     group_R: Tensor
     rows: tuple[int, ...]
@@ -75,7 +77,12 @@ class MicroBatch:
 
 
 def lay_out(
-    groups: Sequence[Group], rows: Sequence[int], share_prompts: bool = True, multiple_of: int = 1, padding_token: int = 0
+    groups: Sequence[Group],
+    rows: Sequence[int],
+    share_prompts: bool = True,
+    multiple_of: int = 1,
+    padding_token: int = 0,
+    score_prompts: bool = False,
 ) -> MicroBatch:
     """Lay groups out as ``[prompt | response 1 | … | response K]``, one after the other.
 
@@ -83,14 +90,15 @@ def lay_out(
 
     Args:
         rows: the groups' numbers in the store.
+        score_prompts: read the log-probs of the first response's prompt too (all its tokens but the first).
         multiple_of: the stream's length is padded up to a multiple of it (sequence parallelism cuts the stream evenly).
     """
-    stream = _Stream()
+    stream = _Stream(score_prompts)
     for number, group in enumerate(groups):
         if share_prompts and group.shares_prompt:
-            prompt_start, prompt_end = stream.add_prompt(group.prompts[0])
+            prompt_start = stream.add_prompt(group.prompts[0])
             for response in group.responses:
-                stream.add_response(response, number, prompt_start, prompt_end)
+                stream.add_response(group.prompts[0], prompt_start, response, number)
         else:
             for i, response in enumerate(group.responses):
                 stream.add_sequence(group.prompt_of(i), response, number)
@@ -104,13 +112,15 @@ def lay_out(
 class _Stream:
     """The lists a MicroBatch is made of, grown response by response."""
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, score_prompts: bool) -> None:
+        self.score_prompts = score_prompts
+        self.length = self.num_scored = 0
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[Segment] = []
         self.scored: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []
         self.scored_per_response: list[int] = []
         self.num_completion_tokens: list[int] = []
         self.group_of_response: list[int] = []
@@ -122,31 +132,41 @@ class _Stream:
         self.length += len(tokens)
         return start
 
-    def add_prompt(self, prompt: np.ndarray) -> tuple[int, int]:
+    def add_prompt(self, prompt: np.ndarray) -> int:
         start = self.add_tokens(prompt, 0)
         if len(prompt):
             self.segments.append(Segment(start, self.length))
-        return start, self.length
+        return start
 
-    def add_response(self, response: np.ndarray, group: int, prompt_start: int, prompt_end: int) -> None:
-        start = self.add_tokens(response, prompt_end - prompt_start)
-        self.segments.append(Segment(start, self.length, prompt_start, prompt_end))
-        self._score(response, start, prompt_end - 1 if prompt_end > prompt_start else None, group)
+    def add_response(self, prompt: np.ndarray, prompt_start: int, response: np.ndarray, group: int) -> None:
+        start = self.add_tokens(response, len(prompt))
+        self.segments.append(Segment(start, self.length, prompt_start, prompt_start + len(prompt)))
+        self._score(prompt, prompt_start, response, start, group)
 
     def add_sequence(self, prompt: np.ndarray, response: np.ndarray, group: int) -> None:
         start = self.add_tokens(prompt, 0)
         middle = self.add_tokens(response, len(prompt))
         self.segments.append(Segment(start, self.length))
-        self._score(response, middle, middle - 1 if len(prompt) else None, group)
+        self._score(prompt, start, response, middle, group)
 
-    def _score(self, response: np.ndarray, start: int, before: int | None, group: int) -> None:
-        """Without a prompt nothing stands before the first token, so that one has no log-prob (as in TRL)."""
-        within = np.arange(start, start + len(response) - 1)
-        self.scored.append(within if before is None else np.concatenate([[before], within]))
-        self.targets.append(response[1:] if before is None else response)
-        self.scored_per_response.append(len(self.targets[-1]))
+    def _score(self, prompt: np.ndarray, prompt_start: int, response: np.ndarray, start: int, group: int) -> None:
+        num_before = self.num_scored
+        if self.score_prompts and len(prompt) > 1 and group not in self.group_of_response[-1:]:
+            self._add_scored(np.arange(prompt_start, prompt_start + len(prompt) - 1), prompt[1:], np.zeros(len(prompt) - 1))
+        within, places = np.arange(start, start + len(response) - 1), np.arange(1, len(response) + 1)
+        if len(prompt):
+            self._add_scored(np.concatenate([[prompt_start + len(prompt) - 1], within]), response, places)
+        else:  # nothing stands before the first token, so that one has no log-prob (as in TRL)
+            self._add_scored(within, response[1:], places[1:])
+        self.scored_per_response.append(self.num_scored - num_before)
         self.num_completion_tokens.append(len(response))
         self.group_of_response.append(group)
+
+    def _add_scored(self, positions: np.ndarray, targets: np.ndarray, places: np.ndarray) -> None:
+        self.num_scored += len(positions)
+        self.scored.append(positions)
+        self.targets.append(targets)
+        self.places.append(places)
 
     def finish(self, rows: tuple[int, ...], num_padding: int) -> MicroBatch:
         def joined(arrays: list[np.ndarray]) -> Tensor:
@@ -158,7 +178,8 @@ class _Stream:
             segments=tuple(self.segments),
             scored_N=joined(self.scored),
             targets_N=joined(self.targets),
-            response_N=torch.from_numpy(np.repeat(np.arange(len(self.targets)), self.scored_per_response)),
+            response_N=torch.from_numpy(np.repeat(np.arange(len(self.scored_per_response)), self.scored_per_response)),
+            place_N=joined(self.places),
             num_completion_tokens_R=torch.tensor(self.num_completion_tokens, dtype=torch.int64),
             group_R=torch.tensor(self.group_of_response, dtype=torch.int64),
             rows=rows,

@@ -19,6 +19,7 @@ class Packing:
     Attributes:
         num_tokens_G: int64, stream tokens of each group.
         costs_G: float64, work of each group.
+        score_prompts: whether the log-probs of prompts are read too.
         multiple_of: every stream's length is padded up to a multiple of it.
     """
 
@@ -29,6 +30,7 @@ class Packing:
     multiple_of: int
     num_tokens_G: IntArray
     costs_G: FloatArray
+    score_prompts: bool = False
 
     def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
         """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
@@ -42,7 +44,8 @@ class Packing:
         return [self._lay_out(chosen[members].tolist()) for members in plan[data_rank]]
 
     def _lay_out(self, numbers: list[int]) -> MicroBatch:
-        return lay_out([self.groups[i] for i in numbers], numbers, self.share_prompts, self.multiple_of)
+        groups = [self.groups[i] for i in numbers]
+        return lay_out(groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts)
 
 
 def prepare_packing(
@@ -54,11 +57,13 @@ def prepare_packing(
     num_data_parallel: int,
     multiple_of: int,
     hidden_size: int,
+    score_prompts: bool = False,
 ) -> Packing:
     """Measure every group once.
 
     Args:
         setting: the configuration key of `tokens_per_micro_batch`, for the message.
+        score_prompts: whether the log-probs of prompts are read too.
         hidden_size: of the model; weighs attention against the dense layers in the work.
 
     Raises:
@@ -67,4 +72,6 @@ def prepare_packing(
     num_tokens_G = groups.num_tokens(share_prompts)
     check_groups_fit(num_tokens_G, groups.rows, tokens_per_micro_batch, setting)
     costs_G = group_costs(groups, share_prompts, hidden_size)
-    return Packing(groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G)
+    return Packing(
+        groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G, score_prompts
+    )

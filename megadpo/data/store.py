@@ -149,6 +149,12 @@ class GroupStore(Sequence[Group]):
         """int64 [S]: tokens of every segment."""
         return np.diff(self.columns.segment_offsets_S)
 
+    def chosen_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Two int64 [G]: tokens of each group's first response, and of the prompt before it."""
+        first_G = np.asarray(self.columns.group_segments_G[:-1])
+        lengths_S = self.segment_lengths()
+        return lengths_S[first_G + self.columns.num_prompts_G], lengths_S[first_G]
+
     def num_tokens(self, share_prompts: bool) -> npt.NDArray[np.int64]:
         """int64 [G]: tokens each group puts into the model's stream, as `Group.num_stream_tokens`."""
         columns = self.columns

@@ -18,7 +18,7 @@ Legend of the axis suffixes: R = responses, P = pairs, M = metrics in the order 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,13 +42,22 @@ METRIC_SLOTS: tuple[str, ...] = (
 Sums = dict[str, tuple[float, float]]
 
 
-def sum_vector(statistics: ResponseStatistics, losses_P: Tensor, beta: float) -> Tensor:
+def slots(terms: Sequence[str] = ()) -> tuple[str, ...]:
+    """The metrics of an objective of the losses `terms`: of several, each has its own "loss/NAME"."""
+    return METRIC_SLOTS + (tuple(f"loss/{name}" for name in terms) if len(terms) > 1 else ())
+
+
+def sum_vector(
+    statistics: ResponseStatistics, losses_P: Tensor, rewards_R: Tensor, terms: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Numerators and denominators of all metrics for the pairs at hand, without waiting for the device.
 
     Args:
         statistics: of the responses of one or more micro-batches; gradients are not followed.
         losses_P: float, the objective's unweighted loss of each pair.
-        beta: the objective's beta, the factor between log-ratios and rewards.
+        rewards_R: float, the objective's reward of each response (beta times the log-ratio, with a reference).
+
+        terms: each loss's own losses_P, where there are several.
 
     Returns:
         float64 of shape [2 M], numerators first, on the statistics' device. Vectors of different pairs add up.
@@ -63,12 +72,10 @@ def sum_vector(statistics: ResponseStatistics, losses_P: Tensor, beta: float) ->
     def rejected(values_R: Tensor) -> Tensor:
         return values_R.detach().double()[s.rejected_P]
 
-    log_ratio_R = s.logps_R.detach().double() - s.reference_logps_R.detach().double()
-    chosen_reward_P = beta * chosen(log_ratio_R)
-    rejected_reward_P = beta * rejected(log_ratio_R)
+    chosen_reward_P, rejected_reward_P = chosen(rewards_R), rejected(rewards_R)
     pairs_P = torch.ones_like(weight_P)
     both_tokens_P = chosen(s.num_tokens_R) + rejected(s.num_tokens_R)
-    terms: dict[str, tuple[Tensor, Tensor]] = {
+    values: dict[str, tuple[Tensor, Tensor]] = {
         "loss": (losses_P.detach().double(), pairs_P),
         "rewards/chosen": (chosen_reward_P, pairs_P),
         "rewards/rejected": (rejected_reward_P, pairs_P),
@@ -81,19 +88,20 @@ def sum_vector(statistics: ResponseStatistics, losses_P: Tensor, beta: float) ->
         "entropy": (chosen(s.entropy_R) + rejected(s.entropy_R), both_tokens_P),
         "mean_token_accuracy": (chosen(s.num_correct_R), chosen(s.num_tokens_R)),
     }
-    values_2MP = torch.stack([terms[name][part] for part in (0, 1) for name in METRIC_SLOTS])
+    values |= {f"loss/{name}": (term_P.detach().double(), pairs_P) for name, term_P in (terms or {}).items()}
+    values_2MP = torch.stack([values[name][part] for part in (0, 1) for name in slots(list(terms or {}))])
     # where, not a product alone: 0 * nan is nan, and filler may hold anything
     return torch.where(weight_P > 0, values_2MP * weight_P, 0.0).sum(dim=1)
 
 
-def sums(statistics: ResponseStatistics, losses_P: Tensor, beta: float) -> Sums:
+def sums(statistics: ResponseStatistics, losses_P: Tensor, rewards_R: Tensor) -> Sums:
     """`sum_vector` as plain numbers: metric name -> (numerator, denominator)."""
-    return from_vector(sum_vector(statistics, losses_P, beta))
+    return from_vector(sum_vector(statistics, losses_P, rewards_R))
 
 
-def empty_vector(device: torch.device | str = "cpu") -> Tensor:
+def empty_vector(device: torch.device | str = "cpu", terms: Sequence[str] = ()) -> Tensor:
     """The vector of no pairs, float64 [2 M]: what a rank without the model's last stage brings to the all-reduce."""
-    return torch.zeros(2 * len(METRIC_SLOTS), dtype=torch.float64, device=device)
+    return torch.zeros(2 * len(slots(terms)), dtype=torch.float64, device=device)
 
 
 def to_vector(totals: Mapping[str, tuple[float, float]]) -> Tensor:
@@ -101,11 +109,11 @@ def to_vector(totals: Mapping[str, tuple[float, float]]) -> Tensor:
     return torch.tensor([totals[name][part] for part in (0, 1) for name in METRIC_SLOTS], dtype=torch.float64)
 
 
-def from_vector(vector: Tensor) -> Sums:
+def from_vector(vector: Tensor, terms: Sequence[str] = ()) -> Sums:
     """The inverse of `to_vector`."""
-    values = vector.tolist()
-    assert len(values) == 2 * len(METRIC_SLOTS)
-    return dict(zip(METRIC_SLOTS, zip(values[: len(METRIC_SLOTS)], values[len(METRIC_SLOTS) :], strict=True), strict=True))
+    values, names = vector.tolist(), slots(terms)
+    assert len(values) == 2 * len(names)
+    return dict(zip(names, zip(values[: len(names)], values[len(names) :], strict=True), strict=True))
 
 
 def add(left: Mapping[str, tuple[float, float]], right: Mapping[str, tuple[float, float]]) -> Sums:

@@ -21,9 +21,9 @@ from megadpo.data.micro_batch import MicroBatch
 TILE_ROWS = 256
 """Scored positions projected at once: memory is O(TILE_ROWS x V), whatever N."""
 
-TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit")
+TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
 """Columns of the head's output: log-prob of the target, entropy of the distribution, 1 where the target has the
-largest logit, and the mean of the logits over the (unpadded) vocabulary."""
+largest logit, the mean of the logits over the (unpadded) vocabulary, and the log of the sum of squared probabilities."""
 
 
 class LogProbHead(torch.nn.Module):
@@ -128,8 +128,8 @@ def _tile_statistics(
     maximum = logits.amax(-1) if num_real_rows else logits.new_full((len(logits),), -torch.inf)
     _reduce(maximum, dist.ReduceOp.MAX, group)
     here, column = _target_columns(local_targets, num_real_rows)
-    # Summed over ranks: exp, exp * shifted logit, shifted logit, target's shifted logit.
-    sums = logits.new_zeros((4, len(logits)))
+    # Summed over ranks: exp, exp * shifted logit, shifted logit, target's shifted logit, exp squared.
+    sums = logits.new_zeros((5, len(logits)))
     if num_real_rows:
         shifted = logits - maximum[:, None]
         exponentials = shifted.exp()
@@ -137,6 +137,7 @@ def _tile_statistics(
         sums[1] = (exponentials * shifted).sum(-1)
         sums[2] = shifted.sum(-1)
         sums[3, here] = shifted[here, column]
+        sums[4] = exponentials.square_().sum(-1)
     _reduce(sums, dist.ReduceOp.SUM, group)
     log_sum = sums[0].log()
     statistics = torch.stack(
@@ -145,6 +146,7 @@ def _tile_statistics(
             log_sum - sums[1] / sums[0],
             (sums[3] == 0).float(),
             sums[2] / vocab_size + maximum,
+            sums[4].log() - 2 * log_sum,
         ],
         dim=-1,
     )

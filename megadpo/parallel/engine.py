@@ -10,17 +10,20 @@ from torch import Tensor
 from megadpo.data.micro_batch import MicroBatch
 
 ResponseGradient = Callable[[int, Tensor], Tensor]
-"""(micro-batch number, its response sums [R, S], detached) -> d loss / d log-prob [R]; asked on the last stage only."""
+"""(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
+(statistics.DIFFERENTIABLE); asked on the last stage only."""
 
 
 class Engine(Protocol):
     """Owns the policy's parameters, gradients and optimizer on this rank."""
 
-    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
         """Response sums [R, S] of each micro-batch on the last pipeline stage, elsewhere an empty list; no gradients."""
         ...
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient) -> None:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+    ) -> None:
         """Forward and backward of every micro-batch through all stages, gradients added up on each rank."""
         ...
 

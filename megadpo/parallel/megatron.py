@@ -55,11 +55,13 @@ class MegatronEngine:
         (self.shards,) = self.optimizer.chained_optimizers
         self.model.zero_grad_buffer()
 
-    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        return schedule.forward_only(self.model, micro_batches)
+    def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
+        return schedule.forward_only(self.model, micro_batches, ld_alpha)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient) -> None:
-        schedule.forward_backward(self.model, micro_batches, response_gradient)
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+    ) -> None:
+        schedule.forward_backward(self.model, micro_batches, response_gradient, ld_alpha)
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.

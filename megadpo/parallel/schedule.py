@@ -16,24 +16,29 @@ from megadpo.objectives.statistics import response_sums
 from megadpo.parallel.engine import ResponseGradient
 
 
-def forward_only(model: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def forward_only(model: Any, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
     """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients."""
     with torch.no_grad():
         outputs = _run(model, micro_batches, lambda number, micro_batch: None, forward_only=True)
-        return [response_sums(output, micro_batch) for output, micro_batch in zip(outputs, micro_batches, strict=False)]
+        return [
+            response_sums(output, micro_batch, ld_alpha) for output, micro_batch in zip(outputs, micro_batches, strict=False)
+        ]
 
 
-def forward_backward(model: Any, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient) -> None:
+def forward_backward(
+    model: Any, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+) -> None:
     """Forward and backward of every micro-batch.
 
-    The scalar handed to Megatron is sum(d loss / d log-prob, held fixed, x log-prob): its gradient is the loss's.
+    The scalar handed to Megatron is sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's.
     """
 
     def surrogate_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
         def surrogate(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            sums_RS = response_sums(output, micro_batch)
-            gradient_R = response_gradient(number, sums_RS.detach())
-            return (sums_RS[:, 0] * gradient_R).sum(), torch.zeros((), dtype=torch.int, device=output.device), None
+            sums_RS = response_sums(output, micro_batch, ld_alpha)
+            gradient_RD = response_gradient(number, sums_RS.detach())
+            differentiable_RD = sums_RS[:, : gradient_RD.shape[1]]
+            return (differentiable_RD * gradient_RD).sum(), torch.zeros((), dtype=torch.int, device=output.device), None
 
         return surrogate
 

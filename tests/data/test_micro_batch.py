@@ -93,3 +93,19 @@ def test_segments_cover_the_stream_and_every_completion_token_is_scored_once(siz
 def test_a_group_needs_responses_that_are_not_empty():
     with pytest.raises(AssertionError):
         Group((ids(1),), (ids(),), 0)
+
+
+def test_places_count_a_completion_s_tokens_from_one():
+    assert lay_out([SHARED], [0]).place_N.tolist() == [1, 2, 1, 2, 3]
+    assert lay_out([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0]).place_N.tolist() == [2]
+
+
+def test_scored_prompts_belong_to_the_first_response_at_place_zero():
+    for share in (True, False):
+        batch = lay_out([SHARED, UNSHARED], [0, 1], share, score_prompts=True)
+        assert batch.targets_N.tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 4, 5, 6]
+        assert batch.response_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+        assert batch.place_N.tolist() == [0, 0, 1, 2, 1, 2, 3, 0, 1, 2, 1]
+        assert batch.num_completion_tokens_R.tolist() == [2, 3, 2, 1]
+        for position, target in zip(batch.scored_N[:2].tolist(), batch.targets_N[:2].tolist(), strict=True):
+            assert int(batch.tokens_T[position + 1]) == target

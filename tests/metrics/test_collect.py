@@ -17,6 +17,12 @@ from megadpo.objectives.statistics import ResponseStatistics
 BETA = 0.3
 
 
+def unused(num_responses: int) -> dict[str, torch.Tensor]:
+    """What objectives read and metrics do not."""
+    names = ("token_logps_R", "prompt_logps_R", "log_square_R", "num_completion_tokens_R")
+    return dict.fromkeys(names, torch.zeros(num_responses))
+
+
 def statistics_of(num_pairs: int, seed: int = 0) -> ResponseStatistics:
     generator = torch.Generator().manual_seed(seed)
 
@@ -33,6 +39,7 @@ def statistics_of(num_pairs: int, seed: int = 0) -> ResponseStatistics:
         weight_R=torch.ones(2 * num_pairs),
         chosen_P=torch.arange(0, 2 * num_pairs, 2),
         rejected_P=torch.arange(1, 2 * num_pairs, 2),
+        **unused(2 * num_pairs),
     )
 
 
@@ -44,6 +51,10 @@ def pairs(statistics: ResponseStatistics, numbers: list[int]) -> ResponseStatist
     return replace(statistics, **fields, chosen_P=of_pairs, rejected_P=of_pairs + 1)
 
 
+def rewards_of(statistics: ResponseStatistics) -> torch.Tensor:
+    return BETA * (statistics.logps_R - statistics.reference_logps_R)
+
+
 def losses_of(statistics: ResponseStatistics) -> torch.Tensor:
     log_ratio_R = statistics.logps_R - statistics.reference_logps_R
     return -torch.nn.functional.logsigmoid(BETA * (log_ratio_R[statistics.chosen_P] - log_ratio_R[statistics.rejected_P]))
@@ -52,17 +63,17 @@ def losses_of(statistics: ResponseStatistics) -> torch.Tensor:
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[0], [1, 2, 3, 4]], [[4, 2], [0], [1, 3]]])
 def test_metrics_do_not_depend_on_how_a_batch_is_cut(parts: list[list[int]]) -> None:
     whole = statistics_of(5)
-    expected = collect.reduce(collect.sums(whole, losses_of(whole), BETA))
+    expected = collect.reduce(collect.sums(whole, losses_of(whole), rewards_of(whole)))
     total = collect.empty_vector()
     for part in parts:
         some = pairs(whole, part)
-        total += collect.sum_vector(some, losses_of(some), BETA)
+        total += collect.sum_vector(some, losses_of(some), rewards_of(some))
     assert collect.reduce(collect.from_vector(total)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_adding_sums_equals_adding_their_vectors() -> None:
     first, second = statistics_of(2, seed=1), statistics_of(3, seed=2)
-    left, right = (collect.sums(each, losses_of(each), BETA) for each in (first, second))
+    left, right = (collect.sums(each, losses_of(each), rewards_of(each)) for each in (first, second))
     added = collect.to_vector(left) + collect.to_vector(right)
     assert collect.from_vector(added) == collect.add(left, right)
     assert collect.from_vector(collect.to_vector(left)) == left
@@ -70,16 +81,16 @@ def test_adding_sums_equals_adding_their_vectors() -> None:
 
 def test_a_pair_of_weight_zero_counts_nowhere_even_with_nan_in_it() -> None:
     whole = statistics_of(3)
-    expected = collect.sums(pairs(whole, [0, 1]), losses_of(pairs(whole, [0, 1])), BETA)
+    expected = collect.sums(pairs(whole, [0, 1]), losses_of(pairs(whole, [0, 1])), rewards_of(pairs(whole, [0, 1])))
     logps_R = whole.logps_R.detach().clone()
     logps_R[4:] = math.nan
     filled = replace(whole, logps_R=logps_R, weight_R=torch.tensor([1.0, 1, 1, 1, 0, 0]))
-    assert collect.sums(filled, losses_of(filled), BETA) == expected
+    assert collect.sums(filled, losses_of(filled), rewards_of(filled)) == expected
 
 
 def test_an_nan_that_counts_shows() -> None:
     statistics = statistics_of(2)
-    metrics = collect.reduce(collect.sums(statistics, torch.tensor([0.5, math.nan]), BETA))
+    metrics = collect.reduce(collect.sums(statistics, torch.tensor([0.5, math.nan]), rewards_of(statistics)))
     assert math.isnan(metrics["loss"])
     assert math.isfinite(metrics["entropy"])
 
@@ -87,7 +98,7 @@ def test_an_nan_that_counts_shows() -> None:
 def test_equal_rewards_are_not_an_accurate_preference() -> None:
     statistics = statistics_of(4)
     statistics = replace(statistics, logps_R=statistics.reference_logps_R)
-    metrics = collect.reduce(collect.sums(statistics, losses_of(statistics), BETA))
+    metrics = collect.reduce(collect.sums(statistics, losses_of(statistics), rewards_of(statistics)))
     assert metrics["rewards/accuracies"] == 0.0
     assert metrics["rewards/margins"] == 0.0
     assert metrics["loss"] == pytest.approx(math.log(2))
@@ -150,6 +161,7 @@ def statistics_by_transformers(
         weight_R=torch.ones(2 * len(rows)),
         chosen_P=of_pairs,
         rejected_P=of_pairs + 1,
+        **unused(2 * len(rows)),
     )
 
 
@@ -163,7 +175,7 @@ def test_names_and_values_are_those_of_trl(tmp_path) -> None:  # type: ignore[no
     ]
     policy, reference = tiny_llama(1), tiny_llama(2)
     statistics = statistics_by_transformers(policy, reference, rows)
-    ours = collect.reduce(collect.sums(statistics, losses_of(statistics), BETA), prefix="eval_")
+    ours = collect.reduce(collect.sums(statistics, losses_of(statistics), rewards_of(statistics)), prefix="eval_")
     options = DPOConfig(
         output_dir=str(tmp_path),
         beta=BETA,

@@ -29,7 +29,7 @@ def _run(num_tensor: int, sequence: bool, tile_rows: int, num_scored: int) -> tu
         local = torch.nn.Parameter(padded[rank * rows : (rank + 1) * rows].clone())
         module = head.LogProbHead(local, VOCAB, sequence)
         empty = torch.zeros(0, dtype=torch.int64)
-        module.micro_batch = MicroBatch(empty, empty, (), scored, targets, empty, empty, empty, (), 0)
+        module.micro_batch = MicroBatch(empty, empty, (), scored, targets, empty, empty, empty, empty, (), 0)
         length = len(hidden) // num_tensor if sequence else len(hidden)
         own = hidden[rank * length : (rank + 1) * length] if sequence else hidden
         own = own[:, None].clone().requires_grad_()
@@ -59,7 +59,8 @@ def test_statistics_and_gradients_equal_a_float64_log_softmax(num_tensor, sequen
     chosen = logps.gather(1, targets[:, None])[:, 0]
     (chosen * weights).sum().backward()
     entropy = -(logps.exp() * logps).sum(-1)
-    expected = torch.stack([chosen, entropy, (logits.argmax(-1) == targets).double(), logits.mean(-1)], -1)
+    squares = logps.exp().square().sum(-1).log()
+    expected = torch.stack([chosen, entropy, (logits.argmax(-1) == targets).double(), logits.mean(-1), squares], -1)
     for statistics, _, _ in results:
         torch.testing.assert_close(statistics.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     grads = [grad for _, grad, _ in results]

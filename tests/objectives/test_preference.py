@@ -12,20 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.config import ObjectiveConfig
-from megadpo.objectives.preference import Normalisers, evaluate
-from megadpo.objectives.statistics import ResponseStatistics
+from megadpo.objectives.evaluate import evaluate
+from megadpo.objectives.specs import SPECS
+from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
+from megadpo.objectives.terms import Normalisers
+from tests.objectives.conftest import random_statistics
 
-
-def statistics(num_pairs: int, seed: int = 0) -> ResponseStatistics:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(scale: float) -> torch.Tensor:
-        return scale * torch.randn(2 * num_pairs, generator=generator, dtype=torch.float64)
-
-    ones = torch.ones(2 * num_pairs, dtype=torch.float64)
-    policy = -50 + random(20.0)
-    chosen = torch.arange(0, 2 * num_pairs, 2)
-    return ResponseStatistics(policy, policy + random(5.0), 20 * ones, ones, ones, ones, ones, chosen, chosen + 1)
+statistics = random_statistics
 
 
 def test_sigmoid_is_the_loss_of_the_dpo_paper():
@@ -47,16 +40,37 @@ def test_label_smoothing_is_conservative_dpo():
     torch.testing.assert_close(found.losses_P, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("options", [ObjectiveConfig(), ObjectiveConfig(beta=0.5, label_smoothing=0.2)])
+CHECKED = [
+    {},
+    {"beta": 0.5, "label_smoothing": 0.2},
+    {"length_penalty": 0.01},
+    {"dpop_lambda": 2.0},
+    {"nll_coef": 0.5},
+    {"loss_type": "hinge", "dpop_lambda": 1.0, "length_penalty": 0.02},
+    {"loss_type": "ipo", "ipo_normalization": "sum"},
+    {"loss_type": "orpo"},
+    {"loss_type": "cpo", "label_smoothing": 0.1, "nll_coef": 1.0},
+    {"loss_type": "simpo", "simpo_gamma": 0.3},
+    {"loss_type": "simpo", "alphapo_alpha": 0.25},
+    {"loss_type": ["apo_zero", "sft", "discopop"], "loss_weights": [0.5, 1.0, 0.1]},
+    *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS),
+]
+
+
+@pytest.mark.parametrize("options", CHECKED, ids=str)
 def test_the_gradient_is_the_numeric_one(options):
-    given_ = statistics(4)
-    found = evaluate(given_, Normalisers(4), options)
-    for i in range(8):
-        step = torch.zeros(8, dtype=torch.float64)
-        step[i] = 1e-5
-        up = evaluate(replace(given_, logps_R=given_.logps_R + step), Normalisers(4), options).loss
-        down = evaluate(replace(given_, logps_R=given_.logps_R - step), Normalisers(4), options).loss
-        assert float(found.gradient_R[i]) == pytest.approx(float(up - down) / 2e-5, rel=1e-6, abs=1e-10)
+    given_, objective = statistics(4), ObjectiveConfig(**options)
+    normalisers = Normalisers(4, 60, 90)
+    found = evaluate(given_, normalisers, objective)
+    for column, name in enumerate(DIFFERENTIABLE):
+        for i in range(8):
+            step = torch.zeros(8, dtype=torch.float64)
+            step[i] = 1e-5
+            up, down = (
+                evaluate(replace(given_, **{name: getattr(given_, name) + sign * step}), normalisers, objective).loss
+                for sign in (1, -1)
+            )
+            assert float(found.gradient_RD[i, column]) == pytest.approx(float(up - down) / 2e-5, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("change", [{"beta": 0.11}, {"label_smoothing": 0.05}])
@@ -64,7 +78,7 @@ def test_every_option_changes_the_gradient(change):
     given_ = statistics(4)
     base = evaluate(given_, Normalisers(4), ObjectiveConfig(beta=0.1))
     changed = evaluate(given_, Normalisers(4), replace(ObjectiveConfig(beta=0.1), **change))
-    assert not torch.allclose(base.gradient_R, changed.gradient_R, rtol=1e-3)
+    assert not torch.allclose(base.gradient_RD, changed.gradient_RD, rtol=1e-3)
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,7 +95,7 @@ def test_splitting_a_batch_in_any_way_adds_up_to_the_whole(num_pairs, data):
         chosen = torch.arange(0, 2 * count, 2)
         part = ResponseStatistics(**tensors, chosen_P=chosen, rejected_P=chosen + 1)
         parts.append(evaluate(part, Normalisers(num_pairs), ObjectiveConfig()))
-    torch.testing.assert_close(torch.cat([part.gradient_R for part in parts]), whole.gradient_R, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([part.gradient_RD for part in parts]), whole.gradient_RD, rtol=1e-12, atol=0)
     assert float(sum(part.loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-12)
 
 
@@ -96,9 +110,9 @@ def test_a_pair_of_weight_zero_counts_for_nothing():
     weight = torch.ones(6, dtype=torch.float64)
     weight[2:4] = 0
     found = evaluate(replace(given_, weight_R=weight), Normalisers(2), ObjectiveConfig())
-    assert not found.gradient_R[2:4].any() and found.gradient_R[:2].all()
+    assert not found.gradient_RD[2:4].any() and found.gradient_RD[:2, 0].all()
 
 
 def test_no_pairs_at_all_give_no_loss():
     found = evaluate(statistics(0), Normalisers(4), ObjectiveConfig())
-    assert float(found.loss) == 0 and found.gradient_R.shape == (0,)
+    assert float(found.loss) == 0 and found.gradient_RD.shape == (0, 3)

@@ -67,6 +67,22 @@ def outcomes(
     return results if rank == 0 else None
 
 
+def outcomes_of_objectives(
+    model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case], objectives: Sequence[ObjectiveConfig]
+) -> list[list[Outcome]] | None:
+    """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step."""
+    from megadpo.platform.world import joined_world
+
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            results.append([_outcome(model, reference, groups, case, 1, torch.float32, o) for o in objectives])
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return results if rank == 0 else None
+
+
 def _outcome(
     model: Path,
     reference: Path,
@@ -81,8 +97,10 @@ def _outcome(
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.objectives.preference import Normalisers, evaluate
+    from megadpo.objectives.evaluate import evaluate
+    from megadpo.objectives.specs import needs_reference, scores_prompt
     from megadpo.objectives.statistics import pair_statistics
+    from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.megatron import MegatronEngine
     from megadpo.reference import frozen_stage, resident
     from megadpo.score import response_logps
@@ -96,28 +114,32 @@ def _outcome(
         num_data_parallel=layout.data,
         multiple_of=layout.tensor if layout.sequence else 1,
         hidden_size=64,
+        score_prompts=scores_prompt(objective.loss_types),
     )
     stage = build_stage(hf_config, layout, dtype, case.recompute)
     load_weights(stage, open_hf(model))
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
-    run_reference = resident(frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference)))
+    normalisers = normalisers_of(packing.groups, range(len(groups)))
+    run_reference = resident(frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference)), objective.ld_alpha)
     stage.model.train()
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
     micro_batches = packing.micro_batches(list(range(len(groups))), parallel_state.get_data_parallel_rank())
-    reference_logps = run_reference(micro_batches)
+    reference_logps: Sequence[Tensor | None] = [None] * len(micro_batches)
+    if needs_reference(objective.loss_types):
+        reference_logps = run_reference(micro_batches)
     for step in range(max(1, num_steps)):
         total = torch.zeros((), dtype=torch.float64)
         margins: list[Tensor] = []
 
         def gradient(number: int, sums_RS: Tensor, total: Tensor = total, margins: list[Tensor] = margins) -> Tensor:
             statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-            evaluated = evaluate(statistics, Normalisers(len(groups)), objective)
+            evaluated = evaluate(statistics, normalisers, objective)
             ratio = statistics.logps_R - statistics.reference_logps_R
             margins.append(ratio[statistics.chosen_P] - ratio[statistics.rejected_P])
             total.add_(evaluated.loss)
-            return evaluated.gradient_R
+            return evaluated.gradient_RD
 
-        engine.forward_backward(micro_batches, gradient)
+        engine.forward_backward(micro_batches, gradient, objective.ld_alpha)
         engine.finish_gradients()
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)

@@ -1,0 +1,106 @@
+"""Objectives and options: what has an effect is read, what has none is refused, in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megadpo.config import ObjectiveConfig, load_config
+from megadpo.errors import UserError
+from megadpo.objectives.evaluate import LOSSES, evaluate
+from megadpo.objectives.specs import SPECS, needs_reference
+from megadpo.objectives.terms import Normalisers
+from tests.objectives.conftest import random_statistics
+
+CHANGED: dict[str, Any] = {
+    "loss_weights": [0.7],
+    "beta": 0.37,
+    "label_smoothing": 0.17,
+    "f_divergence": "js",
+    "f_alpha": 0.9,
+    "ld_alpha": 0.3,
+    "wpo": True,
+    "nll_coef": 0.4,
+    "length_penalty": 0.3,
+    "dpop_lambda": 3.0,
+    "ipo_normalization": "sum",
+    "discopop_tau": 0.5,
+    "simpo_gamma": 1.3,
+    "alphapo_alpha": 0.3,
+}
+
+
+def _load(**options: Any) -> ObjectiveConfig:
+    loss = options.get("loss_type", "sigmoid")
+    mode = "resident" if needs_reference([loss] if isinstance(loss, str) else loss) else "none"
+    return load_config({"objective": options, "reference": {"mode": mode}}).objective
+
+
+def _needed(loss: str) -> dict[str, Any]:
+    return {"label_smoothing": 0.05} if loss == "exo_pair" else {}
+
+
+def test_every_option_is_tried_here():
+    assert CHANGED.keys() == {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"loss_type"}
+
+
+@pytest.mark.parametrize("loss", SPECS)
+@pytest.mark.parametrize("option", CHANGED)
+def test_changing_an_option_changes_the_gradient_or_is_refused(loss, option):
+    statistics, normalisers = random_statistics(6), Normalisers(6, 120, 300)
+    base = _load(loss_type=loss, **_needed(loss))
+    if option == "f_alpha":
+        base = dataclasses.replace(base, f_divergence="alpha")
+    try:
+        changed = _load(loss_type=loss, **{**_needed(loss), option: CHANGED[option]})
+        if option == "f_alpha":
+            changed = _load(loss_type=loss, **_needed(loss), f_divergence="alpha", f_alpha=0.9)
+    except UserError as refusal:
+        assert f"objective.{option}" in str(refusal) or "f_divergence" in str(refusal)
+        if option == "f_alpha" and SPECS[loss].divergences:
+            _load(loss_type=loss, **_needed(loss), f_divergence="alpha", f_alpha=0.9)
+        return
+    if option == "ld_alpha":
+        return  # acts on the token sums, before the objective; see test_against_trl and the layouts test
+    if option == "beta" and loss == "sft":
+        return  # rewards are shown in units of beta, which sft itself does not read
+    before, after = (evaluate(statistics, normalisers, options).gradient_RD for options in (base, changed))
+    assert not torch.allclose(before, after, rtol=1e-4, atol=1e-9)
+
+
+def test_every_loss_has_a_function_and_a_line_in_the_documentation():
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    for name in SPECS:
+        assert callable(LOSSES[name]) and f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": {"loss_type": "sigmod"}}, "did you mean 'sigmoid'"),
+        ({"objective": {"loss_type": []}}, "at least one"),
+        ({"objective": {"loss_type": ["sigmoid", "sigmoid"]}}, "name each loss once"),
+        ({"objective": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}}, "1 weights for 2 losses"),
+        ({"objective": {"loss_type": "exo_pair"}}, "label_smoothing is 0, for which exo_pair has no finite loss"),
+        (
+            {"objective": {"loss_type": "simpo"}},
+            "reads no reference, but reference.mode is resident; set reference.mode to none",
+        ),
+        ({"objective": {"loss_type": "ipo"}, "reference": {"mode": "none"}}, "ipo needs a reference"),
+        ({"objective": {"loss_type": "nca_pair", "f_divergence": "js"}}, "f_divergence is not defined for nca_pair"),
+        (
+            {"objective": {"loss_type": "ipo", "simpo_gamma": 1.0}},
+            "simpo_gamma has no effect on ipo; remove it, or use one of simpo",
+        ),
+        ({"objective": {"f_alpha": 0.3}}, "no effect unless objective.f_divergence is alpha"),
+        ({"objective": {"ld_alpha": 1.5}}, r"ld_alpha must be in \[0, 1\]"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_with_the_reason(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_config(settings)

@@ -1,0 +1,62 @@
+"""Every objective gives the same loss, gradients and updates in every layout, micro-batch size and way of laying out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megadpo.config import ObjectiveConfig
+from megadpo.objectives.specs import SPECS
+from megadpo.parallel.layout import Layout
+from tests.models import random_groups, save_model
+from tests.parity import oracle
+from tests.parity.worker import Case, outcomes_of_objectives
+from tests.worlds import run_world
+
+OBJECTIVES: list[dict[str, Any]] = [
+    *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS),
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    {"ld_alpha": 0.3, "wpo": True, "nll_coef": 0.2},
+    {"f_divergence": "js", "length_penalty": 0.01, "dpop_lambda": 1.0},
+]
+CASES = {
+    1: [Case(Layout()), Case(Layout(), share_prompts=False, tokens_per_micro_batch=130)],
+    2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(pipeline=2), tokens_per_micro_batch=130), Case(Layout(data=2))],
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """[case][objective] -> outcome, and the weights before."""
+    directory = tmp_path_factory.mktemp("objectives")
+    policy = save_model(directory / "policy", "llama", num_hidden_layers=2)
+    reference = save_model(directory / "reference", "llama", seed=1, num_hidden_layers=2)
+    groups = random_groups(7, seed=5)
+    objectives = [ObjectiveConfig(**{"beta": 0.1, **options}) for options in OBJECTIVES]
+    cases = [case for some in CASES.values() for case in some]
+    found = [
+        outcome
+        for num_processes, some in CASES.items()
+        for outcome in run_world(num_processes, outcomes_of_objectives, policy, reference, groups, some, objectives)[0]
+    ]
+    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
+    return before, list(zip(cases, found, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(OBJECTIVES)), ids=[str(options) for options in OBJECTIVES])
+def test_an_objective_is_the_same_in_every_layout(measured, number):
+    before, found = measured
+    base = found[0][1][number]
+    assert base.grad_norm > 1e-4
+    for case, outcomes in found[1:]:
+        outcome = outcomes[number]
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.loss == pytest.approx(base.loss, rel=1e-6, abs=1e-7), str(case)
+        assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
+        apart = torch.stack([(outcome.weights[n] - base.weights[n]).double().norm() for n in before]).norm()
+        moved = torch.stack([(base.weights[n] - before[n]).double().norm() for n in before]).norm()
+        # Adam's first step is nearly the gradient's sign: elements with next to no gradient carry the rounding.
+        assert float(apart.detach() / moved.detach()) <= 1e-3, str(case)

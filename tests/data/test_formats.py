@@ -147,3 +147,55 @@ def test_empty_and_identical_pairs_are_seen_in_both_forms() -> None:
     called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
     assert not read(called, [GREEN]).has_empty_completion
     assert read("a", "a").is_identical and read([BLUE], [BLUE]).is_identical and not read("a", "b").is_identical
+
+
+TEXT = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
+TALK = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}
+
+
+@pytest.mark.parametrize("pair", [TEXT, TALK], ids=["text", "conversation"])
+def test_numbers_of_a_row_are_read_beside_any_format(pair: dict[str, Any]) -> None:
+    numbers = {"margin": -2, "weight": 0, "chosen_score": 8.5, "rejected_score": 1e-3, "label_probability": 1}
+    row = recognise(pair | numbers | {"score": "seven"}, "f:1")
+    assert row.numbers == numbers and list(row.numbers) == list(numbers)
+    assert all(type(value) is float for value in row.numbers.values())
+    assert recognise(pair | dict.fromkeys(numbers), "f:1").numbers == {}
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"chosen_score": 3, "rejected_score": 1},
+        {"score_chosen": 3, "score_rejected": 1},
+        {"chosen_rating": 3, "rejected_rating": 1},
+        {"score_chosen": 3, "chosen_rating": 3.0, "chosen_score": None, "rejected_rating": 1},
+    ],
+)
+def test_scores_have_three_spellings(spelled: dict[str, Any]) -> None:
+    assert recognise(TEXT | spelled, "f:1").numbers == {"chosen_score": 3.0, "rejected_score": 1.0}
+
+
+def test_spellings_that_disagree_are_refused() -> None:
+    with pytest.raises(UserError, match=r"f:9: `chosen_rating` is 4 but .*`chosen_score` in the row says 3; .*data.columns"):
+        recognise(TEXT | {"chosen_rating": 4, "score_chosen": 3}, "f:9")
+
+
+@pytest.mark.parametrize("name", ["margin", "weight", "score_chosen", "rejected_rating", "label_probability"])
+@pytest.mark.parametrize("value", ["0.5", "", True, False, float("nan"), float("inf"), 10**400, [0.5], {"value": 1}])
+def test_what_is_no_finite_number_is_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError) as error:
+        recognise(TEXT | {name: value}, "f:9")
+    assert f"f:9: `{name}` is {value!r:.40}; it must be a finite number" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "range_text"),
+    [
+        ("weight", -1e-9, "of at least 0"),
+        ("label_probability", -0.1, "from 0 to 1"),
+        ("label_probability", 1.0000001, "from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(name: str, value: float, range_text: str) -> None:
+    with pytest.raises(UserError, match=rf"f:9: `{name}` is {value}; it must be a finite number {range_text}"):
+        recognise(TEXT | {name: value}, "f:9")

@@ -42,6 +42,10 @@ class ReferenceConfig:
     tokens_per_micro_batch: int | None = None
     """Tokens of a micro-batch while log-probs are precomputed (nothing is kept for a backward, so more fit); null =
     `train.tokens_per_micro_batch`."""
+    sync_every: int | None = None
+    """TR-DPO: every this many steps a resident reference moves towards the policy; null = it never moves."""
+    mixup_alpha: float = 0.6
+    """TR-DPO: how far it moves, in (0, 1]: reference = alpha policy + (1 - alpha) reference."""
 
 
 @dataclass

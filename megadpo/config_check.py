@@ -48,6 +48,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 
 AT_LEAST: dict[str, int] = {
     "reference.tokens_per_micro_batch": 1,
+    "reference.sync_every": 1,
     "data.max_length": 2,
     "data.num_workers": 1,
     "parallel.tensor": 1,
@@ -77,6 +78,7 @@ def check(config: Config) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_objective(config)
+    _check_moving_reference(config)
     _check_contradictions(config)
 
 
@@ -173,6 +175,19 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"train.betas must both be in [0, 1), got {list(config.train.betas)!r}")
     if not config.checkpoint.resume:
         raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
+
+
+def _check_moving_reference(config: Config) -> None:
+    reference = config.reference
+    if not 0 < reference.mixup_alpha <= 1:
+        raise UserError(f"reference.mixup_alpha must be in (0, 1], got {reference.mixup_alpha!r}")
+    if reference.sync_every is None and reference.mixup_alpha != type(reference)().mixup_alpha:
+        raise UserError("reference.mixup_alpha has no effect without reference.sync_every; set that too or remove it")
+    if reference.sync_every is not None and reference.mode != "resident":
+        raise UserError(
+            f"reference.sync_every moves a resident reference, but reference.mode is {reference.mode}; "
+            "set it to resident or remove sync_every"
+        )
 
 
 def _check_contradictions(config: Config) -> None:

@@ -14,7 +14,7 @@ from megadpo.errors import UserError
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
-    "reference": ("mode", "path"),
+    "reference": ("mode", "path", "sync_every", "mixup_alpha"),
     "data": ("train", "shuffle", "max_length", "truncation", "chat_template", "columns"),
     "objective": (),
     "train": (

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,69 @@ from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
+from megadpo.data.prepare import cache_root
 from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
+from megadpo.prepare import Plan, data_packing
 from megadpo.score import response_logps
 
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 """Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
 
 CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference for the training pairs and for the held-out ones, and its model where it is resident."""
+
+    train: Reference
+    eval: Reference | None
+    stage: Stage | None = None
+
+    def move(self, policy: Stage, alpha: float) -> None:
+        """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
+        assert self.stage is not None
+        with torch.no_grad():
+            for name, (parameter, _) in self.stage.parameters.items():
+                parameter.lerp_(policy.parameters[name][0].detach(), alpha)
+
+
+def build_references(plan: Plan, say: Callable[[str], None]) -> References:
+    """What the configuration asks for, ready to be asked.
+
+    Args:
+        say: tells the user a sentence.
+    """
+    mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
+
+    def frozen() -> Stage:
+        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
+
+    if mode == "none":
+        return References(absent, absent)
+    if mode == "resident":
+        stage = frozen()
+        return References(resident(stage, ld_alpha), resident(stage, ld_alpha), stage)
+    train = _precomputed_for(plan, plan.train, frozen, say)
+    return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
+
+
+def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
+    """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
+    config = plan.config
+    capacity = config.reference.tokens_per_micro_batch or config.train.tokens_per_micro_batch
+    hidden_size, setting = plan.reference.config.hidden_size, "reference.tokens_per_micro_batch"
+    larger = data_packing(config, packing.groups, plan.layout, hidden_size, capacity, setting)
+    weights, ld_alpha = weights_digest(Path(plan.reference.path)), config.objective.ld_alpha
+    key = cache_key(weights, packing.groups.digest, plan.dtype, ld_alpha)
+    logps_GK, from_cache = cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
+    say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
+    return precomputed(logps_GK)
 
 
 def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource) -> Stage:

@@ -25,7 +25,7 @@ from megadpo.checkpoint.sharded import (
     write_shard_file,
 )
 from megadpo.errors import UserError
-from megadpo.model.build import stage_shards
+from megadpo.model.build import load_weights, stage_shards
 from megadpo.model.families import ParameterShard
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def save(run: Run, step: int) -> Path:
 def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     for kind, name, tensor in run.engine.state():
         yield kind, run.engine.stage.parameters[name][1], tensor
+    if run.plan.config.reference.sync_every:
+        assert run.references.stage is not None
+        for parameter, shard in run.references.stage.parameters.values():
+            yield "reference", shard, parameter.data
 
 
 def resume(run: Run) -> int:
@@ -105,6 +109,9 @@ def resume(run: Run) -> int:
         return tensor
 
     run.engine.load_state(read, step)
+    if run.plan.config.reference.sync_every:
+        assert run.references.stage is not None
+        load_weights(run.references.stage, checkpoint.source("reference"))
     run.num_tokens_seen = num_tokens
     torch.set_rng_state(rng)
     return step

@@ -15,29 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.config import Config
-from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.pack import IntArray
 from megadpo.data.packing import Packing
-from megadpo.data.prepare import cache_root
 from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
-from megadpo.objectives.evaluate import evaluate
-from megadpo.objectives.statistics import pair_statistics
 from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
 from megadpo.platform.device import compute_device
 from megadpo.platform.world import joined_world, rank
-from megadpo.prepare import Plan, data_packing, prepare
+from megadpo.prepare import Plan, prepare
 
 if TYPE_CHECKING:
-    from megadpo.reference import Reference
+    from megadpo.loss import Batch
+    from megadpo.objectives.terms import Normalisers
+    from megadpo.reference import Reference, References
 
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
 
@@ -82,8 +82,7 @@ class Run:
 
     plan: Plan
     engine: Any
-    reference: Reference
-    eval_reference: Reference | None
+    references: References
     callbacks: Callbacks
     sinks: list[Sink] = field(default_factory=list)
     num_tokens_seen: int = 0
@@ -112,50 +111,13 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
+    from megadpo.reference import build_references
 
     # A precomputed reference comes and goes before the policy takes its memory.
-    reference, eval_reference = build_reference(plan)
+    references = build_references(plan, say)
     stage = build_stage(plan.policy.config, plan.layout, plan.dtype, plan.config.train.recompute)
     load_weights(stage, plan.policy.source)
-    return Run(plan, MegatronEngine(stage, plan.config.train), reference, eval_reference, callbacks)
-
-
-def build_reference(plan: Plan) -> tuple[Reference, Reference | None]:
-    """The reference for the training pairs and for the held-out ones."""
-    from megadpo import reference as references
-
-    def frozen() -> Any:
-        return references.frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
-
-    mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
-    if mode == "none":
-        return references.absent, references.absent
-    if mode == "resident":
-        resident = references.resident(frozen(), ld_alpha)
-        return resident, resident
-    train = precomputed_reference(plan, plan.train, frozen)
-    return train, None if plan.eval is None else precomputed_reference(plan, plan.eval, frozen)
-
-
-def precomputed_reference(plan: Plan, packing: Packing, frozen: Callable[[], Any]) -> Reference:
-    """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
-    from megadpo import reference as references
-
-    config = plan.config
-    capacity = config.reference.tokens_per_micro_batch or config.train.tokens_per_micro_batch
-    larger = data_packing(
-        config,
-        packing.groups,
-        plan.layout,
-        plan.reference.config.hidden_size,
-        capacity,
-        "reference.tokens_per_micro_batch",
-    )
-    weights, ld_alpha = references.weights_digest(Path(plan.reference.path)), config.objective.ld_alpha
-    key = references.cache_key(weights, packing.groups.digest, plan.dtype, ld_alpha)
-    logps_GK, from_cache = references.cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
-    say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
-    return references.precomputed(logps_GK)
+    return Run(plan, MegatronEngine(stage, plan.config.train), references, callbacks)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -172,6 +134,8 @@ def training_loop(run: Run) -> Metrics:
         record = training_step(run, step)
         done = step + 1
         is_last = done == plan.num_steps
+        if config.reference.sync_every and done % config.reference.sync_every == 0:
+            run.references.move(run.engine.stage, config.reference.mixup_alpha)
         if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
             record |= held_out
@@ -189,21 +153,12 @@ def training_loop(run: Run) -> Metrics:
 
 def training_step(run: Run, step: int) -> Metrics:
     """One optimizer step on one global batch; its metrics, the same on every rank."""
+    from megadpo.loss import response_gradient
+
     plan, started = run.plan, time.perf_counter()
     numbers = plan.batches.at(step)
-    micro_batches = rank_micro_batches(plan.train, numbers)
-    reference_logps = run.reference(micro_batches)
-    objective, terms = plan.config.objective, plan.config.objective.terms
-    totals = collect.empty_vector(compute_device(), terms)
-    normalisers = normalisers_of(plan.train.groups, numbers)
-
-    def response_gradient(number: int, sums_RS: Tensor) -> Tensor:
-        statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-        evaluated = evaluate(statistics, normalisers, objective)
-        totals.add_(collect.sum_vector(statistics, evaluated.losses_P, evaluated.rewards_R, evaluated.several_terms))
-        return evaluated.gradient_RD
-
-    run.engine.forward_backward(micro_batches, response_gradient, objective.ld_alpha)
+    batch = global_batch(run, plan.train, run.references.train, numbers, normalisers_of(plan.train.groups, numbers))
+    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), plan.config.objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:
@@ -212,12 +167,11 @@ def training_step(run: Run, step: int) -> Metrics:
         raise UserError(
             f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
         ) from error
-    metrics = reduce_metrics(totals, terms)
     num_tokens = int(plan.train.num_tokens_G[numbers].sum())
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
-        **metrics,
+        **reduce_metrics(batch.totals, plan.config.objective.terms),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
@@ -229,29 +183,32 @@ def training_step(run: Run, step: int) -> Metrics:
 
 def evaluation(run: Run) -> Metrics:
     """Loss and rewards on the held-out pairs, under names that begin with "eval_"; the same on every rank."""
+    from megadpo.loss import evaluate_batch
+
     plan = run.plan
-    assert plan.eval is not None and run.eval_reference is not None
-    objective, terms = plan.config.objective, plan.config.objective.terms
-    totals = collect.empty_vector(compute_device(), terms)
-    normalisers = normalisers_of(plan.eval.groups, range(len(plan.eval.groups)))
-    started = time.perf_counter()
-    for start in range(0, len(plan.eval.groups), plan.config.train.pairs_per_step):
-        numbers = range(start, min(start + plan.config.train.pairs_per_step, len(plan.eval.groups)))
-        micro_batches = rank_micro_batches(plan.eval, list(numbers))
-        reference_logps = run.eval_reference(micro_batches)
-        for number, sums_RS in enumerate(run.engine.forward(micro_batches, objective.ld_alpha)):
-            statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-            evaluated = evaluate(statistics, normalisers, objective)
-            totals += collect.sum_vector(statistics, evaluated.losses_P, evaluated.rewards_R, evaluated.several_terms)
-    return reduce_metrics(totals, terms, "eval_") | {"eval_seconds": time.perf_counter() - started}
+    assert plan.eval is not None and run.references.eval is not None
+    started, num_groups, objective = time.perf_counter(), len(plan.eval.groups), plan.config.objective
+    totals = collect.empty_vector(compute_device(), objective.terms)
+    normalisers = normalisers_of(plan.eval.groups, range(num_groups))
+    for start in range(0, num_groups, plan.config.train.pairs_per_step):
+        numbers = np.arange(start, min(start + plan.config.train.pairs_per_step, num_groups))
+        batch = global_batch(run, plan.eval, run.references.eval, numbers, normalisers)
+        evaluate_batch(batch, run.engine.forward(batch.micro_batches, objective.ld_alpha))
+        totals += batch.totals
+    return reduce_metrics(totals, objective.terms, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
-def rank_micro_batches(packing: Packing, numbers: Any) -> list[MicroBatch]:
-    """This rank's micro-batches of the groups `numbers`, on its device."""
+def global_batch(run: Run, packing: Packing, reference: Reference, numbers: IntArray, normalisers: Normalisers) -> Batch:
+    """The groups `numbers`, packed for this rank, with the reference's log-probs."""
     from megatron.core import parallel_state
 
-    device = compute_device()
-    return [mb.to(device) for mb in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
+    from megadpo.loss import Batch
+
+    device, options = compute_device(), run.plan.config.objective
+    packed = packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())
+    micro_batches = [micro_batch.to(device) for micro_batch in packed]
+    totals = collect.empty_vector(device, options.terms)
+    return Batch(options, normalisers, len(numbers), micro_batches, reference(micro_batches), totals)
 
 
 def reduce_metrics(totals: Tensor, terms: Sequence[str], prefix: str = "") -> Metrics:

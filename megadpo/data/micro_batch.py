@@ -45,6 +45,7 @@ class MicroBatch:
         num_completion_tokens_R: int64 tokens of each response, scored or not.
         group_R: int64 the group, 0..G-1, of each response.
         rows: the group numbers in the store, one a group.
+        places: each group's place in the step's batch.
         num_padding: stream tokens that belong to no group.
     """
 
@@ -58,6 +59,7 @@ class MicroBatch:
     num_completion_tokens_R: Tensor
     group_R: Tensor
     rows: tuple[int, ...]
+    places: tuple[int, ...]
     num_padding: int
 
     @property
@@ -83,6 +85,7 @@ def lay_out(
     multiple_of: int = 1,
     padding_token: int = 0,
     score_prompts: bool = False,
+    places: Sequence[int] | None = None,
 ) -> MicroBatch:
     """Lay groups out as ``[prompt | response 1 | … | response K]``, one after the other.
 
@@ -90,6 +93,7 @@ def lay_out(
 
     Args:
         rows: the groups' numbers in the store.
+        places: each group's place in the step's batch; None: as they come.
         score_prompts: read the log-probs of the first response's prompt too (all its tokens but the first).
         multiple_of: the stream's length is padded up to a multiple of it (sequence parallelism cuts the stream evenly).
     """
@@ -106,7 +110,8 @@ def lay_out(
     if num_padding:
         stream.add_tokens(np.full(num_padding, padding_token), 0)
         stream.segments.append(Segment(stream.length - num_padding, stream.length))
-    return stream.finish(tuple(int(row) for row in rows), num_padding)
+    in_order = range(len(groups)) if places is None else places
+    return stream.finish(tuple(int(row) for row in rows), tuple(int(place) for place in in_order), num_padding)
 
 
 class _Stream:
@@ -168,7 +173,7 @@ class _Stream:
         self.targets.append(targets)
         self.places.append(places)
 
-    def finish(self, rows: tuple[int, ...], num_padding: int) -> MicroBatch:
+    def finish(self, rows: tuple[int, ...], places: tuple[int, ...], num_padding: int) -> MicroBatch:
         def joined(arrays: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64))
 
@@ -183,5 +188,6 @@ class _Stream:
             num_completion_tokens_R=torch.tensor(self.num_completion_tokens, dtype=torch.int64),
             group_R=torch.tensor(self.group_of_response, dtype=torch.int64),
             rows=rows,
+            places=places,
             num_padding=num_padding,
         )

@@ -41,11 +41,13 @@ class Packing:
         plan = plan_micro_batches(
             self.num_tokens_G[chosen], self.costs_G[chosen], self.tokens_per_micro_batch, self.num_data_parallel
         )
-        return [self._lay_out(chosen[members].tolist()) for members in plan[data_rank]]
+        return [self._lay_out(chosen[members].tolist(), members) for members in plan[data_rank]]
 
-    def _lay_out(self, numbers: list[int]) -> MicroBatch:
+    def _lay_out(self, numbers: list[int], places: list[int]) -> MicroBatch:
         groups = [self.groups[i] for i in numbers]
-        return lay_out(groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts)
+        return lay_out(
+            groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts, places=places
+        )
 
 
 def prepare_packing(

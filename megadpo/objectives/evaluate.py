@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from megadpo.config import ObjectiveConfig
-from megadpo.objectives import pairwise, reference_free
+from megadpo.objectives import coupled, pairwise, reference_free
 from megadpo.objectives.pairwise import PairLoss
 from megadpo.objectives.specs import SPECS
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers, Pairs
 
-LOSSES: dict[str, PairLoss] = {name: getattr(pairwise, name, None) or getattr(reference_free, name) for name in SPECS}
+_MODULES = (pairwise, coupled, reference_free)
+LOSSES: dict[str, PairLoss] = {name: next(getattr(m, name) for m in _MODULES if hasattr(m, name)) for name in SPECS}
 """The function of every `objective.loss_type`."""
 
 
@@ -39,11 +40,6 @@ class Evaluated:
     rewards_R: Tensor
     loss: Tensor
     gradient_RD: Tensor
-
-    @property
-    def several_terms(self) -> dict[str, Tensor] | None:
-        """`term_losses` where there is more than one."""
-        return self.term_losses if len(self.term_losses) > 1 else None
 
 
 def evaluate(statistics: ResponseStatistics, normalisers: Normalisers, options: ObjectiveConfig) -> Evaluated:

@@ -17,6 +17,8 @@ class Spec:
         options: options of `objective` beyond beta that it reads; any other set to something else than its default
             is refused.
         scores_prompt: whether the log-probs of the prompt's own tokens are needed.
+        couples_batch: whether a pair's loss depends on other pairs of the global batch: then a forward-only pass collects
+            every pair's statistics first.
     """
 
     paper: str
@@ -25,6 +27,7 @@ class Spec:
     weighting: bool = True
     options: frozenset[str] = field(default_factory=frozenset)
     scores_prompt: bool = False
+    couples_batch: bool = False
 
 
 def _spec(paper: str, *options: str, **changes: bool) -> Spec:
@@ -44,6 +47,8 @@ SPECS: dict[str, Spec] = {
     "nca_pair": _spec("NCA, arXiv:2402.05369"),
     "bco_pair": _spec("BCO, arXiv:2404.04656 (delta 0)"),
     "sppo_hard": _spec("SPPO, arXiv:2405.00675"),
+    "aot": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
+    "aot_unpaired": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
     "apo_zero": _spec("APO, arXiv:2408.06266, eq. 7"),
     "apo_down": _spec("APO, arXiv:2408.06266, eq. 8"),
     "discopop": _spec("DiscoPOP, arXiv:2406.08414, eq. 5", "discopop_tau", *LOGIT_TERMS, divergences=True),
@@ -68,6 +73,11 @@ GENERAL_OPTIONS = frozenset({"loss_type", "loss_weights", "beta", "nll_coef", "f
 def needs_reference(loss_types: list[str]) -> bool:
     """Whether any of the losses reads the reference."""
     return any(SPECS[name].needs_reference for name in loss_types)
+
+
+def couples_batch(loss_types: list[str]) -> bool:
+    """Whether any of the losses needs the whole global batch at once."""
+    return any(SPECS[name].couples_batch for name in loss_types)
 
 
 def scores_prompt(loss_types: list[str]) -> bool:

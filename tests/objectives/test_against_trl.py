@@ -31,6 +31,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"loss_type": "nca_pair"}, {}),
     ({"loss_type": "bco_pair"}, {}),
     ({"loss_type": "sppo_hard"}, {}),
+    ({"loss_type": "aot", "label_smoothing": 0.1}, {}),
+    ({"loss_type": "aot_unpaired"}, {}),
     ({"loss_type": "apo_zero"}, {}),
     ({"loss_type": "apo_down"}, {}),
     ({"loss_type": "discopop", "discopop_tau": 0.07}, {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,14 +97,15 @@ def _outcome(
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
+    from megadpo.loss import Batch, response_gradient
+    from megadpo.metrics import collect
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.objectives.evaluate import evaluate
     from megadpo.objectives.specs import needs_reference, scores_prompt
-    from megadpo.objectives.statistics import pair_statistics
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.megatron import MegatronEngine
     from megadpo.reference import frozen_stage, resident
     from megadpo.score import response_logps
+    from megadpo.train import reduce_metrics
 
     layout, hf_config = case.layout, read_hf_config(model)
     packing = prepare_packing(
@@ -128,25 +130,26 @@ def _outcome(
     if needs_reference(objective.loss_types):
         reference_logps = run_reference(micro_batches)
     for step in range(max(1, num_steps)):
-        total = torch.zeros((), dtype=torch.float64)
-        margins: list[Tensor] = []
+        totals = collect.empty_vector(terms=objective.terms)
+        batch = Batch(objective, normalisers, len(groups), micro_batches, reference_logps, totals)
+        found: dict[int, Tensor] = {}
+        gradient_of = response_gradient(batch, engine)
 
-        def gradient(number: int, sums_RS: Tensor, total: Tensor = total, margins: list[Tensor] = margins) -> Tensor:
-            statistics = pair_statistics(sums_RS, reference_logps[number], micro_batches[number])
-            evaluated = evaluate(statistics, normalisers, objective)
-            ratio = statistics.logps_R - statistics.reference_logps_R
-            margins.append(ratio[statistics.chosen_P] - ratio[statistics.rejected_P])
-            total.add_(evaluated.loss)
-            return evaluated.gradient_RD
+        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
+            found[number] = sums_RS
+            return gradient_of(number, sums_RS)
 
-        engine.forward_backward(micro_batches, gradient, objective.ld_alpha)
+        engine.forward_backward(micro_batches, noted, objective.ld_alpha)
         engine.finish_gradients()
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
-            outcome.grad_norm, outcome.loss = grad_norm, _once_a_replica(total, layout)
-            outcome.margins = torch.cat(margins) if margins else torch.empty(0)
+            outcome.grad_norm = grad_norm
+            outcome.loss = reduce_metrics(totals, objective.terms)["loss"]
+            outcome.margins = torch.cat(
+                [_margins(sums_RS, reference_logps[number]) for number, sums_RS in found.items()] or [torch.empty(0)]
+            )
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
@@ -176,11 +179,9 @@ def whole_tensors(hf_config: object, stage: object, local: dict[str, Tensor], la
     return whole
 
 
-def _once_a_replica(total: Tensor, layout: Layout) -> float:
-    """The loss summed over replicas: last stages hold a share each, all their tensor ranks the same one."""
-    summed = total.clone()
-    dist.all_reduce(summed)
-    return float(summed) / layout.tensor
+def _margins(sums_RS: Tensor, reference_R: Tensor | None) -> Tensor:
+    ratio_P2 = (sums_RS[:, 0] - (0 if reference_R is None else reference_R)).view(-1, 2)
+    return ratio_P2[:, 0] - ratio_P2[:, 1]
 
 
 def _gathered(value: object) -> list:

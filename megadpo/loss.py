@@ -3,9 +3,9 @@
 Most objectives are sums over pairs: each micro-batch is evaluated by itself, with normalisers that are known from the data.
 
 Where pairs depend on each other there are two phases. A forward-only pass gives the statistics of this replica's
-responses; a few numbers a response are gathered over the replicas; autograd of the pure objective on the whole batch gives d loss /
-d statistic of every response. The second pass goes forward and backward with these held fixed, which makes any objective
-of per-response statistics exact in any layout. It costs one more forward.
+responses; a few numbers a response are gathered over the replicas; autograd of the pure objective on the whole batch
+gives d loss / d statistic of every response. The second pass goes forward and backward with these held fixed, which
+makes any objective of per-response statistics exact in any layout. It costs one more forward.
 """
 
 from __future__ import annotations

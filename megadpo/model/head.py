@@ -79,9 +79,13 @@ class _TokenStatistics(torch.autograd.Function):
         statistics_NS = hidden_NH.new_empty((len(hidden_NH), len(TOKEN_STATISTICS)), dtype=torch.float32)
         log_normaliser_N = hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32)
         for rows in _tiles(len(hidden_NH)):
-            logits = _tile_logits(hidden_NH[rows], matrix_VH, num_real_rows)
+            # No name for the tile's logits: it would keep them alive while the next tile is made.
             statistics_NS[rows], log_normaliser_N[rows] = _tile_statistics(
-                logits, local_targets_N[rows], num_real_rows, vocab_size, group
+                _tile_logits(hidden_NH[rows], matrix_VH, num_real_rows),
+                local_targets_N[rows],
+                num_real_rows,
+                vocab_size,
+                group,
             )
         ctx.save_for_backward(hidden_NH, matrix_VH, local_targets_N, log_normaliser_N)
         ctx.num_real_rows = num_real_rows
@@ -95,15 +99,35 @@ class _TokenStatistics(torch.autograd.Function):
         hidden_gradient_NH = torch.empty_like(hidden_NH)
         matrix_gradient_VH = torch.zeros_like(matrix_VH, dtype=torch.float32)
         for rows in _tiles(len(hidden_NH)):
-            logits = _tile_logits(hidden_NH[rows], matrix_VH, ctx.num_real_rows)
-            gradient = logits.sub_(log_normaliser_N[rows, None]).exp_().mul_(-gradient_N[rows, None])
-            here, column = _target_columns(local_targets_N[rows], ctx.num_real_rows)
-            gradient[here, column] += gradient_N[rows][here]
-            gradient = gradient.to(matrix_VH.dtype)
-            real_rows_VH = matrix_VH[: ctx.num_real_rows]
-            torch.mm(gradient, real_rows_VH, out=hidden_gradient_NH[rows])
-            matrix_gradient_VH[: ctx.num_real_rows] += gradient.t() @ hidden_NH[rows]
+            gradient = _tile_gradient(
+                _tile_logits(hidden_NH[rows], matrix_VH, ctx.num_real_rows),
+                log_normaliser_N[rows],
+                gradient_N[rows],
+                local_targets_N[rows],
+                ctx.num_real_rows,
+            ).to(matrix_VH.dtype)
+            torch.mm(gradient, matrix_VH[: ctx.num_real_rows], out=hidden_gradient_NH[rows])
+            _add_product(matrix_gradient_VH[: ctx.num_real_rows], gradient.t(), hidden_NH[rows])
+            del gradient
         return hidden_gradient_NH, matrix_gradient_VH.to(matrix_VH.dtype), None, None, None, None
+
+
+def _tile_gradient(
+    logits: Tensor, log_normalisers: Tensor, gradients: Tensor, local_targets: Tensor, num_real_rows: int
+) -> Tensor:
+    """d loss / d logits of a tile, in the memory of its logits."""
+    gradient = logits.sub_(log_normalisers[:, None]).exp_().mul_(-gradients[:, None])
+    here, column = _target_columns(local_targets, num_real_rows)
+    gradient[here, column] += gradients[here]
+    return gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in fp32, without a product-sized temporary where the operands are fp32 too."""
+    if left.dtype is torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _tiles(num_rows: int) -> list[slice]:
@@ -131,13 +155,14 @@ def _tile_statistics(
     # Summed over ranks: exp, exp * shifted logit, shifted logit, target's shifted logit, exp squared.
     sums = logits.new_zeros((5, len(logits)))
     if num_real_rows:
-        shifted = logits - maximum[:, None]
-        exponentials = shifted.exp()
-        sums[0] = exponentials.sum(-1)
-        sums[1] = (exponentials * shifted).sum(-1)
+        # One temporary the size of the tile and no more: this is where the memory of a long batch would go.
+        shifted = logits.sub_(maximum[:, None])
         sums[2] = shifted.sum(-1)
         sums[3, here] = shifted[here, column]
-        sums[4] = exponentials.square_().sum(-1)
+        exponentials = shifted.exp()
+        sums[0] = exponentials.sum(-1)
+        sums[4] = torch.bmm(exponentials[:, None], exponentials[:, :, None]).flatten()
+        sums[1] = exponentials.mul_(shifted).sum(-1)
     _reduce(sums, dist.ReduceOp.SUM, group)
     log_sum = sums[0].log()
     statistics = torch.stack(

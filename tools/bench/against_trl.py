@@ -1,0 +1,192 @@
+"""Step time against TRL's DPOTrainer on the same pairs: ``python -m tools.bench.against_trl [--json FILE]``.
+
+TRL runs its own training loop (`trainer.train()`, its own step, optimizer and clipping); between two of its steps the same
+pairs go through `megadpo.train.training_step`. Both hold a live reference, fp32, the same weights at the start. TRL
+gets its best micro-batch of those tried, and pairs sorted by length within a step, so that it pads less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench.common import equal_start, machine, median_ratio, print_table, write_json
+
+
+def main() -> None:
+    options = _options()
+    equal_start(options.threads)
+    import torch
+
+    from tools.bench.runs import prepared_plan
+
+    torch.set_num_threads(options.threads)
+    report: dict[str, Any] = {"command": "python -m tools.bench.against_trl " + " ".join(sys.argv[1:]), "machine": machine()}
+    with tempfile.TemporaryDirectory() as directory:
+        plan, report["model"] = prepared_plan(
+            Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity, max_length=1024
+        )
+        report["pairs_per_step"] = options.pairs
+        report["mixes"] = [_mix(plan, mix, options, Path(directory)) for mix in options.mixes]
+    _print(report)
+    write_json(options.json, report)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each arm and batch size")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps of each arm before that")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
+    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch of megadpo's")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
+    return parser.parse_args()
+
+
+def _mix(plan: Any, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Both arms on one mix of lengths, for each of TRL's batch sizes."""
+    from megadpo.platform.world import joined_world
+    from megadpo.train import Callbacks, build, training_step
+    from tools.bench.runs import plan_on
+
+    groups = _groups(plan, mix, options)
+    own_plan = plan_on(plan, groups)
+    by_batch_size = {}
+    with joined_world(plan.layout, plan.config.train.seed):
+        run = build(own_plan, Callbacks())
+        for batch_size in options.batch_sizes:
+            ours, theirs = _alternate(
+                str(plan.policy.path), groups, batch_size, options, directory, lambda step: training_step(run, step)
+            )
+            by_batch_size[batch_size] = {"megadpo": ours, "trl": theirs, "speedup": median_ratio(theirs, ours)}
+    best = min(by_batch_size, key=lambda size: statistics.median(by_batch_size[size]["trl"]))
+    prompts = [len(group.prompts[0]) for group in groups]
+    completions = [len(response) for group in groups for response in group.responses]
+    return {
+        "mix": mix,
+        "mean_prompt_tokens": statistics.mean(prompts),
+        "mean_completion_tokens": statistics.mean(completions),
+        "by_batch_size": by_batch_size,
+        "best_batch_size": best,
+        "speedup": by_batch_size[best]["speedup"],
+    }
+
+
+def _groups(plan: Any, mix: str, options: argparse.Namespace) -> list[Any]:
+    """As many pairs with a common prompt as the steps need, sorted by length within each step."""
+    from tools.bench.material import synthetic_groups
+
+    count = (options.rounds + options.warm_up) * options.pairs
+    if mix == "hh-rlhf":
+        rows = (plan.train.groups[int(row)] for step in range(1000) for row in plan.batches.at(step))
+        most = 150 if options.tiny else 1024
+        usable = (group for group in rows if group.shares_prompt and group.num_stream_tokens(True) <= most)
+        groups = [group for group, _ in zip(usable, range(count), strict=False)]
+    else:
+        groups = synthetic_groups(mix, count, plan.policy.config.vocab_size, shrink=10 if options.tiny else 1)
+    steps = [groups[start : start + options.pairs] for start in range(0, count, options.pairs)]
+    return [group for step in steps for group in sorted(step, key=lambda g: g.num_stream_tokens(False))]
+
+
+def _alternate(
+    model: str,
+    groups: Sequence[Any],
+    batch_size: int,
+    options: argparse.Namespace,
+    directory: Path,
+    our_step: Callable[[int], Any],
+) -> tuple[list[float], list[float]]:
+    """Seconds of our and of TRL's steps in turns, warm-up left out."""
+    from transformers import TrainerCallback
+
+    ours: list[float] = []
+    theirs: list[float] = []
+
+    class Turns(TrainerCallback):
+        """Clocks each of TRL's steps, and lets ours follow it."""
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            finished = time.perf_counter()
+            theirs.append(finished - self.started)
+            our_step(len(ours))
+            ours.append(time.perf_counter() - finished)
+
+    trainer = _trainer(model, groups, batch_size, options, directory)
+    trainer.add_callback(Turns())
+    trainer.train()
+    return ours[options.warm_up :], theirs[options.warm_up :]
+
+
+def _trainer(model: str, groups: Sequence[Any], batch_size: int, options: argparse.Namespace, directory: Path) -> Any:
+    """TRL's trainer on the very token ids of `groups`."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenisedTrainer(DPOTrainer):
+        """DPOTrainer on rows that are tokenised already."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {name: ids.tolist() for name, ids in zip(names, (group.prompts[0], *group.responses), strict=True)}
+        for group in groups
+    ]
+    arguments = DPOConfig(
+        output_dir=str(directory / "trl"),
+        max_steps=options.rounds + options.warm_up,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=options.pairs // batch_size,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return TokenisedTrainer(
+        policy, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(report["machine"])
+    rows = []
+    for mix in report["mixes"]:
+        best = mix["by_batch_size"][mix["best_batch_size"]]
+        medians = [statistics.median(best[arm]) for arm in ("trl", "megadpo")]
+        lengths = [mix["mean_prompt_tokens"], mix["mean_completion_tokens"]]
+        others = ", ".join(f"{size}: {entry['speedup']:.2f}" for size, entry in mix["by_batch_size"].items())
+        rows.append([mix["mix"], *lengths, mix["best_batch_size"], *medians, mix["speedup"], others])
+    print_table(
+        f"Seconds a step of {report['pairs_per_step']} pairs, Llama with "
+        f"{report['model']['body_parameters'] / 1e6:.1f} M body parameters, fp32, live reference; "
+        "the ratio is the median over interleaved steps",
+        ["pairs", "prompt", "completion", "TRL's best batch", "TRL", "megadpo", "TRL / megadpo", "at each batch size"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

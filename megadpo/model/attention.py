@@ -33,11 +33,15 @@ class StreamParams(PackedSeqParams):
     micro_batch: MicroBatch | None = None
     masks: dict[tuple[Segment, int | None], Tensor | None] = field(default_factory=dict)
 
-    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    def mask(self, segment: Segment, window: int | None, query: Tensor) -> Tensor | None:
         """The segment's mask, made once for all layers; None where plain causal attention is meant."""
         key = (segment, window)
         if key not in self.masks:
-            self.masks[key] = segment_mask(segment, window, device)
+            mask = segment_mask(segment, window, query.device)
+            if mask is not None and query.device.type == "cpu":
+                # The CPU kernel adds its mask: given a boolean one, it would convert it at every layer.
+                mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            self.masks[key] = mask
         return self.masks[key]
 
 
@@ -96,7 +100,7 @@ class GroupAttention(MegatronModule):
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1).unsqueeze(1)
 
     def _segment(self, query: Tensor, key: Tensor, value: Tensor, segment: Segment, stream: StreamParams) -> Tensor:
-        mask = stream.mask(segment, self.window, query.device)
+        mask = stream.mask(segment, self.window, query)
         own, prompt = slice(segment.start, segment.end), slice(segment.prompt_start, segment.prompt_end)
         if segment.prompt_end > segment.prompt_start:
             key, value = (torch.cat([x[:, prompt], x[:, own]], dim=1) for x in (key, value))

@@ -53,6 +53,10 @@ class MegatronEngine:
             self.optimizer = get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
         # Dense models give one distributed optimizer behind Megatron's chain.
         (self.shards,) = self.optimizer.chained_optimizers
+        if isinstance(self.shards.optimizer, torch.optim.AdamW):
+            # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
         self.model.zero_grad_buffer()
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
@@ -134,7 +138,7 @@ class MegatronEngine:
     def _set_moments(self, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
         optimizer = self.shards.optimizer
         if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.state[main] = {"step": torch.tensor(float(num_steps)), **moments}
+            optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
         else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
             optimizer.state[main] = moments
             for group in optimizer.param_groups:

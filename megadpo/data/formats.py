@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from megadpo.errors import UserError
@@ -28,17 +27,6 @@ _ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-NUMBER_SPELLINGS = {
-    "margin": ("margin",),
-    "weight": ("weight",),
-    "chosen_score": ("chosen_score", "score_chosen", "chosen_rating"),
-    "rejected_score": ("rejected_score", "score_rejected", "rejected_rating"),
-    "label_probability": ("label_probability",),
-}
-"""The optional numeric fields of a row, each with every spelling it is known by in a file."""
-
-_NUMBER_LIMITS = {"weight": (0.0, math.inf), "label_probability": (0.0, 1.0)}
-_LIMITS_TEXT = {"weight": " of at least 0", "label_probability": " from 0 to 1"}
 # A row may set what its template sees, never how it is tokenised.
 _RESERVED_KWARGS = ("tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")
 
@@ -54,7 +42,6 @@ class PreferenceRow:
         conversational: True for lists of {"role", "content"} messages.
         rejected_prompt: where the two sides do not share their prompt (some implicit ones), the rejected side's.
         template_kwargs: what the row hands to its chat template (`tools` and more).
-        numbers: those fields of `NUMBER_SPELLINGS` that the row has, in that order.
     """
 
     prompt: Content
@@ -63,7 +50,6 @@ class PreferenceRow:
     conversational: bool
     rejected_prompt: Content | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def has_empty_completion(self) -> bool:
@@ -87,14 +73,8 @@ def recognise(row: Mapping[str, Any], location: str) -> PreferenceRow:
         location: for error messages, such as "pairs.jsonl:17".
 
     Raises:
-        UserError: where fields are missing or of the wrong type, or a number is out of its range.
+        UserError: where fields are missing or of the wrong type.
     """
-    pair = _recognise_pair(row, location)
-    numbers = _read_numbers(row, location)
-    return replace(pair, numbers=numbers) if numbers else pair
-
-
-def _recognise_pair(row: Mapping[str, Any], location: str) -> PreferenceRow:
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
         has = ", ".join(row) or "no field at all"
@@ -113,37 +93,6 @@ def _recognise_pair(row: Mapping[str, Any], location: str) -> PreferenceRow:
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         return _text_row(prompt, chosen, rejected)
     return _message_row(prompt, _as_messages(chosen), _as_messages(rejected), _template_kwargs(row, location), location)
-
-
-def _read_numbers(row: Mapping[str, Any], location: str) -> dict[str, float]:
-    """The numbers that the row has under any of their spellings; null is the same as none."""
-    numbers: dict[str, float] = {}
-    for name, spellings in NUMBER_SPELLINGS.items():
-        for spelling in spellings:
-            if row.get(spelling) is None:
-                continue
-            value = _read_number(row[spelling], name, spelling, location)
-            if numbers.setdefault(name, value) != value:
-                raise UserError(
-                    f"{location}: `{spelling}` is {value:g} but another spelling of `{name}` in the row says "
-                    f"{numbers[name]:g}; name the one that is meant in data.columns, such as {{{name}: {spelling}}}"
-                )
-    return numbers
-
-
-def _read_number(value: object, name: str, spelling: str, location: str) -> float:
-    low, high = _NUMBER_LIMITS.get(name, (-math.inf, math.inf))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number) and low <= number <= high:
-            return number
-    raise UserError(
-        f"{location}: `{spelling}` is {value!r:.40}; it must be a finite number{_LIMITS_TEXT.get(name, '')} "
-        f'(data.columns {{{name}: ""}} leaves the field unread)'
-    )
 
 
 def _text_row(prompt: str | None, chosen: str, rejected: str) -> PreferenceRow:

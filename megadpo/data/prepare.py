@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megadpo.data.formats import NUMBER_SPELLINGS, PreferenceRow, recognise
+from megadpo.data.formats import PreferenceRow, recognise
 from megadpo.data.groups import Group
 from megadpo.data.sources import Source, iter_rows, load_dataset, parse_sources, source_files
 from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
@@ -28,7 +28,7 @@ from megadpo.data.tokenise import TRUNCATIONS, last_turn_lengths, load_tokenizer
 from megadpo.errors import UserError
 
 # Raise it when the same rows, tokenizer and options would give other groups than before.
-CODE_VERSION = 2
+CODE_VERSION = 1
 # A worker needs seconds to start: fewer rows than this are tokenised sooner without.
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
@@ -270,28 +270,11 @@ def _why(report: DataReport) -> str:
 
 
 def _located_rows(sources: Sequence[Source]) -> Iterator[LocatedRow]:
-    """The recognised rows of all sources, all with the same numbers."""
     number = 0
-    first: tuple[str, PreferenceRow] | None = None
     for source_number, source in enumerate(sources):
-        for location, fields in iter_rows(source):
-            row = recognise(fields, location)
-            first = first or (location, row)
-            if row.numbers.keys() != first[1].numbers.keys():
-                raise _uneven_numbers(first, (location, row))
-            yield number, source_number, location, row
+        for location, row in iter_rows(source):
+            yield number, source_number, location, recognise(row, location)
             number += 1
-
-
-def _uneven_numbers(first: tuple[str, PreferenceRow], other: tuple[str, PreferenceRow]) -> UserError:
-    """The error of the very first row and the first that differs from it: one of both is the first to lack a number."""
-    having, lacking = (first, other) if first[1].numbers.keys() - other[1].numbers.keys() else (other, first)
-    name = next(name for name in having[1].numbers if name not in lacking[1].numbers)
-    spelled = " or ".join(f"`{spelling}`" for spelling in NUMBER_SPELLINGS[name])
-    return UserError(
-        f"{lacking[0]}: the row lacks {spelled} (null counts as lacking), which {having[0]} has; every row of all "
-        f'sources must have it or none (data.columns {{{name}: ""}} leaves the field unread)'
-    )
 
 
 def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
@@ -303,7 +286,6 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
     report = DataReport(num_rows=len(chunk))
     dropped: Counter[str] = Counter()
     groups, group_sources = [], []
-    numbers: dict[str, list[float]] = {name: [] for name in chunk[0][3].numbers}
     pairs = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
     for (number, source, location, row), pair in zip(chunk, pairs, strict=True):
         if not isinstance(pair, str):
@@ -319,12 +301,10 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
         prompts, responses = (tuple(np.array(ids, np.int32) for ids in sides) for sides in (pair.prompts, pair.responses))
         groups.append(Group(prompts, responses, number))
         group_sources.append(source)
-        for name, values in numbers.items():
-            values.append(row.numbers[name])
         report.num_unshared += len(prompts) > 1
         report.num_truncated += pair.truncated
         report.num_moved_boundaries += pair.moved_boundary
-    return GroupColumns.of(groups, group_sources, numbers), replace(report, num_kept=len(groups), dropped=dict(dropped))
+    return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
 
 
 _worker: tuple[TokeniseJob, Any] | None = None

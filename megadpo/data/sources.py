@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megadpo.data.formats import NUMBER_SPELLINGS
 from megadpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -186,11 +185,8 @@ def iter_rows(source: Source) -> Iterator[tuple[str, Row]]:
 def _rename(row: Row, columns: Mapping[str, str]) -> Row:
     if not columns:
         return row
-    # Two fields must never be mixed into one column of numbers: where one is named, its other spellings do not count.
-    meant = [spellings for spellings in NUMBER_SPELLINGS.values() if not columns.keys().isdisjoint(spellings)]
-    left_out = {*columns.values()}.union(*meant)
-    renamed = {key: value for key, value in row.items() if key not in left_out}
-    return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs and theirs in row}
+    renamed = {key: value for key, value in row.items() if key not in columns.values()}
+    return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
 def _kind(value: object) -> str:

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from megadpo.data.groups import Group
 
-FORMAT_VERSION = 2
-_ARRAYS = ("tokens_T", "segment_offsets_S", "group_segments_G", "num_prompts_G", "rows_G", "sources_G")
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,6 @@ class GroupColumns:
         num_prompts_G: int32 [G], 1 or the number of responses.
         rows_G: int64 [G], position of the row in the sources.
         sources_G: int32 [G], number of the source.
-        numbers: name -> float64 [G], what the rows say about their groups (margins, weights, scores).
-
-    Raises:
-        ValueError: where one of `numbers` is not float64 [G] or its name cannot be a file's.
     """
 
     tokens_T: npt.NDArray[np.int32]
@@ -47,22 +42,9 @@ class GroupColumns:
     num_prompts_G: npt.NDArray[np.int32]
     rows_G: npt.NDArray[np.int64]
     sources_G: npt.NDArray[np.int32]
-    numbers: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, number_G in self.numbers.items():
-            if not name.isidentifier():
-                raise ValueError(f"numbers cannot be named {name!r}")
-            if number_G.dtype != np.float64 or number_G.shape != self.rows_G.shape:
-                found = f"{number_G.dtype} {list(number_G.shape)}"
-                raise ValueError(f"{name} is {found}, expected float64 {list(self.rows_G.shape)}")
 
     @staticmethod
-    def of(
-        groups: Iterable[Group],
-        sources: Sequence[int] | None = None,
-        numbers: Mapping[str, Sequence[float]] | None = None,
-    ) -> GroupColumns:
+    def of(groups: Iterable[Group], sources: Sequence[int] | None = None) -> GroupColumns:
         """Columns of groups in memory; `sources` gives each its source number (0 where left out)."""
         groups = list(groups)
         segments = [segment for group in groups for segment in (*group.prompts, *group.responses)]
@@ -73,47 +55,18 @@ class GroupColumns:
             num_prompts_G=np.array([len(group.prompts) for group in groups], np.int32),
             rows_G=np.array([group.row for group in groups], np.int64),
             sources_G=np.array(sources if sources is not None else [0] * len(groups), np.int32),
-            numbers={name: np.array(values, np.float64) for name, values in (numbers or {}).items()},
         )
 
     @staticmethod
     def concatenate(parts: Sequence[GroupColumns]) -> GroupColumns:
-        """The groups of all parts, in order.
-
-        Raises:
-            ValueError: where a part that is not empty lacks numbers which another has.
-        """
+        """The groups of all parts, in order."""
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("tokens_T", "num_prompts_G", "rows_G", "sources_G")
         }
         segments = _offsets(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
         groups = _offsets(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
-        names = list(dict.fromkeys(name for part in parts for name in part.numbers))
-        lacking = [name for name in names if any(name not in part.numbers and len(part.rows_G) for part in parts)]
-        if lacking:
-            raise ValueError(f"some parts have no {lacking[0]}")
-        numbers = {name: np.concatenate([part.numbers.get(name, np.zeros(0)) for part in parts]) for name in names}
-        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, numbers=numbers, **joined)
-
-    def first(self, count: int) -> GroupColumns:
-        """Views of the first `count` groups (0 <= count <= G)."""
-        num_segments = int(self.group_segments_G[count])
-        num_tokens = int(self.segment_offsets_S[num_segments])
-        return GroupColumns(
-            tokens_T=self.tokens_T[:num_tokens],
-            segment_offsets_S=self.segment_offsets_S[: num_segments + 1],
-            group_segments_G=self.group_segments_G[: count + 1],
-            num_prompts_G=self.num_prompts_G[:count],
-            rows_G=self.rows_G[:count],
-            sources_G=self.sources_G[:count],
-            numbers={name: number_G[:count] for name, number_G in self.numbers.items()},
-        )
-
-    def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Every array by a name of its own, numbers last (as "numbers.margin"), whatever the order they came in."""
-        numbers = {f"numbers.{name}": self.numbers[name] for name in sorted(self.numbers)}
-        return {name: getattr(self, name) for name in _ARRAYS} | numbers
+        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, **joined)
 
 
 def _offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -142,17 +95,9 @@ class GroupStore(Sequence[Group]):
         self._digest = digest
 
     @staticmethod
-    def of(groups: Iterable[Group], numbers: Mapping[str, Sequence[float]] | None = None) -> GroupStore:
-        """A store of groups in memory, all of one source; `numbers` has a value for each group under each name."""
-        return GroupStore(GroupColumns.of(groups, numbers=numbers))
-
-    def first(self, count: int) -> GroupStore:
-        """The first `count` groups (all, where there are no more) with their numbers, sources and weights."""
-        if count < 0:
-            raise ValueError(f"{count} groups were asked for")
-        if count >= len(self):
-            return self
-        return GroupStore(self.columns.first(count), self.source_names, self.source_weights.tolist())
+    def of(groups: Iterable[Group]) -> GroupStore:
+        """A store of groups in memory, all of one source."""
+        return GroupStore(GroupColumns.of(groups))
 
     def __len__(self) -> int:
         return len(self.columns.rows_G)
@@ -184,24 +129,15 @@ class GroupStore(Sequence[Group]):
         """int32 [G]: each group's source number."""
         return self.columns.sources_G
 
-    @property
-    def number_names(self) -> tuple[str, ...]:
-        """What `number` has values for."""
-        return tuple(self.columns.numbers)
-
-    def number(self, name: str) -> npt.NDArray[np.float64] | None:
-        """float64 [G]: what each group's row says under `name`; None where the rows do not say."""
-        return self.columns.numbers.get(name)
-
     @cached_property
     def digest(self) -> str:
         """blake2b over every array (not over names and weights), in hexadecimal."""
         if self._digest is not None:
             return self._digest
         hasher = hashlib.blake2b(digest_size=20)
-        for name, array in self.columns.named_arrays().items():
-            array = np.ascontiguousarray(array)
-            hasher.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        for item in fields(GroupColumns):
+            array = np.ascontiguousarray(getattr(self.columns, item.name))
+            hasher.update(f"{item.name} {array.dtype.str} {array.shape};".encode())
             hasher.update(array.data)
         return hasher.hexdigest()
 
@@ -240,15 +176,14 @@ class GroupStore(Sequence[Group]):
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            for name, array in self.columns.named_arrays().items():
-                with (partial / f"{name}.npy").open("wb") as file:
-                    np.save(file, array, allow_pickle=False)
+            for item in fields(GroupColumns):
+                with (partial / f"{item.name}.npy").open("wb") as file:
+                    np.save(file, getattr(self.columns, item.name), allow_pickle=False)
                     file.flush()
                     os.fsync(file.fileno())
             about = {
                 "format_version": FORMAT_VERSION,
                 "num_groups": len(self),
-                "numbers": list(self.number_names),
                 "digest": self.digest,
                 "source_names": self.source_names,
                 "source_weights": self.source_weights.tolist(),
@@ -274,16 +209,11 @@ class GroupStore(Sequence[Group]):
         about = json.loads((directory / "store.json").read_text(encoding="utf-8"))
         if about["format_version"] != FORMAT_VERSION:
             raise ValueError(f"{directory} has format version {about['format_version']}, expected {FORMAT_VERSION}")
-
-        def read(name: str) -> npt.NDArray[Any]:
-            array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            return array
-
-        columns = GroupColumns(
-            **{name: read(name) for name in _ARRAYS},
-            numbers={name: read(f"numbers.{name}") for name in about["numbers"]},
-        )
-        store = GroupStore(columns, about["source_names"], about["source_weights"], about["digest"])
+        arrays = {
+            item.name: np.load(directory / f"{item.name}.npy", mmap_mode="r", allow_pickle=False)
+            for item in fields(GroupColumns)
+        }
+        store = GroupStore(GroupColumns(**arrays), about["source_names"], about["source_weights"], about["digest"])
         if len(store) != about["num_groups"]:
             raise ValueError(f"{directory} holds {len(store)} groups, expected {about['num_groups']}")
         return store

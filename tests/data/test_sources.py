@@ -157,22 +157,3 @@ def test_lists_may_mix_paths_mappings_and_datasets() -> None:
     assert [source.name for source in sources] == ["a.jsonl", "b.jsonl", "datasets.Dataset", "datasets.Dataset"]
     assert [source.weight for source in sources] == [1.0, 1.0, 2.0, 1.0]
     assert all(source.columns == {"prompt": "q"} for source in sources)
-
-
-@pytest.mark.parametrize(
-    ("columns", "left"),
-    [
-        ({"chosen_score": "good"}, {"chosen_score": 1, "margin": 4}),
-        ({"chosen_score": "missing"}, {"good": 1, "margin": 4}),
-        ({"chosen_score": ""}, {"good": 1, "margin": 4}),
-        ({"margin": ""}, {"good": 1, "score_chosen": 2, "chosen_rating": 3}),
-        ({"margin": "good"}, {"margin": 1, "score_chosen": 2, "chosen_rating": 3}),
-    ],
-)
-def test_a_number_that_is_renamed_is_read_from_that_field_and_no_other(
-    columns: dict[str, str], left: dict[str, Any], tmp_path: Path
-) -> None:
-    row = {"prompt": "p", "": 9, "good": 1, "score_chosen": 2, "chosen_rating": 3, "margin": 4}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    ((_, renamed),) = iter_rows(Source(str(tmp_path / "a.jsonl"), columns=columns))
-    assert {key: value for key, value in renamed.items() if key} == {"prompt": "p"} | left

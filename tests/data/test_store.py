@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -91,75 +90,6 @@ def test_saving_over_an_existing_store_leaves_it_as_it_is(tmp_path: Path) -> Non
     second.save(tmp_path / "store")
     assert GroupStore.load(tmp_path / "store").digest == first.digest
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-def numbered(rows: list[int], numbers: dict[str, list[float]]) -> GroupColumns:
-    return GroupColumns.of([pair([1, row + 2], [3], [4, 5], row) for row in rows], [row % 2 for row in rows], numbers)
-
-
-def test_numbers_are_saved_memory_mapped_and_loaded_bit_for_bit(tmp_path: Path) -> None:
-    columns = numbered([0, 1], {"weight": [1 / 3, 0.0], "margin": [-1e300, 5e-324]})
-    store = GroupStore(columns, ["a", "b"])
-    store.save(tmp_path / "store")
-    loaded = GroupStore.load(tmp_path / "store")
-    assert loaded.number_names == store.number_names == ("weight", "margin")
-    margins = loaded.number("margin")
-    assert isinstance(margins, np.memmap) and margins.dtype == np.float64 and margins.tolist() == [-1e300, 5e-324]
-    assert (weights := loaded.number("weight")) is not None and weights.tolist() == [1 / 3, 0.0]
-    assert loaded.number("chosen_score") is None
-    assert loaded.digest == GroupStore(loaded.columns).digest == store.digest
-
-
-def test_a_store_whose_numbers_do_not_fit_its_groups_is_not_loaded(tmp_path: Path) -> None:
-    GroupStore(numbered([0, 1], {"margin": [1.0, 2.0]})).save(tmp_path / "store")
-    np.save(tmp_path / "store" / "numbers.margin.npy", np.array([1.0]))
-    with pytest.raises(ValueError, match=r"margin is float64 \[1\], expected float64 \[2\]"):
-        GroupStore.load(tmp_path / "store")
-
-
-def test_the_digest_sees_numbers_and_their_names_but_not_their_order() -> None:
-    one = GroupStore(numbered([0], {"margin": [1.0], "weight": [2.0]}))
-    same_numbers = GroupStore(numbered([0], {"weight": [2.0], "margin": [1.0]}))
-    others = [{"margin": [1.0], "weight": [3.0]}, {"margin": [2.0], "weight": [1.0]}, {"margin": [1.0]}, {}]
-    assert one.digest == same_numbers.digest
-    assert len({one.digest, *(GroupStore(numbered([0], numbers)).digest for numbers in others)}) == 5
-
-
-def test_the_digest_of_groups_without_numbers_is_what_it_was_before_there_were_numbers() -> None:
-    assert GroupStore.of([pair([1, 2], [3], [4, 5], 7)]).digest == "e66d3231c194e4df4bd68cc2409ff92f6043e4cc"
-
-
-def test_numbers_of_parts_are_put_together_and_empty_parts_need_none() -> None:
-    parts = [numbered([], {}), numbered([0, 1], {"margin": [1.0, 2.0]}), numbered([], {"margin": []})]
-    whole = GroupColumns.concatenate([*parts, numbered([2], {"margin": [3.0]})])
-    assert GroupStore(whole).digest == GroupStore(numbered([0, 1, 2], {"margin": [1.0, 2.0, 3.0]})).digest
-    with pytest.raises(ValueError, match="some parts have no margin"):
-        GroupColumns.concatenate([*parts, numbered([2], {})])
-
-
-@pytest.mark.parametrize("numbers", [{"margin": [1.0]}, {"margin": [[1.0], [2.0]]}, {"../margin": [1.0, 2.0]}])
-def test_numbers_need_a_value_for_each_group_and_a_name_fit_for_a_file(numbers: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="margin"):
-        numbered([0, 1], numbers)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_the_first_groups_keep_numbers_sources_and_weights(count: int, tmp_path: Path) -> None:
-    GroupStore(numbered([0, 1, 2, 3], {"weight": [4.0, 3.0, 2.0, 1.0]}), ["a", "b"], [1.0, 0.5]).save(tmp_path / "store")
-    first = GroupStore.load(tmp_path / "store").first(count)
-    expected = GroupStore(numbered([0, 1, 2, 3][:count], {"weight": [4.0, 3.0, 2.0, 1.0][:count]}))
-    assert first.digest == expected.digest and len(first) == count
-    assert all(same(ours, theirs) for ours, theirs in zip(first, expected, strict=True))
-    assert first.number_names == ("weight",)
-    assert first.source_names == ["a", "b"] and first.source_weights.tolist() == [1.0, 0.5]
-    assert first.num_tokens(True).tolist() == expected.num_tokens(True).tolist()
-
-
-def test_more_first_groups_than_there_are_is_all_of_them_and_fewer_than_none_is_refused() -> None:
-    store = GroupStore.of([pair([1], [2], [3])], {"margin": [0.5]})
-    assert store.first(9).digest == store.digest and store.first(9).number("margin") is not None
-    with pytest.raises(ValueError, match="-1 groups"):
-        store.first(-1)
 
 
 def test_nothing_pickled_is_ever_loaded(tmp_path: Path) -> None:

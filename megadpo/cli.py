@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megadpo import __version__, launch
@@ -55,7 +56,7 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         return _start_workers(arguments.nproc, argv)
     from megadpo.logprobs import run_logprobs
 
-    run_logprobs(arguments.model, arguments.data, arguments.out, config)
+    _wrote(run_logprobs(arguments.model, arguments.data, arguments.out, config))
     return 0
 
 
@@ -64,6 +65,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from megadpo.checkpoint.convert import import_hf
 
     import_hf(arguments.hf_dir, arguments.out, num_tensor=layout["tensor"], num_pipeline=layout["pipeline"])
+    _wrote(arguments.out)
     return 0
 
 
@@ -71,7 +73,13 @@ def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from megadpo.checkpoint.convert import export_checkpoint
 
     export_checkpoint(arguments.checkpoint, arguments.out)
+    _wrote(arguments.out)
     return 0
+
+
+def _wrote(path: Path | str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megadpo: wrote {path}", file=sys.stderr)
 
 
 def _layout(overrides: Sequence[str]) -> dict[str, int]:

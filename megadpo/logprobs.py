@@ -15,7 +15,7 @@ from megadpo.errors import UserError
 from megadpo.parallel.layout import check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
 from megadpo.platform.world import joined_world, rank, world_size
-from megadpo.prepare import check_token_ids, data_packing, open_model
+from megadpo.prepare import check_token_ids, open_model, scoring_packing
 
 
 def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
@@ -37,15 +37,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         raise UserError(f"--out: {out} is a directory; give a file name")
     groups = prepare_groups(config.data, data, str(files.huggingface)).groups
     check_token_ids(groups, files)
-    own = config.reference.tokens_per_micro_batch
-    packing = data_packing(
-        config,
-        groups,
-        layout,
-        files.config.hidden_size,
-        own or config.train.tokens_per_micro_batch,
-        "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch",
-    )
+    packing = scoring_packing(config, groups, layout, files.config.hidden_size)
     with joined_world(layout, config.train.seed):
         from megadpo.reference import frozen_stage
         from megadpo.score import response_logps

@@ -57,6 +57,20 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
     return chosen
 
 
+def make_output_dir(directory: Path) -> None:
+    """Make the directory, once everything else about the run is known to be right.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {directory} cannot be made: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: {directory} cannot be written; choose another directory")
+
+
 def write_config(directory: Path, config: Config) -> None:
     """Write the resolved configuration as `config.yaml`, whole or not at all."""
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
-from megadpo.checkpoint.sharded import open_weights
+from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.config import Config
 from megadpo.data.loader import Batches
 from megadpo.data.packing import Packing, prepare_packing
@@ -18,7 +18,7 @@ from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource, check_tensors
 from megadpo.objectives.specs import scores_prompt
-from megadpo.output import claim_output_dir
+from megadpo.output import claim_output_dir, make_output_dir
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
 from megadpo.platform.world import world_size
@@ -94,6 +94,9 @@ def prepare(config: Config) -> Plan:
     )
     num_steps = config.train.steps or batches.num_steps
     assert num_steps is not None
+    if resume is not None:
+        _check_resume(resume, train.groups, num_steps)
+    make_output_dir(output_dir)
     return Plan(
         config,
         layout,
@@ -139,6 +142,13 @@ def data_packing(
     )
 
 
+def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hidden_size: int) -> Packing:
+    """`groups` measured for forward passes without a backward, in micro-batches that may be larger than training's."""
+    own = config.reference.tokens_per_micro_batch
+    setting = "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch"
+    return data_packing(config, groups, layout, hidden_size, own or config.train.tokens_per_micro_batch, setting)
+
+
 def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
     """Refuse groups with token ids that the model has no row for.
 
@@ -174,6 +184,21 @@ def _packing(
 def first_groups(groups: GroupStore, count: int) -> GroupStore:
     """The first `count` groups of a store."""
     return GroupStore.of(groups[number] for number in range(min(count, len(groups))))
+
+
+def _check_resume(checkpoint: Path, groups: GroupStore, num_steps: int) -> None:
+    """Refuse a checkpoint that this run cannot go on from."""
+    opened = open_checkpoint(checkpoint)
+    step, digest = opened.state.get("step"), opened.state.get("data_digest")
+    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
+        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
+    if digest != groups.digest:
+        raise UserError(
+            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
+            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+        )
+    if step > num_steps:
+        raise UserError(f"{checkpoint} is at step {step}, beyond the {num_steps} steps of this run; raise train.steps")
 
 
 def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:

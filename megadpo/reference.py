@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,13 +27,13 @@ from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
-from megadpo.prepare import Plan, data_packing
+from megadpo.prepare import ModelFiles, Plan, scoring_packing
 from megadpo.score import response_logps
 
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 """Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     """
     mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
 
+    @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
         return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
 
@@ -74,11 +76,9 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
 def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
-    capacity = config.reference.tokens_per_micro_batch or config.train.tokens_per_micro_batch
-    hidden_size, setting = plan.reference.config.hidden_size, "reference.tokens_per_micro_batch"
-    larger = data_packing(config, packing.groups, plan.layout, hidden_size, capacity, setting)
-    weights, ld_alpha = weights_digest(Path(plan.reference.path)), config.objective.ld_alpha
-    key = cache_key(weights, packing.groups.digest, plan.dtype, ld_alpha)
+    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config.hidden_size)
+    ld_alpha = config.objective.ld_alpha
+    key = cache_key(model_digest(plan.reference), packing.groups.digest, plan.dtype, ld_alpha)
     logps_GK, from_cache = cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
     say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
     return precomputed(logps_GK)
@@ -115,10 +115,10 @@ def precomputed(logps_GK: np.ndarray) -> Reference:
     return look_up
 
 
-def weights_digest(directory: Path) -> str:
-    """blake2b over the contents of every weights file of a model directory."""
+def model_digest(model: ModelFiles) -> str:
+    """blake2b over the contents of config.json and of every weights file: all that decides what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors"))):
         hasher.update(path.name.encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):
@@ -126,12 +126,12 @@ def weights_digest(directory: Path) -> str:
     return hasher.hexdigest()
 
 
-def cache_key(weights_digest: str, groups_digest: str, dtype: torch.dtype, ld_alpha: float | None = None) -> str:
+def cache_key(model_digest: str, groups_digest: str, dtype: torch.dtype, ld_alpha: float | None = None) -> str:
     """A name for everything that changes a reference log-prob.
 
     The groups' digest covers rows, tokenizer, template and truncation, since all of them act through the token ids.
     """
-    parts: dict[str, Any] = {"version": CACHE_VERSION, "weights": weights_digest, "groups": groups_digest}
+    parts: dict[str, Any] = {"version": CACHE_VERSION, "model": model_digest, "groups": groups_digest}
     parts |= {"dtype": str(dtype), "ld_alpha": ld_alpha}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

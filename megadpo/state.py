@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import math
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,6 @@ from megadpo.checkpoint.sharded import (
     step_directory,
     write_shard_file,
 )
-from megadpo.errors import UserError
 from megadpo.model.build import load_weights, stage_shards
 from megadpo.model.families import ParameterShard
 
@@ -58,13 +59,15 @@ def save(run: Run, step: int) -> Path:
             "num_steps": plan.num_steps,
             "num_samples": step * plan.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
+            "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
             "dtype": str(plan.dtype).removeprefix("torch."),
             "data_digest": plan.train.groups.digest,
             "config": plan.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
         commit(directory, [entry for entry in manifests if entry], state, plan.policy.huggingface)
-        for old in step_checkpoints(root)[: -plan.config.checkpoint.keep]:
+        earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
+        for old in earlier[: -plan.config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return directory
@@ -80,26 +83,20 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
 
 
 def resume(run: Run) -> int:
-    """Load weights, optimizer and position from the checkpoint that the plan names; the number of steps done.
+    """Load weights, optimizer and position from the checkpoint that the plan names (and has checked); the steps done.
 
     Raises:
-        UserError: the checkpoint is damaged, holds no training state, or was made with other data.
+        UserError: the checkpoint is damaged.
     """
     assert run.plan.resume is not None
     checkpoint = open_checkpoint(run.plan.resume)
     state = checkpoint.state
-    try:
-        step, num_tokens, digest = int(state["step"]), int(state["num_tokens"]), state["data_digest"]
-        rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint.directory} holds no training state to resume from ({error} is missing)") from error
-    if digest != run.plan.train.groups.digest:
-        raise UserError(
-            f"{checkpoint.directory} was made with other training pairs than data.train gives now; resume with the same "
-            "data, tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+    step = int(state["step"])
+    if state["num_steps"] != run.plan.num_steps:
+        run.say(
+            f"the run was planned for {state['num_steps']} steps and now has {run.plan.num_steps}: "
+            "the learning rate follows the new plan from here on"
         )
-    if step > run.plan.num_steps:
-        raise UserError(f"{checkpoint.directory} is at step {step}, beyond the {run.plan.num_steps} steps of this run")
     sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
 
     def read(kind: str, name: str) -> Tensor:
@@ -112,9 +109,20 @@ def resume(run: Run) -> int:
     if run.plan.config.reference.sync_every:
         assert run.references.stage is not None
         load_weights(run.references.stage, checkpoint.source("reference"))
-    run.num_tokens_seen = num_tokens
-    torch.set_rng_state(rng)
+    run.num_tokens_seen = int(state["num_tokens"])
+    run.metrics = dict(state["metrics"])
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     return step
+
+
+def set_aside_later(root: Path, step: int) -> None:
+    """Move checkpoints beyond `step` out of the way: they belong to what this run is about to do anew. Rank 0 calls it."""
+    later = [path for path in step_checkpoints(root) if int(path.name[5:]) > step]
+    if later:
+        aside = next(path for n in count(1) if not (path := root / f"aside-{n}").exists())
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
 
 
 def export_policy(run: Run) -> Path:

@@ -37,6 +37,7 @@ from megadpo.prepare import Plan, prepare
 if TYPE_CHECKING:
     from megadpo.loss import Batch
     from megadpo.objectives.terms import Normalisers
+    from megadpo.parallel.megatron import MegatronEngine
     from megadpo.reference import Reference, References
 
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
@@ -81,11 +82,16 @@ class Run:
     """A run under way on this rank."""
 
     plan: Plan
-    engine: Any
+    engine: MegatronEngine
     references: References
     callbacks: Callbacks
     sinks: list[Sink] = field(default_factory=list)
     num_tokens_seen: int = 0
+    metrics: Metrics = field(default_factory=dict)
+
+    def say(self, sentence: str) -> None:
+        """A line for the user, once."""
+        say(sentence)
 
 
 def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
@@ -121,15 +127,15 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
 
 
 def training_loop(run: Run) -> Metrics:
-    """Steps, evaluations and checkpoints until the last step; the last metrics."""
-    from megadpo.state import resume, save
+    """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with)."""
+    from megadpo.state import resume, save, set_aside_later
 
     plan, config = run.plan, run.plan.config
     first_step = resume(run) if plan.resume else 0
     if rank() == 0:
+        set_aside_later(plan.output_dir / "checkpoints", first_step)
         write_config(plan.output_dir, config)
         run.sinks = open_sinks(plan.output_dir, config.logging, plan.num_steps, first_step or None)
-    metrics: Metrics = {}
     for step in range(first_step, plan.num_steps):
         record = training_step(run, step)
         done = step + 1
@@ -143,12 +149,12 @@ def training_loop(run: Run) -> Metrics:
         if is_last or "eval_loss" in record or done % config.logging.every == 0:
             for sink in run.sinks:
                 sink.write(record)
+        run.metrics |= record
         call(run.callbacks.on_step_end, done, record)
         if config.checkpoint.every and (is_last or done % config.checkpoint.every == 0):
             directory = save(run, done)
             call(run.callbacks.on_save, done, directory)
-        metrics |= record
-    return metrics
+    return run.metrics
 
 
 def training_step(run: Run, step: int) -> Metrics:
@@ -251,5 +257,9 @@ def say_plan(plan: Plan) -> None:
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} pairs, {plan.layout}, {plan.dtype} on {device}")
+    if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:
+        say(f"eval: {len(plan.eval.groups)} of them are used (eval.pairs)")
     if plan.resume:
         say(f"resuming from {plan.resume}")
+    elif (plan.output_dir / "hf").is_dir():
+        say(f"{plan.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")

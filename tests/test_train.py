@@ -239,3 +239,73 @@ def test_logging_every_thins_the_records_but_never_the_last_one_or_an_evaluation
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(files, tmp_path):
     with pytest.raises(AssertionError, match=r"UserError: step 2: the gradient norm is .*, so nothing was updated"):
         run_world(1, _train, _settings(files, tmp_path / "run", train={"learning_rate": 1e30, "warmup_steps": 0}))
+
+
+def _train_twice(settings: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    return [_train(one) for one in settings]
+
+
+def test_a_process_may_train_more_than_once(files, tmp_path):
+    settings = [
+        _settings(files, tmp_path / name, train={"steps": 2}, parallel={"tensor": 2}) for name in ("first", "second")
+    ]
+    first, second = run_world(2, _train_twice, settings)[0]
+    assert first == second
+
+
+def _metrics_of(settings: dict[str, Any]) -> dict[str, float]:
+    import megadpo
+
+    return megadpo.train(settings).metrics
+
+
+def test_asking_again_for_a_finished_run_gives_its_metrics(files, tmp_path):
+    settings = _settings(files, tmp_path / "run", train={"steps": 2}, checkpoint={"every": 2})
+    first, again = (run_world(1, _metrics_of, settings)[0] for _ in range(2))
+    assert again == first and again["step"] == 2
+
+
+def test_starting_over_sets_old_checkpoints_aside_and_keeps_the_new_ones(files, tmp_path):
+    def settings(steps: int, resume: str) -> dict[str, Any]:
+        checkpoint = {"every": 2, "keep": 1, "resume": resume}
+        return _settings(files, tmp_path / "run", train={"steps": steps}, checkpoint=checkpoint)
+
+    run_world(1, _train, settings(6, "auto"))
+    run_world(1, _train, settings(4, "never"))
+    found = sorted(str(p.relative_to(tmp_path / "run" / "checkpoints")) for p in tmp_path.rglob("step_*"))
+    assert found == ["aside-1/step_00000006", "step_00000004"]
+    assert len(read_metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "metrics.1.jsonl").exists()
+
+
+def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_weights(files, tmp_path):
+    import shutil
+
+    mode, one_step = {"mode": "precomputed"}, {"steps": 1, "warmup_steps": 0}
+    run_world(1, _train, _settings(files, tmp_path / "first", reference=mode, train=one_step))
+    shutil.copytree(files / "model", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    other = _settings(files, tmp_path / "second", reference=mode, model={"path": str(tmp_path / "other")}, train=one_step)
+    assert abs(run_world(1, _train, other)[0][0]["rewards/margins"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": 1, "warmup_steps": 0}}, "is at step 2, beyond the 1 steps of this run; raise train.steps"),
+        (
+            {"train": {"steps": 2, "warmup_steps": 0}, "data": {"max_length": 64}},
+            "holds a different run .data.max_length was 128, now 64",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused_at_once(files, tmp_path, changes, message):
+    from megadpo.config import load_config
+    from megadpo.errors import UserError
+    from megadpo.prepare import prepare
+
+    no_warm_up = {"steps": 2, "warmup_steps": 0}
+    run_world(1, _train, _settings(files, tmp_path / "run", train=no_warm_up, checkpoint={"every": 2}))
+    with pytest.raises(UserError, match=message):
+        prepare(load_config(_settings(files, tmp_path / "run", **changes)))

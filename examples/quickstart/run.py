@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--warm-up-steps", type=int, default=400, help="at most; default 400")
     parser.add_argument("--steps", type=int, default=200, help="of DPO; default 200")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `megadpo` below is not left behind
     if options.output is None:
         options.output = next(path for n in count(1) if not (path := Path(f"runs/quickstart-{n}")).exists())
     if (options.output / "dpo").exists():
@@ -137,7 +139,11 @@ def megadpo(*arguments: object) -> None:
     command = [sys.executable, "-m", "megadpo", *map(str, arguments)]
     print("  $ megadpo " + " ".join(command[3:]), flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on what may be two cores
-    status = subprocess.run(command, env=environment, check=False).returncode
+    process = subprocess.Popen(command, env=environment)
+    try:
+        status = process.wait()
+    finally:
+        process.terminate()  # nothing if it has ended; what it started goes with it
     if status:
         sys.exit(status)
 

@@ -119,6 +119,8 @@ def source_files(source: Source) -> list[Path] | None:
         meant_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
         if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not meant_here:
             return None
+        if source.path.startswith("<datasets.Dataset"):
+            raise UserError("data: this run was given a datasets.Dataset from Python; name a file or pass the Dataset again")
         raise UserError(f"data: {source.path} does not exist")
     if source.split is not None or source.subset is not None:
         raise UserError(f"data: {source.path} is not a Hugging Face dataset: remove its `split` and `subset`")

@@ -84,7 +84,7 @@ def to_line(record: Record) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file to the first free of name.1.suffix, name.2.suffix, … and returns that."""
+    """Renames a file or directory to the first free of name.1.suffix, name.2.suffix, … and returns that."""
     number = 1
     while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -171,7 +171,10 @@ def open_sinks(
     output_dir = Path(output_dir)
     sinks: list[Sink] = []
     if logging_config.tensorboard:
-        sinks.append(TensorBoardSink(output_dir / "tensorboard", resume_step))
+        events = output_dir / "tensorboard"
+        if resume_step is None and events.exists():
+            set_aside(events)
+        sinks.append(TensorBoardSink(events, resume_step))
     output_dir.mkdir(parents=True, exist_ok=True)
     sinks.append(JsonlSink(output_dir / "metrics.jsonl", resume_step))
     sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))

@@ -61,8 +61,17 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
             dist.destroy_process_group()
 
 
+_rendezvous: list[dist.Store] = []
+"""The store where the processes of this run meet; kept, because its server lives in rank 0's first store."""
+
+
 def _initialize(timeout: timedelta) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(communication_backend(), timeout=timeout)
-    else:
+    """Join through the environment's rendezvous, every time under keys of its own: a process may train more than once."""
+    if "RANK" not in os.environ:
         dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if not _rendezvous:
+        _rendezvous.append(next(iter(dist.rendezvous("env://", timeout=timeout)))[0])
+    _rendezvous.append(dist.PrefixStore(f"megadpo-{len(_rendezvous)}", _rendezvous[0]))
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(communication_backend(), store=_rendezvous[-1], rank=rank(), world_size=size, timeout=timeout)

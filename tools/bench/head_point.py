@@ -59,7 +59,7 @@ def _steps(point: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
     scored, targets = torch.arange(num_scored), torch.randint(0, point["vocabulary"], (num_scored,))
     head = LogProbHead(weight, point["vocabulary"], sequence_parallel=False)
     none = torch.zeros(0, dtype=torch.int64)
-    head.micro_batch = MicroBatch(scored, scored, (), scored, targets, none, none, none, (), 0)
+    head.micro_batch = MicroBatch(scored, scored, (), scored, targets, none, none, none, none, (), (), 0)
 
     def ours() -> torch.Tensor:
         return head(hidden)[0][:, 0, 0]

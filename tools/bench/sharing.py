@@ -82,12 +82,12 @@ def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> d
     import numpy as np
 
     from megadpo.prepare import data_packing
-    from megadpo.reference import precomputed
+    from megadpo.reference import References, precomputed
     from megadpo.train import Callbacks, Run, build, training_step
 
     run = build(plan, Callbacks())
     if reference == "none":
-        run.reference = precomputed(np.zeros((len(plan.train.groups), 2)))
+        run.references = References(precomputed(np.zeros((len(plan.train.groups), 2))), None)
     unshared_config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, share_prompts=False))
     unshared_packing = data_packing(
         unshared_config, plan.train.groups, plan.layout, plan.policy.config.hidden_size, options.capacity, "--capacity"

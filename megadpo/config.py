@@ -104,6 +104,8 @@ class ObjectiveConfig:
     """Temperature of `discopop`'s mixture."""
     simpo_gamma: float = 0.5
     """Target margin of `simpo`."""
+    module: str | None = None
+    """The function of `loss_type: custom`, as path.py:function: see examples/custom_objective.py."""
     alphapo_alpha: float = 0.0
     """AlphaPO: alpha of the reward (1 - p^-alpha) / alpha in `cpo` and `simpo`; 0 = the log-prob."""
 

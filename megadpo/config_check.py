@@ -100,6 +100,8 @@ def _check_objective(config: Config) -> None:
     if not all(math.isfinite(weight) for weight in options.weights):
         raise UserError(f"objective.loss_weights must be finite numbers, got {options.loss_weights}")
     _check_options_are_read(options)
+    if "custom" in losses and options.module is None:
+        raise UserError("objective.loss_type is custom; name its function in objective.module as path.py:function")
     if "exo_pair" in losses and options.label_smoothing == 0:
         raise UserError("objective.label_smoothing is 0, for which exo_pair has no finite loss; set it to 0.001 or more")
     if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:

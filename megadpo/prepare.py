@@ -17,6 +17,7 @@ from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource, check_tensors
+from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
@@ -70,6 +71,8 @@ def prepare(config: Config) -> Plan:
     """
     config.require_for_training()
     config = config.resolved()
+    if config.objective.module is not None:
+        load_custom(config.objective.module)
     layout = choose_layout(config.parallel, world_size())
     policy = open_model(config.model.path, "model.path")
     reference = policy

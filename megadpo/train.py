@@ -123,7 +123,9 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     references = build_references(plan, say)
     stage = build_stage(plan.policy.config, plan.layout, plan.dtype, plan.config.train.recompute)
     load_weights(stage, plan.policy.source)
-    return Run(plan, MegatronEngine(stage, plan.config.train), references, callbacks)
+    engine = MegatronEngine(stage, plan.config.train)
+    say(", ".join(f"{what} {name}" for what, name in engine.describe().items()))
+    return Run(plan, engine, references, callbacks)
 
 
 def training_loop(run: Run) -> Metrics:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megadpo.config import ObjectiveConfig
-from megadpo.objectives import coupled, pairwise, reference_free
+from megadpo.objectives import coupled, custom, pairwise, reference_free
 from megadpo.objectives.pairwise import PairLoss
 from megadpo.objectives.specs import SPECS
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers, Pairs
 
-_MODULES = (pairwise, coupled, reference_free)
+_MODULES = (pairwise, coupled, reference_free, custom)
 LOSSES: dict[str, PairLoss] = {name: next(getattr(m, name) for m in _MODULES if hasattr(m, name)) for name in SPECS}
 """The function of every `objective.loss_type`."""
 

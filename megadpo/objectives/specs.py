@@ -63,6 +63,7 @@ SPECS: dict[str, Spec] = {
         weighting=False,
     ),
     "orpo": _spec("ORPO, arXiv:2403.07691", needs_reference=False, weighting=False, scores_prompt=True),
+    "custom": _spec("the user's own function", "module", *LOGIT_TERMS, "label_smoothing", divergences=True),
 }
 """Every `objective.loss_type`."""
 

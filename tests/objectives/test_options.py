@@ -30,6 +30,7 @@ CHANGED: dict[str, Any] = {
     "discopop_tau": 0.5,
     "simpo_gamma": 1.3,
     "alphapo_alpha": 0.3,
+    "module": "examples/custom_objective.py:squared_hinge",
 }
 
 
@@ -40,7 +41,8 @@ def _load(**options: Any) -> ObjectiveConfig:
 
 
 def _needed(loss: str) -> dict[str, Any]:
-    return {"label_smoothing": 0.05} if loss == "exo_pair" else {}
+    own = {"module": "tests/objectives/test_custom.py:smooth"}
+    return {"exo_pair": {"label_smoothing": 0.05}, "custom": own}.get(loss, {})
 
 
 def test_every_option_is_tried_here():

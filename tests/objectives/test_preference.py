@@ -53,7 +53,8 @@ CHECKED = [
     {"loss_type": "simpo", "simpo_gamma": 0.3},
     {"loss_type": "simpo", "alphapo_alpha": 0.25},
     {"loss_type": ["apo_zero", "sft", "discopop"], "loss_weights": [0.5, 1.0, 0.1]},
-    *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS),
+    *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS if name != "custom"),
+    {"loss_type": "custom", "module": "examples/custom_objective.py:squared_hinge"},
 ]
 
 

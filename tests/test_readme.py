@@ -61,7 +61,7 @@ def test_the_set_up_commands_are_known_to_launch_sh() -> None:
 
 def test_the_minimal_configuration_is_complete(workplace: Path) -> None:
     load_config(workplace / "run.yaml").require_for_training()
-    assert set(yaml.safe_load(blocks("yaml")[0])) == {"model", "data", "train", "output_dir"}
+    assert set(yaml.safe_load(blocks("yaml")[0])) == {"model", "data", "train", "checkpoint", "output_dir"}
 
 
 def test_the_train_command_leaves_a_model_that_transformers_loads(workplace: Path) -> None:

@@ -309,3 +309,22 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused_at_once(files, 
     run_world(1, _train, _settings(files, tmp_path / "run", train=no_warm_up, checkpoint={"every": 2}))
     with pytest.raises(UserError, match=message):
         prepare(load_config(_settings(files, tmp_path / "run", **changes)))
+
+
+@pytest.mark.parametrize(
+    "parallel", [{}, {"pipeline": 2}, {"tensor": 2}], ids=["data 4", "data 2 x pipeline 2", "data 2 x tensor 2"]
+)
+def test_a_last_batch_of_fewer_pairs_than_replicas_is_trained_on_like_any_other(files, tmp_path, parallel):
+    (tmp_path / "five.jsonl").write_text("".join((files / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+
+    def settings(name: str, parallel: dict[str, int], loss: str) -> dict[str, Any]:
+        changes = {"data": {"train": str(tmp_path / "five.jsonl")}, "objective": {"loss_type": loss}, "parallel": parallel}
+        train = {"steps": None, "epochs": 1, "pairs_per_step": 4, "warmup_steps": 0}
+        return _settings(files, tmp_path / name, train=train, **changes)
+
+    for loss in ("sigmoid", "aot"):
+        one = run_world(1, _train, settings(f"one-{loss}", {}, loss))[0]
+        many = run_world(4, _train, settings(f"many-{loss}", parallel, loss))[0]
+        assert len(one) == 2
+        for a, b in zip(many, one, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)

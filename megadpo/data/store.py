@@ -149,11 +149,12 @@ class GroupStore(Sequence[Group]):
         """int64 [S]: tokens of every segment."""
         return np.diff(self.columns.segment_offsets_S)
 
-    def chosen_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Two int64 [G]: tokens of each group's first response, and of the prompt before it."""
-        first_G = np.asarray(self.columns.group_segments_G[:-1])
-        lengths_S = self.segment_lengths()
-        return lengths_S[first_G + self.columns.num_prompts_G], lengths_S[first_G]
+    def chosen_lengths(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the groups `numbers`, two int64 arrays: tokens of the first response, and of the prompt before it."""
+        first = np.asarray(self.columns.group_segments_G[numbers])
+        response = first + self.columns.num_prompts_G[numbers]
+        ends = self.columns.segment_offsets_S
+        return ends[response + 1] - ends[response], ends[first + 1] - ends[first]
 
     def num_tokens(self, share_prompts: bool) -> npt.NDArray[np.int64]:
         """int64 [G]: tokens each group puts into the model's stream, as `Group.num_stream_tokens`."""

@@ -42,9 +42,9 @@ class Normalisers:
 def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
     """The normalisers of a global batch of the groups `numbers`."""
     chosen = np.asarray(numbers, np.int64)
-    responses_G, prompts_G = (lengths[chosen] for lengths in groups.chosen_lengths())
-    scored_G = responses_G - (prompts_G == 0)
-    return Normalisers(len(chosen), int(scored_G.sum()), int((scored_G + np.maximum(prompts_G - 1, 0)).sum()))
+    responses, prompts = groups.chosen_lengths(chosen)
+    scored = responses - (prompts == 0)
+    return Normalisers(len(chosen), int(scored.sum()), int((scored + np.maximum(prompts - 1, 0)).sum()))
 
 
 @dataclass(frozen=True)

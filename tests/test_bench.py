@@ -41,7 +41,7 @@ def test_sharing_prompts_saves_tokens_and_the_report_has_tokens_times_and_bound(
 
 
 def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
-    few, many, vocabulary = 512, 4096, 16384  # many enough that a tile more or less is no tenth of the logits
+    few, many, vocabulary = 512, 4096, 16384
     half = ("--half-tokens", "64", "--half-hidden", "16", "--half-vocabulary", "2000", "--rounds", "1")
     sizes = ("--tokens", str(few), str(many), "--vocabulary", str(vocabulary), "--hidden", "16")
     report = _report("head_memory", tmp_path, *sizes, *half)

@@ -5,8 +5,8 @@ Axes: T tokens of the stream, N scored positions, R responses of the micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -43,10 +43,12 @@ class MicroBatch:
         response_N: int64 the response, 0..R-1, that the target belongs to.
         place_N: int64 the target's place in its completion, from 1; 0 for a token of the prompt (see `lay_out`).
         num_completion_tokens_R: int64 tokens of each response, scored or not.
+        last_R: int64 stream position of each response's last token.
         group_R: int64 the group, 0..G-1, of each response.
         rows: the group numbers in the store, one a group.
         places: each group's place in the step's batch.
         num_padding: stream tokens that belong to no group.
+        numbers: float64 [R] by name: what the rows say of their responses, see `Group`.
     """
 
     tokens_T: Tensor
@@ -57,10 +59,12 @@ class MicroBatch:
     response_N: Tensor
     place_N: Tensor
     num_completion_tokens_R: Tensor
+    last_R: Tensor
     group_R: Tensor
     rows: tuple[int, ...]
     places: tuple[int, ...]
     num_padding: int
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +79,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        numbers = {name: numbers_R.to(device, non_blocking=True) for name, numbers_R in self.numbers.items()}
+        return replace(
+            self, numbers=numbers, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        )
 
 
 def lay_out(
@@ -111,7 +118,14 @@ def lay_out(
         stream.add_tokens(np.full(num_padding, padding_token), 0)
         stream.segments.append(Segment(stream.length - num_padding, stream.length))
     in_order = range(len(groups)) if places is None else places
-    return stream.finish(tuple(int(row) for row in rows), tuple(int(place) for place in in_order), num_padding)
+    numbers = {
+        name: torch.tensor([value for group in groups for value in group.numbers[name]], dtype=torch.float64)
+        for name in (groups[0].numbers if groups else ())
+    }
+    return replace(
+        stream.finish(tuple(int(row) for row in rows), tuple(int(place) for place in in_order), num_padding),
+        numbers=numbers,
+    )
 
 
 class _Stream:
@@ -128,6 +142,7 @@ class _Stream:
         self.places: list[np.ndarray] = []
         self.scored_per_response: list[int] = []
         self.num_completion_tokens: list[int] = []
+        self.last: list[int] = []
         self.group_of_response: list[int] = []
 
     def add_tokens(self, tokens: np.ndarray, first_position: int) -> int:
@@ -165,6 +180,7 @@ class _Stream:
             self._add_scored(within, response[1:], places[1:])
         self.scored_per_response.append(self.num_scored - num_before)
         self.num_completion_tokens.append(len(response))
+        self.last.append(start + len(response) - 1)
         self.group_of_response.append(group)
 
     def _add_scored(self, positions: np.ndarray, targets: np.ndarray, places: np.ndarray) -> None:
@@ -186,6 +202,7 @@ class _Stream:
             response_N=torch.from_numpy(np.repeat(np.arange(len(self.scored_per_response)), self.scored_per_response)),
             place_N=joined(self.places),
             num_completion_tokens_R=torch.tensor(self.num_completion_tokens, dtype=torch.int64),
+            last_R=torch.tensor(self.last, dtype=torch.int64),
             group_R=torch.tensor(self.group_of_response, dtype=torch.int64),
             rows=rows,
             places=places,

@@ -29,7 +29,7 @@ def _run(num_tensor: int, sequence: bool, tile_rows: int, num_scored: int) -> tu
         local = torch.nn.Parameter(padded[rank * rows : (rank + 1) * rows].clone())
         module = head.LogProbHead(local, VOCAB, sequence)
         empty = torch.zeros(0, dtype=torch.int64)
-        module.micro_batch = MicroBatch(empty, empty, (), scored, targets, empty, empty, empty, empty, (), (), 0)
+        module.micro_batch = MicroBatch(empty, empty, (), scored, targets, empty, empty, empty, empty, empty, (), (), 0)
         length = len(hidden) // num_tensor if sequence else len(hidden)
         own = hidden[rank * length : (rank + 1) * length] if sequence else hidden
         own = own[:, None].clone().requires_grad_()

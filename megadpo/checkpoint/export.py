@@ -25,7 +25,7 @@ from torch import Tensor
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME, hf_directory, read_json
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, family_of, logical_shapes
+from megadpo.model.families import ParameterShard, family_of, head_settings, logical_shapes
 
 COMPANIONS = (
     "tokenizer*",
@@ -52,7 +52,7 @@ class ExportPlan:
         files: file name -> names of its tensors. A file's tensors all belong to one pipeline stage.
         shapes: logical name -> shape.
         dtypes: logical name -> type in the file.
-        config: what config.json must say: architectures and dtype.
+        config: what config.json must say: architectures and dtype; of a reward model, its label and padding token too.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -89,6 +89,7 @@ def plan_export(
     config = {
         "architectures": list(hf_config.architectures or family_of(hf_config).architectures),
         "dtype": str(next(iter(dtypes.values()))).removeprefix("torch."),
+        **head_settings(hf_config),
     }
     return ExportPlan(files, shapes, dtypes, config)
 
@@ -190,7 +191,7 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path) 
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.
     spellings = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(spellings, plan.config["dtype"])
-    settings.setdefault("architectures", plan.config["architectures"])
+    settings |= {key: value for key, value in plan.config.items() if key != "dtype"}
     write_json(partial / "config.json", settings)
     copy_companions(source, partial)
     publish(directory)

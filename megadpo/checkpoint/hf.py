@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, family_of, rope_of
+from megadpo.model.families import ParameterShard, TensorSource, check_head, family_of, rope_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -177,8 +177,8 @@ def read_hf_config(path: str | Path) -> Any:
     """The transformers config of a Hugging Face directory or of one of our checkpoints. No code of the model's runs.
 
     Raises:
-        UserError: no such directory or config, an unsupported architecture, remote code, quantised weights, values
-            that transformers refuses.
+        UserError: no such directory or config, an unsupported architecture, a classifier of several labels, remote
+            code, quantised weights, values that transformers refuses.
     """
     if not Path(path).is_dir():
         raise UserError(f"model.path {path} is not a directory; give a Hugging Face model directory or a checkpoint")
@@ -203,6 +203,7 @@ def read_hf_config(path: str | Path) -> Any:
         family.transformer_config(config)
         family.sliding_windows(config)
         rope_of(config)
+        check_head(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # transformers' validators raise several kinds

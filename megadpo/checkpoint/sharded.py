@@ -14,7 +14,6 @@ Written as ``step_00000100.tmp`` and renamed: `begin` (one process), `write_shar
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.checkpoint.export import copy_companions, logical_slices, save_tensors
+from megadpo.checkpoint.export import copy_companions, logical_slices, save_tensors, write_json
 from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, hf_directory, open_hf, read_hf_config, read_json
 from megadpo.checkpoint.staging import begin, publish, staging
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, logical_shapes
+from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes
 
 __all__ = [
     "Checkpoint",
@@ -105,13 +104,21 @@ def _file_name(writer_name: str, number: int) -> str:
     return f"{writer_name}-{number:03d}.safetensors"
 
 
-def commit(directory: str | Path, manifests: Iterable[Mapping[str, Any]], state: dict[str, Any], hf_dir: str | Path) -> None:
+def commit(
+    directory: str | Path,
+    manifests: Iterable[Mapping[str, Any]],
+    state: dict[str, Any],
+    hf_dir: str | Path,
+    hf_config: Any = None,
+) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
     Args:
         manifests: what every writer's `write_shard_file` returned.
         state: JSON values: step, data position, scheduler, random state, …
         hf_dir: where config and tokenizer are taken from: a Hugging Face directory or a checkpoint.
+        hf_config: the model's config, where it is another than the one in `hf_dir`: a reward model made of a language
+            model.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice.
@@ -127,10 +134,11 @@ def commit(directory: str | Path, manifests: Iterable[Mapping[str, Any]], state:
             end = piece["start"] + piece["length"]
             whole["shape"][piece["dim"]] = max(whole["shape"][piece["dim"]], end)
             whole["pieces"].append(piece)
-    _check_complete(tensors, logical_shapes(read_hf_config(source)))
+    hf_config = hf_config or read_hf_config(source)
+    _check_complete(tensors, logical_shapes(hf_config))
     partial = staging(directory)
     (partial / "huggingface").mkdir()
-    shutil.copyfile(source / "config.json", partial / "huggingface" / "config.json")
+    write_json(partial / "huggingface" / "config.json", read_json(source / "config.json") | head_settings(hf_config))
     copy_companions(source, partial / "huggingface")
     index = {"format": FORMAT, "version": VERSION, "state": state, "tensors": tensors}
     (partial / INDEX).write_text(json.dumps(index, allow_nan=False) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from megadpo.model.attention import GroupAttention
 from megadpo.model.families import (
     ParameterShard,
     TensorSource,
+    head_of,
     rope_of,
     shard_parameters,
     sliding_windows,
@@ -26,6 +27,7 @@ from megadpo.model.families import (
 )
 from megadpo.model.head import LogProbHead
 from megadpo.model.norm import RMSNorm
+from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
@@ -54,7 +56,7 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
     Args:
-        hf_config: the transformers config.
+        hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
         dtype: of parameters and activations.
         recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
     """
@@ -62,6 +64,7 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     config = _transformer_config(hf_config, layout, dtype, recompute)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
+    has_vocabulary = head_of(hf_config) == "logprobs"
     with cpu_tensors_pass_for_cuda():
         model = GPTModel(
             config,
@@ -71,12 +74,15 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
             pre_process=is_first,
             post_process=is_last,
             parallel_output=True,
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=has_vocabulary and hf_config.tie_word_embeddings,
             position_embedding_type="rope",
         )
     model.rotary_pos_emb = PositionRope(inverse_frequencies)
-    if is_last:
+    if is_last and has_vocabulary:
         model.output_layer = LogProbHead(model.output_layer.weight, hf_config.vocab_size, layout.sequence)
+    elif is_last:
+        weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, hf_config.hidden_size))
+        model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
     shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank())
     return Stage(model, _match(model, shards, layers.start))
 

@@ -17,6 +17,7 @@ from megadpo.errors import UserError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Family:
 
     Attributes:
         name: transformers' ``model_type``.
-        architectures: accepted entries of ``architectures`` in config.json.
+        architectures: accepted entries of ``architectures`` in config.json, of language models.
+        classifier: the entry of a reward model.
         transformer_config: HF config -> keyword arguments for Megatron's TransformerConfig. Raises UserError for what
             the family can express and megadpo cannot run.
         sliding_windows: HF config -> for each layer, how many tokens (itself included) a token attends to; None = all.
@@ -83,6 +85,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
+    classifier: str
     transformer_config: Callable[[Any], dict[str, Any]]
     sliding_windows: Callable[[Any], list[int | None]]
 

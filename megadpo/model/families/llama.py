@@ -15,4 +15,4 @@ def _sliding_windows(hf_config: Any) -> list[int | None]:
     return [None] * hf_config.num_hidden_layers
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), _transformer_config, _sliding_windows)
+LLAMA = Family("llama", ("LlamaForCausalLM",), "LlamaForSequenceClassification", _transformer_config, _sliding_windows)

@@ -16,4 +16,6 @@ def _sliding_windows(hf_config: Any) -> list[int | None]:
     return [hf_config.sliding_window] * hf_config.num_hidden_layers
 
 
-MISTRAL = Family("mistral", ("MistralForCausalLM",), _transformer_config, _sliding_windows)
+MISTRAL = Family(
+    "mistral", ("MistralForCausalLM",), "MistralForSequenceClassification", _transformer_config, _sliding_windows
+)

@@ -11,4 +11,4 @@ def _transformer_config(hf_config: Any) -> dict[str, Any]:
     return decoder_config(hf_config, add_qkv_bias=True, qk_layernorm=False)
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), _transformer_config, windows_of_layer_types)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), "Qwen2ForSequenceClassification", _transformer_config, windows_of_layer_types)

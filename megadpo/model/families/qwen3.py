@@ -11,4 +11,4 @@ def _transformer_config(hf_config: Any) -> dict[str, Any]:
     return decoder_config(hf_config, add_qkv_bias=False, qk_layernorm=True)
 
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), _transformer_config, windows_of_layer_types)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), "Qwen3ForSequenceClassification", _transformer_config, windows_of_layer_types)

@@ -25,9 +25,11 @@ def family_of(hf_config: Any) -> Family:
     field = hf_config.get if isinstance(hf_config, dict) else lambda key: getattr(hf_config, key, None)
     architectures, model_type = field("architectures") or [], field("model_type")
     for family in FAMILIES:
-        if family.name == model_type and (not architectures or set(architectures) & set(family.architectures)):
+        if family.name == model_type and (
+            not architectures or set(architectures) & {*family.architectures, family.classifier}
+        ):
             return family
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    supported = ", ".join(name for family in FAMILIES for name in (*family.architectures, family.classifier))
     named = ", ".join(map(str, architectures)) or "none"
     raise UserError(f"the model's architecture {named} (model_type {model_type!r}) is not supported; supported: {supported}")
 

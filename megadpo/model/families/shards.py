@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megadpo.model.families.common import EMBEDDING, HEAD, ParameterShard, Piece
+from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ParameterShard, Piece
+from megadpo.model.families.heads import Head, head_of
 from megadpo.model.families.registry import as_config, family_of
 
 # (logical name, first element, number of elements) along the dimension at hand.
@@ -29,6 +30,7 @@ class _Sizes:
     qkv_bias: bool
     qk_norm: bool
     tied: bool
+    head: Head
 
     @staticmethod
     def of(hf_config: Any) -> _Sizes:
@@ -44,6 +46,7 @@ class _Sizes:
             qkv_bias=kwargs["add_qkv_bias"],
             qk_norm=kwargs["qk_layernorm"],
             tied=bool(hf_config.tie_word_embeddings),
+            head=head_of(hf_config),
         )
 
 
@@ -54,7 +57,9 @@ def logical_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     for layer in range(as_config(hf_config).num_hidden_layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(sizes).items()}
     shapes["model.norm.weight"] = (sizes.hidden,)
-    if not sizes.tied:
+    if sizes.head == "reward":
+        shapes[SCORE] = (1, sizes.hidden)
+    elif not sizes.tied:
         shapes[HEAD] = (sizes.vocab, sizes.hidden)
     return shapes
 
@@ -91,7 +96,8 @@ def shard_parameters(
     """What a rank of a pipeline stage holds, in Megatron's names (local layer spec) with global layer numbers.
 
     The vocabulary is padded to a multiple of `num_tensor`. A tied model's stage with both ends has one matrix
-    (``embedding.word_embeddings.weight``); a last stage alone has its own copy of the embedding as its head.
+    (``embedding.word_embeddings.weight``); a last stage alone has its own copy of the embedding as its head. The scalar
+    head of a reward model is whole on every rank.
 
     Args:
         tensor_rank: this rank among the `num_tensor` ranks that share each matrix.
@@ -111,7 +117,9 @@ def shard_parameters(
         shards.extend(_layer_shards(sizes, cut, layer))
     if has_head:
         shards.append(cut.whole("decoder.final_layernorm.weight", "model.norm.weight", sizes.hidden))
-        if not (sizes.tied and has_embedding):
+        if sizes.head == "reward":
+            shards.append(cut.whole("output_layer.weight", SCORE, 1, sizes.hidden))
+        elif not (sizes.tied and has_embedding):
             runs = [(EMBEDDING if sizes.tied else HEAD, 0, sizes.vocab)]
             head = cut.rows("output_layer.weight", runs, padded_vocab, sizes.hidden)
             shards.append(replace(head, is_primary=not sizes.tied))
@@ -147,9 +155,9 @@ class _Cutter:
         pieces = (Piece(gate, 0, start, 0, share), Piece(up, 0, start, share, share))
         return ParameterShard(name, (2 * share, num_columns), 0, pieces)
 
-    def whole(self, name: str, logical_name: str, size: int) -> ParameterShard:
-        piece = Piece(logical_name, 0, 0, 0, size)
-        return ParameterShard(name, (size,), None, (piece,), is_primary=self.rank == 0)
+    def whole(self, name: str, logical_name: str, *shape: int) -> ParameterShard:
+        piece = Piece(logical_name, 0, 0, 0, shape[0])
+        return ParameterShard(name, shape, None, (piece,), is_primary=self.rank == 0)
 
 
 def _interval(runs: list[Run], start: int, length: int) -> Iterator[Piece]:

@@ -1,0 +1,55 @@
+"""Which head a model has: the vocabulary's, for log-probs, or a scalar one, for rewards. Its config's architecture says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+from megadpo.errors import UserError
+from megadpo.model.families.registry import family_of
+
+Head = Literal["logprobs", "reward"]
+
+
+def head_of(hf_config: Any) -> Head:
+    """The head of a model with this transformers config, or dict that config.json holds."""
+    get = hf_config.get if isinstance(hf_config, dict) else lambda key: getattr(hf_config, key, None)
+    return "reward" if family_of(hf_config).classifier in (get("architectures") or ()) else "logprobs"
+
+
+def check_head(hf_config: Any) -> None:
+    """Refuse a classifier that gives more than one number.
+
+    Raises:
+        UserError: num_labels is not 1.
+    """
+    if head_of(hf_config) == "reward" and hf_config.num_labels != 1:
+        raise UserError(
+            f"the model is a {family_of(hf_config).classifier} with {hf_config.num_labels} labels (num_labels); "
+            "a reward model has one"
+        )
+
+
+def with_reward_head(hf_config: Any, padding_token: int | None) -> Any:
+    """A copy of a transformers config that describes a reward model.
+
+    Args:
+        padding_token: its pad_token_id, without which transformers takes no batches.
+    """
+    config = copy.deepcopy(hf_config)
+    config.architectures = [family_of(hf_config).classifier]
+    config.num_labels = 1
+    config.pad_token_id = padding_token
+    return config
+
+
+def head_settings(hf_config: Any) -> dict[str, Any]:
+    """What config.json says because of the head, as transformers writes it; nothing of a language model."""
+    if head_of(hf_config) == "logprobs":
+        return {}
+    return {
+        "architectures": list(hf_config.architectures),
+        "id2label": {str(number): label for number, label in hf_config.id2label.items()},
+        "label2id": dict(hf_config.label2id),
+        "pad_token_id": hf_config.pad_token_id,
+    }

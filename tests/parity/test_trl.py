@@ -1,139 +1,88 @@
-"""Twenty steps of training equal twenty steps of TRL's DPOTrainer: same rows, order, model and optimizer settings."""
+"""Twenty steps of training equal twenty steps of TRL's trainers: same rows, order, model and optimizer settings."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 
-from tests.models import hh_rows, save_model
-from tests.worlds import run_world
+from tests.models import save_model
+from tests.parity.trl_runs import LOGPS, PAIR_METRICS, Run, assert_same_course, our_history, trl_history
 
-NUM_STEPS, PAIRS_PER_STEP, BETA, LEARNING_RATE = 20, 8, 0.1, 1e-3
-COMPARED = {
-    # name: absolute floor under the relative tolerance, for quantities that pass through zero
-    "loss": 0.0,
-    "grad_norm": 0.0,
-    "rewards/chosen": 1e-4,
-    "rewards/rejected": 1e-4,
-    "rewards/margins": 1e-4,
-    "logps/chosen": 0.0,
-    "logps/rejected": 0.0,
-    "entropy": 0.0,
-    "learning_rate": 1e-12,
+MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+FREE = {"reference": "none", "metrics": PAIR_METRICS}
+# TRL's ORPO and SimPO log the mean log-prob of a response under logps/*, ours is the sum.
+RUNS = {
+    "sigmoid": Run("DPO"),
+    "ipo": Run("DPO", {"loss_type": "ipo"}, {"loss_type": ["ipo"]}),
+    "apo_zero": Run("DPO", {"loss_type": "apo_zero"}, {"loss_type": ["apo_zero"]}),
+    "mpo": Run("DPO", MPO, MPO),
+    "aot": Run("DPO", {"loss_type": "aot"}, {"loss_type": ["aot"]}),
+    "js, wpo": Run(
+        "DPO", {"f_divergence": "js", "wpo": True}, {"f_divergence_type": "js_divergence", "use_weighting": True}
+    ),
+    "ld": Run("DPO", {"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    "orpo": Run("ORPO", {"loss_type": "orpo"}, **FREE, moves=("loss", 0.4)),
+    "cpo": Run(
+        "CPO",
+        {"loss_type": "cpo", "nll_coef": 0.7, "label_smoothing": 0.1},
+        {"loss_type": "sigmoid", "cpo_alpha": 0.7, "label_smoothing": 0.1},
+        **{**FREE, "metrics": PAIR_METRICS | LOGPS},
+    ),
+    "simpo": Run(
+        "CPO",
+        {"loss_type": "simpo", "simpo_gamma": 0.3},
+        {"loss_type": "simpo", "simpo_gamma": 0.3, "cpo_alpha": 0.0},
+        beta=2.0,
+        **FREE,
+    ),
+    "alphapo": Run(
+        "CPO",
+        {"loss_type": "simpo", "simpo_gamma": 0.3, "alphapo_alpha": 0.1, "nll_coef": 0.5},
+        {"loss_type": "simpo", "simpo_gamma": 0.3, "alpha": 0.1, "cpo_alpha": 0.5},
+        beta=2.0,
+        **FREE,
+    ),
 }
-
-
-def _pairs() -> list[dict[str, str]]:
-    """Explicit prompts, so that both sides read the same three texts."""
-    pairs = []
-    for row in hh_rows(300):
-        prompts = [row[key][: row[key].rindex("\n\nAssistant:") + len("\n\nAssistant:")] for key in ("chosen", "rejected")]
-        completions = [row[key][len(prompt) :] for key, prompt in zip(("chosen", "rejected"), prompts, strict=True)]
-        if (
-            prompts[0] == prompts[1]
-            and all(text.strip() for text in completions)
-            and len(prompts[0]) < 400
-            and completions[0] != completions[1]
-        ):
-            pairs.append({"prompt": prompts[0], "chosen": completions[0], "rejected": completions[1]})
-    return pairs[: NUM_STEPS * PAIRS_PER_STEP]
-
-
-def _trl_history(model: Path, pairs: list[dict[str, str]], directory: Path) -> list[dict[str, float]]:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    torch.set_num_threads(2)
-    arguments = DPOConfig(
-        output_dir=str(directory),
-        max_steps=NUM_STEPS,
-        per_device_train_batch_size=PAIRS_PER_STEP,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        max_grad_norm=1.0,
-        beta=BETA,
-        max_length=256,
-        truncation_mode="keep_start",
-        weight_decay=0.01,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2)]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    trainer = DPOTrainer(
-        models[0], models[1], args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
-    )
-    trainer.train()
-    return [record for record in trainer.state.log_history if "loss" in record]
-
-
-def _our_history(settings: dict[str, Any]) -> list[dict[str, float]]:
-    import megadpo
-
-    result = megadpo.train(settings)
-    return [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+LAYOUTS = {
+    "tensor 2": (2, {"tensor": 2}, {"share_prompts": False}),
+    "pipeline 2": (2, {"pipeline": 2}, {}),
+    "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}, {}),
+}
+IN_LAYOUTS = [(name, layout) for name in ("ipo", "aot", "orpo") for layout in ("tensor 2", "pipeline 2")]
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("trl")
-    model = save_model(directory / "model", "llama", tie_word_embeddings=True)
-    pairs = _pairs()
-    (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return directory, _trl_history(model, pairs, directory / "out")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("trl") / "model", "llama", num_hidden_layers=2, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "parallel", "share_prompts"),
-    [(1, {}, True), (2, {"tensor": 2}, False), (4, {"tensor": 2, "pipeline": 2}, True)],
-    ids=["one process", "tensor 2, unshared prompts", "tensor 2 x pipeline 2"],
-)
-def test_twenty_steps_equal_trl(theirs, tmp_path, num_processes, parallel, share_prompts):
-    directory, history = theirs
-    settings = {
-        "model": {"path": str(directory / "model"), "dtype": "fp32"},
-        "data": {
-            "train": str(directory / "pairs.jsonl"),
-            "shuffle": False,
-            "max_length": 256,
-            "truncation": "keep_start",
-            "share_prompts": share_prompts,
-            "cache_dir": str(directory / "cache"),
-        },
-        "objective": {"beta": BETA},
-        "parallel": parallel,
-        "train": {
-            "steps": NUM_STEPS,
-            "pairs_per_step": PAIRS_PER_STEP,
-            "tokens_per_micro_batch": 1024,
-            "learning_rate": LEARNING_RATE,
-            "warmup_steps": 5,
-            "weight_decay": 0.01,
-        },
-        "output_dir": str(tmp_path / "run"),
-    }
-    ours = run_world(num_processes, _our_history, settings)[0]
-    assert len(ours) == len(history) == NUM_STEPS
-    for name, floor in COMPARED.items():
-        a, b = (np.array([record[name] for record in records]) for records in (ours, history))
-        worst = np.max(np.abs(a - b) - 1e-4 * np.abs(b))
-        assert worst <= floor, f"{name}: off by {np.max(np.abs(a - b))} at step {np.argmax(np.abs(a - b)) + 1}"
-    # A drift would show as a mean error of one sign, rounding does not.
-    residual = np.array([x["loss"] - y["loss"] for x, y in zip(ours, history, strict=True)])
-    assert abs(residual.mean()) <= 1e-5
-    moved = max(abs(record["rewards/margins"]) for record in ours)
-    assert moved > 0.1, "training must move the margins for this comparison to mean anything"
+@pytest.fixture(scope="module")
+def theirs(model, tmp_path_factory):
+    """TRL's history of a run, made once."""
+    found = {}
+
+    def history(name):
+        if name not in found:
+            found[name] = trl_history(RUNS[name], model, tmp_path_factory.mktemp("theirs"))
+        return found[name]
+
+    return history
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_twenty_steps_equal_trl(model, theirs, tmp_path, name):
+    assert_same_course(RUNS[name], our_history(RUNS[name], model, tmp_path), theirs(name))
+
+
+@pytest.mark.parametrize(("name", "layout"), [*IN_LAYOUTS, ("sigmoid", "tensor 2 x pipeline 2")])
+def test_twenty_steps_equal_trl_on_several_processes(model, theirs, tmp_path, name, layout):
+    num_processes, parallel, data = LAYOUTS[layout]
+    ours = our_history(RUNS[name], model, tmp_path, num_processes, parallel, **data)
+    assert_same_course(RUNS[name], ours, theirs(name))
+
+
+def test_another_option_is_noticed(model, theirs, tmp_path):
+    """A tenth of label smoothing more, which TRL's run has not."""
+    run = RUNS["sigmoid"]
+    other = our_history(Run("DPO", {"label_smoothing": 0.1}), model, tmp_path)
+    with pytest.raises(AssertionError, match="error over tolerance"):
+        assert_same_course(run, other, theirs("sigmoid"))

@@ -1,0 +1,213 @@
+"""Twenty steps of training, once by TRL and once by us: the same rows, order, model and optimizer settings, in fp32."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.models import hh_rows
+from tests.worlds import run_world
+
+NUM_STEPS, UNITS_PER_STEP, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 20, 8, 1e-3, 5, 0.01
+MAX_LENGTH = 112  # some answers are cut, no prompt fills it
+RELATIVE = 1e-4
+
+PAIR_METRICS = {
+    # name: absolute floor under the relative tolerance, for quantities that pass through zero
+    "loss": 0.0,
+    "grad_norm": 0.0,
+    "rewards/chosen": 1e-5,
+    "rewards/rejected": 1e-5,
+    "rewards/margins": 1e-5,
+    "rewards/accuracies": 1e-12,
+    "learning_rate": 1e-12,
+}
+LOGPS = {"logps/chosen": 0.0, "logps/rejected": 0.0}
+DPO_METRICS = PAIR_METRICS | LOGPS | {"entropy": 0.0}
+TRAINERS = {
+    # name: module, trainer, its configuration
+    "DPO": ("trl", "DPOTrainer", "DPOConfig"),
+    "KTO": ("trl", "KTOTrainer", "KTOConfig"),
+    "SFT": ("trl", "SFTTrainer", "SFTConfig"),
+    "ORPO": ("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig"),
+    "CPO": ("trl.experimental.cpo", "CPOTrainer", "CPOConfig"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An objective as both sides call it.
+
+    Attributes:
+        trainer: a key of TRAINERS.
+        ours: options of `objective`.
+        theirs: what is set in the trainer's configuration besides the common settings.
+        rows: "pairs", "labels" or "examples": what the trainer reads.
+        beta: on both sides.
+        reference: `reference.mode`; TRL gets a reference model where it is not "none".
+        metrics: what is compared, with each metric's absolute floor.
+        moves: the metric that training must have moved, and by how much at least.
+    """
+
+    trainer: str
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+    rows: str = "pairs"
+    beta: float = 0.1
+    reference: str = "resident"
+    metrics: dict[str, float] = field(default_factory=lambda: DPO_METRICS)
+    moves: tuple[str, float] = ("rewards/margins", 0.1)
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Real pairs with explicit prompts, so that both sides read the same three texts."""
+    found = []
+    for row in hh_rows(1200):
+        prompts = [row[key][: row[key].rindex("\n\nAssistant:") + len("\n\nAssistant:")] for key in ("chosen", "rejected")]
+        completions = [row[key][len(prompt) :] for key, prompt in zip(("chosen", "rejected"), prompts, strict=True)]
+        if (
+            prompts[0] == prompts[1]
+            and all(text.strip() for text in completions)
+            and len(prompts[0]) < 130
+            and completions[0] != completions[1]
+        ):
+            found.append({"prompt": prompts[0], "chosen": completions[0], "rejected": completions[1]})
+    assert len(found) >= NUM_STEPS * UNITS_PER_STEP
+    return found[: NUM_STEPS * UNITS_PER_STEP]
+
+
+def labels() -> list[dict[str, Any]]:
+    """One labelled answer of every pair, at least two of each label in every step."""
+    random = np.random.default_rng(0)
+    good = np.concatenate(
+        [random.permutation([True] * num + [False] * (UNITS_PER_STEP - num)) for num in random.integers(2, 7, NUM_STEPS)]
+    )
+    return [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": bool(label)}
+        for pair, label in zip(pairs(), good, strict=True)
+    ]
+
+
+def examples() -> list[dict[str, Any]]:
+    """The chosen answer of every pair."""
+    return [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs()]
+
+
+ROWS = {"pairs": pairs, "labels": labels, "examples": examples}
+
+
+def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]]:
+    """What TRL logs at each step."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    module, trainer_name, config_name = TRAINERS[run.trainer]
+    library = importlib.import_module(module)
+    arguments = getattr(library, config_name)(
+        output_dir=str(directory),
+        max_steps=NUM_STEPS,
+        per_device_train_batch_size=UNITS_PER_STEP,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARMUP,
+        max_grad_norm=1.0,
+        max_length=MAX_LENGTH,
+        weight_decay=WEIGHT_DECAY,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        **({} if run.trainer == "SFT" else {"beta": run.beta}),
+        **({"truncation_mode": "keep_start"} if run.trainer in ("DPO", "SFT") else {}),
+        **run.theirs,
+    )
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    trainer = getattr(library, trainer_name)(
+        policy,
+        args=arguments,
+        train_dataset=Dataset.from_list(ROWS[run.rows]()),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        **({"ref_model": reference} if run.reference != "none" else {}),
+    )
+    trainer.train()
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+def our_history(
+    run: Run, model: Path, directory: Path, num_processes: int = 1, parallel: dict[str, int] | None = None, **data: Any
+) -> list[dict[str, float]]:
+    """What we log at each step."""
+    directory.mkdir(exist_ok=True)
+    rows = directory / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[run.rows]()))
+    settings = {
+        "model": {"path": str(model), "dtype": "fp32"},
+        "data": {
+            "train": str(rows),
+            "shuffle": False,
+            "max_length": MAX_LENGTH,
+            "truncation": "keep_start",
+            "cache_dir": str(directory / "cache"),
+            "num_workers": 1,
+            **data,
+        },
+        "objective": {"beta": run.beta, **run.ours},
+        "reference": {"mode": run.reference},
+        "parallel": parallel or {},
+        "train": {
+            "steps": NUM_STEPS,
+            "pairs_per_step": UNITS_PER_STEP,
+            "tokens_per_micro_batch": 512,
+            "learning_rate": LEARNING_RATE,
+            "warmup_steps": WARMUP,
+            "weight_decay": WEIGHT_DECAY,
+        },
+        "output_dir": str(directory / "run"),
+    }
+    return run_world(num_processes, _train, settings)[0]
+
+
+def _train(settings: dict[str, Any]) -> list[dict[str, float]]:
+    import megadpo
+
+    result = megadpo.train(settings)
+    return [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def worst_errors(
+    ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], metrics: dict[str, float]
+) -> dict[str, float]:
+    """By metric, the largest error of any step in units of what is tolerated (above 1: a failure)."""
+    worst = {}
+    for name, floor in metrics.items():
+        a, b = (np.array([record[name] for record in records]) for records in (ours, theirs))
+        worst[name] = float(np.max(np.abs(a - b) / (RELATIVE * np.abs(b) + floor)))
+    return worst
+
+
+def assert_same_course(run: Run, ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> None:
+    """Every compared metric agrees at every step, the loss has no drift, and training moved."""
+    assert len(ours) == len(theirs) == NUM_STEPS
+    worst = worst_errors(ours, theirs, run.metrics)
+    assert max(worst.values()) <= 1, f"error over tolerance: {worst}"
+    # A drift would show as a mean error of one sign, rounding does not.
+    residual = np.array([x["loss"] - y["loss"] for x, y in zip(ours, theirs, strict=True)])
+    assert abs(residual.mean()) <= 1e-5 * max(1.0, np.abs([y["loss"] for y in theirs]).mean())
+    name, amount = run.moves
+    values = [record[name] for record in ours]
+    assert max(values) - min(values) >= amount, f"{name} must move for this comparison to mean anything: {values}"

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,16 +19,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megadpo.data.formats import PreferenceRow, recognise
+from megadpo.data.formats import PAIRS, Reading, Row, recognise
 from megadpo.data.groups import Group
+from megadpo.data.report import DataReport
 from megadpo.data.sources import Source, iter_rows, load_dataset, parse_sources, source_files
 from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
 from megadpo.data.templates import read_template
-from megadpo.data.tokenise import TRUNCATIONS, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
+from megadpo.data.tokenise import (
+    TRUNCATIONS,
+    GroupTokens,
+    last_turn_lengths,
+    load_tokenizer,
+    tokenise_rows,
+    truncate,
+)
 from megadpo.errors import UserError
 
 # Raise it when the same rows, tokenizer and options would give other groups than before.
-CODE_VERSION = 1
+CODE_VERSION = 3
 # A worker needs seconds to start: fewer rows than this are tokenised sooner without.
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
@@ -36,7 +44,7 @@ _CHUNK = 250
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "config.json")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
 
-LocatedRow = tuple[int, int, str, PreferenceRow]  # row number, source number, location, row
+LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, row
 
 
 class DataOptions(Protocol):
@@ -48,47 +56,6 @@ class DataOptions(Protocol):
     columns: dict[str, str]
     num_workers: int | None
     cache_dir: str | None
-
-
-@dataclass
-class DataReport:
-    """What became of the rows.
-
-    Attributes:
-        num_rows: rows read.
-        num_kept: groups made of them.
-        dropped: rows dropped, by reason.
-        num_unshared: kept groups whose two sides have different prompts.
-        num_truncated: kept groups that lost tokens to `max_length`.
-        num_moved_boundaries: kept groups whose prompt's last tokens merge with the completion, or whose template
-            renders the prompt's end differently with an answer.
-    """
-
-    num_rows: int = 0
-    num_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    num_unshared: int = 0
-    num_truncated: int = 0
-    num_moved_boundaries: int = 0
-
-    def add(self, other: DataReport) -> None:
-        """Count another part's rows in."""
-        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
-        for name in ("num_rows", "num_kept", "num_unshared", "num_truncated", "num_moved_boundaries"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def sentence(self) -> str:
-        """One line for the console."""
-        parts = [f"{self.num_kept:,} of {self.num_rows:,} pairs kept"]
-        parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
-        parts += [f"{self.num_truncated:,} truncated"] * bool(self.num_truncated)
-        parts += [f"{self.num_unshared:,} without a common prompt"] * bool(self.num_unshared)
-        parts += [f"{self.num_moved_boundaries:,} with a moved boundary"] * bool(self.num_moved_boundaries)
-        return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -107,9 +74,10 @@ class TokeniseJob:
     chat_template: str | None
     max_length: int | None
     truncation: str
+    reading: Reading = PAIRS
 
 
-def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str) -> Prepared:
+def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS) -> Prepared:
     """Read and tokenise the sources, or load them from the cache. Call it before process groups are made.
 
     Any number of processes may call it at once: one does the work, the others wait for it and read the cache.
@@ -118,9 +86,11 @@ def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str
         data: the configuration's `data` section.
         sources_value: its `train` or `eval`.
         tokenizer_path: a local directory with a tokenizer that transformers can load.
+        reading: what the objective reads of every row.
 
     Raises:
-        UserError: for anything wrong with the files, the rows, the tokenizer or the options, or when no row is left.
+        UserError: for anything wrong with the files, the rows, the tokenizer or the options, when no row is left, or
+            when labelled answers are all desirable or all undesirable.
     """
     if data.truncation not in TRUNCATIONS:
         raise UserError(f"data.truncation is {data.truncation!r}; it must be one of {', '.join(TRUNCATIONS)}")
@@ -129,7 +99,7 @@ def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str
     if not os.path.isdir(tokenizer_path):
         raise UserError(f"model.path: {tokenizer_path} is not a directory; the tokenizer is read from it")
     sources = parse_sources(sources_value, data.columns)
-    job = TokeniseJob(tokenizer_path, read_template(data.chat_template), data.max_length, data.truncation)
+    job = TokeniseJob(tokenizer_path, read_template(data.chat_template), data.max_length, data.truncation, reading)
     directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
     cached = _load(directory)
     if cached is None:
@@ -185,6 +155,7 @@ def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
         "chat_template": job.chat_template,
         "max_length": job.max_length,
         "truncation": job.truncation,
+        "reading": [job.reading.kind, sorted(job.reading.numbers)],
         "columns": [sorted(source.columns.items()) for source in sources],
         "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
         "sources": [_source_digest(source) for source in sources],
@@ -243,7 +214,7 @@ def _file_digest(file: Path) -> str:
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
     """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
-    rows = _located_rows(sources)
+    rows = _located_rows(sources, job.reading)
     head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
     chunks = _chunks(chain(head, rows))
@@ -252,28 +223,20 @@ def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | 
         results: Iterable[tuple[GroupColumns, DataReport]] = (_process(chunk, job, tokenizer) for chunk in chunks)
     else:
         results = _in_workers(chunks, job, num_workers)
-    report = DataReport()
+    report = DataReport(kind=job.reading.kind)
     parts = [GroupColumns.of([])]
     for columns, part in results:
         parts.append(columns)
         report.add(part)
-    if not report.num_kept:
-        raise UserError(f"data: no pair is left of {', '.join(source.name for source in sources)}: {_why(report)}")
+    report.check([source.name for source in sources])
     return GroupStore(GroupColumns.concatenate(parts)), report
 
 
-def _why(report: DataReport) -> str:
-    if not report.num_rows:
-        return "there is no row in it"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items()))
-    return f"{report.num_rows} rows read, dropped: {reasons}"
-
-
-def _located_rows(sources: Sequence[Source]) -> Iterator[LocatedRow]:
+def _located_rows(sources: Sequence[Source], reading: Reading) -> Iterator[LocatedRow]:
     number = 0
     for source_number, source in enumerate(sources):
         for location, row in iter_rows(source):
-            yield number, source_number, location, recognise(row, location)
+            yield number, source_number, location, recognise(row, location, reading)
             number += 1
 
 
@@ -283,28 +246,34 @@ def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
 
 
 def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple[GroupColumns, DataReport]:
-    report = DataReport(num_rows=len(chunk))
+    report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
     dropped: Counter[str] = Counter()
     groups, group_sources = [], []
-    pairs = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
-    for (number, source, location, row), pair in zip(chunk, pairs, strict=True):
-        if not isinstance(pair, str):
-            protected = [1]
-            if job.truncation == "prompt_left" and job.max_length is not None:
-                longest = max(len(prompt) + len(response) for prompt, response in pair.sides())
-                if longest > job.max_length:
-                    protected = last_turn_lengths(row, pair, tokenizer, location)
-            pair = truncate(pair, job.max_length, job.truncation, protected)
-        if isinstance(pair, str):
-            dropped[pair] += 1
+    tokenised = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
+    for (number, source, location, row), tokens in zip(chunk, tokenised, strict=True):
+        if not isinstance(tokens, str):
+            tokens = _truncate(row, tokens, job, tokenizer, location)
+        if isinstance(tokens, str):
+            dropped[tokens] += 1
             continue
-        prompts, responses = (tuple(np.array(ids, np.int32) for ids in sides) for sides in (pair.prompts, pair.responses))
-        groups.append(Group(prompts, responses, number))
+        prompts, responses = (tuple(np.array(ids, np.int32) for ids in side) for side in (tokens.prompts, tokens.responses))
+        groups.append(Group(prompts, responses, number, row.numbers))
         group_sources.append(source)
         report.num_unshared += len(prompts) > 1
-        report.num_truncated += pair.truncated
-        report.num_moved_boundaries += pair.moved_boundary
+        report.num_truncated += tokens.truncated
+        report.num_moved_boundaries += tokens.moved_boundary
+        report.num_desirable += row.numbers.get("label", ()).count(1.0)
+        report.num_undesirable += row.numbers.get("label", ()).count(0.0)
     return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
+
+
+def _truncate(row: Row, tokens: GroupTokens, job: TokeniseJob, tokenizer: Any, location: str) -> GroupTokens | str:
+    protected = [1]
+    if job.truncation == "prompt_left" and job.max_length is not None:
+        longest = max(len(prompt) + len(response) for prompt, response in tokens.sides())
+        if longest > job.max_length:
+            protected = last_turn_lengths(row, tokens, tokenizer, location)
+    return truncate(tokens, job.max_length, job.truncation, protected)
 
 
 _worker: tuple[TokeniseJob, Any] | None = None

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from megadpo.data.numbers import SPELLINGS
 from megadpo.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".parquet.gz")
 _SOURCE_KEYS = ("path", "weight", "split", "subset", "columns")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -170,7 +171,7 @@ def load_dataset(source: Source) -> datasets.Dataset:
     return loaded
 
 
-def iter_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def iter_rows(source: Source) -> Iterator[tuple[str, Fields]]:
     """The rows of a source in order, columns renamed, each with its location ("file.jsonl:17") for error messages.
 
     Raises:
@@ -184,10 +185,13 @@ def iter_rows(source: Source) -> Iterator[tuple[str, Row]]:
         yield location, _rename(row, source.columns)
 
 
-def _rename(row: Row, columns: Mapping[str, str]) -> Row:
+def _rename(row: Fields, columns: Mapping[str, str]) -> Fields:
     if not columns:
         return row
-    renamed = {key: value for key, value in row.items() if key not in columns.values()}
+    # Two fields must never be mixed into one column: where one is named, its other spellings do not count.
+    meant = [spellings for spellings in SPELLINGS.values() if not columns.keys().isdisjoint(spellings)]
+    left_out = {*columns.values()}.union(*meant)
+    renamed = {key: value for key, value in row.items() if key not in left_out}
     return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
@@ -196,9 +200,12 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _dataset_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    for number, row in enumerate(load_dataset(source).with_format(None)):
-        yield f"{source.name}: row {number}", dict(row)
+def _dataset_rows(source: Source) -> Iterator[tuple[str, Fields]]:
+    number = 0
+    for table in load_dataset(source).with_format("arrow").iter(batch_size=1000):
+        for row in _arrow_rows(table):
+            yield f"{source.name}: row {number}", row
+            number += 1
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -265,8 +272,35 @@ def _parquet_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _arrow_rows(batch):
                 yield f"{file}: row {number}", row
                 number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, KeyError) as error:
         raise UserError(f"data: {file} is no readable parquet file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _arrow_rows(batch: Any) -> Iterator[Fields]:
+    """The rows of an Arrow table or record batch as they would be in JSON."""
+    kinds = {column.name: column.type for column in batch.schema}
+    for row in batch.to_pylist(maps_as_pydicts="strict"):
+        yield {name: _as_json(value, kinds[name]) for name, value in row.items()}
+
+
+def _as_json(value: Any, kind: Any) -> Any:
+    """An Arrow value without the nulls that Arrow fills in for keys which only other rows have, JSON columns decoded.
+
+    A key that is null and one that is not there are the same in Arrow. Only a message's content is kept as null: beside
+    tool calls, that is how it is written.
+    """
+    import pyarrow
+
+    if value is None or not pyarrow.types.is_nested(kind):
+        is_json = value is not None and getattr(kind, "extension_name", "") == "arrow.json"
+        return json.loads(value) if is_json else value
+    if pyarrow.types.is_struct(kind):
+        is_message = value.get("role") is not None
+        kept = [field for field in kind if value[field.name] is not None or (is_message and field.name == "content")]
+        return {field.name: _as_json(value[field.name], field.type) for field in kept}
+    if pyarrow.types.is_map(kind):
+        return {key: _as_json(item, kind.item_type) for key, item in value.items()}
+    return [_as_json(item, kind.value_type) for item in value] if hasattr(kind, "value_type") else value

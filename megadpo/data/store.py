@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from megadpo.data.groups import Group
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
+_ARRAYS = ("tokens_T", "segment_offsets_S", "group_segments_G", "num_prompts_G", "rows_G", "sources_G")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class GroupColumns:
     """Groups as flat arrays.
 
     Group g owns segments group_segments_G[g] to group_segments_G[g + 1] - 1: its prompts, then its responses.
+    Axes: T tokens, S segments, G groups, R responses of all groups.
 
     Attributes:
         tokens_T: int32, every token of every segment, one after the other.
@@ -34,6 +36,10 @@ class GroupColumns:
         num_prompts_G: int32 [G], 1 or the number of responses.
         rows_G: int64 [G], position of the row in the sources.
         sources_G: int32 [G], number of the source.
+        numbers: name -> float64 [R], what the rows say of each response of all groups, in order.
+
+    Raises:
+        ValueError: where one of `numbers` is not float64 [R] or its name cannot be a file's.
     """
 
     tokens_T: npt.NDArray[np.int32]
@@ -42,11 +48,27 @@ class GroupColumns:
     num_prompts_G: npt.NDArray[np.int32]
     rows_G: npt.NDArray[np.int64]
     sources_G: npt.NDArray[np.int32]
+    numbers: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (int(self.group_segments_G[-1]) - int(self.num_prompts_G.sum()),)
+        for name, number_R in self.numbers.items():
+            if not name.isidentifier():
+                raise ValueError(f"numbers cannot be named {name!r}")
+            if number_R.dtype != np.float64 or number_R.shape != shape:
+                raise ValueError(f"{name} is {number_R.dtype} {list(number_R.shape)}, expected float64 {list(shape)}")
 
     @staticmethod
     def of(groups: Iterable[Group], sources: Sequence[int] | None = None) -> GroupColumns:
-        """Columns of groups in memory; `sources` gives each its source number (0 where left out)."""
+        """Columns of groups in memory; `sources` gives each its source number (0 where left out).
+
+        Raises:
+            ValueError: where groups differ in the names of their numbers.
+        """
         groups = list(groups)
+        names = sorted(groups[0].numbers) if groups else []
+        if any(sorted(group.numbers) != names for group in groups):
+            raise ValueError(f"some groups have other numbers than {', '.join(names) or 'none'}")
         segments = [segment for group in groups for segment in (*group.prompts, *group.responses)]
         return GroupColumns(
             tokens_T=np.concatenate([np.zeros(0, np.int32), *segments]).astype(np.int32, copy=False),
@@ -55,18 +77,50 @@ class GroupColumns:
             num_prompts_G=np.array([len(group.prompts) for group in groups], np.int32),
             rows_G=np.array([group.row for group in groups], np.int64),
             sources_G=np.array(sources if sources is not None else [0] * len(groups), np.int32),
+            numbers={
+                name: np.array([value for group in groups for value in group.numbers[name]], np.float64) for name in names
+            },
         )
 
     @staticmethod
     def concatenate(parts: Sequence[GroupColumns]) -> GroupColumns:
-        """The groups of all parts, in order."""
+        """The groups of all parts, in order.
+
+        Raises:
+            ValueError: where parts that are not empty differ in the names of their numbers.
+        """
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("tokens_T", "num_prompts_G", "rows_G", "sources_G")
         }
         segments = _offsets(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
         groups = _offsets(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
-        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, **joined)
+        filled = [part for part in parts if len(part.rows_G)]
+        names = sorted(filled[0].numbers) if filled else []
+        if any(sorted(part.numbers) != names for part in filled):
+            raise ValueError(f"some parts have other numbers than {', '.join(names) or 'none'}")
+        numbers = {name: np.concatenate([part.numbers[name] for part in filled]) for name in names}
+        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, numbers=numbers, **joined)
+
+    def first(self, count: int) -> GroupColumns:
+        """Views of the first `count` groups (0 <= count <= G)."""
+        num_segments = int(self.group_segments_G[count])
+        num_tokens = int(self.segment_offsets_S[num_segments])
+        num_responses = num_segments - int(self.num_prompts_G[:count].sum())
+        return GroupColumns(
+            tokens_T=self.tokens_T[:num_tokens],
+            segment_offsets_S=self.segment_offsets_S[: num_segments + 1],
+            group_segments_G=self.group_segments_G[: count + 1],
+            num_prompts_G=self.num_prompts_G[:count],
+            rows_G=self.rows_G[:count],
+            sources_G=self.sources_G[:count],
+            numbers={name: number_R[:num_responses] for name, number_R in self.numbers.items()},
+        )
+
+    def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Every array by a name of its own, numbers last (as "numbers.margin"), whatever the order they came in."""
+        numbers = {f"numbers.{name}": self.numbers[name] for name in sorted(self.numbers)}
+        return {name: getattr(self, name) for name in _ARRAYS} | numbers
 
 
 def _offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -96,8 +150,16 @@ class GroupStore(Sequence[Group]):
 
     @staticmethod
     def of(groups: Iterable[Group]) -> GroupStore:
-        """A store of groups in memory, all of one source."""
+        """A store of groups in memory, all of one source; raises what `GroupColumns.of` raises."""
         return GroupStore(GroupColumns.of(groups))
+
+    def first(self, count: int) -> GroupStore:
+        """The first `count` groups (all, where there are no more) with their numbers, sources and weights."""
+        if count < 0:
+            raise ValueError(f"{count} groups were asked for")
+        if count >= len(self):
+            return self
+        return GroupStore(self.columns.first(count), self.source_names, self.source_weights.tolist())
 
     def __len__(self) -> int:
         return len(self.columns.rows_G)
@@ -117,7 +179,9 @@ class GroupStore(Sequence[Group]):
         bounds = columns.segment_offsets_S[first : end + 1]
         segments = tuple(np.asarray(columns.tokens_T[bounds[i] : bounds[i + 1]]) for i in range(end - first))
         num_prompts = int(columns.num_prompts_G[number])
-        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[number]))
+        start, stop = (int(value) for value in self.response_offsets_G[number : number + 2])
+        numbers = {name: tuple(number_R[start:stop].tolist()) for name, number_R in columns.numbers.items()}
+        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[number]), numbers)
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -129,15 +193,40 @@ class GroupStore(Sequence[Group]):
         """int32 [G]: each group's source number."""
         return self.columns.sources_G
 
+    @property
+    def numbers(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """Name -> float64 [R]: what the rows say of each response of all groups, in order."""
+        return self.columns.numbers
+
+    @cached_property
+    def response_offsets_G(self) -> npt.NDArray[np.int64]:
+        """int64 [G + 1]: group g's responses are those from [g] up to [g + 1] - 1 among the responses of all groups."""
+        return self.columns.group_segments_G - _offsets(self.columns.num_prompts_G)
+
+    @property
+    def num_responses(self) -> int:
+        """R: responses of all groups."""
+        return int(self.response_offsets_G[-1])
+
+    def response_offsets_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [N + 1]: where the responses of each of the N groups `numbers` begin when those are put in a row."""
+        return _offsets(np.diff(self.response_offsets_G)[np.asarray(numbers, np.int64)])
+
+    def responses_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64: the places of the groups' responses among the responses of all groups, group after group."""
+        offsets_N = self.response_offsets_of(numbers)
+        shifts_N = self.response_offsets_G[np.asarray(numbers, np.int64)] - offsets_N[:-1]
+        return np.arange(offsets_N[-1]) + np.repeat(shifts_N, np.diff(offsets_N))
+
     @cached_property
     def digest(self) -> str:
         """blake2b over every array (not over names and weights), in hexadecimal."""
         if self._digest is not None:
             return self._digest
         hasher = hashlib.blake2b(digest_size=20)
-        for item in fields(GroupColumns):
-            array = np.ascontiguousarray(getattr(self.columns, item.name))
-            hasher.update(f"{item.name} {array.dtype.str} {array.shape};".encode())
+        for name, array in self.columns.named_arrays().items():
+            array = np.ascontiguousarray(array)
+            hasher.update(f"{name} {array.dtype.str} {array.shape};".encode())
             hasher.update(array.data)
         return hasher.hexdigest()
 
@@ -156,6 +245,11 @@ class GroupStore(Sequence[Group]):
         ends = self.columns.segment_offsets_S
         return ends[response + 1] - ends[response], ends[first + 1] - ends[first]
 
+    def longest_mismatch(self) -> int:
+        """Tokens of the longest prompt and the longest first response together, whatever their groups; 0 without groups."""
+        responses, prompts = self.chosen_lengths(np.arange(len(self)))
+        return int(responses.max(initial=0)) + int(prompts.max(initial=0))
+
     def num_tokens(self, share_prompts: bool) -> npt.NDArray[np.int64]:
         """int64 [G]: tokens each group puts into the model's stream, as `Group.num_stream_tokens`."""
         columns = self.columns
@@ -165,7 +259,7 @@ class GroupStore(Sequence[Group]):
             return total
         first = columns.group_segments_G[:-1]
         prompt_lengths = self.segment_lengths()[first]
-        num_copies = np.diff(columns.group_segments_G) - 2
+        num_copies = np.diff(self.response_offsets_G) - 1
         return total + np.where(columns.num_prompts_G == 1, num_copies * prompt_lengths, 0)
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -177,14 +271,15 @@ class GroupStore(Sequence[Group]):
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            for item in fields(GroupColumns):
-                with (partial / f"{item.name}.npy").open("wb") as file:
-                    np.save(file, getattr(self.columns, item.name), allow_pickle=False)
+            for name, array in self.columns.named_arrays().items():
+                with (partial / f"{name}.npy").open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
                     file.flush()
                     os.fsync(file.fileno())
             about = {
                 "format_version": FORMAT_VERSION,
                 "num_groups": len(self),
+                "numbers": sorted(self.numbers),
                 "digest": self.digest,
                 "source_names": self.source_names,
                 "source_weights": self.source_weights.tolist(),
@@ -210,11 +305,16 @@ class GroupStore(Sequence[Group]):
         about = json.loads((directory / "store.json").read_text(encoding="utf-8"))
         if about["format_version"] != FORMAT_VERSION:
             raise ValueError(f"{directory} has format version {about['format_version']}, expected {FORMAT_VERSION}")
-        arrays = {
-            item.name: np.load(directory / f"{item.name}.npy", mmap_mode="r", allow_pickle=False)
-            for item in fields(GroupColumns)
-        }
-        store = GroupStore(GroupColumns(**arrays), about["source_names"], about["source_weights"], about["digest"])
+
+        def read(name: str) -> npt.NDArray[Any]:
+            array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return array
+
+        columns = GroupColumns(
+            **{name: read(name) for name in _ARRAYS},
+            numbers={name: read(f"numbers.{name}") for name in about["numbers"]},
+        )
+        store = GroupStore(columns, about["source_names"], about["source_weights"], about["digest"])
         if len(store) != about["num_groups"]:
             raise ValueError(f"{directory} holds {len(store)} groups, expected {about['num_groups']}")
         return store

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megadpo.data.formats import Message, first_difference
+from megadpo.data.messages import Message, first_difference
 from megadpo.errors import UserError
 
 
@@ -39,29 +40,39 @@ def check_template(tokenizer: Any, location: str) -> None:
         )
 
 
-def render_ids(tokenizer: Any, messages: list[Message], location: str, **kwargs: Any) -> list[int]:
+def render_ids(
+    tokenizer: Any, messages: list[Message], location: str, kwargs: Mapping[str, Any], is_prompt: bool = False
+) -> list[int]:
     """Token ids of a conversation; the template alone places BOS and EOS.
+
+    Args:
+        kwargs: what the template sees beside the messages (`Row.template_kwargs`).
+        is_prompt: whether the template is to end with the beginning of an answer.
 
     Raises:
         UserError: where the template refuses the messages (roles out of order, …).
     """
     try:
-        output = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+        output = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=is_prompt, **kwargs
+        )
     except Exception as error:
         raise _refused(error, location) from error
     return list(output["input_ids"])
 
 
-def render_text(tokenizer: Any, messages: list[Message], location: str, **kwargs: Any) -> str:
+def render_text(
+    tokenizer: Any, messages: list[Message], location: str, kwargs: Mapping[str, Any], is_prompt: bool = False
+) -> str:
     """The conversation as the template writes it, before tokenisation; raises what `render_ids` raises."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt, **kwargs))
     except Exception as error:
         raise _refused(error, location) from error
 
 
 def check_prompt_survives(
-    tokenizer: Any, prompt: list[Message], completion: list[Message], location: str, **kwargs: Any
+    tokenizer: Any, prompt: list[Message], completion: list[Message], location: str, kwargs: Mapping[str, Any]
 ) -> None:
     """Refuse a template that renders the prompt so differently with a completion that its last turn is not common.
 
@@ -72,8 +83,8 @@ def check_prompt_survives(
     Raises:
         UserError: for such a row.
     """
-    alone = render_text(tokenizer, prompt, location, add_generation_prompt=True, **kwargs)
-    whole = render_text(tokenizer, prompt + completion, location, **kwargs)
+    alone = render_text(tokenizer, prompt, location, kwargs, is_prompt=True)
+    whole = render_text(tokenizer, prompt + completion, location, kwargs)
     common = first_difference(alone, whole)
     content = prompt[-1].get("content")
     text = content.strip() if isinstance(content, str) else ""
@@ -87,7 +98,7 @@ def check_prompt_survives(
         )
 
 
-def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, **kwargs: Any) -> list[int]:
+def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, kwargs: Mapping[str, Any]) -> list[int]:
     """Token ids of the last user turn rendered on its own, generation prompt included.
 
     Its common end with the tokenised prompt is the part of the prompt that is the last turn.
@@ -95,7 +106,7 @@ def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, **kwargs
     users = [index for index, message in enumerate(prompt) if message.get("role") == "user"]
     turns = prompt[users[-1] :] if users else prompt[-1:]
     try:
-        return render_ids(tokenizer, turns, location, add_generation_prompt=True, **kwargs)
+        return render_ids(tokenizer, turns, location, kwargs, is_prompt=True)
     except UserError:  # a template may insist on a system message; then no turn is protected
         return []
 

@@ -1,7 +1,7 @@
-"""Preference rows -> token ids: the prompt/completion boundary, end-of-sequence and truncation rules.
+"""Rows -> token ids: the prompt/completion boundary, end-of-sequence and truncation rules.
 
-Boundary and end-of-sequence are those of TRL 1.16 (`DPOTrainer._prepare_dataset`), `keep_start` and `keep_end` those of
-its `DataCollatorForPreference`.
+Boundary and end-of-sequence are those of TRL 1.16 (`_prepare_dataset` of its DPO, KTO and SFT trainers), `keep_start` and
+`keep_end` those of its `DataCollatorForPreference`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megadpo.data import templates
-from megadpo.data.formats import PreferenceRow, first_difference
+from megadpo.data.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
+from megadpo.data.messages import Content, as_messages, first_difference
 from megadpo.errors import UserError
 
-EMPTY = "empty completion"
-IDENTICAL = "identical chosen and rejected"
 TRUNCATED_AWAY = "completion truncated away"
 IDENTICAL_TRUNCATED = "identical after truncation"
 TRUNCATIONS = ("prompt_left", "keep_start", "keep_end")
@@ -25,24 +24,25 @@ _LAST_TURN = "\n\nHuman:"
 
 
 @dataclass(frozen=True)
-class PairTokens:
-    """A tokenised pair, chosen first.
+class GroupTokens:
+    """A tokenised row: a prompt with K >= 1 completions (of a pair, chosen first).
 
     Attributes:
-        prompts: one list of ids for both sides, or two where the prompts differ.
+        prompts: one list of ids for all completions, or K where the prompts differ.
         responses: ids of the completions.
         moved_boundary: True where the tokenised prompt was no prefix of the tokenised whole.
         truncated: True where tokens were cut.
     """
 
     prompts: tuple[list[int], ...]
-    responses: tuple[list[int], list[int]]
+    responses: tuple[list[int], ...]
     moved_boundary: bool = False
     truncated: bool = False
 
     def sides(self) -> list[tuple[list[int], list[int]]]:
-        """(prompt, completion) of chosen and of rejected."""
-        return [(self.prompts[0], self.responses[0]), (self.prompts[-1], self.responses[1])]
+        """(prompt, completion) of every response."""
+        prompts = self.prompts if len(self.prompts) > 1 else self.prompts * len(self.responses)
+        return list(zip(prompts, self.responses, strict=True))
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
@@ -72,121 +72,125 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def tokenise_rows(rows: Sequence[tuple[str, PreferenceRow]], tokenizer: Any) -> list[PairTokens | str]:
+def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[GroupTokens | str]:
     """Tokenise located rows; a string in the result is the reason why the row is dropped.
 
     Raises:
         UserError: for a tokenizer without an end-of-sequence token or template, or a row its template refuses.
     """
-    results: list[PairTokens | str] = []
+    results: list[GroupTokens | str] = []
     texts: list[str] = []
-    num_texts: list[int] = []
     for location, row in rows:
-        if row.has_empty_completion:
-            results.append(EMPTY)
-        elif row.is_identical:
-            results.append(IDENTICAL)
+        reason = row.reason_to_drop()
+        if reason is not None:
+            results.append(reason)
         elif row.conversational:
             results.append(_tokenise_conversation(row, tokenizer, location))
         else:
             results.append("")
-            row_texts = _texts_of(row, tokenizer, location)
-            texts += row_texts
-            num_texts.append(len(row_texts))
+            texts += _texts_of(row, tokenizer, location)
     ids = iter(tokenizer(texts)["input_ids"] if texts else ())
-    counts = iter(num_texts)
-    for index, result in enumerate(results):
-        if result == "":
-            results[index] = _pair([next(ids) for _ in range(next(counts))])
+    for index, (_, row) in enumerate(rows):
+        if results[index] == "":
+            prompts = [next(ids) for _ in row.prompts]
+            results[index] = _split(prompts, [next(ids) for _ in row.completions])
     return results
 
 
-def _texts_of(row: PreferenceRow, tokenizer: Any, location: str) -> list[str]:
-    """[prompt, prompt + chosen, prompt + rejected], or with differing prompts [p, p + chosen, q, q + rejected]."""
+def _texts_of(row: Row, tokenizer: Any, location: str) -> list[str]:
+    """The prompts, then every completion with its prompt before it and the end of sequence behind it."""
     eos = tokenizer.eos_token
     if eos is None:
         raise UserError(f"{location}: the tokenizer has no end-of-sequence token (eos_token); rows of text need one")
-    assert isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)
-    chosen, rejected = (side if side.endswith(eos) else side + eos for side in (row.chosen, row.rejected))
-    if row.rejected_prompt is None:
-        return [row.prompt, row.prompt + chosen, row.prompt + rejected]
-    assert isinstance(row.rejected_prompt, str)
-    return [row.prompt, row.prompt + chosen, row.rejected_prompt, row.rejected_prompt + rejected]
+    wholes = []
+    for prompt, completion in _sides_of(row):
+        assert isinstance(prompt, str) and isinstance(completion, str)
+        wholes.append(prompt + (completion if completion.endswith(eos) else completion + eos))
+    return [str(prompt) for prompt in row.prompts] + wholes
 
 
-def _tokenise_conversation(row: PreferenceRow, tokenizer: Any, location: str) -> PairTokens | str:
+def _sides_of(row: Row) -> list[tuple[Content, Content]]:
+    prompts = row.prompts if len(row.prompts) > 1 else row.prompts * len(row.completions)
+    return list(zip(prompts, row.completions, strict=True))
+
+
+def _tokenise_conversation(row: Row, tokenizer: Any, location: str) -> GroupTokens | str:
     templates.check_template(tokenizer, location)
-    kwargs = row.template_kwargs
-    prompts = [row.prompt] if row.rejected_prompt is None else [row.prompt, row.rejected_prompt]
-    ids = []
-    for number, completion in enumerate((row.chosen, row.rejected)):
-        prompt = prompts[min(number, len(prompts) - 1)]
+    prompts = [
+        templates.render_ids(tokenizer, as_messages(prompt), location, row.template_kwargs, is_prompt=True)
+        for prompt in row.prompts
+    ]
+    wholes = []
+    for number, (prompt, completion) in enumerate(_sides_of(row)):
         assert isinstance(prompt, list) and isinstance(completion, list)
-        if number < len(prompts):
-            prompt_ids = templates.render_ids(tokenizer, prompt, location, add_generation_prompt=True, **kwargs)
-            ids.append(prompt_ids)
-        whole_ids = templates.render_ids(tokenizer, prompt + completion, location, **kwargs)
-        ids.append(whole_ids)
-        if first_difference(prompt_ids, whole_ids) < len(prompt_ids):
-            templates.check_prompt_survives(tokenizer, prompt, completion, location, **kwargs)
-    return _pair(ids)
+        whole = templates.render_ids(tokenizer, prompt + completion, location, row.template_kwargs)
+        alone = prompts[number if len(prompts) > 1 else 0]
+        if first_difference(alone, whole) < len(alone):
+            templates.check_prompt_survives(tokenizer, prompt, completion, location, row.template_kwargs)
+        wholes.append(whole)
+    return _split(prompts, wholes)
 
 
-def _pair(ids: list[list[int]]) -> PairTokens | str:
-    """Split prompt and completions at the shorter common prefix of the prompt with either whole."""
-    if len(ids) == 3:
-        prompt, chosen, rejected = ids
-        cut = min(first_difference(prompt, chosen), first_difference(prompt, rejected))
-        moved = cut < len(prompt)
-        pair = PairTokens((prompt[:cut],), (chosen[cut:], rejected[cut:]), moved)
-    else:
-        prompt, chosen, other, rejected = ids
-        cut, other_cut = first_difference(prompt, chosen), first_difference(other, rejected)
-        moved = cut < len(prompt) or other_cut < len(other)
-        pair = PairTokens((prompt[:cut], other[:other_cut]), (chosen[cut:], rejected[other_cut:]), moved)
-    if not all(pair.responses):
+def _split(prompts: list[list[int]], wholes: list[list[int]]) -> GroupTokens | str:
+    """Cut a shared prompt where its shortest common prefix with any whole ends, prompts of their own each with its own."""
+    own = prompts if len(prompts) > 1 else prompts * len(wholes)
+    cuts = [first_difference(prompt, whole) for prompt, whole in zip(own, wholes, strict=True)]
+    if len(prompts) == 1:
+        cuts = [min(cuts)] * len(wholes)
+    tokens = GroupTokens(
+        prompts=tuple(prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=False)),
+        responses=tuple(whole[cut:] for whole, cut in zip(wholes, cuts, strict=True)),
+        moved_boundary=any(cut < len(prompt) for prompt, cut in zip(prompts, cuts, strict=False)),
+    )
+    if not all(tokens.responses):
         return EMPTY
-    sides = pair.sides()
-    return IDENTICAL if sides[0] == sides[1] else pair
+    if _all_same(tokens.sides()):
+        return IDENTICAL if len(wholes) == 2 else IDENTICAL_LIST
+    return tokens
+
+
+def _all_same(sides: Sequence[tuple[list[int], list[int]]]) -> bool:
+    return len(sides) > 1 and all(side == sides[0] for side in sides)
 
 
 def truncate(
-    pair: PairTokens, max_length: int | None, truncation: str, num_protected: Sequence[int] = (1,)
-) -> PairTokens | str:
-    """Cut a pair to `max_length` tokens a sequence; a string is the reason why it is dropped.
+    tokens: GroupTokens, max_length: int | None, truncation: str, num_protected: Sequence[int] = (1,)
+) -> GroupTokens | str:
+    """Cut a group to `max_length` tokens a sequence; a string is the reason why it is dropped.
 
     Every prompt that is returned has at least one token: where none is left, the first completion token takes its
     place, as nothing predicts it (TRL shifts it out of the mask).
 
     Args:
-        pair: what `tokenise_rows` returned.
+        tokens: what `tokenise_rows` returned.
         max_length: the most tokens of prompt and completion together; None for no limit.
         truncation: "prompt_left" cuts the beginning of the prompt, then the ends of the completions; "keep_start" and
             "keep_end" cut the whole sequence as TRL does.
         num_protected: with "prompt_left", tokens at the end of each prompt (its last user turn) that are kept before
             the completions' ends are, up to half of `max_length`.
     """
-    sides = pair.sides()
+    sides = tokens.sides()
     longest = max(len(prompt) + len(response) for prompt, response in sides)
     truncated = max_length is not None and longest > max_length
     if truncated:
         assert max_length is not None
         if truncation == "prompt_left":
-            sides = _cut_prompt_left(pair, max_length, num_protected)
+            sides = _cut_prompt_left(tokens, max_length, num_protected)
         elif truncation == "keep_start":
             sides = [(prompt[:max_length], response[: max(max_length - len(prompt), 0)]) for prompt, response in sides]
         else:
             sides = [_cut_keep_end(prompt, response, max_length) for prompt, response in sides]
     if not all(response for _, response in sides):
         return TRUNCATED_AWAY
-    if sides[0] == sides[1]:
+    if _all_same(sides):
         return IDENTICAL_TRUNCATED
     sides = [(prompt, response) if prompt else (response[:1], response[1:]) for prompt, response in sides]
     if not all(response for _, response in sides):
         return TRUNCATED_AWAY
-    (prompt, chosen), (other, rejected) = sides
-    prompts = (prompt,) if prompt == other else (prompt, other)
-    return replace(pair, prompts=prompts, responses=(chosen, rejected), truncated=truncated)
+    prompts, responses = zip(*sides, strict=True)
+    if all(prompt == prompts[0] for prompt in prompts):
+        prompts = prompts[:1]
+    return replace(tokens, prompts=prompts, responses=responses, truncated=truncated)
 
 
 def _cut_keep_end(prompt: list[int], response: list[int], max_length: int) -> tuple[list[int], list[int]]:
@@ -194,12 +198,14 @@ def _cut_keep_end(prompt: list[int], response: list[int], max_length: int) -> tu
     return prompt[excess:], response[max(excess - len(prompt), 0) :]
 
 
-def _cut_prompt_left(pair: PairTokens, max_length: int, num_protected: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _cut_prompt_left(
+    tokens: GroupTokens, max_length: int, num_protected: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """One cut for a shared prompt, so that it stays shared; each side its own where the prompts differ."""
-    sides = pair.sides()
-    if len(pair.prompts) == 1:
-        longest = max(len(response) for response in pair.responses)
-        num_kept = [_num_prompt_kept(len(pair.prompts[0]), longest, max_length, num_protected[0])] * 2
+    sides = tokens.sides()
+    if len(tokens.prompts) == 1:
+        longest = max(len(response) for response in tokens.responses)
+        num_kept = [_num_prompt_kept(len(tokens.prompts[0]), longest, max_length, num_protected[0])] * len(sides)
     else:
         num_kept = [
             _num_prompt_kept(len(prompt), len(response), max_length, num_protected[min(i, len(num_protected) - 1)])
@@ -216,14 +222,13 @@ def _num_prompt_kept(num_prompt: int, num_response: int, max_length: int, num_pr
     return min(num_prompt, max(max_length - num_response, protected))
 
 
-def last_turn_lengths(row: PreferenceRow, pair: PairTokens, tokenizer: Any, location: str) -> list[int]:
+def last_turn_lengths(row: Row, tokens: GroupTokens, tokenizer: Any, location: str) -> list[int]:
     """Tokens at the end of each prompt that are its last user turn; 1 where the row shows no turns."""
-    prompts = [row.prompt, row.rejected_prompt][: len(pair.prompts)]
     lengths = []
-    for prompt, prompt_ids in zip(prompts, pair.prompts, strict=True):
+    for prompt, prompt_ids in zip(row.prompts, tokens.prompts, strict=True):
         ids: list[int] = []
         if isinstance(prompt, list):
-            ids = templates.last_turn_ids(tokenizer, prompt, location, **row.template_kwargs)
+            ids = templates.last_turn_ids(tokenizer, prompt, location, row.template_kwargs)
         elif isinstance(prompt, str) and _LAST_TURN in prompt:
             ids = tokenizer(prompt[prompt.rindex(_LAST_TURN) :], add_special_tokens=False)["input_ids"]
         lengths.append(max(1, first_difference(ids[::-1], prompt_ids[::-1])))

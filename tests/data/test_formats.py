@@ -1,4 +1,4 @@
-"""Every supported row format ends as the same PreferenceRow; everything else is refused with its location."""
+"""Every supported row format ends as the same Row; everything else is refused with its location."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.formats import PreferenceRow, recognise
+from megadpo.data.formats import Row, recognise
 from megadpo.errors import UserError
 
 USER = {"role": "user", "content": "Colour of the sky?"}
 BLUE, GREEN = ({"role": "assistant", "content": text} for text in ("Blue.", "Green."))
-CONVERSATION = PreferenceRow([USER], [BLUE], [GREEN], conversational=True)
+CONVERSATION = Row(([USER],), ([BLUE], [GREEN]), conversational=True)
 
 
 def test_explicit_text() -> None:
     row = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green.", "score": 3}
-    assert recognise(row, "f:1") == PreferenceRow("Sky?", " Blue.", " Green.", conversational=False)
+    assert recognise(row, "f:1") == Row(("Sky?",), (" Blue.", " Green."), conversational=False)
 
 
 @pytest.mark.parametrize(
@@ -50,38 +50,38 @@ def test_a_sharegpt_system_column_and_turn_become_a_system_message() -> None:
     turns = [{"from": "human", "value": "Hi"}]
     sides = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
     expected = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    assert recognise({"conversations": turns, "system": "Be kind.", **sides}, "f:1").prompt == expected
+    assert recognise({"conversations": turns, "system": "Be kind.", **sides}, "f:1").prompts == (expected,)
     turns = [{"from": "system", "value": "Be kind."}, *turns]
-    assert recognise({"conversations": turns, "system": "", **sides}, "f:1").prompt == expected
+    assert recognise({"conversations": turns, "system": "", **sides}, "f:1").prompts == (expected,)
 
 
 def test_raw_hh_rlhf_text_is_split_after_the_last_assistant_mark() -> None:
     prompt = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Sky?\n\nAssistant:"
     row = recognise({"chosen": prompt + " It is blue.", "rejected": prompt + " It is green."}, "f:1")
-    assert row == PreferenceRow(prompt, " It is blue.", " It is green.", conversational=False)
+    assert row == Row((prompt,), (" It is blue.", " It is green."), conversational=False)
 
 
 def test_raw_hh_rlhf_text_with_differing_prompts_keeps_both() -> None:
     one, other = "\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Sky?\n\nAssistant:"
     row = recognise({"chosen": one + " Yes.", "rejected": other + " Blue."}, "f:1")
-    assert row == PreferenceRow(one, " Yes.", " Blue.", conversational=False, rejected_prompt=other)
+    assert row == Row((one, other), (" Yes.", " Blue."), conversational=False)
 
 
 def test_real_hh_rows_put_together_again_are_the_rows(hh_rows: list[dict[str, str]]) -> None:
     num_unshared = 0
     for number, raw in enumerate(hh_rows):
         row = recognise(raw, f"f:{number}")
-        assert row.prompt.endswith("\n\nAssistant:") and "\n\nAssistant:" not in row.chosen + row.rejected
-        other = row.prompt if row.rejected_prompt is None else row.rejected_prompt
-        assert (row.prompt + row.chosen, other + row.rejected) == (raw["chosen"], raw["rejected"])
-        num_unshared += row.rejected_prompt is not None
+        chosen, rejected = row.completions
+        assert row.prompts[0].endswith("\n\nAssistant:") and "\n\nAssistant:" not in chosen + rejected
+        assert (row.prompts[0] + chosen, row.prompts[-1] + rejected) == (raw["chosen"], raw["rejected"])
+        num_unshared += len(row.prompts) == 2
     assert num_unshared == 5
 
 
 def test_conversations_that_share_no_message_keep_two_prompts() -> None:
     hello = {"role": "user", "content": "Hello"}
     row = recognise({"chosen": [USER, BLUE], "rejected": [hello, GREEN]}, "f:1")
-    assert row == PreferenceRow([USER], [BLUE], [GREEN], True, rejected_prompt=[hello])
+    assert row == Row(([USER], [hello]), ([BLUE], [GREEN]), True)
 
 
 @settings(deadline=None)
@@ -92,9 +92,9 @@ def test_implicit_text_is_split_as_trl_splits_it(chosen: str, rejected: str) -> 
     expected = extract_prompt({"chosen": chosen, "rejected": rejected})
     row = recognise({"chosen": chosen, "rejected": rejected}, "f:1")
     if chosen[0] == rejected[0]:  # where nothing is common TRL looks at the last character
-        assert {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} == expected
+        assert dict(zip(("prompt", "chosen", "rejected"), (*row.prompts, *row.completions), strict=True)) == expected
     else:
-        assert (row.prompt, row.chosen, row.rejected) == ("", chosen, rejected)
+        assert (row.prompts, row.completions) == (("",), (chosen, rejected))
 
 
 def test_tools_and_template_arguments_are_passed_on() -> None:
@@ -110,7 +110,7 @@ def test_tools_and_template_arguments_are_passed_on() -> None:
         ({"prompt": "a", "chosen": "b", "text": "c"}, "f:9: the row lacks `rejected`; it has prompt, chosen, text"),
         (
             {"messages": [USER, BLUE], "label": True},
-            "f:9: the row lacks `chosen` and `rejected`; it has messages, label",
+            "f:9: the row is one labelled answer; a pair loss needs `chosen` and `rejected`; kto, bco and",
         ),
         ({"chosen": "a", "rejected": None}, "f:9: the row lacks `rejected`"),
         ({"chosen": 1, "rejected": "b"}, "f:9: `chosen` must be text or a list of messages, it is int"),
@@ -129,7 +129,7 @@ def test_tools_and_template_arguments_are_passed_on() -> None:
         ({"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "tools": "{"}, "f:9: `tools` is no valid JSON"),
         (
             {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "chat_template_kwargs": {"tokenize": False}},
-            "f:9: chat_template_kwargs may not set 'tokenize'",
+            "f:9: `chat_template_kwargs` may not set 'tokenize'",
         ),
     ],
 )
@@ -140,10 +140,10 @@ def test_rows_without_what_is_needed_are_refused_with_their_location(row: dict[s
 
 
 def test_empty_and_identical_pairs_are_seen_in_both_forms() -> None:
-    def read(chosen: Any, rejected: Any) -> PreferenceRow:
-        return recognise({"prompt": "p", "chosen": chosen, "rejected": rejected}, "f:1")
+    def reason(chosen: Any, rejected: Any) -> str | None:
+        return recognise({"prompt": "p", "chosen": chosen, "rejected": rejected}, "f:1").reason_to_drop()
 
-    assert read(" \n", "b").has_empty_completion and read([BLUE], [GREEN | {"content": " "}]).has_empty_completion
+    assert reason(" \n", "b") == reason([BLUE], [GREEN | {"content": " "}]) == "empty completion"
     called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
-    assert not read(called, [GREEN]).has_empty_completion
-    assert read("a", "a").is_identical and read([BLUE], [BLUE]).is_identical and not read("a", "b").is_identical
+    assert reason(called, [GREEN]) is None
+    assert reason("a", "a") == reason([BLUE], [BLUE]) == "identical chosen and rejected" and reason("a", "b") is None

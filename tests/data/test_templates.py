@@ -9,16 +9,16 @@ import pytest
 
 from megadpo.data.formats import recognise
 from megadpo.data.templates import read_template
-from megadpo.data.tokenise import PairTokens, load_tokenizer, tokenise_rows
+from megadpo.data.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 from tests.data.conftest import CHATML
 
 ROW = {"prompt": [{"role": "user", "content": "Colour of the sky?"}], "chosen": "Blue.", "rejected": "Green."}
 
 
-def tokenise(tokenizer: Any, row: dict[str, Any] = ROW) -> PairTokens:
+def tokenise(tokenizer: Any, row: dict[str, Any] = ROW) -> GroupTokens:
     (pair,) = tokenise_rows([("f.jsonl:3", recognise(row, "f.jsonl:3"))], tokenizer)
-    assert isinstance(pair, PairTokens)
+    assert isinstance(pair, GroupTokens)
     return pair
 
 

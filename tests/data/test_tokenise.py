@@ -13,7 +13,7 @@ from megadpo.data.tokenise import (
     IDENTICAL,
     IDENTICAL_TRUNCATED,
     TRUNCATED_AWAY,
-    PairTokens,
+    GroupTokens,
     last_turn_lengths,
     load_tokenizer,
     tokenise_rows,
@@ -44,14 +44,14 @@ def split_hh(row: dict[str, str]) -> dict[str, str] | None:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def ours(rows: list[dict[str, Any]], tokenizer: Any) -> list[PairTokens | str]:
+def ours(rows: list[dict[str, Any]], tokenizer: Any) -> list[GroupTokens | str]:
     return tokenise_rows([(f"row {i}", recognise(row, f"row {i}")) for i, row in enumerate(rows)], tokenizer)
 
 
-def assert_equal_to_trl(pairs: list[PairTokens | str], expected: list[dict[str, list[int]]]) -> None:
+def assert_equal_to_trl(pairs: list[GroupTokens | str], expected: list[dict[str, list[int]]]) -> None:
     assert len(pairs) == len(expected)
     for pair, row in zip(pairs, expected, strict=True):
-        assert isinstance(pair, PairTokens)
+        assert isinstance(pair, GroupTokens)
         assert pair.prompts == (row["prompt_ids"],)
         assert pair.responses == (row["chosen_ids"], row["rejected_ids"])
 
@@ -164,7 +164,7 @@ def test_differing_prompts_are_kept_as_two(bpe_dir: str) -> None:
     chosen = "\n\nHuman: Hello there\n\nAssistant: Good day."
     rejected = "\n\nHuman: Hello you\n\nAssistant: Good day."
     (pair,) = ours([{"chosen": chosen, "rejected": rejected}], tokenizer)
-    assert isinstance(pair, PairTokens) and len(pair.prompts) == 2
+    assert isinstance(pair, GroupTokens) and len(pair.prompts) == 2
     for (prompt, response), text in zip(pair.sides(), (chosen, rejected), strict=True):
         assert tokenizer.decode(prompt) == text[: text.rindex(_MARK) + len(_MARK)]
         assert tokenizer.decode(prompt + response) == text + "</s>"
@@ -180,7 +180,7 @@ def test_identical_pairs_and_empty_completions_are_dropped_with_their_reason(bpe
     ]
     dropped = ours(rows, load_tokenizer(bpe_dir))
     assert dropped[:4] == [IDENTICAL, EMPTY, IDENTICAL, EMPTY]
-    assert isinstance(dropped[4], PairTokens)
+    assert isinstance(dropped[4], GroupTokens)
 
 
 def test_text_without_an_eos_token_is_refused(bpe_dir: str) -> None:
@@ -202,7 +202,7 @@ def test_keep_start_and_keep_end_cut_what_trls_collator_cuts(
     collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)
     num_compared = 0
     for pair in pairs:
-        assert isinstance(pair, PairTokens)
+        assert isinstance(pair, GroupTokens)
         cut = truncate(pair, max_length, mode)
         if isinstance(cut, str):
             assert cut == IDENTICAL_TRUNCATED or (mode == "keep_start" and len(pair.prompts[0]) >= max_length)
@@ -220,26 +220,26 @@ def test_keep_start_and_keep_end_cut_what_trls_collator_cuts(
 
 
 def test_prompt_left_cuts_the_prompts_beginning_first() -> None:
-    pair = PairTokens((list(range(10)),), ([20, 21, 22], [30, 31]))
+    pair = GroupTokens((list(range(10)),), ([20, 21, 22], [30, 31]))
     cut = truncate(pair, 8, "prompt_left")
-    assert cut == PairTokens(([5, 6, 7, 8, 9],), ([20, 21, 22], [30, 31]), truncated=True)
-    swapped = truncate(PairTokens((list(range(10)),), ([30, 31], [20, 21, 22])), 8, "prompt_left")
-    assert swapped == PairTokens(([5, 6, 7, 8, 9],), ([30, 31], [20, 21, 22]), truncated=True)
+    assert cut == GroupTokens(([5, 6, 7, 8, 9],), ([20, 21, 22], [30, 31]), truncated=True)
+    swapped = truncate(GroupTokens((list(range(10)),), ([30, 31], [20, 21, 22])), 8, "prompt_left")
+    assert swapped == GroupTokens(([5, 6, 7, 8, 9],), ([30, 31], [20, 21, 22]), truncated=True)
 
 
 def test_prompt_left_then_cuts_the_completions_ends_and_never_empties_one() -> None:
-    pair = PairTokens(([1, 2, 3],), ([20, 21, 22, 23, 24], [30]))
-    assert truncate(pair, 4, "prompt_left") == PairTokens(([3],), ([20, 21, 22], [30]), truncated=True)
-    assert truncate(pair, 2, "prompt_left") == PairTokens(([3],), ([20], [30]), truncated=True)
+    pair = GroupTokens(([1, 2, 3],), ([20, 21, 22, 23, 24], [30]))
+    assert truncate(pair, 4, "prompt_left") == GroupTokens(([3],), ([20, 21, 22], [30]), truncated=True)
+    assert truncate(pair, 2, "prompt_left") == GroupTokens(([3],), ([20], [30]), truncated=True)
 
 
 def test_prompt_left_keeps_the_last_user_turn_before_the_completions_ends() -> None:
-    pair = PairTokens((list(range(10)),), (list(range(20, 40)), [30]))
+    pair = GroupTokens((list(range(10)),), (list(range(20, 40)), [30]))
     cut = truncate(pair, 12, "prompt_left", num_protected=[4])
-    assert cut == PairTokens(([6, 7, 8, 9],), (list(range(20, 28)), [30]), truncated=True)
+    assert cut == GroupTokens(([6, 7, 8, 9],), (list(range(20, 28)), [30]), truncated=True)
     # No more than half of the sequence is given to it.
     long_turn = truncate(pair, 6, "prompt_left", num_protected=[10])
-    assert long_turn == PairTokens(([7, 8, 9],), ([20, 21, 22], [30]), truncated=True)
+    assert long_turn == GroupTokens(([7, 8, 9],), ([20, 21, 22], [30]), truncated=True)
 
 
 def test_the_last_user_turn_of_text_and_of_messages_is_found_in_the_prompt(bpe_dir: str) -> None:
@@ -255,7 +255,7 @@ def test_the_last_user_turn_of_text_and_of_messages_is_found_in_the_prompt(bpe_d
     for row, turn in rows:
         located = recognise(row, "row")
         (pair,) = tokenise_rows([("row", located)], tokenizer)
-        assert isinstance(pair, PairTokens)
+        assert isinstance(pair, GroupTokens)
         (length,) = last_turn_lengths(located, pair, tokenizer, "row")
         if turn is None:
             assert length == 1
@@ -264,28 +264,28 @@ def test_the_last_user_turn_of_text_and_of_messages_is_found_in_the_prompt(bpe_d
 
 
 def test_differing_prompts_are_cut_each_to_its_own_side() -> None:
-    pair = PairTokens(([1, 2, 3, 4], [5, 6]), ([20, 21], [30, 31, 32]))
+    pair = GroupTokens(([1, 2, 3, 4], [5, 6]), ([20, 21], [30, 31, 32]))
     cut = truncate(pair, 4, "prompt_left")
-    assert cut == PairTokens(([3, 4], [6]), ([20, 21], [30, 31, 32]), truncated=True)
+    assert cut == GroupTokens(([3, 4], [6]), ([20, 21], [30, 31, 32]), truncated=True)
 
 
 def test_a_pair_truncated_away_is_dropped_with_its_reason() -> None:
-    pair = PairTokens(([1, 2, 3, 4],), ([20, 21], [30, 31]))
+    pair = GroupTokens(([1, 2, 3, 4],), ([20, 21], [30, 31]))
     assert truncate(pair, 4, "keep_start") == TRUNCATED_AWAY
-    assert truncate(pair, 5, "keep_start") == PairTokens(([1, 2, 3, 4],), ([20], [30]), truncated=True)
-    same_start = PairTokens(([1],), ([20, 21], [20, 22]))
+    assert truncate(pair, 5, "keep_start") == GroupTokens(([1, 2, 3, 4],), ([20], [30]), truncated=True)
+    same_start = GroupTokens(([1],), ([20, 21], [20, 22]))
     assert truncate(same_start, 2, "keep_start") == IDENTICAL_TRUNCATED
 
 
 def test_a_prompt_without_tokens_takes_the_first_completion_token(bpe_dir: str) -> None:
     """Nothing predicts the first token of a sequence; TRL shifts it out of the mask."""
-    assert truncate(PairTokens(([],), ([7, 8], [7, 9, 9])), None, "keep_end") == PairTokens(([7],), ([8], [9, 9]))
-    assert truncate(PairTokens(([],), ([7, 8], [6, 9])), None, "keep_end") == PairTokens(([7], [6]), ([8], [9]))
-    assert truncate(PairTokens(([],), ([7], [6, 9])), None, "keep_end") == TRUNCATED_AWAY
+    assert truncate(GroupTokens(([],), ([7, 8], [7, 9, 9])), None, "keep_end") == GroupTokens(([7],), ([8], [9, 9]))
+    assert truncate(GroupTokens(([],), ([7, 8], [6, 9])), None, "keep_end") == GroupTokens(([7], [6]), ([8], [9]))
+    assert truncate(GroupTokens(([],), ([7], [6, 9])), None, "keep_end") == TRUNCATED_AWAY
 
 
 def test_nothing_changes_without_a_limit_or_below_it() -> None:
-    pair = PairTokens(([1, 2],), ([20, 21], [30]))
+    pair = GroupTokens(([1, 2],), ([20, 21], [30]))
     for mode in ("prompt_left", "keep_start", "keep_end"):
         assert truncate(pair, None, mode) == pair
         assert truncate(pair, 4, mode) == pair

@@ -94,12 +94,30 @@ class ObjectiveConfig:
     """WPO: each pair's loss is multiplied by how likely the policy finds its two answers (held fixed)."""
     nll_coef: float = 0.0
     """Times the mean negative log-prob of the chosen tokens, added to the loss (TRL's rpo_alpha and cpo_alpha)."""
+    row_weights: bool = False
+    """Each row's loss is multiplied by the row's `weight` (>= 0); metrics other than the loss are not."""
+    margins: bool = False
+    """ODPO, and the margin of reward models: each pair's `margin` (>= 0) is taken off the loss's logits."""
+    soft_labels: bool = False
+    """Each pair's `label_probability` says how likely its chosen answer is the better one."""
     length_penalty: float = 0.0
     """R-DPO: times (chosen length - rejected length), added to the scaled margin."""
     dpop_lambda: float = 0.0
     """Smaug's DPOP: times what the chosen answer has fallen below the reference, taken off the margin."""
     ipo_normalization: str = "mean"
     """`ipo` on per-token scores (`mean`) or summed ones (`sum`)."""
+    bco_running_delta: bool = False
+    """`bco_pair`: rewards are shifted by the running mean of all rewards so far (kept in the checkpoint)."""
+    rpo_eta: float = 1.0
+    """`rpo_*`: scale of the given scores (`chosen_score`, `rejected_score`)."""
+    desirable_weight: float = 1.0
+    """Weight of desirable answers in `kto`, `bco` and `apo_zero_unpaired`."""
+    undesirable_weight: float = 1.0
+    """Weight of undesirable answers in `kto`, `bco` and `apo_zero_unpaired`."""
+    list_weights: str = "uniform"
+    """What each two responses weigh in `all_pairs`: `uniform`, `score` (difference of scores) or `lambda` (LiPO)."""
+    reward_center_coef: float = 0.0
+    """`reward`: times (reward of chosen + reward of rejected)^2, added to the loss: keeps rewards around zero."""
     discopop_tau: float = 0.05
     """Temperature of `discopop`'s mixture."""
     simpo_gamma: float = 0.5

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo import strict
 from megadpo.errors import UserError
-from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, needs_reference
+from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 
 if TYPE_CHECKING:
     from megadpo.config import Config, ObjectiveConfig
@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
     "objective.ipo_normalization": ("mean", "sum"),
+    "objective.list_weights": ("uniform", "score", "lambda"),
     "parallel.engine": ("megatron",),
     "parallel.context_method": ("auto",),
     "parallel.offload": ("none",),
@@ -55,6 +56,9 @@ AT_LEAST: dict[str, int] = {
     "parallel.pipeline": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
+    "objective.desirable_weight": 0,
+    "objective.undesirable_weight": 0,
+    "objective.reward_center_coef": 0,
     "train.steps": 1,
     "train.pairs_per_step": 1,
     "train.tokens_per_micro_batch": 1,
@@ -70,7 +74,7 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 1,
     "logging.every": 1,
 }
-ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "train.epochs", "train.eps")
+ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "objective.rpo_eta", "train.epochs", "train.eps")
 
 
 def check(config: Config) -> None:
@@ -99,7 +103,9 @@ def _check_objective(config: Config) -> None:
         )
     if not all(math.isfinite(weight) for weight in options.weights):
         raise UserError(f"objective.loss_weights must be finite numbers, got {options.loss_weights}")
+    _check_kinds(losses)
     _check_options_are_read(options)
+    _check_kl(config)
     if "custom" in losses and options.module is None:
         raise UserError("objective.loss_type is custom; name its function in objective.module as path.py:function")
     if "exo_pair" in losses and options.label_smoothing == 0:
@@ -113,6 +119,31 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {config.reference.mode}; "
             "set reference.mode to none"
+        )
+
+
+def _check_kinds(losses: list[str]) -> None:
+    """The losses read the same kind of rows, and the same head."""
+    kinds = kinds_of(losses)
+    if len(kinds) > 1:
+        raise UserError(
+            f"objective.loss_type: {', '.join(losses)} read different rows ({' and '.join(kinds)}); "
+            "name losses that read the same, they cannot be added up otherwise"
+        )
+    if has_reward_head(losses) and len(losses) > 1:
+        raise UserError("objective.loss_type: reward trains a scalar head and stands alone; remove the other losses")
+
+
+def _check_kl(config: Config) -> None:
+    """KTO's KL needs other rows' answers and the reference at hand."""
+    if not measures_kl(config.objective.loss_types):
+        return
+    if config.train.pairs_per_step < 2:
+        raise UserError("train.pairs_per_step is 1, but kto compares each prompt with another row's answer; set 2 or more")
+    if config.reference.mode == "precomputed":
+        raise UserError(
+            "reference.mode is precomputed, but kto needs the reference for each step's mismatched prompts and answers, "
+            "which cannot be known ahead; use resident"
         )
 
 
@@ -130,7 +161,8 @@ def _check_options_are_read(options: ObjectiveConfig) -> None:
     for option, allowed, is_set in (
         ("f_divergence", "divergences", options.f_divergence != "reverse_kl"),
         ("wpo", "weighting", options.wpo),
-        ("ld_alpha", "needs_reference", options.ld_alpha is not None),
+        ("ld_alpha", "lengths_weighted", options.ld_alpha is not None),
+        ("nll_coef", "nll_term", options.nll_coef != 0),
     ):
         # sft reads none of them: it may stand beside a loss that does, but not alone.
         wrong = [name for name in losses if not getattr(SPECS[name], allowed) and (name != "sft" or len(losses) == 1)]

@@ -30,7 +30,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         UserError: whatever cannot work, before anything is written.
     """
     layout = choose_layout(config.parallel, world_size())
-    files = open_model(model, "--model")
+    files = open_model(model, "--model", config)
     check_layout(layout, files.config)
     path = Path(out)
     if path.is_dir():
@@ -45,8 +45,8 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         stage = frozen_stage(files.config, layout, resolve_dtype(config.model.dtype), files.source)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         lines = _open(partial) if rank() == 0 else None
-        for numbers, logps_GK in response_logps(stage, packing):
-            for number, logps_K in zip(numbers, logps_GK.tolist(), strict=True):
+        for numbers, logps_R in response_logps(stage, packing):
+            for number, logps_K in zip(numbers, logps_R.reshape(-1, 2).tolist(), strict=True):
                 if lines is not None:
                     lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
         if lines is not None:

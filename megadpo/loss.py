@@ -1,18 +1,20 @@
 """Between forward and backward: the objective on the responses of a global batch, its gradient and its metrics.
 
-Most objectives are sums over pairs: each micro-batch is evaluated by itself, with normalisers that are known from the data.
+Most objectives are sums over groups: each micro-batch is evaluated by itself, with normalisers that are known from the data.
 
-Where pairs depend on each other there are two phases. A forward-only pass gives the statistics of this replica's
+Where groups depend on each other there are two phases. A forward-only pass gives the statistics of this replica's
 responses; a few numbers a response are gathered over the replicas; autograd of the pure objective on the whole batch
 gives d loss / d statistic of every response. The second pass goes forward and backward with these held fixed, which
-makes any objective of per-response statistics exact in any layout. It costs one more forward.
+makes any objective of per-response statistics exact in any layout. It costs one more forward. KTO needs a single number
+of the batch, its KL: a forward-only pass of its mismatched answers alone, under policy and reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,13 +22,16 @@ from torch import Tensor
 
 from megadpo.config import ObjectiveConfig
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.pack import IntArray
+from megadpo.data.packing import Packing
 from megadpo.metrics import collect
-from megadpo.objectives.evaluate import Evaluated, evaluate
-from megadpo.objectives.specs import couples_batch
-from megadpo.objectives.statistics import ResponseStatistics, pair_statistics
+from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
+from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
+from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.engine import Engine, ResponseGradient
 from megadpo.platform.device import compute_device
+from megadpo.reference import Reference
 
 COLUMNS = tuple(item.name for item in fields(ResponseStatistics) if item.name.endswith("_R"))
 
@@ -36,23 +41,51 @@ class Batch:
     """A global batch as this rank has it.
 
     Attributes:
-        num_pairs: of the whole batch.
+        response_offsets_G: int64 [groups of the whole batch + 1], where each group's responses begin among all of them.
         micro_batches: this replica's.
         reference_logps: [R] for each of them (None: no reference); asked for on last stages only.
         totals: sums of metrics, see metrics/collect.py; added to.
+        delta_of: the batch's mean reward -> BCO's delta.
     """
 
     options: ObjectiveConfig
     normalisers: Normalisers
-    num_pairs: int
+    response_offsets_G: Tensor
     micro_batches: Sequence[MicroBatch]
     reference_logps: Sequence[Tensor | None]
     totals: Tensor
+    delta_of: Callable[[float], float]
+
+
+def global_batch(
+    engine: Engine,
+    packing: Packing,
+    reference: Reference,
+    numbers: IntArray,
+    normalisers: Normalisers,
+    options: ObjectiveConfig,
+    delta_of: Callable[[float], float],
+) -> Batch:
+    """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
+
+    Collective.
+    """
+    device, data_rank = compute_device(), parallel_state.get_data_parallel_rank()
+    micro_batches = [micro_batch.to(device) for micro_batch in packing.micro_batches(numbers, data_rank)]
+    totals = collect.empty_vector(device, options)
+    if measures_kl(options.loss_types):
+        mismatched = packing.mismatched(numbers).micro_batches(np.arange(len(numbers)), data_rank)
+        others = [micro_batch.to(device) for micro_batch in mismatched]
+        normalisers = replace(normalisers, kl=mismatch_kl(engine, others, reference(others), len(numbers)))
+        if parallel_state.is_pipeline_last_stage() and data_rank == 0:
+            collect.add_fixed(totals, "kl", normalisers.kl, options)
+    offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
+    return Batch(options, normalisers, offsets_G, micro_batches, reference(micro_batches), totals, delta_of)
 
 
 def response_gradient(batch: Batch, engine: Engine) -> ResponseGradient:
     """What the engine asks on last stages: d loss / d statistic of a micro-batch's responses."""
-    if couples_batch(batch.options.loss_types):
+    if couples_batch(batch.options):
         gradients = evaluate_batch(batch, engine.forward(batch.micro_batches, batch.options.ld_alpha))
         return lambda number, sums_RS: gradients[number]
     return lambda number, sums_RS: _evaluate_one(batch, number, sums_RS)
@@ -65,37 +98,61 @@ def evaluate_batch(batch: Batch, sums: Sequence[Tensor]) -> list[Tensor]:
     """
     if not parallel_state.is_pipeline_last_stage():
         return []
-    if not couples_batch(batch.options.loss_types):
+    if not couples_batch(batch.options):
         return [_evaluate_one(batch, number, sums_RS) for number, sums_RS in enumerate(sums)]
-    statistics = _gather(batch, sums)
-    evaluated = evaluate(statistics, batch.normalisers, batch.options)
-    if parallel_state.get_data_parallel_rank() == 0:  # all replicas have the same: one of them tells
-        _add_metrics(batch, statistics, evaluated)
-    gradient_P2D = evaluated.gradient_RD.view(batch.num_pairs, 2, -1)
-    return [gradient_P2D[list(micro_batch.places)].flatten(0, 1) for micro_batch in batch.micro_batches]
+    statistics, normalisers = _gather(batch, sums), batch.normalisers
+    is_teller = parallel_state.get_data_parallel_rank() == 0  # all replicas have the same: one of them tells
+    if runs_delta(batch.options):
+        mean_reward = responses_of(statistics, batch.options).reward_R.mean()
+        normalisers = replace(normalisers, delta=batch.delta_of(float(mean_reward)))
+        if is_teller:
+            collect.add_fixed(batch.totals, "delta", normalisers.delta, batch.options)
+    evaluated = evaluate(statistics, normalisers, batch.options)
+    if is_teller:
+        batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
+    return [evaluated.gradient_RD[_numbers_in_batch(batch, micro_batch)] for micro_batch in batch.micro_batches]
+
+
+def mismatch_kl(
+    engine: Engine, micro_batches: Sequence[MicroBatch], reference_logps: Sequence[Tensor | None], num_groups: int
+) -> Tensor:
+    """KTO's KL: the mean over `num_groups` mismatched answers of the global batch of log p - log p_reference, at least 0.
+
+    Zero on stages without the head. Collective.
+    """
+    sums = engine.forward(micro_batches)
+    total = torch.zeros((), dtype=torch.float64, device=compute_device())
+    if parallel_state.is_pipeline_last_stage():
+        for sums_RS, reference_R in zip(sums, reference_logps, strict=True):
+            assert reference_R is not None
+            total += (sums_RS[:, 0] - reference_R).sum()
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return (total / num_groups).clamp(min=0)
 
 
 def _evaluate_one(batch: Batch, number: int, sums_RS: Tensor) -> Tensor:
-    statistics = pair_statistics(sums_RS, batch.reference_logps[number], batch.micro_batches[number])
-    evaluated = evaluate(statistics, batch.normalisers, batch.options)
-    _add_metrics(batch, statistics, evaluated)
+    statistics = response_statistics(sums_RS, batch.reference_logps[number], batch.micro_batches[number])
+    evaluated: Evaluated = evaluate(statistics, batch.normalisers, batch.options)
+    batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
     return evaluated.gradient_RD
 
 
-def _add_metrics(batch: Batch, statistics: ResponseStatistics, evaluated: Evaluated) -> None:
-    several = evaluated.term_losses if len(evaluated.term_losses) > 1 else None
-    batch.totals.add_(collect.sum_vector(statistics, evaluated.losses_P, evaluated.rewards_R, several))
-
-
 def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
-    """The statistics of the whole batch in the order of its pairs, the same on every replica."""
-    table_P2C = torch.zeros(batch.num_pairs, 2, len(COLUMNS), dtype=torch.float64, device=compute_device())
+    """The statistics of the whole batch in the order of its groups, the same on every replica."""
+    num_responses = int(batch.response_offsets_G[-1])
+    table_RC = torch.zeros(num_responses, len(COLUMNS), dtype=torch.float64, device=compute_device())
     for sums_RS, reference_R, micro_batch in zip(sums, batch.reference_logps, batch.micro_batches, strict=True):
-        statistics = pair_statistics(sums_RS, reference_R, micro_batch)
+        statistics = response_statistics(sums_RS, reference_R, micro_batch)
         columns_RC = torch.stack([getattr(statistics, name) for name in COLUMNS], dim=-1)
-        table_P2C[list(micro_batch.places)] = columns_RC.view(-1, 2, len(COLUMNS))
-    # Each pair stands on one replica; the others add zeros.
-    dist.all_reduce(table_P2C, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    values = dict(zip(COLUMNS, table_P2C.flatten(0, 1).unbind(dim=-1), strict=True))
-    chosen_P = torch.arange(0, 2 * batch.num_pairs, 2, device=table_P2C.device)
-    return ResponseStatistics(**values, chosen_P=chosen_P, rejected_P=chosen_P + 1)
+        table_RC[_numbers_in_batch(batch, micro_batch)] = columns_RC
+    # Each response stands on one replica; the others add zeros.
+    dist.all_reduce(table_RC, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    values = dict(zip(COLUMNS, table_RC.unbind(dim=-1), strict=True))
+    return ResponseStatistics(**values, first_G=batch.response_offsets_G[:-1].to(table_RC.device))
+
+
+def _numbers_in_batch(batch: Batch, micro_batch: MicroBatch) -> Tensor:
+    """int64 [R]: the number in the whole batch of each response of a micro-batch."""
+    offsets_G = batch.response_offsets_G[list(micro_batch.places)].to(micro_batch.group_R.device)
+    within_R = torch.arange(micro_batch.num_responses, device=offsets_G.device) - micro_batch.first_G[micro_batch.group_R]
+    return offsets_G[micro_batch.group_R] + within_R

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.config import Config
 from megadpo.data.loader import Batches
@@ -18,7 +19,7 @@ from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource, check_tensors
 from megadpo.objectives.custom import load_custom
-from megadpo.objectives.specs import scores_prompt
+from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
@@ -31,12 +32,14 @@ class ModelFiles:
 
     Attributes:
         huggingface: the directory with config.json and the tokenizer.
+        has_new_head: whether its scalar head is drawn anew.
     """
 
     path: str
     huggingface: Path
     config: Any
     source: TensorSource
+    has_new_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ def prepare(config: Config) -> Plan:
     if config.objective.module is not None:
         load_custom(config.objective.module)
     layout = choose_layout(config.parallel, world_size())
-    policy = open_model(config.model.path, "model.path")
+    policy = open_model(config.model.path, "model.path", config)
     reference = policy
     if config.reference.path not in (None, config.model.path):
         assert config.reference.path is not None
-        reference = open_model(config.reference.path, "reference.path")
+        reference = open_model(config.reference.path, "reference.path", config)
         _check_same_vocabulary(policy, reference)
         check_layout(layout, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
@@ -116,17 +119,24 @@ def prepare(config: Config) -> Plan:
     )
 
 
-def open_model(path: str, setting: str) -> ModelFiles:
+def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     """Open a Hugging Face model directory or one of our checkpoints, and check that every tensor is there.
+
+    Args:
+        config: says which head the objective trains, and the seed of a new one.
 
     Raises:
         UserError: naming `setting`, the file or tensor, and what is wrong.
     """
     if not Path(path).is_dir():
         raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
-    config, source = read_hf_config(path), open_weights(path)
-    check_tensors(config, source)
-    return ModelFiles(path, hf_directory(path), config, source)
+    hf_config, source, directory = read_hf_config(path), open_weights(path), hf_directory(path)
+    check_tensors(hf_config, source)
+    if not has_reward_head(config.objective.loss_types):
+        refuse_reward_model(hf_config, f"{setting}: {path}")
+        return ModelFiles(path, directory, hf_config, source)
+    model = as_reward_model(hf_config, source, directory, config.train.seed)
+    return ModelFiles(path, directory, model.config, model.source, model.has_new_head)
 
 
 def data_packing(
@@ -141,6 +151,7 @@ def data_packing(
         num_data_parallel=layout.data,
         multiple_of=layout.tensor if layout.sequence else 1,
         hidden_size=hidden_size,
+        max_length=config.data.max_length,
         score_prompts=scores_prompt(config.objective.loss_types),
     )
 
@@ -168,11 +179,13 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
 ) -> Packing:
-    prepared = prepare_groups(config.data, sources, str(model.huggingface))
+    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if which == "eval" and config.eval.pairs is not None:
-        groups = first_groups(groups, config.eval.pairs)
+        groups = groups.first(config.eval.pairs)
+    if measures_kl(config.objective.loss_types):
+        _check_mismatched_fit(config, groups)
     reports[which] = prepared.report
     return data_packing(
         config,
@@ -184,9 +197,16 @@ def _packing(
     )
 
 
-def first_groups(groups: GroupStore, count: int) -> GroupStore:
-    """The first `count` groups of a store."""
-    return GroupStore.of(groups[number] for number in range(min(count, len(groups))))
+def _check_mismatched_fit(config: Config, groups: GroupStore) -> None:
+    """KTO puts any prompt before any answer: what that can come to must fit, so that its KL never depends on packing."""
+    longest = groups.longest_mismatch()
+    if config.data.max_length is not None:
+        longest = min(longest, config.data.max_length)
+    if longest > config.train.tokens_per_micro_batch:
+        raise UserError(
+            f"train.tokens_per_micro_batch is {config.train.tokens_per_micro_batch}, but kto may put a prompt before "
+            f"another row's answer, {longest} tokens together; raise it or lower data.max_length"
+        )
 
 
 def _check_resume(checkpoint: Path, groups: GroupStore, num_steps: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.packing import Packing
 from megadpo.data.prepare import cache_root
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
@@ -33,7 +34,7 @@ from megadpo.score import response_logps
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 """Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], 
     larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config.hidden_size)
     ld_alpha = config.objective.ld_alpha
     key = cache_key(model_digest(plan.reference), packing.groups.digest, plan.dtype, ld_alpha)
-    logps_GK, from_cache = cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
-    say(f"reference log-probs of {len(packing.groups):,} pairs {'read from the cache' if from_cache else 'computed'}")
-    return precomputed(logps_GK)
+    logps_R, from_cache = cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
+    say(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
+    return precomputed(logps_R, packing.groups)
 
 
 def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource) -> Stage:
@@ -104,13 +105,13 @@ def resident(stage: Stage, ld_alpha: float | None = None) -> Reference:
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.model, micro_batches, ld_alpha)]
 
 
-def precomputed(logps_GK: np.ndarray) -> Reference:
-    """A reference that looks up what was computed before; `logps_GK` by group number and response."""
-    table_GK = torch.from_numpy(logps_GK).to(compute_device())
+def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:
+    """A reference that looks up what was computed before; `logps_R` has every response of `groups`, in order."""
+    table_R = torch.from_numpy(logps_R).to(compute_device())
 
     def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        rows = [torch.tensor(mb.rows, dtype=torch.int64, device=table_GK.device) for mb in micro_batches]
-        return [table_GK[numbers].flatten() for numbers in rows]
+        numbers = [torch.from_numpy(groups.responses_of(micro_batch.rows)) for micro_batch in micro_batches]
+        return [table_R[numbers_R.to(table_R.device)] for numbers_R in numbers]
 
     return look_up
 
@@ -139,7 +140,7 @@ def cache_key(model_digest: str, groups_digest: str, dtype: torch.dtype, ld_alph
 def cached_logps(
     directory: Path, key: str, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
 ) -> tuple[np.ndarray, bool]:
-    """Reference log-probs [G, K] of all groups of `packing` from the cache, or computed and cached; collective.
+    """Reference log-probs [R] of all responses of `packing` from the cache, or computed and cached; collective.
 
     Rank 0 reads and writes the cache; the values reach the others over the process group.
 
@@ -150,31 +151,32 @@ def cached_logps(
         The log-probs, and whether they came from the cache.
     """
     path = directory / "reference" / f"{key}.safetensors"
-    logps_GK = np.zeros((len(packing.groups), len(packing.groups[0].responses)))
+    logps_R = np.zeros(packing.groups.num_responses)
     found = torch.zeros((), dtype=torch.int64, device=compute_device())
     if dist.get_rank() == 0 and path.is_file():
-        logps_GK = _read(path, logps_GK.shape)
+        logps_R = _read(path, logps_R.shape)
         found += 1
     dist.broadcast(found, 0)
     if found:
-        shared = torch.from_numpy(logps_GK).to(compute_device())
+        shared = torch.from_numpy(logps_R).to(compute_device())
         dist.broadcast(shared, 0)
         return shared.cpu().numpy(), True
     for numbers, values in response_logps(build(), packing, ld_alpha):
-        logps_GK[numbers.start : numbers.stop] = values
+        first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
+        logps_R[first:end] = values
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logps_GK": logps_GK}, partial)
+        save_file({"logps_R": logps_R}, partial)
         partial.replace(path)
-    return logps_GK, False
+    return logps_R, False
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        logps_GK = load_file(path)["logps_GK"]
+        logps_R = load_file(path)["logps_R"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"the reference cache {path} is damaged ({error}); delete it") from error
-    if logps_GK.shape != shape:
-        raise UserError(f"the reference cache {path} holds {logps_GK.shape} values, not {shape}; delete it")
-    return logps_GK
+    if logps_R.shape != shape:
+        raise UserError(f"the reference cache {path} holds {logps_R.shape} values, not {shape}; delete it")
+    return logps_R

@@ -28,6 +28,8 @@ from megadpo.checkpoint.sharded import (
 )
 from megadpo.model.build import load_weights, stage_shards
 from megadpo.model.families import ParameterShard
+from megadpo.objectives.coupled import RunningMean
+from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
     from megadpo.train import Run
@@ -51,6 +53,7 @@ def save(run: Run, step: int) -> Path:
     else:
         for _ in items:  # takes part in putting each tensor together over the replicas
             pass
+    delta = _last_stage_delta(run)
     manifests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(manifests, manifest)
     if dist.get_rank() == 0:
@@ -59,6 +62,7 @@ def save(run: Run, step: int) -> Path:
             "num_steps": plan.num_steps,
             "num_samples": step * plan.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
+            "delta": delta,
             "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
             "dtype": str(plan.dtype).removeprefix("torch."),
             "data_digest": plan.train.groups.digest,
@@ -71,6 +75,13 @@ def save(run: Run, step: int) -> Path:
             shutil.rmtree(old)
     dist.barrier()
     return directory
+
+
+def _last_stage_delta(run: Run) -> list[float]:
+    """BCO's running mean as [sum, count], of the last stage, which alone sees rewards; on every rank."""
+    delta = torch.tensor([run.delta.total, run.delta.count], dtype=torch.float64, device=compute_device())
+    dist.broadcast(delta, dist.get_world_size() - 1)  # Megatron numbers ranks stage by stage
+    return delta.tolist()
 
 
 def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
@@ -110,6 +121,8 @@ def resume(run: Run) -> int:
         assert run.references.stage is not None
         load_weights(run.references.stage, checkpoint.source("reference"))
     run.num_tokens_seen = int(state["num_tokens"])
+    total, count = state.get("delta", (0.0, 0))
+    run.delta = RunningMean(float(total), int(count))
     run.metrics = dict(state["metrics"])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     return step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import Config
-from megadpo.data.pack import IntArray
-from megadpo.data.packing import Packing
+from megadpo.config import Config, ObjectiveConfig
 from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
+from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
 from megadpo.platform.device import compute_device
@@ -35,10 +34,8 @@ from megadpo.platform.world import joined_world, rank
 from megadpo.prepare import Plan, prepare
 
 if TYPE_CHECKING:
-    from megadpo.loss import Batch
-    from megadpo.objectives.terms import Normalisers
     from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.reference import Reference, References
+    from megadpo.reference import References
 
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
 
@@ -86,6 +83,7 @@ class Run:
     references: References
     callbacks: Callbacks
     sinks: list[Sink] = field(default_factory=list)
+    delta: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
 
@@ -161,12 +159,13 @@ def training_loop(run: Run) -> Metrics:
 
 def training_step(run: Run, step: int) -> Metrics:
     """One optimizer step on one global batch; its metrics, the same on every rank."""
-    from megadpo.loss import response_gradient
+    from megadpo.loss import global_batch, response_gradient
 
-    plan, started = run.plan, time.perf_counter()
+    plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
     numbers = plan.batches.at(step)
-    batch = global_batch(run, plan.train, run.references.train, numbers, normalisers_of(plan.train.groups, numbers))
-    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), plan.config.objective.ld_alpha)
+    normalisers = normalisers_of(plan.train.groups, numbers)
+    batch = global_batch(run.engine, plan.train, run.references.train, numbers, normalisers, objective, run.delta.add)
+    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:
@@ -179,7 +178,7 @@ def training_step(run: Run, step: int) -> Metrics:
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
-        **reduce_metrics(batch.totals, plan.config.objective.terms),
+        **reduce_metrics(batch.totals, objective),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
@@ -191,42 +190,31 @@ def training_step(run: Run, step: int) -> Metrics:
 
 def evaluation(run: Run) -> Metrics:
     """Loss and rewards on the held-out pairs, under names that begin with "eval_"; the same on every rank."""
-    from megadpo.loss import evaluate_batch
+    from megadpo.loss import evaluate_batch, global_batch
 
     plan = run.plan
     assert plan.eval is not None and run.references.eval is not None
     started, num_groups, objective = time.perf_counter(), len(plan.eval.groups), plan.config.objective
-    totals = collect.empty_vector(compute_device(), objective.terms)
+    totals = collect.empty_vector(compute_device(), objective)
     normalisers = normalisers_of(plan.eval.groups, range(num_groups))
     for start in range(0, num_groups, plan.config.train.pairs_per_step):
         numbers = np.arange(start, min(start + plan.config.train.pairs_per_step, num_groups))
-        batch = global_batch(run, plan.eval, run.references.eval, numbers, normalisers)
+        batch = global_batch(
+            run.engine, plan.eval, run.references.eval, numbers, normalisers, objective, lambda reward: run.delta.mean
+        )
         evaluate_batch(batch, run.engine.forward(batch.micro_batches, objective.ld_alpha))
         totals += batch.totals
-    return reduce_metrics(totals, objective.terms, "eval_") | {"eval_seconds": time.perf_counter() - started}
+    return reduce_metrics(totals, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
-def global_batch(run: Run, packing: Packing, reference: Reference, numbers: IntArray, normalisers: Normalisers) -> Batch:
-    """The groups `numbers`, packed for this rank, with the reference's log-probs."""
-    from megatron.core import parallel_state
-
-    from megadpo.loss import Batch
-
-    device, options = compute_device(), run.plan.config.objective
-    packed = packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())
-    micro_batches = [micro_batch.to(device) for micro_batch in packed]
-    totals = collect.empty_vector(device, options.terms)
-    return Batch(options, normalisers, len(numbers), micro_batches, reference(micro_batches), totals)
-
-
-def reduce_metrics(totals: Tensor, terms: Sequence[str], prefix: str = "") -> Metrics:
+def reduce_metrics(totals: Tensor, options: ObjectiveConfig, prefix: str = "") -> Metrics:
     """Metrics of the whole world from each rank's sums: only last stages have any, and of their tensor ranks one counts."""
     from megatron.core import parallel_state
 
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         totals.zero_()
     dist.all_reduce(totals)
-    return collect.reduce(collect.from_vector(totals, terms), prefix)
+    return collect.reduce(totals, options, prefix)
 
 
 def export(run: Run) -> Path:
@@ -257,6 +245,8 @@ def say_plan(plan: Plan) -> None:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
+    if plan.policy.has_new_head:
+        say(f"{plan.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} pairs, {plan.layout}, {plan.dtype} on {device}")
     if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:

@@ -117,8 +117,19 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
     return directory
 
 
-def random_groups(count: int, seed: int = 0, longest: int = 40, vocab_size: int = VOCAB_SIZE) -> list[Group]:
-    """Pairs of random tokens and lengths; every fifth has two prompts."""
+def random_groups(
+    count: int,
+    seed: int = 0,
+    longest: int = 40,
+    vocab_size: int = VOCAB_SIZE,
+    kind: str = "pairs",
+    numbered: bool = False,
+) -> list[Group]:
+    """Groups of random tokens and lengths: pairs, lists of 2 to 4, labelled answers (some with two), or examples.
+
+    Every fifth has a prompt for each response. Pairs have weights, margins, label probabilities and scores only where they
+    are `numbered`.
+    """
     random = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> np.ndarray:
@@ -126,9 +137,19 @@ def random_groups(count: int, seed: int = 0, longest: int = 40, vocab_size: int 
 
     groups = []
     for row in range(count):
-        num_prompts = 2 if row % 5 == 4 else 1
-        prompts = tuple(ids(1, longest) for _ in range(num_prompts))
-        groups.append(Group(prompts, (ids(1, longest // 2), ids(1, longest // 2)), row))
+        size = {"pairs": 2, "lists": 2 + row % 3, "labels": 1 + row % 3 // 2, "examples": 1}[kind]
+        prompts = tuple(ids(1, longest) for _ in range(size if row % 5 == 4 else 1))
+        responses = tuple(ids(1, longest // 2) for _ in range(size))
+        numbers: dict[str, tuple[float, ...]] = {}
+        if kind == "labels":
+            numbers["label"] = (float(row % 2),) if size == 1 else (1.0, 0.0)
+        if kind == "lists" or numbered:
+            numbers["score"] = tuple(1.5 * (size - place) + row % 2 for place in range(size))
+        if numbered:
+            numbers["weight"] = (0.5 + row % 4 / 4,) * size
+            numbers["margin"] = (row % 3 / 2,) * size
+            numbers["label_probability"] = (1 - row % 4 / 10,) * size
+        groups.append(Group(prompts, responses, row, numbers))
     return groups
 
 

@@ -46,7 +46,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "reference": "mode path tokens_per_micro_batch sync_every mixup_alpha",
         "data": "train eval shuffle max_length truncation chat_template share_prompts columns num_workers cache_dir",
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
-        "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha",
+        "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha row_weights margins soft_labels "
+        "bco_running_delta rpo_eta desirable_weight undesirable_weight list_weights reward_center_coef",
         "parallel": "engine tensor sequence pipeline virtual_pipeline context context_method expert expert_tensor "
         "zero_stage offload deepspeed_config",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "

@@ -76,6 +76,12 @@ class MicroBatch:
         """R."""
         return len(self.group_R)
 
+    @property
+    def first_G(self) -> Tensor:
+        """int64, each group's first response."""
+        num_responses_G = torch.bincount(self.group_R, minlength=len(self.rows))
+        return num_responses_G.cumsum(0) - num_responses_G
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megadpo.data.groups import Group
 from megadpo.data.micro_batch import MicroBatch, lay_out
 from megadpo.data.pack import FloatArray, IntArray, check_groups_fit, group_costs, plan_micro_batches
 from megadpo.data.store import GroupStore
@@ -19,6 +20,8 @@ class Packing:
     Attributes:
         num_tokens_G: int64, stream tokens of each group.
         costs_G: float64, work of each group.
+        hidden_size: of the model; weighs attention against the dense layers in the work.
+        max_length: the most tokens of a prompt and an answer.
         score_prompts: whether the log-probs of prompts are read too.
         multiple_of: every stream's length is padded up to a multiple of it.
     """
@@ -30,6 +33,8 @@ class Packing:
     multiple_of: int
     num_tokens_G: IntArray
     costs_G: FloatArray
+    hidden_size: int
+    max_length: int | None = None
     score_prompts: bool = False
 
     def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
@@ -42,6 +47,29 @@ class Packing:
             self.num_tokens_G[chosen], self.costs_G[chosen], self.tokens_per_micro_batch, self.num_data_parallel
         )
         return [self._lay_out(chosen[members].tolist(), members) for members in plan[data_rank]]
+
+    def mismatched(self, numbers: Sequence[int] | IntArray) -> Packing:
+        """A data set of the groups `numbers` in which each prompt stands before the first answer of the one before it.
+
+        The first one gets the last one's answer. What is beyond `max_length` tokens is cut off the answer.
+        A group alone stands as it is.
+        """
+        whole = [self.groups[int(number)] for number in numbers]
+        groups = []
+        for place, group in enumerate(whole):
+            prompt, answer = group.prompts[0], whole[place - 1].responses[0]
+            length = None if self.max_length is None else max(self.max_length - len(prompt), 1)
+            groups.append(Group((prompt,), (answer[:length],), group.row))
+        return prepare_packing(
+            GroupStore.of(groups),
+            share_prompts=self.share_prompts,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            setting="train.tokens_per_micro_batch",
+            num_data_parallel=self.num_data_parallel,
+            multiple_of=self.multiple_of,
+            hidden_size=self.hidden_size,
+            max_length=self.max_length,
+        )
 
     def _lay_out(self, numbers: list[int], places: list[int]) -> MicroBatch:
         groups = [self.groups[i] for i in numbers]
@@ -59,6 +87,7 @@ def prepare_packing(
     num_data_parallel: int,
     multiple_of: int,
     hidden_size: int,
+    max_length: int | None = None,
     score_prompts: bool = False,
 ) -> Packing:
     """Measure every group once.
@@ -67,6 +96,7 @@ def prepare_packing(
         setting: the configuration key of `tokens_per_micro_batch`, for the message.
         score_prompts: whether the log-probs of prompts are read too.
         hidden_size: of the model; weighs attention against the dense layers in the work.
+        max_length: the most tokens of a prompt and an answer, for `mismatched`.
 
     Raises:
         UserError: a group is longer than `tokens_per_micro_batch`.
@@ -75,5 +105,14 @@ def prepare_packing(
     check_groups_fit(num_tokens_G, groups.rows, tokens_per_micro_batch, setting)
     costs_G = group_costs(groups, share_prompts, hidden_size)
     return Packing(
-        groups, share_prompts, tokens_per_micro_batch, num_data_parallel, multiple_of, num_tokens_G, costs_G, score_prompts
+        groups,
+        share_prompts,
+        tokens_per_micro_batch,
+        num_data_parallel,
+        multiple_of,
+        num_tokens_G,
+        costs_G,
+        hidden_size,
+        max_length,
+        score_prompts,
     )

@@ -12,121 +12,117 @@ What is averaged over what (TRL 1.16, `DPOTrainer._compute_loss`):
 TRL takes the last two groups per forward pass and then the plain mean of the passes of a logging window; here they are
 exact over the whole batch, which is the same number where a step is one pass.
 
-Legend of the axis suffixes: R = responses, P = pairs, M = metrics in the order of `METRIC_SLOTS`.
+Of lists, "chosen" is the best response and "rejected" the mean of the others; of labelled answers, the mean over the
+desirable and over the undesirable ones (TRL's KTOTrainer). What an objective has no number for has no metric.
+
+Legend of the axis suffixes: R = responses, G = groups, U = units (see objectives/evaluate.py), M = metrics in the order
+of `slots`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from megadpo.config import ObjectiveConfig
+from megadpo.objectives.evaluate import Evaluated
+from megadpo.objectives.specs import has_reward_head, kind_of, measures_kl, runs_delta
 from megadpo.objectives.statistics import ResponseStatistics
 
-METRIC_SLOTS: tuple[str, ...] = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logits/chosen",
-    "logits/rejected",
-    "entropy",
-    "mean_token_accuracy",
-)
-
-Sums = dict[str, tuple[float, float]]
+_REWARDS = ("rewards/chosen", "rewards/rejected")
+_COMPARED = ("rewards/accuracies", "rewards/margins")
+_TEXT = ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 
 
-def slots(terms: Sequence[str] = ()) -> tuple[str, ...]:
-    """The metrics of an objective of the losses `terms`: of several, each has its own "loss/NAME"."""
-    return METRIC_SLOTS + (tuple(f"loss/{name}" for name in terms) if len(terms) > 1 else ())
+def slots(options: ObjectiveConfig) -> tuple[str, ...]:
+    """The metrics of an objective; of several losses, each has its own "loss/NAME"."""
+    kind = kind_of(options.loss_types)
+    names: tuple[str, ...]
+    if has_reward_head(options.loss_types):
+        names = ("loss", *_REWARDS, *_COMPARED)
+    elif kind == "examples":
+        names = ("loss", *(name for name in _TEXT if not name.endswith("rejected")))
+    else:
+        names = ("loss", *_REWARDS, *(() if kind == "labels" else _COMPARED), *_TEXT)
+    names += ("kl",) * measures_kl(options.loss_types) + ("delta",) * runs_delta(options)
+    return names + (tuple(f"loss/{name}" for name in options.terms) if len(options.terms) > 1 else ())
 
 
-def sum_vector(
-    statistics: ResponseStatistics, losses_P: Tensor, rewards_R: Tensor, terms: Mapping[str, Tensor] | None = None
-) -> Tensor:
-    """Numerators and denominators of all metrics for the pairs at hand, without waiting for the device.
+def sum_vector(statistics: ResponseStatistics, evaluated: Evaluated, options: ObjectiveConfig) -> Tensor:
+    """Numerators and denominators of all metrics for the groups at hand, without waiting for the device.
 
     Args:
         statistics: of the responses of one or more micro-batches; gradients are not followed.
-        losses_P: float, the objective's unweighted loss of each pair.
-        rewards_R: float, the objective's reward of each response (beta times the log-ratio, with a reference).
-
-        terms: each loss's own losses_P, where there are several.
+        evaluated: the objective's value there.
 
     Returns:
-        float64 of shape [2 M], numerators first, on the statistics' device. Vectors of different pairs add up.
-        A pair of weight 0 adds nothing, even if its statistics are not finite.
+        float64 of shape [2 M], numerators first, on the statistics' device. Vectors of different groups add up.
     """
     s = statistics
-    weight_P = s.weight_R[s.chosen_P].detach().double()
+    ones_U = torch.ones_like(evaluated.losses_U)
+    values: dict[str, tuple[Tensor, Tensor]] = {"loss": (evaluated.losses_U, ones_U)}
+    values |= {f"loss/{name}": (term_U, ones_U) for name, term_U in evaluated.term_losses.items()}
+    for side, is_on_side_R, weight_R in _sides(s, kind_of(options.loss_types)):
+        values[f"rewards/{side}"] = (evaluated.rewards_R * weight_R, weight_R)
+        values[f"logps/{side}"] = (s.logps_R * weight_R, weight_R)
+        values[f"logits/{side}"] = (s.mean_logit_R * is_on_side_R, s.num_tokens_R * is_on_side_R)
+        if side == "chosen":
+            values["mean_token_accuracy"] = (s.num_correct_R * is_on_side_R, s.num_tokens_R * is_on_side_R)
+    values["entropy"] = (s.entropy_R, s.num_tokens_R)
+    if "rewards/margins" in slots(options):
+        values |= _compared(s, evaluated.rewards_R)
+    nothing = torch.zeros(1, dtype=torch.float64, device=s.logps_R.device)
+    parts = [values.get(name, (nothing, nothing))[part] for part in (0, 1) for name in slots(options)]
+    return torch.stack([part.detach().double().sum() for part in parts])
 
-    def chosen(values_R: Tensor) -> Tensor:
-        return values_R.detach().double()[s.chosen_P]
 
-    def rejected(values_R: Tensor) -> Tensor:
-        return values_R.detach().double()[s.rejected_P]
+def _sides(s: ResponseStatistics, kind: str) -> list[tuple[str, Tensor, Tensor]]:
+    """(side, 1 for its responses, their weight in a mean over units) of chosen and rejected."""
+    if kind == "labels":
+        return [(side, is_R, is_R) for side, is_R in (("chosen", s.label_R), ("rejected", 1 - s.label_R))]
+    first_R = torch.zeros_like(s.logps_R)
+    first_R[s.first_G] = 1.0
+    others_G = (s.num_responses_G - 1).clamp(min=1)
+    share_R = (1 - first_R) / others_G.repeat_interleave(s.num_responses_G)
+    return [("chosen", first_R, first_R), ("rejected", 1 - first_R, share_R)]
 
-    chosen_reward_P, rejected_reward_P = chosen(rewards_R), rejected(rewards_R)
-    pairs_P = torch.ones_like(weight_P)
-    both_tokens_P = chosen(s.num_tokens_R) + rejected(s.num_tokens_R)
-    values: dict[str, tuple[Tensor, Tensor]] = {
-        "loss": (losses_P.detach().double(), pairs_P),
-        "rewards/chosen": (chosen_reward_P, pairs_P),
-        "rewards/rejected": (rejected_reward_P, pairs_P),
-        "rewards/accuracies": ((chosen_reward_P > rejected_reward_P).double(), pairs_P),
-        "rewards/margins": (chosen_reward_P - rejected_reward_P, pairs_P),
-        "logps/chosen": (chosen(s.logps_R), pairs_P),
-        "logps/rejected": (rejected(s.logps_R), pairs_P),
-        "logits/chosen": (chosen(s.mean_logit_R), chosen(s.num_tokens_R)),
-        "logits/rejected": (rejected(s.mean_logit_R), rejected(s.num_tokens_R)),
-        "entropy": (chosen(s.entropy_R) + rejected(s.entropy_R), both_tokens_P),
-        "mean_token_accuracy": (chosen(s.num_correct_R), chosen(s.num_tokens_R)),
+
+def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Margin of the first response over the mean of the others, and whether it is above all of them."""
+    (_, first_R, _), (_, _, share_R) = _sides(s, "pairs")
+    group_R = torch.arange(len(s.first_G), device=rewards_R.device).repeat_interleave(s.num_responses_G)
+    lowest = torch.full((len(s.first_G),), -torch.inf, dtype=rewards_R.dtype, device=rewards_R.device)
+    others_R = rewards_R.masked_fill(first_R > 0, -torch.inf)
+    best_other_G = lowest.scatter_reduce(0, group_R, others_R, "amax")
+    first_G, ones_G = rewards_R[s.first_G], torch.ones_like(lowest)
+    return {
+        "rewards/accuracies": ((first_G > best_other_G).double(), ones_G),
+        "rewards/margins": (first_G.sum() - (rewards_R * share_R).sum(), ones_G),
     }
-    values |= {f"loss/{name}": (term_P.detach().double(), pairs_P) for name, term_P in (terms or {}).items()}
-    values_2MP = torch.stack([values[name][part] for part in (0, 1) for name in slots(list(terms or {}))])
-    # where, not a product alone: 0 * nan is nan, and filler may hold anything
-    return torch.where(weight_P > 0, values_2MP * weight_P, 0.0).sum(dim=1)
 
 
-def sums(statistics: ResponseStatistics, losses_P: Tensor, rewards_R: Tensor) -> Sums:
-    """`sum_vector` as plain numbers: metric name -> (numerator, denominator)."""
-    return from_vector(sum_vector(statistics, losses_P, rewards_R))
+def add_fixed(totals: Tensor, name: str, value: Tensor | float, options: ObjectiveConfig) -> None:
+    """Add one observation of a scalar of the whole batch ("kl", "delta") to a vector of sums."""
+    names = slots(options)
+    totals[names.index(name)] += value
+    totals[len(names) + names.index(name)] += 1
 
 
-def empty_vector(device: torch.device | str = "cpu", terms: Sequence[str] = ()) -> Tensor:
-    """The vector of no pairs, float64 [2 M]: what a rank without the model's last stage brings to the all-reduce."""
-    return torch.zeros(2 * len(slots(terms)), dtype=torch.float64, device=device)
+def empty_vector(device: torch.device | str, options: ObjectiveConfig) -> Tensor:
+    """The vector of no groups, float64 [2 M]: what a rank without the model's last stage brings to the all-reduce."""
+    return torch.zeros(2 * len(slots(options)), dtype=torch.float64, device=device)
 
 
-def to_vector(totals: Mapping[str, tuple[float, float]]) -> Tensor:
-    """(numerator, denominator) per metric as a float64 vector of shape [2 M], numerators first."""
-    return torch.tensor([totals[name][part] for part in (0, 1) for name in METRIC_SLOTS], dtype=torch.float64)
-
-
-def from_vector(vector: Tensor, terms: Sequence[str] = ()) -> Sums:
-    """The inverse of `to_vector`."""
-    values, names = vector.tolist(), slots(terms)
-    assert len(values) == 2 * len(names)
-    return dict(zip(names, zip(values[: len(names)], values[len(names) :], strict=True), strict=True))
-
-
-def add(left: Mapping[str, tuple[float, float]], right: Mapping[str, tuple[float, float]]) -> Sums:
-    """The sums of two sets of pairs together."""
-    return {name: (left[name][0] + right[name][0], left[name][1] + right[name][1]) for name in METRIC_SLOTS}
-
-
-def reduce(totals: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[str, float]:
-    """The metrics: numerator / denominator, each name behind `prefix` ("eval_" for held-out pairs, as in TRL).
+def reduce(vector: Tensor, options: ObjectiveConfig, prefix: str = "") -> dict[str, float]:
+    """The metrics: numerator / denominator, each name behind `prefix` ("eval_" for held-out rows, as in TRL).
 
     A metric over nothing at all is nan: there is no honest number for it.
     """
-    return {
-        prefix + name: numerator / denominator if denominator else math.nan
-        for name, (numerator, denominator) in totals.items()
-    }
+    values, names = vector.tolist(), slots(options)
+    pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
+    metrics = {name: numerator / denominator if denominator else math.nan for name, numerator, denominator in pairs}
+    if "rewards/rejected" in metrics and "rewards/margins" not in metrics:
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return {prefix + name: value for name, value in metrics.items()}

@@ -1,6 +1,9 @@
-"""Losses in which pairs of the global batch depend on each other: they are evaluated on all of its pairs at once."""
+"""Where units of the global batch depend on each other: losses that are evaluated on all of its pairs at once, and BCO's
+running mean of the rewards."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,3 +22,25 @@ def aot_unpaired(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     """Sorted log-ratios of the chosen answers against those of the rejected ones."""
     chosen_P, rejected_P = (side(pairs.log_ratio_R).sort().values for side in (pairs.chosen, pairs.rejected))
     return smoothed(pairs.options.beta * (chosen_P - rejected_P), pairs.options.label_smoothing)
+
+
+@dataclass
+class RunningMean:
+    """BCO's delta: the mean over steps of the global batch's mean reward, the step at hand included.
+
+    As the RunningMoments of TRL's BCOTrainer, which saw one number a step. Part of the checkpoint.
+    """
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> float:
+        """Take a step's mean reward in; the running mean with it."""
+        self.total += value
+        self.count += 1
+        return self.mean
+
+    @property
+    def mean(self) -> float:
+        """The mean so far; 0 before the first step."""
+        return self.total / self.count if self.count else 0.0

@@ -16,11 +16,12 @@ from torch import Tensor
 from megadpo.objectives.terms import Normalisers, Pairs, smoothed
 
 PairLoss = Callable[[Pairs, Normalisers], Tensor]
+"""One loss a pair."""
 
 
 def sigmoid(pairs: Pairs, normalisers: Normalisers) -> Tensor:
-    """DPO: -log sigmoid(h); with eps, conservative DPO."""
-    return smoothed(pairs.scaled_margin_P, pairs.options.label_smoothing)
+    """DPO: -log sigmoid(h); with eps, conservative DPO; with soft labels, cross-entropy against them."""
+    return smoothed(pairs.scaled_margin_P, pairs.wrong_P)
 
 
 def sigmoid_norm(pairs: Pairs, normalisers: Normalisers) -> Tensor:
@@ -60,9 +61,9 @@ def nca_pair(pairs: Pairs, normalisers: Normalisers) -> Tensor:
 
 
 def bco_pair(pairs: Pairs, normalisers: Normalisers) -> Tensor:
-    """-log sigmoid(b z_c) - log sigmoid(-b z_r): the two sides apart."""
+    """-log sigmoid(b z_c - delta) - log sigmoid(-(b z_r - delta)): the two sides apart; delta 0 unless it runs."""
     chosen, rejected = _rewards(pairs)
-    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+    return -F.logsigmoid(chosen - normalisers.delta) - F.logsigmoid(-(rejected - normalisers.delta))
 
 
 def sppo_hard(pairs: Pairs, normalisers: Normalisers) -> Tensor:
@@ -90,12 +91,39 @@ def discopop(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     return -F.logsigmoid(h) * (1 - mix) + torch.exp(-h) * mix
 
 
-def sft(pairs: Pairs, normalisers: Normalisers) -> Tensor:
-    """Each pair's part of the mean negative log-prob over all chosen completion tokens of the global batch."""
-    share = normalisers.num_pairs / max(1, normalisers.num_chosen_tokens)
-    return -share * pairs.chosen(pairs.statistics.token_logps_R)
+def rpo_bwd_kl(pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    """KL of (sigmoid(h), sigmoid(-h)) from the preference that the given scores imply."""
+    h, given = _margin_and_given(pairs)
+    win = torch.sigmoid(given) * (F.logsigmoid(given) - F.logsigmoid(h))
+    return win + torch.sigmoid(-given) * (F.logsigmoid(-given) - F.logsigmoid(-h))
+
+
+def rpo_fwd_kl(pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    """KL of the preference that the given scores imply from (sigmoid(h), sigmoid(-h))."""
+    h, given = _margin_and_given(pairs)
+    win = torch.sigmoid(h) * (F.logsigmoid(h) - F.logsigmoid(given))
+    return win + torch.sigmoid(-h) * (F.logsigmoid(-h) - F.logsigmoid(-given))
+
+
+def rpo_sq(pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    """(h - eta times the difference of the given scores)^2."""
+    h, given = _margin_and_given(pairs)
+    return (h - given) ** 2
+
+
+def reward(pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    """Bradley-Terry on the scalar head: -log sigmoid(r_c - r_r - margin), and a pull of the rewards' sum to zero."""
+    chosen, rejected = pairs.chosen(pairs.statistics.reward_R), pairs.rejected(pairs.statistics.reward_R)
+    losses_P = smoothed(chosen - rejected - pairs.chosen(pairs.statistics.margin_R), pairs.wrong_P)
+    return losses_P + pairs.options.reward_center_coef * (chosen + rejected) ** 2
 
 
 def _rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    beta = pairs.options.beta
-    return beta * pairs.chosen(pairs.log_ratio_R), beta * pairs.rejected(pairs.log_ratio_R)
+    return pairs.chosen(pairs.reward_R), pairs.rejected(pairs.reward_R)
+
+
+def _margin_and_given(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """h without terms of its own, and eta times the difference of the row's scores."""
+    chosen, rejected = _rewards(pairs)
+    given_R = pairs.options.rpo_eta * pairs.statistics.given_score_R
+    return chosen - rejected, pairs.chosen(given_R) - pairs.rejected(given_R)

@@ -15,14 +15,14 @@ def cpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     """-log sigmoid(beta x), x the difference of summed log-probs (of AlphaPO's rewards of them, with an alpha)."""
     reward_R = alpha_reward(pairs.statistics.token_logps_R, pairs.options.alphapo_alpha)
     x = pairs.chosen(reward_R) - pairs.rejected(reward_R)
-    return smoothed(pairs.options.beta * x, pairs.options.label_smoothing)
+    return smoothed(pairs.options.beta * x, pairs.wrong_P)
 
 
 def simpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     """-log sigmoid(beta x - gamma), x the difference of mean log-probs (or of AlphaPO's rewards of them)."""
     reward_R = alpha_reward(pairs.mean_logp_R, pairs.options.alphapo_alpha)
     x = pairs.chosen(reward_R) - pairs.rejected(reward_R)
-    return smoothed(pairs.options.beta * x - pairs.options.simpo_gamma, pairs.options.label_smoothing)
+    return smoothed(pairs.options.beta * x - pairs.options.simpo_gamma, pairs.wrong_P)
 
 
 def orpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
@@ -30,7 +30,7 @@ def orpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     s = pairs.statistics
     chosen, rejected = pairs.chosen(pairs.mean_logp_R), pairs.rejected(pairs.mean_logp_R)
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    share = normalisers.num_pairs / max(1, normalisers.num_chosen_sequence_tokens)
+    share = normalisers.num_units / max(1, normalisers.num_chosen_sequence_tokens)
     nll_P = -share * pairs.chosen(s.token_logps_R + s.prompt_logps_R)
     return nll_P - pairs.options.beta * F.logsigmoid(log_odds)
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megadpo.data.formats import Reading
+
+if TYPE_CHECKING:
+    from megadpo.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -17,8 +23,13 @@ class Spec:
         options: options of `objective` beyond beta that it reads; any other set to something else than its default
             is refused.
         scores_prompt: whether the log-probs of the prompt's own tokens are needed.
-        couples_batch: whether a pair's loss depends on other pairs of the global batch: then a forward-only pass collects
-            every pair's statistics first.
+        couples_batch: whether a unit's loss depends on others of the global batch: then a forward-only pass collects all
+            statistics first.
+        reads: the kind of rows, see `data.formats.Reading`; "any" stands beside losses of any kind.
+        reads_scores: whether it reads the pairs' given scores.
+        measures_kl: whether it is measured against the KL of mismatched answers (KTO).
+        runs_delta: whether it always shifts rewards by their running mean (BCO).
+        reward_head: whether it trains a scalar head.
     """
 
     paper: str
@@ -28,46 +39,87 @@ class Spec:
     options: frozenset[str] = field(default_factory=frozenset)
     scores_prompt: bool = False
     couples_batch: bool = False
+    reads: str = "pairs"
+    reads_scores: bool = False
+    measures_kl: bool = False
+    runs_delta: bool = False
+    reward_head: bool = False
+
+    @property
+    def lengths_weighted(self) -> bool:
+        """Whether LD-DPO's token weights are defined for it: they compare the two answers of a pair."""
+        return self.needs_reference and self.reads == "pairs"
+
+    @property
+    def nll_term(self) -> bool:
+        """Whether the NLL term can be added: not to itself, and not where there are no log-probs."""
+        return not self.reward_head and self.reads != "any"
 
 
-def _spec(paper: str, *options: str, **changes: bool) -> Spec:
+def _spec(paper: str, *options: str, **changes: Any) -> Spec:
     return Spec(paper, options=frozenset(options), **changes)
 
 
-LOGIT_TERMS = ("length_penalty", "dpop_lambda")
+LOGIT_TERMS = ("length_penalty", "dpop_lambda", "margins")
 """Options that change the scaled margin of a pair before the loss sees it."""
 
+LABEL_WEIGHTS = ("desirable_weight", "undesirable_weight")
+
 SPECS: dict[str, Spec] = {
-    "sigmoid": _spec("DPO, arXiv:2305.18290; cDPO", "label_smoothing", *LOGIT_TERMS, divergences=True),
+    "sigmoid": _spec("DPO, arXiv:2305.18290; cDPO", "label_smoothing", "soft_labels", *LOGIT_TERMS, divergences=True),
     "sigmoid_norm": _spec("length-normalised DPO (Tulu 3, arXiv:2411.15124)", divergences=True),
     "hinge": _spec("SLiC-HF, arXiv:2305.10425", *LOGIT_TERMS, divergences=True),
     "ipo": _spec("IPO, arXiv:2310.12036", "ipo_normalization", divergences=True),
     "exo_pair": _spec("EXO, arXiv:2402.00856, eq. 16", "label_smoothing", *LOGIT_TERMS, divergences=True),
     "robust": _spec("robust DPO, arXiv:2403.00409", "label_smoothing", *LOGIT_TERMS, divergences=True),
     "nca_pair": _spec("NCA, arXiv:2402.05369"),
-    "bco_pair": _spec("BCO, arXiv:2404.04656 (delta 0)"),
+    "bco_pair": _spec("BCO, arXiv:2404.04656", "bco_running_delta"),
     "sppo_hard": _spec("SPPO, arXiv:2405.00675"),
     "aot": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
     "aot_unpaired": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
     "apo_zero": _spec("APO, arXiv:2408.06266, eq. 7"),
     "apo_down": _spec("APO, arXiv:2408.06266, eq. 8"),
     "discopop": _spec("DiscoPOP, arXiv:2406.08414, eq. 5", "discopop_tau", *LOGIT_TERMS, divergences=True),
-    "sft": _spec("supervised fine-tuning on the chosen answers", needs_reference=False),
-    "cpo": _spec("CPO, arXiv:2401.08417", "label_smoothing", "alphapo_alpha", needs_reference=False, weighting=False),
+    "rpo_bwd_kl": _spec("RPO, arXiv:2406.11704, section 3.3.2", "rpo_eta", reads_scores=True),
+    "rpo_fwd_kl": _spec("RPO, forward KL", "rpo_eta", reads_scores=True),
+    "rpo_sq": _spec("RPO, squared distance", "rpo_eta", reads_scores=True),
+    "sft": _spec("supervised fine-tuning", needs_reference=False, weighting=False, reads="any"),
+    "cpo": _spec(
+        "CPO, arXiv:2401.08417", "label_smoothing", "soft_labels", "alphapo_alpha", needs_reference=False, weighting=False
+    ),
     "simpo": _spec(
         "SimPO, arXiv:2405.14734; AlphaPO, arXiv:2501.03884",
         "label_smoothing",
+        "soft_labels",
         "simpo_gamma",
         "alphapo_alpha",
         needs_reference=False,
         weighting=False,
     ),
     "orpo": _spec("ORPO, arXiv:2403.07691", needs_reference=False, weighting=False, scores_prompt=True),
+    "kto": _spec("KTO, arXiv:2402.01306, eq. 7", *LABEL_WEIGHTS, reads="labels", weighting=False, measures_kl=True),
+    "apo_zero_unpaired": _spec("APO, arXiv:2408.06266, unpaired", *LABEL_WEIGHTS, reads="labels", weighting=False),
+    "bco": _spec("BCO, arXiv:2404.04656", *LABEL_WEIGHTS, reads="labels", weighting=False, runs_delta=True),
+    "plackett_luce": _spec("DPO, arXiv:2305.18290, A.3", reads="lists", weighting=False),
+    "all_pairs": _spec("LiPO, arXiv:2402.01878", "list_weights", reads="lists", weighting=False),
+    "best_vs_rest": _spec("S-DPO, arXiv:2406.09215", reads="lists", weighting=False),
+    "reward": _spec(
+        "Bradley-Terry reward model, arXiv:2204.05862",
+        "label_smoothing",
+        "soft_labels",
+        "margins",
+        "reward_center_coef",
+        needs_reference=False,
+        weighting=False,
+        reward_head=True,
+    ),
     "custom": _spec("the user's own function", "module", *LOGIT_TERMS, "label_smoothing", divergences=True),
 }
 """Every `objective.loss_type`."""
 
-GENERAL_OPTIONS = frozenset({"loss_type", "loss_weights", "beta", "nll_coef", "f_divergence", "f_alpha", "ld_alpha", "wpo"})
+GENERAL_OPTIONS = frozenset(
+    {"loss_type", "loss_weights", "beta", "nll_coef", "f_divergence", "f_alpha", "ld_alpha", "wpo", "row_weights"}
+)
 """Options of `objective` that are not one loss's own."""
 
 
@@ -76,9 +128,47 @@ def needs_reference(loss_types: list[str]) -> bool:
     return any(SPECS[name].needs_reference for name in loss_types)
 
 
-def couples_batch(loss_types: list[str]) -> bool:
+def couples_batch(options: ObjectiveConfig) -> bool:
     """Whether any of the losses needs the whole global batch at once."""
-    return any(SPECS[name].couples_batch for name in loss_types)
+    return runs_delta(options) or any(SPECS[name].couples_batch for name in options.loss_types)
+
+
+def runs_delta(options: ObjectiveConfig) -> bool:
+    """Whether rewards are shifted by their running mean."""
+    return options.bco_running_delta or any(SPECS[name].runs_delta for name in options.loss_types)
+
+
+def measures_kl(loss_types: list[str]) -> bool:
+    """Whether any of the losses is measured against the KL of mismatched answers."""
+    return any(SPECS[name].measures_kl for name in loss_types)
+
+
+def has_reward_head(loss_types: list[str]) -> bool:
+    """Whether a scalar head is trained instead of the model's own."""
+    return any(SPECS[name].reward_head for name in loss_types)
+
+
+def kinds_of(loss_types: list[str]) -> list[str]:
+    """The kinds of rows that the losses read: one, where they go together."""
+    kinds = dict.fromkeys(SPECS[name].reads for name in loss_types)
+    return [kind for kind in kinds if kind != "any"] or ["examples"]
+
+
+def kind_of(loss_types: list[str]) -> str:
+    """The kind of rows that the losses of a checked configuration read."""
+    (kind,) = kinds_of(loss_types)
+    return kind
+
+
+def reading_of(options: ObjectiveConfig) -> Reading:
+    """What the rows are and which of their numbers are read."""
+    asked = {
+        "margin": options.margins,
+        "weight": options.row_weights,
+        "label_probability": options.soft_labels,
+        "score": any(SPECS[name].reads_scores for name in options.loss_types),
+    }
+    return Reading(kind_of(options.loss_types), frozenset(name for name, is_asked in asked.items() if is_asked))
 
 
 def scores_prompt(loss_types: list[str]) -> bool:

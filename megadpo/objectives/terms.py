@@ -1,6 +1,6 @@
-"""What the losses are made of: the quantities of a pair, the f-divergence scores, the numerically careful functions.
+"""What the losses are made of: the quantities of responses, pairs and lists, and the numerically careful functions.
 
-Axes: R responses, P pairs.
+Axes: R responses, G groups, P pairs, L lists (both are groups), K places in a list, best first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ class Normalisers:
     """What a loss is divided by: known from the data before the step, the same on every rank.
 
     Attributes:
-        num_pairs: preference pairs in the global batch.
-        num_chosen_tokens: scored completion tokens of all its chosen responses.
+        num_units: what the global batch has losses of: pairs, lists, examples, or single labelled responses.
+        num_chosen_tokens: scored completion tokens of its supervised responses: the chosen, best, desirable or only ones.
         num_chosen_sequence_tokens: the same with the scored prompt tokens, where prompts are scored.
+        kl: KTO's estimate of how far the policy is from the reference, in nats; held fixed.
+        delta: BCO's shift of the rewards, held fixed.
     """
 
-    num_pairs: int
+    num_units: int
     num_chosen_tokens: int = 1
     num_chosen_sequence_tokens: int = 1
+    kl: Tensor | float = 0.0
+    delta: Tensor | float = 0.0
 
 
 def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
@@ -44,26 +48,24 @@ def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.i
     chosen = np.asarray(numbers, np.int64)
     responses, prompts = groups.chosen_lengths(chosen)
     scored = responses - (prompts == 0)
-    return Normalisers(len(chosen), int(scored.sum()), int((scored + np.maximum(prompts - 1, 0)).sum()))
+    num_units = len(chosen)
+    label_R = groups.numbers.get("label")
+    if label_R is not None:
+        offsets_G = groups.response_offsets_G
+        num_units = int((offsets_G[chosen + 1] - offsets_G[chosen]).sum())
+        scored = scored * (label_R[offsets_G[chosen]] > 0)
+    return Normalisers(num_units, int(scored.sum()), int((scored + np.maximum(prompts - 1, 0)).sum()))
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The statistics as the losses read them, pair by pair.
+class Responses:
+    """The statistics as the losses read them, response by response.
 
     Notation as in the papers: z is a response's policy log-prob minus its reference log-prob.
     """
 
     statistics: ResponseStatistics
     options: ObjectiveConfig
-
-    def chosen(self, values_R: Tensor) -> Tensor:
-        """Each pair's chosen value."""
-        return values_R[self.statistics.chosen_P]
-
-    def rejected(self, values_R: Tensor) -> Tensor:
-        """Each pair's rejected value."""
-        return values_R[self.statistics.rejected_P]
 
     @cached_property
     def log_ratio_R(self) -> Tensor:
@@ -74,6 +76,33 @@ class Pairs:
     def score_R(self) -> Tensor:
         """g(z): the log-ratio seen through the f-divergence."""
         return divergence_score(self.log_ratio_R, self.options.f_divergence, self.options.f_alpha)
+
+    @cached_property
+    def reward_R(self) -> Tensor:
+        """beta z: DPO's implicit reward."""
+        return self.options.beta * self.log_ratio_R
+
+    @cached_property
+    def mean_logp_R(self) -> Tensor:
+        """Mean log-prob of every response's scored completion tokens."""
+        return self.statistics.token_logps_R / self.statistics.num_tokens_R.clamp(min=1)
+
+    def per_token(self, values_R: Tensor) -> Tensor:
+        """Values divided by the number of completion tokens."""
+        return values_R / self.statistics.num_completion_tokens_R.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Pairs(Responses):
+    """Two responses a group: the chosen one and the rejected one."""
+
+    def chosen(self, values_R: Tensor) -> Tensor:
+        """Each pair's chosen value."""
+        return values_R[self.statistics.chosen_P]
+
+    def rejected(self, values_R: Tensor) -> Tensor:
+        """Each pair's rejected value."""
+        return values_R[self.statistics.rejected_P]
 
     @cached_property
     def scaled_margin_P(self) -> Tensor:
@@ -88,16 +117,32 @@ class Pairs:
             # R-DPO (arXiv:2403.19159, eq. 9): longer chosen answers are given a head start.
             lengths_R = self.statistics.num_completion_tokens_R
             scaled_P = scaled_P + options.length_penalty * (self.chosen(lengths_R) - self.rejected(lengths_R))
-        return scaled_P
+        # ODPO (arXiv:2402.10571, eq. 8): the better the chosen answer is said to be, the further apart they must come.
+        return scaled_P - self.chosen(self.statistics.margin_R)
 
     @cached_property
-    def mean_logp_R(self) -> Tensor:
-        """Mean log-prob of every response's scored completion tokens."""
-        return self.statistics.token_logps_R / self.statistics.num_tokens_R.clamp(min=1)
+    def wrong_P(self) -> Tensor:
+        """Probability that a pair's label is wrong: the row's own (soft labels), flipped with `label_smoothing`."""
+        right_P, flipped = self.chosen(self.statistics.label_probability_R), self.options.label_smoothing
+        return right_P * flipped + (1 - right_P) * (1 - flipped)
 
-    def per_token(self, values_R: Tensor) -> Tensor:
-        """Values divided by the number of completion tokens."""
-        return values_R / self.statistics.num_completion_tokens_R.clamp(min=1)
+
+@dataclass(frozen=True)
+class Lists(Responses):
+    """Groups of two or more ranked responses, as padded rows."""
+
+    @cached_property
+    def is_there_LK(self) -> Tensor:
+        """bool, where a list has a response."""
+        num_responses_L = self.statistics.num_responses_G
+        places_K = torch.arange(int(num_responses_L.max()) if len(num_responses_L) else 0, device=num_responses_L.device)
+        return places_K < num_responses_L[:, None]
+
+    def rows(self, values_R: Tensor, fill: float = 0.0) -> Tensor:
+        """Values [L, K], `fill` where a list has no response."""
+        places_K = torch.arange(self.is_there_LK.shape[1], device=values_R.device)
+        index_LK = (self.statistics.first_G[:, None] + places_K).clamp(max=max(len(values_R) - 1, 0))
+        return values_R[index_LK].masked_fill(~self.is_there_LK, fill)
 
 
 def divergence_score(log_ratio: Tensor, name: str, alpha: float) -> Tensor:
@@ -115,7 +160,7 @@ def divergence_score(log_ratio: Tensor, name: str, alpha: float) -> Tensor:
     return (torch.exp((power * log_ratio).clamp(max=ALPHA_CLAMP)) - 1) / power
 
 
-def smoothed(logits: Tensor, smoothing: float) -> Tensor:
+def smoothed(logits: Tensor, smoothing: float | Tensor) -> Tensor:
     """-(1 - eps) log sigmoid(x) - eps log sigmoid(-x): the label is right with probability 1 - eps."""
     return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
 

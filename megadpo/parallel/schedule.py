@@ -12,6 +12,7 @@ from torch import Tensor
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.attention import StreamParams
 from megadpo.model.head import LogProbHead
+from megadpo.model.reward_head import RewardHead, reward_sums
 from megadpo.objectives.statistics import response_sums
 from megadpo.parallel.engine import ResponseGradient
 
@@ -21,7 +22,7 @@ def forward_only(model: Any, micro_batches: Sequence[MicroBatch], ld_alpha: floa
     with torch.no_grad():
         outputs = _run(model, micro_batches, lambda number, micro_batch: None, forward_only=True)
         return [
-            response_sums(output, micro_batch, ld_alpha) for output, micro_batch in zip(outputs, micro_batches, strict=False)
+            _sums(model, output, micro_batch, ld_alpha) for output, micro_batch in zip(outputs, micro_batches, strict=False)
         ]
 
 
@@ -35,7 +36,7 @@ def forward_backward(
 
     def surrogate_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
         def surrogate(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            sums_RS = response_sums(output, micro_batch, ld_alpha)
+            sums_RS = _sums(model, output, micro_batch, ld_alpha)
             gradient_RD = response_gradient(number, sums_RS.detach())
             differentiable_RD = sums_RS[:, : gradient_RD.shape[1]]
             return (differentiable_RD * gradient_RD).sum(), torch.zeros((), dtype=torch.int, device=output.device), None
@@ -63,10 +64,20 @@ def _run(model: Any, micro_batches: Sequence[MicroBatch], loss_of: Any, forward_
     )
 
 
+def _sums(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return reward_sums(output, micro_batch)
+    return response_sums(output, micro_batch, ld_alpha)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if hasattr(model, "ddp_config") else model
+
+
 def _stage_forward(model: Any, micro_batch: MicroBatch) -> Tensor:
-    stage = model.module if hasattr(model, "ddp_config") else model
+    stage = _unwrapped(model)
     if stage.post_process:
-        head: LogProbHead = stage.output_layer
+        head: LogProbHead | RewardHead = stage.output_layer
         head.micro_batch = micro_batch
     stream = StreamParams(micro_batch=micro_batch)
     return model(micro_batch.tokens_T[None], micro_batch.positions_T[None], None, packed_seq_params=stream)

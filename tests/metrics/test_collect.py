@@ -11,102 +11,103 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from megadpo.config import ObjectiveConfig
 from megadpo.metrics import collect
+from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.statistics import ResponseStatistics
+from megadpo.objectives.terms import Normalisers
+from tests.objectives.conftest import random_statistics
 
 BETA = 0.3
+DPO = ObjectiveConfig(beta=BETA)
 
 
-def unused(num_responses: int) -> dict[str, torch.Tensor]:
-    """What objectives read and metrics do not."""
-    names = ("token_logps_R", "prompt_logps_R", "log_square_R", "num_completion_tokens_R")
-    return dict.fromkeys(names, torch.zeros(num_responses))
+def metrics_of(statistics: ResponseStatistics, options: ObjectiveConfig = DPO, prefix: str = "") -> dict[str, float]:
+    return collect.reduce(vector_of(statistics, options), options, prefix)
 
 
-def statistics_of(num_pairs: int, seed: int = 0) -> ResponseStatistics:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_R() -> torch.Tensor:
-        return torch.randn(2 * num_pairs, generator=generator)
-
-    return ResponseStatistics(
-        logps_R=random_R().requires_grad_(),
-        reference_logps_R=random_R(),
-        num_tokens_R=torch.randint(1, 9, (2 * num_pairs,), generator=generator).float(),
-        entropy_R=random_R(),
-        num_correct_R=random_R(),
-        mean_logit_R=random_R(),
-        weight_R=torch.ones(2 * num_pairs),
-        chosen_P=torch.arange(0, 2 * num_pairs, 2),
-        rejected_P=torch.arange(1, 2 * num_pairs, 2),
-        **unused(2 * num_pairs),
-    )
+def vector_of(statistics: ResponseStatistics, options: ObjectiveConfig = DPO) -> torch.Tensor:
+    return collect.sum_vector(statistics, evaluate(statistics, Normalisers(5, 100), options), options)
 
 
-def pairs(statistics: ResponseStatistics, numbers: list[int]) -> ResponseStatistics:
-    """The statistics of some pairs alone."""
-    rows = torch.tensor([row for number in numbers for row in (2 * number, 2 * number + 1)])
+def some_groups(statistics: ResponseStatistics, numbers: list[int], size: int = 2) -> ResponseStatistics:
+    """The statistics of some groups of `size` responses alone."""
+    rows = torch.tensor([size * number + place for number in numbers for place in range(size)])
     fields = {name: value[rows] for name, value in vars(statistics).items() if name.endswith("_R")}
-    of_pairs = torch.arange(len(numbers)) * 2
-    return replace(statistics, **fields, chosen_P=of_pairs, rejected_P=of_pairs + 1)
-
-
-def rewards_of(statistics: ResponseStatistics) -> torch.Tensor:
-    return BETA * (statistics.logps_R - statistics.reference_logps_R)
-
-
-def losses_of(statistics: ResponseStatistics) -> torch.Tensor:
-    log_ratio_R = statistics.logps_R - statistics.reference_logps_R
-    return -torch.nn.functional.logsigmoid(BETA * (log_ratio_R[statistics.chosen_P] - log_ratio_R[statistics.rejected_P]))
+    return replace(statistics, **fields, first_G=torch.arange(len(numbers)) * size)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[0], [1, 2, 3, 4]], [[4, 2], [0], [1, 3]]])
-def test_metrics_do_not_depend_on_how_a_batch_is_cut(parts: list[list[int]]) -> None:
-    whole = statistics_of(5)
-    expected = collect.reduce(collect.sums(whole, losses_of(whole), rewards_of(whole)))
-    total = collect.empty_vector()
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (DPO, 2),
+        (ObjectiveConfig(loss_type=["sigmoid", "ipo"], nll_coef=0.1), 2),
+        (ObjectiveConfig(loss_type="plackett_luce"), 4),
+        (ObjectiveConfig(loss_type="kto"), 1),
+        (ObjectiveConfig(loss_type="sft"), 1),
+        (ObjectiveConfig(loss_type="reward"), 2),
+    ],
+    ids=lambda value: "+".join(value.loss_types) if isinstance(value, ObjectiveConfig) else "",
+)
+def test_metrics_do_not_depend_on_how_a_batch_is_cut(parts: list[list[int]], options: ObjectiveConfig, size: int) -> None:
+    whole = random_statistics(5, size=size)
+    total = collect.empty_vector("cpu", options)
     for part in parts:
-        some = pairs(whole, part)
-        total += collect.sum_vector(some, losses_of(some), rewards_of(some))
-    assert collect.reduce(collect.from_vector(total)) == pytest.approx(expected, rel=1e-12)
-
-
-def test_adding_sums_equals_adding_their_vectors() -> None:
-    first, second = statistics_of(2, seed=1), statistics_of(3, seed=2)
-    left, right = (collect.sums(each, losses_of(each), rewards_of(each)) for each in (first, second))
-    added = collect.to_vector(left) + collect.to_vector(right)
-    assert collect.from_vector(added) == collect.add(left, right)
-    assert collect.from_vector(collect.to_vector(left)) == left
-
-
-def test_a_pair_of_weight_zero_counts_nowhere_even_with_nan_in_it() -> None:
-    whole = statistics_of(3)
-    expected = collect.sums(pairs(whole, [0, 1]), losses_of(pairs(whole, [0, 1])), rewards_of(pairs(whole, [0, 1])))
-    logps_R = whole.logps_R.detach().clone()
-    logps_R[4:] = math.nan
-    filled = replace(whole, logps_R=logps_R, weight_R=torch.tensor([1.0, 1, 1, 1, 0, 0]))
-    assert collect.sums(filled, losses_of(filled), rewards_of(filled)) == expected
+        total += vector_of(some_groups(whole, part, size), options)
+    assert collect.reduce(total, options) == pytest.approx(metrics_of(whole, options), rel=1e-12, nan_ok=True)
 
 
 def test_an_nan_that_counts_shows() -> None:
-    statistics = statistics_of(2)
-    metrics = collect.reduce(collect.sums(statistics, torch.tensor([0.5, math.nan]), rewards_of(statistics)))
+    statistics = random_statistics(2)
+    logps_R = statistics.logps_R.clone()
+    logps_R[3] = math.nan
+    metrics = metrics_of(replace(statistics, logps_R=logps_R))
     assert math.isnan(metrics["loss"])
     assert math.isfinite(metrics["entropy"])
 
 
 def test_equal_rewards_are_not_an_accurate_preference() -> None:
-    statistics = statistics_of(4)
-    statistics = replace(statistics, logps_R=statistics.reference_logps_R)
-    metrics = collect.reduce(collect.sums(statistics, losses_of(statistics), rewards_of(statistics)))
+    statistics = random_statistics(4)
+    metrics = metrics_of(replace(statistics, logps_R=statistics.reference_logps_R))
     assert metrics["rewards/accuracies"] == 0.0
     assert metrics["rewards/margins"] == 0.0
     assert metrics["loss"] == pytest.approx(math.log(2))
 
 
+def test_a_list_is_its_best_answer_against_the_mean_of_the_others() -> None:
+    statistics, options = random_statistics(6, size=4), ObjectiveConfig(loss_type="best_vs_rest", beta=BETA)
+    rewards_G4 = BETA * (statistics.logps_R - statistics.reference_logps_R).view(6, 4)
+    metrics = metrics_of(statistics, options)
+    others_G3 = rewards_G4[:, 1:]
+    assert metrics["rewards/chosen"] == pytest.approx(float(rewards_G4[:, 0].mean()))
+    assert metrics["rewards/rejected"] == pytest.approx(float(others_G3.mean()))
+    assert metrics["rewards/margins"] == pytest.approx(float(rewards_G4[:, 0].mean() - others_G3.mean()))
+    assert metrics["rewards/accuracies"] == float((rewards_G4[:, 0] > others_G3.amax(1)).double().mean())
+    assert 0 < metrics["rewards/accuracies"] < 1
+
+
+def test_labelled_answers_are_averaged_by_label() -> None:
+    statistics, options = random_statistics(9, size=1), ObjectiveConfig(loss_type="kto", beta=BETA)
+    desirable = statistics.label_R > 0
+    rewards_R = BETA * (statistics.logps_R - statistics.reference_logps_R)
+    metrics = metrics_of(statistics, options)
+    assert metrics["rewards/chosen"] == pytest.approx(float(rewards_R[desirable].mean()))
+    assert metrics["rewards/rejected"] == pytest.approx(float(rewards_R[~desirable].mean()))
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+    assert metrics["logps/rejected"] == pytest.approx(float(statistics.logps_R[~desirable].mean()))
+
+
+def test_a_batch_of_one_label_has_no_number_for_the_other() -> None:
+    statistics = random_statistics(3, size=1)
+    statistics = replace(statistics, label_R=torch.ones(3))
+    metrics = metrics_of(statistics, ObjectiveConfig(loss_type="kto"))
+    assert math.isnan(metrics["rewards/rejected"]) and math.isfinite(metrics["rewards/chosen"])
+
+
 def test_metrics_over_nothing_are_nan() -> None:
-    metrics = collect.reduce(collect.from_vector(collect.empty_vector()), prefix="eval_")
-    assert set(metrics) == {f"eval_{name}" for name in collect.METRIC_SLOTS}
+    metrics = collect.reduce(collect.empty_vector("cpu", DPO), DPO, prefix="eval_")
+    assert set(metrics) == {f"eval_{name}" for name in collect.slots(DPO)}
     assert all(math.isnan(value) for value in metrics.values())
 
 
@@ -155,14 +156,8 @@ def statistics_by_transformers(
             columns["entropy"].append(-(log_probs.exp() * log_probs).sum().item())
             columns["num_correct"].append((logits.argmax(-1) == targets).sum().item())
             columns["mean_logit"].append(logits.mean(-1).sum().item())
-    of_pairs = torch.arange(len(rows)) * 2
-    return ResponseStatistics(
-        **{f"{name}_R": torch.tensor(values) for name, values in columns.items()},
-        weight_R=torch.ones(2 * len(rows)),
-        chosen_P=of_pairs,
-        rejected_P=of_pairs + 1,
-        **unused(2 * len(rows)),
-    )
+    found = {f"{name}_R": torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+    return replace(random_statistics(len(rows)), **found)
 
 
 def test_names_and_values_are_those_of_trl(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -175,7 +170,7 @@ def test_names_and_values_are_those_of_trl(tmp_path) -> None:  # type: ignore[no
     ]
     policy, reference = tiny_llama(1), tiny_llama(2)
     statistics = statistics_by_transformers(policy, reference, rows)
-    ours = collect.reduce(collect.sums(statistics, losses_of(statistics), rewards_of(statistics)), prefix="eval_")
+    ours = metrics_of(statistics, prefix="eval_")
     options = DPOConfig(
         output_dir=str(tmp_path),
         beta=BETA,

@@ -1,4 +1,4 @@
-"""Statistics of made-up pairs."""
+"""Statistics of made-up responses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import torch
 from megadpo.objectives.statistics import ResponseStatistics
 
 
-def random_statistics(num_pairs: int, seed: int = 0) -> ResponseStatistics:
-    """Pairs with plausible log-probs and lengths; float64."""
+def random_statistics(num_groups: int, seed: int = 0, size: int = 2, numbers: bool = False) -> ResponseStatistics:
+    """Groups of `size` responses with plausible log-probs and lengths, scores best first and labels of both sorts; float64.
+
+    With `numbers` their rows have weights, margins and label probabilities too.
+    """
     generator = torch.Generator().manual_seed(seed)
-    num_responses = 2 * num_pairs
+    num_responses = size * num_groups
 
     def random(scale: float = 1.0) -> torch.Tensor:
         return scale * torch.randn(num_responses, generator=generator, dtype=torch.float64)
 
     lengths = torch.randint(3, 40, (num_responses,), generator=generator).double()
     logps = -1.5 * lengths + random(2.0)
-    chosen = torch.arange(0, num_responses, 2)
-    ones = torch.ones(num_responses, dtype=torch.float64)
+    places, ones = torch.arange(num_responses), torch.ones(num_responses, dtype=torch.float64)
+    of_rows = torch.rand(3, num_responses // size, generator=generator, dtype=torch.float64).repeat_interleave(size, dim=1)
     return ResponseStatistics(
         logps_R=logps,
         reference_logps_R=logps + random(3.0),
@@ -26,11 +29,15 @@ def random_statistics(num_pairs: int, seed: int = 0) -> ResponseStatistics:
         entropy_R=ones,
         num_correct_R=ones,
         mean_logit_R=ones,
-        weight_R=ones,
-        chosen_P=chosen,
-        rejected_P=chosen + 1,
+        first_G=torch.arange(0, num_responses, size),
         token_logps_R=logps + random(0.1),
         prompt_logps_R=-30 + random(2.0),
         log_square_R=-0.5 * lengths + random(0.5),
         num_completion_tokens_R=lengths + 1,
+        reward_R=random(),
+        given_score_R=(places.flip(0) % size).double() + 0.3 * of_rows[0],
+        label_R=(places % 3 != 1).double() if size == 1 else (places % size == 0).double(),
+        row_weight_R=of_rows[0] + 0.5 if numbers else ones,
+        margin_R=of_rows[1] if numbers else 0 * ones,
+        label_probability_R=0.5 + of_rows[2] / 2 if numbers else ones,
     )

@@ -29,9 +29,9 @@ def test_the_example_is_the_square_of_the_hinge():
     statistics, normalisers = random_statistics(5), Normalisers(5)
     own = evaluate(statistics, normalisers, load_config({"objective": {"loss_type": "custom", "module": EXAMPLE}}).objective)
     hinge = evaluate(statistics, normalisers, ObjectiveConfig(loss_type="hinge"))
-    torch.testing.assert_close(own.losses_P, hinge.losses_P**2)
+    torch.testing.assert_close(own.losses_U, hinge.losses_U**2)
     responses = torch.arange(10) // 2
-    torch.testing.assert_close(own.gradient_RD[:, 0], 2 * hinge.losses_P[responses] * hinge.gradient_RD[:, 0])
+    torch.testing.assert_close(own.gradient_RD[:, 0], 2 * hinge.losses_U[responses] * hinge.gradient_RD[:, 0])
 
 
 @pytest.mark.parametrize(

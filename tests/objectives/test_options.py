@@ -11,7 +11,7 @@ import torch
 from megadpo.config import ObjectiveConfig, load_config
 from megadpo.errors import UserError
 from megadpo.objectives.evaluate import LOSSES, evaluate
-from megadpo.objectives.specs import SPECS, needs_reference
+from megadpo.objectives.specs import SPECS, kind_of, needs_reference, reading_of
 from megadpo.objectives.terms import Normalisers
 from tests.objectives.conftest import random_statistics
 
@@ -27,6 +27,15 @@ CHANGED: dict[str, Any] = {
     "length_penalty": 0.3,
     "dpop_lambda": 3.0,
     "ipo_normalization": "sum",
+    "row_weights": True,
+    "margins": True,
+    "soft_labels": True,
+    "bco_running_delta": True,
+    "rpo_eta": 0.6,
+    "desirable_weight": 1.5,
+    "undesirable_weight": 0.7,
+    "list_weights": "score",
+    "reward_center_coef": 0.2,
     "discopop_tau": 0.5,
     "simpo_gamma": 1.3,
     "alphapo_alpha": 0.3,
@@ -52,7 +61,8 @@ def test_every_option_is_tried_here():
 @pytest.mark.parametrize("loss", SPECS)
 @pytest.mark.parametrize("option", CHANGED)
 def test_changing_an_option_changes_the_gradient_or_is_refused(loss, option):
-    statistics, normalisers = random_statistics(6), Normalisers(6, 120, 300)
+    size = {"pairs": 2, "lists": 4, "labels": 1, "examples": 1}[kind_of([loss])]
+    normalisers = Normalisers(6, 120, 300, kl=2.0, delta=0.1)
     base = _load(loss_type=loss, **_needed(loss))
     if option == "f_alpha":
         base = dataclasses.replace(base, f_divergence="alpha")
@@ -67,9 +77,16 @@ def test_changing_an_option_changes_the_gradient_or_is_refused(loss, option):
         return
     if option == "ld_alpha":
         return  # acts on the token sums, before the objective; see test_against_trl and the layouts test
-    if option == "beta" and loss == "sft":
-        return  # rewards are shown in units of beta, which sft itself does not read
-    before, after = (evaluate(statistics, normalisers, options).gradient_RD for options in (base, changed))
+    if option == "beta" and loss in ("sft", "reward"):
+        return  # rewards are shown in units of beta, which these do not read themselves
+    if option == "bco_running_delta":
+        return  # acts between the passes: see test_running_delta
+    # The option lets the rows' own numbers in, which are neutral otherwise.
+    reads_rows = option in ("row_weights", "margins", "soft_labels")
+    before, after = (
+        evaluate(random_statistics(12 // size, size=size, numbers=numbers), normalisers, options).gradient_RD
+        for options, numbers in ((base, False), (changed, reads_rows))
+    )
     assert not torch.allclose(before, after, rtol=1e-4, atol=1e-9)
 
 
@@ -101,8 +118,34 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
         ),
         ({"objective": {"f_alpha": 0.3}}, "no effect unless objective.f_divergence is alpha"),
         ({"objective": {"ld_alpha": 1.5}}, r"ld_alpha must be in \[0, 1\]"),
+        ({"objective": {"loss_type": ["kto", "sigmoid"]}}, "kto, sigmoid read different rows .labels and pairs."),
+        ({"objective": {"loss_type": ["plackett_luce", "bco"]}}, "cannot be added up"),
+        ({"objective": {"loss_type": ["reward", "sigmoid"]}}, "scalar head and stands alone"),
+        ({"objective": {"loss_type": "kto"}, "reference": {"mode": "precomputed"}}, "cannot be known ahead; use resident"),
+        ({"objective": {"loss_type": "kto"}, "train": {"pairs_per_step": 1}}, "set 2 or more"),
+        (
+            {"objective": {"loss_type": "plackett_luce", "list_weights": "score"}},
+            "list_weights has no effect on plackett_luce",
+        ),
+        ({"objective": {"loss_type": "all_pairs", "list_weights": "gap"}}, "list_weights: 'gap' is not known"),
+        ({"objective": {"loss_type": "kto", "wpo": True}}, "wpo is not defined for kto"),
+        ({"objective": {"loss_type": "kto", "ld_alpha": 0.5}}, "ld_alpha is not defined for kto"),
+        ({"objective": {"loss_type": "best_vs_rest", "margins": True}}, "margins has no effect on best_vs_rest"),
+        ({"objective": {"loss_type": "kto", "desirable_weight": -1.0}}, "desirable_weight must be at least 0"),
+        ({"objective": {"loss_type": "reward"}}, "reads no reference, but reference.mode is resident"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_the_reason(settings, message):
     with pytest.raises(UserError, match=message):
         load_config(settings)
+
+
+def test_rows_are_read_for_what_the_objective_needs_and_no_more():
+    assert reading_of(ObjectiveConfig()).kind == "pairs" and not reading_of(ObjectiveConfig()).numbers
+    assert reading_of(ObjectiveConfig(margins=True, row_weights=True)).numbers == {"margin", "weight"}
+    assert reading_of(ObjectiveConfig(soft_labels=True)).numbers == {"label_probability"}
+    assert reading_of(ObjectiveConfig(loss_type="rpo_sq")).numbers == {"score"}
+    assert reading_of(ObjectiveConfig(loss_type=["kto", "sft"])).kind == "labels"
+    assert reading_of(ObjectiveConfig(loss_type="all_pairs")).kind == "lists"
+    assert reading_of(ObjectiveConfig(loss_type="sft")).kind == "examples"
+    assert reading_of(ObjectiveConfig(loss_type=["sigmoid", "sft"])).kind == "pairs"

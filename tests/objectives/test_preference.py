@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megadpo.config import ObjectiveConfig
 from megadpo.objectives.evaluate import evaluate
-from megadpo.objectives.specs import SPECS
+from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers
 from tests.objectives.conftest import random_statistics
@@ -27,8 +27,8 @@ def test_sigmoid_is_the_loss_of_the_dpo_paper():
     for pair in range(6):
         z_chosen, z_rejected = (float(given_.logps_R[i] - given_.reference_logps_R[i]) for i in (2 * pair, 2 * pair + 1))
         expected = math.log1p(math.exp(-0.3 * (z_chosen - z_rejected)))
-        assert float(found.losses_P[pair]) == pytest.approx(expected, rel=1e-12)
-    assert float(found.loss) == pytest.approx(float(found.losses_P.mean()), rel=1e-12)
+        assert float(found.losses_U[pair]) == pytest.approx(expected, rel=1e-12)
+    assert float(found.loss) == pytest.approx(float(found.losses_U.mean()), rel=1e-12)
 
 
 def test_label_smoothing_is_conservative_dpo():
@@ -37,7 +37,7 @@ def test_label_smoothing_is_conservative_dpo():
     scaled = 0.2 * (z[::2] - z[1::2])
     expected = -(1 - 0.1) * F.logsigmoid(scaled) - 0.1 * F.logsigmoid(-scaled)
     found = evaluate(given_, Normalisers(5), ObjectiveConfig(beta=0.2, label_smoothing=0.1))
-    torch.testing.assert_close(found.losses_P, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.losses_U, expected, rtol=1e-12, atol=0)
 
 
 CHECKED = [
@@ -55,13 +55,21 @@ CHECKED = [
     {"loss_type": ["apo_zero", "sft", "discopop"], "loss_weights": [0.5, 1.0, 0.1]},
     *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS if name != "custom"),
     {"loss_type": "custom", "module": "examples/custom_objective.py:squared_hinge"},
+    {"loss_type": "all_pairs", "list_weights": "score"},
+    {"loss_type": "all_pairs", "list_weights": "lambda"},
+    {"loss_type": "reward", "reward_center_coef": 0.1},
+    {"loss_type": ["kto", "sft"], "desirable_weight": 1.3},
+    {"loss_type": "plackett_luce", "nll_coef": 0.3},
+    {"margins": True, "soft_labels": True, "row_weights": True},
 ]
 
 
 @pytest.mark.parametrize("options", CHECKED, ids=str)
 def test_the_gradient_is_the_numeric_one(options):
-    given_, objective = statistics(4), ObjectiveConfig(**options)
-    normalisers = Normalisers(4, 60, 90)
+    objective = ObjectiveConfig(**options)
+    size = {"pairs": 2, "lists": 4, "labels": 1, "examples": 1}[kind_of(objective.loss_types)]
+    given_ = statistics(8 // size, size=size, numbers=True)
+    normalisers = Normalisers(4, 60, 90, kl=2.0, delta=0.1)
     found = evaluate(given_, normalisers, objective)
     for column, name in enumerate(DIFFERENTIABLE):
         for i in range(8):
@@ -93,8 +101,7 @@ def test_splitting_a_batch_in_any_way_adds_up_to_the_whole(num_pairs, data):
         s = statistics(num_pairs)
         tensors = {name: getattr(s, name)[responses] for name in vars(s) if name.endswith("_R")}
         count = pairs.stop - pairs.start
-        chosen = torch.arange(0, 2 * count, 2)
-        part = ResponseStatistics(**tensors, chosen_P=chosen, rejected_P=chosen + 1)
+        part = ResponseStatistics(**tensors, first_G=torch.arange(0, 2 * count, 2))
         parts.append(evaluate(part, Normalisers(num_pairs), ObjectiveConfig()))
     torch.testing.assert_close(torch.cat([part.gradient_RD for part in parts]), whole.gradient_RD, rtol=1e-12, atol=0)
     assert float(sum(part.loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-12)
@@ -106,14 +113,16 @@ def test_equal_policy_and_reference_give_ln_2():
     assert float(found.loss) == pytest.approx(math.log(2), rel=1e-12)
 
 
-def test_a_pair_of_weight_zero_counts_for_nothing():
+def test_a_row_weight_multiplies_the_rows_loss_and_nothing_else():
     given_ = statistics(3)
-    weight = torch.ones(6, dtype=torch.float64)
-    weight[2:4] = 0
-    found = evaluate(replace(given_, weight_R=weight), Normalisers(2), ObjectiveConfig())
-    assert not found.gradient_RD[2:4].any() and found.gradient_RD[:2, 0].all()
+    weights = torch.tensor([1.0, 0.0, 2.5]).double()
+    found = evaluate(replace(given_, row_weight_R=weights.repeat_interleave(2)), Normalisers(3), ObjectiveConfig())
+    plain = evaluate(given_, Normalisers(3), ObjectiveConfig())
+    torch.testing.assert_close(found.losses_U, plain.losses_U * weights)
+    torch.testing.assert_close(found.gradient_RD, plain.gradient_RD * weights.repeat_interleave(2)[:, None])
+    torch.testing.assert_close(found.rewards_R, plain.rewards_R)
 
 
 def test_no_pairs_at_all_give_no_loss():
     found = evaluate(statistics(0), Normalisers(4), ObjectiveConfig())
-    assert float(found.loss) == 0 and found.gradient_RD.shape == (0, 3)
+    assert float(found.loss) == 0 and found.gradient_RD.shape == (0, 4)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -69,16 +70,29 @@ def outcomes(
 
 
 def outcomes_of_objectives(
-    model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case], objectives: Sequence[ObjectiveConfig]
+    model: Path,
+    reference: Path,
+    groups: dict[str, Sequence[Group]],
+    cases: Sequence[Case],
+    objectives: Sequence[ObjectiveConfig],
 ) -> list[list[Outcome]] | None:
-    """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step."""
+    """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step.
+
+    `groups` has some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
+    """
+    from megadpo.objectives.specs import reading_of
+
+    def read_by(objective: ObjectiveConfig) -> Sequence[Group]:
+        reading = reading_of(objective)
+        return groups["numbered" if reading.numbers else reading.kind]
+
     from megadpo.platform.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
     for case in cases:
         with joined_world(case.layout, seed=1):
-            results.append([_outcome(model, reference, groups, case, 1, torch.float32, o) for o in objectives])
+            results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in objectives])
     rank = dist.get_rank()
     dist.destroy_process_group()
     return results if rank == 0 else None
@@ -93,21 +107,23 @@ def _outcome(
     dtype: torch.dtype,
     objective: ObjectiveConfig,
 ) -> Outcome:
-    from megatron.core import parallel_state
-
     from megadpo.checkpoint.hf import open_hf, read_hf_config
+    from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.packing import prepare_packing
-    from megadpo.loss import Batch, response_gradient
-    from megadpo.metrics import collect
+    from megadpo.loss import global_batch, response_gradient
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.objectives.specs import needs_reference, scores_prompt
+    from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.reference import frozen_stage, resident
+    from megadpo.reference import Reference, absent, frozen_stage, resident
     from megadpo.score import response_logps
     from megadpo.train import reduce_metrics
 
-    layout, hf_config = case.layout, read_hf_config(model)
+    layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
+    if has_reward_head(objective.loss_types):
+        with_head = as_reward_model(hf_config, source, model, seed=3)
+        hf_config, source = with_head.config, with_head.source
     packing = prepare_packing(
         GroupStore.of(groups),
         share_prompts=case.share_prompts,
@@ -119,19 +135,19 @@ def _outcome(
         score_prompts=scores_prompt(objective.loss_types),
     )
     stage = build_stage(hf_config, layout, dtype, case.recompute)
-    load_weights(stage, open_hf(model))
+    load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
-    run_reference = resident(frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference)), objective.ld_alpha)
+    run_reference: Reference = absent
+    if needs_reference(objective.loss_types):
+        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference))
+        run_reference = resident(frozen, objective.ld_alpha)
     stage.model.train()
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
-    micro_batches = packing.micro_batches(list(range(len(groups))), parallel_state.get_data_parallel_rank())
-    reference_logps: Sequence[Tensor | None] = [None] * len(micro_batches)
-    if needs_reference(objective.loss_types):
-        reference_logps = run_reference(micro_batches)
+    delta = RunningMean()
     for step in range(max(1, num_steps)):
-        totals = collect.empty_vector(terms=objective.terms)
-        batch = Batch(objective, normalisers, len(groups), micro_batches, reference_logps, totals)
+        numbers = np.arange(len(groups))
+        batch = global_batch(engine, packing, run_reference, numbers, normalisers, objective, delta.add)
         found: dict[int, Tensor] = {}
         gradient_of = response_gradient(batch, engine)
 
@@ -139,17 +155,17 @@ def _outcome(
             found[number] = sums_RS
             return gradient_of(number, sums_RS)
 
-        engine.forward_backward(micro_batches, noted, objective.ld_alpha)
+        engine.forward_backward(batch.micro_batches, noted, objective.ld_alpha)
         engine.finish_gradients()
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
             outcome.grad_norm = grad_norm
-            outcome.loss = reduce_metrics(totals, objective.terms)["loss"]
-            outcome.margins = torch.cat(
-                [_margins(sums_RS, reference_logps[number]) for number, sums_RS in found.items()] or [torch.empty(0)]
-            )
+            outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
+            if kind_of(objective.loss_types) == "pairs":
+                margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]
+                outcome.margins = torch.cat(margins or [torch.empty(0)])
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
@@ -180,8 +196,8 @@ def whole_tensors(hf_config: object, stage: object, local: dict[str, Tensor], la
 
 
 def _margins(sums_RS: Tensor, reference_R: Tensor | None) -> Tensor:
-    ratio_P2 = (sums_RS[:, 0] - (0 if reference_R is None else reference_R)).view(-1, 2)
-    return ratio_P2[:, 0] - ratio_P2[:, 1]
+    ratio_R = sums_RS[:, 0] - (0 if reference_R is None else reference_R)
+    return ratio_R[::2] - ratio_R[1::2]
 
 
 def _gathered(value: object) -> list:

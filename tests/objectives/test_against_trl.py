@@ -14,7 +14,7 @@ from megadpo.config import ObjectiveConfig, load_config
 from megadpo.data.groups import Group
 from megadpo.data.micro_batch import lay_out
 from megadpo.objectives.evaluate import evaluate
-from megadpo.objectives.statistics import pair_statistics, response_sums
+from megadpo.objectives.statistics import response_statistics, response_sums
 from megadpo.objectives.terms import Normalisers
 
 NUM_PAIRS, BETA = 5, 0.3
@@ -150,10 +150,10 @@ def _ours(options: ObjectiveConfig) -> tuple[float, torch.Tensor]:
     sums = response_sums(table, batch, options.ld_alpha)
     others = torch.stack([tokens(reference), zeros, zeros, zeros, zeros], -1)[None]
     reference_sums = response_sums(others, batch, options.ld_alpha)
-    statistics = pair_statistics(sums.detach(), reference_sums[:, 0], batch)
+    statistics = response_statistics(sums.detach(), reference_sums[:, 0], batch)
     num_chosen = int(mask[:NUM_PAIRS].sum())
     found = evaluate(statistics, Normalisers(NUM_PAIRS, num_chosen), options)
-    (sums[:, :3] * found.gradient_RD).sum().backward()
+    (sums[:, : found.gradient_RD.shape[1]] * found.gradient_RD).sum().backward()
     gradient = torch.zeros_like(policy)
     gradient_rows = gradient[rows]
     gradient_rows[places] = logps.grad

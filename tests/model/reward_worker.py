@@ -97,13 +97,10 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megadpo.config import TrainConfig
     from megadpo.data.micro_batch import lay_out
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.model.reward_head import reward_sums
     from megadpo.objectives.statistics import RESPONSE_SUMS
-    from megadpo.parallel import schedule
     from megadpo.parallel.megatron import MegatronEngine
     from tests.parity.worker import whole_tensors
 
-    schedule.response_sums = lambda output, micro_batch, ld_alpha: reward_sums(output, micro_batch)
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
     stage = build_stage(hf_config, case.layout, torch.float32)
     load_weights(stage, open_hf(model_dir))

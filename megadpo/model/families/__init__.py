@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megadpo.model.families.check import check_tensors
-from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, Family, ParameterShard, Piece, TensorSource
+from megadpo.model.families.common import HEAD, SCORE, Family, ParameterShard, Piece, TensorSource
 from megadpo.model.families.heads import Head, check_head, head_of, head_settings, with_reward_head
 from megadpo.model.families.registry import FAMILIES, as_config, family_of
 from megadpo.model.families.rope import rope_of
 from megadpo.model.families.shards import logical_shapes, shard_parameters
 
 __all__ = [
-    "EMBEDDING",
     "FAMILIES",
     "HEAD",
     "SCORE",

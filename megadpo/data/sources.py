@@ -275,14 +275,14 @@ def _parquet_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
             for row in _arrow_rows(batch):
                 yield f"{file}: row {number}", row
                 number += 1
-    except (pyarrow.ArrowException, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"data: {file} is no readable parquet file: {' '.join(str(error).split())[:200]}") from error
 
 
 def _arrow_rows(batch: Any) -> Iterator[Fields]:
     """The rows of an Arrow table or record batch as they would be in JSON."""
     kinds = {column.name: column.type for column in batch.schema}
-    for row in batch.to_pylist(maps_as_pydicts="strict"):
+    for row in batch.to_pylist():
         yield {name: _as_json(value, kinds[name]) for name, value in row.items()}
 
 
@@ -302,5 +302,5 @@ def _as_json(value: Any, kind: Any) -> Any:
         kept = [field for field in kind if value[field.name] is not None or (is_message and field.name == "content")]
         return {field.name: _as_json(value[field.name], field.type) for field in kept}
     if pyarrow.types.is_map(kind):
-        return {key: _as_json(item, kind.item_type) for key, item in value.items()}
+        return {key: _as_json(item, kind.item_type) for key, item in value}
     return [_as_json(item, kind.value_type) for item in value] if hasattr(kind, "value_type") else value

@@ -67,6 +67,23 @@ def sharegpt_rows() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(scope="session")
+def labelled_rows() -> list[dict[str, Any]]:
+    """Rows of `messages` and `label`, English: the real ones, or written ones where those are not at hand."""
+    file = _data_folder() / "kto_en_demo.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    warnings.warn(f"{file} is not there (MEGADPO_TEST_DATA): written labelled rows are used instead", stacklevel=1)
+    rows = []
+    for number in range(300):
+        asked = [{"role": "user", "content": f"What is {number} plus one?"}]
+        if number % 4 == 0:
+            asked += [{"role": "assistant", "content": "Pardon?"}, {"role": "user", "content": "Please."}]
+        answer = {"role": "assistant", "content": f"It is {number + 1 + number % 2}."}
+        rows.append({"messages": [*asked, answer], "label": number % 2 == 0})
+    return rows
+
+
 def _byte_level_bpe(hh_rows: list[dict[str, str]], lines_are_words: bool) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -157,3 +157,91 @@ def test_lists_may_mix_paths_mappings_and_datasets() -> None:
     assert [source.name for source in sources] == ["a.jsonl", "b.jsonl", "datasets.Dataset", "datasets.Dataset"]
     assert [source.weight for source in sources] == [1.0, 1.0, 2.0, 1.0]
     assert all(source.columns == {"prompt": "q"} for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("columns", "left"),
+    [
+        ({"chosen_score": "good"}, {"chosen_score": 1, "margin": 4, "scores": [1], "ranks": [2]}),
+        ({"chosen_score": "missing"}, {"good": 1, "margin": 4, "scores": [1], "ranks": [2]}),
+        ({"margin": "good"}, {"margin": 1, "score_chosen": 2, "chosen_rating": 3, "scores": [1], "ranks": [2]}),
+        ({"scores": "scores"}, {"good": 1, "score_chosen": 2, "chosen_rating": 3, "margin": 4, "scores": [1]}),
+    ],
+)
+def test_a_field_of_several_spellings_that_is_renamed_is_read_from_that_one_and_no_other(
+    columns: dict[str, str], left: dict[str, Any], tmp_path: Path
+) -> None:
+    row = {"prompt": "p", "good": 1, "score_chosen": 2, "chosen_rating": 3, "margin": 4, "scores": [1], "ranks": [2]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    ((_, renamed),) = iter_rows(Source(str(tmp_path / "a.jsonl"), columns=columns))
+    assert renamed == {"prompt": "p"} | left
+
+
+CALLED = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Rome"}}}]},
+    {"role": "tool", "name": "look", "content": "warm"},
+]
+ADDED = [
+    {"role": "user", "content": "Sum?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}]},
+    {"role": "tool", "name": "add", "content": "3"},
+]
+
+
+def parquet_of(rows: list[dict[str, Any]], file: Path) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return Source(str(file))
+
+
+def test_what_arrow_fills_in_for_the_keys_of_other_rows_is_taken_out_again(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows: list[dict[str, Any]] = [
+        {"messages": CALLED, "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": ADDED, "chat_template_kwargs": {"effort": "low"}},
+    ]
+    stored = Dataset.from_list(rows)
+    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "a": None, "b": None}
+    for source in (parquet_of(rows, tmp_path / "a.parquet"), Source(stored)):
+        for (_, row), given in zip(iter_rows(source), rows, strict=True):
+            assert row["chat_template_kwargs"] == given["chat_template_kwargs"]
+            for message, expected in zip(row["messages"], given["messages"], strict=True):
+                assert message == expected
+
+
+def test_json_columns_of_arrow_come_as_they_were_written_nulls_included(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    called = [dict(message) for message in CALLED]
+    called[1]["tool_calls"] = [{"function": {"name": "look", "arguments": {"city": "Rome", "unit": None}}}]
+    rows = [{"messages": called, "n": 1}, {"messages": ADDED, "n": 2}]
+    stored = Dataset.from_list(rows, on_mixed_types="use_json")
+    stored.to_parquet(str(tmp_path / "a.parquet"))
+    for source in (Source(str(tmp_path / "a.parquet")), Source(stored), Source(stored.select([1, 0]).select([1, 0]))):
+        assert [row for _, row in iter_rows(source)] == rows
+
+
+def test_maps_and_lists_of_any_arrow_type_come_as_objects_and_lists(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {
+        "arguments": pyarrow.map_(pyarrow.string(), pyarrow.struct({"a": pyarrow.int8(), "b": pyarrow.int8()})),
+        "scores": pyarrow.large_list(pyarrow.float32()),
+    }
+    table = pyarrow.Table.from_pylist(
+        [{"arguments": [("x", {"a": 1})], "scores": [0.5, None]}, {"arguments": None}], pyarrow.schema(kinds)
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in iter_rows(Source(str(tmp_path / "a.parquet")))]
+    assert rows == [{"arguments": {"x": {"a": 1}}, "scores": [0.5, None]}, {"arguments": None, "scores": None}]
+
+
+def test_nulls_of_json_files_are_the_users_own(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"city": None}}]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert [row for _, row in iter_rows(Source(str(tmp_path / "a.jsonl")))] == [row]

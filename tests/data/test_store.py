@@ -20,18 +20,21 @@ ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6).map(lambda val
 def groups(draw: st.DrawFn) -> Group:
     responses = tuple(draw(st.lists(ids, min_size=1, max_size=4)))
     num_prompts = draw(st.sampled_from([1, len(responses)]))
-    return Group(tuple(draw(ids) for _ in range(num_prompts)), responses, row=draw(st.integers(0, 10**12)))
+    scores = tuple(draw(st.floats(-1e9, 1e9)) for _ in responses)
+    prompts = tuple(draw(ids) for _ in range(num_prompts))
+    return Group(prompts, responses, row=draw(st.integers(0, 10**12)), numbers={"score": scores})
 
 
 def same(one: Group, other: Group) -> bool:
-    return one.row == other.row and all(
+    return (one.row, one.numbers) == (other.row, other.numbers) and all(
         len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
         for ours, theirs in ((one.prompts, other.prompts), (one.responses, other.responses))
     )
 
 
-def pair(prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0) -> Group:
-    return Group((np.array(prompt, np.int32),), (np.array(chosen, np.int32), np.array(rejected, np.int32)), row)
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0, **numbers: tuple[float, float]) -> Group:
+    responses = (np.array(chosen, np.int32), np.array(rejected, np.int32))
+    return Group((np.array(prompt, np.int32),), responses, row, numbers)
 
 
 @settings(deadline=None)
@@ -42,6 +45,28 @@ def test_groups_of_any_shape_come_back_and_their_tokens_are_counted(given_groups
     assert all(same(ours, theirs) for ours, theirs in zip(store, given_groups, strict=True))
     expected = [group.num_stream_tokens(share) for group in given_groups]
     assert store.num_tokens(share).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(groups(), min_size=1, max_size=8), st.data())
+def test_responses_of_any_groups_are_found_among_all_of_them(given_groups: list[Group], data: st.DataObject) -> None:
+    store = GroupStore.of(given_groups)
+    numbers = data.draw(st.lists(st.integers(0, len(store) - 1), max_size=9))
+    found, offsets = store.responses_of(numbers), store.response_offsets_of(numbers)
+    scores = store.numbers["score"]
+    assert scores.dtype == np.float64 and len(scores) == store.num_responses
+    for place, number in enumerate(numbers):
+        own = given_groups[number].numbers["score"]
+        assert tuple(scores[found[offsets[place] : offsets[place + 1]]]) == own
+        assert tuple(scores[store.response_offsets_G[number] : store.response_offsets_G[number + 1]]) == own
+
+
+@settings(deadline=None)
+@given(st.lists(groups(), max_size=8))
+def test_the_longest_mismatch_has_room_for_any_prompt_before_any_first_response(given_groups: list[Group]) -> None:
+    prompts = [len(group.prompts[0]) for group in given_groups]
+    responses = [len(group.responses[0]) for group in given_groups]
+    assert GroupStore.of(given_groups).longest_mismatch() == max(prompts, default=0) + max(responses, default=0)
 
 
 @settings(deadline=None)
@@ -90,6 +115,64 @@ def test_saving_over_an_existing_store_leaves_it_as_it_is(tmp_path: Path) -> Non
     second.save(tmp_path / "store")
     assert GroupStore.load(tmp_path / "store").digest == first.digest
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_numbers_are_saved_memory_mapped_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    store = GroupStore.of([pair([1], [2], [3], 0, weight=(1 / 3, 0.0), margin=(1e300, 5e-324))])
+    store.save(tmp_path / "store")
+    loaded = GroupStore.load(tmp_path / "store")
+    assert {name: values.tolist() for name, values in loaded.numbers.items()} == {
+        "margin": [1e300, 5e-324],
+        "weight": [1 / 3, 0.0],
+    }
+    assert isinstance(loaded.numbers["margin"], np.memmap)
+    assert loaded.digest == GroupStore(loaded.columns).digest == store.digest
+
+
+def test_a_store_whose_numbers_do_not_fit_its_groups_is_not_loaded(tmp_path: Path) -> None:
+    GroupStore.of([pair([1], [2], [3], 0, margin=(1.0, 1.0))]).save(tmp_path / "store")
+    np.save(tmp_path / "store" / "numbers.margin.npy", np.array([1.0]))
+    with pytest.raises(ValueError, match=r"margin is float64 \[1\], expected float64 \[2\]"):
+        GroupStore.load(tmp_path / "store")
+
+
+def test_the_digest_sees_numbers_and_their_names_but_not_their_order() -> None:
+    one, same_numbers, *others = (
+        GroupStore.of([pair([1], [2], [3], **numbers)])
+        for numbers in (
+            {"margin": (1.0, 1.0), "weight": (2.0, 2.0)},
+            {"weight": (2.0, 2.0), "margin": (1.0, 1.0)},
+            {"margin": (1.0, 1.0), "weight": (2.0, 3.0)},
+            {"margin": (2.0, 2.0), "weight": (1.0, 1.0)},
+            {"margin": (1.0, 1.0)},
+            {},
+        )
+    )
+    assert one.digest == same_numbers.digest
+    assert len({one.digest, *(other.digest for other in others)}) == 5
+
+
+def test_groups_that_differ_in_what_numbers_they_have_make_no_store() -> None:
+    with_margin, without = [pair([1], [2], [3], margin=(1.0, 1.0))], [pair([1], [2], [3])]
+    with pytest.raises(ValueError, match="some groups have other numbers than margin"):
+        GroupStore.of([*with_margin, *without])
+    with pytest.raises(ValueError, match="some parts have other numbers than none"):
+        GroupColumns.concatenate([GroupColumns.of(without), GroupColumns.of(with_margin)])
+    with pytest.raises(ValueError, match="numbers cannot be named"):
+        GroupStore.of([pair([1], [2], [3], **{"../margin": (1.0, 1.0)})])
+
+
+@settings(deadline=None)
+@given(st.lists(groups(), min_size=1, max_size=4), st.integers(1, 6))
+def test_the_first_groups_are_those_of_a_store_of_them(given_groups: list[Group], count: int) -> None:
+    sources = [number % 2 for number in range(len(given_groups))]
+    first = GroupStore(GroupColumns.of(given_groups, sources), ["a", "b"], [1.0, 0.5]).first(count)
+    expected = GroupStore(GroupColumns.of(given_groups[:count], sources[:count]))
+    assert first.digest == expected.digest
+    assert all(same(ours, theirs) for ours, theirs in zip(first, expected, strict=True))
+    assert first.source_names == ["a", "b"] and first.source_weights.tolist() == [1.0, 0.5]
+    with pytest.raises(ValueError, match="-1 groups"):
+        first.first(-1)
 
 
 def test_nothing_pickled_is_ever_loaded(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def commit(
             model.
 
     Raises:
-        ValueError: the manifests together are not the model: a piece is missing, or there twice.
+        ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
     """
     directory, source = Path(directory), hf_directory(hf_dir)
     tensors: dict[str, dict[str, dict[str, Any]]] = {}
@@ -147,6 +147,8 @@ def commit(
 
 def _check_complete(tensors: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for kind, stored in tensors.items():
+        if surplus := sorted(stored.keys() - shapes.keys()):
+            raise ValueError(f"the model's config knows no {surplus[0]}, of which the writers gave {kind}")
         for name, shape in shapes.items():
             entry = stored.get(name)
             if entry is None or tuple(entry["shape"]) != shape or not _covers(entry["pieces"], shape):

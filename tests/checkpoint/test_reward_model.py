@@ -131,6 +131,8 @@ def test_training_state_of_a_reward_model_made_of_a_language_model_stands_alone(
             for kind, shard, tensor in items:
                 fill_shard(shard, state[kind], tensor)
             manifests.append(write_shard_file(directory, f"pp{stage:02d}-tp{rank:02d}", items))
+    with pytest.raises(ValueError, match=r"config knows no score\.weight"):
+        commit(directory, manifests, {}, model)
     commit(directory, manifests, {"step": 1, "dtype": "float32"}, model, config)
     for kind, source in state.items():
         found = open_checkpoint(directory).source(kind)

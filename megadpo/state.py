@@ -69,7 +69,7 @@ def save(run: Run, step: int) -> Path:
             "config": plan.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        commit(directory, [entry for entry in manifests if entry], state, plan.policy.huggingface)
+        commit(directory, [entry for entry in manifests if entry], state, plan.policy.huggingface, plan.policy.config)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
         for old in earlier[: -plan.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -170,7 +170,7 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
         for rank in range(num_tensor)
     ]
     for name, (parameter, shard) in run.engine.stage.parameters.items():
-        if shard.name == "output_layer.weight" and run.plan.policy.config.tie_word_embeddings:
+        if not shard.is_primary:
             continue  # the embedding's stage writes it
         if shard.partition_dim is None or num_tensor == 1:
             parts = [(shards_by_rank[0][name], parameter.data)]

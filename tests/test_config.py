@@ -205,7 +205,6 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
         "parallel.zero_stage=3",
         "parallel.offload=cpu",
         "parallel.deepspeed_config=ds.json",
-        "objective.loss_type=kto",
         "reference.mode=adapter",
     ],
 )

@@ -152,6 +152,10 @@ def test_the_digest_sees_numbers_and_their_names_but_not_their_order() -> None:
     assert len({one.digest, *(other.digest for other in others)}) == 5
 
 
+def test_the_digest_of_groups_without_numbers_never_changes_as_checkpoints_hold_it() -> None:
+    assert GroupStore.of([pair([1, 2], [3], [4, 5], 7)]).digest == "e66d3231c194e4df4bd68cc2409ff92f6043e4cc"
+
+
 def test_groups_that_differ_in_what_numbers_they_have_make_no_store() -> None:
     with_margin, without = [pair([1], [2], [3], margin=(1.0, 1.0))], [pair([1], [2], [3])]
     with pytest.raises(ValueError, match="some groups have other numbers than margin"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.formats import recognise
+from megadpo.data.formats import Reading, recognise
 from megadpo.data.tokenise import (
     EMPTY,
     IDENTICAL,
@@ -159,6 +159,73 @@ def test_real_sharegpt_rows_tokenise_as_trl_does_with_the_same_messages(
     assert_equal_to_trl(ours(raw, tokenizer), tokenise_as_trl(rows, tokenizer))
 
 
+def answers_as_trl(rows: list[dict[str, Any]], tokenizer: Any, kind: str) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) of each row as TRL's KTOTrainer ("labels") or SFTTrainer ("examples") makes it."""
+    from datasets import Dataset
+    from trl.trainer.kto_trainer import KTOTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
+    trainer.calculate_KL, trainer.desirable_weight, trainer.undesirable_weight = False, 1.0, 1.0
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, assistant_only_loss=False, shuffle_dataset=False)
+    args.dataset_text_field = "text"
+    dataset = Dataset.from_list(rows)
+    if kind == "labels":
+        made = KTOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train")
+        return [(row["prompt_ids"], row["completion_ids"]) for row in made]
+    made = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "train")
+    cuts = [next(place for place, label in enumerate(row["labels"]) if label != -100) for row in made]
+    return [(row["input_ids"][:cut], row["input_ids"][cut:]) for row, cut in zip(made, cuts, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["labels", "examples"])
+@pytest.mark.parametrize("directory", ["bpe_dir", "merging_dir", "bos_dir", "sentencepiece_dir"])
+def test_single_answers_tokenise_as_trls_kto_and_sft_do(
+    kind: str, directory: str, hh_rows: list[dict[str, str]], request: pytest.FixtureRequest
+) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
+    rows = []
+    for number, row in enumerate(filter(None, map(split_hh, hh_rows[:150]))):
+        rows.append({"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0})
+        # A prompt that ends in the middle of a word, so that tokens may straddle the boundary.
+        rows.append({"prompt": row["prompt"][:-3], "completion": row["prompt"][-3:] + row["rejected"], "label": True})
+    found = tokenise_rows([("row", recognise(row, "row", Reading(kind))) for row in rows], tokenizer)
+    assert [tokens.sides() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
+    assert sum(tokens.moved_boundary for tokens in found) > 50
+
+
+@pytest.mark.parametrize("kind", ["labels", "examples"])
+def test_real_labelled_conversations_tokenise_as_trls_kto_and_sft_do(
+    kind: str, bpe_dir: str, labelled_rows: list[dict[str, Any]]
+) -> None:
+    tokenizer = load_tokenizer(bpe_dir)
+    found = tokenise_rows([("row", recognise(row, "row", Reading(kind))) for row in labelled_rows[:80]], tokenizer)
+    rows = [
+        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "label": row["label"]}
+        for row in labelled_rows[:80]
+    ]
+    assert [tokens.sides() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
+
+
+def test_one_of_many_responses_that_merges_moves_the_boundary_of_all(
+    merging_dir: str, hh_rows: list[dict[str, str]]
+) -> None:
+    tokenizer = load_tokenizer(merging_dir)
+    num_moved = 0
+    for row in filter(None, map(split_hh, hh_rows[:60])):
+        prompt, tail = row["prompt"][:-3], row["prompt"][-3:]
+        texts = ["%7", tail + row["chosen"], tail + row["rejected"]]
+        listed = recognise({"prompt": prompt, "responses": texts, "ranks": [1, 2, 3]}, "row", Reading("lists"))
+        (tokens,) = tokenise_rows([("row", listed)], tokenizer)
+        pairs = ours([{"prompt": prompt, "chosen": texts[0], "rejected": text} for text in texts[1:]], tokenizer)
+        assert isinstance(tokens, GroupTokens) and len(tokens.prompts) == 1
+        assert len(tokens.prompts[0]) == min(len(pair.prompts[0]) for pair in pairs)
+        for response, text in zip(tokens.responses, texts, strict=True):
+            assert tokenizer.decode(tokens.prompts[0] + response) == prompt + text + "</s>"
+        num_moved += tokens.moved_boundary
+    assert num_moved > 20
+
+
 def test_differing_prompts_are_kept_as_two(bpe_dir: str) -> None:
     tokenizer = load_tokenizer(bpe_dir)
     chosen = "\n\nHuman: Hello there\n\nAssistant: Good day."
@@ -282,6 +349,33 @@ def test_a_prompt_without_tokens_takes_the_first_completion_token(bpe_dir: str) 
     assert truncate(GroupTokens(([],), ([7, 8], [7, 9, 9])), None, "keep_end") == GroupTokens(([7],), ([8], [9, 9]))
     assert truncate(GroupTokens(([],), ([7, 8], [6, 9])), None, "keep_end") == GroupTokens(([7], [6]), ([8], [9]))
     assert truncate(GroupTokens(([],), ([7], [6, 9])), None, "keep_end") == TRUNCATED_AWAY
+
+
+@pytest.mark.parametrize("mode", ["prompt_left", "keep_start", "keep_end"])
+def test_any_number_of_responses_is_cut_as_each_pair_of_the_longest_with_another(mode: str) -> None:
+    prompt, longest = list(range(10)), [20, 21, 22, 23]
+    others = [[30], [30, 31], [40, 41, 42]]
+    whole = truncate(GroupTokens((prompt,), (longest, *others)), 11, mode)
+    pairs = [truncate(GroupTokens((prompt,), (longest, other)), 11, mode) for other in others]
+    assert isinstance(whole, GroupTokens) and whole.truncated
+    assert whole.sides() == [pairs[0].sides()[0], *(pair.sides()[1] for pair in pairs)]
+    assert len(whole.prompts) == (4 if mode == "keep_end" else 1)
+
+
+@pytest.mark.parametrize("mode", ["prompt_left", "keep_start", "keep_end"])
+def test_a_single_answer_is_cut_as_one_side_of_a_pair_is(mode: str) -> None:
+    prompt, answer = list(range(10)), [20, 21, 22]
+    pair = truncate(GroupTokens((prompt,), (answer, [30, 31, 32])), 11, mode)
+    single = truncate(GroupTokens((prompt,), (answer,)), 11, mode)
+    assert isinstance(single, GroupTokens) and single.sides() == pair.sides()[:1] and single.truncated
+    assert truncate(GroupTokens((prompt,), (answer,)), 10, "keep_start") == TRUNCATED_AWAY
+    assert truncate(GroupTokens(([],), ([7, 8],)), None, mode) == GroupTokens(([7],), ([8],))
+
+
+def test_lists_are_dropped_as_identical_only_if_all_responses_are() -> None:
+    assert truncate(GroupTokens(([1],), ([20, 21], [20, 22], [20])), 2, "keep_start") == IDENTICAL_TRUNCATED
+    kept = truncate(GroupTokens(([1],), ([20, 21], [20, 22], [30])), 2, "keep_start")
+    assert kept == GroupTokens(([1],), ([20], [20], [30]), truncated=True)
 
 
 def test_nothing_changes_without_a_limit_or_below_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from megadpo.data.messages import (
     Content,
@@ -116,14 +116,16 @@ def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS) -
 
 
 def _read_pair(row: Mapping[str, Any], location: str) -> Row:
-    return _pair(row, location) if _is_pair(row) else _refuse(row, "pairs", ("chosen", "rejected"), location)
+    if not _is_pair(row):
+        _refuse(row, "pairs", ("chosen", "rejected"), location)
+    return _pair(row, location)
 
 
 def _read_labelled(row: Mapping[str, Any], location: str) -> Row:
     if _is_pair(row):
         return replace(_pair(row, location), numbers={"label": (1.0, 0.0)})
     if not _has_answer(row) or row.get("label") is None:
-        return _refuse(row, "labels", ("completion", "label"), location)
+        _refuse(row, "labels", ("completion", "label"), location)
     return replace(_answer(row, location), numbers={"label": (read_label(row, location),)})
 
 
@@ -132,7 +134,7 @@ def _read_list(row: Mapping[str, Any], location: str) -> Row:
     if _is_pair(row) and (name is None or spelled(row, "scores") is None):
         return replace(_pair(row, location), numbers={"score": pair_scores(row, location)}, ranked=True)
     if name is None:
-        return _refuse(row, "lists", ("responses",), location)
+        _refuse(row, "lists", ("responses",), location)
     values = row[name]
     if not isinstance(values, list | tuple) or len(values) < 2:
         has = f"has {len(values)}" if isinstance(values, list | tuple) else f"is {values!r:.40}"
@@ -155,7 +157,7 @@ def _read_example(row: Mapping[str, Any], location: str) -> Row:
     if _has_answer(row):
         return _answer(row, location)
     if row.get("text") is None:
-        return _refuse(row, "examples", ("completion",), location)
+        _refuse(row, "examples", ("completion",), location)
     text = read_side(row["text"], "text", location)
     if not isinstance(text, str):
         raise UserError(f"{location}: `text` must be text, it is {type(row['text']).__name__}; messages go into `messages`")
@@ -170,7 +172,7 @@ def _has_answer(row: Mapping[str, Any]) -> bool:
     return any(row.get(name) is not None for name in ("completion", "conversations", "messages"))
 
 
-def _refuse(row: Mapping[str, Any], kind: str, needed: Sequence[str], location: str) -> Row:
+def _refuse(row: Mapping[str, Any], kind: str, needed: Sequence[str], location: str) -> NoReturn:
     """Raise the error of a row that cannot be read as `kind`: of another kind, or without one of the fields `needed`."""
     half_pair = kind == "pairs" and any(row.get(name) is not None for name in needed)
     what, losses = ("", "") if half_pair else _other_kind(row, kind)

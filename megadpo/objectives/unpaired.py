@@ -35,4 +35,4 @@ def _signs(responses: Responses) -> Tensor:
 
 def _weighted(responses: Responses, losses_R: Tensor) -> Tensor:
     options, label_R = responses.options, responses.statistics.label_R
-    return losses_R * torch.where(label_R > 0, options.desirable_weight, options.undesirable_weight)
+    return losses_R * (label_R * options.desirable_weight + (1 - label_R) * options.undesirable_weight)

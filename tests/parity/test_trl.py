@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from tests.model.reward_worker import save_reward_model
 from tests.models import save_model
-from tests.parity.trl_runs import LOGPS, PAIR_METRICS, Run, assert_same_course, our_history, trl_history
+from tests.parity.trl_runs import (
+    KTO_METRICS,
+    LABELS_MAX_LENGTH,
+    LOGPS,
+    PAIR_METRICS,
+    REWARD_METRICS,
+    SFT_METRICS,
+    Run,
+    assert_same_course,
+    our_history,
+    trl_history,
+)
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 FREE = {"reference": "none", "metrics": PAIR_METRICS}
@@ -41,13 +53,31 @@ RUNS = {
         beta=2.0,
         **FREE,
     ),
+    "kto": Run(
+        "KTO",
+        {"loss_type": "kto", "desirable_weight": 1.2},
+        {"desirable_weight": 1.2},
+        "labels",
+        max_length=LABELS_MAX_LENGTH,
+        metrics=KTO_METRICS | {"kl": 1e-4},
+        moves=("kl", 0.3),
+    ),
+    "apo_zero_unpaired": Run(
+        "KTO",
+        {"loss_type": "apo_zero_unpaired", "undesirable_weight": 0.8},
+        {"loss_type": "apo_zero_unpaired", "undesirable_weight": 0.8},
+        "labels",
+        metrics=KTO_METRICS,
+        moves=("rewards/chosen", 0.1),
+    ),
+    "sft": Run("SFT", {"loss_type": "sft"}, {}, "examples", **{**FREE, "metrics": SFT_METRICS}, moves=("loss", 0.4)),
 }
 LAYOUTS = {
     "tensor 2": (2, {"tensor": 2}, {"share_prompts": False}),
     "pipeline 2": (2, {"pipeline": 2}, {}),
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}, {}),
 }
-IN_LAYOUTS = [(name, layout) for name in ("ipo", "aot", "orpo") for layout in ("tensor 2", "pipeline 2")]
+IN_LAYOUTS = [(name, layout) for name in ("ipo", "aot", "orpo", "kto") for layout in ("tensor 2", "pipeline 2")]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +108,19 @@ def test_twenty_steps_equal_trl_on_several_processes(model, theirs, tmp_path, na
     num_processes, parallel, data = LAYOUTS[layout]
     ours = our_history(RUNS[name], model, tmp_path, num_processes, parallel, **data)
     assert_same_course(RUNS[name], ours, theirs(name))
+
+
+def test_twenty_steps_of_a_reward_model_equal_trl(tmp_path):
+    run = Run(
+        "reward",
+        {"loss_type": "reward", "reward_center_coef": 0.1},
+        {"center_rewards_coefficient": 0.1},
+        max_length=1024,  # TRL leaves longer rows out
+        **{**FREE, "metrics": REWARD_METRICS},
+        moves=("loss", 0.1),
+    )
+    model = save_reward_model(tmp_path / "model", num_hidden_layers=2)
+    assert_same_course(run, our_history(run, model, tmp_path / "ours"), trl_history(run, model, tmp_path / "theirs"))
 
 
 def test_another_option_is_noticed(model, theirs, tmp_path):

@@ -16,6 +16,7 @@ from tests.worlds import run_world
 
 NUM_STEPS, UNITS_PER_STEP, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 20, 8, 1e-3, 5, 0.01
 MAX_LENGTH = 112  # some answers are cut, no prompt fills it
+LABELS_MAX_LENGTH = 86
 RELATIVE = 1e-4
 
 PAIR_METRICS = {
@@ -30,11 +31,17 @@ PAIR_METRICS = {
 }
 LOGPS = {"logps/chosen": 0.0, "logps/rejected": 0.0}
 DPO_METRICS = PAIR_METRICS | LOGPS | {"entropy": 0.0}
+KTO_METRICS = {name: floor for name, floor in DPO_METRICS.items() if name not in ("rewards/accuracies", "rewards/margins")}
+SFT_METRICS = {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "mean_token_accuracy": 1e-12, "learning_rate": 1e-12}
+REWARD_METRICS = {name: PAIR_METRICS[name] for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")}
+THEIR_NAMES = {"reward": {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}}
+"""What a trainer calls a metric of ours, where it is another name."""
 TRAINERS = {
     # name: module, trainer, its configuration
     "DPO": ("trl", "DPOTrainer", "DPOConfig"),
     "KTO": ("trl", "KTOTrainer", "KTOConfig"),
     "SFT": ("trl", "SFTTrainer", "SFTConfig"),
+    "reward": ("trl", "RewardTrainer", "RewardConfig"),
     "ORPO": ("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig"),
     "CPO": ("trl.experimental.cpo", "CPOTrainer", "CPOConfig"),
 }
@@ -50,6 +57,7 @@ class Run:
         theirs: what is set in the trainer's configuration besides the common settings.
         rows: "pairs", "labels" or "examples": what the trainer reads.
         beta: on both sides.
+        max_length: on both sides.
         reference: `reference.mode`; TRL gets a reference model where it is not "none".
         metrics: what is compared, with each metric's absolute floor.
         moves: the metric that training must have moved, and by how much at least.
@@ -60,15 +68,16 @@ class Run:
     theirs: dict[str, Any] = field(default_factory=dict)
     rows: str = "pairs"
     beta: float = 0.1
+    max_length: int = MAX_LENGTH
     reference: str = "resident"
     metrics: dict[str, float] = field(default_factory=lambda: DPO_METRICS)
     moves: tuple[str, float] = ("rewards/margins", 0.1)
 
 
-def pairs() -> list[dict[str, Any]]:
+def _short_prompts() -> list[dict[str, Any]]:
     """Real pairs with explicit prompts, so that both sides read the same three texts."""
     found = []
-    for row in hh_rows(1200):
+    for row in hh_rows(2300):
         prompts = [row[key][: row[key].rindex("\n\nAssistant:") + len("\n\nAssistant:")] for key in ("chosen", "rejected")]
         completions = [row[key][len(prompt) :] for key, prompt in zip(("chosen", "rejected"), prompts, strict=True)]
         if (
@@ -78,19 +87,30 @@ def pairs() -> list[dict[str, Any]]:
             and completions[0] != completions[1]
         ):
             found.append({"prompt": prompts[0], "chosen": completions[0], "rejected": completions[1]})
-    assert len(found) >= NUM_STEPS * UNITS_PER_STEP
-    return found[: NUM_STEPS * UNITS_PER_STEP]
+    return found
+
+
+def pairs() -> list[dict[str, Any]]:
+    """The first of them."""
+    return _short_prompts()[: NUM_STEPS * UNITS_PER_STEP]
 
 
 def labels() -> list[dict[str, Any]]:
-    """One labelled answer of every pair, at least two of each label in every step."""
-    random = np.random.default_rng(0)
+    """One labelled answer of a pair a row, at least two of each label in every step.
+
+    With LABELS_MAX_LENGTH no answer is cut after its own prompt, and some after another one: TRL mismatches answers
+    before it cuts them, we after.
+    """
+    random = np.random.default_rng(2)
     good = np.concatenate(
         [random.permutation([True] * num + [False] * (UNITS_PER_STEP - num)) for num in random.integers(2, 7, NUM_STEPS)]
     )
+    short = [
+        pair for pair in _short_prompts() if max(len(pair["chosen"]), len(pair["rejected"])) < 180 - len(pair["prompt"])
+    ]
     return [
-        {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": bool(label)}
-        for pair, label in zip(pairs(), good, strict=True)
+        {"prompt": short[i]["prompt"], "completion": short[i]["chosen" if label else "rejected"], "label": bool(label)}
+        for i, label in zip(random.permutation(len(short)), good, strict=False)
     ]
 
 
@@ -106,7 +126,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
     """What TRL logs at each step."""
     import torch
     from datasets import Dataset, disable_progress_bars
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     disable_progress_bars()
     torch.set_num_threads(1)
@@ -120,7 +140,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
         max_grad_norm=1.0,
-        max_length=MAX_LENGTH,
+        max_length=run.max_length,
         weight_decay=WEIGHT_DECAY,
         train_sampling_strategy="sequential",
         logging_steps=1,
@@ -132,20 +152,25 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        **({} if run.trainer == "SFT" else {"beta": run.beta}),
+        **({} if run.trainer in ("SFT", "reward") else {"beta": run.beta}),
         **({"truncation_mode": "keep_start"} if run.trainer in ("DPO", "SFT") else {}),
         **run.theirs,
     )
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    rows = ROWS[run.rows]()
+    assert len(rows) == NUM_STEPS * UNITS_PER_STEP
+    kind = AutoModelForSequenceClassification if run.trainer == "reward" else AutoModelForCausalLM
+    policy, reference = (kind.from_pretrained(model, dtype=torch.float32) for _ in range(2))
     trainer = getattr(library, trainer_name)(
         policy,
         args=arguments,
-        train_dataset=Dataset.from_list(ROWS[run.rows]()),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
         **({"ref_model": reference} if run.reference != "none" else {}),
     )
     trainer.train()
-    return [record for record in trainer.state.log_history if "loss" in record]
+    names = THEIR_NAMES.get(run.trainer, {})
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    return [record | {ours: record[theirs] for ours, theirs in names.items()} for record in records]
 
 
 def our_history(
@@ -160,7 +185,7 @@ def our_history(
         "data": {
             "train": str(rows),
             "shuffle": False,
-            "max_length": MAX_LENGTH,
+            "max_length": run.max_length,
             "truncation": "keep_start",
             "cache_dir": str(directory / "cache"),
             "num_workers": 1,
@@ -172,7 +197,7 @@ def our_history(
         "train": {
             "steps": NUM_STEPS,
             "pairs_per_step": UNITS_PER_STEP,
-            "tokens_per_micro_batch": 512,
+            "tokens_per_micro_batch": 1024,
             "learning_rate": LEARNING_RATE,
             "warmup_steps": WARMUP,
             "weight_decay": WEIGHT_DECAY,

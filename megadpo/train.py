@@ -8,6 +8,7 @@ export   the trained model as a Hugging Face directory
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.config import Config, ObjectiveConfig
+from megadpo.data.report import DataReport
 from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
@@ -242,16 +244,30 @@ def say_plan(plan: Plan) -> None:
     """What is about to run: data, layout, device, dtype."""
     for which, report in plan.reports.items():
         say(f"{which}: {report.sentence()}")
+    if plan.reports["train"].kind == "labels":
+        say_balance(plan.config.objective, plan.reports["train"])
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
     if plan.policy.has_new_head:
         say(f"{plan.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} pairs, {plan.layout}, {plan.dtype} on {device}")
+    noun = plan.reports["train"].noun
+    say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} {noun}s, {plan.layout}, {plan.dtype} on {device}")
     if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:
         say(f"eval: {len(plan.eval.groups)} of them are used (eval.pairs)")
     if plan.resume:
         say(f"resuming from {plan.resume}")
     elif (plan.output_dir / "hf").is_dir():
         say(f"{plan.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def say_balance(options: ObjectiveConfig, report: DataReport) -> None:
+    """How desirable and undesirable answers weigh against each other; the advice is KTO's (arXiv:2402.01306, section 4.2)."""
+    undesirable = options.undesirable_weight * report.num_undesirable
+    ratio = options.desirable_weight * report.num_desirable / undesirable if undesirable else math.inf
+    advice = ""
+    if not 0.99 <= ratio <= 1.34:
+        least = undesirable / report.num_desirable
+        advice = f"; KTO's authors advise 1 to 4/3, as objective.desirable_weight {least:.3g} to {least * 4 / 3:.3g} gives"
+    say(f"desirable answers weigh {ratio:.3g} times what undesirable ones do{advice}")

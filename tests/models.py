@@ -7,12 +7,14 @@ import json
 import os
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megadpo.data.formats import PAIRS, Reading
 from megadpo.data.groups import Group
 
 DATA = Path(os.environ.get("MEGADPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -160,12 +162,14 @@ def hh_groups(count: int, tokenizer: Path, max_length: int | None = None) -> lis
         return groups_of_file(rows, tokenizer, max_length)[:count]
 
 
-def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None) -> list[Group]:
-    """A file's pairs, tokenised by our own data path, in memory."""
+def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None, reading: Reading = PAIRS) -> list[Group]:
+    """A file's rows, tokenised by our own data path, in memory."""
     from megadpo.config import DataConfig
     from megadpo.data.prepare import prepare_groups
 
     with tempfile.TemporaryDirectory() as directory:
         options = DataConfig(max_length=max_length, cache_dir=directory, num_workers=1)
-        store = prepare_groups(options, str(path), str(tokenizer)).groups
-        return [Group(tuple(np.array(p) for p in g.prompts), tuple(np.array(r) for r in g.responses), g.row) for g in store]
+        store = prepare_groups(options, str(path), str(tokenizer), reading).groups
+        return [
+            replace(g, prompts=tuple(map(np.array, g.prompts)), responses=tuple(map(np.array, g.responses))) for g in store
+        ]

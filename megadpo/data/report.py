@@ -45,11 +45,16 @@ class DataReport:
         for name in (item.name for item in fields(self) if item.name.startswith("num_")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def sentence(self) -> str:
-        """One line for the console."""
+    @property
+    def noun(self) -> str:
+        """What a row is called."""
         # A pair that is read as labelled answers is two of them.
         are_pairs = self.kind == "labels" and self.num_desirable + self.num_undesirable > self.num_kept
-        parts = [f"{self.num_kept:,} of {self.num_rows:,} {'row' if are_pairs else _NOUNS[self.kind]}s kept"]
+        return "row" if are_pairs else _NOUNS[self.kind]
+
+    def sentence(self) -> str:
+        """One line for the console."""
+        parts = [f"{self.num_kept:,} of {self.num_rows:,} {self.noun}s kept"]
         if self.kind == "labels":
             parts += [f"{self.num_desirable:,} desirable", f"{self.num_undesirable:,} undesirable"]
         parts += [f"{count:,} dropped ({reason})" for reason, count in sorted(self.dropped.items())]

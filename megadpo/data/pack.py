@@ -75,7 +75,7 @@ def check_groups_fit(
     row = worst if rows is None else int(np.asarray(rows)[worst])
     others = f" ({too_long} rows are too long)" if too_long > 1 else ""
     raise UserError(
-        f"the pair of row {row} has {tokens_N[worst]} tokens, more than {setting} = {tokens_per_micro_batch}{others}; "
+        f"row {row} has {tokens_N[worst]} tokens, more than {setting} = {tokens_per_micro_batch}{others}; "
         f"raise {setting} to at least {tokens_N[worst]}, or lower data.max_length"
     )
 

@@ -109,7 +109,7 @@ def test_fewer_groups_than_ranks_leave_some_micro_batches_empty() -> None:
 
 
 def test_a_group_longer_than_a_micro_batch_is_refused_by_row_and_setting() -> None:
-    with pytest.raises(UserError, match=r"pair of row 7 has 30 tokens, more than train.tokens_per_micro_batch = 20"):
+    with pytest.raises(UserError, match=r"row 7 has 30 tokens, more than train.tokens_per_micro_batch = 20"):
         check_groups_fit([3, 30, 25], [4, 7, 9], 20)
     with pytest.raises(UserError, match=r"\(2 rows are too long\); raise reference.tokens_per_micro_batch to at least 30"):
         check_groups_fit([3, 30, 25], [4, 7, 9], 20, "reference.tokens_per_micro_batch")

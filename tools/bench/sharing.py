@@ -87,7 +87,7 @@ def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> d
 
     run = build(plan, Callbacks())
     if reference == "none":
-        run.references = References(precomputed(np.zeros((len(plan.train.groups), 2))), None)
+        run.references = References(precomputed(np.zeros(plan.train.groups.num_responses), plan.train.groups), None)
     unshared_config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, share_prompts=False))
     unshared_packing = data_packing(
         unshared_config, plan.train.groups, plan.layout, plan.policy.config.hidden_size, options.capacity, "--capacity"

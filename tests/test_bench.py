@@ -55,6 +55,13 @@ def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
     assert report["half_scored"]["memory_ratio"] > 0
 
 
+def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
+    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
+    report = _report("coupled", tmp_path, "--tiny", *sizes)
+    assert [times["coupled"] for times in report["times"]] == ["aot", "bco_pair", "kto"]
+    assert all(times["time_ratio"] > 0 and len(times["seconds"]["coupled"]) == 2 for times in report["times"])
+
+
 def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "2")

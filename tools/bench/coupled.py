@@ -1,0 +1,100 @@
+"""What the extra forward passes of coupled objectives cost: ``python -m tools.bench.coupled [--json FILE]``.
+
+Whole optimizer steps of the trainer on preference rows, an objective that needs more than one pass in turns with its nearest
+relative that does not, on the same rows in the same order, fp32, reference resident.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.bench.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+
+COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("all of the batch's pairs, twice through the policy", {"loss_type": "sigmoid"}, {"loss_type": "aot"}),
+    ("running delta, the same", {"loss_type": "bco_pair"}, {"loss_type": "bco_pair", "bco_running_delta": True}),
+    ("KL of one mismatched answer a row", {"loss_type": "apo_zero_unpaired"}, {"loss_type": "kto"}),
+)
+
+
+def main() -> None:
+    options = _options()
+    equal_start(options.threads)
+    import torch
+
+    from megadpo.platform.world import joined_world
+    from tools.bench.runs import prepared_plan
+
+    torch.set_num_threads(options.threads)
+    report: dict[str, Any] = {"command": "python -m tools.bench.coupled " + " ".join(sys.argv[1:]), "machine": machine()}
+    with tempfile.TemporaryDirectory() as directory:
+        plan, report["model"] = prepared_plan(
+            Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity
+        )
+        report |= {"pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity}
+        with joined_world(plan.layout, plan.config.train.seed):
+            report["times"] = [_times(plan, what, plain, coupled, options) for what, plain, coupled in COMPARED]
+    _print(report)
+    write_json(options.json, report)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each arm")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before that")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
+    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
+    return parser.parse_args()
+
+
+def _times(
+    plan: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
+    from megadpo.config import ObjectiveConfig
+    from megadpo.prepare import prepare
+    from megadpo.train import Callbacks, build, training_step
+
+    arms = {}
+    for name, objective in (("plain", plain), ("coupled", coupled)):
+        changes = {"objective": ObjectiveConfig(**objective), "output_dir": f"{plan.config.output_dir}-{name}"}
+        run = build(prepare(dataclasses.replace(plan.config, **changes)), Callbacks())
+        arms[name] = lambda number, run=run: training_step(run, number % options.rounds)
+    seconds = interleaved(arms, options.rounds, options.warm_up)
+    return {
+        "what": what,
+        "plain": plain["loss_type"],
+        "coupled": coupled["loss_type"],
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "time_ratio": median_ratio(seconds["coupled"], seconds["plain"]),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(report["machine"])
+    rows = [
+        [t["coupled"], t["plain"], t["what"], t["median_seconds"]["coupled"], t["median_seconds"]["plain"], t["time_ratio"]]
+        for t in report["times"]
+    ]
+    model = report["model"]
+    print_table(
+        f"Seconds a step of {report['pairs_per_step']} pairs, Llama with {model['body_parameters'] / 1e6:.1f} M body "
+        f"parameters and a vocabulary of {model['vocabulary']:,}, fp32; ratios are medians over interleaved steps",
+        ["objective", "against", "extra", "seconds", "seconds against", "time ratio"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

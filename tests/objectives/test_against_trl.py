@@ -7,11 +7,21 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.objectives.trl_cases import CASES, Case, on_a_real_batch, on_random_logits
 
 DOUBLE, SINGLE = 1e-7, 1e-5
 """Largest relative error in float64 (TRL keeps some constants in fp32) and where anything is computed in fp32."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _tolerance(case: Case) -> float:

@@ -152,8 +152,8 @@ def _reads_reference(options: ObjectiveConfig) -> bool:
 def _real_groups() -> list[Group]:
     """Real pairs with short answers: TRL adds log-probs up in fp32, whose rounding grows with the sum."""
     with tempfile.TemporaryDirectory() as directory:
-        groups = hh_groups(400, save_model(Path(directory), "llama", num_hidden_layers=1), max_length=96)
-    short = [group for group in groups if max(len(response) for response in group.responses) <= 16]
+        groups = hh_groups(700, save_model(Path(directory), "llama", num_hidden_layers=1), max_length=96)
+    short = [group for group in groups if max(len(response) for response in group.responses) <= 14]
     assert len(short) >= NUM_UNITS
     return short[:NUM_UNITS]
 
@@ -183,7 +183,7 @@ def _real_model(reward: bool, near: bool) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(2.0)
         for parameter in model.parameters():
             parameter.sub_(0.01 * near * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     if not reward:

@@ -20,7 +20,7 @@ from tests.parity.trl_runs import (
 )
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
-FREE = {"reference": "none", "metrics": PAIR_METRICS}
+FREE = {"reference": {"mode": "none"}, "metrics": PAIR_METRICS}
 # TRL's ORPO and SimPO log the mean log-prob of a response under logps/*, ours is the sum.
 RUNS = {
     "sigmoid": Run("DPO"),
@@ -32,6 +32,12 @@ RUNS = {
         "DPO", {"f_divergence": "js", "wpo": True}, {"f_divergence_type": "js_divergence", "use_weighting": True}
     ),
     "ld": Run("DPO", {"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    "moving reference": Run(
+        "DPO",
+        {},
+        {"sync_ref_model": True, "ref_model_sync_steps": 6, "ref_model_mixup_alpha": 0.4},
+        reference={"mode": "resident", "sync_every": 6, "mixup_alpha": 0.4},
+    ),
     "orpo": Run("ORPO", {"loss_type": "orpo"}, **FREE, moves=("loss", 0.4)),
     "cpo": Run(
         "CPO",

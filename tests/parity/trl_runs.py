@@ -58,7 +58,7 @@ class Run:
         rows: "pairs", "labels" or "examples": what the trainer reads.
         beta: on both sides.
         max_length: on both sides.
-        reference: `reference.mode`; TRL gets a reference model where it is not "none".
+        reference: options of `reference`; TRL gets a reference model where its mode is not "none".
         metrics: what is compared, with each metric's absolute floor.
         moves: the metric that training must have moved, and by how much at least.
     """
@@ -69,7 +69,7 @@ class Run:
     rows: str = "pairs"
     beta: float = 0.1
     max_length: int = MAX_LENGTH
-    reference: str = "resident"
+    reference: dict[str, Any] = field(default_factory=lambda: {"mode": "resident"})
     metrics: dict[str, float] = field(default_factory=lambda: DPO_METRICS)
     moves: tuple[str, float] = ("rewards/margins", 0.1)
 
@@ -165,7 +165,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
-        **({"ref_model": reference} if run.reference != "none" else {}),
+        **({"ref_model": reference} if run.reference["mode"] != "none" else {}),
     )
     trainer.train()
     names = THEIR_NAMES.get(run.trainer, {})
@@ -192,7 +192,7 @@ def our_history(
             **data,
         },
         "objective": {"beta": run.beta, **run.ours},
-        "reference": {"mode": run.reference},
+        "reference": run.reference,
         "parallel": parallel or {},
         "train": {
             "steps": NUM_STEPS,

@@ -263,7 +263,7 @@ def say_plan(plan: Plan) -> None:
 
 
 def say_balance(options: ObjectiveConfig, report: DataReport) -> None:
-    """How desirable and undesirable answers weigh against each other; the advice is KTO's (arXiv:2402.01306, section 4.2)."""
+    """How desirable and undesirable answers weigh against each other; the advice is KTO's (arXiv:2402.01306, 4.2)."""
     undesirable = options.undesirable_weight * report.num_undesirable
     ratio = options.desirable_weight * report.num_desirable / undesirable if undesirable else math.inf
     advice = ""

@@ -163,6 +163,7 @@ def _check_options_are_read(options: ObjectiveConfig) -> None:
         ("wpo", "weighting", options.wpo),
         ("ld_alpha", "lengths_weighted", options.ld_alpha is not None),
         ("nll_coef", "nll_term", options.nll_coef != 0),
+        ("row_weights", "row_weighting", options.row_weights),
     ):
         # sft reads none of them: it may stand beside a loss that does, but not alone.
         wrong = [name for name in losses if not getattr(SPECS[name], allowed) and (name != "sft" or len(losses) == 1)]

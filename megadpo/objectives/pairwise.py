@@ -87,8 +87,10 @@ def apo_down(pairs: Pairs, normalisers: Normalisers) -> Tensor:
 def discopop(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     """Logistic and exponential loss mixed by sigmoid(h / tau), which is differentiated too."""
     h = pairs.scaled_margin_P
-    mix = torch.sigmoid(h / pairs.options.discopop_tau)
-    return -F.logsigmoid(h) * (1 - mix) + torch.exp(-h) * mix
+    scaled = h / pairs.options.discopop_tau
+    # exp(-h) mix, together: far below zero one overflows where the other vanishes.
+    exponential = torch.exp(F.logsigmoid(scaled) - h)
+    return -F.logsigmoid(h) * (1 - torch.sigmoid(scaled)) + exponential
 
 
 def rpo_bwd_kl(pairs: Pairs, normalisers: Normalisers) -> Tensor:

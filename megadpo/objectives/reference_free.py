@@ -28,7 +28,9 @@ def simpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
 def orpo(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     """Negative log-prob of prompt and chosen answer, minus beta log sigmoid of the log odds ratio of mean log-probs."""
     s = pairs.statistics
-    chosen, rejected = pairs.chosen(pairs.mean_logp_R), pairs.rejected(pairs.mean_logp_R)
+    # A probability of 1 has infinite odds.
+    mean_logp_R = pairs.mean_logp_R.clamp(max=-1e-10)
+    chosen, rejected = pairs.chosen(mean_logp_R), pairs.rejected(mean_logp_R)
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     share = normalisers.num_units / max(1, normalisers.num_chosen_sequence_tokens)
     nll_P = -share * pairs.chosen(s.token_logps_R + s.prompt_logps_R)

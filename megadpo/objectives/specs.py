@@ -51,6 +51,11 @@ class Spec:
         return self.needs_reference and self.reads == "pairs"
 
     @property
+    def row_weighting(self) -> bool:
+        """Whether its losses belong to single rows: where they are sorted over the batch they belong to none."""
+        return not self.couples_batch
+
+    @property
     def nll_term(self) -> bool:
         """Whether the NLL term can be added: not to itself, and not where there are no log-probs."""
         return not self.reward_head and self.reads != "any"

@@ -118,7 +118,7 @@ def _length_weights(micro_batch: MicroBatch, ld_alpha: float) -> Tensor:
     # Without a prompt the first token is not scored, and places begin at 2.
     first_N = micro_batch.num_completion_tokens_R - _num_scored(micro_batch)
     place_N = micro_batch.place_N - first_N[micro_batch.response_N]
-    weights_N = torch.where(place_N <= common_N, 1.0, ld_alpha).double()
+    weights_N = torch.ones_like(place_N, dtype=torch.float64).masked_fill_(place_N > common_N, ld_alpha)
     return weights_N * (micro_batch.place_N > 0)
 
 

@@ -132,6 +132,7 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
         ({"objective": {"loss_type": "kto", "ld_alpha": 0.5}}, "ld_alpha is not defined for kto"),
         ({"objective": {"loss_type": "best_vs_rest", "margins": True}}, "margins has no effect on best_vs_rest"),
         ({"objective": {"loss_type": "kto", "desirable_weight": -1.0}}, "desirable_weight must be at least 0"),
+        ({"objective": {"loss_type": "aot", "row_weights": True}}, "row_weights is not defined for aot"),
         ({"objective": {"loss_type": "reward"}}, "reads no reference, but reference.mode is resident"),
     ],
 )

@@ -277,7 +277,7 @@ def test_an_answer_and_its_opposite_label_share_one_of_kto(num_groups, seed, sca
 
 
 # Largest log-ratio, where it is not 1e4: exp(-h) of discopop leaves float64 at h = -709.
-LIMITS = {("discopop", "reverse_kl"): 3e3, ("discopop", "js"): 3e3, ("discopop", "alpha"): 15.0}
+LIMITS = {("discopop", "alpha"): 15.0}
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,7 @@ def test_gradients_are_finite_at_extreme_log_ratios(name, divergence, fractions)
     extreme = LIMITS.get((name, divergence), 1e4) * torch.tensor(fractions, dtype=torch.float64)
     size = SIZES[kind_of([name])]
     s = random_statistics(8 // size, size=size)
-    # No answer is certain (log-prob 0): its odds would be infinite.
-    s = replace(s, logps_R=s.reference_logps_R + extreme, token_logps_R=-extreme.abs() - 1e-6, reward_R=extreme)
+    s = replace(s, logps_R=s.reference_logps_R + extreme, token_logps_R=-extreme.abs(), reward_R=extreme)
     options = replace(LOSSES[name], f_divergence=divergence)
     found = evaluate(s, Normalisers(8 // size, 100, 200, kl=3.0, delta=0.1), options)
     assert found.losses_U.isfinite().all() and found.gradient_RD.isfinite().all()

@@ -156,9 +156,10 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; only 1 in this version."""
     context: int = 1
-    """Context-parallel size; only 1 in this version."""
+    """Context-parallel size: ranks that each hold a part of a micro-batch's tokens."""
     context_method: str = "auto"
-    """How a sequence is cut for context parallelism; only `auto` in this version."""
+    """How attention crosses the parts: `ulysses` (all-to-all over heads), `allgather` (of keys and values; for more ranks
+    than heads), or `auto`: ulysses where the key-value heads divide."""
     expert: int = 1
     """Expert-parallel size; only 1 in this version."""
     expert_tensor: int = 1
@@ -180,7 +181,8 @@ class TrainConfig:
     pairs_per_step: int = 64
     """Pairs in the global batch of a step, over all processes; each weighs exactly the same."""
     tokens_per_micro_batch: int = 8192
-    """Most tokens that go through a model replica at once; changes memory and speed, not the result."""
+    """Most tokens that go through a model replica at once (over all its context ranks); changes memory and speed, not the
+    result."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 0.0

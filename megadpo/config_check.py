@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.ipo_normalization": ("mean", "sum"),
     "objective.list_weights": ("uniform", "score", "lambda"),
     "parallel.engine": ("megatron",),
-    "parallel.context_method": ("auto",),
+    "parallel.context_method": ("auto", "ulysses", "allgather"),
     "parallel.offload": ("none",),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
@@ -32,14 +32,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "reference.mode": ("adapter",),
     "parallel.engine": ("deepspeed",),
-    "parallel.context_method": ("ring", "ulysses"),
+    "parallel.context_method": ("ring",),
     "parallel.offload": ("cpu", "nvme"),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 ONLY: dict[str, tuple[Any, str]] = {
     "parallel.virtual_pipeline": (1, "interleaved pipeline schedules"),
-    "parallel.context": (1, "context parallelism"),
     "parallel.expert": (1, "expert parallelism"),
     "parallel.expert_tensor": (1, "expert tensor parallelism"),
     "parallel.zero_stage": (1, "other ZeRO stages"),
@@ -54,6 +53,7 @@ AT_LEAST: dict[str, int] = {
     "data.num_workers": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.context": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
     "objective.desirable_weight": 0,
@@ -243,6 +243,11 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise UserError("parallel.sequence is true, but sequence parallelism needs parallel.tensor > 1; leave it at null")
+    if config.parallel.context == 1 and config.parallel.context_method != "auto":
+        raise UserError(
+            f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
+            "raise parallel.context or leave the method at auto"
+        )
     if config.reference.mode == "resident" and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
             "reference.tokens_per_micro_batch is only for reference.mode precomputed: a resident reference runs on "

@@ -29,6 +29,7 @@ from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
 from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
+from megadpo.parallel.context import local_micro_batches
 from megadpo.parallel.engine import Engine, ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.reference import Reference
@@ -70,14 +71,12 @@ def global_batch(
 
     Collective.
     """
-    device, data_rank = compute_device(), parallel_state.get_data_parallel_rank()
-    micro_batches = [micro_batch.to(device) for micro_batch in packing.micro_batches(numbers, data_rank)]
-    totals = collect.empty_vector(device, options)
+    micro_batches = local_micro_batches(packing, numbers)
+    totals = collect.empty_vector(compute_device(), options)
     if measures_kl(options.loss_types):
-        mismatched = packing.mismatched(numbers).micro_batches(np.arange(len(numbers)), data_rank)
-        others = [micro_batch.to(device) for micro_batch in mismatched]
+        others = local_micro_batches(packing.mismatched(numbers), np.arange(len(numbers)))
         normalisers = replace(normalisers, kl=mismatch_kl(engine, others, reference(others), len(numbers)))
-        if parallel_state.is_pipeline_last_stage() and data_rank == 0:
+        if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
             collect.add_fixed(totals, "kl", normalisers.kl, options)
     offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
     return Batch(options, normalisers, offsets_G, micro_batches, reference(micro_batches), totals, delta_of)
@@ -126,7 +125,7 @@ def mismatch_kl(
         for sums_RS, reference_R in zip(sums, reference_logps, strict=True):
             assert reference_R is not None
             total += (sums_RS[:, 0] - reference_R).sum()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return (total / num_groups).clamp(min=0)
 
 
@@ -146,7 +145,7 @@ def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
         columns_RC = torch.stack([getattr(statistics, name) for name in COLUMNS], dim=-1)
         table_RC[_numbers_in_batch(batch, micro_batch)] = columns_RC
     # Each response stands on one replica; the others add zeros.
-    dist.all_reduce(table_RC, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(table_RC, group=parallel_state.get_data_parallel_group())
     values = dict(zip(COLUMNS, table_RC.unbind(dim=-1), strict=True))
     return ResponseStatistics(**values, first_G=batch.response_offsets_G[:-1].to(table_RC.device))
 

@@ -149,7 +149,7 @@ def data_packing(
         tokens_per_micro_batch=tokens_per_micro_batch,
         setting=setting,
         num_data_parallel=layout.data,
-        multiple_of=layout.tensor if layout.sequence else 1,
+        multiple_of=layout.stream_multiple,
         hidden_size=hidden_size,
         max_length=config.data.max_length,
         score_prompts=scores_prompt(config.objective.loss_types),

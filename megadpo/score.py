@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megadpo.data.packing import Packing
 from megadpo.model.build import Stage
+from megadpo.parallel.context import is_teller, local_micro_batches
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
 
@@ -24,15 +24,14 @@ def response_logps(stage: Stage, packing: Packing, ld_alpha: float | None = None
     num_groups = len(packing.groups)
     for start in range(0, num_groups, GROUPS_AT_ONCE):
         numbers = range(start, min(start + GROUPS_AT_ONCE, num_groups))
-        lot = packing.micro_batches(list(numbers), parallel_state.get_data_parallel_rank())
-        micro_batches = [micro_batch.to(compute_device()) for micro_batch in lot]
+        micro_batches = local_micro_batches(packing, list(numbers))
         sums = forward_only(stage.model, micro_batches, ld_alpha)
         first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if is_teller():
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):
                 places_R = torch.from_numpy(packing.groups.responses_of(micro_batch.rows) - first)
                 logps_R[places_R.to(logps_R.device)] = sums_RS[:, 0]
-        # One rank of each replica has each value; the others add zeros.
+        # One rank of each replica brings each value; the others add zeros.
         dist.all_reduce(logps_R)
         yield numbers, logps_R.cpu().numpy()

@@ -44,7 +44,7 @@ def save(run: Run, step: int) -> Path:
     dist.barrier()
     items = _owned_state(run)
     manifest: dict[str, Any] | None = None
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         stage, tensor_rank = (
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),
@@ -147,7 +147,7 @@ def export_policy(run: Run) -> Path:
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         tensors = _whole_tensors(run)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_export_files(export, directory, tensors)

@@ -210,10 +210,10 @@ def evaluation(run: Run) -> Metrics:
 
 
 def reduce_metrics(totals: Tensor, options: ObjectiveConfig, prefix: str = "") -> Metrics:
-    """Metrics of the whole world from each rank's sums: only last stages have any, and of their tensor ranks one counts."""
-    from megatron.core import parallel_state
+    """Metrics of the whole world from the sums of last stages, of whose tensor and context ranks one counts."""
+    from megadpo.parallel.context import is_teller
 
-    if parallel_state.get_tensor_model_parallel_rank() != 0:
+    if not is_teller():
         totals.zero_()
     dist.all_reduce(totals)
     return collect.reduce(totals, options, prefix)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,62 @@ class Segment:
     prompt_start: int = 0
     prompt_end: int = 0
 
+    @property
+    def keys(self) -> slice:
+        """The stream tokens that are its own keys."""
+        return slice(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of a Part that attend alike, as part of a segment.
+
+    Attributes:
+        start, end: the queries, as places among the part's tokens.
+        keys_start, keys_end: their own keys in the stream; the last query sees all of them, each one before one key less.
+        prompt_start, prompt_end: further keys in the stream, all of them visible.
+    """
+
+    start: int
+    end: int
+    keys_start: int
+    keys_end: int
+    prompt_start: int = 0
+    prompt_end: int = 0
+
+    @property
+    def keys(self) -> slice:
+        """The stream tokens that are its own keys."""
+        return slice(self.keys_start, self.keys_end)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one context-parallel rank holds of a micro-batch, see data/cut.py; every part has the same number of tokens.
+
+    Attributes:
+        tokens_T, positions_T: as in MicroBatch, of the tokens held.
+        scored_N: int64 places among the tokens held whose next-token distribution is read.
+        targets_N: int64 the token that follows there, wherever it lies.
+        numbers_N: int64 which of the micro-batch's scored positions these are.
+        pieces: covers the tokens held without gaps, in order.
+        order: int64 [the stream's tokens]: where each stands when all parts are put one after the other.
+        first: where this part begins there.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    scored_N: Tensor
+    targets_N: Tensor
+    numbers_N: Tensor
+    pieces: tuple[Piece, ...]
+    order: Tensor
+    first: int
+
+    def to(self, device: torch.device) -> Part:
+        """The same part with its tensors on `device`."""
+        return replace(self, **_moved_tensors(self, device))
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -49,6 +106,7 @@ class MicroBatch:
         places: each group's place in the step's batch.
         num_padding: stream tokens that belong to no group.
         numbers: float64 [R] by name: what the rows say of their responses, see `Group`.
+        part: what this rank holds of the stream under context parallelism; None: all of it.
     """
 
     tokens_T: Tensor
@@ -65,6 +123,12 @@ class MicroBatch:
     places: tuple[int, ...]
     num_padding: int
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    part: Part | None = None
+
+    @property
+    def held(self) -> MicroBatch | Part:
+        """What this rank computes: its `tokens_T`, `positions_T`, `scored_N` and `targets_N`."""
+        return self if self.part is None else self.part
 
     @property
     def num_tokens(self) -> int:
@@ -84,11 +148,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         numbers = {name: numbers_R.to(device, non_blocking=True) for name, numbers_R in self.numbers.items()}
-        return replace(
-            self, numbers=numbers, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        )
+        part = None if self.part is None else self.part.to(device)
+        return replace(self, numbers=numbers, part=part, **_moved_tensors(self, device))
+
+
+def _moved_tensors(item: MicroBatch | Part, device: torch.device) -> dict[str, Any]:
+    tensors = {f.name: getattr(item, f.name) for f in fields(item) if isinstance(getattr(item, f.name), Tensor)}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def lay_out(

@@ -29,7 +29,7 @@ from megadpo.model.head import LogProbHead
 from megadpo.model.norm import RMSNorm
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
-from megadpo.parallel.layout import Layout
+from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 
@@ -68,7 +68,7 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     with cpu_tensors_pass_for_cuda():
         model = GPTModel(
             config,
-            _block_spec(hf_config, config, len(layers), rope_scaling),
+            _block_spec(hf_config, config, len(layers), rope_scaling, context_method(layout, hf_config)),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -139,14 +139,14 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
 
 
 def _block_spec(
-    hf_config: Any, config: TransformerConfig, num_layers: int, rope_scaling: float
+    hf_config: Any, config: TransformerConfig, num_layers: int, rope_scaling: float, context_method: str | None
 ) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = functools.partial(
-        GroupAttention, windows=sliding_windows(hf_config), rope_scaling=rope_scaling
+        GroupAttention, windows=sliding_windows(hf_config), rope_scaling=rope_scaling, context_method=context_method
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

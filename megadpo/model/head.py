@@ -47,7 +47,8 @@ class LogProbHead(torch.nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        scored_NH = hidden.squeeze(1).index_select(0, self.micro_batch.scored_N)
+        held = self.micro_batch.held
+        scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
         matrix_VH = self.weight if weight is None else weight
         assert matrix_VH is not None
         first_row = parallel_state.get_tensor_model_parallel_rank() * matrix_VH.shape[0]
@@ -55,7 +56,7 @@ class LogProbHead(torch.nn.Module):
         statistics_NS = _TokenStatistics.apply(
             scored_NH,
             matrix_VH,
-            self.micro_batch.targets_N - first_row,
+            held.targets_N - first_row,
             num_real_rows,
             self.vocab_size,
             parallel_state.get_tensor_model_parallel_group(),

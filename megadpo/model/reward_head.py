@@ -18,6 +18,8 @@ from megadpo.objectives.statistics import RESPONSE_SUMS
 class RewardHead(torch.nn.Module):
     """GPTModel's output layer of a reward model: hidden [T, 1, H] -> rewards [R, 1, 1], float32.
 
+    Under context parallelism a reward is zero on the ranks that do not hold the response's last token.
+
     Every tensor rank holds the whole head and computes every reward, so each has the whole gradient already: nothing is
     summed over the tensor ranks on the way back.
     """
@@ -35,8 +37,16 @@ class RewardHead(torch.nn.Module):
         assert weight is None, "a scalar head is tied to no embedding"
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        last_RH = hidden.squeeze(1).index_select(0, reward_positions(self.micro_batch, self.padding_token))
-        return (last_RH.float() @ self.weight.float().t()).unsqueeze(1), None
+        places_R, part = reward_positions(self.micro_batch, self.padding_token), self.micro_batch.part
+        if part is not None:
+            places_R = part.order[places_R] - part.first
+            is_held_R = (places_R >= 0) & (places_R < len(part.tokens_T))
+            places_R = places_R.where(is_held_R, 0)
+        last_RH = hidden.squeeze(1).index_select(0, places_R)
+        rewards_R1 = last_RH.float() @ self.weight.float().t()
+        if part is not None:
+            rewards_R1 = rewards_R1 * is_held_R[:, None]
+        return rewards_R1.unsqueeze(1), None
 
 
 def reward_positions(micro_batch: MicroBatch, padding_token: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from megadpo.model.attention import StreamParams
 from megadpo.model.head import LogProbHead
 from megadpo.model.reward_head import RewardHead, reward_sums
 from megadpo.objectives.statistics import response_sums
+from megadpo.parallel.context import all_scored, sum_over_context
 from megadpo.parallel.engine import ResponseGradient
 
 
@@ -66,8 +67,8 @@ def _run(model: Any, micro_batches: Sequence[MicroBatch], loss_of: Any, forward_
 
 def _sums(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
     if isinstance(_unwrapped(model).output_layer, RewardHead):
-        return reward_sums(output, micro_batch)
-    return response_sums(output, micro_batch, ld_alpha)
+        return sum_over_context(reward_sums(output, micro_batch), micro_batch)
+    return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -80,4 +81,5 @@ def _stage_forward(model: Any, micro_batch: MicroBatch) -> Tensor:
         head: LogProbHead | RewardHead = stage.output_layer
         head.micro_batch = micro_batch
     stream = StreamParams(micro_batch=micro_batch)
-    return model(micro_batch.tokens_T[None], micro_batch.positions_T[None], None, packed_seq_params=stream)
+    held = micro_batch.held
+    return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

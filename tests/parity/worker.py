@@ -130,7 +130,7 @@ def _outcome(
         tokens_per_micro_batch=case.tokens_per_micro_batch,
         setting="train.tokens_per_micro_batch",
         num_data_parallel=layout.data,
-        multiple_of=layout.tensor if layout.sequence else 1,
+        multiple_of=layout.stream_multiple,
         hidden_size=64,
         score_prompts=scores_prompt(objective.loss_types),
     )

@@ -198,7 +198,6 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
     [
         "parallel.engine=deepspeed",
         "parallel.virtual_pipeline=2",
-        "parallel.context=2",
         "parallel.context_method=ring",
         "parallel.expert=2",
         "parallel.expert_tensor=2",
@@ -250,8 +249,8 @@ def test_a_config_changed_by_hand_is_checked_again() -> None:
     config.train.steps = "many"  # type: ignore[assignment]
     assert "train.steps must be a whole number" in error_of(config)
     config = Config()
-    config.parallel.context = 4
-    with pytest.raises(UserError, match="context parallelism"):
+    config.train.pairs_per_step = 0
+    with pytest.raises(UserError, match=r"train\.pairs_per_step must be at least 1"):
         config.validate()
 
 

@@ -55,6 +55,17 @@ def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
     assert report["half_scored"]["memory_ratio"] > 0
 
 
+def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path):
+    sizes = ("--tokens", "4096", "--prompt", "256", "--response", "128", "--hidden", "64", "--layers", "2")
+    report = _report("context_memory", tmp_path, *sizes, "--heads", "4", "--key-value-heads", "4")
+    one, *several = report["points"]
+    assert [point["method"] for point in several] == ["ulysses", "allgather"]
+    for point in several:
+        assert 0.4 < point["kept_mib"] / one["kept_mib"] < 0.55
+        assert point["peak_mib"] < one["peak_mib"]
+        assert point["pairs_over_mean"] < 1.05
+
+
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
     report = _report("coupled", tmp_path, "--tiny", *sizes)

@@ -30,6 +30,7 @@ CASES = {
         Case(layout("ulysses"), recompute="full"),
         Case(layout("allgather"), recompute="selective"),
     ],
+    3: [Case(layout("allgather", context=3))],
     4: [
         *(Case(layout(method, tensor=2), tokens_per_micro_batch=SMALL) for method in METHODS),
         *(Case(layout(method, pipeline=2), share_prompts=False) for method in METHODS),

@@ -23,7 +23,7 @@ MIB = 2**20
 
 def main() -> None:
     options = _options()
-    equal_start(1)
+    equal_start(options.threads)
     report: dict[str, Any] = {"command": "python -m tools.bench.context_memory " + " ".join(sys.argv[1:])}
     report["points"] = [
         _point({**vars(options), "key_value_heads": heads, "context": context, "method": method})
@@ -46,6 +46,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key-value-heads", type=int, nargs="+", default=[8, 2])
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
     return parser.parse_args()
 
 
@@ -80,7 +81,7 @@ def _rank(rank: int, port: int, point: dict[str, Any], results: Any) -> None:
     from megadpo.parallel.layout import Layout
     from megadpo.platform.world import joined_world
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(point["threads"])
     with joined_world(Layout(context=point["context"], context_method=point["method"]), seed=0):
         results.put(_measure(point))
 
@@ -93,7 +94,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     from megadpo.parallel.context import with_own_part
     from megadpo.parallel.layout import Layout
     from megadpo.parallel.schedule import forward_backward
-    from tools.bench.head_point import _give_back_freed_blocks, _peak_bytes
+    from tools.bench.head_point import give_back_freed_blocks, peak_bytes
 
     config = LlamaConfig(
         vocab_size=512,
@@ -124,16 +125,16 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     seen: dict[str, int] = {}
     forward_backward(stage.model, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
     batch = with_own_part(_stream(point, tokens=point["tokens"]))
-    _give_back_freed_blocks()
+    give_back_freed_blocks()
     kept.clear()
-    before, started = _peak_bytes(), time.perf_counter()
+    before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward_backward(stage.model, [batch], ones)
     pieces = batch.segments if batch.part is None else batch.part.pieces
     return {
         "seconds": time.perf_counter() - started,
         "kept_mib": seen["kept"] / MIB,
-        "peak_mib": (_peak_bytes() - before) / MIB,
+        "peak_mib": (peak_bytes() - before) / MIB,
         "pairs": float(sum(_pairs(piece) for piece in pieces)),
     }
 

@@ -37,14 +37,14 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             ours, plain = seconds.values()
             medians = {way: statistics.median(values) for way, values in seconds.items()}
             return {"seconds": seconds, "median_seconds": medians, "time_ratio": median_ratio(ours, plain)}
-        _give_back_freed_blocks()
-        before = _peak_bytes()
+        give_back_freed_blocks()
+        before = peak_bytes()
         steps[point["way"]](0)
-        extra = _peak_bytes() - before
+        extra = peak_bytes() - before
     return {"extra_mib": extra / MIB, "hidden_states_mib": 4 * point["tokens"] * point["hidden"] / MIB}
 
 
-def _give_back_freed_blocks() -> None:
+def give_back_freed_blocks() -> None:
     """Every large block its own mapping from here on, so that the peak is what was alive and no remains of the heap."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None:
@@ -53,7 +53,7 @@ def _give_back_freed_blocks() -> None:
         mallopt(m_mmap_max, 1 << 20)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

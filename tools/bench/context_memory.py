@@ -51,11 +51,12 @@ def _options() -> argparse.Namespace:
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
-    """The same step on `context` fresh processes."""
+    """The same step on `context` fresh processes, forked from one that has imported the libraries and computed nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.bench.head_point", "transformers", "megadpo.model.build"])
     results: Any = context.Queue()
     processes = [context.Process(target=_rank, args=(rank, port, point, results)) for rank in range(point["context"])]
     for process in processes:

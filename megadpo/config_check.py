@@ -243,6 +243,11 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise UserError("parallel.sequence is true, but sequence parallelism needs parallel.tensor > 1; leave it at null")
+    if config.parallel.context > 1 and config.parallel.engine != "megatron":
+        raise UserError(
+            f"parallel.context {config.parallel.context} works with parallel.engine megatron only, not with "
+            f"{config.parallel.engine}; change one of them"
+        )
     if config.parallel.context == 1 and config.parallel.context_method != "auto":
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "

@@ -65,3 +65,8 @@ def test_ring_attention_is_refused_by_name_and_a_method_without_context_ranks_to
     with pytest.raises(UserError, match=r"ulysses, which has no effect with parallel\.context 1"):
         load_config({}, ["parallel.context_method=ulysses"])
     load_config({}, ["parallel.context=2", "parallel.context_method=allgather"])
+
+
+def test_engines_that_do_not_add_gradients_up_over_context_ranks_are_refused():
+    with pytest.raises(UserError, match=r"parallel\.engine"):
+        load_config({}, ["parallel.context=2", "parallel.engine=deepspeed"])

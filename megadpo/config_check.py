@@ -38,7 +38,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 ONLY: dict[str, tuple[Any, str]] = {
-    "parallel.virtual_pipeline": (1, "interleaved pipeline schedules"),
     "parallel.context": (1, "context parallelism"),
     "parallel.expert": (1, "expert parallelism"),
     "parallel.expert_tensor": (1, "expert tensor parallelism"),
@@ -54,6 +53,7 @@ AT_LEAST: dict[str, int] = {
     "data.num_workers": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual_pipeline": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
     "objective.desirable_weight": 0,

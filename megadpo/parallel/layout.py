@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,16 @@ class Layout:
         pipeline: stages that the layers are cut into.
         data: replicas that see different pairs.
         sequence: whether norms and residuals are split over the tensor ranks along the stream.
+        virtual: chunks of layers that each stage holds. Chunk number c of the model is on stage c % pipeline.
+        chunk_layers: layers of each chunk, in the model's order; None: as even as possible, see `even_chunks`.
     """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    virtual: int = 1
+    chunk_layers: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:
@@ -31,12 +37,36 @@ class Layout:
 
     def __str__(self) -> str:
         sequence = " + sequence" if self.sequence else ""
-        return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}"
+        virtual = f" of {self.virtual} chunks" if self.virtual > 1 else ""
+        layers = f" ({', '.join(map(str, self.chunk_layers))} layers)" if self.chunk_layers else ""
+        return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline}{virtual}{layers} x data {self.data}"
 
-    def layers_of_stage(self, num_layers: int, stage: int) -> range:
-        """Global numbers of the layers that pipeline stage number `stage` holds."""
-        per_stage = num_layers // self.pipeline
-        return range(stage * per_stage, (stage + 1) * per_stage)
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers of the whole model."""
+        return self.pipeline * self.virtual
+
+    @property
+    def micro_batches_multiple_of(self) -> int:
+        """What a replica's number of micro-batches must be a multiple of: the interleaved schedule goes in rounds."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    def layers_of_stage(self, num_layers: int, stage: int, chunk: int = 0) -> range:
+        """Global numbers of the layers in a chunk, 0 .. virtual - 1, of pipeline stage number `stage`."""
+        return self.layers_of_chunks(num_layers)[chunk * self.pipeline + stage]
+
+    def layers_of_chunks(self, num_layers: int) -> list[range]:
+        """Global numbers of the layers of every chunk, in the model's order."""
+        sizes = self.chunk_layers or even_chunks(num_layers, self.num_chunks)
+        ends = list(itertools.accumulate(sizes))
+        return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def even_chunks(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as even as possible: first and last, which have embedding and head, are the first to get less."""
+    least, more = divmod(num_layers, num_chunks)
+    from_the_middle = sorted(range(num_chunks), key=lambda chunk: (chunk in (0, num_chunks - 1), chunk))
+    return tuple(least + (from_the_middle.index(chunk) < more) for chunk in range(num_chunks))
 
 
 def choose_layout(parallel: Any, world_size: int) -> Layout:
@@ -55,7 +85,36 @@ def choose_layout(parallel: Any, world_size: int) -> Layout:
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
     sequence = parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
-    return Layout(parallel.tensor, parallel.pipeline, world_size // model_size, sequence)
+    return Layout(
+        parallel.tensor,
+        parallel.pipeline,
+        world_size // model_size,
+        sequence,
+        parallel.virtual_pipeline,
+        read_chunk_layers(parallel.pipeline_layout, parallel.pipeline, parallel.virtual_pipeline),
+    )
+
+
+def read_chunk_layers(value: str | Sequence[int] | None, pipeline: int, virtual: int) -> tuple[int, ...] | None:
+    """`parallel.pipeline_layout` as numbers of layers, given as a list or as text ("3,4,4,3").
+
+    Raises:
+        UserError: not whole numbers above 0, or not one for each chunk.
+    """
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"parallel.pipeline_layout is {value!r}; give the number of layers of each stage, all above 0, for example 3,4,4,3"
+        )
+    if len(parts) != pipeline * virtual:
+        chunks = f"parallel.pipeline {pipeline}" + (f" x parallel.virtual_pipeline {virtual}" if virtual > 1 else "")
+        raise UserError(
+            f"parallel.pipeline_layout has {len(parts)} numbers of layers but {chunks} needs {pipeline * virtual}; "
+            "give one for each, in the model's order"
+        )
+    return tuple(int(part) for part in parts)
 
 
 def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = None) -> None:
@@ -81,15 +140,30 @@ def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = No
                 f"parallel.tensor {layout.tensor} does not divide the model's {number} {what}; "
                 f"use one of {_divisors(num_heads, num_key_value_heads, hf_config.intermediate_size)}"
             )
-    if hf_config.num_hidden_layers % layout.pipeline:
-        raise UserError(
-            f"parallel.pipeline {layout.pipeline} does not divide the model's {hf_config.num_hidden_layers} layers; "
-            f"use one of {_divisors(hf_config.num_hidden_layers)}"
-        )
+    _check_layers(layout, hf_config.num_hidden_layers)
     if pairs_per_step is not None and pairs_per_step < layout.data:
         raise UserError(
             f"train.pairs_per_step {pairs_per_step} is less than the {layout.data} data-parallel replicas; "
             f"raise it to at least {layout.data} or use fewer processes"
+        )
+
+
+def _check_layers(layout: Layout, num_layers: int) -> None:
+    if layout.virtual > 1 and layout.pipeline == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline is {layout.virtual} but parallel.pipeline is 1; "
+            "chunks take turns over several stages: raise pipeline or leave virtual_pipeline at 1"
+        )
+    if layout.chunk_layers is not None and sum(layout.chunk_layers) != num_layers:
+        raise UserError(
+            f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} layers "
+            f"but the model has {num_layers}"
+        )
+    if num_layers < layout.num_chunks:
+        chunks = f" x parallel.virtual_pipeline {layout.virtual}" if layout.virtual > 1 else ""
+        raise UserError(
+            f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; lower it to {num_layers} "
+            "or less"
         )
 
 

@@ -45,6 +45,7 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=False,
     )

@@ -18,6 +18,7 @@ from typing import NoReturn
 from megadpo import __version__, launch
 from megadpo.config import Config, load_config
 from megadpo.errors import UserError
+from megadpo.parallel.layout import Layout, choose_layout
 
 LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
 """`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
@@ -64,7 +65,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     layout = _layout(arguments.layout)
     from megadpo.checkpoint.convert import import_hf
 
-    import_hf(arguments.hf_dir, arguments.out, num_tensor=layout["tensor"], num_pipeline=layout["pipeline"])
+    import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
     _wrote(arguments.out)
     return 0
 
@@ -82,13 +83,15 @@ def _wrote(path: Path | str) -> None:
         print(f"megadpo: wrote {path}", file=sys.stderr)
 
 
-def _layout(overrides: Sequence[str]) -> dict[str, int]:
-    """tensor=N and pipeline=N, checked as the options of the same name under `parallel`."""
+def _layout(overrides: Sequence[str]) -> Layout:
+    """tensor=N, pipeline=N and pipeline_layout=N,N,…, checked as the options of the same name under `parallel`."""
     for override in overrides:
-        if override.partition("=")[0] not in ("tensor", "pipeline"):
-            raise UserError(f"unknown layout {override!r}; convert import takes tensor=N and pipeline=N")
+        if override.partition("=")[0] not in ("tensor", "pipeline", "pipeline_layout"):
+            raise UserError(
+                f"unknown layout {override!r}; convert import takes tensor=N, pipeline=N and pipeline_layout=N,N,…"
+            )
     parallel = load_config(Config(), [f"parallel.{override}" for override in overrides]).parallel
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    return choose_layout(parallel, parallel.tensor * parallel.pipeline)
 
 
 def _starts_workers(nproc: int | None) -> bool:
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command = conversions.add_parser("import", help="Hugging Face directory to a sharded checkpoint")
     command.add_argument("hf_dir", metavar="HF_DIR")
     command.add_argument("out", metavar="OUT")
-    command.add_argument("layout", metavar="tensor=N pipeline=N", nargs="*", help="how many shards")
+    command.add_argument("layout", metavar="tensor=N pipeline=N pipeline_layout=N,N,…", nargs="*", help="how many shards")
     command.set_defaults(command=convert_import)
     command = conversions.add_parser("export", help="a checkpoint to a Hugging Face directory")
     command.add_argument("checkpoint", metavar="CHECKPOINT")

@@ -25,8 +25,9 @@ def plan_micro_batches(
 ) -> list[list[list[int]]]:
     """Pack the groups of a step: no micro-batch above its capacity, all ranks with the same number of near-equal work.
 
-    The number of micro-batches is that of best-fit-decreasing, rounded up to a multiple of the ranks (and, on
-    each rank, of `multiple_of`). The groups are then spread over that many by cost; where the capacity does not allow it, best-fit's own bins are levelled.
+    The number of micro-batches is that of best-fit-decreasing, rounded up to a multiple of the ranks (and, on each rank,
+    of `multiple_of`). The groups are then spread over that many by cost; where the capacity does not allow it, best-fit's
+    own bins are levelled.
 
     Args:
         num_tokens: int [N], tokens of each group in the stream.

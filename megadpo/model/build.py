@@ -1,4 +1,5 @@
-"""One pipeline stage of a model: Megatron's GPTModel (one for each chunk of the stage) with our attention, rope, norm and head, filled from a checkpoint."""
+"""One pipeline stage of a model: Megatron's GPTModel (one for each chunk of the stage) with our attention, rope, norm and
+head, filled from a checkpoint."""
 
 from __future__ import annotations
 
@@ -105,9 +106,7 @@ def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chun
 
 def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:
     """What tensor rank `tensor_rank` of this rank's pipeline stage holds, in all chunks."""
-    return [
-        shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk)
-    ]
+    return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk)]
 
 
 def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int) -> list[ParameterShard]:

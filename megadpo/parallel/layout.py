@@ -63,7 +63,7 @@ class Layout:
 
 
 def even_chunks(num_layers: int, num_chunks: int) -> tuple[int, ...]:
-    """Layers of each chunk, as even as possible: first and last, which have embedding and head, are the first to get less."""
+    """Layers of each chunk, as even as possible: first and last, with embedding and head, are the first to get less."""
     least, more = divmod(num_layers, num_chunks)
     from_the_middle = sorted(range(num_chunks), key=lambda chunk: (chunk in (0, num_chunks - 1), chunk))
     return tuple(least + (from_the_middle.index(chunk) < more) for chunk in range(num_chunks))
@@ -106,7 +106,8 @@ def read_chunk_layers(value: str | Sequence[int] | None, pipeline: int, virtual:
     parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(
-            f"parallel.pipeline_layout is {value!r}; give the number of layers of each stage, all above 0, for example 3,4,4,3"
+            f"parallel.pipeline_layout is {value!r}; give the number of layers of each stage, all above 0, "
+            "for example 3,4,4,3"
         )
     if len(parts) != pipeline * virtual:
         chunks = f"parallel.pipeline {pipeline}" + (f" x parallel.virtual_pipeline {virtual}" if virtual > 1 else "")
@@ -156,14 +157,14 @@ def _check_layers(layout: Layout, num_layers: int) -> None:
         )
     if layout.chunk_layers is not None and sum(layout.chunk_layers) != num_layers:
         raise UserError(
-            f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} layers "
-            f"but the model has {num_layers}"
+            f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} "
+            f"layers but the model has {num_layers}"
         )
     if num_layers < layout.num_chunks:
         chunks = f" x parallel.virtual_pipeline {layout.virtual}" if layout.virtual > 1 else ""
         raise UserError(
-            f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; lower it to {num_layers} "
-            "or less"
+            f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; "
+            f"lower it to {num_layers} or less"
         )
 
 

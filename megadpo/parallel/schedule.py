@@ -27,7 +27,8 @@ def forward_only(models: Sequence[Any], micro_batches: Sequence[MicroBatch], ld_
     with torch.no_grad():
         outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True)
         return [
-            _sums(models[-1], output, micro_batch, ld_alpha) for output, micro_batch in zip(outputs, micro_batches, strict=False)
+            _sums(models[-1], output, micro_batch, ld_alpha)
+            for output, micro_batch in zip(outputs, micro_batches, strict=False)
         ]
 
 

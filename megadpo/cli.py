@@ -4,6 +4,7 @@ megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
 megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
+megadpo plan run.yaml --layouts 4 8
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megadpo.parallel.layout import Layout, choose_layout
 
 LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
 """`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
-LATER = ("inspect", "plan", "doctor", "eval", "report")
+LATER = ("inspect", "doctor", "eval", "report")
 
 
 def console() -> NoReturn:
@@ -75,6 +76,18 @@ def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
     export_checkpoint(arguments.checkpoint, arguments.out)
     _wrote(arguments.out)
+    return 0
+
+
+def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    overrides = [text for text in arguments.layouts if "=" in text]
+    counts = [text for text in arguments.layouts if "=" not in text]
+    if wrong := next((text for text in counts if not text.isdecimal()), None):
+        raise UserError(f"--layouts takes numbers of processes, got {wrong!r}; for example --layouts 4 8")
+    config = load_config(arguments.config, [*arguments.override, *overrides])
+    from megadpo.plan import run_plan
+
+    print(run_plan(config, [int(text) for text in counts]), end="")
     return 0
 
 
@@ -131,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write")
     _add_common(command)
     command.set_defaults(command=logprobs)
+
+    command = commands.add_parser("plan", help="list every layout of a model and a configuration; starts nothing")
+    command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
+    command.add_argument("override", metavar="key.sub=value", nargs="*", help="options that replace those of the file")
+    command.add_argument(
+        "--layouts", metavar="N", nargs="*", required=True, help="numbers of processes; none: 1, 2, 4 and 8"
+    )
+    command.set_defaults(command=plan)
 
     conversions = commands.add_parser("convert", help="Hugging Face directory to checkpoint and back").add_subparsers(
         title="directions", metavar="DIRECTION", required=True

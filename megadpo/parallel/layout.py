@@ -150,11 +150,6 @@ def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = No
 
 
 def _check_layers(layout: Layout, num_layers: int) -> None:
-    if layout.virtual > 1 and layout.pipeline == 1:
-        raise UserError(
-            f"parallel.virtual_pipeline is {layout.virtual} but parallel.pipeline is 1; "
-            "chunks take turns over several stages: raise pipeline or leave virtual_pipeline at 1"
-        )
     if layout.chunk_layers is not None and sum(layout.chunk_layers) != num_layers:
         raise UserError(
             f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} "

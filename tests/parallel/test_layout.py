@@ -36,7 +36,6 @@ def test_a_number_of_processes_that_the_sizes_do_not_divide_is_refused(num_proce
         (Layout(tensor=4), r"does not divide the model's 2 key-value heads; use one of \[1, 2\]"),
         (Layout(pipeline=7), "parallel.pipeline 7 is more than the model's 6 layers; lower it to 6 or less"),
         (Layout(pipeline=4, virtual=2), "pipeline 4 x parallel.virtual_pipeline 2 is more than the model's 6 layers"),
-        (Layout(virtual=2), "parallel.virtual_pipeline is 2 but parallel.pipeline is 1"),
         (Layout(pipeline=2, chunk_layers=(3, 4)), "pipeline_layout 3,4 adds up to 7 layers but the model has 6"),
         (Layout(data=9), "train.pairs_per_step 8 is less than the 9 data-parallel replicas"),
     ],

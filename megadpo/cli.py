@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> int:
 def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.override)
     config.require_for_training()
-    if _starts_workers(arguments.nproc):
-        return _start_workers(arguments.nproc, argv)
+    node = _node(arguments)
+    if _starts_workers(arguments.nproc, node):
+        return _start_workers(arguments.nproc, argv, node)
     from megadpo.train import run_training
 
     run_training(config)
@@ -107,16 +108,37 @@ def _layout(overrides: Sequence[str]) -> Layout:
     return choose_layout(parallel, parallel.tensor * parallel.pipeline)
 
 
-def _starts_workers(nproc: int | None) -> bool:
+def _node(arguments: argparse.Namespace) -> launch.Node:
+    """--nnodes, --node-rank and --master, which come together."""
+    count, number, master = arguments.nnodes or 1, arguments.node_rank, arguments.master
+    if count < 1:
+        raise UserError(f"--nnodes must be at least 1, got {count}")
+    if count == 1:
+        if number or master:
+            raise UserError(f"{'--node-rank' if number else '--master'} is for several machines: it needs --nnodes > 1")
+        return launch.Node()
+    if master is None:
+        raise UserError(f"--nnodes {count} needs --master HOST[:PORT], the first machine's address")
+    host, _, port = master.partition(":")
+    if not host or (":" in master and not (port.isdecimal() and 0 < int(port) < 65536)):
+        raise UserError(f"--master {master} is not HOST or HOST:PORT")
+    if number is None or not 0 <= number < count:
+        raise UserError(f"--nnodes {count} needs --node-rank, from 0 to {count - 1}, got {number}")
+    return launch.Node(number, count, master)
+
+
+def _starts_workers(nproc: int | None, node: launch.Node | None = None) -> bool:
     """True where this process is to start workers instead of being one."""
-    if nproc is None:
+    node = node or launch.Node()
+    if nproc is None and node.count == 1:
         return False
+    nproc = 1 if nproc is None else nproc
     if nproc < 1:
         raise UserError(f"--nproc must be at least 1, got {nproc}")
     if not launch.is_distributed(os.environ):
-        return nproc > 1
+        return nproc * node.count > 1
     world_size = os.environ["WORLD_SIZE"]
-    if world_size != str(nproc):
+    if world_size != str(nproc * node.count):
         raise UserError(
             f"--nproc {nproc} is given, but this process is already one of {world_size} (started by torchrun or srun); "
             "leave --nproc out"
@@ -124,8 +146,8 @@ def _starts_workers(nproc: int | None) -> bool:
     return False
 
 
-def _start_workers(nproc: int, argv: Sequence[str]) -> int:
-    return launch.start_workers(nproc, [sys.executable, "-m", "megadpo", *argv])
+def _start_workers(nproc: int | None, argv: Sequence[str], node: launch.Node | None = None) -> int:
+    return launch.start_workers(nproc or 1, [sys.executable, "-m", "megadpo", *argv], node)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train on preference pairs as a YAML file says")
     command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
     _add_common(command)
+    command.add_argument("--nnodes", type=int, metavar="N", help="machines, each with --nproc processes")
+    command.add_argument("--node-rank", type=int, metavar="R", help="which of them this one is, from 0")
+    command.add_argument("--master", metavar="HOST[:PORT]", help="machine 0, as the others reach it (port 29500)")
     command.set_defaults(command=train)
 
     command = commands.add_parser("logprobs", help="write the log-probs of chosen and rejected, a line a pair")

@@ -106,8 +106,7 @@ def launch_sh(*arguments: str, **environment: str) -> subprocess.CompletedProces
         ),
         (
             "train c.yaml --nnodes=2 --node-rank 1 --master head:4000 --nproc=8",
-            "python -m torch.distributed.run --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=head "
-            "--master-port=4000 -m megadpo train c.yaml",
+            "python -m megadpo train c.yaml --nproc 8 --nnodes 2 --node-rank 1 --master head:4000",
         ),
         ("logprobs --model m", "python -m megadpo logprobs --model m"),
         ("convert export a b", "python -m megadpo convert export a b"),

@@ -50,11 +50,15 @@ def run_plan(config: Config, counts: Sequence[int] = ()) -> str:
     hf_config = read_hf_config(config.model.path)
     if has_reward_head(config.objective.loss_types):
         hf_config = with_reward_head(hf_config, hf_config.pad_token_id)
-    return "\n\n".join(_page(config, hf_config, count) for count in counts or DEFAULT_COUNTS) + "\n"
+    reference = None if config.reference.path is None else read_hf_config(config.reference.path)
+    return "\n\n".join(_page(config, hf_config, reference, count) for count in counts or DEFAULT_COUNTS) + "\n"
 
 
-def layouts(config: Config, hf_config: Any, num_processes: int) -> tuple[list[Fit], Counter[str]]:
+def layouts(config: Config, hf_config: Any, reference: Any, num_processes: int) -> tuple[list[Fit], Counter[str]]:
     """Every layout that would run on `num_processes`, and why the others would not (reason -> how many).
+
+    Args:
+        hf_config, reference: of the policy, and of the reference where it is another model.
 
     Virtual stages are looked at where all chunks get the same number of layers, or where the configuration asks for them.
     """
@@ -64,7 +68,7 @@ def layouts(config: Config, hf_config: Any, num_processes: int) -> tuple[list[Fi
     refused: Counter[str] = Counter()
     for sizes in _candidates(config, hf_config.num_hidden_layers, num_processes):
         try:
-            layout = _layout(config, hf_config, sizes, num_processes)
+            layout = _layout(config, hf_config, reference, sizes, num_processes)
         except UserError as error:
             refused[str(error)] += 1
         else:
@@ -110,7 +114,7 @@ def _is_open(name: str) -> bool:
     return f"parallel.{name}" not in ONLY
 
 
-def _layout(config: Config, hf_config: Any, sizes: dict[str, int], num_processes: int) -> Layout:
+def _layout(config: Config, hf_config: Any, reference: Any, sizes: dict[str, int], num_processes: int) -> Layout:
     """The layout of these sizes, or UserError as a run would raise it."""
     candidate = copy_config(config)
     asked = (config.parallel.pipeline, config.parallel.virtual_pipeline)
@@ -121,11 +125,13 @@ def _layout(config: Config, hf_config: Any, sizes: dict[str, int], num_processes
     candidate.validate()
     layout = choose_layout(candidate.parallel, num_processes)
     check_layout(layout, hf_config, candidate.train.pairs_per_step)
+    if reference is not None:
+        check_layout(layout, reference)
     return layout
 
 
-def _page(config: Config, hf_config: Any, num_processes: int) -> str:
-    fits, refused = layouts(config, hf_config, num_processes)
+def _page(config: Config, hf_config: Any, reference: Any, num_processes: int) -> str:
+    fits, refused = layouts(config, hf_config, reference, num_processes)
     names = [name for name in (*SPREAD, *WITHIN) if _is_open(name)]
     rows = [[*names, "data", "layers of each stage", "parameters of a process"]]
     for fit in fits:

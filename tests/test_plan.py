@@ -29,7 +29,7 @@ def configured(model: Path, **parallel: object) -> Config:
 
 def test_every_layout_listed_would_be_let_through_and_they_are_all(model: Path) -> None:
     config, hf_config = configured(model), read_hf_config(model)
-    fits, refused = layouts(config, hf_config, 8)
+    fits, refused = layouts(config, hf_config, None, 8)
     listed = {(fit.layout.tensor, fit.layout.pipeline, fit.layout.virtual, fit.layout.data) for fit in fits}
     assert listed == {
         *((1, 1, 1, 8), (1, 2, 1, 4), (1, 2, 3, 4), (1, 4, 1, 2)),
@@ -46,7 +46,7 @@ def test_every_layout_listed_would_be_let_through_and_they_are_all(model: Path) 
 def test_a_single_process_has_one_layout_with_all_parameters(model: Path) -> None:
     source = open_hf(model)
     total = sum(prod(source.shape(name)) for name in source.names())
-    fits, refused = layouts(configured(model), read_hf_config(model), 1)
+    fits, refused = layouts(configured(model), read_hf_config(model), None, 1)
     assert [fit.parameters for fit in fits] == [total] and not refused
 
 
@@ -69,6 +69,12 @@ def test_stages_that_the_configuration_cuts_itself_are_kept_where_they_fit(model
 def test_too_few_pairs_for_the_replicas_is_a_reason_told_once(model: Path) -> None:
     page = run_plan(load_config(configured(model), ["train.pairs_per_step=2"]), [8])
     assert page.count("is less than the 4 data-parallel replicas") == 1 and page.count("is less than the 8") == 1
+
+
+def test_a_reference_that_does_not_fit_rules_a_layout_out_too(model: Path, tmp_path: Path) -> None:
+    small = save_model(tmp_path / "small", tokenizer=False, num_hidden_layers=1)
+    page = run_plan(load_config(configured(model), [f"reference.path={small}"]), [2])
+    assert "2 processes: 2 layouts" in page and page.count("more than the model's 1 layers") == 2
 
 
 def test_the_command_prints_a_table_for_each_number_and_joins_no_processes(

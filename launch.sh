@@ -121,19 +121,17 @@ launch_train() {
     fi
     [[ -z "$nproc" || "$nproc" =~ ^[1-9][0-9]*$ ]] || die "--nproc must be a whole number above 0, got $nproc"
     [[ -z "$nnodes" || "$nnodes" =~ ^[1-9][0-9]*$ ]] || die "--nnodes must be a whole number above 0, got $nnodes"
-    local torchrun=("$BIN/python" -m torch.distributed.run "--nproc-per-node=${nproc:-1}")
     if [[ "${nnodes:-1}" == 1 ]]; then
         [[ -z "$node_rank$master" || "${node_rank:-0}" == 0 ]] || die "--node-rank $node_rank needs --nnodes > 1"
-        torchrun+=(--standalone)
+        local torchrun=("$BIN/python" -m torch.distributed.run "--nproc-per-node=${nproc:-1}" --standalone)
+        run "${torchrun[@]}" -m megadpo train ${arguments[@]+"${arguments[@]}"}
     else
         [[ -n "$master" ]] || die "--nnodes $nnodes needs --master HOST[:PORT], the first machine's address"
         [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--nnodes $nnodes needs --node-rank, from 0 to $((nnodes - 1))"
         ((node_rank < nnodes)) || die "--node-rank $node_rank is not below --nnodes $nnodes"
-        local host="${master%:*}" port=29500
-        [[ "$master" == *:* ]] && port="${master##*:}"
-        torchrun+=("--nnodes=$nnodes" "--node-rank=$node_rank" "--master-addr=$host" "--master-port=$port")
+        run "$BIN/python" -m megadpo train ${arguments[@]+"${arguments[@]}"} \
+            --nproc "${nproc:-1}" --nnodes "$nnodes" --node-rank "$node_rank" --master "$master"
     fi
-    run "${torchrun[@]}" -m megadpo train ${arguments[@]+"${arguments[@]}"}
 }
 
 usage() { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch.sh"; }

@@ -4,6 +4,7 @@ megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
 megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
+megadpo plan run.yaml --layouts 4 8
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import NoReturn
 from megadpo import __version__, launch
 from megadpo.config import Config, load_config
 from megadpo.errors import UserError
+from megadpo.parallel.layout import Layout, choose_layout
 
 LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
 """`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
-LATER = ("inspect", "plan", "doctor", "eval", "report")
+LATER = ("inspect", "doctor", "eval", "report")
 
 
 def console() -> NoReturn:
@@ -42,8 +44,9 @@ def main(argv: Sequence[str]) -> int:
 def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.override)
     config.require_for_training()
-    if _starts_workers(arguments.nproc):
-        return _start_workers(arguments.nproc, argv)
+    node = _node(arguments)
+    if _starts_workers(arguments.nproc, node):
+        return _start_workers(arguments.nproc, argv, node)
     from megadpo.train import run_training
 
     run_training(config)
@@ -64,7 +67,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     layout = _layout(arguments.layout)
     from megadpo.checkpoint.convert import import_hf
 
-    import_hf(arguments.hf_dir, arguments.out, num_tensor=layout["tensor"], num_pipeline=layout["pipeline"])
+    import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
     _wrote(arguments.out)
     return 0
 
@@ -77,30 +80,65 @@ def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    overrides = [text for text in arguments.layouts if "=" in text]
+    counts = [text for text in arguments.layouts if "=" not in text]
+    if wrong := next((text for text in counts if not text.isdecimal()), None):
+        raise UserError(f"--layouts takes numbers of processes, got {wrong!r}; for example --layouts 4 8")
+    config = load_config(arguments.config, [*arguments.override, *overrides])
+    from megadpo.plan import run_plan
+
+    print(run_plan(config, [int(text) for text in counts]), end="")
+    return 0
+
+
 def _wrote(path: Path | str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"megadpo: wrote {path}", file=sys.stderr)
 
 
-def _layout(overrides: Sequence[str]) -> dict[str, int]:
-    """tensor=N and pipeline=N, checked as the options of the same name under `parallel`."""
+def _layout(overrides: Sequence[str]) -> Layout:
+    """tensor=N, pipeline=N and pipeline_layout=N,N,…, checked as the options of the same name under `parallel`."""
     for override in overrides:
-        if override.partition("=")[0] not in ("tensor", "pipeline"):
-            raise UserError(f"unknown layout {override!r}; convert import takes tensor=N and pipeline=N")
+        if override.partition("=")[0] not in ("tensor", "pipeline", "pipeline_layout"):
+            raise UserError(
+                f"unknown layout {override!r}; convert import takes tensor=N, pipeline=N and pipeline_layout=N,N,…"
+            )
     parallel = load_config(Config(), [f"parallel.{override}" for override in overrides]).parallel
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    return choose_layout(parallel, parallel.tensor * parallel.pipeline)
 
 
-def _starts_workers(nproc: int | None) -> bool:
+def _node(arguments: argparse.Namespace) -> launch.Node:
+    """--nnodes, --node-rank and --master, which come together."""
+    count, number, master = arguments.nnodes or 1, arguments.node_rank, arguments.master
+    if count < 1:
+        raise UserError(f"--nnodes must be at least 1, got {count}")
+    if count == 1:
+        if number or master:
+            raise UserError(f"{'--node-rank' if number else '--master'} is for several machines: it needs --nnodes > 1")
+        return launch.Node()
+    if master is None:
+        raise UserError(f"--nnodes {count} needs --master HOST[:PORT], the first machine's address")
+    host, _, port = master.partition(":")
+    if not host or (":" in master and not (port.isdecimal() and 0 < int(port) < 65536)):
+        raise UserError(f"--master {master} is not HOST or HOST:PORT")
+    if number is None or not 0 <= number < count:
+        raise UserError(f"--nnodes {count} needs --node-rank, from 0 to {count - 1}, got {number}")
+    return launch.Node(number, count, master)
+
+
+def _starts_workers(nproc: int | None, node: launch.Node | None = None) -> bool:
     """True where this process is to start workers instead of being one."""
-    if nproc is None:
+    node = node or launch.Node()
+    if nproc is None and node.count == 1:
         return False
+    nproc = 1 if nproc is None else nproc
     if nproc < 1:
         raise UserError(f"--nproc must be at least 1, got {nproc}")
     if not launch.is_distributed(os.environ):
-        return nproc > 1
+        return nproc * node.count > 1
     world_size = os.environ["WORLD_SIZE"]
-    if world_size != str(nproc):
+    if world_size != str(nproc * node.count):
         raise UserError(
             f"--nproc {nproc} is given, but this process is already one of {world_size} (started by torchrun or srun); "
             "leave --nproc out"
@@ -108,8 +146,8 @@ def _starts_workers(nproc: int | None) -> bool:
     return False
 
 
-def _start_workers(nproc: int, argv: Sequence[str]) -> int:
-    return launch.start_workers(nproc, [sys.executable, "-m", "megadpo", *argv])
+def _start_workers(nproc: int | None, argv: Sequence[str], node: launch.Node | None = None) -> int:
+    return launch.start_workers(nproc or 1, [sys.executable, "-m", "megadpo", *argv], node)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train on preference pairs as a YAML file says")
     command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
     _add_common(command)
+    command.add_argument("--nnodes", type=int, metavar="N", help="machines, each with --nproc processes")
+    command.add_argument("--node-rank", type=int, metavar="R", help="which of them this one is, from 0")
+    command.add_argument("--master", metavar="HOST[:PORT]", help="machine 0, as the others reach it (port 29500)")
     command.set_defaults(command=train)
 
     command = commands.add_parser("logprobs", help="write the log-probs of chosen and rejected, a line a pair")
@@ -129,13 +170,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command)
     command.set_defaults(command=logprobs)
 
+    command = commands.add_parser("plan", help="list every layout of a model and a configuration; starts nothing")
+    command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
+    command.add_argument("override", metavar="key.sub=value", nargs="*", help="options that replace those of the file")
+    command.add_argument(
+        "--layouts", metavar="N", nargs="*", required=True, help="numbers of processes; none: 1, 2, 4 and 8"
+    )
+    command.set_defaults(command=plan)
+
     conversions = commands.add_parser("convert", help="Hugging Face directory to checkpoint and back").add_subparsers(
         title="directions", metavar="DIRECTION", required=True
     )
     command = conversions.add_parser("import", help="Hugging Face directory to a sharded checkpoint")
     command.add_argument("hf_dir", metavar="HF_DIR")
     command.add_argument("out", metavar="OUT")
-    command.add_argument("layout", metavar="tensor=N pipeline=N", nargs="*", help="how many shards")
+    command.add_argument("layout", metavar="tensor=N pipeline=N pipeline_layout=N,N,…", nargs="*", help="how many shards")
     command.set_defaults(command=convert_import)
     command = conversions.add_parser("export", help="a checkpoint to a Hugging Face directory")
     command.add_argument("checkpoint", metavar="CHECKPOINT")

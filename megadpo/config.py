@@ -154,7 +154,10 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline-parallel size."""
     virtual_pipeline: int = 1
-    """Model chunks per pipeline stage; only 1 in this version."""
+    """Model chunks per pipeline stage (interleaved 1F1B): smaller bubbles, more messages; above 1 needs `pipeline` > 1."""
+    pipeline_layout: str | list[int] | None = None
+    """Layers of each stage as a list, or as text (`3,4,4,3`); with `virtual_pipeline` of each chunk, in the model's order
+    (chunk c is on stage c modulo `pipeline`); null = as even as possible, first and last the lightest."""
     context: int = 1
     """Context-parallel size: ranks that each hold a part of a micro-batch's tokens."""
     context_method: str = "auto"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megadpo import strict
 from megadpo.errors import UserError
 from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.parallel.combinations import check_combinations
 
 if TYPE_CHECKING:
     from megadpo.config import Config, ObjectiveConfig
@@ -38,7 +39,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 ONLY: dict[str, tuple[Any, str]] = {
-    "parallel.virtual_pipeline": (1, "interleaved pipeline schedules"),
     "parallel.expert": (1, "expert parallelism"),
     "parallel.expert_tensor": (1, "expert tensor parallelism"),
     "parallel.zero_stage": (1, "other ZeRO stages"),
@@ -54,6 +54,7 @@ AT_LEAST: dict[str, int] = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.context": 1,
+    "parallel.virtual_pipeline": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
     "objective.desirable_weight": 0,
@@ -84,6 +85,7 @@ def check(config: Config) -> None:
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
+    check_combinations(config)
 
 
 def _check_objective(config: Config) -> None:
@@ -135,16 +137,9 @@ def _check_kinds(losses: list[str]) -> None:
 
 
 def _check_kl(config: Config) -> None:
-    """KTO's KL needs other rows' answers and the reference at hand."""
-    if not measures_kl(config.objective.loss_types):
-        return
-    if config.train.pairs_per_step < 2:
+    """KTO's KL needs other rows' answers."""
+    if measures_kl(config.objective.loss_types) and config.train.pairs_per_step < 2:
         raise UserError("train.pairs_per_step is 1, but kto compares each prompt with another row's answer; set 2 or more")
-    if config.reference.mode == "precomputed":
-        raise UserError(
-            "reference.mode is precomputed, but kto needs the reference for each step's mismatched prompts and answers, "
-            "which cannot be known ahead; use resident"
-        )
 
 
 def _check_options_are_read(options: ObjectiveConfig) -> None:
@@ -218,9 +213,9 @@ def _check_moving_reference(config: Config) -> None:
         raise UserError(f"reference.mixup_alpha must be in (0, 1], got {reference.mixup_alpha!r}")
     if reference.sync_every is None and reference.mixup_alpha != type(reference)().mixup_alpha:
         raise UserError("reference.mixup_alpha has no effect without reference.sync_every; set that too or remove it")
-    if reference.sync_every is not None and reference.mode != "resident":
+    if reference.sync_every is not None and reference.mode == "none":
         raise UserError(
-            f"reference.sync_every moves a resident reference, but reference.mode is {reference.mode}; "
+            "reference.sync_every moves a resident reference, but reference.mode is none; "
             "set it to resident or remove sync_every"
         )
 
@@ -241,8 +236,6 @@ def _check_contradictions(config: Config) -> None:
         )
     if train.steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        raise UserError("parallel.sequence is true, but sequence parallelism needs parallel.tensor > 1; leave it at null")
     if config.parallel.context > 1 and config.parallel.engine != "megatron":
         raise UserError(
             f"parallel.context {config.parallel.context} works with parallel.engine megatron only, not with "

@@ -1,6 +1,7 @@
 """Several processes that behave as one: start them, and when one fails, stop all and say why exactly once.
 
     megadpo train run.yaml --nproc 4        # start_workers: 4 local processes, no torchrun needed
+    megadpo train run.yaml --nproc 4 --nnodes 2 --node-rank 0 --master HOST    # … and as many on each other machine
     torchrun --nproc-per-node 4 -m megadpo train run.yaml
     srun -n 4 megadpo train run.yaml        # adopt_slurm_environment: SLURM's variables become RANK, WORLD_SIZE, …
 
@@ -26,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -36,6 +38,7 @@ LAUNCHER = "MEGADPO_LAUNCHER"
 SECONDS_BEFORE_BLAMING_PEERS = 5.0
 SECONDS_TO_STOP = 5.0
 EXIT_USER_ERROR = 2
+DEFAULT_PORT = "29500"
 EXIT_INTERRUPTED = 130
 KILLED_HINT = (
     "; usually the machine ran out of memory: lower train.tokens_per_micro_batch or pairs per process, "
@@ -68,10 +71,12 @@ def run_as_one(main: Callable[[], int]) -> int:
         _tell_once(status, f"{prefix}megadpo: error: {error}")
     except Exception as error:
         status = 1
+        who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
+        message = f"{traceback.format_exc()}megadpo: {who}: {type(error).__name__}: {error}"
         if _world_size() > 1 and blames_peer(error):
             time.sleep(SECONDS_BEFORE_BLAMING_PEERS)
-        who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
-        _tell_once(status, f"{traceback.format_exc()}megadpo: {who}: {type(error).__name__}: {error}")
+            message += f"\nmegadpo: rank {_rank()} lost another rank of the run; what that one's machine printed says why"
+        _tell_once(status, message)
     if _world_size() > 1:
         _leave_now(status)
     return status
@@ -161,19 +166,42 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def start_workers(nproc: int, command: Sequence[str]) -> int:
-    """Runs `command` as ranks 0 … nproc - 1 on this machine and waits; returns 0, or the status of the first failure.
+@dataclass(frozen=True)
+class Node:
+    """This machine among those of a run, each with as many processes.
+
+    Attributes:
+        number: from 0.
+        master: HOST or HOST:PORT of machine 0, as the others reach it; None: this machine is alone.
+    """
+
+    number: int = 0
+    count: int = 1
+    master: str | None = None
+
+    def address(self) -> tuple[str, str]:
+        """Host and port where the processes meet."""
+        if self.master is None:
+            return "127.0.0.1", str(_free_port())
+        host, _, port = self.master.partition(":")
+        return host, port or DEFAULT_PORT
+
+
+def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) -> int:
+    """Runs `command` as this machine's `nproc` ranks and waits; returns 0, or the status of the first failure.
 
     The workers' output goes straight to this process's stdout and stderr. When one fails, the others are stopped within
     10 seconds. Only what no worker can tell itself is printed here: that one was killed by a signal, or left silently.
     """
+    node = node or Node()
     with tempfile.TemporaryDirectory(prefix="megadpo-") as directory:
         workers: list[subprocess.Popen[bytes]] = []
         old_handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            environment = _shared_environment(nproc, directory)
-            for rank in range(nproc):
-                worker_environment = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = _shared_environment(nproc, directory, node)
+            first_rank = node.number * nproc
+            for local in range(nproc):
+                worker_environment = {**environment, "RANK": str(first_rank + local), "LOCAL_RANK": str(local)}
                 # A session each: whatever a worker has started itself is stopped together with it.
                 workers.append(
                     subprocess.Popen(command, env=worker_environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -181,7 +209,7 @@ def start_workers(nproc: int, command: Sequence[str]) -> int:
             failed = _wait_for_failure(workers)
             if failed is None:
                 return 0
-            return _report(failed, workers[failed].returncode, Path(directory) / "first_failure.json")
+            return _report(first_rank + failed, workers[failed].returncode, Path(directory) / "first_failure.json")
         except KeyboardInterrupt:
             _signal_all(workers, signal.SIGINT)
             print("megadpo: interrupted", file=sys.stderr)
@@ -196,11 +224,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _shared_environment(nproc: int, directory: str) -> dict[str, str]:
+def _shared_environment(nproc: int, directory: str, node: Node) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, FAILURE_DIR: directory, LAUNCHER: str(os.getpid())}
-    environment.update(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
-    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    host, port = node.address()
+    environment.update(WORLD_SIZE=str(nproc * node.count), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR=host, MASTER_PORT=port)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     return environment
 
@@ -218,7 +246,7 @@ def _free_port() -> int:
 
 
 def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits until all have ended well (None) or one has not (its rank; one killed by a signal comes first)."""
+    """Waits until all have ended well (None) or one has not (its number here; one killed by a signal comes first)."""
     while True:
         codes = [worker.poll() for worker in workers]
         bad = [rank for rank, code in enumerate(codes) if code]

@@ -153,6 +153,7 @@ def data_packing(
         hidden_size=hidden_size,
         max_length=config.data.max_length,
         score_prompts=scores_prompt(config.objective.loss_types),
+        micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
 
 

@@ -89,8 +89,9 @@ def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: Ten
     """The reference model's stage on this rank, loaded, without gradients."""
     stage = build_stage(hf_config, layout, dtype)
     load_weights(stage, source)
-    stage.model.requires_grad_(False)
-    stage.model.eval()
+    for model in stage.models:
+        model.requires_grad_(False)
+        model.eval()
     return stage
 
 
@@ -102,7 +103,7 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
 def resident(stage: Stage, ld_alpha: float | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.model, micro_batches, ld_alpha)]
+    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 
 def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:

@@ -20,12 +20,13 @@ GROUPS_AT_ONCE = 1024
 
 def response_logps(stage: Stage, packing: Packing, ld_alpha: float | None = None) -> Iterator[tuple[range, np.ndarray]]:
     """Sequence log-probs of all groups, lot by lot, on every rank: (group numbers, float64 of each of their responses)."""
-    stage.model.eval()
+    for model in stage.models:
+        model.eval()
     num_groups = len(packing.groups)
     for start in range(0, num_groups, GROUPS_AT_ONCE):
         numbers = range(start, min(start + GROUPS_AT_ONCE, num_groups))
         micro_batches = local_micro_batches(packing, list(numbers))
-        sums = forward_only(stage.model, micro_batches, ld_alpha)
+        sums = forward_only(stage.models, micro_batches, ld_alpha)
         first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
         if is_teller():

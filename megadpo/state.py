@@ -139,11 +139,10 @@ def set_aside_later(root: Path, step: int) -> None:
 
 
 def export_policy(run: Run) -> Path:
-    """Write the policy to `output_dir/hf`, each pipeline stage its own files, in place of an earlier export."""
+    """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
     plan, directory = run.plan, run.plan.output_dir / "hf"
     config, layout = plan.policy.config, plan.layout
-    stages = [layout.layers_of_stage(config.num_hidden_layers, stage) for stage in range(layout.pipeline)]
-    export = plan_export(config, plan.dtype, stages)
+    export = plan_export(config, plan.dtype, layout.layers_of_chunks(config.num_hidden_layers))
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()

@@ -31,7 +31,9 @@ def megadpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (["train", str(ROOT / "configs/dpo.yaml"), "--steps", "3"], "unrecognized arguments: --steps"),
         (["train", str(ROOT / "configs/dpo.yaml"), "output_dir="], "output_dir must be text, got null"),
         (["trian"], "invalid choice: 'trian'"),
-        (["plan"], "the command 'plan' is not available in this version"),
+        (["plan", "c.yaml"], "the following arguments are required: --layouts"),
+        (["plan", str(ROOT / "configs/dpo.yaml"), "--layouts", "two"], "--layouts takes numbers of processes, got 'two'"),
+        (["inspect"], "the command 'inspect' is not available in this version"),
         (["doctor", "--fix"], "the command 'doctor' is not available in this version"),
         (["convert", "import", "a", "b", "context=2"], "unknown layout 'context=2'"),
         (["convert", "import", "a", "b", "tensor=0"], "parallel.tensor must be at least 1"),
@@ -104,8 +106,7 @@ def launch_sh(*arguments: str, **environment: str) -> subprocess.CompletedProces
         ),
         (
             "train c.yaml --nnodes=2 --node-rank 1 --master head:4000 --nproc=8",
-            "python -m torch.distributed.run --nproc-per-node=8 --nnodes=2 --node-rank=1 --master-addr=head "
-            "--master-port=4000 -m megadpo train c.yaml",
+            "python -m megadpo train c.yaml --nproc 8 --nnodes 2 --node-rank 1 --master head:4000",
         ),
         ("logprobs --model m", "python -m megadpo logprobs --model m"),
         ("convert export a b", "python -m megadpo convert export a b"),

@@ -48,8 +48,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
         "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha row_weights margins soft_labels "
         "bco_running_delta rpo_eta desirable_weight undesirable_weight list_weights reward_center_coef",
-        "parallel": "engine tensor sequence pipeline virtual_pipeline context context_method expert expert_tensor "
-        "zero_stage offload deepspeed_config",
+        "parallel": "engine tensor sequence pipeline virtual_pipeline pipeline_layout context context_method expert "
+        "expert_tensor zero_stage offload deepspeed_config",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
         "schedule weight_decay betas eps clip_norm recompute seed",
         "eval": "every pairs",
@@ -197,7 +197,6 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
     "override",
     [
         "parallel.engine=deepspeed",
-        "parallel.virtual_pipeline=2",
         "parallel.context_method=ring",
         "parallel.expert=2",
         "parallel.expert_tensor=2",

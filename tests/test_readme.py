@@ -91,6 +91,12 @@ def test_the_logprobs_and_convert_commands_work_one_after_the_other(workplace: P
     assert (workplace / "exported" / "config.json").is_file()
 
 
+def test_the_plan_command_lists_layouts_for_each_number_of_processes(workplace: Path) -> None:
+    command = next(command for command in commands() if command.startswith("megadpo plan"))
+    printed = run(command.split(), workplace)
+    assert [line.split()[0] for line in printed.splitlines() if " processes: " in line] == command.split()[-2:]
+
+
 def test_every_page_that_the_readme_points_to_exists() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets and all((ROOT / target).is_file() for target in targets)

@@ -20,15 +20,24 @@ from megadpo.model.families import ParameterShard, TensorSource, check_tensors, 
 from megadpo.parallel.layout import Layout, check_layout
 
 
-def import_hf(hf_dir: str | Path, out: str | Path, num_tensor: int = 1, num_pipeline: int = 1) -> None:
+def import_hf(
+    hf_dir: str | Path,
+    out: str | Path,
+    num_tensor: int = 1,
+    num_pipeline: int = 1,
+    stage_layers: tuple[int, ...] | None = None,
+) -> None:
     """Write a Hugging Face model as a checkpoint at step 0, in one part for each tensor rank and pipeline stage.
 
     Tensors keep their types. Any layout can read the result; the one given here only decides how files are cut.
 
+    Args:
+        stage_layers: layers of each pipeline stage; None: as even as possible.
+
     Raises:
         UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
     """
-    out, layout = Path(os.path.abspath(out)), Layout(tensor=num_tensor, pipeline=num_pipeline)
+    out, layout = Path(os.path.abspath(out)), Layout(tensor=num_tensor, pipeline=num_pipeline, chunk_layers=stage_layers)
     if is_checkpoint(hf_dir):
         raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
     refuse_existing(out)

@@ -49,7 +49,7 @@ class ExportPlan:
     """Which tensor goes to which file.
 
     Attributes:
-        files: file name -> names of its tensors. A file's tensors all belong to one pipeline stage.
+        files: file name -> names of its tensors. A file's tensors all belong to one chunk of a pipeline stage.
         shapes: logical name -> shape.
         dtypes: logical name -> type in the file.
         config: what config.json must say: architectures and dtype; of a reward model, its label and padding token too.
@@ -71,8 +71,8 @@ def plan_export(
 
     Args:
         dtype: of all tensors, or of each by logical name.
-        stages: global layer numbers of each writer's pipeline stage; None = one stage. The embedding goes with the
-            first, final norm and head with the last.
+        stages: global layer numbers of each chunk of the pipeline stages, in the model's order; None = one. The
+            embedding goes with the first, final norm and head with the last.
         max_shard_bytes: files stay below it, but a layer is never torn apart.
     """
     shapes = logical_shapes(hf_config)

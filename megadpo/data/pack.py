@@ -17,18 +17,24 @@ _MAX_LEVEL_ROUNDS = 2000
 
 
 def plan_micro_batches(
-    num_tokens: npt.ArrayLike, costs: npt.ArrayLike, tokens_per_micro_batch: int, num_data_parallel: int
+    num_tokens: npt.ArrayLike,
+    costs: npt.ArrayLike,
+    tokens_per_micro_batch: int,
+    num_data_parallel: int,
+    multiple_of: int = 1,
 ) -> list[list[list[int]]]:
     """Pack the groups of a step: no micro-batch above its capacity, all ranks with the same number of near-equal work.
 
-    The number of micro-batches is that of best-fit-decreasing, rounded up to a multiple of the ranks. The groups are
-    then spread over that many by cost; where the capacity does not allow it, best-fit's own bins are levelled.
+    The number of micro-batches is that of best-fit-decreasing, rounded up to a multiple of the ranks (and, on each rank,
+    of `multiple_of`). The groups are then spread over that many by cost; where the capacity does not allow it, best-fit's
+    own bins are levelled.
 
     Args:
         num_tokens: int [N], tokens of each group in the stream.
         costs: float [N], work of each group (see `group_costs`).
         tokens_per_micro_batch: the capacity.
         num_data_parallel: number of data-parallel ranks.
+        multiple_of: what each rank's number of micro-batches must be a multiple of.
 
     Returns:
         [rank][micro-batch] -> positions among the N groups, ascending. A micro-batch is empty only where there are
@@ -42,7 +48,8 @@ def plan_micro_batches(
     assert tokens_N.shape == costs_N.shape and tokens_N.ndim == 1 and num_data_parallel >= 1
     check_groups_fit(tokens_N, None, tokens_per_micro_batch)
     packed = _best_fit_decreasing(tokens_N, tokens_per_micro_batch)
-    num_bins = max(-(-len(packed) // num_data_parallel), 1) * num_data_parallel
+    unit = num_data_parallel * multiple_of
+    num_bins = max(-(-len(packed) // unit), 1) * unit
     bins = _spread_by_cost(tokens_N, costs_N, tokens_per_micro_batch, num_bins)
     if bins is None:
         bins = packed + [[] for _ in range(num_bins - len(packed))]

@@ -24,6 +24,7 @@ class Packing:
         max_length: the most tokens of a prompt and an answer.
         score_prompts: whether the log-probs of prompts are read too.
         multiple_of: every stream's length is padded up to a multiple of it.
+        micro_batches_multiple_of: so is the number of each replica's micro-batches.
     """
 
     groups: GroupStore
@@ -36,15 +37,21 @@ class Packing:
     hidden_size: int
     max_length: int | None = None
     score_prompts: bool = False
+    micro_batches_multiple_of: int = 1
 
     def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
         """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
 
-        Every replica gets the same number of micro-batches and near-equal work.
+        Every replica gets the same number of micro-batches and near-equal work. Where there are fewer groups than
+        micro-batches, some are empty: padding only, which adds nothing to any sum.
         """
         chosen = np.asarray(numbers, np.int64)
         plan = plan_micro_batches(
-            self.num_tokens_G[chosen], self.costs_G[chosen], self.tokens_per_micro_batch, self.num_data_parallel
+            self.num_tokens_G[chosen],
+            self.costs_G[chosen],
+            self.tokens_per_micro_batch,
+            self.num_data_parallel,
+            self.micro_batches_multiple_of,
         )
         return [self._lay_out(chosen[members].tolist(), members) for members in plan[data_rank]]
 
@@ -69,6 +76,7 @@ class Packing:
             multiple_of=self.multiple_of,
             hidden_size=self.hidden_size,
             max_length=self.max_length,
+            micro_batches_multiple_of=self.micro_batches_multiple_of,
         )
 
     def _lay_out(self, numbers: list[int], places: list[int]) -> MicroBatch:
@@ -89,6 +97,7 @@ def prepare_packing(
     hidden_size: int,
     max_length: int | None = None,
     score_prompts: bool = False,
+    micro_batches_multiple_of: int = 1,
 ) -> Packing:
     """Measure every group once.
 
@@ -115,4 +124,5 @@ def prepare_packing(
         hidden_size,
         max_length,
         score_prompts,
+        micro_batches_multiple_of,
     )

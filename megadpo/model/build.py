@@ -1,4 +1,5 @@
-"""One pipeline stage of a model: Megatron's GPTModel with our attention, rope, norm and head, filled from a checkpoint."""
+"""One pipeline stage of a model: Megatron's GPTModel (one for each chunk of the stage) with our attention, rope, norm and
+head, filled from a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,18 +39,24 @@ class Stage:
     """What this rank holds of a model.
 
     Attributes:
-        model: the GPTModel of this pipeline stage and tensor rank.
-        parameters: by global name (layers numbered over the whole model): the parameter and where its values
-            lie in the Hugging Face tensors.
+        models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
+        parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
+            values lie in the Hugging Face tensors.
     """
 
-    model: GPTModel
+    models: list[GPTModel]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
 
     @property
-    def is_last(self) -> bool:
-        """Whether this stage has the head."""
-        return self.model.post_process
+    def model(self) -> GPTModel:
+        """The model of a stage that is one chunk."""
+        (model,) = self.models
+        return model
+
+    def train(self) -> None:
+        """Put every chunk into training mode."""
+        for model in self.models:
+            model.train()
 
 
 def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none") -> Stage:
@@ -60,15 +67,25 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
         dtype: of parameters and activations.
         recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
     """
-    layers = layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank())
-    is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     config = _transformer_config(hf_config, layout, dtype, recompute)
+    models = [_build_chunk(hf_config, layout, config, chunk) for chunk in range(layout.virtual)]
+    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk, model in enumerate(models):
+        first_layer = _layers(hf_config, layout, chunk).start
+        parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk), first_layer)
+    return Stage(models, parameters)
+
+
+def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int) -> GPTModel:
+    num_layers = len(_layers(hf_config, layout, chunk))
+    is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     has_vocabulary = head_of(hf_config) == "logprobs"
     with cpu_tensors_pass_for_cuda():
         model = GPTModel(
             config,
-            _block_spec(hf_config, config, len(layers), rope_scaling, context_method(layout, hf_config)),
+            _block_spec(hf_config, config, num_layers, rope_scaling, context_method(layout, hf_config)),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -76,6 +93,7 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
             parallel_output=True,
             share_embeddings_and_output_weights=has_vocabulary and hf_config.tie_word_embeddings,
             position_embedding_type="rope",
+            vp_stage=chunk if layout.virtual > 1 else None,
         )
     model.rotary_pos_emb = PositionRope(inverse_frequencies)
     if is_last and has_vocabulary:
@@ -83,20 +101,36 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     elif is_last:
         weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, hf_config.hidden_size))
         model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
-    shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank())
-    return Stage(model, _match(model, shards, layers.start))
+    return model
 
 
 def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:
-    """What tensor rank `tensor_rank` of this rank's pipeline stage holds."""
+    """What tensor rank `tensor_rank` of this rank's pipeline stage holds, in all chunks."""
+    return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk)]
+
+
+def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int) -> list[ParameterShard]:
     return shard_parameters(
         hf_config,
         tensor_rank=tensor_rank,
         num_tensor=layout.tensor,
-        layers=layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank()),
-        has_embedding=parallel_state.is_pipeline_first_stage(),
-        has_head=parallel_state.is_pipeline_last_stage(),
+        layers=_layers(hf_config, layout, chunk),
+        has_embedding=_has_embedding(chunk),
+        has_head=_has_head(layout, chunk),
     )
+
+
+def _layers(hf_config: Any, layout: Layout, chunk: int) -> range:
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return layout.layers_of_stage(hf_config.num_hidden_layers, stage, chunk)
+
+
+def _has_embedding(chunk: int) -> bool:
+    return parallel_state.is_pipeline_first_stage() and chunk == 0
+
+
+def _has_head(layout: Layout, chunk: int) -> bool:
+    return parallel_state.is_pipeline_last_stage() and chunk == layout.virtual - 1
 
 
 def load_weights(stage: Stage, source: TensorSource) -> None:
@@ -117,6 +151,12 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         **recomputations[recompute],
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        pipeline_model_parallel_layout=_megatron_layout(hf_config, layout) if layout.pipeline > 1 else None,
+        # Between two stages, next and previous are the same rank: forward and backward messages sent in one lot would
+        # be taken for each other.
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
         sequence_parallel=layout.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -136,6 +176,14 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+
+
+def _megatron_layout(hf_config: Any, layout: Layout) -> list[list[str]]:
+    """The chunks in Megatron's terms, which count layers from 1 over the whole model by it."""
+    rows = [["decoder"] * len(layers) for layers in layout.layers_of_chunks(hf_config.num_hidden_layers)]
+    rows[0] = ["embedding", *rows[0]]
+    rows[-1] = [*rows[-1], "loss"]
+    return rows
 
 
 def _block_spec(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ class Layout:
         sequence: whether norms and residuals are split over the tensor ranks along the stream.
         context: ranks that each hold a part of a replica's stream.
         context_method: how they attend to each other's parts, one of CONTEXT_METHODS.
+        virtual: chunks of layers that each stage holds. Chunk number c of the model is on stage c % pipeline.
+        chunk_layers: layers of each chunk, in the model's order; None: as even as possible, see `even_chunks`.
     """
 
     tensor: int = 1
@@ -29,6 +33,8 @@ class Layout:
     sequence: bool = False
     context: int = 1
     context_method: str = "auto"
+    virtual: int = 1
+    chunk_layers: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:
@@ -38,17 +44,41 @@ class Layout:
     def __str__(self) -> str:
         sequence = " + sequence" if self.sequence else ""
         context = f" x context {self.context} ({self.context_method})" if self.context > 1 else ""
-        return f"tensor {self.tensor}{sequence}{context} x pipeline {self.pipeline} x data {self.data}"
+        virtual = f" of {self.virtual} chunks" if self.virtual > 1 else ""
+        layers = f" ({', '.join(map(str, self.chunk_layers))} layers)" if self.chunk_layers else ""
+        return f"tensor {self.tensor}{sequence}{context} x pipeline {self.pipeline}{virtual}{layers} x data {self.data}"
 
     @property
     def stream_multiple(self) -> int:
         """What the length of every micro-batch's stream must be a multiple of."""
         return self.context * (self.tensor if self.sequence else 1)
 
-    def layers_of_stage(self, num_layers: int, stage: int) -> range:
-        """Global numbers of the layers that pipeline stage number `stage` holds."""
-        per_stage = num_layers // self.pipeline
-        return range(stage * per_stage, (stage + 1) * per_stage)
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers of the whole model."""
+        return self.pipeline * self.virtual
+
+    @property
+    def micro_batches_multiple_of(self) -> int:
+        """What a replica's number of micro-batches must be a multiple of: the interleaved schedule goes in rounds."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    def layers_of_stage(self, num_layers: int, stage: int, chunk: int = 0) -> range:
+        """Global numbers of the layers in a chunk, 0 .. virtual - 1, of pipeline stage number `stage`."""
+        return self.layers_of_chunks(num_layers)[chunk * self.pipeline + stage]
+
+    def layers_of_chunks(self, num_layers: int) -> list[range]:
+        """Global numbers of the layers of every chunk, in the model's order."""
+        sizes = self.chunk_layers or even_chunks(num_layers, self.num_chunks)
+        ends = list(itertools.accumulate(sizes))
+        return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def even_chunks(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as even as possible: first and last, with embedding and head, are the first to get less."""
+    least, more = divmod(num_layers, num_chunks)
+    from_the_middle = sorted(range(num_chunks), key=lambda chunk: (chunk in (0, num_chunks - 1), chunk))
+    return tuple(least + (from_the_middle.index(chunk) < more) for chunk in range(num_chunks))
 
 
 def choose_layout(parallel: Any, world_size: int) -> Layout:
@@ -75,6 +105,8 @@ def choose_layout(parallel: Any, world_size: int) -> Layout:
         sequence,
         context=parallel.context,
         context_method=parallel.context_method,
+        virtual=parallel.virtual_pipeline,
+        chunk_layers=read_chunk_layers(parallel.pipeline_layout, parallel.pipeline, parallel.virtual_pipeline),
     )
 
 
@@ -90,6 +122,29 @@ def context_method(layout: Layout, hf_config: Any) -> str | None:
         return layout.context_method
     num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     return "allgather" if num_key_value_heads // layout.tensor % layout.context else "ulysses"
+
+
+def read_chunk_layers(value: str | Sequence[int] | None, pipeline: int, virtual: int) -> tuple[int, ...] | None:
+    """`parallel.pipeline_layout` as numbers of layers, given as a list or as text ("3,4,4,3").
+
+    Raises:
+        UserError: not whole numbers above 0, or not one for each chunk.
+    """
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"parallel.pipeline_layout is {value!r}; give the number of layers of each stage, all above 0, "
+            "for example 3,4,4,3"
+        )
+    if len(parts) != pipeline * virtual:
+        chunks = f"parallel.pipeline {pipeline}" + (f" x parallel.virtual_pipeline {virtual}" if virtual > 1 else "")
+        raise UserError(
+            f"parallel.pipeline_layout has {len(parts)} numbers of layers but {chunks} needs {pipeline * virtual}; "
+            "give one for each, in the model's order"
+        )
+    return tuple(int(part) for part in parts)
 
 
 def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = None) -> None:
@@ -115,11 +170,7 @@ def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = No
                 f"parallel.tensor {layout.tensor} does not divide the model's {number} {what}; "
                 f"use one of {_divisors(num_heads, num_key_value_heads, hf_config.intermediate_size)}"
             )
-    if hf_config.num_hidden_layers % layout.pipeline:
-        raise UserError(
-            f"parallel.pipeline {layout.pipeline} does not divide the model's {hf_config.num_hidden_layers} layers; "
-            f"use one of {_divisors(hf_config.num_hidden_layers)}"
-        )
+    _check_layers(layout, hf_config.num_hidden_layers)
     if layout.context_method == "ulysses":
         _check_ulysses(layout, num_heads // layout.tensor, num_key_value_heads // layout.tensor)
     if pairs_per_step is not None and pairs_per_step < layout.data:
@@ -138,6 +189,20 @@ def _check_ulysses(layout: Layout, num_heads: int, num_key_value_heads: int) -> 
             f"parallel.context_method ulysses cannot spread {num_heads} attention heads with {num_key_value_heads} "
             f"key-value heads (on each of {layout.tensor} tensor ranks) over parallel.context {layout.context}; "
             "set context_method to allgather or auto"
+        )
+
+
+def _check_layers(layout: Layout, num_layers: int) -> None:
+    if layout.chunk_layers is not None and sum(layout.chunk_layers) != num_layers:
+        raise UserError(
+            f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} "
+            f"layers but the model has {num_layers}"
+        )
+    if num_layers < layout.num_chunks:
+        chunks = f" x parallel.virtual_pipeline {layout.virtual}" if layout.virtual > 1 else ""
+        raise UserError(
+            f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; "
+            f"lower it to {num_layers} or less"
         )
 
 

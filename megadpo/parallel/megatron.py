@@ -31,11 +31,9 @@ class MegatronEngine:
     def __init__(self, stage: Stage, train: TrainConfig) -> None:
         self.stage = stage
         self.train = train
-        self.model = DistributedDataParallel(
-            stage.model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-            stage.model,
-        )
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
+        params_dtype = stage.models[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
             lr=train.learning_rate,
@@ -44,32 +42,32 @@ class MegatronEngine:
             adam_beta2=train.betas[1],
             adam_eps=train.eps,
             clip_grad=train.clip_norm,
-            bf16=stage.model.config.params_dtype is torch.bfloat16,
-            params_dtype=stage.model.config.params_dtype,
+            bf16=params_dtype is torch.bfloat16,
+            params_dtype=params_dtype,
             use_distributed_optimizer=True,
         )
         with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.optimizer = get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
+            self.optimizer = get_megatron_optimizer(config, self.models, use_gloo_process_groups=False)
         # Dense models give one distributed optimizer behind Megatron's chain.
         (self.shards,) = self.optimizer.chained_optimizers
         if isinstance(self.shards.optimizer, torch.optim.AdamW):
             # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
             for group in self.optimizer.param_groups:
                 group["fused"] = True
-        self.model.zero_grad_buffer()
+        self._clear_gradients()
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return schedule.forward_only(self.model, micro_batches, ld_alpha)
+        return schedule.forward_only(self.models, micro_batches, ld_alpha)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
     ) -> None:
-        schedule.forward_backward(self.model, micro_batches, response_gradient, ld_alpha)
+        schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha)
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
-        finalize_model_grads([self.model], num_tokens=None)
+        finalize_model_grads(self.models, num_tokens=None)
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -83,9 +81,13 @@ class MegatronEngine:
             if self.train.clip_norm > 0:
                 clip_grad_by_total_norm_fp32(self.shards.get_parameters(), self.train.clip_norm, norm)
             self.optimizer.step_with_ready_grads()
-        self.model.zero_grad_buffer()
+        self._clear_gradients()
         self.optimizer.zero_grad()
         return norm
+
+    def _clear_gradients(self) -> None:
+        for model in self.models:
+            model.zero_grad_buffer()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():

@@ -1,4 +1,5 @@
-"""Micro-batches through the pipeline stages, by Megatron's schedules (1F1B where there are several stages)."""
+"""Micro-batches through the pipeline stages, by Megatron's schedules (1F1B where there are several stages,
+interleaved where these have several chunks)."""
 
 from __future__ import annotations
 
@@ -18,17 +19,25 @@ from megadpo.parallel.context import all_scored, sum_over_context
 from megadpo.parallel.engine import ResponseGradient
 
 
-def forward_only(model: Any, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-    """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients."""
+def forward_only(models: Sequence[Any], micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
+    """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients.
+
+    Args:
+        models: this stage's chunks.
+    """
     with torch.no_grad():
-        outputs = _run(model, micro_batches, lambda number, micro_batch: None, forward_only=True)
+        outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True)
         return [
-            _sums(model, output, micro_batch, ld_alpha) for output, micro_batch in zip(outputs, micro_batches, strict=False)
+            _sums(models[-1], output, micro_batch, ld_alpha)
+            for output, micro_batch in zip(outputs, micro_batches, strict=False)
         ]
 
 
 def forward_backward(
-    model: Any, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None = None,
 ) -> None:
     """Forward and backward of every micro-batch.
 
@@ -37,26 +46,28 @@ def forward_backward(
 
     def surrogate_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
         def surrogate(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            sums_RS = _sums(model, output, micro_batch, ld_alpha)
+            sums_RS = _sums(models[-1], output, micro_batch, ld_alpha)
             gradient_RD = response_gradient(number, sums_RS.detach())
             differentiable_RD = sums_RS[:, : gradient_RD.shape[1]]
             return (differentiable_RD * gradient_RD).sum(), torch.zeros((), dtype=torch.int, device=output.device), None
 
         return surrogate
 
-    _run(model, micro_batches, surrogate_of, forward_only=False)
+    _run(models, micro_batches, surrogate_of, forward_only=False)
 
 
-def _run(model: Any, micro_batches: Sequence[MicroBatch], loss_of: Any, forward_only: bool) -> list[Any]:
+def _run(models: Sequence[Any], micro_batches: Sequence[MicroBatch], loss_of: Any, forward_only: bool) -> list[Any]:
     def stage_forward(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
         number, micro_batch = next(numbered)
         return _stage_forward(model, micro_batch), loss_of(number, micro_batch)
 
     longest = max(len(micro_batch.tokens_T) for micro_batch in micro_batches)
+    # Every chunk goes through all micro-batches; a lone one is given alone.
+    iterators = [iter(enumerate(micro_batches)) for _ in models]
     return get_forward_backward_func()(
         forward_step_func=stage_forward,
-        data_iterator=iter(enumerate(micro_batches)),
-        model=[model],
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=list(models),
         num_microbatches=len(micro_batches),
         seq_length=longest,
         micro_batch_size=1,

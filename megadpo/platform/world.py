@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend, compute_device, seed_everything
 from megadpo.platform.megatron_cpu import prepare_megatron
+from megadpo.platform.rendezvous import meet
 
 
 def world_size() -> int:
@@ -46,6 +47,7 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -72,7 +74,7 @@ def _initialize(timeout: timedelta) -> None:
         dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if not _rendezvous:
-        _rendezvous.append(next(iter(dist.rendezvous("env://", timeout=timeout)))[0])
+        _rendezvous.append(meet(rank(), int(os.environ["WORLD_SIZE"]), timeout))
     _rendezvous.append(dist.PrefixStore(f"megadpo-{len(_rendezvous)}", _rendezvous[0]))
     size = int(os.environ["WORLD_SIZE"])
     dist.init_process_group(communication_backend(), store=_rendezvous[-1], rank=rank(), world_size=size, timeout=timeout)

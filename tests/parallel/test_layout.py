@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from megadpo.config import ParallelConfig
 from megadpo.errors import UserError
-from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.parallel.layout import Layout, check_layout, choose_layout, even_chunks
 
 CONFIG = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=6, intermediate_size=96)
 
@@ -34,7 +34,9 @@ def test_a_number_of_processes_that_the_sizes_do_not_divide_is_refused(num_proce
     [
         (Layout(tensor=3), "does not divide the model's 8 attention heads"),
         (Layout(tensor=4), r"does not divide the model's 2 key-value heads; use one of \[1, 2\]"),
-        (Layout(pipeline=4), r"does not divide the model's 6 layers; use one of \[1, 2, 3, 6\]"),
+        (Layout(pipeline=7), "parallel.pipeline 7 is more than the model's 6 layers; lower it to 6 or less"),
+        (Layout(pipeline=4, virtual=2), "pipeline 4 x parallel.virtual_pipeline 2 is more than the model's 6 layers"),
+        (Layout(pipeline=2, chunk_layers=(3, 4)), "pipeline_layout 3,4 adds up to 7 layers but the model has 6"),
         (Layout(data=9), "train.pairs_per_step 8 is less than the 9 data-parallel replicas"),
     ],
 )
@@ -49,3 +51,38 @@ def test_a_layout_that_fits_is_let_through():
 
 def test_stages_hold_consecutive_layers():
     assert [list(Layout(pipeline=3).layers_of_stage(6, stage)) for stage in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    uneven = Layout(pipeline=3, chunk_layers=(1, 3, 2))
+    assert [list(uneven.layers_of_stage(6, stage)) for stage in range(3)] == [[0], [1, 2, 3], [4, 5]]
+
+
+def test_chunks_of_virtual_stages_go_around_the_stages():
+    layout = Layout(pipeline=2, virtual=2, chunk_layers=(1, 2, 2, 1))
+    held = [[list(layout.layers_of_stage(6, stage, chunk)) for chunk in range(2)] for stage in range(2)]
+    assert held == [[[0], [3, 4]], [[1, 2], [5]]]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_chunks", "sizes"),
+    [(6, 3, (2, 2, 2)), (7, 3, (2, 3, 2)), (14, 4, (3, 4, 4, 3)), (5, 2, (3, 2)), (15, 4, (4, 4, 4, 3)), (3, 3, (1, 1, 1))],
+)
+def test_layers_that_do_not_divide_leave_first_and_last_the_lightest(num_layers, num_chunks, sizes):
+    assert even_chunks(num_layers, num_chunks) == sizes
+
+
+@pytest.mark.parametrize("value", ["2,4", [2, 4], " 2, 4 "])
+def test_the_layers_of_each_stage_are_given_as_text_or_as_a_list(value):
+    assert choose_layout(ParallelConfig(pipeline=2, pipeline_layout=value), 2).chunk_layers == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "virtual", "message"),
+    [
+        ("2,0", 1, "pipeline_layout is '2,0'; give the number of layers of each stage, all above 0"),
+        ("Ett|ttL", 1, "give the number of layers of each stage"),
+        ([2, 2, 2], 1, "has 3 numbers of layers but parallel.pipeline 2 needs 2"),
+        ([3, 3], 2, r"has 2 numbers of layers but parallel.pipeline 2 x parallel.virtual_pipeline 2 needs 4"),
+    ],
+)
+def test_layers_of_stages_that_are_no_numbers_or_not_one_for_each_are_refused(value, virtual, message):
+    with pytest.raises(UserError, match=message):
+        choose_layout(ParallelConfig(pipeline=2, virtual_pipeline=virtual, pipeline_layout=value), 2)

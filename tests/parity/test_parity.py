@@ -114,9 +114,15 @@ INVARIANCE = {
         Case(Layout(pipeline=2), share_prompts=False, tokens_per_micro_batch=90, recompute="full"),
         Case(Layout(data=2), tokens_per_micro_batch=90),
         Case(Layout(data=2), share_prompts=False),
+        Case(Layout(pipeline=2, virtual=2), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2, virtual=2), share_prompts=False, recompute="full"),
+        Case(Layout(pipeline=2, chunk_layers=(3, 1)), tokens_per_micro_batch=90),
     ],
     4: [
         Case(Layout(tensor=2, pipeline=2, sequence=True)),
+        Case(Layout(tensor=2, pipeline=2, sequence=True, virtual=2), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2, virtual=2, data=2)),
+        Case(Layout(pipeline=2, data=2, chunk_layers=(1, 3))),
         Case(Layout(tensor=2, pipeline=2), share_prompts=False),
         Case(Layout(tensor=2, data=2, sequence=True), tokens_per_micro_batch=90),
         Case(Layout(pipeline=2, data=2)),
@@ -177,7 +183,7 @@ def test_an_update_of_nothing_is_noticed(trained):
 ZERO = {
     1: [Case(Layout()), Case(Layout(), share_prompts=False)],
     2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(pipeline=2)), Case(Layout(data=2), recompute="full")],
-    4: [Case(Layout(tensor=2, pipeline=2, sequence=True))],
+    4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(pipeline=2, virtual=2, data=2))],
 }
 
 

@@ -133,6 +133,7 @@ def _outcome(
         multiple_of=layout.stream_multiple,
         hidden_size=64,
         score_prompts=scores_prompt(objective.loss_types),
+        micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
     stage = build_stage(hf_config, layout, dtype, case.recompute)
     load_weights(stage, source)
@@ -142,7 +143,7 @@ def _outcome(
     if needs_reference(objective.loss_types):
         frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference))
         run_reference = resident(frozen, objective.ld_alpha)
-    stage.model.train()
+    stage.train()
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
     delta = RunningMean()
     for step in range(max(1, num_steps)):

@@ -1,0 +1,133 @@
+"""What combines with what: one table, read by the option check, by `megadpo plan --layouts` and by docs/parallelism.md.
+
+Two features combine unless EXCLUDED or NEEDS says otherwise. A new feature is a line in FEATURES, a new exclusion one in
+EXCLUDED. `python -m tools.combinations_table --write` renews the page; tests/parallel/test_combinations.py switches on
+each feature and each pair of them and holds the table to what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megadpo.errors import UserError
+from megadpo.objectives.specs import measures_kl
+
+if TYPE_CHECKING:
+    from megadpo.config import Config
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a configuration switches on.
+
+    Attributes:
+        setting: the option that does.
+        is_on: whether it does.
+        example: overrides that switch it on, with all that it needs.
+    """
+
+    name: str
+    setting: str
+    is_on: Callable[[Config], bool]
+    example: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`first` is refused with `second` (EXCLUDED) or without it (NEEDS), because of `why`, which says what to do too."""
+
+    first: str
+    second: str
+    why: str
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature("tensor", "parallel.tensor", lambda c: c.parallel.tensor > 1, ("parallel.tensor=2",)),
+    Feature(
+        "sequence",
+        "parallel.sequence",
+        lambda c: bool(c.parallel.sequence),
+        ("parallel.tensor=2", "parallel.sequence=true"),
+    ),
+    Feature("pipeline", "parallel.pipeline", lambda c: c.parallel.pipeline > 1, ("parallel.pipeline=2",)),
+    Feature(
+        "virtual pipeline",
+        "parallel.virtual_pipeline",
+        lambda c: c.parallel.virtual_pipeline > 1,
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    ),
+    Feature(
+        "uneven stages",
+        "parallel.pipeline_layout",
+        lambda c: c.parallel.pipeline_layout is not None,
+        ("parallel.pipeline_layout=3,5",),
+    ),
+    Feature("context", "parallel.context", lambda c: c.parallel.context > 1, ("parallel.context=2",)),
+    Feature("recomputation", "train.recompute", lambda c: c.train.recompute != "none", ("train.recompute=full",)),
+    Feature(
+        "precomputed reference",
+        "reference.mode",
+        lambda c: c.reference.mode == "precomputed",
+        ("reference.mode=precomputed",),
+    ),
+    Feature(
+        "moving reference",
+        "reference.sync_every",
+        lambda c: c.reference.sync_every is not None,
+        ("reference.sync_every=8",),
+    ),
+    Feature(
+        "kto",
+        "objective.loss_type",
+        lambda c: measures_kl(c.objective.loss_types),
+        ("objective.loss_type=kto",),
+    ),
+)
+
+EXCLUDED: tuple[Rule, ...] = (
+    Rule(
+        "precomputed reference",
+        "kto",
+        "kto needs the reference for each step's mismatched prompts and answers, which cannot be known ahead; use resident",
+    ),
+    Rule(
+        "moving reference",
+        "precomputed reference",
+        "that moves a resident reference, not log-probs that are computed once; set reference.mode to resident or remove it",
+    ),
+)
+
+NEEDS: tuple[Rule, ...] = (
+    Rule("sequence", "tensor", "sequence parallelism needs parallel.tensor > 1; leave it at null"),
+    Rule(
+        "virtual pipeline",
+        "pipeline",
+        "chunks take turns over several stages, which needs parallel.pipeline > 1; raise that or leave it at 1",
+    ),
+)
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse features that do not go together.
+
+    Raises:
+        UserError: naming the option, its value, and why.
+    """
+    on = {feature.name: feature.is_on(config) for feature in FEATURES}
+    settings = {feature.name: feature.setting for feature in FEATURES}
+    broken = [rule for rule in EXCLUDED if on[rule.first] and on[rule.second]]
+    broken += [rule for rule in NEEDS if on[rule.first] and not on[rule.second]]
+    for rule in broken:
+        section, name = settings[rule.first].split(".")
+        raise UserError(f"{settings[rule.first]} is {_text(getattr(getattr(config, section), name))}, but {rule.why}")
+
+
+def rule_between(first: str, second: str) -> Rule | None:
+    """The exclusion of two features, in either order."""
+    return next((rule for rule in EXCLUDED if {rule.first, rule.second} == {first, second}), None)
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

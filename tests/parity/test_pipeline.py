@@ -1,0 +1,111 @@
+"""Virtual and uneven pipeline stages: more stages than two, every kind of objective, and whole runs with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megadpo.config import ObjectiveConfig
+from megadpo.parallel.layout import Layout
+from tests.models import random_groups, save_model, write_hh
+from tests.parity import oracle
+from tests.parity.worker import Case, outcomes, outcomes_of_objectives
+from tests.worlds import run_world
+
+FOUR_STAGES = [
+    Case(Layout(pipeline=4, virtual=2), tokens_per_micro_batch=90),
+    Case(Layout(pipeline=4), tokens_per_micro_batch=90),
+    Case(Layout(pipeline=2, virtual=3, data=2, chunk_layers=(1, 2, 2, 2, 1, 1))),
+]
+
+
+def test_four_stages_of_two_chunks_and_nine_uneven_layers_equal_one_process(tmp_path):
+    policy = save_model(tmp_path / "policy", "llama", num_hidden_layers=9, tie_word_embeddings=True)
+    reference = save_model(tmp_path / "reference", "llama", seed=1, num_hidden_layers=9, tie_word_embeddings=True)
+    groups = random_groups(11, seed=3)
+    base = run_world(1, outcomes, policy, reference, groups, [Case(Layout())])[0][0]
+    found = run_world(4, outcomes, policy, reference, groups, FOUR_STAGES)[0]
+    for case, outcome in zip(FOUR_STAGES, found, strict=True):
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
+        assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
+
+
+OBJECTIVES = [
+    ObjectiveConfig(loss_type="aot"),
+    ObjectiveConfig(loss_type=["kto", "sft"]),
+    ObjectiveConfig(loss_type="plackett_luce"),
+    ObjectiveConfig(loss_type="reward"),
+]
+FEW_GROUPS = 3
+"""Fewer than 2 replicas x 2 micro-batches: some micro-batches are empty."""
+
+
+def test_empty_micro_batches_that_fill_a_round_add_nothing_to_any_objective(tmp_path):
+    policy = save_model(tmp_path / "policy")
+    reference = save_model(tmp_path / "reference", seed=1)
+    kinds = ("pairs", "lists", "labels")
+    groups = {kind: random_groups(FEW_GROUPS, seed=5, kind=kind) for kind in kinds}
+    base = run_world(1, outcomes_of_objectives, policy, reference, groups, [Case(Layout())], OBJECTIVES)[0][0]
+    case = Case(Layout(pipeline=2, virtual=2, data=2))
+    found = run_world(4, outcomes_of_objectives, policy, reference, groups, [case], OBJECTIVES)[0][0]
+    for objective, alone, outcome in zip(OBJECTIVES, base, found, strict=True):
+        worst, name = oracle.worst_relative_error(outcome.gradients, alone.gradients)
+        assert worst <= 1e-5, f"{objective.loss_types}: {name} {worst}"
+        assert outcome.loss == pytest.approx(alone.loss, rel=1e-6), objective.loss_types
+        assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5), objective.loss_types
+
+
+def _train(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
+    import megadpo
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_after:
+            raise RuntimeError("Connection closed by peer")
+
+    try:
+        megadpo.train(settings, megadpo.Callbacks(on_step_end=stop))
+    except RuntimeError as error:
+        assert stop_after is not None and "onnection" in str(error), error
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    clock = ("seconds", "per_second", "peak_memory")
+    return [{k: v for k, v in json.loads(line).items() if not any(word in k for word in clock)} for line in lines]
+
+
+PARALLEL = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "2,1,1,1"}
+
+
+def test_a_run_with_a_precomputed_reference_evaluates_resumes_bit_for_bit_and_exports(tmp_path):
+    model = save_model(tmp_path / "model", "qwen3", num_hidden_layers=5, tie_word_embeddings=True)
+    rows = write_hh(tmp_path / "rows.jsonl", 30)
+
+    def settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model": {"path": str(model), "dtype": "fp32"},
+            "reference": {"mode": "precomputed"},
+            "data": {"train": str(rows), "eval": str(rows), "max_length": 128, "cache_dir": str(tmp_path / f"{name}-cache")},
+            "train": {"steps": 4, "pairs_per_step": 5, "tokens_per_micro_batch": 300, "learning_rate": 1e-3},
+            "eval": {"pairs": 7},
+            "checkpoint": {"every": 2},
+            "logging": {"tensorboard": False},
+            "parallel": parallel,
+            "output_dir": str(tmp_path / name),
+        }
+
+    alone = run_world(1, _train, settings("alone", {}))[0]
+    whole = run_world(2, _train, settings("whole", PARALLEL))[0]
+    run_world(2, _train, settings("broken", PARALLEL), 3)
+    resumed = run_world(2, _train, settings("broken", PARALLEL))[0]
+    assert resumed == whole and len(whole) == 4 and "eval_loss" in whole[-1]
+    for ours, theirs in zip(whole, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    exported = {name: t for file in (tmp_path / "whole" / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
+    again = {name: t for file in (tmp_path / "broken" / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
+    assert exported.keys() == again.keys() and all(torch.equal(exported[name], again[name]) for name in exported)
+    oracle.load(tmp_path / "whole" / "hf")

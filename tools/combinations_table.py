@@ -1,0 +1,45 @@
+"""Makes the table of docs/parallelism.md from megadpo/parallel/combinations.py: ``python -m tools.combinations_table
+--write`` (a test compares)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megadpo.parallel.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
+
+PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
+BEGIN = "<!-- Between these marks: made by tools/combinations_table.py from megadpo/parallel/combinations.py. -->\n"
+END = "<!-- end of the table -->\n"
+
+
+def render() -> str:
+    """A matrix of the features, then the reasons of its numbers, then what needs what."""
+    names = [feature.name for feature in FEATURES]
+    lines = ["| | " + " | ".join(names[:-1]) + " |", "|---" * len(names) + "|"]
+    for row, name in enumerate(names[1:], 1):
+        cells = [_cell(name, other) for other in names[:row]] + [""] * (len(names) - 1 - row)
+        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
+    lines += ["", "Numbers are combinations that are refused:", ""]
+    lines += [f"{number}. {rule.first} and {rule.second}: {rule.why}." for number, rule in enumerate(EXCLUDED, 1)]
+    lines += ["", "And these are refused alone:", ""]
+    lines += [f"* {rule.first} without {rule.second}: {rule.why}." for rule in NEEDS]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, other: str) -> str:
+    rule = rule_between(name, other)
+    return "yes" if rule is None else str(EXCLUDED.index(rule) + 1)
+
+
+def written_in(page: str) -> str:
+    """What stands between the marks."""
+    return page.partition(BEGIN)[2].partition(END)[0]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(text.replace(BEGIN + written_in(text) + END, BEGIN + render() + END), encoding="utf-8")
+    else:
+        print(render())

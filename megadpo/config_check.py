@@ -40,8 +40,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 ONLY: dict[str, tuple[Any, str]] = {
     "parallel.virtual_pipeline": (1, "interleaved pipeline schedules"),
     "parallel.context": (1, "context parallelism"),
-    "parallel.expert": (1, "expert parallelism"),
-    "parallel.expert_tensor": (1, "expert tensor parallelism"),
     "parallel.zero_stage": (1, "other ZeRO stages"),
     "parallel.deepspeed_config": (None, "DeepSpeed"),
 }
@@ -54,6 +52,8 @@ AT_LEAST: dict[str, int] = {
     "data.num_workers": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.expert": 1,
+    "parallel.expert_tensor": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
     "objective.desirable_weight": 0,
@@ -67,6 +67,7 @@ AT_LEAST: dict[str, int] = {
     "train.warmup_steps": 0,
     "train.weight_decay": 0,
     "train.clip_norm": 0,
+    "train.router_aux_coef": 0,
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,

@@ -181,6 +181,7 @@ def training_step(run: Run, step: int) -> Metrics:
     return {
         "step": step + 1,
         **reduce_metrics(batch.totals, objective),
+        **run.engine.router_metrics(),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,

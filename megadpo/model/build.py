@@ -11,14 +11,18 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.model.attention import GroupAttention
+from megadpo.model.experts import expert_layer_spec, is_expert, numbered_over_all
 from megadpo.model.families import (
     ParameterShard,
+    Place,
     TensorSource,
+    experts_of,
     head_of,
     rope_of,
     shard_parameters,
@@ -68,7 +72,7 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     with cpu_tensors_pass_for_cuda():
         model = GPTModel(
             config,
-            _block_spec(hf_config, config, len(layers), rope_scaling),
+            _block_spec(hf_config, config, layers, rope_scaling),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -83,12 +87,20 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     elif is_last:
         weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, hf_config.hidden_size))
         model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
-    shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank())
+    expert, expert_tensor = expert_ranks()
+    shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank(), expert, expert_tensor)
     return Stage(model, _match(model, shards, layers.start))
 
 
-def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:
-    """What tensor rank `tensor_rank` of this rank's pipeline stage holds."""
+def expert_ranks() -> tuple[int, int]:
+    """This rank's numbers among the ranks that share a layer's experts and, within, among those that share each expert."""
+    return parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
+
+
+def stage_shards(
+    hf_config: Any, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
+) -> list[ParameterShard]:
+    """What the rank with these numbers holds in this rank's pipeline stage."""
     return shard_parameters(
         hf_config,
         tensor_rank=tensor_rank,
@@ -96,6 +108,7 @@ def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[Param
         layers=layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank()),
         has_embedding=parallel_state.is_pipeline_first_stage(),
         has_head=parallel_state.is_pipeline_last_stage(),
+        expert_place=Place(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor),
     )
 
 
@@ -118,13 +131,15 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # no experts here: Megatron wants it named with variable lengths
+        moe_token_dispatcher_type="alltoall",  # the one that takes streams of different lengths
         deallocate_pipeline_outputs=True,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
@@ -138,9 +153,17 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
     )
 
 
-def _block_spec(
-    hf_config: Any, config: TransformerConfig, num_layers: int, rope_scaling: float
-) -> TransformerBlockSubmodules:
+def _block_spec(hf_config: Any, config: TransformerConfig, layers: range, rope_scaling: float) -> TransformerBlockSubmodules:
+    experts = experts_of(hf_config)
+    dense = _layer_spec(hf_config, config, rope_scaling)
+    if experts is None:
+        return TransformerBlockSubmodules(layer_specs=[dense] * len(layers), layer_norm=RMSNorm)
+    mixture = expert_layer_spec(_layer_spec(hf_config, config, rope_scaling), experts)
+    specs = [mixture if layer in experts.layers else dense for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _layer_spec(hf_config: Any, config: TransformerConfig, rope_scaling: float) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -150,30 +173,37 @@ def _block_spec(
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer
 
 
 def _match(
     model: GPTModel, shards: list[ParameterShard], first_layer: int
 ) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
-    """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks.
+    """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks, and which are experts'.
 
-    Megatron marks them only while initialising at random; unmarked ones would count once instead of once a rank
-    in the gradient norm.
+    Megatron marks the former only while initialising at random; unmarked ones would count once instead of once a rank
+    in the gradient norm. Experts are never replicas over tensor ranks: their replicas are a group of their own, which
+    Megatron knows by `allreduce`, and gives them only where there is expert parallelism.
     """
-    parameters = {_global_name(name, first_layer): parameter for name, parameter in model.named_parameters()}
+    num_local = (model.config.num_moe_experts or 1) // model.config.expert_model_parallel_size
+    parameters = {_global_name(name, first_layer, num_local): parameter for name, parameter in model.named_parameters()}
     by_name = {shard.name: shard for shard in shards}
     assert parameters.keys() == by_name.keys(), sorted(parameters.keys() ^ by_name.keys())
     for name, parameter in parameters.items():
         shard = by_name[name]
         assert tuple(parameter.shape) == shard.shape, (name, tuple(parameter.shape), shard.shape)
-        if not hasattr(parameter, "tensor_model_parallel"):
+        if is_expert(name):
+            setattr(parameter, "allreduce", False)  # noqa: B010
+            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
+        elif not hasattr(parameter, "tensor_model_parallel"):
             partition_dim = -1 if shard.partition_dim is None else shard.partition_dim
             set_tensor_model_parallel_attributes(parameter, shard.partition_dim is not None, partition_dim, 1)
     return {name: (parameters[name], by_name[name]) for name in parameters}
 
 
-def _global_name(name: str, first_layer: int) -> str:
+def _global_name(name: str, first_layer: int, num_local_experts: int) -> str:
+    if is_expert(name):
+        name = numbered_over_all(name, num_local_experts)
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)

@@ -33,6 +33,8 @@ _MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.token_dispatcher",
 )
 
 
@@ -134,6 +136,11 @@ def _on_cpu(factory: Any) -> Any:
     return make
 
 
+def _as_moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What the token dispatcher gets of a tensor on its way to the host: torch's collectives take no tensors as sizes."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 _stand_in = _Torch()
 
 
@@ -153,6 +160,8 @@ def prepare_megatron() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and getattr(module, "torch", None) is torch:
             module.torch = _stand_in  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[attr-defined]
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]

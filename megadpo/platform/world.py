@@ -45,6 +45,8 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=False,
     )

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.model.attention import GroupAttention
-from megadpo.model.experts import expert_layer_spec, is_expert, numbered_over_all
+from megadpo.model.experts import expert_layer_spec, is_expert, moved
 from megadpo.model.families import (
     ParameterShard,
     Place,
@@ -202,8 +202,8 @@ def _match(
 
 
 def _global_name(name: str, first_layer: int, num_local_experts: int) -> str:
-    if is_expert(name):
-        name = numbered_over_all(name, num_local_experts)
+    if is_expert(name):  # Megatron counts from 0 on every rank
+        name = moved(name, parallel_state.get_expert_model_parallel_rank() * num_local_experts)
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)

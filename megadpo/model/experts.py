@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -70,7 +69,7 @@ class _AlsoLoss(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.new_ones(())
 
 
@@ -95,9 +94,8 @@ def is_expert(name: str) -> bool:
     return ".experts.local_experts." in name
 
 
-def numbered_over_all(name: str, num_local: int) -> str:
-    """An expert's parameter name with its number in the whole layer instead of on this rank."""
+def moved(name: str, by: int) -> str:
+    """The same parameter's name of the expert `by` numbers on."""
     before, after = name.split(".local_experts.")
     number, rest = after.split(".", 1)
-    first = parallel_state.get_expert_model_parallel_rank() * num_local
-    return f"{before}.local_experts.{int(number) + first}.{rest}"
+    return f"{before}.local_experts.{int(number) + by}.{rest}"

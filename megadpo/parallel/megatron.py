@@ -185,6 +185,11 @@ def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
     return parallel_state.get_expert_data_parallel_group()
 
 
+def is_first_replica(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank is the first of `replicas_of` a parameter."""
+    return dist.get_rank(replicas_of(parameter)) == 0
+
+
 def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Tensor | None) -> Tensor:
     """A parameter-shaped fp32 tensor from the pieces on the data-parallel ranks, bit for bit."""
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)

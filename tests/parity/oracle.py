@@ -44,7 +44,9 @@ def dpo_step(
         loss = (-(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)) / len(groups)
         loss.backward()
         total += loss.item()
-    return total, in_files({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, model.config)
+    return total, in_files(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, model.config
+    )
 
 
 def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,9 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     config = _transformer_config(hf_config, layout, dtype, recompute)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     has_vocabulary = head_of(hf_config) == "logprobs"
-    with cpu_tensors_pass_for_cuda():
+    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
+        # Experts that are whole on each tensor rank are told that there is nothing to split; that is meant.
+        warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = GPTModel(
             config,
             _block_spec(hf_config, config, layers, rope_scaling),

@@ -113,12 +113,38 @@ class _Cuda:
         torch.manual_seed(seed)
 
 
+class _Distributed:
+    """torch.distributed as megatron's modules see it: with parts of different sizes, which NCCL takes and gloo does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    def all_gather(self, parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        longest = max(len(part) for part in parts)
+        if all(len(part) == longest for part in parts):
+            return torch.distributed.all_gather(parts, own, group=group, **kwargs)
+        padded = [own.new_zeros(longest, *own.shape[1:]) for _ in range(len(parts) + 1)]
+        padded[-1][: len(own)] = own
+        torch.distributed.all_gather(padded[:-1], padded[-1], group=group)
+        for part, received in zip(parts, padded, strict=False):
+            part.copy_(received[: len(part)])
+
+    def reduce_scatter(self, own: torch.Tensor, parts: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
+        sizes = [len(part) for part in parts]
+        if len(set(sizes)) == 1:
+            return torch.distributed.reduce_scatter(own, parts, group=group, **kwargs)
+        whole = torch.cat(parts)
+        torch.distributed.all_reduce(whole, group=group)
+        own.copy_(whole.split(sizes)[torch.distributed.get_rank(group)])
+
+
 class _Torch(types.ModuleType):
     """torch as megatron's modules see it: factories asked for "cuda" make CPU tensors."""
 
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _Cuda()
+        self.distributed = _Distributed()
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 

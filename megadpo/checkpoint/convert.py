@@ -28,7 +28,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, num_tensor: int = 1, num_pipe
     Raises:
         UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
     """
-    out, layout = Path(os.path.abspath(out)), Layout(tensor=num_tensor, pipeline=num_pipeline)
+    out, layout = Path(os.path.abspath(out)), Layout(num_tensor, num_pipeline, sequence=num_tensor > 1)
     if is_checkpoint(hf_dir):
         raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
     refuse_existing(out)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from megadpo.config import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.models import hh_groups, random_groups, save_model
 from tests.parity import oracle
-from tests.parity.worker import Case, outcomes
+from tests.parity.worker import Case, Outcome, outcomes
 from tests.worlds import run_world
 
-FAMILIES = {
-    "mixtral": {"sliding_window": 64},
-    "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
-    "qwen3_moe-unnormalised": {"decoder_sparse_step": 2, "num_experts_per_tok": 1, "tie_word_embeddings": True},
-}
-CASES = {
+ALL = {
     1: [Case(Layout()), Case(Layout(), share_prompts=False)],
     2: [
         Case(Layout(data=2)),
-        Case(Layout(pipeline=2)),
+        Case(Layout(pipeline=2), recompute="full"),
         Case(Layout(data=2, expert=2), share_prompts=False),
         Case(Layout(tensor=2, sequence=True, expert_tensor=2)),
         Case(Layout(tensor=2, sequence=True, expert=2)),
@@ -31,43 +29,140 @@ CASES = {
         Case(Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
     ],
 }
+FEW = {1: [Case(Layout())], 2: [Case(Layout(pipeline=2)), Case(Layout(data=2, expert=2))]}
+MODELS = {
+    "mixtral": ({"sliding_window": 64}, ALL),
+    "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ALL),
+    # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
+    "qwen3_moe-half-dense": (
+        {"mlp_only_layers": [0, 1], "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},
+        FEW,
+    ),
+}
 BETA = 0.1
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(MODELS))
 def measured(request, tmp_path_factory):
-    """A policy, a reference and real pairs: what transformers says, and what every case says."""
+    """A policy, a reference and real pairs: what transformers says, the weights before, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)
-    family, changes = request.param.split("-")[0], FAMILIES[request.param]
+    family, (changes, some_cases) = request.param.split("-")[0], MODELS[request.param]
     policy = save_model(directory / "policy", family, **changes)
     reference = save_model(directory / "reference", family, seed=1, **changes)
-    groups = hh_groups(24, policy, max_length=120)
+    groups = hh_groups(10, policy, max_length=120)
     objective = ObjectiveConfig(beta=BETA)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA)
-    expected = oracle.all_logps(model, groups), loss, gradients
-    cases = [case for cases in CASES.values() for case in cases]
+    before = oracle.in_files({name: p.detach() for name, p in model.named_parameters()}, model.config)
+    expected = oracle.all_logps(model, groups), loss, gradients, before
+    return expected, found_in(some_cases, policy, reference, groups, objective, 3)
+
+
+def found_in(some_cases, policy, reference, groups, objective, num_steps) -> list[tuple[Case, Outcome]]:
+    cases = [case for cases in some_cases.values() for case in cases]
     found = [
         outcome
-        for num_processes, some in CASES.items()
-        for outcome in run_world(num_processes, outcomes, policy, reference, groups, some, 0, torch.float32, objective)[0]
+        for size, some in some_cases.items()
+        for outcome in run_world(size, outcomes, policy, reference, groups, some, num_steps, torch.float32, objective)[0]
     ]
-    return expected, list(zip(cases, found, strict=True))
+    return list(zip(cases, found, strict=True))
 
 
 def test_response_log_probs_equal_transformers(measured):
-    (logps, _, _), found = measured
+    (logps, *_), found = measured
     for case, outcome in found:
         worst = float((outcome.logps.view_as(logps) - logps).abs().max())
         assert worst <= 1e-4, f"{case}: {worst}"
 
 
-def test_loss_and_every_gradient_equal_transformers_router_and_experts_included(measured):
-    (_, loss, gradients), found = measured
+def test_loss_and_every_gradient_equal_transformers_routers_and_experts_included(measured):
+    (_, loss, gradients, _), found = measured
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
     for case, outcome in found:
         worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
         assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
+
+
+def test_weights_after_three_steps_and_router_metrics_do_not_depend_on_the_layout(measured):
+    (*_, before), found = measured
+    base = found[0][1]
+    size = _distance(base.weights, before)
+    assert size > 0.1
+    for case, outcome in found[1:]:
+        assert _distance(outcome.weights, base.weights) <= 1e-4 * size, str(case)
+        assert outcome.router == pytest.approx(base.router, rel=1e-6), str(case)
+
+
+def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return float(torch.stack([(a[name].double() - b[name].double()).norm() for name in a]).norm())
+
+
+COEFFICIENT = 0.3
+BALANCED = {
+    1: [
+        Case(Layout(), router_aux_coef=COEFFICIENT),
+        Case(Layout(), router_aux_coef=COEFFICIENT, share_prompts=False, tokens_per_micro_batch=90, recompute="full"),
+    ],
+    2: [
+        Case(Layout(data=2, expert=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90),
+        Case(Layout(tensor=2, sequence=True, expert=2), router_aux_coef=COEFFICIENT),
+        Case(Layout(pipeline=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90, recompute="full"),
+    ],
+}
+
+
+def test_the_load_balancing_loss_of_the_global_batch_has_the_formula_s_gradient_in_every_layout(tmp_path):
+    changes = {"mlp_only_layers": [2], "norm_topk_prob": True}
+    policy = save_model(tmp_path / "policy", "qwen3_moe", tokenizer=False, **changes)
+    groups = random_groups(7, seed=3)
+    found = found_in(BALANCED, policy, policy, groups, ObjectiveConfig(beta=BETA), 1)
+    model = oracle.load(policy)
+    _, gradients = oracle.dpo_step(model, groups, oracle.all_logps(model, groups), BETA)
+    model.zero_grad()
+    loss, loads = _balance(model, groups)
+    (COEFFICIENT * loss).backward()
+    balance = oracle.in_files(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, model.config
+    )
+    assert max(float(gradient.norm()) for gradient in balance.values()) > 1e-2
+    gradients = {name: gradient + balance.get(name, 0.0) for name, gradient in gradients.items()}
+    for case, outcome in found:
+        worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), "the loss that is reported is the objective's"
+        expected = {
+            "moe/aux_loss": float(loss.detach()) / len(loads),
+            "moe/largest_load": float(loads.max()),
+            "moe/mean_largest_load": float(loads.amax(1).mean()),
+        }
+        assert outcome.router == pytest.approx(expected, rel=1e-5), str(case)
+
+
+def _balance(model: torch.nn.Module, groups: list) -> tuple[Tensor, Tensor]:
+    """E sum_e share_e probability_e, added up over layers, over every token of every response with its own prompt; and
+    each expert's load [layers, experts] over an even one."""
+    logits: list[list[Tensor]] = []
+    for group in groups:
+        for response in (0, 1):
+            ids = torch.cat([torch.from_numpy(x).long() for x in (group.prompt_of(response), group.responses[response])])
+            logits.append(list(model(ids[None], output_router_logits=True).router_logits))
+    total, loads = torch.zeros(()), []
+    for of_layer in zip(*logits, strict=True):
+        scores = torch.cat([x.flatten(0, -2) for x in of_layer]).softmax(-1)
+        num_experts, per_token = scores.shape[1], model.config.num_experts_per_tok
+        share = torch.bincount(scores.topk(per_token).indices.flatten(), minlength=num_experts) / (len(scores) * per_token)
+        total = total + num_experts * (share * scores.mean(0)).sum()
+        loads.append(share * num_experts)
+    return total, torch.stack(loads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
+    policy: Path = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
+    cases = [Case(Layout(data=2, expert=2)), Case(Layout(tensor=2, sequence=True, expert=2), share_prompts=False)]
+    found = run_world(2, outcomes, policy, policy, random_groups(8), cases, 0, dtype)[0]
+    for case, outcome in zip(cases, found, strict=True):
+        assert len(outcome.margins) >= 8 and not outcome.margins.any(), str(case)

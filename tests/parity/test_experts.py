@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import MixtralConfig
 
 from megadpo.config import ObjectiveConfig
 from megadpo.parallel.layout import Layout
@@ -15,28 +16,33 @@ from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 from tests.worlds import run_world
 
-ALL = {
-    1: [Case(Layout()), Case(Layout(), share_prompts=False)],
+ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False)]}
+TWO = {
     2: [
         Case(Layout(data=2)),
-        Case(Layout(pipeline=2), recompute="full"),
+        Case(Layout(pipeline=2), recompute="full", tokens_per_micro_batch=200),
         Case(Layout(data=2, expert=2), share_prompts=False),
         Case(Layout(tensor=2, sequence=True, expert_tensor=2)),
         Case(Layout(tensor=2, sequence=True, expert=2)),
-    ],
+        Case(Layout(tensor=2, sequence=True)),
+    ]
+}
+FOUR = {
     4: [
         Case(Layout(pipeline=2, data=2, expert=2)),
         Case(Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
-    ],
+        Case(Layout(tensor=2, data=2, sequence=True, expert=4), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),
+        Case(Layout(data=4, expert=2), share_prompts=False),
+    ]
 }
-FEW = {1: [Case(Layout())], 2: [Case(Layout(pipeline=2)), Case(Layout(data=2, expert=2))]}
 MODELS = {
-    "mixtral": ({"sliding_window": 64}, ALL),
-    "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ALL),
+    "mixtral": ({"sliding_window": 64}, ONE | TWO),
+    "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ONE | TWO | FOUR),
     # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
     "qwen3_moe-half-dense": (
         {"mlp_only_layers": [0, 1], "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},
-        FEW,
+        {1: ONE[1][:1], 2: [Case(Layout(pipeline=2)), Case(Layout(data=2, expert=2))]},
     ),
 }
 BETA = 0.1
@@ -44,40 +50,36 @@ BETA = 0.1
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def measured(request, tmp_path_factory):
-    """A policy, a reference and real pairs: what transformers says, the weights before, and what every case says."""
+    """A policy, a reference and real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)
     family, (changes, some_cases) = request.param.split("-")[0], MODELS[request.param]
     policy = save_model(directory / "policy", family, **changes)
     reference = save_model(directory / "reference", family, seed=1, **changes)
-    groups = hh_groups(10, policy, max_length=120)
-    objective = ObjectiveConfig(beta=BETA)
+    groups = hh_groups(8, policy, max_length=100)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA)
-    before = oracle.in_files({name: p.detach() for name, p in model.named_parameters()}, model.config)
-    expected = oracle.all_logps(model, groups), loss, gradients, before
-    return expected, found_in(some_cases, policy, reference, groups, objective, 3)
+    expected = oracle.all_logps(model, groups), loss, gradients
+    return expected, found_in(some_cases, policy, reference, groups, 0)
 
 
-def found_in(some_cases, policy, reference, groups, objective, num_steps) -> list[tuple[Case, Outcome]]:
-    cases = [case for cases in some_cases.values() for case in cases]
-    found = [
-        outcome
-        for size, some in some_cases.items()
-        for outcome in run_world(size, outcomes, policy, reference, groups, some, num_steps, torch.float32, objective)[0]
-    ]
+def found_in(some_cases, policy, reference, groups, num_steps) -> list[tuple[Case, Outcome]]:
+    cases, found = [case for cases in some_cases.values() for case in cases], []
+    for size, some in some_cases.items():
+        objective = ObjectiveConfig(beta=BETA)
+        found += run_world(size, outcomes, policy, reference, groups, some, num_steps, torch.float32, objective)[0]
     return list(zip(cases, found, strict=True))
 
 
 def test_response_log_probs_equal_transformers(measured):
-    (logps, *_), found = measured
+    (logps, _, _), found = measured
     for case, outcome in found:
         worst = float((outcome.logps.view_as(logps) - logps).abs().max())
         assert worst <= 1e-4, f"{case}: {worst}"
 
 
 def test_loss_and_every_gradient_equal_transformers_routers_and_experts_included(measured):
-    (_, loss, gradients, _), found = measured
+    (_, loss, gradients), found = measured
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
     for case, outcome in found:
         worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
@@ -86,18 +88,25 @@ def test_loss_and_every_gradient_equal_transformers_routers_and_experts_included
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
 
 
-def test_weights_after_three_steps_and_router_metrics_do_not_depend_on_the_layout(measured):
-    (*_, before), found = measured
+def test_weights_after_three_steps_and_router_metrics_do_not_depend_on_the_layout(tmp_path):
+    # Few tokens: of many, some sooner or later have two experts tied to the last digits, and then rounding chooses.
+    policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
+    reference = save_model(tmp_path / "reference", "mixtral", seed=1, tokenizer=False)
+    found = found_in(ONE | TWO | FOUR, policy, reference, random_groups(7, seed=3), 3)
+    before = oracle.in_files(dict(oracle.load(policy).named_parameters()), MixtralConfig())
     base = found[0][1]
     size = _distance(base.weights, before)
     assert size > 0.1
     for case, outcome in found[1:]:
         assert _distance(outcome.weights, base.weights) <= 1e-4 * size, str(case)
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
         assert outcome.router == pytest.approx(base.router, rel=1e-6), str(case)
 
 
 def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return float(torch.stack([(a[name].double() - b[name].double()).norm() for name in a]).norm())
+    return float(torch.stack([(a[name].detach().double() - b[name].detach().double()).norm() for name in a]).norm())
 
 
 COEFFICIENT = 0.3
@@ -118,7 +127,7 @@ def test_the_load_balancing_loss_of_the_global_batch_has_the_formula_s_gradient_
     changes = {"mlp_only_layers": [2], "norm_topk_prob": True}
     policy = save_model(tmp_path / "policy", "qwen3_moe", tokenizer=False, **changes)
     groups = random_groups(7, seed=3)
-    found = found_in(BALANCED, policy, policy, groups, ObjectiveConfig(beta=BETA), 1)
+    found = found_in(BALANCED, policy, policy, groups, 1)
     model = oracle.load(policy)
     _, gradients = oracle.dpo_step(model, groups, oracle.all_logps(model, groups), BETA)
     model.zero_grad()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ParallelConfig, load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.prepare import prepare
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world
@@ -102,3 +103,11 @@ def test_the_dense_mlp_s_columns_matter_only_where_a_layer_has_one():
     config = Qwen3MoeConfig(intermediate_size=97, mlp_only_layers=[0])
     with pytest.raises(UserError, match="97 MLP columns"):
         check_layout(Layout(tensor=2, sequence=True), config)
+
+
+def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
+    save_model(tmp_path / "model", "llama")
+    write_hh(tmp_path / "train.jsonl", 12)
+    settings = _settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
+    with pytest.raises(UserError, match=r"train.router_aux_coef is 0.01, but .*model has no experts; remove it"):
+        prepare(load_config(settings))

@@ -13,7 +13,7 @@ from megadpo.config import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.models import hh_groups, random_groups, save_model
 from tests.parity import oracle
-from tests.parity.worker import Case, Outcome, outcomes
+from tests.parity.worker import Case, Outcome, outcomes, outcomes_of_objectives
 from tests.worlds import run_world
 
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False)]}
@@ -175,3 +175,17 @@ def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, 
     found = run_world(2, outcomes, policy, policy, random_groups(8), cases, 0, dtype)[0]
     for case, outcome in zip(cases, found, strict=True):
         assert len(outcome.margins) >= 8 and not outcome.margins.any(), str(case)
+
+
+def test_objectives_that_look_ahead_and_reward_models_are_exact_under_expert_parallelism(tmp_path):
+    policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
+    reference = save_model(tmp_path / "reference", "mixtral", seed=1, tokenizer=False)
+    groups = {kind: random_groups(9, seed=2, kind=kind) for kind in ("pairs", "labels")}
+    objectives = [ObjectiveConfig(loss_type=name) for name in ("kto", "aot", "reward")]
+    case = Case(Layout(data=2, expert=2), tokens_per_micro_batch=100)
+    (alone,) = run_world(1, outcomes_of_objectives, policy, reference, groups, [Case(Layout())], objectives)[0]
+    (spread,) = run_world(2, outcomes_of_objectives, policy, reference, groups, [case], objectives)[0]
+    for objective, ours, theirs in zip(objectives, spread, alone, strict=True):
+        worst, name = oracle.worst_relative_error(ours.gradients, theirs.gradients)
+        assert worst <= 1e-5, f"{objective.loss_type}: {name} {worst}"
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6), objective.loss_type

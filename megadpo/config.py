@@ -164,9 +164,9 @@ class ParallelConfig:
     """How attention crosses the parts: `ulysses` (all-to-all over heads), `allgather` (of keys and values; for more ranks
     than heads), or `auto`: ulysses where the key-value heads divide."""
     expert: int = 1
-    """Expert-parallel size; only 1 in this version."""
+    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x data-parallel ones."""
     expert_tensor: int = 1
-    """Tensor-parallel size inside an expert; only 1 in this version."""
+    """Tensor-parallel size inside an expert; `tensor` is for all else."""
     zero_stage: int = 1
     """What is sharded over data-parallel ranks; 1 = optimizer state, the only one in this version."""
     offload: str = "none"
@@ -205,6 +205,9 @@ class TrainConfig:
     recompute: str = "none"
     """Activations computed again in the backward pass to save memory: `none`, `selective` (attention) or `full`
     (layers)."""
+    router_aux_coef: float = 0.0
+    """Weight of the routers' load-balancing loss of a mixture of experts, taken over the global batch; not 0 costs a further
+    forward pass."""
     seed: int = 42
     """Seed of the data order and of every random number."""
 

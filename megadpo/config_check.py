@@ -39,8 +39,6 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 ONLY: dict[str, tuple[Any, str]] = {
-    "parallel.expert": (1, "expert parallelism"),
-    "parallel.expert_tensor": (1, "expert tensor parallelism"),
     "parallel.zero_stage": (1, "other ZeRO stages"),
     "parallel.deepspeed_config": (None, "DeepSpeed"),
 }
@@ -55,6 +53,8 @@ AT_LEAST: dict[str, int] = {
     "parallel.pipeline": 1,
     "parallel.context": 1,
     "parallel.virtual_pipeline": 1,
+    "parallel.expert": 1,
+    "parallel.expert_tensor": 1,
     "objective.nll_coef": 0,
     "objective.dpop_lambda": 0,
     "objective.desirable_weight": 0,
@@ -68,6 +68,7 @@ AT_LEAST: dict[str, int] = {
     "train.warmup_steps": 0,
     "train.weight_decay": 0,
     "train.clip_norm": 0,
+    "train.router_aux_coef": 0,
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,

@@ -17,7 +17,7 @@ from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.families import TensorSource, check_tensors
+from megadpo.model.families import TensorSource, check_tensors, experts_of
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
@@ -85,6 +85,10 @@ def prepare(config: Config) -> Plan:
         _check_same_vocabulary(policy, reference)
         check_layout(layout, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
+    if config.train.router_aux_coef and experts_of(policy.config) is None:
+        raise UserError(
+            f"train.router_aux_coef is {config.train.router_aux_coef!r}, but {policy.path} has no experts; remove it"
+        )
     output_dir = Path(config.output_dir)
     resume = claim_output_dir(output_dir, config)
     reports: dict[str, DataReport] = {}

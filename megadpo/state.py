@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import shutil
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from megadpo.checkpoint.sharded import (
     write_shard_file,
 )
 from megadpo.model.build import load_weights, stage_shards
+from megadpo.model.experts import is_expert, moved
 from megadpo.model.families import ParameterShard
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.megatron import is_first_replica
 from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
@@ -43,16 +46,14 @@ def save(run: Run, step: int) -> Path:
         begin(directory)
     dist.barrier()
     items = _owned_state(run)
-    manifest: dict[str, Any] | None = None
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        stage, tensor_rank = (
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        )
-        manifest = write_shard_file(directory, writer_name(stage, tensor_rank), items)
-    else:
-        for _ in items:  # takes part in putting each tensor together over the replicas
-            pass
+    stage, tensor_rank, data_rank = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    # Of data-parallel ranks above the first, those that are the first with their experts have something to write.
+    name = writer_name(stage, tensor_rank) + (f"-dp{data_rank:02d}" if data_rank else "")
+    manifest = write_shard_file(directory, name, items)
     delta = _last_stage_delta(run)
     manifests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(manifests, manifest)
@@ -69,7 +70,7 @@ def save(run: Run, step: int) -> Path:
             "config": plan.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        commit(directory, [entry for entry in manifests if entry], state, plan.policy.huggingface, plan.policy.config)
+        commit(directory, manifests, state, plan.policy.huggingface, plan.policy.config)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
         for old in earlier[: -plan.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -85,12 +86,16 @@ def _last_stage_delta(run: Run) -> list[float]:
 
 
 def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
-    for kind, name, tensor in run.engine.state():
-        yield kind, run.engine.stage.parameters[name][1], tensor
+    """What this rank writes: each shard that several ranks hold is written by the first of them."""
+    for kind, name, tensor in run.engine.state():  # every rank takes part in putting each tensor together
+        parameter, shard = run.engine.stage.parameters[name]
+        if is_first_replica(parameter):
+            yield kind, shard, tensor
     if run.plan.config.reference.sync_every:
         assert run.references.stage is not None
         for parameter, shard in run.references.stage.parameters.values():
-            yield "reference", shard, parameter.data
+            if is_first_replica(parameter):
+                yield "reference", shard, parameter.data
 
 
 def resume(run: Run) -> int:
@@ -146,13 +151,12 @@ def export_policy(run: Run) -> Path:
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        tensors = _whole_tensors(run)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            write_export_files(export, directory, tensors)
-        else:
-            for _ in tensors:
-                pass
+    tensors = _whole_tensors(run)
+    if _is_writer():
+        write_export_files(export, directory, tensors)
+    else:
+        for _ in tensors:  # takes part in gathering them
+            pass
     dist.barrier()
     if dist.get_rank() == 0:
         finish_export(export, directory, plan.policy.huggingface)
@@ -160,22 +164,46 @@ def export_policy(run: Run) -> Path:
     return directory
 
 
+def _is_writer() -> bool:
+    """Whether this rank writes its pipeline stage's tensors: the first of the stage, in every group of ranks a first one."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+
+
 def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors of this stage, put together on tensor rank 0; the other tensor ranks yield nothing."""
-    group, num_tensor = parallel_state.get_tensor_model_parallel_group(), run.plan.layout.tensor
-    is_root = parallel_state.get_tensor_model_parallel_rank() == 0
-    shards_by_rank = [
-        {shard.name: shard for shard in stage_shards(run.plan.policy.config, run.plan.layout, rank)}
-        for rank in range(num_tensor)
-    ]
-    for name, (parameter, shard) in run.engine.stage.parameters.items():
-        if not shard.is_primary:
-            continue  # the embedding's stage writes it
-        if shard.partition_dim is None or num_tensor == 1:
-            parts = [(shards_by_rank[0][name], parameter.data)]
+    """Whole Hugging Face tensors of this stage, put together on its writer; the other ranks yield nothing.
+
+    Experts are gathered from the ranks that share them, all else from the tensor ranks of the first replica.
+    """
+    layout, stage = run.plan.layout, run.engine.stage
+
+    @functools.cache
+    def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
+        numbers = (tensor_rank, expert_rank, expert_tensor_rank)
+        return {shard.name: shard for shard in stage_shards(run.plan.policy.config, layout, *numbers)}
+
+    for name, (parameter, shard) in stage.parameters.items():
+        if not shard.is_primary or not is_first_replica(parameter):
+            continue  # the embedding's stage, or the first replica, gives it
+        if is_expert(name):
+            group = parallel_state.get_expert_tensor_and_model_parallel_group()
+            count, num_local = layout.expert_tensor, stage.model.config.num_moe_experts // layout.expert
+            here = parallel_state.get_expert_model_parallel_rank()
+            holders = [
+                [(moved(name, (expert - here) * num_local), (0, expert, rank)) for rank in range(count)]
+                for expert in range(layout.expert)
+            ]
         else:
-            received = [torch.empty_like(parameter.data) for _ in range(num_tensor)] if is_root else None
-            dist.gather(parameter.data.contiguous(), received, group_dst=0, group=group)
-            parts = [(shards_by_rank[rank][name], tensor) for rank, tensor in enumerate(received or [])]
-        if is_root:
-            yield from join_tensor_ranks(parts)
+            group = parallel_state.get_tensor_model_parallel_group()
+            count = 1 if shard.partition_dim is None else layout.tensor
+            holders = [[(name, (rank, 0, 0)) for rank in range(count)]]
+        tensors = [parameter.data]
+        if len(holders) * count > 1:
+            tensors = [torch.empty_like(parameter.data) for _ in range(len(holders) * count)] if _is_writer() else []
+            dist.gather(parameter.data.contiguous(), tensors or None, group_dst=0, group=group)
+        if _is_writer():
+            for first, ranks in zip(range(0, len(tensors), count), holders, strict=True):
+                shards = [shards_of(*numbers)[held] for held, numbers in ranks]
+                yield from join_tensor_ranks(list(zip(shards, tensors[first : first + count], strict=True)))

@@ -28,6 +28,7 @@ from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
+from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
@@ -181,6 +182,7 @@ def training_step(run: Run, step: int) -> Metrics:
     return {
         "step": step + 1,
         **reduce_metrics(batch.totals, objective),
+        **run.engine.router_metrics(),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
@@ -249,6 +251,9 @@ def say_plan(plan: Plan) -> None:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
+    experts = experts_of(plan.policy.config)
+    if experts is not None and plan.config.train.router_aux_coef == 0:
+        say(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
     if plan.policy.has_new_head:
         say(f"{plan.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

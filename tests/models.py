@@ -88,6 +88,7 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
     import transformers
 
     names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+    names |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
     settings = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -100,7 +101,9 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        **({"head_dim": 32} if family == "qwen3" else {}),
+        **({"head_dim": 32} if family in ("qwen3", "qwen3_moe") else {}),
+        **({"num_local_experts": 4} if family == "mixtral" else {}),
+        **({"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48} if family == "qwen3_moe" else {}),
         **({"sliding_window": 48} if family == "mistral" else {}),
         **changes,
     }

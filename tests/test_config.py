@@ -51,7 +51,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "parallel": "engine tensor sequence pipeline virtual_pipeline pipeline_layout context context_method expert "
         "expert_tensor zero_stage offload deepspeed_config",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
-        "schedule weight_decay betas eps clip_norm recompute seed",
+        "schedule weight_decay betas eps clip_norm recompute router_aux_coef seed",
         "eval": "every pairs",
         "checkpoint": "every keep resume",
         "logging": "every tensorboard",
@@ -198,8 +198,6 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
     [
         "parallel.engine=deepspeed",
         "parallel.context_method=ring",
-        "parallel.expert=2",
-        "parallel.expert_tensor=2",
         "parallel.zero_stage=3",
         "parallel.offload=cpu",
         "parallel.deepspeed_config=ds.json",

@@ -93,7 +93,7 @@ def test_the_command_prints_a_table_for_each_number_and_joins_no_processes(
     assert cli.main(["plan", str(tmp_path / "run.yaml"), "train.pairs_per_step=4", "--layouts", "2", "4"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("2 processes: 5 layouts\n") and "\n\n4 processes: " in printed
-    assert printed.splitlines()[1].split()[:4] == ["tensor", "pipeline", "virtual_pipeline", "data"]
+    assert printed.splitlines()[1].split()[:4] == ["tensor", "context", "pipeline", "virtual_pipeline"]
     assert cli.main(["plan", str(tmp_path / "run.yaml"), "--layouts", "train.pairs_per_step=4"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "process" in line[:12]] == list("1248")
     assert not dist.is_initialized()

@@ -37,7 +37,8 @@ def import_hf(
     Raises:
         UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
     """
-    out, layout = Path(os.path.abspath(out)), Layout(tensor=num_tensor, pipeline=num_pipeline, chunk_layers=stage_layers)
+    out = Path(os.path.abspath(out))
+    layout = Layout(tensor=num_tensor, pipeline=num_pipeline, sequence=num_tensor > 1, chunk_layers=stage_layers)
     if is_checkpoint(hf_dir):
         raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
     refuse_existing(out)

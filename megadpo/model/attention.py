@@ -24,18 +24,29 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch, Part, Piece, Segment
+from megadpo.model.routing import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
 
 
 @dataclass
 class StreamParams(PackedSeqParams):
-    """Takes a micro-batch through Megatron in its packed_seq_params slot.
+    """Takes a micro-batch, its number in the step and who watches the routers through Megatron's packed_seq_params slot.
 
     qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
     """
 
     micro_batch: MicroBatch | None = None
     masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
+    number: int = 0
+    watch: RouterWatch | None = None
+    weights_T: Tensor | None = None
+
+    def token_weights(self) -> Tensor:
+        """`routing.token_weights` of the micro-batch, made once for all layers."""
+        if self.weights_T is None:
+            assert self.micro_batch is not None
+            self.weights_T = token_weights(self.micro_batch)
+        return self.weights_T
 
     def mask(self, num_queries: int, num_keys: int, window: int | None, query: Tensor) -> Tensor | None:
         """The mask of a segment of this size, made once for all layers; None where plain causal attention is meant."""

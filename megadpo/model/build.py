@@ -4,6 +4,7 @@ head, filled from a checkpoint."""
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,18 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.model.attention import GroupAttention
+from megadpo.model.experts import expert_layer_spec, is_expert, moved
 from megadpo.model.families import (
     ParameterShard,
+    Place,
     TensorSource,
+    experts_of,
     head_of,
     rope_of,
     shard_parameters,
@@ -70,22 +75,28 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     config = _transformer_config(hf_config, layout, dtype, recompute)
     models = [_build_chunk(hf_config, layout, config, chunk) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    expert, expert_tensor = expert_ranks()
+    tensor_rank, place = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        Place(expert, layout.expert, expert_tensor, layout.expert_tensor),
+    )
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
-        parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk), first_layer)
+        parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
     return Stage(models, parameters)
 
 
 def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int) -> GPTModel:
-    num_layers = len(_layers(hf_config, layout, chunk))
+    layers = _layers(hf_config, layout, chunk)
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     has_vocabulary = head_of(hf_config) == "logprobs"
-    with cpu_tensors_pass_for_cuda():
+    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
+        # Experts that are whole on each tensor rank are told that there is nothing to split; that is meant.
+        warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = GPTModel(
             config,
-            _block_spec(hf_config, config, num_layers, rope_scaling, context_method(layout, hf_config)),
+            _block_spec(hf_config, config, layers, rope_scaling, context_method(layout, hf_config)),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -104,12 +115,22 @@ def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chun
     return model
 
 
-def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:
-    """What tensor rank `tensor_rank` of this rank's pipeline stage holds, in all chunks."""
-    return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk)]
+def expert_ranks() -> tuple[int, int]:
+    """This rank's numbers among the ranks that share a layer's experts and, within, among those that share each expert."""
+    return parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
 
 
-def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int) -> list[ParameterShard]:
+def stage_shards(
+    hf_config: Any, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
+) -> list[ParameterShard]:
+    """What the rank with these numbers holds in this rank's pipeline stage, in all chunks."""
+    place = Place(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
+    return [
+        shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk, place)
+    ]
+
+
+def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int, place: Place) -> list[ParameterShard]:
     return shard_parameters(
         hf_config,
         tensor_rank=tensor_rank,
@@ -117,6 +138,7 @@ def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int) 
         layers=_layers(hf_config, layout, chunk),
         has_embedding=_has_embedding(chunk),
         has_head=_has_head(layout, chunk),
+        expert_place=place,
     )
 
 
@@ -158,13 +180,15 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
         sequence_parallel=layout.sequence,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # no experts here: Megatron wants it named with variable lengths
+        moe_token_dispatcher_type="alltoall",  # the one that takes streams of different lengths
         deallocate_pipeline_outputs=True,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
@@ -187,8 +211,18 @@ def _megatron_layout(hf_config: Any, layout: Layout) -> list[list[str]]:
 
 
 def _block_spec(
-    hf_config: Any, config: TransformerConfig, num_layers: int, rope_scaling: float, context_method: str | None
+    hf_config: Any, config: TransformerConfig, layers: range, rope_scaling: float, context_method: str | None
 ) -> TransformerBlockSubmodules:
+    experts = experts_of(hf_config)
+    dense = _layer_spec(hf_config, config, rope_scaling, context_method)
+    if experts is None:
+        return TransformerBlockSubmodules(layer_specs=[dense] * len(layers), layer_norm=RMSNorm)
+    mixture = expert_layer_spec(_layer_spec(hf_config, config, rope_scaling, context_method), experts)
+    specs = [mixture if layer in experts.layers else dense for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _layer_spec(hf_config: Any, config: TransformerConfig, rope_scaling: float, context_method: str | None) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -198,30 +232,37 @@ def _block_spec(
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer
 
 
 def _match(
     model: GPTModel, shards: list[ParameterShard], first_layer: int
 ) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
-    """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks.
+    """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks, and which are experts'.
 
-    Megatron marks them only while initialising at random; unmarked ones would count once instead of once a rank
-    in the gradient norm.
+    Megatron marks the former only while initialising at random; unmarked ones would count once instead of once a rank
+    in the gradient norm. Experts are never replicas over tensor ranks: their replicas are a group of their own, which
+    Megatron knows by `allreduce`, and gives them only where there is expert parallelism.
     """
-    parameters = {_global_name(name, first_layer): parameter for name, parameter in model.named_parameters()}
+    num_local = (model.config.num_moe_experts or 1) // model.config.expert_model_parallel_size
+    parameters = {_global_name(name, first_layer, num_local): parameter for name, parameter in model.named_parameters()}
     by_name = {shard.name: shard for shard in shards}
     assert parameters.keys() == by_name.keys(), sorted(parameters.keys() ^ by_name.keys())
     for name, parameter in parameters.items():
         shard = by_name[name]
         assert tuple(parameter.shape) == shard.shape, (name, tuple(parameter.shape), shard.shape)
-        if not hasattr(parameter, "tensor_model_parallel"):
+        if is_expert(name):
+            setattr(parameter, "allreduce", False)  # noqa: B010
+            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
+        elif not hasattr(parameter, "tensor_model_parallel"):
             partition_dim = -1 if shard.partition_dim is None else shard.partition_dim
             set_tensor_model_parallel_attributes(parameter, shard.partition_dim is not None, partition_dim, 1)
     return {name: (parameters[name], by_name[name]) for name in parameters}
 
 
-def _global_name(name: str, first_layer: int) -> str:
+def _global_name(name: str, first_layer: int, num_local_experts: int) -> str:
+    if is_expert(name):  # Megatron counts from 0 on every rank
+        name = moved(name, parallel_state.get_expert_model_parallel_rank() * num_local_experts)
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)

@@ -65,6 +65,7 @@ FEATURES: tuple[Feature, ...] = (
         ("parallel.pipeline_layout=3,5",),
     ),
     Feature("context", "parallel.context", lambda c: c.parallel.context > 1, ("parallel.context=2",)),
+    Feature("experts", "parallel.expert", lambda c: c.parallel.expert > 1, ("parallel.expert=2",)),
     Feature("recomputation", "train.recompute", lambda c: c.train.recompute != "none", ("train.recompute=full",)),
     Feature(
         "precomputed reference",
@@ -87,6 +88,8 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 EXCLUDED: tuple[Rule, ...] = (
+    Rule("experts", "context", "experts are not built for context parallelism; leave parallel.context at 1"),
+    Rule("experts", "virtual pipeline", "experts are not built for several chunks a stage; leave virtual_pipeline at 1"),
     Rule(
         "precomputed reference",
         "kto",

@@ -31,6 +31,10 @@ class Engine(Protocol):
         """Add gradients up over replicas, sequence-parallel norms and tied embeddings: afterwards they are exact."""
         ...
 
+    def router_metrics(self) -> dict[str, float]:
+        """Of a mixture of experts, how evenly the last global batch was spread (`routing.Load`); collective."""
+        ...
+
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear the gradients; the global gradient norm before clipping.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadpo.errors import UserError
+from megadpo.model.families import Experts, experts_of
 
 CONTEXT_METHODS = ("auto", "ulysses", "allgather")
 
@@ -25,6 +26,9 @@ class Layout:
         context_method: how they attend to each other's parts, one of CONTEXT_METHODS.
         virtual: chunks of layers that each stage holds. Chunk number c of the model is on stage c % pipeline.
         chunk_layers: layers of each chunk, in the model's order; None: as even as possible, see `even_chunks`.
+        expert: ranks, among those of a stage, that share the experts of a layer.
+        expert_tensor: ranks that share each expert's matrices. Experts go over tensor x data ranks in this order:
+            expert_tensor fastest, then expert, then replicas.
     """
 
     tensor: int = 1
@@ -35,6 +39,8 @@ class Layout:
     context_method: str = "auto"
     virtual: int = 1
     chunk_layers: tuple[int, ...] | None = None
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def world_size(self) -> int:
@@ -46,7 +52,11 @@ class Layout:
         context = f" x context {self.context} ({self.context_method})" if self.context > 1 else ""
         virtual = f" of {self.virtual} chunks" if self.virtual > 1 else ""
         layers = f" ({', '.join(map(str, self.chunk_layers))} layers)" if self.chunk_layers else ""
-        return f"tensor {self.tensor}{sequence}{context} x pipeline {self.pipeline}{virtual}{layers} x data {self.data}"
+        experts = (
+            f", expert {self.expert} x expert_tensor {self.expert_tensor}" if self.expert * self.expert_tensor > 1 else ""
+        )
+        layout = f"tensor {self.tensor}{sequence}{context} x pipeline {self.pipeline}{virtual}{layers} x data {self.data}"
+        return layout + experts
 
     @property
     def stream_multiple(self) -> int:
@@ -98,15 +108,23 @@ def choose_layout(parallel: Any, world_size: int) -> Layout:
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
     sequence = parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
+    expert, expert_tensor, data = parallel.expert, parallel.expert_tensor, world_size // model_size
+    if parallel.tensor * data % (expert * expert_tensor):
+        raise UserError(
+            f"parallel.expert {expert} x parallel.expert_tensor {expert_tensor} must divide the {parallel.tensor * data} "
+            f"processes of a pipeline stage (tensor {parallel.tensor} x data {data}); lower one of the two"
+        )
     return Layout(
         parallel.tensor,
         parallel.pipeline,
-        world_size // model_size,
+        data,
         sequence,
         context=parallel.context,
         context_method=parallel.context_method,
         virtual=parallel.virtual_pipeline,
         chunk_layers=read_chunk_layers(parallel.pipeline_layout, parallel.pipeline, parallel.virtual_pipeline),
+        expert=expert,
+        expert_tensor=expert_tensor,
     )
 
 
@@ -159,17 +177,17 @@ def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = No
     """
     num_heads = hf_config.num_attention_heads
     num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
-    divided = {
-        "attention heads": num_heads,
-        "key-value heads": num_key_value_heads,
-        "MLP columns": hf_config.intermediate_size,
-    }
+    experts = experts_of(hf_config)
+    divided = {"attention heads": num_heads, "key-value heads": num_key_value_heads}
+    if experts is None or len(experts.layers) < hf_config.num_hidden_layers:
+        divided["MLP columns"] = hf_config.intermediate_size
     for what, number in divided.items():
         if number % layout.tensor:
             raise UserError(
                 f"parallel.tensor {layout.tensor} does not divide the model's {number} {what}; "
-                f"use one of {_divisors(num_heads, num_key_value_heads, hf_config.intermediate_size)}"
+                f"use one of {_divisors(*divided.values())}"
             )
+    _check_experts(layout, experts)
     _check_layers(layout, hf_config.num_hidden_layers)
     if layout.context_method == "ulysses":
         _check_ulysses(layout, num_heads // layout.tensor, num_key_value_heads // layout.tensor)
@@ -203,6 +221,32 @@ def _check_layers(layout: Layout, num_layers: int) -> None:
         raise UserError(
             f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; "
             f"lower it to {num_layers} or less"
+        )
+
+
+def _check_experts(layout: Layout, experts: Experts | None) -> None:
+    if experts is None:
+        if layout.expert * layout.expert_tensor > 1:
+            option = "expert" if layout.expert > 1 else "expert_tensor"
+            raise UserError(f"parallel.{option} is {getattr(layout, option)}, but the model has no experts; leave it at 1")
+        return
+    for option, size in (("context", layout.context), ("virtual_pipeline", layout.virtual)):
+        if size > 1:
+            raise UserError(f"parallel.{option} is {size}, which a model with experts is not built for; leave it at 1")
+    if experts.count % layout.expert:
+        raise UserError(
+            f"parallel.expert {layout.expert} does not divide the model's {experts.count} experts; "
+            f"use one of {_divisors(experts.count)}"
+        )
+    if experts.columns % layout.expert_tensor:
+        raise UserError(
+            f"parallel.expert_tensor {layout.expert_tensor} does not divide the {experts.columns} columns of an expert; "
+            f"use one of {_divisors(experts.columns)}"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        raise UserError(
+            f"parallel.sequence is false with parallel.tensor {layout.tensor}, but a model with experts needs it: "
+            "without it every tensor rank would route every token; leave it at null"
         )
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from megadpo.config import TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
+from megadpo.model.routing import RouterWatch
 from megadpo.parallel import schedule
 from megadpo.parallel.engine import ResponseGradient
+from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -49,9 +51,11 @@ class MegatronEngine:
         with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.optimizer = get_megatron_optimizer(config, self.models, use_gloo_process_groups=False)
-        # Dense models give one distributed optimizer behind Megatron's chain.
-        (self.shards,) = self.optimizer.chained_optimizers
-        if isinstance(self.shards.optimizer, torch.optim.AdamW):
+        # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
+        # are fewer: either may be missing on a stage.
+        self.shards = list(self.optimizer.chained_optimizers)
+        self.watch: RouterWatch | None = None
+        if isinstance(self.shards[0].optimizer, torch.optim.AdamW):
             # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
             for group in self.optimizer.param_groups:
                 group["fused"] = True
@@ -63,7 +67,28 @@ class MegatronEngine:
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
     ) -> None:
-        schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha)
+        self.watch = self._new_watch()
+        if self.watch is not None and self.train.router_aux_coef > 0:
+            counting = self._new_watch()
+            schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
+            assert counting is not None
+            self.watch.whole = counting.load()
+        schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
+
+    def router_metrics(self) -> dict[str, float]:
+        return {} if self.watch is None else self.watch.load().metrics()
+
+    def _new_watch(self) -> RouterWatch | None:
+        config = self.stage.models[0].config
+        if config.num_moe_experts is None:
+            return None
+        return RouterWatch(
+            config.num_layers,
+            config.num_moe_experts,
+            config.moe_router_topk,
+            compute_device(),
+            self.train.router_aux_coef,
+        )
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
@@ -79,7 +104,8 @@ class MegatronEngine:
             if not math.isfinite(norm):
                 raise ArithmeticError(f"the gradient norm is {norm}")
             if self.train.clip_norm > 0:
-                clip_grad_by_total_norm_fp32(self.shards.get_parameters(), self.train.clip_norm, norm)
+                for shards in self.shards:
+                    clip_grad_by_total_norm_fp32(shards.get_parameters(), self.train.clip_norm, norm)
             self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
@@ -113,38 +139,57 @@ class MegatronEngine:
                 main = self._main_parameter(parameter)
                 main.data.copy_(weights.view(-1)[piece])
                 moments = {kind: read(kind, name).view(-1)[piece].to(main.device) for kind in STATE_KINDS[1:]}
-                self._set_moments(main, {kind: moment.clone() for kind, moment in moments.items()}, num_steps)
+                optimizer = self._shards_of(parameter).optimizer
+                _set_moments(optimizer, main, {kind: moment.clone() for kind, moment in moments.items()}, num_steps)
 
     def describe(self) -> dict[str, Any]:
-        optimizer = self.shards.optimizer
+        optimizer = self.shards[0].optimizer
         return {"engine": "megatron", "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}"}
 
     def _piece(self, parameter: torch.nn.Parameter) -> slice | None:
         """The part of the flattened parameter whose optimizer state lies on this data-parallel rank."""
-        if parameter not in self.shards.model_param_group_index_map:
+        shards = self._shards_of(parameter)
+        if shards is None:
             return None
-        owned = self.shards._get_model_param_range_map(parameter)["param"]
+        owned = shards._get_model_param_range_map(parameter)["param"]
         return slice(owned.start, owned.end)
 
+    def _shards_of(self, parameter: torch.nn.Parameter) -> Any:
+        """The distributed optimizer that has a piece of the parameter on this rank; None where others have all of it."""
+        return next((shards for shards in self.shards if parameter in shards.model_param_group_index_map), None)
+
     def _main_parameter(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        group, order = self.shards.model_param_group_index_map[parameter]
-        return self.shards.optimizer.param_groups[group]["params"][order]
+        shards = self._shards_of(parameter)
+        group, order = shards.model_param_group_index_map[parameter]
+        return shards.optimizer.param_groups[group]["params"][order]
 
     def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """The owned piece of fp32 weights and moments; the moments are zeros before the first step."""
         main = self._main_parameter(parameter)
-        moments = self.shards.optimizer.state.get(main, {})
+        moments = self._shards_of(parameter).optimizer.state.get(main, {})
         zeros = torch.zeros_like(main, dtype=torch.float32)
         return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in STATE_KINDS[1:]}}
 
-    def _set_moments(self, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
-        optimizer = self.shards.optimizer
-        if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
-        else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
-            optimizer.state[main] = moments
-            for group in optimizer.param_groups:
-                group["step"] = num_steps
+
+def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
+    else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
+        optimizer.state[main] = moments
+        for group in optimizer.param_groups:
+            group["step"] = num_steps
+
+
+def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+    """The ranks that hold the same shard of a parameter: experts have fewer replicas."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
+
+
+def is_first_replica(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank is the first of `replicas_of` a parameter."""
+    return dist.get_rank(replicas_of(parameter)) == 0
 
 
 def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Tensor | None) -> Tensor:
@@ -152,7 +197,7 @@ def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Ten
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if piece is not None and own is not None:
         whole[piece] = own
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = replicas_of(parameter)
     if dist.get_world_size(group) > 1:
         # Each element is set on one rank only; added as integers, even the sign of a zero survives.
         dist.all_reduce(whole.view(torch.int32), group=group)

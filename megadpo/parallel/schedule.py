@@ -14,19 +14,26 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.attention import StreamParams
 from megadpo.model.head import LogProbHead
 from megadpo.model.reward_head import RewardHead, reward_sums
+from megadpo.model.routing import RouterWatch
 from megadpo.objectives.statistics import response_sums
 from megadpo.parallel.context import all_scored, sum_over_context
 from megadpo.parallel.engine import ResponseGradient
 
 
-def forward_only(models: Sequence[Any], micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
+def forward_only(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
+) -> list[Tensor]:
     """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients.
 
     Args:
         models: this stage's chunks.
+        watch: told what the routers of a mixture of experts do.
     """
     with torch.no_grad():
-        outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True)
+        outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True, watch=watch)
         return [
             _sums(models[-1], output, micro_batch, ld_alpha)
             for output, micro_batch in zip(outputs, micro_batches, strict=False)
@@ -38,6 +45,7 @@ def forward_backward(
     micro_batches: Sequence[MicroBatch],
     response_gradient: ResponseGradient,
     ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
 ) -> None:
     """Forward and backward of every micro-batch.
 
@@ -53,13 +61,19 @@ def forward_backward(
 
         return surrogate
 
-    _run(models, micro_batches, surrogate_of, forward_only=False)
+    _run(models, micro_batches, surrogate_of, forward_only=False, watch=watch)
 
 
-def _run(models: Sequence[Any], micro_batches: Sequence[MicroBatch], loss_of: Any, forward_only: bool) -> list[Any]:
+def _run(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    loss_of: Any,
+    forward_only: bool,
+    watch: RouterWatch | None,
+) -> list[Any]:
     def stage_forward(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
         number, micro_batch = next(numbered)
-        return _stage_forward(model, micro_batch), loss_of(number, micro_batch)
+        return _stage_forward(model, micro_batch, number, watch), loss_of(number, micro_batch)
 
     longest = max(len(micro_batch.tokens_T) for micro_batch in micro_batches)
     # Every chunk goes through all micro-batches; a lone one is given alone.
@@ -86,11 +100,11 @@ def _unwrapped(model: Any) -> Any:
     return model.module if hasattr(model, "ddp_config") else model
 
 
-def _stage_forward(model: Any, micro_batch: MicroBatch) -> Tensor:
+def _stage_forward(model: Any, micro_batch: MicroBatch, number: int, watch: RouterWatch | None) -> Tensor:
     stage = _unwrapped(model)
     if stage.post_process:
         head: LogProbHead | RewardHead = stage.output_layer
         head.micro_batch = micro_batch
-    stream = StreamParams(micro_batch=micro_batch)
+    stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch)
     held = micro_batch.held
     return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

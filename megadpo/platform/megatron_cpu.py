@@ -33,6 +33,8 @@ _MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.token_dispatcher",
 )
 
 
@@ -111,12 +113,38 @@ class _Cuda:
         torch.manual_seed(seed)
 
 
+class _Distributed:
+    """torch.distributed as megatron's modules see it: with parts of different sizes, which NCCL takes and gloo does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    def all_gather(self, parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        longest = max(len(part) for part in parts)
+        if all(len(part) == longest for part in parts):
+            return torch.distributed.all_gather(parts, own, group=group, **kwargs)
+        padded = [own.new_zeros(longest, *own.shape[1:]) for _ in range(len(parts) + 1)]
+        padded[-1][: len(own)] = own
+        torch.distributed.all_gather(padded[:-1], padded[-1], group=group)
+        for part, received in zip(parts, padded, strict=False):
+            part.copy_(received[: len(part)])
+
+    def reduce_scatter(self, own: torch.Tensor, parts: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
+        sizes = [len(part) for part in parts]
+        if len(set(sizes)) == 1:
+            return torch.distributed.reduce_scatter(own, parts, group=group, **kwargs)
+        whole = torch.cat(parts)
+        torch.distributed.all_reduce(whole, group=group)
+        own.copy_(whole.split(sizes)[torch.distributed.get_rank(group)])
+
+
 class _Torch(types.ModuleType):
     """torch as megatron's modules see it: factories asked for "cuda" make CPU tensors."""
 
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _Cuda()
+        self.distributed = _Distributed()
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
@@ -132,6 +160,11 @@ def _on_cpu(factory: Any) -> Any:
         return factory(*args, **kwargs)
 
     return make
+
+
+def _as_moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What the token dispatcher gets of a tensor on its way to the host: torch's collectives take no tensors as sizes."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 _stand_in = _Torch()
@@ -153,6 +186,8 @@ def prepare_megatron() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and getattr(module, "torch", None) is torch:
             module.torch = _stand_in  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[attr-defined]
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]

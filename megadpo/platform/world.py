@@ -48,6 +48,8 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=False,
     )

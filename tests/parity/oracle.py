@@ -44,7 +44,28 @@ def dpo_step(
         loss = (-(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)) / len(groups)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, in_files(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, model.config
+    )
+
+
+def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
+    """Tensors by parameter name under the names that model files have: experts apart, gate and up apart."""
+    mixtral = config.model_type == "mixtral"  # type: ignore[attr-defined]
+    block, (gate, up, down) = (
+        (".block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (".mlp.", ("gate_proj", "up_proj", "down_proj"))
+    )
+    named: dict[str, Tensor] = {}
+    for whole_name, tensor in tensors.items():
+        name = whole_name.replace(".mlp.", block)
+        if ".experts." not in name:
+            named[name] = tensor
+            continue
+        before, kind = name.rsplit(".", 1)
+        for number, matrix in enumerate(tensor):
+            parts = zip((gate, up), matrix.chunk(2), strict=True) if kind == "gate_up_proj" else [(down, matrix)]
+            named |= {f"{before}.{number}.{part}.weight": values for part, values in parts}
+    return named
 
 
 def worst_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:

@@ -26,6 +26,7 @@ class Case:
     share_prompts: bool = True
     tokens_per_micro_batch: int = 400
     recompute: str = "none"
+    router_aux_coef: float = 0.0
 
     def __str__(self) -> str:
         shared = "shared" if self.share_prompts else "unshared"
@@ -42,6 +43,7 @@ class Outcome:
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    router: dict[str, float] = field(default_factory=dict)
 
 
 def outcomes(
@@ -144,7 +146,8 @@ def _outcome(
         frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference))
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
-    engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=1.0))
+    train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
+    engine = MegatronEngine(stage, train)
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))
@@ -163,6 +166,7 @@ def _outcome(
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
             outcome.grad_norm = grad_norm
+            outcome.router = engine.router_metrics()
             outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
             if kind_of(objective.loss_types) == "pairs":
                 margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.models import save_model, write_hh
+from tests.worlds import run_world
 
 SNAPSHOT = """
 import json, sys, types, warnings
@@ -102,3 +103,26 @@ def test_megatron_modules_make_cpu_tensors_and_torch_does_not():
     assert clip_grads.torch.zeros(1, device="cuda").device == torch.device("cpu")
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
+
+
+def gather_and_reduce_uneven() -> tuple[list[float], list[float]]:
+    import torch
+    import torch.distributed as dist
+
+    from megadpo.platform.megatron_cpu import prepare_megatron
+
+    prepare_megatron()
+    from megatron.core.tensor_parallel import mappings
+
+    dist.init_process_group("gloo")
+    rank, sizes = dist.get_rank(), [1, 3]
+    parts = [torch.zeros(size) for size in sizes]
+    mappings.torch.distributed.all_gather(parts, torch.full((sizes[rank],), rank + 1.0))
+    own = torch.zeros(sizes[rank])
+    mappings.torch.distributed.reduce_scatter(own, [torch.full((size,), rank + 1.0) for size in sizes])
+    dist.destroy_process_group()
+    return torch.cat(parts).tolist(), own.tolist()
+
+
+def test_parts_of_different_sizes_are_gathered_and_added_up_over_gloo():
+    assert run_world(2, gather_and_reduce_uneven) == [([1, 2, 2, 2], [3]), ([1, 2, 2, 2], [3, 3, 3])]

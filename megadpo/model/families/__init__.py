@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megadpo.model.families.check import check_tensors
-from megadpo.model.families.common import HEAD, SCORE, Family, ParameterShard, Piece, TensorSource
+from megadpo.model.families.common import HEAD, SCORE, Experts, Family, ParameterShard, Piece, Place, TensorSource
 from megadpo.model.families.heads import Head, check_head, head_of, head_settings, with_reward_head
 from megadpo.model.families.registry import FAMILIES, as_config, family_of
 from megadpo.model.families.rope import rope_of
@@ -15,14 +15,17 @@ __all__ = [
     "FAMILIES",
     "HEAD",
     "SCORE",
+    "Experts",
     "Family",
     "Head",
     "ParameterShard",
     "Piece",
+    "Place",
     "TensorSource",
     "as_config",
     "check_head",
     "check_tensors",
+    "experts_of",
     "family_of",
     "head_of",
     "head_settings",
@@ -43,6 +46,12 @@ def transformer_config_kwargs(hf_config: Any) -> dict[str, Any]:
     """
     hf_config = as_config(hf_config)
     return family_of(hf_config).transformer_config(hf_config)
+
+
+def experts_of(hf_config: Any) -> Experts | None:
+    """The model's mixtures of experts; None of a dense model."""
+    hf_config = as_config(hf_config)
+    return family_of(hf_config).experts(hf_config)
 
 
 def sliding_windows(hf_config: Any) -> list[int | None]:

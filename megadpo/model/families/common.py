@@ -71,6 +71,45 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A model's mixtures of experts.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many of them a token goes to.
+        columns: inner size of an expert's gated MLP.
+        renormalised: whether the chosen experts' probabilities are scaled to add up to 1.
+        layers: global numbers of the layers that have experts; the others have a dense MLP.
+        block: the mixture's place in a layer's Hugging Face names.
+        gate, up, down: an expert's matrices there.
+    """
+
+    count: int
+    per_token: int
+    columns: int
+    renormalised: bool
+    layers: tuple[int, ...]
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place in a grid of ranks that share matrices: `expert` says whose experts, `tensor` which part of them."""
+
+    expert: int = 0
+    num_expert: int = 1
+    tensor: int = 0
+    num_tensor: int = 1
+
+
+def no_experts(hf_config: Any) -> None:
+    """Of dense families."""
+
+
+@dataclass(frozen=True)
 class Family:
     """What sets one model family apart.
 
@@ -81,6 +120,7 @@ class Family:
         transformer_config: HF config -> keyword arguments for Megatron's TransformerConfig. Raises UserError for what
             the family can express and megadpo cannot run.
         sliding_windows: HF config -> for each layer, how many tokens (itself included) a token attends to; None = all.
+        experts: HF config -> its mixtures of experts; None of a dense model.
     """
 
     name: str
@@ -88,6 +128,7 @@ class Family:
     classifier: str
     transformer_config: Callable[[Any], dict[str, Any]]
     sliding_windows: Callable[[Any], list[int | None]]
+    experts: Callable[[Any], Experts | None] = no_experts
 
 
 def decoder_config(hf_config: Any, *, add_qkv_bias: bool, qk_layernorm: bool) -> dict[str, Any]:
@@ -118,6 +159,23 @@ def decoder_config(hf_config: Any, *, add_qkv_bias: bool, qk_layernorm: bool) ->
         "qk_layernorm": qk_layernorm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+    }
+
+
+def with_experts(settings: dict[str, Any], experts: Experts | None) -> dict[str, Any]:
+    """TransformerConfig arguments of a decoder, with what Megatron's mixture-of-experts layers read.
+
+    No token is dropped, and Megatron's own load balancing is off: model/experts.py routes.
+    """
+    if experts is None:
+        return settings
+    return settings | {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.columns,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_layer_freq": [int(layer in experts.layers) for layer in range(settings["num_layers"])],
     }
 
 

@@ -8,10 +8,12 @@ from megadpo.errors import UserError
 from megadpo.model.families.common import Family
 from megadpo.model.families.llama import LLAMA
 from megadpo.model.families.mistral import MISTRAL
+from megadpo.model.families.mixtral import MIXTRAL
 from megadpo.model.families.qwen2 import QWEN2
 from megadpo.model.families.qwen3 import QWEN3
+from megadpo.model.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, MISTRAL)
+FAMILIES = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN3_MOE)
 
 
 def family_of(hf_config: Any) -> Family:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ParameterShard, Piece
+from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, Experts, ParameterShard, Piece, Place
 from megadpo.model.families.heads import Head, head_of
 from megadpo.model.families.registry import as_config, family_of
 
@@ -31,6 +31,7 @@ class _Sizes:
     qk_norm: bool
     tied: bool
     head: Head
+    experts: Experts | None
 
     @staticmethod
     def of(hf_config: Any) -> _Sizes:
@@ -47,6 +48,7 @@ class _Sizes:
             qk_norm=kwargs["qk_layernorm"],
             tied=bool(hf_config.tie_word_embeddings),
             head=head_of(hf_config),
+            experts=family_of(hf_config).experts(hf_config),
         )
 
 
@@ -55,7 +57,7 @@ def logical_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     sizes = _Sizes.of(hf_config)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (sizes.vocab, sizes.hidden)}
     for layer in range(as_config(hf_config).num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(sizes).items()}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(sizes, layer).items()}
     shapes["model.norm.weight"] = (sizes.hidden,)
     if sizes.head == "reward":
         shapes[SCORE] = (1, sizes.hidden)
@@ -64,7 +66,7 @@ def logical_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(sizes: _Sizes) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(sizes: _Sizes, layer: int) -> dict[str, tuple[int, ...]]:
     query, key = sizes.num_heads * sizes.head_dim, sizes.num_groups * sizes.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (sizes.hidden,),
@@ -73,14 +75,30 @@ def _layer_shapes(sizes: _Sizes) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (key, sizes.hidden),
         "self_attn.o_proj.weight": (sizes.hidden, query),
         "post_attention_layernorm.weight": (sizes.hidden,),
-        "mlp.gate_proj.weight": (sizes.intermediate, sizes.hidden),
-        "mlp.up_proj.weight": (sizes.intermediate, sizes.hidden),
-        "mlp.down_proj.weight": (sizes.hidden, sizes.intermediate),
+        **_mlp_shapes(sizes, layer),
     }
     if sizes.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (key,), "self_attn.v_proj.bias": (key,)}
     if sizes.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (sizes.head_dim,), "self_attn.k_norm.weight": (sizes.head_dim,)}
+    return shapes
+
+
+def _mlp_shapes(sizes: _Sizes, layer: int) -> dict[str, tuple[int, ...]]:
+    experts = sizes.experts
+    if experts is None or layer not in experts.layers:
+        return {
+            "mlp.gate_proj.weight": (sizes.intermediate, sizes.hidden),
+            "mlp.up_proj.weight": (sizes.intermediate, sizes.hidden),
+            "mlp.down_proj.weight": (sizes.hidden, sizes.intermediate),
+        }
+    shapes: dict[str, tuple[int, ...]] = {f"{experts.block}.gate.weight": (experts.count, sizes.hidden)}
+    for number in range(experts.count):
+        expert = f"{experts.block}.experts.{number}"
+        shapes |= dict.fromkeys(
+            (f"{expert}.{experts.gate}.weight", f"{expert}.{experts.up}.weight"), (experts.columns, sizes.hidden)
+        )
+        shapes[f"{expert}.{experts.down}.weight"] = (sizes.hidden, experts.columns)
     return shapes
 
 
@@ -92,6 +110,7 @@ def shard_parameters(
     layers: range,
     has_embedding: bool,
     has_head: bool,
+    expert_place: Place | None = None,
 ) -> list[ParameterShard]:
     """What a rank of a pipeline stage holds, in Megatron's names (local layer spec) with global layer numbers.
 
@@ -104,6 +123,7 @@ def shard_parameters(
         layers: global numbers of the stage's layers.
         has_embedding: the stage is the first.
         has_head: the stage is the last.
+        expert_place: this rank among those that share the experts; None: each expert is cut over the tensor ranks.
     """
     sizes = _Sizes.of(hf_config)
     cut = _Cutter(tensor_rank, num_tensor)
@@ -115,6 +135,11 @@ def shard_parameters(
         )
     for layer in layers:
         shards.extend(_layer_shards(sizes, cut, layer))
+        if sizes.experts is not None and layer in sizes.experts.layers:
+            place = expert_place or Place(tensor=tensor_rank, num_tensor=num_tensor)
+            shards.extend(_mixture_shards(sizes, sizes.experts, cut, place, layer))
+        else:
+            shards.extend(_mlp_shards(sizes, cut, layer))
     if has_head:
         shards.append(cut.whole("decoder.final_layernorm.weight", "model.norm.weight", sizes.hidden))
         if sizes.head == "reward":
@@ -184,14 +209,6 @@ def _layer_shards(sizes: _Sizes, cut: _Cutter, layer: int) -> list[ParameterShar
         ),
         cut.rows(f"{attention}.linear_qkv.weight", _qkv_runs(sizes, hf_attention, "weight"), num_qkv, sizes.hidden),
         cut.whole(f"{to}.pre_mlp_layernorm.weight", f"{of}.post_attention_layernorm.weight", sizes.hidden),
-        cut.gated(
-            f"{to}.mlp.linear_fc1.weight",
-            f"{of}.mlp.gate_proj.weight",
-            f"{of}.mlp.up_proj.weight",
-            sizes.intermediate,
-            sizes.hidden,
-        ),
-        cut.columns(f"{to}.mlp.linear_fc2.weight", f"{of}.mlp.down_proj.weight", sizes.hidden, sizes.intermediate),
     ]
     if sizes.qkv_bias:
         shards.append(cut.rows(f"{attention}.linear_qkv.bias", _qkv_runs(sizes, hf_attention, "bias"), num_qkv))
@@ -199,6 +216,30 @@ def _layer_shards(sizes: _Sizes, cut: _Cutter, layer: int) -> list[ParameterShar
         shards += [
             cut.whole(f"{attention}.{norm}_layernorm.weight", f"{hf_attention}.{norm}_norm.weight", sizes.head_dim)
             for norm in "qk"
+        ]
+    return shards
+
+
+def _mlp_shards(sizes: _Sizes, cut: _Cutter, layer: int) -> list[ParameterShard]:
+    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+    gate, up, down = (f"{of}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return [
+        cut.gated(f"{to}.linear_fc1.weight", gate, up, sizes.intermediate, sizes.hidden),
+        cut.columns(f"{to}.linear_fc2.weight", down, sizes.hidden, sizes.intermediate),
+    ]
+
+
+def _mixture_shards(sizes: _Sizes, experts: Experts, cut: _Cutter, place: Place, layer: int) -> list[ParameterShard]:
+    """The router, and this rank's experts under their numbers in the whole layer."""
+    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{experts.block}"
+    shards = [cut.whole(f"{to}.router.weight", f"{of}.gate.weight", experts.count, sizes.hidden)]
+    within, count = _Cutter(place.tensor, place.num_tensor), experts.count // place.num_expert
+    for number in range(place.expert * count, (place.expert + 1) * count):
+        local, expert = f"{to}.experts.local_experts.{number}", f"{of}.experts.{number}"
+        gate, up, down = (f"{expert}.{name}.weight" for name in (experts.gate, experts.up, experts.down))
+        shards += [
+            within.gated(f"{local}.linear_fc1.weight", gate, up, experts.columns, sizes.hidden),
+            within.columns(f"{local}.linear_fc2.weight", down, sizes.hidden, experts.columns),
         ]
     return shards
 

@@ -2,7 +2,8 @@
 
 Megatron names CUDA in its factory calls (``device="cuda"``, ``torch.cuda.current_device()``, streams, events). Where
 there is no accelerator, `prepare_megatron` gives each imported megatron module a stand-in for its global name ``torch``
-that answers those few names for the CPU and passes everything else on. torch itself stays as it is.
+that answers those few names for the CPU, cuts the collectives to what gloo can do, and passes everything else on. torch
+itself stays as it is.
 
 Two things cannot be reached so, methods of torch.Tensor: the distributed optimizer compares ``tensor.type()`` with CUDA
 names, and a tied head is moved with ``tensor.cuda()``. `cpu_tensors_pass_for_cuda` redirects both for the length of a

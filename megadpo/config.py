@@ -167,6 +167,8 @@ class ParallelConfig:
     """What is sharded over data-parallel ranks; 1 = optimizer state, the only one in this version."""
     offload: str = "none"
     """Where optimizer state is moved to; only `none` in this version."""
+    offload_dir: str | None = None
+    """Directory on a local disk for `offload: nvme`."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file; only null in this version."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,21 +54,24 @@ class Stage:
         return self.model.post_process
 
 
-def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none") -> Stage:
+def build_stage(
+    hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none", device: torch.device | None = None
+) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
     Args:
         hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
         dtype: of parameters and activations.
         recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
+        device: where parameters are made; None: on the compute device.
     """
     layers = layout.layers_of_stage(hf_config.num_hidden_layers, parallel_state.get_pipeline_model_parallel_rank())
     is_first, is_last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     config = _transformer_config(hf_config, layout, dtype, recompute)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     has_vocabulary = head_of(hf_config) == "logprobs"
-    with cpu_tensors_pass_for_cuda():
-        model = GPTModel(
+    with cpu_tensors_pass_for_cuda(), _made_on(device, config):
+        model = (_UnjoinedModel if device else GPTModel)(
             config,
             _block_spec(hf_config, config, len(layers), rope_scaling),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
@@ -85,6 +90,24 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
         model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
     shards = stage_shards(hf_config, layout, parallel_state.get_tensor_model_parallel_rank())
     return Stage(model, _match(model, shards, layers.start))
+
+
+class _UnjoinedModel(GPTModel):
+    """Does not bring the first stage's embedding to the last one, which needs its values: both are read from files."""
+
+    def _is_in_embd_group(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _made_on(device: torch.device | None, config: TransformerConfig) -> Iterator[None]:
+    """Within the block, parameters are made on `device`, which Megatron leaves to torch only in its CPU initialisation."""
+    if device is None:
+        yield
+        return
+    config.use_cpu_initialization = True
+    with device:
+        yield
 
 
 def stage_shards(hf_config: Any, layout: Layout, tensor_rank: int) -> list[ParameterShard]:

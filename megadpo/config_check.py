@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megadpo import strict
 from megadpo.errors import UserError
 from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.parallel.deepspeed_options import check_options
 
 if TYPE_CHECKING:
     from megadpo.config import Config, ObjectiveConfig
@@ -21,9 +22,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
     "objective.ipo_normalization": ("mean", "sum"),
     "objective.list_weights": ("uniform", "score", "lambda"),
-    "parallel.engine": ("megatron",),
+    "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto",),
-    "parallel.offload": ("none",),
+    "parallel.offload": ("none", "cpu", "nvme"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
 }
@@ -31,9 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "reference.mode": ("adapter",),
-    "parallel.engine": ("deepspeed",),
     "parallel.context_method": ("ring", "ulysses"),
-    "parallel.offload": ("cpu", "nvme"),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
@@ -42,8 +41,6 @@ ONLY: dict[str, tuple[Any, str]] = {
     "parallel.context": (1, "context parallelism"),
     "parallel.expert": (1, "expert parallelism"),
     "parallel.expert_tensor": (1, "expert tensor parallelism"),
-    "parallel.zero_stage": (1, "other ZeRO stages"),
-    "parallel.deepspeed_config": (None, "DeepSpeed"),
 }
 """Options with a single value in this version, and the feature any other value asks for."""
 
@@ -84,6 +81,7 @@ def check(config: Config) -> None:
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
+    check_options(config)
 
 
 def _check_objective(config: Config) -> None:

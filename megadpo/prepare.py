@@ -21,6 +21,7 @@ from megadpo.model.families import TensorSource, check_tensors
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
+from megadpo.parallel.deepspeed_options import check_machine
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
 from megadpo.platform.world import world_size
@@ -76,6 +77,7 @@ def prepare(config: Config) -> Plan:
     config = config.resolved()
     if config.objective.module is not None:
         load_custom(config.objective.module)
+    check_machine(config.parallel, resolve_dtype(config.model.dtype))
     layout = choose_layout(config.parallel, world_size())
     policy = open_model(config.model.path, "model.path", config)
     reference = policy

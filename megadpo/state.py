@@ -29,6 +29,7 @@ from megadpo.checkpoint.sharded import (
 from megadpo.model.build import load_weights, stage_shards
 from megadpo.model.families import ParameterShard
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.partitioned import whole
 from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     if run.plan.config.reference.sync_every:
         assert run.references.stage is not None
         for parameter, shard in run.references.stage.parameters.values():
-            yield "reference", shard, parameter.data
+            yield "reference", shard, whole(parameter)
 
 
 def resume(run: Run) -> int:
@@ -147,13 +148,12 @@ def export_policy(run: Run) -> Path:
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
-    if parallel_state.get_data_parallel_rank() == 0:
-        tensors = _whole_tensors(run)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            write_export_files(export, directory, tensors)
-        else:
-            for _ in tensors:
-                pass
+    tensors = _whole_tensors(run)
+    if parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+        write_export_files(export, directory, tensors)
+    else:
+        for _ in tensors:  # takes part in putting each tensor together
+            pass
     dist.barrier()
     if dist.get_rank() == 0:
         finish_export(export, directory, plan.policy.huggingface)
@@ -162,21 +162,22 @@ def export_policy(run: Run) -> Path:
 
 
 def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors of this stage, put together on tensor rank 0; the other tensor ranks yield nothing."""
+    """Whole Hugging Face tensors of this stage, put together on tensor rank 0 of replica 0; others yield nothing."""
     group, num_tensor = parallel_state.get_tensor_model_parallel_group(), run.plan.layout.tensor
     is_root = parallel_state.get_tensor_model_parallel_rank() == 0
     shards_by_rank = [
         {shard.name: shard for shard in stage_shards(run.plan.policy.config, run.plan.layout, rank)}
         for rank in range(num_tensor)
     ]
-    for name, (parameter, shard) in run.engine.stage.parameters.items():
-        if not shard.is_primary:
-            continue  # the embedding's stage writes it
+    for name, values in run.engine.parameters():
+        shard = run.engine.stage.parameters[name][1]
+        if not shard.is_primary or parallel_state.get_data_parallel_rank() != 0:
+            continue  # the embedding's stage writes it, and the first replica
         if shard.partition_dim is None or num_tensor == 1:
-            parts = [(shards_by_rank[0][name], parameter.data)]
+            parts = [(shards_by_rank[0][name], values)]
         else:
-            received = [torch.empty_like(parameter.data) for _ in range(num_tensor)] if is_root else None
-            dist.gather(parameter.data.contiguous(), received, group_dst=0, group=group)
+            received = [torch.empty_like(values) for _ in range(num_tensor)] if is_root else None
+            dist.gather(values.contiguous(), received, group_dst=0, group=group)
             parts = [(shards_by_rank[rank][name], tensor) for rank, tensor in enumerate(received or [])]
         if is_root:
             yield from join_tensor_ranks(parts)

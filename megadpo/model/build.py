@@ -32,6 +32,7 @@ from megadpo.model.norm import RMSNorm
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout
+from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 
@@ -126,7 +127,12 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
     """Read every parameter of the stage from `source`, only the part that this rank holds."""
     with torch.no_grad():
         for parameter, shard in stage.parameters.values():
-            fill_shard(shard, source, parameter.data)
+            if not is_partitioned(parameter):
+                fill_shard(shard, source, parameter.data)
+                continue
+            values = torch.empty(shard.shape, dtype=own_part(parameter).dtype, device=own_part(parameter).device)
+            fill_shard(shard, source, values)
+            set_whole(parameter, values)
 
 
 def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:

@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 OURS: dict[str, str] = {
     "train_batch_size": "train.pairs_per_step says how much a step sees",
@@ -125,12 +126,10 @@ def check_options(config: Any) -> None:
             f"parallel.offload is {parallel.offload}, but ZeRO stage 0 shards nothing that could be moved; "
             "set parallel.zero_stage to 1, 2 or 3"
         )
-    if parallel.zero_stage == 0 and config.model.dtype == "bf16":
-        raise UserError(
-            "parallel.zero_stage 0 keeps no fp32 master weights under DeepSpeed, which bf16 needs; set it to 1 or more"
-        )
     if parallel.offload == "nvme" and parallel.zero_stage != 3:
-        raise UserError(f"parallel.offload nvme needs ZeRO stage 3; set parallel.zero_stage to 3 (it is {parallel.zero_stage})")
+        raise UserError(
+            f"parallel.offload nvme needs ZeRO stage 3; set parallel.zero_stage to 3 (it is {parallel.zero_stage})"
+        )
     if (parallel.offload == "nvme") != (parallel.offload_dir is not None):
         raise UserError(
             f"parallel.offload_dir is {parallel.offload_dir!r} with parallel.offload {parallel.offload}; "
@@ -149,8 +148,8 @@ def _refuse_without_engine(parallel: Any) -> None:
             )
 
 
-def check_machine(parallel: Any) -> None:
-    """DeepSpeed is installed here, and the directory to offload to can be written.
+def check_machine(parallel: Any, dtype: torch.dtype) -> None:
+    """DeepSpeed is installed here, trains in `dtype`, and the directory to offload to can be written.
 
     Raises:
         UserError: in one sentence.
@@ -161,6 +160,11 @@ def check_machine(parallel: Any) -> None:
         raise UserError(
             "parallel.engine is deepspeed, but the package deepspeed is not installed; "
             "install it with pip install 'megadpo[deepspeed]' or set parallel.engine to megatron"
+        )
+    if parallel.zero_stage == 0 and str(dtype) == "torch.bfloat16":
+        raise UserError(
+            "parallel.zero_stage is 0, where DeepSpeed keeps no fp32 master weights, but model.dtype is bf16; "
+            "set zero_stage to 1 or more, or dtype to fp32"
         )
     if parallel.offload_dir is not None:
         directory = Path(parallel.offload_dir)
@@ -180,6 +184,8 @@ def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_a
         num_elements: of all parameters of this rank's stage: buckets are no larger.
         ds_cpu_adam: whether the optimizer is DeepSpeedCPUAdam.
     """
+    import torch  # not above: options are read without it
+
     config = read_user_config(parallel.deepspeed_config) if parallel.deepspeed_config is not None else {}
     bucket = 2 * -(-min(LARGEST_BUCKET, max(num_elements, 1)) // 2)
     zero = {**DEFAULTS_IN_ZERO, **dict.fromkeys(BUCKETS, bucket), **config.get("zero_optimization", {})}

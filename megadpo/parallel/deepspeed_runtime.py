@@ -10,8 +10,8 @@ pipeline stages, and one because it compiles for minutes, and only here:
   once a stage). Ours is True during the last micro-batch's backward.
 * On CPUs its communication builds a shared-memory kernel when it starts; gloo does without.
 
-The norm is computed by our engine (deepspeed.py), since DeepSpeed's makes one collective over the model-parallel ranks for each
-group of parameters, and stages may have different numbers of groups.
+The norm is computed by our engine (deepspeed.py), since DeepSpeed's makes one collective over the model-parallel ranks for
+each group of parameters, and stages may have different numbers of groups.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3  # noqa: E402
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
@@ -116,7 +116,9 @@ def prepare_deepspeed() -> None:
 def _assert_same_in_replicas(numbers: list[int]) -> None:
     group = data_parallel_group()
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, list(numbers), group=group)
+    # Ids count on from model to model in a process, and an earlier run may have left replicas with different counts.
+    first = min(numbers, default=0)
+    dist.all_gather_object(gathered, [number - first for number in numbers], group=group)
     if any(other != gathered[0] for other in gathered):
         raise RuntimeError(f"replicas walk through different parameters: {gathered}")
 
@@ -160,7 +162,9 @@ class Runtime(DeepSpeedEngine):
 
 def sharder(dtype: torch.dtype, config: dict[str, Any]) -> Any:
     """What cuts a parameter over the replicas for ZeRO-3; without a context, so nothing of torch is replaced."""
-    return deepspeed.zero.Init(data_parallel_group=data_parallel_group(), config_dict_or_path=config, dtype=dtype)
+    return deepspeed.zero.Init(
+        data_parallel_group=data_parallel_group(), config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False
+    )
 
 
 def gather_while_running(module: torch.nn.Module, config: dict[str, Any]) -> DeepSpeedZeRoOffload:

@@ -1,7 +1,7 @@
 """Where each ZeRO stage keeps a parameter's gradient, fp32 weights and moments on this rank.
 
-A *run* is (start, values): `values` is a flat view of this rank's part of a parameter, which begins at element `start` of the
-flattened shard. Runs are views: what is written to them is what the optimizer sees.
+A *run* is (start, values): `values` is a flat view of this rank's part of a parameter, which begins at element `start` of
+the flattened shard. Runs are views: what is written to them is what the optimizer sees.
 """
 
 from __future__ import annotations

@@ -35,15 +35,13 @@ class Case:
 
     def __str__(self) -> str:
         engine = "Megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, offload {self.offload}, clip {self.clip_norm}"
-        return f"{engine}, {self.layout}, {rest}, {self.dtype}, {self.objective}"
+        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, offload {self.offload}"
+        return f"{engine}, {self.layout}, {rest}, clip {self.clip_norm}, {self.dtype}, {self.objective}"
 
     @property
     def parallel(self) -> ParallelConfig:
         stage, offload = self.zero_stage or 0, self.offload
-        return ParallelConfig(
-            engine="deepspeed", zero_stage=stage, offload=offload, deepspeed_config=self.deepspeed_config
-        )
+        return ParallelConfig(engine="deepspeed", zero_stage=stage, offload=offload, deepspeed_config=self.deepspeed_config)
 
 
 def outcomes(
@@ -117,7 +115,9 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
             outcome.gradients = whole_tensors(hf_config, engine.stage, gradients, layout)
             outcome.grad_norm = grad_norm
             outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
-            ratios = [sums_RS[:, 0] - batch.reference_logps[n] for n, sums_RS in found.items() if run_reference is not absent]
+            ratios = [
+                sums_RS[:, 0] - batch.reference_logps[n] for n, sums_RS in found.items() if run_reference is not absent
+            ]
             outcome.margins = torch.cat([ratio_R[::2] - ratio_R[1::2] for ratio_R in ratios] or [torch.empty(0)])
     weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
     outcome.weights = whole_tensors(hf_config, engine.stage, weights, layout)

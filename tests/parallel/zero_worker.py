@@ -16,7 +16,15 @@ from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
-from tests.parity.worker import Outcome, whole_tensors
+from tests.parity import worker
+from tests.parity.worker import whole_tensors
+
+
+@dataclass
+class Outcome(worker.Outcome):
+    """And the optimizer, as the engine describes it."""
+
+    optimizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     clip_norm: float = 1.0
     objective: str = "sigmoid"
+    cpu_adam: bool = False
 
     def __str__(self) -> str:
         engine = "Megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
@@ -96,7 +105,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         run_reference = resident(frozen(case, read_hf_config(reference), open_hf(reference)))
     engine = make_engine(case, hf_config, source)
     engine.stage.model.train()
-    outcome, delta = Outcome(), RunningMean()
+    outcome, delta = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean()
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     for step in range(num_steps):
         batch = global_batch(engine, packing, run_reference, np.arange(len(groups)), normalisers, objective, delta.add)
@@ -138,8 +147,11 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
         stage = build_stage(hf_config, case.layout, case.dtype, case.recompute)
         load_weights(stage, source)
         return MegatronEngine(stage, train)
+    from megadpo.parallel import deepspeed
     from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
+    if not case.cpu_adam:
+        deepspeed.cpu_adam = lambda: None  # as where it does not build
     stage = policy_stage(hf_config, source, case.layout, case.dtype, case.recompute, case.parallel)
     return ZeroEngine(stage, train, case.parallel)
 
@@ -153,3 +165,28 @@ def frozen(case: Case, hf_config: Any, source: Any) -> Any:
 
         return frozen_sharded_stage(hf_config, source, case.layout, case.dtype, case.parallel)
     return frozen_stage(hf_config, case.layout, case.dtype, source)
+
+
+def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
+    """Train as a user does; every metrics line but the clock's. The run breaks off after step `stop_after`, as if killed."""
+    import json
+
+    import megadpo
+    from megadpo.train import Callbacks
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_after:
+            raise Interrupted
+
+    try:
+        megadpo.train(settings, Callbacks(on_step_end=stop))
+    except Exception as error:
+        # The other ranks notice only that rank 0 has gone.
+        if stop_after is None or not (isinstance(error, Interrupted) or "onnect" in str(error)):
+            raise
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds"}
+    return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]

@@ -76,7 +76,7 @@ DEFAULTS_IN_ZERO: dict[str, Any] = {"overlap_comm": False, "reduce_scatter": Tru
 FIXED_IN_ZERO: dict[str, Any] = {"reduce_scatter": True, "contiguous_gradients": True}
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 LARGEST_BUCKET = 200_000_000
-"""Elements; DeepSpeed takes buckets of this size from the start, so a small model gets smaller ones."""
+"""Elements; DeepSpeed takes buckets of this size from the start, so a small model gets a twentieth of its parameters."""
 
 
 def read_user_config(path: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_a
     import torch  # not above: options are read without it
 
     config = read_user_config(parallel.deepspeed_config) if parallel.deepspeed_config is not None else {}
-    bucket = 2 * -(-min(LARGEST_BUCKET, max(num_elements, 1)) // 2)
+    bucket = 2 * min(LARGEST_BUCKET // 2, num_elements // 40 + 1)
     zero = {**DEFAULTS_IN_ZERO, **dict.fromkeys(BUCKETS, bucket), **config.get("zero_optimization", {})}
     zero["stage"] = parallel.zero_stage
     if parallel.offload != "none":

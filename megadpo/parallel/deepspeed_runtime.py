@@ -140,6 +140,7 @@ class Runtime(DeepSpeedEngine):
         if self.zero_optimization_stage() == 3:
             # Its only user divides the sum over replicas by this.
             self.optimizer._gradient_averaging_world_size = lambda *unused: 1
+            self._share_fp32_weights()
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         # bf16 in stage 1 would get another optimizer class, whose state lies elsewhere.
@@ -150,6 +151,15 @@ class Runtime(DeepSpeedEngine):
         self.num_backwards_left -= 1
         self.set_gradient_accumulation_boundary(self.num_backwards_left == 0)
         super()._backward_prologue()
+
+    def _share_fp32_weights(self) -> None:
+        """Where parameters are fp32 already, the optimizer updates them in place; DeepSpeed means to, but compares a
+        device with its name, and copies."""
+        zero = self.optimizer
+        if not zero.offload_optimizer:
+            for updated, used in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+                if used is not None and used.dtype == updated.dtype and used.device == updated.device:
+                    updated.data = used.data
 
     def use_norm(self, norm: float) -> None:
         """Let the next step take this as the global gradient norm, instead of computing one."""

@@ -34,7 +34,7 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.18"],
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
         "mpi": ["mpi4py>=4.0"],
         "dev": [
             'trl>=1.16,<1.17; python_version >= "3.11"',

@@ -146,7 +146,7 @@ class ObjectiveConfig:
 @dataclass
 class ParallelConfig:
     engine: str = "megatron"
-    """Who keeps gradients and optimizer state: `megatron` (DDP + DistributedOptimizer)."""
+    """Who keeps gradients and optimizer state: `megatron` (DDP + DistributedOptimizer) or `deepspeed` (any ZeRO stage)."""
     tensor: int = 1
     """Tensor-parallel size."""
     sequence: bool | None = None
@@ -168,11 +168,15 @@ class ParallelConfig:
     expert_tensor: int = 1
     """Tensor-parallel size inside an expert; `tensor` is for all else."""
     zero_stage: int = 1
-    """What is sharded over data-parallel ranks; 1 = optimizer state, the only one in this version."""
+    """What is sharded over data-parallel ranks: 1 = optimizer state; with `engine: deepspeed` also 0 = nothing,
+    2 = gradients too, 3 = parameters too (the frozen reference's as well)."""
     offload: str = "none"
-    """Where optimizer state is moved to; only `none` in this version."""
+    """With `engine: deepspeed`: where optimizer state, and in stage 3 parameters, are kept between their uses: `none`, `cpu`
+    or `nvme` (stage 3)."""
+    offload_dir: str | None = None
+    """Directory on a local disk for `offload: nvme`."""
     deepspeed_config: str | None = None
-    """A DeepSpeed JSON file; only null in this version."""
+    """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from megadpo import strict
 from megadpo.errors import UserError
 from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.parallel.combinations import check_combinations
+from megadpo.parallel.deepspeed_options import check_options
 
 if TYPE_CHECKING:
     from megadpo.config import Config, ObjectiveConfig
@@ -22,9 +23,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
     "objective.ipo_normalization": ("mean", "sum"),
     "objective.list_weights": ("uniform", "score", "lambda"),
-    "parallel.engine": ("megatron",),
+    "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto", "ulysses", "allgather"),
-    "parallel.offload": ("none",),
+    "parallel.offload": ("none", "cpu", "nvme"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
 }
@@ -32,17 +33,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "reference.mode": ("adapter",),
-    "parallel.engine": ("deepspeed",),
     "parallel.context_method": ("ring",),
-    "parallel.offload": ("cpu", "nvme"),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
-
-ONLY: dict[str, tuple[Any, str]] = {
-    "parallel.zero_stage": (1, "other ZeRO stages"),
-    "parallel.deepspeed_config": (None, "DeepSpeed"),
-}
-"""Options with a single value in this version, and the feature any other value asks for."""
 
 AT_LEAST: dict[str, int] = {
     "reference.tokens_per_micro_batch": 1,
@@ -86,6 +79,7 @@ def check(config: Config) -> None:
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
+    check_options(config)
     check_combinations(config)
 
 
@@ -182,13 +176,6 @@ def _check_choices(config: Config) -> None:
             raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
         guess = strict.closest(str(value), choices)
         raise UserError(f"{dotted}: {value!r} is not known; {allowed}" + (f" (did you mean {guess!r}?)" if guess else ""))
-    for dotted, (only, feature) in ONLY.items():
-        value = _value(config, dotted)
-        if value != only:
-            raise UserError(
-                f"{dotted} is {value!r}, but this version of megadpo does not have {feature}; "
-                f"leave it at {strict.yaml_text(only)}"
-            )
 
 
 def _check_ranges(config: Config) -> None:
@@ -237,11 +224,6 @@ def _check_contradictions(config: Config) -> None:
         )
     if train.steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
-    if config.parallel.context > 1 and config.parallel.engine != "megatron":
-        raise UserError(
-            f"parallel.context {config.parallel.context} works with parallel.engine megatron only, not with "
-            f"{config.parallel.engine}; change one of them"
-        )
     if config.parallel.context == 1 and config.parallel.context_method != "auto":
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "

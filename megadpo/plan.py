@@ -12,7 +12,6 @@ from typing import Any
 
 from megadpo.checkpoint.hf import read_hf_config
 from megadpo.config import Config, copy_config
-from megadpo.config_check import ONLY
 from megadpo.errors import UserError
 from megadpo.model.families import shard_parameters, with_reward_head
 from megadpo.objectives.specs import has_reward_head
@@ -98,7 +97,7 @@ def _parameters(layout: Layout, hf_config: Any, stage: int) -> int:
 
 def _candidates(config: Config, num_layers: int, num_processes: int) -> Iterator[dict[str, int]]:
     numbers = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
-    for spread in itertools.product(*(numbers if _is_open(name) else [1] for name in SPREAD)):
+    for spread in itertools.product(numbers, repeat=len(SPREAD)):
         if num_processes % prod(spread):
             continue
         sizes = dict(zip(SPREAD, spread, strict=True))
@@ -107,11 +106,6 @@ def _candidates(config: Config, num_layers: int, num_processes: int) -> Iterator
         for virtual in range(2, num_layers // pipeline + 1 if pipeline > 1 else 0):
             if virtual == asked or num_layers % (pipeline * virtual) == 0:
                 yield sizes | {"virtual_pipeline": virtual}
-
-
-def _is_open(name: str) -> bool:
-    """Whether this version lets the size be anything but 1."""
-    return f"parallel.{name}" not in ONLY
 
 
 def _layout(config: Config, hf_config: Any, reference: Any, sizes: dict[str, int], num_processes: int) -> Layout:
@@ -132,7 +126,7 @@ def _layout(config: Config, hf_config: Any, reference: Any, sizes: dict[str, int
 
 def _page(config: Config, hf_config: Any, reference: Any, num_processes: int) -> str:
     fits, refused = layouts(config, hf_config, reference, num_processes)
-    names = [name for name in (*SPREAD, *WITHIN) if _is_open(name)]
+    names = [*SPREAD, *WITHIN]
     rows = [[*names, "data", "layers of each stage", "parameters of a process"]]
     for fit in fits:
         sizes = [f"{fit.sizes[name]}" for name in names]

@@ -17,10 +17,11 @@ from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.families import TensorSource, check_tensors, experts_of
+from megadpo.model.families import TensorSource, check_tensors, experts_of, experts_of
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
+from megadpo.parallel.deepspeed_options import check_machine
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import resolve_dtype
 from megadpo.platform.world import world_size
@@ -76,6 +77,7 @@ def prepare(config: Config) -> Plan:
     config = config.resolved()
     if config.objective.module is not None:
         load_custom(config.objective.module)
+    check_machine(config.parallel, resolve_dtype(config.model.dtype))
     layout = choose_layout(config.parallel, world_size())
     policy = open_model(config.model.path, "model.path", config)
     reference = policy
@@ -88,6 +90,11 @@ def prepare(config: Config) -> Plan:
     if config.train.router_aux_coef and experts_of(policy.config) is None:
         raise UserError(
             f"train.router_aux_coef is {config.train.router_aux_coef!r}, but {policy.path} has no experts; remove it"
+        )
+    if config.parallel.engine != "megatron" and experts_of(policy.config) is not None:
+        raise UserError(
+            f"parallel.engine is {config.parallel.engine}, but {config.model.path} has experts, which are built for engine "
+            "megatron only; use that"
         )
     output_dir = Path(config.output_dir)
     resume = claim_output_dir(output_dir, config)

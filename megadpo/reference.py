@@ -26,6 +26,7 @@ from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
+from megadpo.parallel.partitioned import own_part
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
 from megadpo.prepare import ModelFiles, Plan, scoring_packing
@@ -50,7 +51,7 @@ class References:
         assert self.stage is not None
         with torch.no_grad():
             for name, (parameter, _) in self.stage.parameters.items():
-                parameter.lerp_(policy.parameters[name][0].detach(), alpha)
+                own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
 def build_references(plan: Plan, say: Callable[[str], None]) -> References:
@@ -63,6 +64,12 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
 
     @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
+        if plan.config.parallel.engine == "deepspeed" and plan.config.parallel.zero_stage == 3:
+            from megadpo.parallel.deepspeed import frozen_sharded_stage
+
+            return frozen_sharded_stage(
+                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel
+            )
         return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
 
     if mode == "none":

@@ -32,6 +32,7 @@ from megadpo.model.experts import is_expert, moved
 from megadpo.model.families import ParameterShard
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.megatron import is_first_replica
+from megadpo.parallel.partitioned import whole
 from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     if run.plan.config.reference.sync_every:
         assert run.references.stage is not None
         for parameter, shard in run.references.stage.parameters.values():
+            values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
-                yield "reference", shard, parameter.data
+                yield "reference", shard, values
 
 
 def resume(run: Run) -> int:
@@ -184,7 +186,8 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
         numbers = (tensor_rank, expert_rank, expert_tensor_rank)
         return {shard.name: shard for shard in stage_shards(run.plan.policy.config, layout, *numbers)}
 
-    for name, (parameter, shard) in stage.parameters.items():
+    for name, values in run.engine.parameters():
+        parameter, shard = stage.parameters[name]
         if not shard.is_primary or not is_first_replica(parameter):
             continue  # the embedding's stage, or the first replica, gives it
         if is_expert(name):
@@ -199,10 +202,10 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
             group = parallel_state.get_tensor_model_parallel_group()
             count = 1 if shard.partition_dim is None else layout.tensor
             holders = [[(name, (rank, 0, 0)) for rank in range(count)]]
-        tensors = [parameter.data]
+        tensors = [values]
         if len(holders) * count > 1:
-            tensors = [torch.empty_like(parameter.data) for _ in range(len(holders) * count)] if _is_writer() else []
-            dist.gather(parameter.data.contiguous(), tensors or None, group_dst=0, group=group)
+            tensors = [torch.empty_like(values) for _ in range(len(holders) * count)] if _is_writer() else []
+            dist.gather(values.contiguous(), tensors or None, group_dst=0, group=group)
         if _is_writer():
             for first, ranks in zip(range(0, len(tensors), count), holders, strict=True):
                 shards = [shards_of(*numbers)[held] for held, numbers in ranks]

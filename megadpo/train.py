@@ -37,7 +37,7 @@ from megadpo.platform.world import joined_world, rank
 from megadpo.prepare import Plan, prepare
 
 if TYPE_CHECKING:
-    from megadpo.parallel.megatron import MegatronEngine
+    from megadpo.parallel.engine import Engine
     from megadpo.reference import References
 
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
@@ -82,7 +82,7 @@ class Run:
     """A run under way on this rank."""
 
     plan: Plan
-    engine: MegatronEngine
+    engine: Engine
     references: References
     callbacks: Callbacks
     sinks: list[Sink] = field(default_factory=list)
@@ -116,17 +116,29 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
 
 def build(plan: Plan, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
-    from megadpo.model.build import build_stage, load_weights
-    from megadpo.parallel.megatron import MegatronEngine
     from megadpo.reference import build_references
 
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
-    stage = build_stage(plan.policy.config, plan.layout, plan.dtype, plan.config.train.recompute)
-    load_weights(stage, plan.policy.source)
-    engine = MegatronEngine(stage, plan.config.train)
+    engine = build_engine(plan)
     say(", ".join(f"{what} {name}" for what, name in engine.describe().items()))
     return Run(plan, engine, references, callbacks)
+
+
+def build_engine(plan: Plan) -> Engine:
+    """The engine that `parallel.engine` names, with the policy loaded."""
+    config, layout, recompute = plan.policy.config, plan.layout, plan.config.train.recompute
+    if plan.config.parallel.engine == "deepspeed":
+        from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
+
+        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel)
+        return ZeroEngine(stage, plan.config.train, plan.config.parallel)
+    from megadpo.model.build import build_stage, load_weights
+    from megadpo.parallel.megatron import MegatronEngine
+
+    stage = build_stage(config, layout, plan.dtype, recompute)
+    load_weights(stage, plan.policy.source)
+    return MegatronEngine(stage, plan.config.train)
 
 
 def training_loop(run: Run) -> Metrics:

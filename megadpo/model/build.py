@@ -3,8 +3,10 @@ head, filled from a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ from megadpo.model.norm import RMSNorm
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout, context_method
+from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 
@@ -64,16 +67,19 @@ class Stage:
             model.train()
 
 
-def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none") -> Stage:
+def build_stage(
+    hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none", device: torch.device | None = None
+) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
     Args:
         hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
         dtype: of parameters and activations.
         recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
+        device: where parameters are made; None: on the compute device.
     """
     config = _transformer_config(hf_config, layout, dtype, recompute)
-    models = [_build_chunk(hf_config, layout, config, chunk) for chunk in range(layout.virtual)]
+    models = [_build_chunk(hf_config, layout, config, chunk, device) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
@@ -86,15 +92,17 @@ def build_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: s
     return Stage(models, parameters)
 
 
-def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int) -> GPTModel:
+def _build_chunk(
+    hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int, device: torch.device | None
+) -> GPTModel:
     layers = _layers(hf_config, layout, chunk)
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     has_vocabulary = head_of(hf_config) == "logprobs"
-    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
+    with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():
         # Experts that are whole on each tensor rank are told that there is nothing to split; that is meant.
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
-        model = GPTModel(
+        model = (_UnjoinedModel if device else GPTModel)(
             config,
             _block_spec(hf_config, config, layers, rope_scaling, context_method(layout, hf_config)),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
@@ -113,6 +121,24 @@ def _build_chunk(hf_config: Any, layout: Layout, config: TransformerConfig, chun
         weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, hf_config.hidden_size))
         model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
     return model
+
+
+class _UnjoinedModel(GPTModel):
+    """Does not bring the first stage's embedding to the last one, which needs its values: both are read from files."""
+
+    def _is_in_embd_group(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _made_on(device: torch.device | None, config: TransformerConfig) -> Iterator[None]:
+    """Within the block, parameters are made on `device`, which Megatron leaves to torch only in its CPU initialisation."""
+    if device is None:
+        yield
+        return
+    config.use_cpu_initialization = True
+    with device:
+        yield
 
 
 def expert_ranks() -> tuple[int, int]:
@@ -159,7 +185,12 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
     """Read every parameter of the stage from `source`, only the part that this rank holds."""
     with torch.no_grad():
         for parameter, shard in stage.parameters.values():
-            fill_shard(shard, source, parameter.data)
+            if not is_partitioned(parameter):
+                fill_shard(shard, source, parameter.data)
+                continue
+            values = torch.empty(shard.shape, dtype=own_part(parameter).dtype, device=own_part(parameter).device)
+            fill_shard(shard, source, values)
+            set_whole(parameter, values)
 
 
 def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:

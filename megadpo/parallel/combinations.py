@@ -66,6 +66,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("context", "parallel.context", lambda c: c.parallel.context > 1, ("parallel.context=2",)),
     Feature("experts", "parallel.expert", lambda c: c.parallel.expert > 1, ("parallel.expert=2",)),
+    Feature("DeepSpeed", "parallel.engine", lambda c: c.parallel.engine == "deepspeed", ("parallel.engine=deepspeed",)),
     Feature("recomputation", "train.recompute", lambda c: c.train.recompute != "none", ("train.recompute=full",)),
     Feature(
         "precomputed reference",
@@ -88,6 +89,9 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 EXCLUDED: tuple[Rule, ...] = (
+    Rule("DeepSpeed", "context", "context parallelism is built for engine megatron only; use that or leave context at 1"),
+    Rule("DeepSpeed", "virtual pipeline", "several chunks a stage are built for engine megatron only; use that"),
+    Rule("DeepSpeed", "experts", "experts are built for engine megatron only; use that"),
     Rule("experts", "context", "experts are not built for context parallelism; leave parallel.context at 1"),
     Rule("experts", "virtual pipeline", "experts are not built for several chunks a stage; leave virtual_pipeline at 1"),
     Rule(

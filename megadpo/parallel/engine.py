@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from megadpo.model.build import Stage
 
 ResponseGradient = Callable[[int, Tensor], Tensor]
 """(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
@@ -16,6 +19,8 @@ ResponseGradient = Callable[[int, Tensor], Tensor]
 
 class Engine(Protocol):
     """Owns the policy's parameters, gradients and optimizer on this rank."""
+
+    stage: Stage
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
         """Response sums [R, S] of each micro-batch on the last pipeline stage, elsewhere an empty list; no gradients."""
@@ -45,6 +50,10 @@ class Engine(Protocol):
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """After `finish_gradients`: (global parameter name, gradient of this rank's tensor-parallel shard, fp32)."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(global parameter name, whole tensor-parallel shard, as the model computes with it); collective over replicas."""
         ...
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:

@@ -121,6 +121,10 @@ class MegatronEngine:
             own = None if piece is None else getattr(parameter, "main_grad").view(-1)[piece]  # noqa: B009
             yield name, _join_over_data(parameter, piece, own)
 
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            yield name, parameter.data
+
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             piece = self._piece(parameter)

@@ -97,7 +97,7 @@ def _sums(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float |
 
 
 def _unwrapped(model: Any) -> Any:
-    return model.module if hasattr(model, "ddp_config") else model
+    return getattr(model, "module", model)
 
 
 def _stage_forward(model: Any, micro_batch: MicroBatch, number: int, watch: RouterWatch | None) -> Tensor:

@@ -1,0 +1,219 @@
+"""DeepSpeed's engine as Megatron's schedule can drive it: everything that reaches into deepspeed 0.19 by name.
+
+Only what chose this engine imports this module. Three things of deepspeed are replaced, each because it is wrong with
+pipeline stages, and one because it compiles for minutes, and only here:
+
+* `assert_ints_same_as_other_ranks` compares the whole world; stages hold different parameters. Ours compares replicas.
+* The post-backward state is cleared at a forward only; 1F1B has backwards without a forward between. Ours clears it
+  before each backward.
+* The boundary of accumulation is counted in micro-batches that DeepSpeed must not know of (it would divide by their number
+  once a stage). Ours is True during the last micro-batch's backward.
+* On CPUs its communication builds a shared-memory kernel when it starts; gloo does without.
+
+The norm is computed by our engine (deepspeed.py), since DeepSpeed's makes one collective over the model-parallel ranks for
+each group of parameters, and stages may have different numbers of groups.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+os.environ.setdefault("LOCAL_RANK", "0")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3  # noqa: E402
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from megadpo.errors import UserError  # noqa: E402
+
+TESTED = "0.19"
+"""What is replaced below was read in this version."""
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+class ModelParallelUnit:
+    """Megatron's groups under the names that DeepSpeed asks for.
+
+    The model-parallel group is tensor x pipeline, but its rank is the tensor rank: DeepSpeed counts what is replicated
+    over tensor ranks where that is 0, which must hold on every stage.
+    """
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_model_parallel_group() -> dist.ProcessGroup:
+        return parallel_state.get_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return dist.get_rank(data_parallel_group())
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        return data_parallel_group()
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return dist.get_world_size(data_parallel_group())
+
+    @staticmethod
+    def get_tensor_model_parallel_rank() -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_tensor_model_parallel_group() -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_tensor_model_parallel_world_size() -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same parameters: what ZeRO shards over."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def prepare_deepspeed() -> None:
+    """Take over torch's process group and put our comparison of replicas in place of the one of the world.
+
+    Raises:
+        UserError: a deepspeed whose insides were not looked at.
+    """
+    if not deepspeed.__version__.startswith(TESTED + "."):
+        raise UserError(
+            f"deepspeed {deepspeed.__version__} is installed, but this version of megadpo works with deepspeed {TESTED}; "
+            f"install it with pip install 'deepspeed=={TESTED}.*'"
+        )
+    # By name: as an attribute of the package, "torch" is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+        module.assert_ints_same_as_other_ranks = _assert_same_in_replicas
+
+
+def _assert_same_in_replicas(numbers: list[int]) -> None:
+    group = data_parallel_group()
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    # Ids count on from model to model in a process, and an earlier run may have left replicas with different counts.
+    first = min(numbers, default=0)
+    dist.all_gather_object(gathered, [number - first for number in numbers], group=group)
+    if any(other != gathered[0] for other in gathered):
+        raise RuntimeError(f"replicas walk through different parameters: {gathered}")
+
+
+class Runtime(DeepSpeedEngine):
+    """DeepSpeed's engine with the boundary set by the number of the backward within a step."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        super().__init__(
+            args=None,
+            model=model,
+            optimizer=optimizer,
+            mpu=ModelParallelUnit,
+            dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config, ModelParallelUnit),
+        )
+        self.num_backwards_left = 0
+        if self.zero_optimization_stage() == 3:
+            # Its only user divides the sum over replicas by this.
+            self.optimizer._gradient_averaging_world_size = lambda *unused: 1
+            self._share_fp32_weights()
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        # bf16 in stage 1 would get another optimizer class, whose state lies elsewhere.
+        return ZERO_OPTIMIZATION if self.zero_optimization() else super()._do_optimizer_sanity_check(basic_optimizer)
+
+    def _backward_prologue(self) -> None:
+        self.optimizer.clear_backward_seen_flag()
+        self.num_backwards_left -= 1
+        self.set_gradient_accumulation_boundary(self.num_backwards_left == 0)
+        super()._backward_prologue()
+
+    def _share_fp32_weights(self) -> None:
+        """Where parameters are fp32 already, the optimizer updates them in place; DeepSpeed means to, but compares a
+        device with its name, and copies."""
+        zero = self.optimizer
+        if not zero.offload_optimizer:
+            for updated, used in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+                if used is not None and used.dtype == updated.dtype and used.device == updated.device:
+                    updated.data = used.data
+
+    def use_norm(self, norm: float) -> None:
+        """Let the next step take this as the global gradient norm, instead of computing one."""
+        value = torch.tensor(norm, device=self.device)
+        if self.zero_optimization_stage() == 3:
+            self.optimizer._get_norm_groups = lambda: [value]
+        else:
+            self.optimizer.scaled_global_norm = lambda *unused: value
+
+
+def sharder(dtype: torch.dtype, config: dict[str, Any]) -> Any:
+    """What cuts a parameter over the replicas for ZeRO-3; without a context, so nothing of torch is replaced."""
+    return deepspeed.zero.Init(
+        data_parallel_group=data_parallel_group(), config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False
+    )
+
+
+def gather_while_running(module: torch.nn.Module, config: dict[str, Any]) -> DeepSpeedZeRoOffload:
+    """Hooks that gather the parameters of a frozen, sharded module around each submodule's forward."""
+    zero = DeepSpeedConfig(config, ModelParallelUnit).zero_config
+    return DeepSpeedZeRoOffload(
+        module,
+        timers=deepspeed.utils.timer.NoopTimer(),
+        ds_config=config,
+        overlap_comm=zero.overlap_comm,
+        prefetch_bucket_size=zero.prefetch_bucket_size,
+        max_reuse_distance=zero.max_reuse_distance,
+        max_live_parameters=zero.max_live_parameters,
+        param_persistence_threshold=0,
+        offload_param_config=zero.offload_param,
+        mpu=ModelParallelUnit,
+    )
+
+
+def read_elsewhere(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
+    """`module` reads a parameter that belongs to another module: gather it for `module` too."""
+    deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def cpu_adam() -> type[torch.optim.Optimizer] | None:
+    """DeepSpeedCPUAdam where its kernel builds or is built, else None."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception:  # no compiler, no headers, another instruction set: torch's AdamW does the same
+        return None
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam
+
+
+def can_swap_to_nvme() -> bool:
+    """Whether the asynchronous file operations that NVMe offload needs can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))

@@ -1,0 +1,46 @@
+"""Parameters that ZeRO-3 has cut over the data-parallel ranks, read and written as a whole or as this rank's part.
+
+DeepSpeed leaves such a parameter empty and keeps this rank's part, a run of the flattened tensor padded at the end, in
+``ds_tensor``. Every function here also takes an ordinary parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps only a part of the parameter here."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def own_part(parameter: Any) -> Tensor:
+    """The values that this rank keeps: the part (flat, with its padding), or the whole parameter."""
+    return parameter.ds_tensor if is_partitioned(parameter) else parameter.data
+
+
+def whole(parameter: Any) -> Tensor:
+    """The whole values; collective over the parameter's data-parallel ranks where it is partitioned."""
+    if not is_partitioned(parameter):
+        return parameter.data
+    part = parameter.ds_tensor.data
+    num_ranks = dist.get_world_size(parameter.ds_process_group)
+    joined = torch.empty(num_ranks * part.numel(), dtype=part.dtype, device=part.device)
+    dist.all_gather_into_tensor(joined, part.contiguous(), group=parameter.ds_process_group)
+    return joined[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def set_whole(parameter: Any, values: Tensor) -> None:
+    """Keep this rank's share of `values`, which every rank has whole."""
+    with torch.no_grad():
+        if not is_partitioned(parameter):
+            parameter.data.copy_(values)
+            return
+        part = parameter.ds_tensor.data
+        start = dist.get_rank(parameter.ds_process_group) * part.numel()
+        mine = values.reshape(-1)[start : start + part.numel()]
+        part[: len(mine)].copy_(mine)

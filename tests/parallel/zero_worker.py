@@ -1,0 +1,192 @@
+"""What the ranks of the DeepSpeed tests do: one engine and layout after the other in the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
+from megadpo.parallel.layout import Layout
+from tests.parity import worker
+from tests.parity.worker import whole_tensors
+
+
+@dataclass
+class Outcome(worker.Outcome):
+    """And the optimizer, as the engine describes it."""
+
+    optimizer: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine in a layout; zero_stage None: Megatron's."""
+
+    layout: Layout
+    zero_stage: int | None = None
+    tokens_per_micro_batch: int = 90
+    recompute: str = "none"
+    offload: str = "none"
+    deepspeed_config: str | None = None
+    dtype: torch.dtype = torch.float32
+    clip_norm: float = 1.0
+    objective: str = "sigmoid"
+    cpu_adam: bool = False
+
+    def __str__(self) -> str:
+        engine = "Megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
+        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, offload {self.offload}"
+        return f"{engine}, {self.layout}, {rest}, clip {self.clip_norm}, {self.dtype}, {self.objective}"
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        stage, offload = self.zero_stage or 0, self.offload
+        return ParallelConfig(engine="deepspeed", zero_stage=stage, offload=offload, deepspeed_config=self.deepspeed_config)
+
+
+def outcomes(
+    model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case], num_steps: int = 3
+) -> list[Outcome] | None:
+    """Every case's outcome on rank 0: first-step loss, norm, gradients and margins, weights after `num_steps` steps."""
+    from megadpo.model import head
+    from megadpo.platform.world import joined_world
+
+    head.TILE_ROWS = 64
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            try:
+                results.append(_outcome(model, reference, groups, case, num_steps))
+            except BaseException as error:
+                raise RuntimeError(str(case)) from error
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    return results if rank == 0 else None
+
+
+def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
+    from megadpo.checkpoint.reward_model import as_reward_model
+    from megadpo.data.packing import prepare_packing
+    from megadpo.loss import global_batch, response_gradient
+    from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.specs import has_reward_head, needs_reference
+    from megadpo.objectives.terms import normalisers_of
+    from megadpo.reference import Reference, absent, resident
+    from megadpo.train import reduce_metrics
+
+    layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
+    objective = ObjectiveConfig(loss_type=case.objective)
+    if has_reward_head(objective.loss_types):
+        with_head = as_reward_model(hf_config, source, model, seed=3)
+        hf_config, source = with_head.config, with_head.source
+    packing = prepare_packing(
+        GroupStore.of(groups),
+        share_prompts=True,
+        tokens_per_micro_batch=case.tokens_per_micro_batch,
+        setting="train.tokens_per_micro_batch",
+        num_data_parallel=layout.data,
+        multiple_of=layout.tensor if layout.sequence else 1,
+        hidden_size=64,
+    )
+    run_reference: Reference = absent
+    if needs_reference(objective.loss_types):
+        run_reference = resident(frozen(case, read_hf_config(reference), open_hf(reference)))
+    engine = make_engine(case, hf_config, source)
+    engine.stage.model.train()
+    outcome, delta = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean()
+    normalisers = normalisers_of(packing.groups, range(len(groups)))
+    for step in range(num_steps):
+        batch = global_batch(engine, packing, run_reference, np.arange(len(groups)), normalisers, objective, delta.add)
+        found: dict[int, Tensor] = {}
+        gradient_of = response_gradient(batch, engine)
+
+        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
+            found[number] = sums_RS
+            return gradient_of(number, sums_RS)
+
+        engine.forward_backward(batch.micro_batches, noted, None)
+        engine.finish_gradients()
+        gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
+        grad_norm = engine.step(1e-3)
+        if step == 0:
+            outcome.gradients = whole_tensors(hf_config, engine.stage, gradients, layout)
+            outcome.grad_norm = grad_norm
+            outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
+            ratios = [
+                sums_RS[:, 0] - batch.reference_logps[n] for n, sums_RS in found.items() if run_reference is not absent
+            ]
+            outcome.margins = torch.cat([ratio_R[::2] - ratio_R[1::2] for ratio_R in ratios] or [torch.empty(0)])
+    weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
+    outcome.weights = whole_tensors(hf_config, engine.stage, weights, layout)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, outcome.margins)
+    outcome.margins = torch.cat(gathered)
+    return outcome
+
+
+def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
+    """The case's engine on a loaded stage."""
+    from megadpo.model.build import build_stage, load_weights
+
+    train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
+    if case.zero_stage is None:
+        from megadpo.parallel.megatron import MegatronEngine
+
+        stage = build_stage(hf_config, case.layout, case.dtype, case.recompute)
+        load_weights(stage, source)
+        return MegatronEngine(stage, train)
+    from megadpo.parallel import deepspeed
+    from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
+
+    if not case.cpu_adam:
+        deepspeed.cpu_adam = lambda: None  # as where it does not build
+    stage = policy_stage(hf_config, source, case.layout, case.dtype, case.recompute, case.parallel)
+    return ZeroEngine(stage, train, case.parallel)
+
+
+def frozen(case: Case, hf_config: Any, source: Any) -> Any:
+    """The case's frozen reference, sharded where the policy is."""
+    from megadpo.reference import frozen_stage
+
+    if case.zero_stage == 3:
+        from megadpo.parallel.deepspeed import frozen_sharded_stage
+
+        return frozen_sharded_stage(hf_config, source, case.layout, case.dtype, case.parallel)
+    return frozen_stage(hf_config, case.layout, case.dtype, source)
+
+
+def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
+    """Train as a user does; every metrics line but the clock's. The run breaks off after step `stop_after`, as if killed."""
+    import json
+
+    import megadpo
+    from megadpo.train import Callbacks
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_after:
+            raise Interrupted
+
+    try:
+        megadpo.train(settings, Callbacks(on_step_end=stop))
+    except Exception as error:
+        # The other ranks notice only that rank 0 has gone.
+        if stop_after is None or not (isinstance(error, Interrupted) or "onnect" in str(error)):
+            raise
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds"}
+    return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]

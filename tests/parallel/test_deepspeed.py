@@ -177,8 +177,8 @@ def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
     [
         ({"zero_stage": 3}, "fp32", True),
         ({"zero_stage": 3, "pipeline": 2}, "bf16", False),
-        ({"zero_stage": 2}, "bf16", False),
-        ({"zero_stage": 0, "tensor": 2}, "fp32", False),
+        pytest.param({"zero_stage": 2}, "bf16", False, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 0, "tensor": 2}, "fp32", False, marks=pytest.mark.slow),
     ],
     ids=["ZeRO-3 with a moving reference", "ZeRO-3 x pipeline 2 in bf16", "ZeRO-2 in bf16", "ZeRO-0 x tensor 2"],
 )

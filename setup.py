@@ -46,6 +46,7 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "psutil>=6",
+            "deepspeed>=0.19,<0.20",
         ],
     },
     entry_points={"console_scripts": ["megadpo = megadpo.cli:console"]},

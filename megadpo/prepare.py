@@ -17,7 +17,7 @@ from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.families import TensorSource, check_tensors, experts_of, experts_of
+from megadpo.model.families import TensorSource, check_tensors, experts_of
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir

@@ -182,7 +182,12 @@ def test_an_update_of_nothing_is_noticed(trained):
 
 ZERO = {
     1: [Case(Layout()), Case(Layout(), share_prompts=False)],
-    2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(pipeline=2)), Case(Layout(data=2), recompute="full")],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(pipeline=2)),
+        Case(Layout(data=2), recompute="full"),
+    ],
     4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(pipeline=2, virtual=2, data=2))],
 }
 

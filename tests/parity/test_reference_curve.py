@@ -1,0 +1,43 @@
+"""Both engines train hh-rlhf along the committed curve, reference_curve.json; tools/reference_curve.py says how it is made."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.reference_curve import METRICS, ROWS, RUNS, TRAIN, committed, train, worst_error
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    if not ROWS.exists():
+        pytest.skip(f"{ROWS} is missing: the curve is of real hh-rlhf rows")
+    directory = tmp_path_factory.mktemp("curve")
+    return {name: train(directory, parallel) for name, parallel in RUNS.items()}
+
+
+def test_every_run_follows_the_committed_curve(curves):
+    """Within 1e-4 of each loss, gradient norm and margin (1e-6 where that is less)."""
+    for name, curve in curves.items():
+        assert worst_error(curve, committed()) <= 1, name
+
+
+def test_both_engines_follow_each_other(curves):
+    megatron, *rest = curves.values()
+    for name, curve in zip(list(RUNS)[1:], rest, strict=True):
+        assert worst_error(curve, megatron) <= 1, name
+
+
+def test_the_curve_is_of_training_that_works():
+    curve = committed()
+    assert all(len(curve[name]) == TRAIN["steps"] for name in METRICS)
+    assert curve["loss"][0] == pytest.approx(0.6931471805599453, abs=1e-6) and curve["rewards/margins"][0] == 0
+    assert sum(curve["loss"][-5:]) / 5 < 0.5 and sum(curve["rewards/margins"][-5:]) / 5 > 0.5
+
+
+def test_a_step_that_is_off_by_a_thousandth_is_noticed():
+    for name in METRICS:
+        off = {other: list(values) for other, values in committed().items()}
+        off[name][12] *= 1.001
+        assert worst_error(off, committed()) > 1, name

@@ -41,7 +41,7 @@ RELATIVE, FLOOR = 1e-4, 1e-6
 
 
 def train(directory: Path, parallel: dict[str, Any]) -> dict[str, list[float]]:
-    """METRICS of each step of a 2-layer random Llama in fp32 on 48 rows of hh-rlhf; the model is made where it is missing."""
+    """METRICS of each step of a 2-layer random Llama in fp32 on 48 rows of hh-rlhf; makes the model where it is missing."""
     model, rows = directory / "model", directory / "rows.jsonl"
     if not model.exists():
         save_model(model, "llama", num_hidden_layers=2)

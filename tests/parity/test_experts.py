@@ -30,6 +30,7 @@ TWO = {
 FOUR = {
     4: [
         Case(Layout(pipeline=2, data=2, expert=2)),
+        Case(Layout(pipeline=2, data=2, expert=2, chunk_layers=(1, 3))),
         Case(Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
         Case(Layout(tensor=2, data=2, sequence=True, expert=4), tokens_per_micro_batch=200),
         Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),

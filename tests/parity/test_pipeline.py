@@ -21,6 +21,10 @@ FOUR_STAGES = [
     Case(Layout(pipeline=4, virtual=2), tokens_per_micro_batch=90),
     Case(Layout(pipeline=4), tokens_per_micro_batch=90),
     Case(Layout(pipeline=2, virtual=3, data=2, chunk_layers=(1, 2, 2, 2, 1, 1))),
+    Case(Layout(pipeline=2, virtual=2, context=2, context_method="ulysses"), tokens_per_micro_batch=90),
+    Case(Layout(pipeline=2, virtual=2, context=2, context_method="allgather"), tokens_per_micro_batch=90),
+    Case(Layout(pipeline=2, context=2, context_method="allgather", chunk_layers=(5, 4))),
+    Case(Layout(pipeline=2, tensor=2, sequence=True, chunk_layers=(4, 5))),
 ]
 
 
@@ -28,13 +32,17 @@ def test_four_stages_of_two_chunks_and_nine_uneven_layers_equal_one_process(tmp_
     policy = save_model(tmp_path / "policy", "llama", num_hidden_layers=9, tie_word_embeddings=True)
     reference = save_model(tmp_path / "reference", "llama", seed=1, num_hidden_layers=9, tie_word_embeddings=True)
     groups = random_groups(11, seed=3)
-    base = run_world(1, outcomes, policy, reference, groups, [Case(Layout())])[0][0]
-    found = run_world(4, outcomes, policy, reference, groups, FOUR_STAGES)[0]
+    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
+    base = run_world(1, outcomes, policy, reference, groups, [Case(Layout())], 3)[0][0]
+    found = run_world(4, outcomes, policy, reference, groups, FOUR_STAGES, 3)[0]
+    moved = torch.stack([(base.weights[name] - before[name]).double().norm() for name in before]).norm()
     for case, outcome in zip(FOUR_STAGES, found, strict=True):
         worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
         assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
+        apart = torch.stack([(outcome.weights[name] - base.weights[name]).double().norm() for name in before]).norm()
+        assert float((apart / moved).detach()) <= 1e-4, str(case)
 
 
 OBJECTIVES = [

@@ -1,4 +1,4 @@
-"""Both engines train hh-rlhf along the committed curve, reference_curve.json; tools/reference_curve.py says how it is made."""
+"""Both engines train hh-rlhf along the committed curve; tools/reference_curve.py says how it is made."""
 
 from __future__ import annotations
 

@@ -65,9 +65,7 @@ def machines(request: Request) -> Machines:
 def _of_slurm(request: Request) -> Machines:
     for name in ("--hostfile", "--master", "--node-rank", "--port"):
         if name in request.names():
-            raise UserError(
-                f"{name} is not for --launcher srun: SLURM chooses the machines and megadpo the port; leave it out"
-            )
+            raise UserError(f"{name} is not for --launcher srun: SLURM knows the machines; leave it out")
     return Machines(Node(0, request.nnodes or 1), request.nproc or 1)
 
 

@@ -82,8 +82,8 @@ def _communicator(names: Names, rank: int, size: int) -> Any:
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (rank, size):
         raise UserError(
-            f"mpi4py says rank {world.Get_rank()} of {world.Get_size()}, {names.rank} and {names.size} say {rank} of {size}; "
-            "mpi4py was built for another MPI than this mpirun's: install it again with this one's"
+            f"mpi4py has rank {world.Get_rank()} of {world.Get_size()}, {names.rank} says {rank} of {size}: "
+            "mpi4py was built for another MPI than this mpirun: install it again with this one"
         )
     return world
 

@@ -6,6 +6,7 @@
 #   ./launch.sh train CONFIG [key=value …]       train in this process (or as a SLURM task)
 #   ./launch.sh train --nproc 8 CONFIG …         … on 8 processes of this machine, through torchrun
 #   ./launch.sh train --nnodes 2 --node-rank 0 --master HOST[:PORT] --nproc 8 CONFIG …   … on several machines
+#   ./launch.sh train --launcher torchrun|deepspeed|mpirun|srun|megadpo [--hostfile FILE] [--port PORT] --nproc 8 CONFIG …
 #   ./launch.sh install [dev]                    only make the environment
 #   ./launch.sh exec COMMAND …                   run any command inside the environment
 #   ./launch.sh COMMAND …                        any other megadpo command
@@ -99,7 +100,13 @@ install_cpu_torch() {
 
 # launch_train ARGUMENTS…: torchrun where the arguments describe processes, else one process (which may be a SLURM task).
 launch_train() {
-    local nproc="" nnodes="" node_rank="" master="" arguments=()
+    local nproc="" nnodes="" node_rank="" master="" arguments=() argument
+    for argument in "$@"; do
+        case "$argument" in
+            # These are megadpo's to understand: it becomes the launcher.
+            --launcher | --launcher=* | --hostfile | --hostfile=* | --port | --port=*) run "$BIN/python" -m megadpo train "$@" ;;
+        esac
+    done
     while (($#)); do
         case "$1" in
             --nproc | --nnodes | --node-rank | --master) (($# > 1)) || die "$1 needs a value" ;;

@@ -20,6 +20,8 @@ from megadpo import __version__, launch
 from megadpo.config import Config, load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout, choose_layout
+from megadpo.platform import launchers
+from megadpo.platform.mpi import adopt_mpi_environment
 
 LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
 """`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
@@ -33,6 +35,9 @@ def console() -> NoReturn:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status. Raises UserError for anything the user can put right."""
+    argv = launch.adopt_deepspeed_arguments(argv, os.environ)
+    # mpirun reaches other machines through srun, whose variables are then those of mpirun's own helpers.
+    adopt_mpi_environment(os.environ)
     launch.adopt_slurm_environment(os.environ)
     if argv and argv[0] in LATER:
         raise UserError(f"the command {argv[0]!r} is not available in this version of megadpo; see megadpo --help")
@@ -44,9 +49,14 @@ def main(argv: Sequence[str]) -> int:
 def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.override)
     config.require_for_training()
-    node = _node(arguments)
-    if _starts_workers(arguments.nproc, node):
-        return _start_workers(arguments.nproc, argv, node)
+    request = launchers.Request(**{name: getattr(arguments, name) for name in launchers.Request.__dataclass_fields__})
+    if request.names() and not _is_worker(request):
+        machines = launchers.machines(request)
+        worker = ["train", arguments.config, *arguments.override]
+        if request.launcher not in (None, "megadpo"):
+            launchers.become(request.launcher, machines, worker)
+        if machines.nproc * machines.node.count > 1:
+            return _start_workers(machines.nproc, worker, machines.node)
     from megadpo.train import run_training
 
     run_training(config)
@@ -55,7 +65,8 @@ def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     config = load_config(Config(), [*LOGPROBS_DEFAULTS, *arguments.override])
-    if _starts_workers(arguments.nproc):
+    request = launchers.Request(nproc=arguments.nproc)
+    if request.names() and not _is_worker(request) and launchers.machines(request).nproc > 1:
         return _start_workers(arguments.nproc, argv)
     from megadpo.logprobs import run_logprobs
 
@@ -108,46 +119,27 @@ def _layout(overrides: Sequence[str]) -> Layout:
     return choose_layout(parallel, parallel.tensor * parallel.pipeline)
 
 
-def _node(arguments: argparse.Namespace) -> launch.Node:
-    """--nnodes, --node-rank and --master, which come together."""
-    count, number, master = arguments.nnodes or 1, arguments.node_rank, arguments.master
-    if count < 1:
-        raise UserError(f"--nnodes must be at least 1, got {count}")
-    if count == 1:
-        if number or master:
-            raise UserError(f"{'--node-rank' if number else '--master'} is for several machines: it needs --nnodes > 1")
-        return launch.Node()
-    if master is None:
-        raise UserError(f"--nnodes {count} needs --master HOST[:PORT], the first machine's address")
-    host, _, port = master.partition(":")
-    if not host or (":" in master and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise UserError(f"--master {master} is not HOST or HOST:PORT")
-    if number is None or not 0 <= number < count:
-        raise UserError(f"--nnodes {count} needs --node-rank, from 0 to {count - 1}, got {number}")
-    return launch.Node(number, count, master)
+def _is_worker(request: launchers.Request) -> bool:
+    """True in a process that torchrun, srun, … has started, whose options may repeat how many there are.
 
-
-def _starts_workers(nproc: int | None, node: launch.Node | None = None) -> bool:
-    """True where this process is to start workers instead of being one."""
-    node = node or launch.Node()
-    if nproc is None and node.count == 1:
-        return False
-    nproc = 1 if nproc is None else nproc
-    if nproc < 1:
-        raise UserError(f"--nproc must be at least 1, got {nproc}")
+    Raises:
+        UserError: they ask for something else.
+    """
     if not launch.is_distributed(os.environ):
-        return nproc * node.count > 1
-    world_size = os.environ["WORLD_SIZE"]
-    if world_size != str(nproc * node.count):
+        return False
+    world_size, names = os.environ["WORLD_SIZE"], request.names()
+    repeats = {"--nproc", "--nnodes", "--node-rank", "--master"}.issuperset(names)
+    if not repeats or world_size != str((request.nproc or 1) * (request.nnodes or 1)):
+        given = " and ".join(f"{name} {getattr(request, name[2:].replace('-', '_'))}" for name in names)
         raise UserError(
-            f"--nproc {nproc} is given, but this process is already one of {world_size} (started by torchrun or srun); "
-            "leave --nproc out"
+            f"{given} is given, but this process is already one of {world_size} (started by torchrun, srun, …); "
+            f"leave {' and '.join(names)} out"
         )
-    return False
+    return True
 
 
-def _start_workers(nproc: int | None, argv: Sequence[str], node: launch.Node | None = None) -> int:
-    return launch.start_workers(nproc or 1, [sys.executable, "-m", "megadpo", *argv], node)
+def _start_workers(nproc: int, argv: Sequence[str], node: launch.Node | None = None) -> int:
+    return launch.start_workers(nproc, [sys.executable, "-m", "megadpo", *argv], node)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,9 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train on preference pairs as a YAML file says")
     command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
     _add_common(command)
+    command.add_argument("--launcher", choices=launchers.LAUNCHERS, help="who starts the processes (default: megadpo)")
     command.add_argument("--nnodes", type=int, metavar="N", help="machines, each with --nproc processes")
     command.add_argument("--node-rank", type=int, metavar="R", help="which of them this one is, from 0")
     command.add_argument("--master", metavar="HOST[:PORT]", help="machine 0, as the others reach it (port 29500)")
+    command.add_argument("--port", type=int, metavar="PORT", help="where the processes meet on machine 0")
+    command.add_argument("--hostfile", type=Path, metavar="FILE", help="the machines, a line `HOST slots=N` each")
     command.set_defaults(command=train)
 
     command = commands.add_parser("logprobs", help="write the log-probs of chosen and rejected, a line a pair")

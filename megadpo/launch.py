@@ -4,6 +4,7 @@
     megadpo train run.yaml --nproc 4 --nnodes 2 --node-rank 0 --master HOST    # … and as many on each other machine
     torchrun --nproc-per-node 4 -m megadpo train run.yaml
     srun -n 4 megadpo train run.yaml        # adopt_slurm_environment: SLURM's variables become RANK, WORLD_SIZE, …
+    deepspeed --module megadpo train run.yaml    # adopt_deepspeed_arguments; mpirun: platform/mpi.py
 
 Every worker's main goes through `run_as_one`, whoever started it. The first worker of a node to fail claims the right
 to speak by creating a file that must not exist yet; the others stay silent. A worker that only notices that its peers
@@ -182,9 +183,26 @@ class Node:
     def address(self) -> tuple[str, str]:
         """Host and port where the processes meet."""
         if self.master is None:
-            return "127.0.0.1", str(_free_port())
+            return "127.0.0.1", str(free_port())
         host, _, port = self.master.partition(":")
         return host, port or DEFAULT_PORT
+
+    def require_free_port(self) -> None:
+        """Raises UserError on machine 0 where another program listens on the port that the processes would meet at."""
+        if self.number or self.master is None:
+            return
+        host, port = self.address()
+        with socket.socket() as probe:
+            # As the store does it: a port whose last connection has just been closed is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+                probe.listen(1)
+            except OSError as error:
+                raise UserError(
+                    f"port {port} on this machine ({host}), where the processes were to meet, cannot be used "
+                    f"({error.strerror}); choose another with --port, the same on every machine"
+                ) from error
 
 
 def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) -> int:
@@ -194,6 +212,7 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
     10 seconds. Only what no worker can tell itself is printed here: that one was killed by a signal, or left silently.
     """
     node = node or Node()
+    node.require_free_port()
     with tempfile.TemporaryDirectory(prefix="megadpo-") as directory:
         workers: list[subprocess.Popen[bytes]] = []
         old_handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -225,15 +244,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _shared_environment(nproc: int, directory: str, node: Node) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, FAILURE_DIR: directory, LAUNCHER: str(os.getpid())}
     host, port = node.address()
     environment.update(WORLD_SIZE=str(nproc * node.count), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR=host, MASTER_PORT=port)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    environment.setdefault("OMP_NUM_THREADS", threads_per_process(nproc))
     return environment
 
 
-def _free_port() -> int:
+def threads_per_process(nproc: int) -> str:
+    """OMP_NUM_THREADS that shares this machine's cores out among `nproc` processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return str(max(1, cores // nproc))
+
+
+def free_port() -> int:
     """A free port below the range that the system gives to outgoing connections, so still free in a moment."""
     for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as probe:
@@ -311,6 +335,25 @@ def adopt_slurm_environment(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("MASTER_ADDR", first_host(nodes or ""))
     # The same on every task, and different for two jobs, or two steps of a job, on the same node.
     environ.setdefault("MASTER_PORT", str(20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(step)) % 12000))
+
+
+def adopt_deepspeed_arguments(argv: Sequence[str], environ: MutableMapping[str, str]) -> list[str]:
+    """`argv` without the `--local_rank=N` that the deepspeed launcher puts first; sets LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+    Raises:
+        UserError: N is no number, or no launcher has given this process a rank.
+    """
+    if is_distributed(environ) and "LOCAL_SIZE" in environ and "CROSS_SIZE" in environ:
+        environ.setdefault("LOCAL_WORLD_SIZE", environ["LOCAL_SIZE"])
+    match = re.fullmatch(r"--local[_-]rank=(.*)", argv[0]) if argv else None
+    if match is None:
+        return list(argv)
+    if not match[1].isdecimal():
+        raise UserError(f"{argv[0]} is not a number; the deepspeed launcher sets it, so leave it out")
+    if not is_distributed(environ):
+        raise UserError(f"{argv[0]} is what the deepspeed launcher gives its processes, but RANK is not set; leave it out")
+    environ.setdefault("LOCAL_RANK", match[1])
+    return list(argv[1:])
 
 
 def first_host(nodelist: str) -> str:

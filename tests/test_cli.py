@@ -11,6 +11,7 @@ import pytest
 
 from megadpo import __version__, cli
 from megadpo.errors import UserError
+from megadpo.platform.launchers import Request
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,9 +57,10 @@ def test_a_wrong_configuration_is_refused_before_any_worker_starts() -> None:
 def test_nproc_inside_torchrun_has_to_agree_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli._starts_workers(2) is False
-    with pytest.raises(UserError, match="already one of 2"):
-        cli._starts_workers(4)
+    assert cli._is_worker(Request(nproc=2))
+    for request in (Request(nproc=4), Request("torchrun", nproc=2)):
+        with pytest.raises(UserError, match="already one of 2"):
+            cli._is_worker(request)
 
 
 def test_overrides_may_stand_on_both_sides_of_nproc() -> None:

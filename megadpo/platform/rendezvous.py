@@ -32,8 +32,8 @@ def meet(rank: int, size: int, lifetime: timedelta) -> dist.Store:
         UserError: the port is taken, rank 0 does not answer, or ranks are missing when the time is over: which ones.
     """
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("RANK is set but MASTER_ADDR or MASTER_PORT is not; start with --nproc, torchrun or srun")
-    host, port, seconds = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout_seconds()
+        raise UserError("RANK is set but MASTER_ADDR or MASTER_PORT is not; start with --nproc, or see --launcher")
+    host, port, seconds = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"]), timeout_seconds()
     if spans_machines(size):
         name_network_interface(host)
     deadline = time.monotonic() + seconds
@@ -48,6 +48,12 @@ def meet(rank: int, size: int, lifetime: timedelta) -> dist.Store:
         )
     store.set_timeout(lifetime)
     return store
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise UserError(f"MASTER_PORT is {text!r}; give a port from 1 to 65535, the same on every machine")
+    return int(text)
 
 
 def timeout_seconds() -> float:
@@ -115,7 +121,7 @@ def _open_store(host: str, port: int, rank: int, size: int, seconds: float) -> d
         if is_server:
             raise UserError(
                 f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}); is another run using the port? "
-                "choose another, the same on every machine"
+                "choose another with --port or MASTER_PORT, the same on every machine"
             ) from error
         raise UserError(
             f"rank {rank}: no answer from rank 0 at {host}:{port} within {seconds:g} s ({_first_line(error)}); is it "

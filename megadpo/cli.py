@@ -14,14 +14,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megadpo import __version__, launch
 from megadpo.config import Config, load_config
 from megadpo.errors import UserError
-from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.platform import launchers
 from megadpo.platform.mpi import adopt_mpi_environment
+
+if TYPE_CHECKING:
+    from megadpo.parallel.layout import Layout
 
 LOGPROBS_DEFAULTS = ("reference.mode=precomputed",)
 """`megadpo logprobs` is the precomputed reference on its own, so its options (larger micro-batches) apply."""
@@ -115,6 +117,8 @@ def _layout(overrides: Sequence[str]) -> Layout:
             raise UserError(
                 f"unknown layout {override!r}; convert import takes tensor=N, pipeline=N and pipeline_layout=N,N,…"
             )
+    from megadpo.parallel.layout import choose_layout
+
     parallel = load_config(Config(), [f"parallel.{override}" for override in overrides]).parallel
     return choose_layout(parallel, parallel.tensor * parallel.pipeline)
 

@@ -36,7 +36,7 @@ class ModelConfig:
 class ReferenceConfig:
     mode: str = "resident"
     """`resident`: a frozen second model runs beside the policy. `precomputed`: its log-probs are computed first,
-    cached on disk, and the reference is freed."""
+    cached on disk, and the reference is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""
     tokens_per_micro_batch: int | None = None

@@ -271,6 +271,16 @@ def say_plan(plan: Plan) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     noun = plan.reports["train"].noun
     say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} {noun}s, {plan.layout}, {plan.dtype} on {device}")
+    if plan.config.train.warmup_steps >= plan.num_steps > 0 and plan.config.train.warmup_steps > 0:
+        say(
+            f"warning: train.warmup_steps {plan.config.train.warmup_steps} is not below this run's {plan.num_steps} steps, "
+            "so the learning rate hardly rises and the model hardly changes; lower it"
+        )
+    if len(plan.train.groups) < plan.config.train.pairs_per_step:
+        say(
+            f"warning: {len(plan.train.groups)} {noun}s are fewer than train.pairs_per_step "
+            f"{plan.config.train.pairs_per_step}: a step sees some of them several times; lower it"
+        )
     if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:
         say(f"eval: {len(plan.eval.groups)} of them are used (eval.pairs)")
     if plan.resume:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +55,6 @@ def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
     assert report["half_scored"]["memory_ratio"] > 0
 
 
-@pytest.mark.skipif("MEGADPO_MEASURE" not in os.environ, reason="minutes long; set MEGADPO_MEASURE=1 to measure")
 def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path):
     sizes = ("--tokens", "4096", "--prompt", "256", "--response", "128", "--hidden", "64", "--layers", "2")
     report = _report("context_memory", tmp_path, *sizes, "--heads", "4", "--key-value-heads", "4")

@@ -57,13 +57,15 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.bench.head_point", "transformers", "megadpo.model.build"])
-    results: Any = context.Queue()
+    results: Any = context.SimpleQueue()
     processes = [context.Process(target=_rank, args=(rank, port, point, results)) for rank in range(point["context"])]
     for process in processes:
         process.start()
-    ranks = [results.get(timeout=1800) for _ in processes]
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a rank failed: its own error is above")
+    ranks = [results.get() for _ in processes]
     return {
         "method": point["method"] if point["context"] > 1 else "one rank",
         "key_value_heads": point["key_value_heads"],
@@ -124,13 +126,13 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    forward_backward(stage.model, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
+    forward_backward(stage.models, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
     batch = with_own_part(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward_backward(stage.model, [batch], ones)
+        forward_backward(stage.models, [batch], ones)
     pieces = batch.segments if batch.part is None else batch.part.pieces
     return {
         "seconds": time.perf_counter() - started,

@@ -81,3 +81,22 @@ def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
     assert set(mix["by_batch_size"]) == {"1", "2"}
     assert all(len(entry["trl"]) == len(entry["megadpo"]) == 2 for entry in mix["by_batch_size"].values())
     assert mix["speedup"] == mix["by_batch_size"][str(mix["best_batch_size"])]["speedup"] > 0
+    assert 0 < mix["useful_share_of_peak"] < 1
+
+
+def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path):
+    pytest.importorskip("trl")
+    sizes = ("--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "--capacities", "2048")
+    report = _report("memory_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    (mix,) = report["mixes"]
+    assert mix["trl"]["1"]["extra_mib"] > 0 < mix["megadpo"]["2048"]["extra_mib"]
+    assert mix["ratio_of_least"] == mix["megadpo"]["2048"]["extra_mib"] / mix["trl"]["1"]["extra_mib"]
+
+
+def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_path):
+    pytest.importorskip("trl")
+    sizes = ("--rounds", "1", "--warm-up", "0", "--steps", "2", "--pairs", "2", "--vocabulary", "1000")
+    report = _report("epoch_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    (point,) = report["points"]
+    assert point["epochs"] == 1 and all(len(seconds) == 1 for seconds in point["seconds"].values())
+    assert point["speedup"] > 0

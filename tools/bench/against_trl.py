@@ -2,7 +2,8 @@
 
 TRL runs its own training loop (`trainer.train()`, its own step, optimizer and clipping); between two of its steps the same
 pairs go through `megadpo.train.training_step`. Both hold a live reference, fp32, the same weights at the start. TRL
-gets its best micro-batch of those tried, and pairs sorted by length within a step, so that it pads less.
+gets its best micro-batch of those tried, and pairs sorted by length within a step, so that it pads less. Beside the times:
+which share of the machine's matrix product our steps use for what they have to compute (tools/bench/flop.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.common import equal_start, machine, median_ratio, print_table, write_json
+from tools.bench.flop import product_peak, useful_flop
 
 
 def main() -> None:
@@ -33,7 +35,9 @@ def main() -> None:
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity, max_length=1024
         )
         report["pairs_per_step"] = options.pairs
-        report["mixes"] = [_mix(plan, mix, options, Path(directory)) for mix in options.mixes]
+        report["mixes"] = [
+            _mix(plan, report["model"]["body_parameters"], mix, options, Path(directory)) for mix in options.mixes
+        ]
     _print(report)
     write_json(options.json, report)
 
@@ -53,23 +57,28 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _mix(plan: Any, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Both arms on one mix of lengths, for each of TRL's batch sizes."""
     from megadpo.platform.world import joined_world
     from megadpo.train import Callbacks, build, training_step
     from tools.bench.runs import plan_on
 
-    groups = _groups(plan, mix, options)
+    groups = pairs_of_mix(plan, mix, options.rounds + options.warm_up, options.pairs, options.tiny)
     own_plan = plan_on(plan, groups)
     by_batch_size = {}
     with joined_world(plan.layout, plan.config.train.seed):
-        run = build(own_plan, Callbacks())
+        run, peak = build(own_plan, Callbacks()), product_peak()
         for batch_size in options.batch_sizes:
             ours, theirs = _alternate(
                 str(plan.policy.path), groups, batch_size, options, directory, lambda step: training_step(run, step)
             )
             by_batch_size[batch_size] = {"megadpo": ours, "trl": theirs, "speedup": median_ratio(theirs, ours)}
+        peak = max(peak, product_peak())
     best = min(by_batch_size, key=lambda size: statistics.median(by_batch_size[size]["trl"]))
+    starts = range(options.warm_up * options.pairs, len(groups), options.pairs)
+    steps = [groups[start : start + options.pairs] for start in starts]
+    flop = [useful_flop(step, plan.policy.config, num_body, live_reference=True) for step in steps]
+    ours = by_batch_size[best]["megadpo"]
     prompts = [len(group.prompts[0]) for group in groups]
     completions = [len(response) for group in groups for response in group.responses]
     return {
@@ -79,22 +88,24 @@ def _mix(plan: Any, mix: str, options: argparse.Namespace, directory: Path) -> d
         "by_batch_size": by_batch_size,
         "best_batch_size": best,
         "speedup": by_batch_size[best]["speedup"],
+        "product_peak_gflops": peak / 1e9,
+        "useful_share_of_peak": statistics.median(work / s / peak for work, s in zip(flop, ours, strict=True)),
     }
 
 
-def _groups(plan: Any, mix: str, options: argparse.Namespace) -> list[Any]:
+def pairs_of_mix(plan: Any, mix: str, num_steps: int, num_pairs: int, tiny: bool) -> list[Any]:
     """As many pairs with a common prompt as the steps need, sorted by length within each step."""
     from tools.bench.material import synthetic_groups
 
-    count = (options.rounds + options.warm_up) * options.pairs
+    count = num_steps * num_pairs
     if mix == "hh-rlhf":
         rows = (plan.train.groups[int(row)] for step in range(1000) for row in plan.batches.at(step))
-        most = 150 if options.tiny else 1024
+        most = 150 if tiny else 1024
         usable = (group for group in rows if group.shares_prompt and group.num_stream_tokens(True) <= most)
         groups = [group for group, _ in zip(usable, range(count), strict=False)]
     else:
-        groups = synthetic_groups(mix, count, plan.policy.config.vocab_size, shrink=10 if options.tiny else 1)
-    steps = [groups[start : start + options.pairs] for start in range(0, count, options.pairs)]
+        groups = synthetic_groups(mix, count, plan.policy.config.vocab_size, shrink=10 if tiny else 1)
+    steps = [groups[start : start + num_pairs] for start in range(0, count, num_pairs)]
     return [group for step in steps for group in sorted(step, key=lambda g: g.num_stream_tokens(False))]
 
 
@@ -124,14 +135,21 @@ def _alternate(
             our_step(len(ours))
             ours.append(time.perf_counter() - finished)
 
-    trainer = _trainer(model, groups, batch_size, options, directory)
+    trainer = trl_trainer(model, groups, batch_size, options.pairs, options.rounds + options.warm_up, directory)
     trainer.add_callback(Turns())
     trainer.train()
     return ours[options.warm_up :], theirs[options.warm_up :]
 
 
-def _trainer(model: str, groups: Sequence[Any], batch_size: int, options: argparse.Namespace, directory: Path) -> Any:
-    """TRL's trainer on the very token ids of `groups`."""
+def trl_trainer(
+    model: str, groups: Sequence[Any], batch_size: int, num_pairs: int, num_steps: int, directory: Path, **settings: Any
+) -> Any:
+    """TRL's trainer on the very token ids of `groups`, with a live reference in fp32.
+
+    Args:
+        batch_size: pairs a micro-batch; `num_pairs` a step.
+        settings: more of DPOConfig's.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,9 +168,9 @@ def _trainer(model: str, groups: Sequence[Any], batch_size: int, options: argpar
     ]
     arguments = DPOConfig(
         output_dir=str(directory / "trl"),
-        max_steps=options.rounds + options.warm_up,
+        max_steps=num_steps,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=options.pairs // batch_size,
+        gradient_accumulation_steps=num_pairs // batch_size,
         max_length=None,
         train_sampling_strategy="sequential",
         bf16=False,
@@ -162,6 +180,7 @@ def _trainer(model: str, groups: Sequence[Any], batch_size: int, options: argpar
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        **settings,
     )
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -178,12 +197,23 @@ def _print(report: dict[str, Any]) -> None:
         medians = [statistics.median(best[arm]) for arm in ("trl", "megadpo")]
         lengths = [mix["mean_prompt_tokens"], mix["mean_completion_tokens"]]
         others = ", ".join(f"{size}: {entry['speedup']:.2f}" for size, entry in mix["by_batch_size"].items())
-        rows.append([mix["mix"], *lengths, mix["best_batch_size"], *medians, mix["speedup"], others])
+        share = mix["useful_share_of_peak"]
+        rows.append([mix["mix"], *lengths, mix["best_batch_size"], *medians, mix["speedup"], others, share])
     print_table(
         f"Seconds a step of {report['pairs_per_step']} pairs, Llama with "
         f"{report['model']['body_parameters'] / 1e6:.1f} M body parameters, fp32, live reference; "
         "the ratio is the median over interleaved steps",
-        ["pairs", "prompt", "completion", "TRL's best batch", "TRL", "megadpo", "TRL / megadpo", "at each batch size"],
+        [
+            "pairs",
+            "prompt",
+            "completion",
+            "TRL's best batch",
+            "TRL",
+            "megadpo",
+            "TRL / megadpo",
+            "at each batch size",
+            "useful FLOP / product peak",
+        ],
         rows,
     )
 

@@ -25,8 +25,8 @@ def equal_start(num_threads: int) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
 
 
-def machine() -> dict[str, Any]:
-    """Where and when: processor, cores, memory, library versions, load average."""
+def machine(num_threads: int | None = None) -> dict[str, Any]:
+    """Where and when: processor, cores, memory, library versions, load average; threads are torch's unless given."""
     import torch
 
     return {
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": num_threads or torch.get_num_threads(),
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
 

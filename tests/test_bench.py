@@ -100,3 +100,11 @@ def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_pa
     (point,) = report["points"]
     assert point["epochs"] == 1 and all(len(seconds) == 1 for seconds in point["seconds"].values())
     assert point["speedup"] > 0
+
+
+def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_processes(tmp_path):
+    sizes = ("--rounds", "1", "--factors", "1", "2", "--hidden", "32")
+    report = _report("scaling", tmp_path, "--tiny", *sizes)
+    assert [growth["what"] for growth in report["growth"]] == ["pairs", "length", "vocabulary", "layers"]
+    assert all(len(growth["seconds"]) == 2 for growth in report["growth"])
+    assert [point["layout"] for point in report["processes"]] == ["one process", "data 2", "tensor 2", "pipeline 2"]

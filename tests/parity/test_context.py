@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.config import ObjectiveConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
 from tests.parity import oracle
+from tests.parity.measure import material_of_every_kind, trained_outcomes
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
 from tests.worlds import run_world
 
@@ -43,19 +43,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
-    directory = tmp_path_factory.mktemp("context")
     changes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    policy = save_model(directory / "policy", "qwen3", **changes)
-    reference = save_model(directory / "reference", "qwen3", seed=1, **changes)
-    groups = random_groups(13, seed=3)
-    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
-    cases = [case for some in CASES.values() for case in some]
-    found = [
-        outcome
-        for num_processes, some in CASES.items()
-        for outcome in run_world(num_processes, outcomes, policy, reference, groups, some, 3)[0]
-    ]
-    return before, list(zip(cases, found, strict=True))
+    return trained_outcomes(tmp_path_factory.mktemp("context"), changes, CASES)
 
 
 def test_log_probs_loss_and_gradients_are_those_of_one_process(trained):
@@ -134,17 +123,11 @@ OBJECTIVES = [
 @pytest.fixture(scope="module")
 def by_objective(tmp_path_factory):
     """[case][objective] -> outcome."""
-    directory = tmp_path_factory.mktemp("objectives")
-    policy = save_model(directory / "policy", "llama", num_hidden_layers=2)
-    reference = save_model(directory / "reference", "llama", seed=1, num_hidden_layers=2)
-    groups = {kind: random_groups(7, seed=5, kind=kind) for kind in ("pairs", "lists", "labels", "examples")}
-    groups["numbered"] = random_groups(7, seed=5, numbered=True)
-    objectives = [ObjectiveConfig(**{"beta": 0.1, **options}) for options in OBJECTIVES]
-    (base,) = run_world(1, outcomes_of_objectives, policy, reference, groups, [Case(Layout())], objectives)[0]
+    *material, objectives = material_of_every_kind(tmp_path_factory.mktemp("objectives"), OBJECTIVES)
+    (base,) = run_world(1, outcomes_of_objectives, *material, [Case(Layout())], objectives)[0]
     cases = [Case(layout("ulysses"), tokens_per_micro_batch=180), Case(layout("allgather"))]
-    return base, list(
-        zip(cases, run_world(2, outcomes_of_objectives, policy, reference, groups, cases, objectives)[0], strict=True)
-    )
+    found = run_world(2, outcomes_of_objectives, *material, cases, objectives)[0]
+    return base, list(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVES)), ids=[str(options) for options in OBJECTIVES])

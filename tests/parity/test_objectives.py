@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config import ObjectiveConfig
 from megadpo.objectives.specs import SPECS
 from megadpo.parallel.layout import Layout
-from tests.models import random_groups, save_model
 from tests.parity import oracle
+from tests.parity.measure import material_of_every_kind
 from tests.parity.worker import Case, outcomes_of_objectives
 from tests.worlds import run_world
 
@@ -35,19 +34,14 @@ CASES = {
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """[case][objective] -> outcome, and the weights before."""
-    directory = tmp_path_factory.mktemp("objectives")
-    policy = save_model(directory / "policy", "llama", num_hidden_layers=2)
-    reference = save_model(directory / "reference", "llama", seed=1, num_hidden_layers=2)
-    groups = {kind: random_groups(7, seed=5, kind=kind) for kind in ("pairs", "lists", "labels", "examples")}
-    groups["numbered"] = random_groups(7, seed=5, numbered=True)
-    objectives = [ObjectiveConfig(**{"beta": 0.1, **options}) for options in OBJECTIVES]
+    *material, objectives = material_of_every_kind(tmp_path_factory.mktemp("objectives"), OBJECTIVES)
     cases = [case for some in CASES.values() for case in some]
     found = [
         outcome
         for num_processes, some in CASES.items()
-        for outcome in run_world(num_processes, outcomes_of_objectives, policy, reference, groups, some, objectives)[0]
+        for outcome in run_world(num_processes, outcomes_of_objectives, *material, some, objectives)[0]
     ]
-    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
+    before = {name: tensor.clone() for name, tensor in oracle.load(material[0]).named_parameters()}
     return before, list(zip(cases, found, strict=True))
 
 

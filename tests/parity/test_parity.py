@@ -12,6 +12,7 @@ from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.models import hh_groups, random_groups, save_model
 from tests.parity import oracle
+from tests.parity.measure import trained_outcomes
 from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world
 
@@ -136,19 +137,8 @@ INVARIANCE = {
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def trained(request, tmp_path_factory):
     """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
-    directory = tmp_path_factory.mktemp("invariance")
     changes = {"tie_word_embeddings": request.param, "num_key_value_heads": 4}
-    policy = save_model(directory / "policy", "qwen3", **changes)
-    reference = save_model(directory / "reference", "qwen3", seed=1, **changes)
-    groups = random_groups(13, seed=3)
-    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
-    cases = [case for some in INVARIANCE.values() for case in some]
-    found = [
-        outcome
-        for num_processes, some in INVARIANCE.items()
-        for outcome in run_world(num_processes, outcomes, policy, reference, groups, some, 3)[0]
-    ]
-    return before, list(zip(cases, found, strict=True))
+    return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, INVARIANCE)
 
 
 def test_gradients_do_not_depend_on_layout_micro_batches_or_sharing(trained):

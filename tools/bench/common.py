@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -23,6 +24,20 @@ def equal_start(num_threads: int) -> None:
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
+
+
+def step_options(description: str | None) -> argparse.Namespace:
+    """The command line of the benchmarks that time whole optimizer steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each arm")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before that")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
+    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
+    return parser.parse_args()
 
 
 def machine(num_threads: int | None = None) -> dict[str, Any]:

@@ -9,14 +9,12 @@ the step. Beside them the seconds of the step, and how evenly attention's query-
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import socket
 import sys
 import time
 from typing import Any
 
 from tools.bench.common import equal_start, machine, print_table, write_json
+from tools.bench.ranks import on_ranks
 
 MIB = 2**20
 
@@ -51,21 +49,8 @@ def _options() -> argparse.Namespace:
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
-    """The same step on `context` fresh processes, forked from one that has imported the libraries and computed nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.bench.head_point", "transformers", "megadpo.model.build"])
-    results: Any = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, port, point, results)) for rank in range(point["context"])]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed: its own error is above")
-    ranks = [results.get() for _ in processes]
+    """The same step on `context` fresh processes."""
+    ranks = on_ranks(point["context"], _rank, point)
     return {
         "method": point["method"] if point["context"] > 1 else "one rank",
         "key_value_heads": point["key_value_heads"],
@@ -76,9 +61,7 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rank(rank: int, port: int, point: dict[str, Any], results: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(point["context"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(point: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from megadpo.parallel.layout import Layout
@@ -86,7 +69,7 @@ def _rank(rank: int, port: int, point: dict[str, Any], results: Any) -> None:
 
     torch.set_num_threads(point["threads"])
     with joined_world(Layout(context=point["context"], context_method=point["method"]), seed=0):
-        results.put(_measure(point))
+        return _measure(point)
 
 
 def _measure(point: dict[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.bench.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+from tools.bench.common import equal_start, interleaved, machine, median_ratio, print_table, step_options, write_json
 
 COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("all of the batch's pairs, twice through the policy", {"loss_type": "sigmoid"}, {"loss_type": "aot"}),
@@ -24,7 +24,7 @@ COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 
 
 def main() -> None:
-    options = _options()
+    options = step_options(__doc__)
     equal_start(options.threads)
     import torch
 
@@ -42,19 +42,6 @@ def main() -> None:
             report["times"] = [_times(plan, what, plain, coupled, options) for what, plain, coupled in COMPARED]
     _print(report)
     write_json(options.json, report)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each arm")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before that")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
-    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
-    return parser.parse_args()
 
 
 def _times(

@@ -25,9 +25,14 @@ def preference_file(directory: Path) -> tuple[Path, str]:
     """A file of hh-rlhf rows, and what it is: the real ones, or made-up ones where those are not at hand."""
     if HH_ROWS.is_file():
         return HH_ROWS, f"hh-rlhf rows ({HH_ROWS.name})"
+    return made_up_file(directory, 600), f"made-up dialogues, because {HH_ROWS} is missing (set MEGADPO_TEST_DATA)"
+
+
+def made_up_file(directory: Path, num_rows: int) -> Path:
+    """A file of made-up dialogues."""
     path = directory / "made-up.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in _made_up_rows(600)), encoding="utf-8")
-    return path, f"made-up dialogues, because {HH_ROWS} is missing (set MEGADPO_TEST_DATA)"
+    path.write_text("".join(json.dumps(row) + "\n" for row in _made_up_rows(num_rows)), encoding="utf-8")
+    return path
 
 
 def _made_up_rows(count: int) -> list[dict[str, str]]:

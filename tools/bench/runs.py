@@ -12,7 +12,7 @@ from megadpo.data.groups import Group
 from megadpo.data.loader import Batches
 from megadpo.data.store import GroupStore
 from megadpo.prepare import Plan, data_packing, prepare
-from tools.bench.material import BODY, TINY_BODY, preference_file, save_llama, save_tokenizer
+from tools.bench.material import BODY, TINY_BODY, made_up_file, preference_file, save_llama, save_tokenizer
 
 
 def prepared_plan(
@@ -22,14 +22,27 @@ def prepared_plan(
     rows, _ = preference_file(directory)
     tokenizer = save_tokenizer(directory / "model", rows, vocab_size)
     num_body = save_llama(directory / "model", len(tokenizer), TINY_BODY if tiny else BODY)
-    config = {
+    about = {"body_parameters": num_body, "vocabulary": len(tokenizer), "dtype": "fp32"}
+    return prepare(load_config(_config(directory, rows, num_pairs, capacity, max_length))), about
+
+
+def synthetic_config(
+    directory: Path, vocab_size: int, body: dict[str, int], num_pairs: int, parallel: dict[str, int]
+) -> dict[str, Any]:
+    """A configuration with a fresh Llama of this size in `directory`, for runs on groups of random tokens (`plan_on`)."""
+    rows = made_up_file(directory, 20)
+    save_tokenizer(directory / "model", rows, 300)
+    save_llama(directory / "model", vocab_size, body)
+    return _config(directory, rows, num_pairs, 4096, None) | {"parallel": parallel}
+
+
+def _config(directory: Path, rows: Path, num_pairs: int, capacity: int, max_length: int | None) -> dict[str, Any]:
+    return {
         "model": {"path": str(directory / "model"), "dtype": "fp32"},
         "data": {"train": str(rows), "max_length": max_length, "num_workers": 1, "cache_dir": str(directory / "cache")},
         "train": {"steps": 1000, "pairs_per_step": num_pairs, "tokens_per_micro_batch": capacity},
         "output_dir": str(directory / "run"),
     }
-    about = {"body_parameters": num_body, "vocabulary": len(tokenizer), "dtype": "fp32"}
-    return prepare(load_config(config)), about
 
 
 def plan_on(plan: Plan, groups: Sequence[Group]) -> Plan:

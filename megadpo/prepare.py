@@ -234,9 +234,8 @@ def _check_resume(checkpoint: Path, groups: GroupStore, num_steps: int) -> None:
             "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
         )
     if step > num_steps:
-        raise UserError(
-            f"{checkpoint} is at step {step}, beyond the {counted(num_steps, 'step')} of this run; raise train.steps"
-        )
+        planned = counted(num_steps, "step")
+        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
 
 
 def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:

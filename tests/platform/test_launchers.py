@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from megadpo.platform import launchers, mpi
 from megadpo.platform.hostfile import number_of_this_machine, read_hostfile
 from megadpo.platform.launchers import Request, machines
 from tests.models import save_model, write_hh
+from tests.worlds import path_with_mpirun
 
 ROOT = Path(__file__).parents[2]
 ME = socket.gethostname()
@@ -281,19 +281,6 @@ def test_the_ranks_of_a_plain_mpirun_meet_through_mpi4py(tmp_path: Path) -> None
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("mpi4py is not installed, or finds no Open MPI")
     train_on_two(tmp_path, ["mpirun", "-np", "2", sys.executable, "-m", "megadpo", "train"], PATH=path)
-
-
-def path_with_mpirun(directory: Path, kind: str) -> str:
-    """PATH in which `mpirun` is the one of this kind; skips where there is none (Debian gives both their own names)."""
-    program = shutil.which(f"mpirun.{kind}") or shutil.which("mpirun")
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
-    names = {"openmpi": ("Open MPI", "OpenRTE", "PRRTE"), "mpich": ("HYDRA",)}[kind]
-    if not any(name in answer for name in names):
-        pytest.skip(f"there is no mpirun of {kind} here")
-    (directory / "bin").mkdir()
-    (directory / "bin" / "mpirun").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
-    (directory / "bin" / "mpirun").chmod(0o755)
-    return f"{directory / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 
 def train_on_two(directory: Path, command: list[str], **environment: str) -> None:

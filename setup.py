@@ -47,6 +47,7 @@ setup(
             "types-PyYAML",
             "psutil>=6",
             "deepspeed>=0.19,<0.20",
+            "mpi4py>=4.0",
         ],
     },
     entry_points={"console_scripts": ["megadpo = megadpo.cli:console"]},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,8 +95,15 @@ def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    if arguments.layouts is None:
+        raise UserError("plan lists layouts: --layouts is missing; for example megadpo plan run.yaml --layouts 4 8")
     overrides = [text for text in arguments.layouts if "=" in text]
     counts = [text for text in arguments.layouts if "=" not in text]
+    if arguments.config is None:  # `plan --layouts 4 CONFIG`: --layouts has taken it
+        arguments.config = next((text for text in counts if not text.isdecimal()), None)
+        if arguments.config is None:
+            raise UserError("plan needs the configuration file CONFIG; for example megadpo plan run.yaml --layouts 4 8")
+        counts.remove(arguments.config)
     if wrong := next((text for text in counts if not text.isdecimal()), None):
         raise UserError(f"--layouts takes numbers of processes, got {wrong!r}; for example --layouts 4 8")
     config = load_config(arguments.config, [*arguments.override, *overrides])
@@ -151,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megadpo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    command = commands.add_parser("train", help="train on preference pairs as a YAML file says")
+    command = commands.add_parser("train", help="train on pairs, lists, labelled answers or examples as a YAML file says")
     command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
     _add_common(command)
     command.add_argument("--launcher", choices=launchers.LAUNCHERS, help="who starts the processes (default: megadpo)")
@@ -170,11 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=logprobs)
 
     command = commands.add_parser("plan", help="list every layout of a model and a configuration; starts nothing")
-    command.add_argument("config", metavar="CONFIG", help="YAML file; every key: docs/configuration.md")
+    command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; every key: docs/configuration.md")
     command.add_argument("override", metavar="key.sub=value", nargs="*", help="options that replace those of the file")
-    command.add_argument(
-        "--layouts", metavar="N", nargs="*", required=True, help="numbers of processes; none: 1, 2, 4 and 8"
-    )
+    command.add_argument("--layouts", metavar="N", nargs="*", help="numbers of processes; none: 1, 2, 4 and 8")
     command.set_defaults(command=plan)
 
     conversions = commands.add_parser("convert", help="Hugging Face directory to checkpoint and back").add_subparsers(
@@ -210,4 +216,6 @@ class _Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
+        if dashed := re.search(r"unrecognized arguments: .*?--([\w.]+\.\w+)(=\S*)?", message):
+            message += f": an option of the configuration is written {dashed[1]}{dashed[2] or '=VALUE'}, without dashes"
         raise UserError(f"{message.replace(', key.sub=value', '')}; see {self.prog} --help")

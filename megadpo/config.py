@@ -182,7 +182,7 @@ class ParallelConfig:
 @dataclass
 class TrainConfig:
     steps: int | None = None
-    """Optimizer steps; give this or `epochs`, not both."""
+    """Optimizer steps; give this or `epochs`, not both (on the command line, either displaces the one of the file)."""
     epochs: float | None = None
     """Passes over the data (may be a fraction); with neither this nor `steps`: 1."""
     pairs_per_step: int = 64
@@ -300,6 +300,8 @@ class Config:
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
 
+    An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
+
     Raises:
         UserError: file missing or not YAML, unknown or repeated key, wrong type, anything `validate` refuses.
     """
@@ -311,11 +313,25 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         values = source
     else:
         values, places = strict.read_yaml(Path(source))
+    overrides = _displacing(overrides)
     config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
     for name in ("train", "eval"):
         setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
     config.validate()
     return config
+
+
+LENGTHS = ("train.steps", "train.epochs")
+"""Options that say the same thing in two ways."""
+
+
+def _displacing(overrides: Sequence[str]) -> Sequence[str]:
+    """`overrides`, with the other one of LENGTHS nulled first where only one of them is given a value."""
+    given = {name.strip(): text.strip() for name, _, text in (override.partition("=") for override in overrides)}
+    for name, other in (LENGTHS, LENGTHS[::-1]):
+        if given.get(name) not in (None, "", "null", "~") and other not in given:
+            return [f"{other}=null", *overrides]
+    return overrides
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo import strict
 from megadpo.errors import UserError
-from megadpo.objectives.specs import GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.parallel.combinations import check_combinations
 from megadpo.parallel.deepspeed_options import check_options
 
@@ -89,7 +89,7 @@ def _check_objective(config: Config) -> None:
     losses = options.loss_types
     for name in losses:
         if name not in SPECS:
-            guess = strict.closest(name, SPECS)
+            guess = ALIASES.get(name.lower()) or strict.closest(name.lower(), SPECS)
             hint = f"did you mean {guess!r}?" if guess else f"choose from {', '.join(SPECS)}"
             raise UserError(f"objective.loss_type: {name!r} is not known; {hint}")
     if not losses or len(set(losses)) < len(losses):
@@ -114,9 +114,14 @@ def _check_objective(config: Config) -> None:
         raise UserError(f"reference.mode is none, but {names} needs a reference; use resident or precomputed")
     if not needs_reference(losses) and config.reference.mode != "none":
         raise UserError(
-            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {config.reference.mode}; "
+            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {_mode(config)}; "
             "set reference.mode to none"
         )
+
+
+def _mode(config: Config) -> str:
+    default = type(config.reference)().mode
+    return config.reference.mode + (" (the default)" if config.reference.mode == default else "")
 
 
 def _check_kinds(losses: list[str]) -> None:

@@ -15,6 +15,7 @@ from megadpo.config import Config
 from megadpo.data.loader import Batches
 from megadpo.data.packing import Packing, prepare_packing
 from megadpo.data.prepare import DataReport, prepare_groups
+from megadpo.data.report import counted
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource, check_tensors, experts_of
@@ -233,7 +234,8 @@ def _check_resume(checkpoint: Path, groups: GroupStore, num_steps: int) -> None:
             "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
         )
     if step > num_steps:
-        raise UserError(f"{checkpoint} is at step {step}, beyond the {num_steps} steps of this run; raise train.steps")
+        planned = counted(num_steps, "step")
+        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
 
 
 def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:

@@ -27,6 +27,7 @@ from megadpo.checkpoint.sharded import (
     step_directory,
     write_shard_file,
 )
+from megadpo.data.report import counted
 from megadpo.model.build import load_weights, stage_shards
 from megadpo.model.experts import is_expert, moved
 from megadpo.model.families import ParameterShard
@@ -112,7 +113,7 @@ def resume(run: Run) -> int:
     step = int(state["step"])
     if state["num_steps"] != run.plan.num_steps:
         run.say(
-            f"the run was planned for {state['num_steps']} steps and now has {run.plan.num_steps}: "
+            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.plan.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
     sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.config import Config, ObjectiveConfig
-from megadpo.data.report import DataReport
+from megadpo.data.report import DataReport, counted
 from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
@@ -270,15 +270,16 @@ def say_plan(plan: Plan) -> None:
         say(f"{plan.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     noun = plan.reports["train"].noun
-    say(f"{plan.num_steps} steps of {plan.config.train.pairs_per_step} {noun}s, {plan.layout}, {plan.dtype} on {device}")
+    steps, rows = counted(plan.num_steps, "step"), counted(plan.config.train.pairs_per_step, noun)
+    say(f"{steps} of {rows}, {plan.layout}, {plan.dtype} on {device}")
     if plan.config.train.warmup_steps >= plan.num_steps > 0 and plan.config.train.warmup_steps > 0:
         say(
-            f"warning: train.warmup_steps {plan.config.train.warmup_steps} is not below this run's {plan.num_steps} steps, "
+            f"warning: train.warmup_steps {plan.config.train.warmup_steps} is not below this run's {steps}, "
             "so the learning rate hardly rises and the model hardly changes; lower it"
         )
     if len(plan.train.groups) < plan.config.train.pairs_per_step:
         say(
-            f"warning: {len(plan.train.groups)} {noun}s are fewer than train.pairs_per_step "
+            f"warning: {counted(len(plan.train.groups), noun)} are fewer than train.pairs_per_step "
             f"{plan.config.train.pairs_per_step}: a step sees some of them several times; lower it"
         )
     if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:

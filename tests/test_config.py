@@ -294,3 +294,24 @@ def test_every_field_has_a_docstring_and_the_documentation_is_made_from_it() -> 
     assert render() in written, "run: python -m tools.config_table --write"
     for section in dataclasses.fields(Config):
         assert section.name in written
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "steps_and_epochs"),
+    [
+        ("epochs: 2", "train.steps=5", (5, None)),
+        ("steps: 5", "train.epochs=0.5", (None, 0.5)),
+        ("epochs: 2", "train.steps=null", (None, 2.0)),
+        ("steps: 5", "train.seed=1", (5, None)),
+    ],
+)
+def test_a_length_on_the_command_line_displaces_the_file_s(
+    tmp_path: Path, text: str, override: str, steps_and_epochs: tuple[int | None, float | None]
+) -> None:
+    train = load_config(write(tmp_path / "run.yaml", f"train:\n  {text}\n"), [override]).train
+    assert (train.steps, train.epochs) == steps_and_epochs
+
+
+def test_a_file_with_two_lengths_is_still_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "train:\n  steps: 5\n  epochs: 1\n")
+    assert "are both given" in error_of(path)

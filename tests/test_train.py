@@ -293,7 +293,7 @@ def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"steps": 1, "warmup_steps": 0}}, "is at step 2, beyond the 1 steps of this run; raise train.steps"),
+        ({"train": {"steps": 1, "warmup_steps": 0}}, "is at step 2, beyond the 1 step of this run; raise train.steps"),
         (
             {"train": {"steps": 2, "warmup_steps": 0}, "data": {"max_length": 64}},
             "holds a different run .data.max_length was 128, now 64",

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.models import save_model, write_hh
+from tests.worlds import path_with_mpirun
 
 ROOT = Path(__file__).parents[1]
 HOSTS = ("10.203.77.1", "10.203.77.2")
@@ -58,9 +59,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def readme_command() -> str:
-    """The README's line for several machines."""
-    (line,) = re.findall(r"\| several machines \| `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+def readme_command(row: str = "several machines") -> str:
+    """The README's line for several machines, or of another row of the same table."""
+    (line,) = re.findall(rf"^\| {row}.* \| `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     return line
 
 
@@ -114,6 +115,15 @@ def on_node(number: int, nodes: list[str], config: Path, options: list[str], **e
     return start(nodes[number], [*command.split(), *options], **environment)
 
 
+def with_hostfile(row: str, files: Path, config: Path) -> list[str]:
+    """The command of a row of the README's table that names a hostfile: both machines, by their addresses."""
+    hosts = files / "hosts"
+    hosts.write_text("".join(f"{host} slots=1  # a process each\n" for host in HOSTS))
+    command = readme_command(row).split()
+    assert command.count("hosts") == command.count("run.yaml") == 1, command
+    return [{"hosts": str(hosts), "run.yaml": str(config)}.get(word, word) for word in command]
+
+
 def finish(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -147,16 +157,51 @@ def metrics(directory: Path) -> list[dict[str, float]]:
     return [{name: json.loads(line)[name] for name in names} for line in lines]
 
 
-def test_a_run_over_two_machines_gives_the_metrics_of_one_process(nodes, files, config):
-    alone = start(None, ["./launch.sh", "train", str(config), *overrides(files, "alone")])
-    status, output = finish(alone)
+@pytest.fixture(scope="module")
+def alone(files: Path, config: Path) -> list[dict[str, float]]:
+    """The metrics of one process."""
+    status, output = finish(start(None, ["./launch.sh", "train", str(config), *overrides(files, "alone")]))
     assert status == 0, output
-    for name, more in (("data 2", {}), ("pipeline 2", {"parallel.pipeline": 2})):
-        runs = on_both(nodes, config, overrides(files, name, **more))
-        for status, output in [finish(run) for run in runs]:
-            assert status == 0, output
-        for ours, theirs in zip(metrics(files / name), metrics(files / "alone"), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), name
+    return metrics(files / "alone")
+
+
+def check(runs: list[subprocess.Popen[str]], directory: Path, alone: list[dict[str, float]]) -> None:
+    """All runs end well and leave the metrics of one process."""
+    for status, output in [finish(run) for run in runs]:
+        assert status == 0, output
+    for ours, theirs in zip(metrics(directory), alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_run_over_two_machines_gives_the_metrics_of_one_process(nodes, files, config, alone, pipeline):
+    name = f"pipeline {pipeline}"
+    runs = on_both(nodes, config, overrides(files, name, **{"parallel.pipeline": pipeline}))
+    check(runs, files / name, alone)
+
+
+@pytest.mark.parametrize("launcher", ["megadpo", "torchrun", "deepspeed"])
+def test_so_does_a_run_over_the_machines_of_a_hostfile(nodes, files, config, alone, launcher):
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
+    command = [*with_hostfile("… listed in a file", files, config), "--launcher", launcher]
+    runs = [start(node, [*command, *overrides(files, launcher)]) for node in nodes]
+    check(runs, files / launcher, alone)
+
+
+@pytest.mark.parametrize(("kind", "shell"), [("openmpi", "OMPI_MCA_plm_rsh_agent"), ("mpich", "HYDRA_LAUNCHER_EXEC")])
+def test_so_does_mpirun_which_is_started_once_and_reaches_the_other_machine_itself(
+    nodes, files, config, alone, tmp_path, kind, shell
+):
+    """With a remote shell that enters the namespace of an address, where there would be ssh."""
+    path, remote = path_with_mpirun(tmp_path, kind), tmp_path / "remote"
+    cases = "".join(f"{host}) node={node} ;; " for host, node in zip(HOSTS, nodes, strict=True))
+    loop = f'while :; do case "$1" in {cases}-*) shift; continue ;; *) exit 1 ;; esac; shift; break; done'
+    remote.write_text(f'#!/bin/sh\n{loop}\nexec ip netns exec "$node" sh -c "$*"\n')
+    remote.chmod(0o755)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [*with_hostfile("MPI", files, config), *overrides(files, kind)]
+    check([start(nodes[0], command, PATH=path, **{shell: str(remote)}, **root)], files / kind, alone)
 
 
 def test_when_a_machine_dies_the_other_stops_and_says_so(nodes, files, config):

@@ -9,10 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
@@ -64,3 +69,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def path_with_mpirun(directory: Path, kind: str) -> str:
+    """PATH in which `mpirun` is the one of this kind; skips where there is none (Debian gives both their own names)."""
+    program = shutil.which(f"mpirun.{kind}") or shutil.which("mpirun")
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
+    names = {"openmpi": ("Open MPI", "OpenRTE", "PRRTE"), "mpich": ("HYDRA",)}[kind]
+    if not any(name in answer for name in names):
+        pytest.skip(f"there is no mpirun of {kind} here")
+    (directory / "bin").mkdir()
+    (directory / "bin" / "mpirun").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    (directory / "bin" / "mpirun").chmod(0o755)
+    return f"{directory / 'bin'}{os.pathsep}{os.environ['PATH']}"

@@ -12,6 +12,11 @@ from megadpo.errors import UserError
 _NOUNS = {"pairs": "pair", "labels": "labelled answer", "lists": "list", "examples": "example"}
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "3 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @dataclass
 class DataReport:
     """What became of the rows.

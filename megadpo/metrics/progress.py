@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,9 @@ MOST_PLAIN_LINES = 50  # a log of a long run stays readable
 
 def describe(record: Mapping[str, float | int], prefix: str = "") -> str:
     """The record in a few words, e.g. "loss 0.6931, margin 0.000, accuracy 0.50, 1234 tokens/s"."""
-    words = [f"{label} {record[prefix + name]:{form}}" for name, label, form in SHOWN if prefix + name in record]
+    shown = [(record[prefix + name], label, form) for name, label, form in SHOWN if prefix + name in record]
+    # A step of labelled answers that are all of one kind has no margin; a loss that is no number must be seen.
+    words = [f"{label} {value:{form}}" for value, label, form in shown if label == "loss" or not math.isnan(value)]
     if not prefix and "tokens_per_second" in record:
         words.append(f"{record['tokens_per_second']:.0f} tokens/s")
     return ", ".join(words)

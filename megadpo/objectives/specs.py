@@ -122,6 +122,21 @@ SPECS: dict[str, Spec] = {
 }
 """Every `objective.loss_type`."""
 
+ALIASES: dict[str, str] = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid",
+    "slic": "hinge",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "sppo": "sppo_hard",
+    "apo": "apo_zero",
+    "kto_pair": "kto",
+    "rpo": "rpo_bwd_kl",
+    "lipo": "all_pairs",
+    "rm": "reward",
+}
+"""Names that others give, for the hint of an error message."""
+
 GENERAL_OPTIONS = frozenset(
     {"loss_type", "loss_weights", "beta", "nll_coef", "f_divergence", "f_alpha", "ld_alpha", "wpo", "row_weights"}
 )

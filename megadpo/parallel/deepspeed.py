@@ -23,15 +23,13 @@ from torch import Tensor
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
-from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel import schedule
-from megadpo.parallel.deepspeed_options import engine_config
+from megadpo.parallel.deepspeed_offload import cpu_adam, own_directory, require_async_io
+from megadpo.parallel.deepspeed_options import engine_config, swap_to_directory
 from megadpo.parallel.deepspeed_runtime import (
     Runtime,
-    can_swap_to_nvme,
-    cpu_adam,
     data_parallel_group,
     gather_while_running,
     prepare_deepspeed,
@@ -53,11 +51,6 @@ class ZeroEngine:
     def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig) -> None:
         """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
         prepare_deepspeed()
-        if parallel.offload == "nvme" and not can_swap_to_nvme():
-            raise UserError(
-                "parallel.offload is nvme, but DeepSpeed's asynchronous file operations cannot be built here; "
-                "install libaio-dev and a compiler, or use parallel.offload cpu"
-            )
         self.stage, self.train, self.parallel = stage, train, parallel
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
@@ -73,6 +66,7 @@ class ZeroEngine:
         self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
     ) -> None:
         self.runtime.num_backwards_left = len(micro_batches)
+        self.runtime.keeps_gradients = self.parallel.offload == "nvme"
         schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
@@ -103,6 +97,7 @@ class ZeroEngine:
         for group in self.runtime.optimizer.param_groups:
             group["lr"] = learning_rate
         self.runtime.use_norm(norm)
+        self.partitions.before_step()
         self.runtime.step()
         return norm
 
@@ -185,20 +180,31 @@ def frozen_sharded_stage(
     hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, parallel: ParallelConfig
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel)
+    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
-    gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False))
+    gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 
 
 def sharded_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, recompute: str, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str,
+    parallel: ParallelConfig,
+    role: str = "policy",
 ) -> Stage:
-    """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole."""
+    """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
+
+    `role` keeps the files of two models apart where parameters are offloaded to a directory.
+    """
     prepare_deepspeed()
+    if parallel.offload == "nvme":
+        require_async_io()
     stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"))
-    cut = sharder(dtype, _config(stage, parallel, ds_cpu_adam=False))
+    cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():
         parameter = torch.nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=compute_device()))
@@ -238,9 +244,13 @@ class _Driven:
         self.module.set_input_tensor(tensor)
 
 
-def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool) -> dict[str, Any]:
-    num_elements = sum(math.prod(shard.shape) for _, shard in stage.parameters.values())
-    return engine_config(parallel, stage.model.config.params_dtype, num_elements, ds_cpu_adam)
+def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str = "policy") -> dict[str, Any]:
+    sizes = [math.prod(shard.shape) for _, shard in stage.parameters.values()]
+    config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
+    if parallel.offload == "nvme":
+        largest_part = -(-max(sizes) // dist.get_world_size(data_parallel_group()))
+        swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part)
+    return config
 
 
 def _adamw(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ This module does not import deepspeed: options are checked before it is known to
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -135,6 +136,11 @@ def check_options(config: Any) -> None:
             f"parallel.offload_dir is {parallel.offload_dir!r} with parallel.offload {parallel.offload}; "
             "nvme needs a directory, and nothing else reads one"
         )
+    if parallel.offload == "nvme" and config.reference.sync_every is not None:
+        raise UserError(
+            "reference.sync_every moves the reference in memory, but parallel.offload nvme keeps it in files; "
+            "use parallel.offload cpu or remove sync_every"
+        )
     if parallel.deepspeed_config is not None:
         read_user_config(parallel.deepspeed_config)
 
@@ -172,8 +178,21 @@ def check_machine(parallel: Any, dtype: torch.dtype) -> None:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"parallel.offload_dir: {directory} cannot be made: {error.strerror}") from error
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UserError(f"parallel.offload_dir: {directory} cannot be written; choose a directory on a local NVMe disk")
+        _try_direct_write(directory)
+
+
+def _try_direct_write(directory: Path) -> None:
+    """Raises UserError where a file cannot be written past the system's cache, as DeepSpeed does it (Linux)."""
+    probe = directory / f".megadpo-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0), 0o600))
+    except OSError as error:
+        told = f"parallel.offload_dir: {directory} cannot be written"
+        if error.errno == errno.EINVAL:
+            told += " without the system's cache (O_DIRECT), as on tmpfs"
+        raise UserError(f"{told}: {error.strerror}; choose a directory on a local NVMe disk") from error
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_adam: bool) -> dict[str, Any]:
@@ -191,12 +210,10 @@ def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_a
     zero = {**DEFAULTS_IN_ZERO, **dict.fromkeys(BUCKETS, bucket), **config.get("zero_optimization", {})}
     zero["stage"] = parallel.zero_stage
     if parallel.offload != "none":
-        place = {"device": parallel.offload}
-        if parallel.offload == "nvme":
-            place["nvme_path"] = parallel.offload_dir
-        zero["offload_optimizer"] = {**place, "pin_memory": torch.cuda.is_available()}
+        place = {"device": parallel.offload, "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = dict(place)
         if parallel.zero_stage == 3:
-            zero["offload_param"] = {**place, "pin_memory": torch.cuda.is_available()}
+            zero["offload_param"] = dict(place)
     return {
         **config,
         "zero_optimization": zero,
@@ -212,3 +229,16 @@ def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_a
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": ds_cpu_adam,
     }
+
+
+def swap_to_directory(config: dict[str, Any], directory: str, largest_part: int) -> None:
+    """Completes a configuration with offload to NVMe.
+
+    Args:
+        directory: one for each model, as DeepSpeed empties it.
+        largest_part: elements of the largest parameter that are this rank's: what a buffer has to hold.
+    """
+    zero = config["zero_optimization"]
+    zero["offload_optimizer"]["nvme_path"] = directory
+    # None of what is worth a file stays in memory: by default a thousand million parameters would.
+    zero["offload_param"] |= {"nvme_path": directory, "buffer_size": largest_part, "max_in_cpu": 0}

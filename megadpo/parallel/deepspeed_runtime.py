@@ -137,6 +137,8 @@ class Runtime(DeepSpeedEngine):
             config_class=DeepSpeedConfig(config, ModelParallelUnit),
         )
         self.num_backwards_left = 0
+        self.keeps_gradients = False
+        """Leave the sum of the micro-batches' gradients where it is added up, instead of giving it to the optimizer."""
         if self.zero_optimization_stage() == 3:
             # Its only user divides the sum over replicas by this.
             self.optimizer._gradient_averaging_world_size = lambda *unused: 1
@@ -149,7 +151,7 @@ class Runtime(DeepSpeedEngine):
     def _backward_prologue(self) -> None:
         self.optimizer.clear_backward_seen_flag()
         self.num_backwards_left -= 1
-        self.set_gradient_accumulation_boundary(self.num_backwards_left == 0)
+        self.set_gradient_accumulation_boundary(self.num_backwards_left == 0 and not self.keeps_gradients)
         super()._backward_prologue()
 
     def _share_fp32_weights(self) -> None:
@@ -170,10 +172,11 @@ class Runtime(DeepSpeedEngine):
             self.optimizer.scaled_global_norm = lambda *unused: value
 
 
-def sharder(dtype: torch.dtype, config: dict[str, Any]) -> Any:
+def sharder(config: dict[str, Any]) -> Any:
     """What cuts a parameter over the replicas for ZeRO-3; without a context, so nothing of torch is replaced."""
+    # Its argument dtype is taken for bf16 where fp16 is not supported; without, the configuration's is.
     return deepspeed.zero.Init(
-        data_parallel_group=data_parallel_group(), config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False
+        data_parallel_group=data_parallel_group(), config_dict_or_path=config, mem_efficient_linear=False
     )
 
 
@@ -197,23 +200,3 @@ def gather_while_running(module: torch.nn.Module, config: dict[str, Any]) -> Dee
 def read_elsewhere(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
     """`module` reads a parameter that belongs to another module: gather it for `module` too."""
     deepspeed.zero.register_external_parameter(module, parameter)
-
-
-def cpu_adam() -> type[torch.optim.Optimizer] | None:
-    """DeepSpeedCPUAdam where its kernel builds or is built, else None."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    try:
-        CPUAdamBuilder().load(verbose=False)
-    except Exception:  # no compiler, no headers, another instruction set: torch's AdamW does the same
-        return None
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam
-
-
-def can_swap_to_nvme() -> bool:
-    """Whether the asynchronous file operations that NVMe offload needs can be built here."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))

@@ -27,11 +27,22 @@ def whole(parameter: Any) -> Tensor:
     """The whole values; collective over the parameter's data-parallel ranks where it is partitioned."""
     if not is_partitioned(parameter):
         return parameter.data
-    part = parameter.ds_tensor.data
+    part = _read_part(parameter)
     num_ranks = dist.get_world_size(parameter.ds_process_group)
     joined = torch.empty(num_ranks * part.numel(), dtype=part.dtype, device=part.device)
     dist.all_gather_into_tensor(joined, part.contiguous(), group=parameter.ds_process_group)
     return joined[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _read_part(parameter: Any) -> Tensor:
+    """This rank's part, read where it is in a file (offload to NVMe)."""
+    if parameter.ds_tensor.status.name == "INFLIGHT":
+        parameter.nvme_swapper.synchronize_reads()
+    if parameter.ds_tensor.status.name == "AVAILABLE":
+        return parameter.ds_tensor.data
+    part = torch.empty(parameter.ds_tensor.ds_numel, dtype=parameter.dtype)
+    parameter.nvme_swapper.swap_into_buffer(parameter, part)
+    return part.to(parameter.device)
 
 
 def set_whole(parameter: Any, values: Tensor) -> None:

@@ -41,13 +41,19 @@ class Partitions(Protocol):
         """Bring the fp32 weights into the model; collective."""
         ...
 
+    def before_step(self) -> None:
+        """The gradients are final: let the optimizer have them."""
+        ...
+
 
 def partitions_of(runtime: Runtime) -> Partitions:
     """The partitions of the runtime's ZeRO stage."""
     stage = runtime.zero_optimization_stage()
     if stage == 0:
         return Whole(runtime)
-    return Flat(runtime) if stage < 3 else Cut(runtime)
+    if stage < 3:
+        return Flat(runtime)
+    return Swapped(runtime) if runtime.optimizer.swap_optimizer else Cut(runtime)
 
 
 def _make_moments(optimizer: Any, keys: list[Tensor], num_steps: int) -> None:
@@ -85,6 +91,9 @@ class Whole:
         _make_moments(self.optimizer, [p for group in self.optimizer.param_groups for p in group["params"]], num_steps)
 
     def publish_weights(self) -> None:
+        pass
+
+    def before_step(self) -> None:
         pass
 
 
@@ -138,6 +147,9 @@ class Flat:
     def publish_weights(self) -> None:
         self.zero.update_lp_params()
 
+    def before_step(self) -> None:
+        pass
+
 
 class Cut:
     """Stage 3: each parameter is cut into equal parts over the replicas."""
@@ -173,6 +185,72 @@ class Cut:
     def publish_weights(self) -> None:
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._publish(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _publish(self, group: int) -> None:
+        self.zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def before_step(self) -> None:
+        pass
+
+
+class Swapped(Cut):
+    """Stage 3 with weights and moments in files, a sub-group of parameters at a time in memory.
+
+    A run stays what it is until one of another sub-group is asked for. Gradients stay in memory, where micro-batches are
+    added up, until the step.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        self._runtime = runtime
+        self._here: int | None = None
+        self._is_written = False
+
+    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+        sums = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        return self._run(parameter, sums[parameter.ds_id])  # type: ignore[attr-defined]
+
+    def _place(self, parameter: torch.nn.Parameter) -> tuple[Tensor, slice]:
+        self._bring(self.zero.grad_position[self.zero.get_param_id(parameter)][0])
+        return super()._place(parameter)
+
+    def make_moments(self, num_steps: int) -> None:
+        self._is_written = True
+        for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            self._bring(group)
+            _make_moments(self.zero.optimizer, [flat], num_steps)
+            self._put_back()
+
+    def publish_weights(self) -> None:
+        self._put_back()
+        self._is_written = False
+        super().publish_weights()
+        self._put_back()
+
+    def _publish(self, group: int) -> None:
+        self._bring(group)
+        super()._publish(group)
+
+    def before_step(self) -> None:
+        self._put_back()
+        self.zero._finalize_offload_gradient_accumulation()
+        self._runtime.set_gradient_accumulation_boundary(True)
+
+    def _bring(self, group: int) -> None:
+        if group == self._here:
+            return
+        self._put_back()
+        if self.zero._swappable_optimizer_subgroup(group):  # a small one is always in memory
+            self.zero._optimizer_states_and_gradient_swap_in(group)
+            self._here = group
+
+    def _put_back(self) -> None:
+        if self._here is not None:
+            if self._is_written:
+                self.zero._optimizer_states_and_gradient_swap_out(self._here)
+            else:
+                self.zero._release_swap_buffers(self._here)
+            self._here = None

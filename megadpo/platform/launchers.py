@@ -189,6 +189,8 @@ def _mpirun(machines: Machines, environ: MutableMapping[str, str]) -> list[str]:
     hosts = ",".join(f"{host.name}:{machines.nproc}" for host in machines.hosts)
     if is_open_mpi:
         # Of the environment Open MPI hands on only what it is told to.
+        # Its binding to cores would put all threads of a process on one.
+        start += ["--bind-to", "none"]
         names = [name for name in ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH") if name in environ]
         return [*start, *(["--host", hosts] if hosts else []), *(word for name in names for word in ("-x", name))]
     return [*start, *(["-hosts", hosts] if hosts else [])]

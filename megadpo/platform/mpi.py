@@ -83,7 +83,8 @@ def _communicator(names: Names, rank: int, size: int) -> Any:
     if (world.Get_rank(), world.Get_size()) != (rank, size):
         raise UserError(
             f"mpi4py has rank {world.Get_rank()} of {world.Get_size()}, {names.rank} says {rank} of {size}: "
-            "mpi4py was built for another MPI than this mpirun: install it again with this one"
+            "mpi4py uses another MPI than this mpirun: name this one's library in MPI4PY_LIBMPI, install mpi4py for it, "
+            "or use --launcher mpirun, which needs no mpi4py"
         )
     return world
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megadpo.metrics.progress import MOST_PLAIN_LINES, ProgressSink
+from megadpo.metrics.progress import MOST_PLAIN_LINES, ProgressSink, describe
 from megadpo.metrics.sinks import JsonlSink, TensorBoardSink, open_sinks
 
 
@@ -187,3 +187,8 @@ def test_on_a_terminal_progress_is_a_bar_that_counts_from_the_resumed_step() -> 
     shown = stream.getvalue()
     assert "4/10" in shown and "10/10" in shown
     assert "loss 0.6931, margin 0.500, accuracy 0.75, 1234 tokens/s" in shown
+
+
+def test_a_margin_that_a_step_does_not_have_is_left_out_and_a_loss_that_is_no_number_is_not() -> None:
+    assert describe({"loss": 0.5, "rewards/margins": math.nan}) == "loss 0.5000"
+    assert describe({"loss": math.nan, "rewards/margins": math.nan}) == "loss nan"

@@ -11,7 +11,7 @@ import torch
 from megadpo.config import ObjectiveConfig, load_config
 from megadpo.errors import UserError
 from megadpo.objectives.evaluate import LOSSES, evaluate
-from megadpo.objectives.specs import SPECS, kind_of, needs_reference, reading_of
+from megadpo.objectives.specs import ALIASES, SPECS, kind_of, needs_reference, reading_of
 from megadpo.objectives.terms import Normalisers
 from tests.objectives.conftest import random_statistics
 
@@ -102,13 +102,16 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
     ("settings", "message"),
     [
         ({"objective": {"loss_type": "sigmod"}}, "did you mean 'sigmoid'"),
+        ({"objective": {"loss_type": "dpo"}}, "'dpo' is not known; did you mean 'sigmoid'"),
+        ({"objective": {"loss_type": "KTO"}}, "'KTO' is not known; did you mean 'kto'"),
+        ({"objective": {"loss_type": "kto_pair"}}, "did you mean 'kto'"),
         ({"objective": {"loss_type": []}}, "at least one"),
         ({"objective": {"loss_type": ["sigmoid", "sigmoid"]}}, "name each loss once"),
         ({"objective": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}}, "1 weights for 2 losses"),
         ({"objective": {"loss_type": "exo_pair"}}, "label_smoothing is 0, for which exo_pair has no finite loss"),
         (
             {"objective": {"loss_type": "simpo"}},
-            "reads no reference, but reference.mode is resident; set reference.mode to none",
+            r"reads no reference, but reference.mode is resident \(the default\); set reference.mode to none",
         ),
         ({"objective": {"loss_type": "ipo"}, "reference": {"mode": "none"}}, "ipo needs a reference"),
         ({"objective": {"loss_type": "nca_pair", "f_divergence": "js"}}, "f_divergence is not defined for nca_pair"),
@@ -150,3 +153,7 @@ def test_rows_are_read_for_what_the_objective_needs_and_no_more():
     assert reading_of(ObjectiveConfig(loss_type="all_pairs")).kind == "lists"
     assert reading_of(ObjectiveConfig(loss_type="sft")).kind == "examples"
     assert reading_of(ObjectiveConfig(loss_type=["sigmoid", "sft"])).kind == "pairs"
+
+
+def test_every_name_that_others_give_hints_at_a_loss_of_ours():
+    assert set(ALIASES.values()) <= SPECS.keys() and not set(ALIASES) & SPECS.keys()

@@ -45,6 +45,10 @@ TIED = {
     4: [(layout, stage) for layout in FOUR[:2] for stage in (1, 2, 3)],
 }
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
+NVME = {
+    2: [(DATA, "none"), (DATA, "full"), (SEQUENCE, "none"), (PIPELINE, "none")],
+    4: [(Layout(pipeline=2, data=2), "none")],
+}
 OFFLOADED = [(DATA, 1), (DATA, 2), (DATA, 3), (SEQUENCE, 3), (PIPELINE, 3)]
 
 
@@ -151,6 +155,48 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
         assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
         assert ("DeepSpeedCPUAdam" in outcome.optimizer) is cpu_adam, "the choice is told"
+
+
+@pytest.fixture
+def async_io() -> None:
+    """Asynchronous operations on files, compiled once; skipped where libaio or a compiler is missing."""
+    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, require_async_io
+
+    if not can_swap_to_nvme():
+        pytest.skip("DeepSpeed's async_io does not build here: install libaio-dev and a C++ compiler")
+    require_async_io()
+
+
+LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+"""Models of which some parameters and sub-groups are worth a file (1 MiB), and some stay in memory."""
+
+
+def _no_parameter_stays_whole(directory: Path) -> str:
+    path = directory / "deepspeed.json"
+    zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 600_000, "stage3_max_reuse_distance": 0}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return str(path)
+
+
+@pytest.mark.parametrize("num_processes", NVME)
+def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
+    policy = save_model(tmp_path / "policy", tokenizer=False, **LARGE)
+    reference = save_model(tmp_path / "reference", seed=1, tokenizer=False, **LARGE)
+    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
+    (base,) = run_world(1, outcomes, policy, reference, random_groups(12), [Case(Layout())])[0]
+    json_file = _no_parameter_stays_whole(tmp_path)
+    cases = [
+        Case(layout, 3, recompute=how, offload="nvme", offload_dir=str(tmp_path / f"{n}"), deepspeed_config=json_file)
+        for n, (layout, how) in enumerate(NVME[num_processes])
+    ]
+    found = run_world(num_processes, outcomes, policy, reference, random_groups(12), cases)[0]
+    for case, outcome in zip(cases, found, strict=True):
+        assert outcome.num_files["policy"] > 10 and outcome.num_files["reference"] > 3, f"{case}: {outcome.num_files}"
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
+        assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
+        assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
 
 
 @pytest.fixture(scope="module")

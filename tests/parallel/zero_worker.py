@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from tests.parity.worker import whole_tensors
 
 @dataclass
 class Outcome(worker.Outcome):
-    """And the optimizer, as the engine describes it."""
+    """And the optimizer, as the engine describes it, and the number of files of each model offloaded to NVMe."""
 
     optimizer: str = ""
+    num_files: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Case:
     tokens_per_micro_batch: int = 90
     recompute: str = "none"
     offload: str = "none"
+    offload_dir: str | None = None
     deepspeed_config: str | None = None
     dtype: torch.dtype = torch.float32
     clip_norm: float = 1.0
@@ -50,7 +52,8 @@ class Case:
     @property
     def parallel(self) -> ParallelConfig:
         stage, offload = self.zero_stage or 0, self.offload
-        return ParallelConfig(engine="deepspeed", zero_stage=stage, offload=offload, deepspeed_config=self.deepspeed_config)
+        options = {"offload": offload, "offload_dir": self.offload_dir, "deepspeed_config": self.deepspeed_config}
+        return ParallelConfig(engine="deepspeed", zero_stage=stage, **options)
 
 
 def outcomes(
@@ -130,6 +133,9 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
             outcome.margins = torch.cat([ratio_R[::2] - ratio_R[1::2] for ratio_R in ratios] or [torch.empty(0)])
     weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
     outcome.weights = whole_tensors(hf_config, engine.stage, weights, layout)
+    if case.offload_dir:
+        own = Path(case.offload_dir) / f"rank{dist.get_rank()}"
+        outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, outcome.margins)
     outcome.margins = torch.cat(gathered)

@@ -18,6 +18,7 @@ from megadpo.platform import launchers, mpi
 from megadpo.platform.hostfile import number_of_this_machine, read_hostfile
 from megadpo.platform.launchers import Request, machines
 from tests.models import save_model, write_hh
+from tests.worlds import path_with_mpirun
 
 ROOT = Path(__file__).parents[2]
 ME = socket.gethostname()
@@ -115,7 +116,7 @@ def test_torchrun_and_deepspeed_are_told_of_all_machines(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("mpirun (Open MPI) 5.0.3", f"--host {ME}:2,b:2 -x MASTER_ADDR -x MASTER_PORT"),
+        ("mpirun (Open MPI) 5.0.3", f"--bind-to none --host {ME}:2,b:2 -x MASTER_ADDR -x MASTER_PORT"),
         ("HYDRA build details:", f"-hosts {ME}:2,b:2"),
     ],
 )
@@ -236,7 +237,7 @@ def test_without_an_address_rank_0_tells_it_through_mpi(
 
 def test_an_mpi4py_of_another_mpi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, World(0, ["a"], [], size=1))
-    with pytest.raises(UserError, match="mpi4py was built for another MPI than this mpirun"):
+    with pytest.raises(UserError, match="mpi4py uses another MPI than this mpirun"):
         mpi.adopt_mpi_environment(dict(OPEN_MPI))
 
 
@@ -265,15 +266,36 @@ def test_a_local_rank_that_no_launcher_gave_is_refused(argument: str, environ: d
 def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str) -> None:
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
-    save_model(tmp_path / "model", num_hidden_layers=1)
-    write_hh(tmp_path / "pairs.jsonl", 4)
-    (tmp_path / "run.yaml").write_text("train:\n  steps: 1\n  pairs_per_step: 4\n")
-    command = [str(ROOT / "launch.sh"), "train", "--launcher", launcher, "--nproc", "2", str(tmp_path / "run.yaml")]
-    command += [f"model.path={tmp_path / 'model'}", "model.dtype=fp32", f"data.train={tmp_path / 'pairs.jsonl'}"]
-    command += [f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=64", f"output_dir={tmp_path / 'out'}"]
-    environ = {"PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=240)
+    train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", launcher, "--nproc", "2"])
+
+
+@pytest.mark.parametrize("kind", ["openmpi", "mpich"])
+def test_mpirun_really_trains_on_two_processes(tmp_path: Path, kind: str) -> None:
+    path = path_with_mpirun(tmp_path, kind)
+    train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", "mpirun", "--nproc", "2"], PATH=path)
+
+
+def test_the_ranks_of_a_plain_mpirun_meet_through_mpi4py(tmp_path: Path) -> None:
+    path = path_with_mpirun(tmp_path, "openmpi")
+    probe = [sys.executable, "-c", "from mpi4py import MPI; assert 'Open MPI' in MPI.Get_library_version()"]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("mpi4py is not installed, or finds no Open MPI")
+    train_on_two(tmp_path, ["mpirun", "-np", "2", sys.executable, "-m", "megadpo", "train"], PATH=path)
+
+
+def train_on_two(directory: Path, command: list[str], **environment: str) -> None:
+    """One step of training by `command`, which must have started two replicas."""
+    save_model(directory / "model", num_hidden_layers=1)
+    write_hh(directory / "pairs.jsonl", 4)
+    (directory / "run.yaml").write_text("train:\n  steps: 1\n  pairs_per_step: 4\n")
+    command = [*command, str(directory / "run.yaml"), f"model.path={directory / 'model'}", "model.dtype=fp32"]
+    command += [f"data.train={directory / 'pairs.jsonl'}", f"data.cache_dir={directory / 'cache'}", "data.max_length=64"]
+    command += [f"output_dir={directory / 'out'}"]
+    own = {"PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment}
+    # Open MPI asks a superuser, as in a container, to say so twice.
+    own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "data 2," in result.stdout + result.stderr
-    (line,) = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    (line,) = (directory / "out" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1

@@ -1,0 +1,106 @@
+"""What offload needs: DeepSpeed's compiled parts (an Adam for CPUs, asynchronous reads and writes of files) and a directory.
+
+The parts are compiled at their first use, which takes minutes, and then lie in torch's cache of extensions. torch lets one
+process compile, and the others wait until its file `lock` is gone: after a compilation that was killed, for ever. Here
+the processes of a machine take turns under a lock that ends with its process; a `lock` found in one's turn is a leftover.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch.utils import cpp_extension
+
+from megadpo.errors import UserError
+
+_held: dict[Path, TextIO] = {}
+
+NEEDED_FOR_NVME = "parallel.offload nvme needs DeepSpeed's async_io"
+
+
+def cpu_adam() -> type[torch.optim.Optimizer] | None:
+    """DeepSpeedCPUAdam where its kernel builds or is built, else None.
+
+    Raises:
+        UserError: a killed compilation has left its lock.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        _load(CPUAdamBuilder(), "cpu_adam")
+    except UserError:
+        raise
+    except Exception:  # no compiler, no headers, another instruction set: torch's AdamW does the same
+        return None
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam
+
+
+def can_swap_to_nvme() -> bool:
+    """Whether the asynchronous file operations that NVMe offload needs can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+def require_async_io() -> None:
+    """Loads async_io, which DeepSpeed itself would do later and with a longer story where it cannot.
+
+    Raises:
+        UserError: it does not build here: what to install.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not can_swap_to_nvme():
+        raise UserError(
+            f"{NEEDED_FOR_NVME}, for which libaio or a C++ compiler is missing here; install them (Debian and Ubuntu: "
+            "apt-get install libaio-dev g++; Fedora: dnf install libaio-devel gcc-c++) or use parallel.offload cpu"
+        )
+    try:
+        _load(AsyncIOBuilder(), "pin_memory", "async_io")
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{NEEDED_FOR_NVME}, which does not build here ({reason}); use parallel.offload cpu") from error
+
+
+def _load(builder: Any, *names: str) -> None:
+    """Load or compile what `builder` makes in torch's directories of these names, one process of a machine at a time."""
+    directories = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in names]
+    with open(directories[-1].parent / f"megadpo-{names[-1]}.turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for directory in directories:
+            if (directory / "lock").exists():
+                raise UserError(
+                    f"{directory / 'lock'} is there: a compilation of DeepSpeed's {directory.name} was killed, or another "
+                    "program is just compiling it; unless one is, remove that file and start again"
+                )
+        builder.load(verbose=False)
+
+
+def own_directory(offload_dir: str) -> Path:
+    """This rank's directory for offload to NVMe: locked until this process ends, which then removes it.
+
+    Raises:
+        UserError: another run is using it.
+    """
+    directory = Path(offload_dir) / f"rank{dist.get_rank()}"
+    if directory not in _held:
+        directory.mkdir(parents=True, exist_ok=True)
+        in_use = open(directory / "in-use", "w")  # noqa: SIM115 - until the end of this process
+        try:
+            fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            in_use.close()
+            raise UserError(f"parallel.offload_dir: {offload_dir} is in use by another run; give each its own") from None
+        _held[directory] = in_use
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory

@@ -77,16 +77,24 @@ def require_async_io() -> None:
 
 def require_lockable(num_bytes: int) -> None:
     """Raises UserError where this process may not lock so much memory, for DeepSpeed would just be aborted."""
-    with mmap.mmap(-1, num_bytes) as memory:
-        first = ctypes.c_char.from_buffer(memory)
-        status = ctypes.CDLL(None).mlock(ctypes.byref(first), ctypes.c_size_t(num_bytes))
-        del first
-    if status:
+    if not _can_lock(num_bytes):
         wanted, limit = num_bytes / 2**20, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] / 2**20
         raise UserError(
             f"{NEEDED_FOR_NVME}, which locks up to {wanted:,.0f} MiB of memory, but a process may lock {limit:,.0f} MiB "
             "here; raise it (ulimit -l unlimited, or memlock in /etc/security/limits.conf)"
         )
+
+
+def _can_lock(num_bytes: int) -> bool:
+    try:
+        memory = mmap.mmap(-1, num_bytes)
+    except OSError:
+        return False
+    first = ctypes.c_char.from_buffer(memory)
+    status = ctypes.CDLL(None).mlock(ctypes.byref(first), ctypes.c_size_t(num_bytes))
+    del first
+    memory.close()
+    return bool(status == 0)
 
 
 def _load(builder: Any, *names: str) -> None:

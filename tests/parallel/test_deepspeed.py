@@ -160,11 +160,12 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
 @pytest.fixture
 def async_io() -> None:
     """Asynchronous operations on files, compiled once; skipped where libaio or a compiler is missing."""
-    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, require_async_io
+    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, cpu_adam, require_async_io
 
     if not can_swap_to_nvme():
         pytest.skip("DeepSpeed's async_io does not build here: install libaio-dev and a C++ compiler")
     require_async_io()
+    cpu_adam()  # before any rank's time-out runs
 
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}

@@ -64,6 +64,8 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         yield layout, ("DeepSpeed", str(stage), ""), "qwen3", True
     for layout, stage in test_deepspeed.OFFLOADED:
         yield layout, ("DeepSpeed", str(stage), "cpu"), "llama", True
+    for layout, _ in (case for some in test_deepspeed.NVME.values() for case in some):
+        yield layout, ("DeepSpeed", "3", "nvme"), "llama", True
 
 
 def _cell(layout: Layout, engine: Sequence[str]) -> Cell:

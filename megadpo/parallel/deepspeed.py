@@ -26,7 +26,7 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel import schedule
-from megadpo.parallel.deepspeed_offload import cpu_adam, own_directory, require_async_io
+from megadpo.parallel.deepspeed_offload import cpu_adam, own_directory, require_async_io, require_lockable
 from megadpo.parallel.deepspeed_options import engine_config, swap_to_directory
 from megadpo.parallel.deepspeed_runtime import (
     Runtime,
@@ -248,8 +248,8 @@ def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str
     sizes = [math.prod(shard.shape) for _, shard in stage.parameters.values()]
     config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
-        largest_part = -(-max(sizes) // dist.get_world_size(data_parallel_group()))
-        swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part)
+        largest_part, part = (-(-size // dist.get_world_size(data_parallel_group())) for size in (max(sizes), sum(sizes)))
+        require_lockable(swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part, part))
     return config
 
 

@@ -8,7 +8,10 @@ the processes of a machine take turns under a lock that ends with its process; a
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
+import mmap
+import resource
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,6 +73,28 @@ def require_async_io() -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{NEEDED_FOR_NVME}, which does not build here ({reason}); use parallel.offload cpu") from error
+
+
+def require_lockable(num_bytes: int) -> None:
+    """Raises UserError where this process may not lock so much memory, for DeepSpeed would just be aborted."""
+    if not _can_lock(num_bytes):
+        wanted, limit = num_bytes / 2**20, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] / 2**20
+        raise UserError(
+            f"{NEEDED_FOR_NVME}, which locks up to {wanted:,.0f} MiB of memory, but a process may lock {limit:,.0f} MiB "
+            "here; raise it (ulimit -l unlimited, or memlock in /etc/security/limits.conf)"
+        )
+
+
+def _can_lock(num_bytes: int) -> bool:
+    try:
+        memory = mmap.mmap(-1, num_bytes)
+    except OSError:
+        return False
+    first = ctypes.c_char.from_buffer(memory)
+    status = ctypes.CDLL(None).mlock(ctypes.byref(first), ctypes.c_size_t(num_bytes))
+    del first
+    memory.close()
+    return bool(status == 0)
 
 
 def _load(builder: Any, *names: str) -> None:

@@ -5,6 +5,7 @@ This module does not import deepspeed: options are checked before it is known to
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -192,7 +193,8 @@ def _try_direct_write(directory: Path) -> None:
             told += " without the system's cache (O_DIRECT), as on tmpfs"
         raise UserError(f"{told}: {error.strerror}; choose a directory on a local NVMe disk") from error
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_adam: bool) -> dict[str, Any]:
@@ -231,14 +233,17 @@ def engine_config(parallel: Any, dtype: torch.dtype, num_elements: int, ds_cpu_a
     }
 
 
-def swap_to_directory(config: dict[str, Any], directory: str, largest_part: int) -> None:
-    """Completes a configuration with offload to NVMe.
+def swap_to_directory(config: dict[str, Any], directory: str, largest_part: int, part: int) -> int:
+    """Completes a configuration with offload to NVMe; the bytes that DeepSpeed's buffers will take at most.
 
     Args:
         directory: one for each model, as DeepSpeed empties it.
         largest_part: elements of the largest parameter that are this rank's: what a buffer has to hold.
+        part: elements of all parameters that are this rank's.
     """
     zero = config["zero_optimization"]
     zero["offload_optimizer"]["nvme_path"] = directory
     # None of what is worth a file stays in memory: by default a thousand million parameters would.
     zero["offload_param"] |= {"nvme_path": directory, "buffer_size": largest_part, "max_in_cpu": 0}
+    # Five buffers of a parameter, four of a sub-group's fp32 weights, gradients and moments: DeepSpeed's defaults.
+    return 4 * (5 * largest_part + 4 * min(part, zero.get("sub_group_size", 10**9)))

@@ -53,7 +53,8 @@ def read_hostfile(path: Path) -> list[Host]:
 def _host(text: str, where: str) -> Host:
     match = LINE.fullmatch(text)
     if match is None:
-        raise UserError(f"{where}: {text!r} is not `HOST` or `HOST slots=N`")
+        hint = "; give a host name in place of an IPv6 address" if text.count(":") > 1 else ""
+        raise UserError(f"{where}: {text!r} is not `HOST` or `HOST slots=N`{hint}")
     if match["slots"] is not None and int(match["slots"]) < 1:
         raise UserError(f"{where}: slots={match['slots']} is not above 0; leave the host out instead")
     return Host(match["name"], None if match["slots"] is None else int(match["slots"]), where)

@@ -107,7 +107,8 @@ def _of_options(request: Request) -> Machines:
         raise UserError(f"--nnodes {count} needs --master HOST[:PORT], the first machine's address")
     host, _, port = master.partition(":")
     if not host or (":" in master and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise UserError(f"--master {master} is not HOST or HOST:PORT")
+        hint = "; give a host name in place of an IPv6 address" if master.count(":") > 1 else ""
+        raise UserError(f"--master {master} is not HOST or HOST:PORT{hint}")
     if port and request.port is not None and int(port) != request.port:
         raise UserError(f"--master {master} and --port {request.port} are two ports; give one")
     if number is None or not 0 <= number < count:

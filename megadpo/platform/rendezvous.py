@@ -113,6 +113,8 @@ def _address_of(probe: socket.socket, name: str) -> str | None:
 
 def _open_store(host: str, port: int, rank: int, size: int, seconds: float) -> dist.Store:
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not is_server:
+        _wait_for_listener(host, port, rank, seconds)
     try:
         return dist.TCPStore(
             host, port, size, is_server, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
@@ -123,10 +125,27 @@ def _open_store(host: str, port: int, rank: int, size: int, seconds: float) -> d
                 f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}); is another run using the port? "
                 "choose another with --port or MASTER_PORT, the same on every machine"
             ) from error
-        raise UserError(
-            f"rank {rank}: no answer from rank 0 at {host}:{port} within {seconds:g} s ({_first_line(error)}); is it "
-            f"started, and is {host} the address that this machine reaches it by?"
-        ) from error
+        raise _no_answer(host, port, rank, seconds, error) from error
+
+
+def _wait_for_listener(host: str, port: int, rank: int, seconds: float) -> None:
+    """Raises UserError where nobody accepts connections in time; torch's store would print its stack too."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _no_answer(host, port, rank, seconds, error) from error
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _no_answer(host: str, port: int, rank: int, seconds: float, error: Exception) -> UserError:
+    return UserError(
+        f"rank {rank}: no answer from rank 0 at {host}:{port} within {seconds:g} s ({_first_line(error)}); is it "
+        f"started, and is {host} the address that this machine reaches it by?"
+    )
 
 
 def _wait(store: dist.Store, keys: Sequence[str], deadline: float) -> list[int]:

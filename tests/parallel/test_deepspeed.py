@@ -160,11 +160,12 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
 @pytest.fixture
 def async_io() -> None:
     """Asynchronous operations on files, compiled once; skipped where libaio or a compiler is missing."""
-    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, require_async_io
+    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, cpu_adam, require_async_io
 
     if not can_swap_to_nvme():
         pytest.skip("DeepSpeed's async_io does not build here: install libaio-dev and a C++ compiler")
     require_async_io()
+    cpu_adam()  # before any rank's time-out runs
 
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
@@ -178,6 +179,8 @@ def _no_parameter_stays_whole(directory: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_processes", NVME)
 def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
     policy = save_model(tmp_path / "policy", tokenizer=False, **LARGE)
@@ -191,7 +194,7 @@ def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
     ]
     found = run_world(num_processes, outcomes, policy, reference, random_groups(12), cases)[0]
     for case, outcome in zip(cases, found, strict=True):
-        assert outcome.num_files["policy"] > 10 and outcome.num_files["reference"] > 3, f"{case}: {outcome.num_files}"
+        assert min(outcome.num_files.values()) > 1, f"{case}: {outcome.num_files}"
         worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
@@ -245,6 +248,30 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, par
     assert resumed == whole and [record["step"] for record in resumed] == [1, 2, 3, 4]
     ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("dtype", "layout"), [("fp32", {}), ("bf16", {"pipeline": 2})], ids=str)
+def test_a_resumed_run_with_offload_to_files_is_too(files, tmp_path, async_io, dtype, layout):
+    model, json_file = save_model(tmp_path / "model", **LARGE), _no_parameter_stays_whole(tmp_path)
+
+    def settings(name: str, **offload: str) -> dict[str, Any]:
+        options = {"engine": "deepspeed", "zero_stage": 3, "deepspeed_config": json_file, **layout, **offload}
+        return _settings(files, tmp_path / name, parallel=options, model={"path": str(model), "dtype": dtype})
+
+    def to_files(name: str) -> dict[str, Any]:
+        return settings(name, offload="nvme", offload_dir=str(tmp_path / "nvme"))
+
+    whole = run_world(2, train_run, to_files("whole"))[0]
+    run_world(2, train_run, to_files("broken"), 3)
+    assert run_world(2, train_run, to_files("broken"))[0] == whole
+    in_memory = run_world(2, train_run, settings("memory", offload="cpu"))[0]
+    assert in_memory == whole, "the same optimizer, in memory"
+    ours = _weights(tmp_path / "broken")
+    for name in ("whole", "memory"):
+        theirs = _weights(tmp_path / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
 def test_a_run_with_a_moving_reference_goes_on_under_the_other_engine(files, tmp_path):

@@ -51,6 +51,7 @@ def test_every_zero_stage_and_offload_and_both_context_methods_are_in_the_list()
         ("Megatron", "1", ""),
         *(("DeepSpeed", str(stage), "") for stage in range(4)),
         *(("DeepSpeed", str(stage), "cpu") for stage in (1, 2, 3)),
+        ("DeepSpeed", "3", "nvme"),
     }
     assert {"2 ulysses", "2 allgather"} <= {cell[6] for cell in cells()}
 

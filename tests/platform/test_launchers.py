@@ -52,6 +52,10 @@ def test_a_machine_is_known_by_its_names_and_addresses(tmp_path: Path, name: str
     ("text", "sentence"),
     [
         ("a slots=4\nb slots=four\n", "hosts:2: 'b slots=four' is not `HOST` or `HOST slots=N`"),
+        (
+            "fd00::7 slots=4\n",
+            "hosts:1: 'fd00::7 slots=4' is not `HOST` or `HOST slots=N`; give a host name in place of an IPv6",
+        ),
         ("a slots=4 max-slots=8\n", "hosts:1: 'a slots=4 max-slots=8' is not"),
         ("a slots=0\n", "hosts:1: slots=0 is not above 0"),
         ("a slots=4\n# b\na slots=4\n", "hosts:3: host a is already in "),
@@ -85,6 +89,12 @@ def test_options_that_contradict_the_hostfile_are_refused(tmp_path: Path, reques
     with pytest.raises(UserError) as caught:
         machines(Request(**{**vars(request_), "hostfile": path}))
     assert sentence.format(path=path) in str(caught.value)
+
+
+@pytest.mark.parametrize("master", ["fd00::7", "[fd00::7]:4000", "::1"])
+def test_an_ipv6_address_of_the_first_machine_is_refused(master: str) -> None:
+    with pytest.raises(UserError, match=r"is not HOST or HOST:PORT; give a host name in place of an IPv6 address"):
+        machines(Request(nnodes=2, node_rank=0, master=master))
 
 
 def test_deepspeed_does_not_read_plain_host_names(tmp_path: Path) -> None:

@@ -116,12 +116,16 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
 
 def build(plan: Plan, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
+    from megadpo.model.kernels import choose_kernels
     from megadpo.reference import build_references
 
+    kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
     engine = build_engine(plan)
-    say(", ".join(f"{what} {name}" for what, name in engine.describe().items()))
+    for head in engine.stage.heads:
+        head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
+    say(", ".join(f"{what} {name}" for what, name in (engine.describe() | {"kernels": kernels}).items()))
     return Run(plan, engine, references, callbacks)
 
 

@@ -204,7 +204,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, beta: int = 1) -> No
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=beta, out=total)
     elif _adds_wider_products(total.device):
-        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
         length = max(1, 2**22 // max(1, total.shape[1]))
         for start in range(0, len(total), length):
@@ -221,7 +221,7 @@ def _adds_wider_products(device: torch.device) -> bool:
     small = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
     total = small.float()
     try:
-        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         return False
     return True

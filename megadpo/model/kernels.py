@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Collection, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,10 @@ _MORE, _SQUARES = 1, 2
 class Kernels(Protocol):
     """One way to do both operations."""
 
-    name: str
-    """For the console."""
+    @property
+    def name(self) -> str:
+        """For the console."""
+        ...
 
     def parts(self, logits_NV: Tensor, targets_N: Tensor, wanted: Collection[str], out_NP: Tensor) -> None:
         """Fill `out_NP` (float32, see PARTS) from a tile that stays as it is.
@@ -57,10 +59,8 @@ class TorchKernels:
         out_NP.zero_()
         out_NP[:, PARTS.index("maximum")] = out_NP[:, PARTS.index("target")] = -torch.inf
         for rows in _slices(logits_NV):
-            logits, (maximum, exponentials, target, products, sums, squared) = (
-                logits_NV[rows].float(),
-                out_NP[rows].unbind(1),
-            )
+            logits = logits_NV[rows].float()
+            maximum, exponentials, target, products, sums, squared = out_NP[rows].unbind(1)
             maximum.copy_(logits.amax(-1))
             here, column = _held_targets(targets_N[rows], logits.shape[1])
             target[here] = logits[here, column]
@@ -92,7 +92,7 @@ class NativeKernels:
         self.library = native.load("head_cuda" if self.is_cuda else "head")
         # Raw addresses and 64-bit counts; the last argument is a CUDA stream or a number of threads.
         pointer, count, last = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p if self.is_cuda else ctypes.c_int
-        tile = [pointer, ctypes.c_int, count, count, count, pointer]
+        tile: list[Any] = [pointer, ctypes.c_int, count, count, count, pointer]
         self.library.megadpo_head_parts.argtypes = [*tile, ctypes.c_int, pointer, last]
         self.library.megadpo_head_gradient.argtypes = [*tile, pointer, pointer, last]
         self.library.megadpo_head_parts.restype = self.library.megadpo_head_gradient.restype = ctypes.c_int

@@ -81,7 +81,7 @@ class ZeroEngine:
             self.runtime.allreduce_gradients()
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
-        """`.grad` where nothing is sharded and nothing rounded; elsewhere DeepSpeed takes gradients out of autograd's hands."""
+        """`.grad` where nothing is sharded and nothing rounded; elsewhere DeepSpeed takes gradients from autograd."""
         if self.parallel.zero_stage > 0 or parameter.dtype is not torch.float32:
             return None
         if parameter.grad is None:

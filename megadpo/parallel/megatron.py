@@ -80,10 +80,9 @@ class MegatronEngine:
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
-        if self.overlaps_reduction:
-            if getattr(parameter, "shared_embedding", False):
-                return None
-            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already.
+        if self.overlaps_reduction and not getattr(parameter, "zero_out_wgrad", False):
+            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
+            # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
             parameter.grad = parameter.new_zeros(()).expand_as(parameter)
             parameter.grad_added_to_main_grad = True
         return parameter.main_grad

@@ -113,7 +113,6 @@ class _Job:
         return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
-@functools.cache
 def tile_bytes(device: torch.device) -> int:
     """Most memory of a tile's logits (or one row's, if that is more)."""
     if device.type != "cuda":

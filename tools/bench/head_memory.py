@@ -46,6 +46,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--half-vocabulary", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of the time comparison")
     parser.add_argument("--kernels", choices=["auto", "torch", "native"], default="auto", help="model.kernels of our head")
+    parser.add_argument("--tile-mib", type=int, help="memory of a tile of our head; default: as in training")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -64,6 +65,7 @@ def _memory(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "vocabulary": options.vocabulary,
                     "backward": backward,
                     "kernels": options.kernels,
+                    "tile_mib": options.tile_mib,
                 }
                 points.append(point | _in_own_process(point))
     return points
@@ -77,6 +79,7 @@ def _half_scored(options: argparse.Namespace, backward: bool) -> dict[str, Any]:
         "vocabulary": options.half_vocabulary,
         "backward": backward,
         "kernels": options.kernels,
+        "tile_mib": options.tile_mib,
     }
     extra = {way: _in_own_process(point | {"way": way}).get("extra_mib") for way in ("megadpo", "log_softmax + gather")}
     times = _in_own_process(point | {"way": "both", "rounds": options.rounds})

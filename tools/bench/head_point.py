@@ -20,6 +20,7 @@ from tools.bench.common import interleaved, median_ratio
 
 prepare_megatron()  # before the head's import, which brings Megatron in
 
+from megadpo.model import head as head_module  # noqa: E402
 from megadpo.model.head import LogProbHead  # noqa: E402
 from megadpo.model.kernels import choose_kernels  # noqa: E402
 
@@ -31,6 +32,8 @@ WANTED = ("logp", "entropy", "correct", "mean_logit")
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """In a fresh process: extra memory of one step, or seconds of both ways in turns."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if point["tile_mib"] is not None:
+        head_module.CPU_TILE_BYTES = point["tile_mib"] * MIB
     with joined_world(Layout(), seed=0):
         kernels = choose_kernels(point["kernels"], torch.device("cpu"))
         for tiny_step in _steps(point | {"tokens": 4, "scored": 2, "hidden": 8, "vocabulary": 16}).values():

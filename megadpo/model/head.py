@@ -28,9 +28,11 @@ from megadpo.model.kernels import PARTS, head_kernels
 TILE_ROWS = 1 << 14
 """Scored positions projected at once where the vocabulary is so small that `tile_bytes` would allow more."""
 
-CPU_TILE_BYTES = 1 << 28
+CPU_TILE_BYTES = 240 << 20
+"""Memory of a tile on a CPU: every row that is not in the last tile costs a product again in the backward pass."""
+
 CUDA_TILE_SHARE = 48
-"""On CUDA a tile takes at most this fraction (one over it) of the device's memory."""
+"""On CUDA a tile takes at most one part in so many of the device's memory."""
 
 TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
 """Columns of the head's output: log-prob of the target, entropy of the distribution, 1 where the target has the

@@ -30,6 +30,7 @@ from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
+from megadpo.objectives.specs import has_reward_head
 from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
 from megadpo.platform.device import compute_device
@@ -125,7 +126,10 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     engine = build_engine(plan)
     for head in engine.stage.heads:
         head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
-    say(", ".join(f"{what} {name}" for what, name in (engine.describe() | {"kernels": kernels}).items()))
+    described = engine.describe()
+    if not has_reward_head(plan.config.objective.loss_types):
+        described["log-prob head"] = kernels
+    say(", ".join(f"{what} {name}" for what, name in described.items()))
     return Run(plan, engine, references, callbacks)
 
 

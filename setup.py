@@ -1,10 +1,44 @@
-"""Installs megadpo: ``pip install -e .`` (add ``-c constraints.txt`` for the exact versions it was proven with)."""
+"""Installs megadpo: ``pip install -e .`` (add ``-c constraints.txt`` for the exact versions it was proven with).
 
+The C++ of csrc/ is compiled where there is a compiler. Without one, or where it fails, the installation goes on: megadpo
+tries again on first use, and then says that it does without.
+"""
+
+import runpy
+import shutil
 from pathlib import Path
+from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+NATIVE = runpy.run_path(str(HERE / "megadpo" / "platform" / "native.py"))
+
+
+class BuildPackage(build_py):
+    """Puts the sources of csrc/ into the package, for what is compiled on first use; a checkout has them already."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "megadpo" / "csrc"
+            target.mkdir(parents=True, exist_ok=True)
+            for source in (source for library in NATIVE["LIBRARIES"].values() for source in library.sources):
+                shutil.copy(HERE / "csrc" / source, target / source)
+
+
+def extension(library: Any) -> Extension:
+    """A C++ library of csrc/ as megadpo/_NAME.*so."""
+    return Extension(
+        f"megadpo._{library.name}",
+        [f"csrc/{library.sources[0]}"],
+        depends=[f"csrc/{source}" for source in library.sources],
+        extra_compile_args=[*library.flags, *NATIVE["definitions"](NATIVE["source_key"](library))],
+        language="c++",
+        optional=True,
+    )
+
 
 setup(
     name="megadpo",
@@ -16,6 +50,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megadpo", "megadpo.*"]),
     package_data={"megadpo": ["py.typed"]},
+    ext_modules=[extension(library) for library in NATIVE["LIBRARIES"].values() if not library.is_cuda],
+    cmdclass={"build_py": BuildPackage},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",

@@ -30,6 +30,9 @@ class ModelConfig:
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
     fp32 on CPU."""
+    kernels: str = "auto"
+    """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
+    `torch`, or `auto`: native where it is to be had."""
 
 
 @dataclass

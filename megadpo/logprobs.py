@@ -13,7 +13,7 @@ from megadpo.data.groups import TokenIds
 from megadpo.data.prepare import prepare_groups
 from megadpo.errors import UserError
 from megadpo.parallel.layout import check_layout, choose_layout
-from megadpo.platform.device import resolve_dtype
+from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.platform.world import joined_world, rank, world_size
 from megadpo.prepare import check_token_ids, open_model, scoring_packing
 
@@ -39,9 +39,11 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     check_token_ids(groups, files)
     packing = scoring_packing(config, groups, layout, files.config.hidden_size)
     with joined_world(layout, config.train.seed):
+        from megadpo.model.kernels import choose_kernels
         from megadpo.reference import frozen_stage
         from megadpo.score import response_logps
 
+        choose_kernels(config.model.kernels, compute_device())
         stage = frozen_stage(files.config, layout, resolve_dtype(config.model.dtype), files.source)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         lines = _open(partial) if rank() == 0 else None

@@ -99,6 +99,8 @@ def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: Ten
     for model in stage.models:
         model.requires_grad_(False)
         model.eval()
+    for head in stage.heads:
+        head.wanted = ("logp",)
     return stage
 
 

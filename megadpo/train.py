@@ -30,6 +30,7 @@ from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
+from megadpo.objectives.specs import has_reward_head
 from megadpo.objectives.terms import normalisers_of
 from megadpo.output import write_config
 from megadpo.platform.device import compute_device
@@ -116,12 +117,19 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
 
 def build(plan: Plan, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
+    from megadpo.model.kernels import choose_kernels
     from megadpo.reference import build_references
 
+    kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
     engine = build_engine(plan)
-    say(", ".join(f"{what} {name}" for what, name in engine.describe().items()))
+    for head in engine.stage.heads:
+        head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
+    described = engine.describe()
+    if not has_reward_head(plan.config.objective.loss_types):
+        described["log-prob head"] = kernels
+    say(", ".join(f"{what} {name}" for what, name in described.items()))
     return Run(plan, engine, references, callbacks)
 
 

@@ -61,6 +61,12 @@ class Stage:
         (model,) = self.models
         return model
 
+    @property
+    def heads(self) -> list[LogProbHead]:
+        """The log-prob head, where this stage has it."""
+        layers = [model.output_layer for model in self.models if model.post_process]
+        return [layer for layer in layers if isinstance(layer, LogProbHead)]
+
     def train(self) -> None:
         """Put every chunk into training mode."""
         for model in self.models:

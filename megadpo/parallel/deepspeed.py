@@ -57,6 +57,8 @@ class ZeroEngine:
         config = _config(stage, parallel, adam is not None)
         self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
+        for head in stage.heads:
+            head.gradient_buffer = self.gradient_buffer
         self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
@@ -71,6 +73,14 @@ class ZeroEngine:
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()
+
+    def gradient_buffer(self, parameter: Any) -> Tensor | None:
+        """`.grad` where nothing is sharded and nothing rounded; elsewhere DeepSpeed takes gradients from autograd."""
+        if self.parallel.zero_stage > 0 or parameter.dtype is not torch.float32:
+            return None
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def router_metrics(self) -> dict[str, float]:
         """Nothing: models with experts are refused."""
@@ -183,6 +193,8 @@ def frozen_sharded_stage(
     stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
+    for head in stage.heads:
+        head.wanted = ("logp",)
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 

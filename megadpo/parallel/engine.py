@@ -36,6 +36,11 @@ class Engine(Protocol):
         """Add gradients up over replicas, sequence-parallel norms and tied embeddings: afterwards they are exact."""
         ...
 
+    def gradient_buffer(self, parameter: Tensor) -> Tensor | None:
+        """Where a backward may add a parameter's gradient up itself, instead of handing it to autograd: a tensor of its
+        shape and of its dtype or float32; None where the gradient has to go through autograd."""
+        ...
+
     def router_metrics(self) -> dict[str, float]:
         """Of a mixture of experts, how evenly the last global batch was spread (`routing.Load`); collective."""
         ...

@@ -35,6 +35,9 @@ class MegatronEngine:
         self.train = train
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
+        self.overlaps_reduction = ddp.overlap_grad_reduce
+        for head in stage.heads:
+            head.gradient_buffer = self.gradient_buffer
         params_dtype = stage.models[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
@@ -74,6 +77,15 @@ class MegatronEngine:
             assert counting is not None
             self.watch.whole = counting.load()
         schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
+
+    def gradient_buffer(self, parameter: Any) -> Tensor | None:
+        """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
+        if self.overlaps_reduction and not getattr(parameter, "zero_out_wgrad", False):
+            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
+            # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+            parameter.grad_added_to_main_grad = True
+        return parameter.main_grad
 
     def router_metrics(self) -> dict[str, float]:
         return {} if self.watch is None else self.watch.load().metrics()

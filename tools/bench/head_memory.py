@@ -5,7 +5,8 @@ above what the process held with inputs, weights and weight gradient in place. E
 getrusage only ever reports the most. The plain way beside it is torch's log_softmax + gather over the same tokens.
 
 Time: forward and backward of the head against the plain way, where half of the stream's tokens are completion tokens:
-the plain way projects all of them, ours only those that are scored.
+the plain way projects all of them, ours only those that are scored. Once more for the forward pass alone, as a frozen
+reference runs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def main() -> None:
     report: dict[str, Any] = {"command": "python -m tools.bench.head_memory " + " ".join(sys.argv[1:])}
     report["vocabulary"], report["hidden"] = options.vocabulary, options.hidden
     report["memory"] = _memory(options)
-    report["half_scored"] = _half_scored(options)
+    report["half_scored"] = _half_scored(options, backward=True)
+    report["half_scored_forward"] = _half_scored(options, backward=False)
     report["machine"] = machine()
     _print(report)
     write_json(options.json, report)
@@ -43,6 +45,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--half-hidden", type=int, default=1024)
     parser.add_argument("--half-vocabulary", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of the time comparison")
+    parser.add_argument("--kernels", choices=["auto", "torch", "native"], default="auto", help="model.kernels of our head")
+    parser.add_argument("--tile-mib", type=int, help="memory of a tile of our head; default: as in training")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -60,18 +64,22 @@ def _memory(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "hidden": options.hidden,
                     "vocabulary": options.vocabulary,
                     "backward": backward,
+                    "kernels": options.kernels,
+                    "tile_mib": options.tile_mib,
                 }
                 points.append(point | _in_own_process(point))
     return points
 
 
-def _half_scored(options: argparse.Namespace) -> dict[str, Any]:
+def _half_scored(options: argparse.Namespace, backward: bool) -> dict[str, Any]:
     point = {
         "tokens": options.half_tokens,
         "scored": options.half_tokens // 2,
         "hidden": options.half_hidden,
         "vocabulary": options.half_vocabulary,
-        "backward": True,
+        "backward": backward,
+        "kernels": options.kernels,
+        "tile_mib": options.tile_mib,
     }
     extra = {way: _in_own_process(point | {"way": way}).get("extra_mib") for way in ("megadpo", "log_softmax + gather")}
     times = _in_own_process(point | {"way": "both", "rounds": options.rounds})
@@ -126,16 +134,17 @@ def _print(report: dict[str, Any]) -> None:
             for n in dict.fromkeys(p["tokens"] for p in points)
         ],
     )
-    half = report["half_scored"]
-    print_table(
-        f"Head forward + backward, {half['tokens']:,} tokens of which half are scored, hidden {half['hidden']:,}, "
-        f"vocabulary {half['vocabulary']:,}, fp32; the time ratio is the median over interleaved rounds",
-        ["way", "seconds", "extra MiB"],
-        [
-            *([way, seconds, half["extra_mib"][way]] for way, seconds in half["median_seconds"].items()),
-            ["ratio", half["time_ratio"], half["memory_ratio"]],
-        ],
-    )
+    for half in (report["half_scored"], report["half_scored_forward"]):
+        print_table(
+            f"Head, {'forward + backward' if half['backward'] else 'forward only'}, {half['kernels_used']}; "
+            f"{half['tokens']:,} tokens of which half are scored, hidden {half['hidden']:,}, vocabulary "
+            f"{half['vocabulary']:,}, fp32; the time ratio is the median over interleaved rounds",
+            ["way", "seconds", "extra MiB"],
+            [
+                *([way, seconds, half["extra_mib"][way]] for way, seconds in half["median_seconds"].items()),
+                ["ratio", half["time_ratio"], half["memory_ratio"]],
+            ],
+        )
 
 
 if __name__ == "__main__":

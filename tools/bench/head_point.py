@@ -20,15 +20,22 @@ from tools.bench.common import interleaved, median_ratio
 
 prepare_megatron()  # before the head's import, which brings Megatron in
 
+from megadpo.model import head as head_module  # noqa: E402
 from megadpo.model.head import LogProbHead  # noqa: E402
+from megadpo.model.kernels import choose_kernels  # noqa: E402
 
 MIB = 2**20
+WANTED = ("logp", "entropy", "correct", "mean_logit")
+"""What training reads of a policy; of a reference it reads the log-probs."""
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """In a fresh process: extra memory of one step, or seconds of both ways in turns."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if point["tile_mib"] is not None:
+        head_module.CPU_TILE_BYTES = point["tile_mib"] * MIB
     with joined_world(Layout(), seed=0):
+        kernels = choose_kernels(point["kernels"], torch.device("cpu"))
         for tiny_step in _steps(point | {"tokens": 4, "scored": 2, "hidden": 8, "vocabulary": 16}).values():
             tiny_step(0)  # threads, code and communication buffers are there before the peak is read
         steps = _steps(point)
@@ -36,7 +43,8 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             seconds = interleaved(steps, point["rounds"], 1)
             ours, plain = seconds.values()
             medians = {way: statistics.median(values) for way, values in seconds.items()}
-            return {"seconds": seconds, "median_seconds": medians, "time_ratio": median_ratio(ours, plain)}
+            times = {"seconds": seconds, "median_seconds": medians, "time_ratio": median_ratio(ours, plain)}
+            return times | {"kernels_used": kernels}
         give_back_freed_blocks()
         before = peak_bytes()
         steps[point["way"]](0)
@@ -69,6 +77,9 @@ def _steps(point: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
         hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
     scored, targets = torch.arange(num_scored), torch.randint(0, point["vocabulary"], (num_scored,))
     head = LogProbHead(weight, point["vocabulary"], sequence_parallel=False)
+    # As the engines give it: the gradient is added up where it is kept. Autograd does so for the plain way.
+    head.gradient_buffer = lambda matrix: matrix.grad
+    head.wanted = WANTED if point["backward"] else ("logp",)
     none = torch.zeros(0, dtype=torch.int64)
     head.micro_batch = MicroBatch(scored, scored, (), scored, targets, none, none, none, none, none, (), (), 0)
 

@@ -75,6 +75,12 @@ FEATURES: tuple[Feature, ...] = (
         ("reference.mode=precomputed",),
     ),
     Feature(
+        "cached reference",
+        "reference.mode",
+        lambda c: c.reference.mode == "cached",
+        ("reference.mode=cached",),
+    ),
+    Feature(
         "moving reference",
         "reference.sync_every",
         lambda c: c.reference.sync_every is not None,
@@ -98,6 +104,16 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "kto",
         "kto needs the reference for each step's mismatched prompts and answers, which cannot be known ahead; use resident",
+    ),
+    Rule(
+        "cached reference",
+        "kto",
+        "kto needs the reference for each step's mismatched prompts and answers, which differ in every epoch; use resident",
+    ),
+    Rule(
+        "moving reference",
+        "cached reference",
+        "a reference that moves has new log-probs after every move; set reference.mode to resident or remove it",
     ),
     Rule(
         "moving reference",

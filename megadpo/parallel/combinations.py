@@ -71,14 +71,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "precomputed reference",
         "reference.mode",
-        lambda c: c.reference.mode == "precomputed",
+        lambda c: c.reference.mode in ("precomputed", "cached"),
         ("reference.mode=precomputed",),
-    ),
-    Feature(
-        "cached reference",
-        "reference.mode",
-        lambda c: c.reference.mode == "cached",
-        ("reference.mode=cached",),
     ),
     Feature(
         "moving reference",
@@ -104,16 +98,6 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "kto",
         "kto needs the reference for each step's mismatched prompts and answers, which cannot be known ahead; use resident",
-    ),
-    Rule(
-        "cached reference",
-        "kto",
-        "kto needs the reference for each step's mismatched prompts and answers, which differ in every epoch; use resident",
-    ),
-    Rule(
-        "moving reference",
-        "cached reference",
-        "a reference that moves has new log-probs after every move; set reference.mode to resident or remove it",
     ),
     Rule(
         "moving reference",

@@ -39,7 +39,8 @@ class ModelConfig:
 class ReferenceConfig:
     mode: str = "resident"
     """`resident`: a frozen second model runs beside the policy. `precomputed`: its log-probs are computed first,
-    cached on disk, and the reference is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
+    cached on disk, and the reference is freed. `cached`: it runs beside the policy in the first epoch, which fills the same
+    cache; then it is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""
     tokens_per_micro_batch: int | None = None
@@ -60,6 +61,9 @@ class DataConfig:
     """Held-out pairs, given like `data.train`; null = no evaluation."""
     shuffle: bool = True
     """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
+    step_tokens_multiple_of: int | None = None
+    """Exchange pairs between nearby steps until each step's tokens come just below a multiple of this (best:
+    `train.tokens_per_micro_batch` x replicas), which fills micro-batches; null = steps as they were drawn."""
     max_length: int | None = 1024
     """Longest prompt + completion in tokens; null = no limit."""
     truncation: str = "prompt_left"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
     "model.kernels": ("auto", "torch", "native"),
-    "reference.mode": ("resident", "precomputed", "none"),
+    "reference.mode": ("resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
     "objective.ipo_normalization": ("mean", "sum"),
@@ -42,6 +42,7 @@ AT_LEAST: dict[str, int] = {
     "reference.tokens_per_micro_batch": 1,
     "reference.sync_every": 1,
     "data.max_length": 2,
+    "data.step_tokens_multiple_of": 1,
     "data.num_workers": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
@@ -112,7 +113,7 @@ def _check_objective(config: Config) -> None:
         raise UserError(f"objective.ld_alpha must be in [0, 1], got {options.ld_alpha!r}")
     if needs_reference(losses) and config.reference.mode == "none":
         names = ", ".join(name for name in losses if SPECS[name].needs_reference)
-        raise UserError(f"reference.mode is none, but {names} needs a reference; use resident or precomputed")
+        raise UserError(f"reference.mode is none, but {names} needs a reference; use resident, precomputed or cached")
     if not needs_reference(losses) and config.reference.mode != "none":
         raise UserError(
             f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {_mode(config)}; "
@@ -235,10 +236,10 @@ def _check_contradictions(config: Config) -> None:
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
             "raise parallel.context or leave the method at auto"
         )
-    if config.reference.mode == "resident" and config.reference.tokens_per_micro_batch is not None:
+    if config.reference.mode in ("resident", "cached") and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
-            "reference.tokens_per_micro_batch is only for reference.mode precomputed: a resident reference runs on "
-            "train's micro-batches; remove it"
+            f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a {config.reference.mode} reference "
+            "runs on train's micro-batches; remove it"
         )
     if data.eval is None and (config.eval.every or config.eval.pairs is not None):
         option = "eval.every" if config.eval.every else "eval.pairs"

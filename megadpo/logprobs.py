@@ -37,7 +37,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         raise UserError(f"--out: {out} is a directory; give a file name")
     groups = prepare_groups(config.data, data, str(files.huggingface)).groups
     check_token_ids(groups, files)
-    packing = scoring_packing(config, groups, layout, files.config.hidden_size)
+    packing = scoring_packing(config, groups, layout, files.config)
     with joined_world(layout, config.train.seed):
         from megadpo.model.kernels import choose_kernels
         from megadpo.reference import frozen_stage

@@ -29,7 +29,7 @@ from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
 from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
-from megadpo.parallel.context import local_micro_batches
+from megadpo.parallel.context import host_micro_batches, on_device
 from megadpo.parallel.engine import Engine, ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.reference import Reference
@@ -58,6 +58,27 @@ class Batch:
     delta_of: Callable[[float], float]
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What this rank computes of a global batch, in the processor's memory.
+
+    Attributes:
+        micro_batches: this replica's.
+        mismatched: those of KTO's mismatched prompts and answers; empty without KTO.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    mismatched: Sequence[MicroBatch] = ()
+
+
+def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
+    """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
+    mismatched: list[MicroBatch] = []
+    if measures_kl(options.loss_types):
+        mismatched = host_micro_batches(packing.mismatched(numbers), np.arange(len(numbers)))
+    return Streams(host_micro_batches(packing, numbers), mismatched)
+
+
 def global_batch(
     engine: Engine,
     packing: Packing,
@@ -66,15 +87,20 @@ def global_batch(
     normalisers: Normalisers,
     options: ObjectiveConfig,
     delta_of: Callable[[float], float],
+    streams: Streams | None = None,
 ) -> Batch:
     """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
 
     Collective.
+
+    Args:
+        streams: what `streams_of` gives, where it was made ahead.
     """
-    micro_batches = local_micro_batches(packing, numbers)
+    streams = streams or streams_of(packing, numbers, options)
+    micro_batches = on_device(streams.micro_batches)
     totals = collect.empty_vector(compute_device(), options)
     if measures_kl(options.loss_types):
-        others = local_micro_batches(packing.mismatched(numbers), np.arange(len(numbers)))
+        others = on_device(streams.mismatched)
         normalisers = replace(normalisers, kl=mismatch_kl(engine, others, reference(others), len(numbers)))
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
             collect.add_fixed(totals, "kl", normalisers.kl, options)

@@ -15,7 +15,7 @@ from megadpo.errors import UserError
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
     "reference": ("mode", "path", "sync_every", "mixup_alpha"),
-    "data": ("train", "shuffle", "max_length", "truncation", "chat_template", "columns"),
+    "data": ("train", "shuffle", "max_length", "truncation", "chat_template", "columns", "step_tokens_multiple_of"),
     "objective": (),
     "train": (
         "pairs_per_step",

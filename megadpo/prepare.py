@@ -109,7 +109,10 @@ def prepare(config: Config) -> Plan:
         config.train.seed,
         config.data.shuffle,
         config.train.epochs,
+        train.num_tokens_G,
+        config.data.step_tokens_multiple_of,
     )
+    _check_steps_can_fill(config, train, batches.samples_per_epoch)
     num_steps = config.train.steps or batches.num_steps
     assert num_steps is not None
     if resume is not None:
@@ -152,9 +155,9 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
 
 
 def data_packing(
-    config: Config, groups: GroupStore, layout: Layout, hidden_size: int, tokens_per_micro_batch: int, setting: str
+    config: Config, groups: GroupStore, layout: Layout, hf_config: Any, tokens_per_micro_batch: int, setting: str
 ) -> Packing:
-    """`groups` measured for packing in this layout."""
+    """`groups` measured for packing in this layout, for the model of `hf_config`."""
     return prepare_packing(
         groups,
         share_prompts=config.data.share_prompts,
@@ -162,18 +165,32 @@ def data_packing(
         setting=setting,
         num_data_parallel=layout.data,
         multiple_of=layout.stream_multiple,
-        hidden_size=hidden_size,
+        hidden_size=hf_config.hidden_size,
         max_length=config.data.max_length,
         score_prompts=scores_prompt(config.objective.loss_types),
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(hf_config),
     )
 
 
-def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hidden_size: int) -> Packing:
+def head_work(hf_config: Any) -> float:
+    """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
+    num_heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // num_heads
+    num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
+    attention = hidden * head_dim * (2 * num_heads + 2 * num_key_value_heads)
+    experts, num_layers = experts_of(hf_config), hf_config.num_hidden_layers
+    num_expert_layers = 0 if experts is None else len(experts.layers)
+    columns = (num_layers - num_expert_layers) * hf_config.intermediate_size
+    columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
+    return hidden * hf_config.vocab_size / (num_layers * attention + 3 * hidden * columns)
+
+
+def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hf_config: Any) -> Packing:
     """`groups` measured for forward passes without a backward, in micro-batches that may be larger than training's."""
     own = config.reference.tokens_per_micro_batch
     setting = "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch"
-    return data_packing(config, groups, layout, hidden_size, own or config.train.tokens_per_micro_batch, setting)
+    return data_packing(config, groups, layout, hf_config, own or config.train.tokens_per_micro_batch, setting)
 
 
 def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
@@ -204,10 +221,28 @@ def _packing(
         config,
         groups,
         layout,
-        model.config.hidden_size,
+        model.config,
         config.train.tokens_per_micro_batch,
         "train.tokens_per_micro_batch",
     )
+
+
+def _check_steps_can_fill(config: Config, train: Packing, samples_per_epoch: int) -> None:
+    """Refuse a multiple that no step reaches, and a data set that is no two steps long: nothing could be exchanged."""
+    multiple, size = config.data.step_tokens_multiple_of, config.train.pairs_per_step
+    if multiple is None:
+        return
+    mean = float(train.num_tokens_G.mean()) * size
+    if mean < multiple:
+        raise UserError(
+            f"data.step_tokens_multiple_of is {multiple}, but a step of {size} pairs has {mean:.0f} tokens on average; "
+            "lower it to at most that, raise train.pairs_per_step, or remove it"
+        )
+    if samples_per_epoch < 2 * size:
+        raise UserError(
+            f"data.step_tokens_multiple_of exchanges pairs between the steps of an epoch, but an epoch of "
+            f"{samples_per_epoch} pairs has no two steps of {size}; remove it or lower train.pairs_per_step"
+        )
 
 
 def _check_mismatched_fit(config: Config, groups: GroupStore) -> None:

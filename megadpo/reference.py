@@ -1,11 +1,12 @@
-"""The frozen reference: a second model run beside the policy, or its log-probs computed once and kept on disk."""
+"""The frozen reference: a second model run beside the policy, or its log-probs computed once and kept on disk, or both:
+run beside the policy until every log-prob is on disk."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.pack import IntArray
 from megadpo.data.packing import Packing
 from megadpo.data.prepare import cache_root
 from megadpo.data.store import GroupStore
-from megadpo.errors import UserError
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
@@ -30,6 +29,7 @@ from megadpo.parallel.partitioned import own_part
 from megadpo.parallel.schedule import forward_only
 from megadpo.platform.device import compute_device
 from megadpo.prepare import ModelFiles, Plan, scoring_packing
+from megadpo.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.score import response_logps
 
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
@@ -38,13 +38,41 @@ Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 CACHE_VERSION = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class References:
-    """The reference for the training pairs and for the held-out ones, and its model where it is resident."""
+    """The reference for the training pairs and for the held-out ones, and its model where it is resident.
+
+    Attributes:
+        table: where the model's log-probs of the training pairs are kept, until all are; the model goes then.
+    """
 
     train: Reference
     eval: Reference | None
     stage: Stage | None = None
+    table: LogpTable | None = None
+
+    def train_for(self, numbers: IntArray) -> Reference:
+        """The reference for a step of the training groups `numbers`: looked up where all of them are known."""
+        if self.table is not None and self.table.knows(numbers):
+            return precomputed(self.table.logps_R, self.table.groups)
+        return self.train
+
+    def remember(self, numbers: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
+        """After a step: keep what the model has computed, and let it go when nothing is left to compute; collective."""
+        if self.table is None or self.table.knows(numbers):
+            return
+        self.table.add(numbers, micro_batches, logps)
+        if self.table.is_whole:
+            self.train, self.stage = precomputed(self.table.logps_R, self.table.groups), None
+            self.table = None
+            gc.collect()  # modules refer to each other in circles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def write(self) -> None:
+        """Put on disk what is kept in memory only."""
+        if self.table is not None:
+            self.table.write()
 
     def move(self, policy: Stage, alpha: float) -> None:
         """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
@@ -77,17 +105,29 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     if mode == "resident":
         stage = frozen()
         return References(resident(stage, ld_alpha), resident(stage, ld_alpha), stage)
-    train = _precomputed_for(plan, plan.train, frozen, say)
-    return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
+    if mode == "precomputed":
+        train = _precomputed_for(plan, plan.train, frozen, say)
+        return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
+    # The model goes with the first epoch, so that held-out pairs are scored before it.
+    held_out = None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say)
+    table = LogpTable(_cache_path(plan, plan.train), plan.train.groups, say)
+    num_responses = len(table.logps_R)
+    say(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
+    if table.is_whole:
+        return References(precomputed(table.logps_R, table.groups), held_out)
+    return References(resident(frozen(), ld_alpha), held_out, frozen(), table)
+
+
+def _cache_path(plan: Plan, packing: Packing) -> Path:
+    key = cache_key(model_digest(plan.reference), packing.groups.digest, plan.dtype, plan.config.objective.ld_alpha)
+    return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
 def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
-    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config.hidden_size)
-    ld_alpha = config.objective.ld_alpha
-    key = cache_key(model_digest(plan.reference), packing.groups.digest, plan.dtype, ld_alpha)
-    logps_R, from_cache = cached_logps(cache_root(config.data.cache_dir), key, larger, frozen, ld_alpha)
+    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config)
+    logps_R, from_cache = cached_logps(_cache_path(plan, packing), larger, frozen, config.objective.ld_alpha)
     say(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
     return precomputed(logps_R, packing.groups)
 
@@ -148,23 +188,23 @@ def cache_key(model_digest: str, groups_digest: str, dtype: torch.dtype, ld_alph
 
 
 def cached_logps(
-    directory: Path, key: str, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
+    path: Path, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
 ) -> tuple[np.ndarray, bool]:
     """Reference log-probs [R] of all responses of `packing` from the cache, or computed and cached; collective.
 
     Rank 0 reads and writes the cache; the values reach the others over the process group.
 
     Args:
-        build: makes the reference's stage; called only where the cache does not have the key.
+        path: the cache's file.
+        build: makes the reference's stage; called only where there is no such file.
 
     Returns:
         The log-probs, and whether they came from the cache.
     """
-    path = directory / "reference" / f"{key}.safetensors"
     logps_R = np.zeros(packing.groups.num_responses)
     found = torch.zeros((), dtype=torch.int64, device=compute_device())
     if dist.get_rank() == 0 and path.is_file():
-        logps_R = _read(path, logps_R.shape)
+        logps_R = read_logps(path, len(logps_R))
         found += 1
     dist.broadcast(found, 0)
     if found:
@@ -175,18 +215,5 @@ def cached_logps(
         first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
         logps_R[first:end] = values
     if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logps_R": logps_R}, partial)
-        partial.replace(path)
+        write_logps(path, {"logps_R": logps_R})
     return logps_R, False
-
-
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        logps_R = load_file(path)["logps_R"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"the reference cache {path} is damaged ({error}); delete it") from error
-    if logps_R.shape != shape:
-        raise UserError(f"the reference cache {path} holds {logps_R.shape} values, not {shape}; delete it")
-    return logps_R

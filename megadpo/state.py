@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 def save(run: Run, step: int) -> Path:
     """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
+    run.references.write()  # a resumed run finds what this one has seen of it
     plan, root = run.plan, run.plan.output_dir / "checkpoints"
     directory = step_directory(root, step)
     if dist.get_rank() == 0:

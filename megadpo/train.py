@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.config import Config, ObjectiveConfig
+from megadpo.data.ahead import Ahead
+from megadpo.data.pack import IntArray
 from megadpo.data.report import DataReport, counted
 from megadpo.errors import UserError
 from megadpo.learning_rate import learning_rate_at
@@ -38,6 +40,7 @@ from megadpo.platform.world import joined_world, rank
 from megadpo.prepare import Plan, prepare
 
 if TYPE_CHECKING:
+    from megadpo.loss import Streams
     from megadpo.parallel.engine import Engine
     from megadpo.reference import References
 
@@ -80,7 +83,11 @@ class Result:
 
 @dataclass
 class Run:
-    """A run under way on this rank."""
+    """A run under way on this rank.
+
+    Attributes:
+        ahead: the groups of a step and their micro-batches, made ready while the step before it computes.
+    """
 
     plan: Plan
     engine: Engine
@@ -90,6 +97,25 @@ class Run:
     delta: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
+    ahead: Ahead[tuple[IntArray, Streams]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from megadpo.loss import streams_of
+
+        plan, objective = self.plan, self.plan.config.objective
+
+        def read(step: int) -> tuple[IntArray, Streams]:
+            numbers = plan.batches.at(step)
+            return numbers, streams_of(plan.train, numbers, objective)
+
+        self.ahead = Ahead(read, plan.num_steps)
+
+    def close(self) -> None:
+        """Ends what works beside the steps, and writes what was not written yet."""
+        self.ahead.close()
+        self.references.write()
+        for sink in self.sinks:
+            sink.close()
 
     def say(self, sentence: str) -> None:
         """A line for the user, once."""
@@ -109,8 +135,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         try:
             metrics = training_loop(run)
         finally:
-            for sink in run.sinks:
-                sink.close()
+            run.close()
         model_path = export(run)
     return Result(metrics, plan.num_steps, model_path, plan.output_dir)
 
@@ -185,9 +210,10 @@ def training_step(run: Run, step: int) -> Metrics:
     from megadpo.loss import global_batch, response_gradient
 
     plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
-    numbers = plan.batches.at(step)
+    numbers, streams = run.ahead.at(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
-    batch = global_batch(run.engine, plan.train, run.references.train, numbers, normalisers, objective, run.delta.add)
+    reference = run.references.train_for(numbers)
+    batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams)
     run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
@@ -197,6 +223,7 @@ def training_step(run: Run, step: int) -> Metrics:
         raise UserError(
             f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
         ) from error
+    run.references.remember(numbers, batch.micro_batches, batch.reference_logps)
     num_tokens = int(plan.train.num_tokens_G[numbers].sum())
     run.num_tokens_seen += num_tokens
     return {
@@ -208,6 +235,7 @@ def training_step(run: Run, step: int) -> Metrics:
         "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
         **throughput(time.perf_counter() - started, num_tokens, len(numbers)),
+        "data_wait_seconds": run.ahead.seconds_waited,
         **peak_memory(compute_device()),
     }
 

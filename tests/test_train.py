@@ -14,7 +14,7 @@ from tests.models import groups_of_file, hh_rows, save_model, write_hh
 from tests.parity import oracle
 from tests.worlds import run_world
 
-CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds"}
+CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """Which groups a step sees: a pure function of (seed, step), so that resuming anywhere needs no state.
 
+Where steps are to fill a number of tokens, the groups of nearby steps are exchanged (`compose`): then it is a function of
+that number and the groups' lengths too, and still of no layout.
+
 Sample number s of a run lies in epoch s // samples_per_epoch, at place s % samples_per_epoch of that epoch's order.
 Epochs follow each other without a gap: a step may end one and begin the next.
 """
@@ -11,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from megadpo.data.compose import STEPS_AT_ONCE, compose
 
 IntArray = npt.NDArray[np.int64]
 
@@ -82,9 +87,16 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         epochs: float | None = None,
+        lengths_G: IntArray | None = None,
+        tokens_multiple_of: int | None = None,
     ) -> None:
-        """Arguments as those of `step_batch`."""
-        assert pairs_per_step >= 1
+        """Arguments as those of `step_batch`.
+
+        Args:
+            lengths_G: int64, tokens of each group; read only with `tokens_multiple_of`.
+            tokens_multiple_of: what the tokens of a step are to come close to a multiple of; None: whatever they are.
+        """
+        assert pairs_per_step >= 1 and (tokens_multiple_of is None or lengths_G is not None)
         self._data = (sources, weights)
         self._seed, self._shuffle = seed, shuffle
         self._pairs_per_step = pairs_per_step
@@ -93,6 +105,8 @@ class Batches:
         self._num_samples = None if epochs is None else num_samples(self.samples_per_epoch, epochs)
         self.num_steps = None if epochs is None else num_steps(self.samples_per_epoch, pairs_per_step, epochs)
         self._order: tuple[int, IntArray] | None = None
+        self._lengths_G, self._multiple_of = lengths_G, tokens_multiple_of
+        self._stretch: tuple[tuple[int, int], IntArray] | None = None
 
     def at(self, step: int) -> IntArray:
         """int64 [at most pairs_per_step]: the groups of a step."""
@@ -103,10 +117,33 @@ class Batches:
         parts = [np.zeros(0, np.int64)]
         while sample < end:
             epoch, place = divmod(sample, self.samples_per_epoch)
-            part = self._order_of(epoch)[place : place + end - sample]
+            part = self._part_of(epoch, place)[: end - sample]
             parts.append(part)
             sample += len(part)
         return np.concatenate(parts)
+
+    def _part_of(self, epoch: int, place: int) -> IntArray:
+        """What an epoch has for the step that comes to its place `place`: pairs_per_step groups, or less at its end."""
+        size = self._pairs_per_step
+        first = -epoch * self.samples_per_epoch % size  # the rest of a step that the epoch before began
+        number, within = divmod(place - first, size)
+        if self._multiple_of is None or within or place + size > self.samples_per_epoch:
+            return self._order_of(epoch)[place : place + (size if place >= first else first)]
+        stretch, number = divmod(number, STEPS_AT_ONCE)
+        return self._stretch_of(epoch, stretch)[number]
+
+    def _stretch_of(self, epoch: int, stretch: int) -> IntArray:
+        """int64 [steps, pairs_per_step]: the groups of whole steps of an epoch that are composed together."""
+        if self._stretch is None or self._stretch[0] != (epoch, stretch):
+            assert self._multiple_of is not None and self._lengths_G is not None
+            size = self._pairs_per_step
+            first = -epoch * self.samples_per_epoch % size
+            num_steps = min((self.samples_per_epoch - first) // size - stretch * STEPS_AT_ONCE, STEPS_AT_ONCE)
+            start = first + stretch * STEPS_AT_ONCE * size
+            groups_N = self._order_of(epoch)[start : start + num_steps * size]
+            places = compose(self._lengths_G[groups_N], num_steps, self._multiple_of)
+            self._stretch = ((epoch, stretch), groups_N[places])
+        return self._stretch[1]
 
     def _order_of(self, epoch: int) -> IntArray:
         if self._order is None or self._order[0] != epoch:

@@ -1,19 +1,24 @@
 """A micro-batch: groups laid out as one flat token stream, with what attention and the head need to know of it.
 
-Axes: T tokens of the stream, N scored positions, R responses of the micro-batch, P pairs, G groups.
+Axes: T tokens of the stream, N scored positions, R responses of the micro-batch, P pairs, G groups, U runs (a prompt or a
+response where it stands in the stream).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,9 @@ class Part:
     order: Tensor
     first: int
 
-    def to(self, device: torch.device) -> Part:
-        """The same part with its tensors on `device`."""
-        return replace(self, **_moved_tensors(self, device))
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Part:
+        """The same part with its tensors changed."""
+        return replace(self, **_changed_tensors(self, change))
 
 
 @dataclass(frozen=True)
@@ -148,14 +153,21 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        numbers = {name: numbers_R.to(device, non_blocking=True) for name, numbers_R in self.numbers.items()}
-        part = None if self.part is None else self.part.to(device)
-        return replace(self, numbers=numbers, part=part, **_moved_tensors(self, device))
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same micro-batch in memory from which a GPU copies without the processor waiting."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        numbers = {name: change(numbers_R) for name, numbers_R in self.numbers.items()}
+        part = None if self.part is None else self.part.with_tensors(change)
+        return replace(self, numbers=numbers, part=part, **_changed_tensors(self, change))
 
 
-def _moved_tensors(item: MicroBatch | Part, device: torch.device) -> dict[str, Any]:
+def _changed_tensors(item: MicroBatch | Part, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     tensors = {f.name: getattr(item, f.name) for f in fields(item) if isinstance(getattr(item, f.name), Tensor)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: change(tensor) for name, tensor in tensors.items()}
 
 
 def lay_out(
@@ -167,117 +179,161 @@ def lay_out(
     score_prompts: bool = False,
     places: Sequence[int] | None = None,
 ) -> MicroBatch:
+    """`lay_out_groups` of groups in memory, whose numbers in the store are `rows`."""
+    store = GroupStore.of(groups)
+    numbers = np.arange(len(groups))
+    micro_batch = lay_out_groups(store, numbers, share_prompts, multiple_of, padding_token, score_prompts, places)
+    return replace(micro_batch, rows=tuple(int(row) for row in rows))
+
+
+def lay_out_groups(
+    store: GroupStore,
+    numbers: Sequence[int] | IntArray,
+    share_prompts: bool = True,
+    multiple_of: int = 1,
+    padding_token: int = 0,
+    score_prompts: bool = False,
+    places: Sequence[int] | None = None,
+) -> MicroBatch:
     """Lay groups out as ``[prompt | response 1 | … | response K]``, one after the other.
 
     Without `share_prompts`, or where a group's prompts differ, each response gets its own copy of its prompt.
 
     Args:
-        rows: the groups' numbers in the store.
+        numbers: the groups' numbers in the store.
         places: each group's place in the step's batch; None: as they come.
         score_prompts: read the log-probs of the first response's prompt too (all its tokens but the first).
         multiple_of: the stream's length is padded up to a multiple of it (sequence parallelism cuts the stream evenly).
     """
-    stream = _Stream(score_prompts)
-    for number, group in enumerate(groups):
-        if share_prompts and group.shares_prompt:
-            prompt_start = stream.add_prompt(group.prompts[0])
-            for response in group.responses:
-                stream.add_response(group.prompts[0], prompt_start, response, number)
-        else:
-            for i, response in enumerate(group.responses):
-                stream.add_sequence(group.prompt_of(i), response, number)
-    num_padding = max(-stream.length % multiple_of, multiple_of if not groups else 0)
+    numbers_G = np.asarray(numbers, np.int64)
+    runs = _runs_of(store, numbers_G, share_prompts)
+    num_tokens = int(runs.length_U.sum())
+    num_padding = max(-num_tokens % multiple_of, multiple_of if not len(numbers_G) else 0)
+    within_T = _counted(runs.length_U)
+    tokens_T = np.full(num_tokens + num_padding, padding_token, np.int64)
+    tokens_T[:num_tokens] = np.asarray(store.columns.tokens_T)[within_T + np.repeat(runs.source_U, runs.length_U)]
+    positions_T = np.concatenate([within_T + np.repeat(runs.position_U, runs.length_U), np.arange(num_padding)])
+    segments = _segments_of(runs)
     if num_padding:
-        stream.add_tokens(np.full(num_padding, padding_token), 0)
-        stream.segments.append(Segment(stream.length - num_padding, stream.length))
-    in_order = range(len(groups)) if places is None else places
-    numbers = {
-        name: torch.tensor([value for group in groups for value in group.numbers[name]], dtype=torch.float64)
-        for name in (groups[0].numbers if groups else ())
-    }
-    return replace(
-        stream.finish(tuple(int(row) for row in rows), tuple(int(place) for place in in_order), num_padding),
-        numbers=numbers,
+        segments.append(Segment(num_tokens, num_tokens + num_padding))
+    scored_N, following_N, response_N, place_N = _scored_of(runs, score_prompts)
+    responses_R = store.responses_of(numbers_G)
+    return MicroBatch(
+        tokens_T=torch.from_numpy(tokens_T),
+        positions_T=torch.from_numpy(positions_T),
+        segments=tuple(segments),
+        scored_N=torch.from_numpy(scored_N),
+        targets_N=torch.from_numpy(tokens_T[following_N]),
+        response_N=torch.from_numpy(response_N),
+        place_N=torch.from_numpy(place_N),
+        num_completion_tokens_R=torch.from_numpy(runs.length_U[runs.response_U]),
+        last_R=torch.from_numpy((runs.start_U + runs.length_U - 1)[runs.response_U]),
+        group_R=torch.from_numpy(runs.group_R),
+        rows=tuple(numbers_G.tolist()),
+        places=tuple(range(len(numbers_G))) if places is None else tuple(int(place) for place in places),
+        num_padding=num_padding,
+        numbers={name: torch.from_numpy(np.asarray(number_R)[responses_R]) for name, number_R in store.numbers.items()},
     )
 
 
-class _Stream:
-    """The lists a MicroBatch is made of, grown response by response."""
+@dataclass(frozen=True)
+class _Runs:
+    """The prompts and responses of a stream in their order, each a run of tokens.
 
-    def __init__(self, score_prompts: bool) -> None:
-        self.score_prompts = score_prompts
-        self.length = self.num_scored = 0
-        self.tokens: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.segments: list[Segment] = []
-        self.scored: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
-        self.places: list[np.ndarray] = []
-        self.scored_per_response: list[int] = []
-        self.num_completion_tokens: list[int] = []
-        self.last: list[int] = []
-        self.group_of_response: list[int] = []
+    Attributes:
+        source_U: int64, where its tokens begin in the store.
+        length_U, start_U: int64, its tokens, and where they begin in the stream.
+        position_U: int64, the position id of its first token.
+        response_U: int64 [R], which runs are responses.
+        prompt_R: int64, the run that is each response's prompt.
+        group_R: int64, the group of each response.
+        shared_R: bool, whether its prompt serves the whole group.
+    """
 
-    def add_tokens(self, tokens: np.ndarray, first_position: int) -> int:
-        start = self.length
-        self.tokens.append(tokens)
-        self.positions.append(np.arange(first_position, first_position + len(tokens)))
-        self.length += len(tokens)
-        return start
+    source_U: IntArray
+    length_U: IntArray
+    start_U: IntArray
+    position_U: IntArray
+    response_U: IntArray
+    prompt_R: IntArray
+    group_R: IntArray
+    shared_R: npt.NDArray[np.bool_]
 
-    def add_prompt(self, prompt: np.ndarray) -> int:
-        start = self.add_tokens(prompt, 0)
-        if len(prompt):
-            self.segments.append(Segment(start, self.length))
-        return start
 
-    def add_response(self, prompt: np.ndarray, prompt_start: int, response: np.ndarray, group: int) -> None:
-        start = self.add_tokens(response, len(prompt))
-        self.segments.append(Segment(start, self.length, prompt_start, prompt_start + len(prompt)))
-        self._score(prompt, prompt_start, response, start, group)
+def _runs_of(store: GroupStore, numbers_G: IntArray, share_prompts: bool) -> _Runs:
+    # Plain arrays: indexing a memory map makes another memory map, which takes longer than the reading.
+    offsets_S, segments_G = np.asarray(store.columns.segment_offsets_S), np.asarray(store.columns.group_segments_G)
+    first_G = segments_G[numbers_G]
+    num_prompts_G = np.asarray(store.columns.num_prompts_G)[numbers_G].astype(np.int64)
+    num_responses_G = segments_G[numbers_G + 1] - first_G - num_prompts_G
+    shared_G = (num_prompts_G == 1) & share_prompts
+    # [prompt, response 1, …, response K] of a group that shares, else [prompt, response 1, prompt, response 2, …].
+    num_runs_G = np.where(shared_G, 1, num_responses_G) + num_responses_G
+    before_G = np.cumsum(num_runs_G) - num_runs_G
+    group_R = np.repeat(np.arange(len(numbers_G)), num_responses_G)
+    within_R, shared_R = _counted(num_responses_G), shared_G[group_R]
+    response_U = before_G[group_R] + np.where(shared_R, within_R, 2 * within_R) + 1
+    prompt_R = np.where(shared_R, before_G[group_R], response_U - 1)
+    segment_U = np.empty(int(num_runs_G.sum()), np.int64)
+    segment_U[prompt_R] = first_G[group_R] + np.where(num_prompts_G[group_R] > 1, within_R, 0)
+    segment_U[response_U] = (first_G + num_prompts_G)[group_R] + within_R
+    source_U = offsets_S[segment_U]
+    length_U = offsets_S[segment_U + 1] - source_U
+    position_U = np.zeros_like(length_U)
+    position_U[response_U] = length_U[prompt_R]
+    start_U = np.cumsum(length_U) - length_U
+    return _Runs(source_U, length_U, start_U, position_U, response_U, prompt_R, group_R, shared_R)
 
-    def add_sequence(self, prompt: np.ndarray, response: np.ndarray, group: int) -> None:
-        start = self.add_tokens(prompt, 0)
-        middle = self.add_tokens(response, len(prompt))
-        self.segments.append(Segment(start, self.length))
-        self._score(prompt, start, response, middle, group)
 
-    def _score(self, prompt: np.ndarray, prompt_start: int, response: np.ndarray, start: int, group: int) -> None:
-        num_before = self.num_scored
-        if self.score_prompts and len(prompt) > 1 and group not in self.group_of_response[-1:]:
-            self._add_scored(np.arange(prompt_start, prompt_start + len(prompt) - 1), prompt[1:], np.zeros(len(prompt) - 1))
-        within, places = np.arange(start, start + len(response) - 1), np.arange(1, len(response) + 1)
-        if len(prompt):
-            self._add_scored(np.concatenate([[prompt_start + len(prompt) - 1], within]), response, places)
-        else:  # nothing stands before the first token, so that one has no log-prob (as in TRL)
-            self._add_scored(within, response[1:], places[1:])
-        self.scored_per_response.append(self.num_scored - num_before)
-        self.num_completion_tokens.append(len(response))
-        self.last.append(start + len(response) - 1)
-        self.group_of_response.append(group)
+def _segments_of(runs: _Runs) -> list[Segment]:
+    """A shared prompt (unless it is empty) and its responses apart; a prompt of its own together with its response."""
+    end_U = runs.start_U + runs.length_U
+    starts = np.where(runs.shared_R, runs.start_U[runs.response_U], runs.start_U[runs.prompt_R])
+    prompt_starts = np.where(runs.shared_R, runs.start_U[runs.prompt_R], 0)
+    prompt_ends = np.where(runs.shared_R, end_U[runs.prompt_R], 0)
+    table = np.stack([starts, end_U[runs.response_U], prompt_starts, prompt_ends], axis=1).tolist()
+    segments, prompt_of_last = [], -1
+    for (start, end, prompt_start, prompt_end), shared, prompt in zip(
+        table, runs.shared_R.tolist(), runs.prompt_R.tolist(), strict=True
+    ):
+        if shared and prompt != prompt_of_last and prompt_end > prompt_start:
+            segments.append(Segment(prompt_start, prompt_end))
+        segments.append(Segment(start, end, prompt_start, prompt_end))
+        prompt_of_last = prompt
+    return segments
 
-    def _add_scored(self, positions: np.ndarray, targets: np.ndarray, places: np.ndarray) -> None:
-        self.num_scored += len(positions)
-        self.scored.append(positions)
-        self.targets.append(targets)
-        self.places.append(places)
 
-    def finish(self, rows: tuple[int, ...], places: tuple[int, ...], num_padding: int) -> MicroBatch:
-        def joined(arrays: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64))
+def _scored_of(runs: _Runs, score_prompts: bool) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Four int64 [N]: the positions that are read, where in the stream their targets stand, and these's response and place.
 
-        return MicroBatch(
-            tokens_T=joined(self.tokens),
-            positions_T=joined(self.positions),
-            segments=tuple(self.segments),
-            scored_N=joined(self.scored),
-            targets_N=joined(self.targets),
-            response_N=torch.from_numpy(np.repeat(np.arange(len(self.scored_per_response)), self.scored_per_response)),
-            place_N=joined(self.places),
-            num_completion_tokens_R=torch.tensor(self.num_completion_tokens, dtype=torch.int64),
-            last_R=torch.tensor(self.last, dtype=torch.int64),
-            group_R=torch.tensor(self.group_of_response, dtype=torch.int64),
-            rows=rows,
-            places=places,
-            num_padding=num_padding,
-        )
+    Nothing stands before the first token of a sequence, so that one has no log-prob (as in TRL).
+    """
+    lengths_R, prompts_R = runs.length_U[runs.response_U], runs.length_U[runs.prompt_R]
+    without_R = (prompts_R == 0).astype(np.int64)
+    starts, lengths = runs.start_U[runs.response_U] + without_R, lengths_R - without_R
+    responses, places = np.arange(len(lengths)), 1 + without_R
+    if score_prompts:  # what is read of the first response's prompt goes before what is read of that response
+        is_first_R = np.diff(runs.group_R, prepend=-1) > 0
+        num_read_R = np.where(is_first_R, np.maximum(prompts_R - 1, 0), 0)
+        starts = np.stack([runs.start_U[runs.prompt_R] + 1, starts], axis=1).ravel()
+        lengths = np.stack([num_read_R, lengths], axis=1).ravel()
+        responses = np.repeat(responses, 2)
+        places = np.stack([np.zeros_like(places), places], axis=1).ravel()
+    within_N = _counted(lengths)
+    following_N = within_N + np.repeat(starts, lengths)
+    place_N = within_N + np.repeat(places, lengths)
+    response_N = np.repeat(responses, lengths)
+    scored_N = following_N - 1
+    if score_prompts:
+        place_N[np.repeat(places == 0, lengths)] = 0
+    # A shared prompt's end is read for every response: it does not stand right before all of them.
+    begins = (np.cumsum(lengths) - lengths)[1::2] if score_prompts else np.cumsum(lengths) - lengths
+    prompted_R = prompts_R > 0
+    scored_N[begins[prompted_R]] = (runs.start_U + runs.length_U - 1)[runs.prompt_R[prompted_R]]
+    return scored_N, following_N, response_N, place_N
+
+
+def _counted(lengths: IntArray) -> IntArray:
+    """0, 1, …, length - 1 for each length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from typing import Any
+import heapq
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from megadpo.errors import UserError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 _MAX_LEVEL_ROUNDS = 2000
+_LEVEL_ENOUGH = 0.01  # of the mean cost, between the costliest and the cheapest micro-batch
+_MOST_FULL_BINS = 64  # looked past for one with room
+_MOST_SUMS = 20_000  # groups x bins for which sums are made: milliseconds
 
 
 def plan_micro_batches(
@@ -47,14 +50,23 @@ def plan_micro_batches(
     costs_N = np.asarray(costs, np.float64)
     assert tokens_N.shape == costs_N.shape and tokens_N.ndim == 1 and num_data_parallel >= 1
     check_groups_fit(tokens_N, None, tokens_per_micro_batch)
-    packed = _best_fit_decreasing(tokens_N, tokens_per_micro_batch)
+    packed = best_fit_decreasing(tokens_N, tokens_per_micro_batch)
     unit = num_data_parallel * multiple_of
-    num_bins = max(-(-len(packed) // unit), 1) * unit
+    num_bins = _in_units(len(packed), unit)
+    fewest = _in_units(-(-int(tokens_N.sum()) // tokens_per_micro_batch), unit)
+    if fewest < num_bins and len(tokens_N) * len(packed) <= _MOST_SUMS:
+        tighter = fill_one_by_one(tokens_N, tokens_per_micro_batch)
+        if len(tighter) < len(packed):
+            packed, num_bins = tighter, _in_units(len(tighter), unit)
     bins = _spread_by_cost(tokens_N, costs_N, tokens_per_micro_batch, num_bins)
     if bins is None:
         bins = packed + [[] for _ in range(num_bins - len(packed))]
     _level(bins, tokens_N, costs_N, tokens_per_micro_batch)
     return _deal(bins, costs_N, num_data_parallel)
+
+
+def _in_units(num_bins: int, unit: int) -> int:
+    return max(-(-num_bins // unit), 1) * unit
 
 
 def check_groups_fit(
@@ -87,102 +99,182 @@ def check_groups_fit(
     )
 
 
-def group_costs(groups: GroupStore, share_prompts: bool, hidden_size: int) -> FloatArray:
-    """Work of each group, in tokens' worth of dense layers: tokens + attention's query-key pairs / (6 x hidden_size).
+def group_costs(
+    groups: GroupStore, share_prompts: bool, hidden_size: int, head_work: float = 0.0, score_prompts: bool = False
+) -> FloatArray:
+    """Work of each group in tokens' worth of dense layers: its tokens, its rows of the head, attention's query-key pairs.
 
     A token costs about 24 x hidden_size^2 in a layer's projections and MLP, a query-key pair 4 x hidden_size.
+
+    Args:
+        head_work: of a row of the head, which every scored token has.
+        score_prompts: whether the tokens of prompts are scored too.
 
     Returns:
         float64 [G].
     """
+    group_R, lengths_R, prompts_R = _response_lengths(groups)
+    num_rows_R = lengths_R - (prompts_R == 0)
+    if score_prompts:
+        is_first_R = np.diff(group_R, prepend=-1) > 0
+        num_rows_R = num_rows_R + np.where(is_first_R, np.maximum(prompts_R - 1, 0), 0)
+    num_rows_G = np.bincount(group_R, num_rows_R, minlength=len(groups))
     pairs_G = attention_pairs(groups, share_prompts)
-    return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size)
+    return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size) + head_work * num_rows_G
 
 
 def attention_pairs(groups: GroupStore, share_prompts: bool) -> FloatArray:
     """float64 [G]: query-key pairs of a group's causal attention: responses see their prompt and themselves."""
-    columns = groups.columns
-    lengths_S = groups.segment_lengths().astype(np.float64)
-    first_G = np.asarray(columns.group_segments_G[:-1])
-    group_of_S = np.repeat(np.arange(len(groups)), np.diff(columns.group_segments_G))
-    within_S = np.arange(len(lengths_S)) - first_G[group_of_S]
-    num_prompts_S = np.asarray(columns.num_prompts_G)[group_of_S]
-    is_response_S = within_S >= num_prompts_S
-    prompt_of_S = first_G[group_of_S] + np.where(num_prompts_S > 1, within_S - num_prompts_S, 0)
-    prompt_S = np.where(is_response_S, lengths_S[np.where(is_response_S, prompt_of_S, 0)], 0.0)
-    pairs_S = lengths_S * (lengths_S + 1) / 2 + lengths_S * prompt_S
-    num_copies_S = np.ones_like(lengths_S)
-    if not share_prompts:
-        num_responses_G = np.diff(columns.group_segments_G) - columns.num_prompts_G
-        alone_S = ~is_response_S & (num_prompts_S == 1)
-        num_copies_S[alone_S] = num_responses_G[group_of_S[alone_S]]
-    return np.bincount(group_of_S, pairs_S * num_copies_S, minlength=len(groups)).astype(np.float64)
+    group_R, lengths_R, prompts_R = _response_lengths(groups)
+    is_first_R = np.diff(group_R, prepend=-1) > 0
+    shared_R = (groups.columns.num_prompts_G[group_R] == 1) & share_prompts
+    own_R = lengths_R * (lengths_R + 1) / 2 + lengths_R * prompts_R
+    of_prompt_R = np.where(is_first_R | ~shared_R, prompts_R * (prompts_R + 1) / 2, 0.0)
+    return np.bincount(group_R, own_R + of_prompt_R, minlength=len(groups)).astype(np.float64)
 
 
-def _best_fit_decreasing(tokens_N: IntArray, capacity: int) -> list[list[int]]:
-    """Each group, longest first, into the fullest bin that still has room."""
+def _response_lengths(groups: GroupStore) -> tuple[IntArray, IntArray, IntArray]:
+    """Of every response of all groups, int64 [R]: its group, its tokens, and those of its prompt."""
+    columns, lengths_S = groups.columns, groups.segment_lengths()
+    num_prompts_G = np.asarray(columns.num_prompts_G, np.int64)
+    group_R = np.repeat(np.arange(len(groups)), np.diff(groups.response_offsets_G))
+    within_R = np.arange(len(group_R)) - groups.response_offsets_G[group_R]
+    first_R = columns.group_segments_G[group_R]
+    prompt_R = first_R + np.where(num_prompts_G[group_R] > 1, within_R, 0)
+    return group_R, lengths_S[first_R + num_prompts_G[group_R] + within_R], lengths_S[prompt_R]
+
+
+def best_fit_decreasing(tokens_N: IntArray, capacity: int) -> list[list[int]]:
+    """Each group, longest first, into the fullest bin that still has room: positions among the N groups, bin by bin.
+
+    Rooms are whole numbers up to the capacity, so the bin is found in one look at a bit mask of the rooms there are, and
+    groups of one length go into it together as long as they fit: a million groups take seconds.
+    """
+    order = np.argsort(-tokens_N, kind="stable")
+    starts = np.flatnonzero(np.diff(tokens_N[order], prepend=-1)).tolist()
+    order_list = order.tolist()
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
-    for position in np.argsort(-tokens_N, kind="stable").tolist():
-        need = int(tokens_N[position])
-        found = bisect_left(room, (need, -1))
-        if found < len(room):
-            free, number = room.pop(found)
-        else:
-            free, number = capacity, len(bins)
-            bins.append([])
-        bins[number].append(position)
-        insort(room, (free - need, number))
+    by_room: dict[int, list[int]] = {}
+    rooms = 0  # bit r is set where by_room[r] has a bin
+    for start, end in pairwise([*starts, len(order_list)]):
+        length = int(tokens_N[order_list[start]])
+        while start < end:
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                number = by_room[room].pop()
+                if not by_room[room]:
+                    rooms ^= 1 << room
+            else:
+                room, number = capacity, len(bins)
+                bins.append([])
+            count = min(room // length, end - start) if length else end - start
+            bins[number] += order_list[start : start + count]
+            start += count
+            room -= count * length
+            by_room.setdefault(room, []).append(number)
+            rooms |= 1 << room
+    return bins
+
+
+def fill_one_by_one(tokens_N: IntArray, capacity: int) -> list[list[int]]:
+    """The longest group that is left, with those of the others that fill its bin best: slower than best-fit, and tighter.
+
+    Which sums can be made is a bit mask: bit s is set where some of the groups add up to s.
+    """
+    left = np.argsort(-tokens_N, kind="stable").tolist()
+    tokens = tokens_N.tolist()
+    bins = []
+    while left:
+        first, *others = left
+        room = capacity - tokens[first]
+        within = (1 << (room + 1)) - 1
+        sums = [1]
+        for position in others:
+            sums.append((sums[-1] | sums[-1] << tokens[position]) & within)
+        rest = sums[-1].bit_length() - 1
+        chosen = [first]
+        for place in range(len(others) - 1, -1, -1):
+            # Whatever can be made of longer groups is: the short ones are worth more to the bins to come.
+            if not sums[place] >> rest & 1:
+                chosen.append(others[place])
+                rest -= tokens[others[place]]
+        bins.append(chosen)
+        taken = set(chosen)
+        left = [position for position in others if position not in taken]
     return bins
 
 
 def _spread_by_cost(tokens_N: IntArray, costs_N: FloatArray, capacity: int, num_bins: int) -> list[list[int]] | None:
     """Each group, costliest first, into the cheapest bin with room; None where one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    bin_costs, free = np.zeros(num_bins), np.full(num_bins, capacity, np.int64)
+    room = [capacity] * num_bins
+    cheapest = [(0.0, number) for number in range(num_bins)]
+    tokens, costs = tokens_N.tolist(), costs_N.tolist()
     for position in np.argsort(-costs_N, kind="stable").tolist():
-        allowed = np.where(free >= tokens_N[position], bin_costs, np.inf)
-        number = int(allowed.argmin())
-        if not np.isfinite(allowed[number]):
+        full: list[tuple[float, int]] = []
+        while cheapest and room[cheapest[0][1]] < tokens[position] and len(full) < _MOST_FULL_BINS:
+            full.append(heapq.heappop(cheapest))
+        if not cheapest or room[cheapest[0][1]] < tokens[position]:
             return None
+        cost, number = cheapest[0]
+        heapq.heapreplace(cheapest, (cost + costs[position], number))
         bins[number].append(position)
-        bin_costs[number] += costs_N[position]
-        free[number] -= tokens_N[position]
+        room[number] -= tokens[position]
+        for entry in full:
+            heapq.heappush(cheapest, entry)
     return bins
 
 
 def _level(bins: list[list[int]], tokens_N: IntArray, costs_N: FloatArray, capacity: int) -> None:
-    """Move groups from costly bins to cheap ones with room while the larger cost falls; empty bins are filled first."""
+    """Move groups from costly bins to cheap ones, or exchange two, while that brings them nearer; empty bins come first."""
     bin_costs = np.array([costs_N[members].sum() for members in bins])
-    free = np.array([capacity - tokens_N[members].sum() for members in bins])
-    for _ in range(_MAX_LEVEL_ROUNDS):
-        move = _best_move(bins, bin_costs, free, tokens_N, costs_N)
-        if move is None:
+    room = np.array([capacity - int(tokens_N[members].sum()) for members in bins])
+    for _ in range(min(_MAX_LEVEL_ROUNDS, 8 * len(bins))):
+        taker = int(bin_costs.argmin())
+        if bins[taker] and bin_costs.max() - bin_costs[taker] <= _LEVEL_ENOUGH * bin_costs.mean():
             return
-        position, giver, taker = move
-        bins[giver].remove(position)
-        bins[taker].append(position)
-        for number, sign in ((giver, -1), (taker, 1)):
-            bin_costs[number] += sign * costs_N[position]
-            free[number] -= sign * tokens_N[position]
+        change = _best_change(bins, taker, bin_costs, room, tokens_N, costs_N)
+        if change is None:
+            return
+        giver, given, taken = change
+        for position, source, target in ((given, giver, taker), (taken, taker, giver)):
+            if position is None:
+                continue
+            bins[source].remove(position)
+            bins[target].append(position)
+            for number, sign in ((source, -1), (target, 1)):
+                bin_costs[number] += sign * costs_N[position]
+                room[number] -= sign * tokens_N[position]
 
 
-def _best_move(
-    bins: list[list[int]], bin_costs: FloatArray, free: Any, tokens_N: IntArray, costs_N: FloatArray
-) -> tuple[int, int, int] | None:
-    """(group, from, to) that brings the costliest bin with several groups nearest to the cheapest one that has room."""
-    taker = int(bin_costs.argmin())
-    givers = np.argsort(-bin_costs, kind="stable")[:8].tolist()
+def _best_change(
+    bins: list[list[int]], taker: int, bin_costs: FloatArray, room: IntArray, tokens_N: IntArray, costs_N: FloatArray
+) -> tuple[int, int, int | None] | None:
+    """(giver, the group it gives, the group it takes back or None) that brings a costly bin nearest to the cheapest one."""
     if not bins[taker]:
         givers = [number for number in np.argsort(-bin_costs, kind="stable").tolist() if len(bins[number]) > 1][:1]
+    else:
+        givers = np.argsort(-bin_costs, kind="stable")[:4].tolist()
     for giver in givers:
-        if giver == taker or len(bins[giver]) < 2:
-            continue
         gap = bin_costs[giver] - bin_costs[taker]
-        fitting = [p for p in bins[giver] if tokens_N[p] <= free[taker] and (costs_N[p] < gap or not bins[taker])]
-        if fitting:
-            best = min(fitting, key=lambda p: (abs(gap - 2 * costs_N[p]), p))
-            return best, giver, taker
+        if giver == taker or gap <= 0:
+            continue
+        given = np.sort(np.array(bins[giver]))
+        # Against every group of the taker, and last against none at all.
+        back_tokens = np.append(tokens_N[bins[taker]], 0)
+        back_costs = np.append(costs_N[bins[taker]], 0.0)
+        moved = costs_N[given][:, None] - back_costs
+        growth = tokens_N[given][:, None] - back_tokens
+        allowed = (growth <= room[taker]) & (-growth <= room[giver]) & (moved > 0) & (moved < gap)
+        if not bins[taker]:
+            allowed = growth <= room[taker]
+        if len(given) < 2:
+            allowed[:, -1] = False
+        if allowed.any():
+            best = int(np.where(allowed, np.abs(gap - 2 * moved), np.inf).argmin())
+            row, column = divmod(best, len(back_costs))
+            return giver, int(given[row]), None if column == len(back_costs) - 1 else bins[taker][column]
     return None
 
 

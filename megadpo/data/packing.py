@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import MicroBatch, lay_out
+from megadpo.data.micro_batch import MicroBatch, lay_out_groups
 from megadpo.data.pack import FloatArray, IntArray, check_groups_fit, group_costs, plan_micro_batches
 from megadpo.data.store import GroupStore
 
@@ -21,6 +21,7 @@ class Packing:
         num_tokens_G: int64, stream tokens of each group.
         costs_G: float64, work of each group.
         hidden_size: of the model; weighs attention against the dense layers in the work.
+        head_work: of a row of the head, in tokens' worth of dense layers.
         max_length: the most tokens of a prompt and an answer.
         score_prompts: whether the log-probs of prompts are read too.
         multiple_of: every stream's length is padded up to a multiple of it.
@@ -38,6 +39,7 @@ class Packing:
     max_length: int | None = None
     score_prompts: bool = False
     micro_batches_multiple_of: int = 1
+    head_work: float = 0.0
 
     def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
         """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
@@ -53,7 +55,7 @@ class Packing:
             self.num_data_parallel,
             self.micro_batches_multiple_of,
         )
-        return [self._lay_out(chosen[members].tolist(), members) for members in plan[data_rank]]
+        return [self._lay_out(chosen[members], members) for members in plan[data_rank]]
 
     def mismatched(self, numbers: Sequence[int] | IntArray) -> Packing:
         """A data set of the groups `numbers` in which each prompt stands before the first answer of the one before it.
@@ -77,12 +79,12 @@ class Packing:
             hidden_size=self.hidden_size,
             max_length=self.max_length,
             micro_batches_multiple_of=self.micro_batches_multiple_of,
+            head_work=self.head_work,
         )
 
-    def _lay_out(self, numbers: list[int], places: list[int]) -> MicroBatch:
-        groups = [self.groups[i] for i in numbers]
-        return lay_out(
-            groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts, places=places
+    def _lay_out(self, numbers: IntArray, places: list[int]) -> MicroBatch:
+        return lay_out_groups(
+            self.groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts, places=places
         )
 
 
@@ -98,13 +100,14 @@ def prepare_packing(
     max_length: int | None = None,
     score_prompts: bool = False,
     micro_batches_multiple_of: int = 1,
+    head_work: float = 0.0,
 ) -> Packing:
     """Measure every group once.
 
     Args:
         setting: the configuration key of `tokens_per_micro_batch`, for the message.
         score_prompts: whether the log-probs of prompts are read too.
-        hidden_size: of the model; weighs attention against the dense layers in the work.
+        hidden_size, head_work: of the model; weigh attention and head against the dense layers in the work.
         max_length: the most tokens of a prompt and an answer, for `mismatched`.
 
     Raises:
@@ -112,7 +115,7 @@ def prepare_packing(
     """
     num_tokens_G = groups.num_tokens(share_prompts)
     check_groups_fit(num_tokens_G, groups.rows, tokens_per_micro_batch, setting)
-    costs_G = group_costs(groups, share_prompts, hidden_size)
+    costs_G = group_costs(groups, share_prompts, hidden_size, head_work, score_prompts)
     return Packing(
         groups,
         share_prompts,
@@ -125,4 +128,5 @@ def prepare_packing(
         max_length,
         score_prompts,
         micro_batches_multiple_of,
+        head_work,
     )

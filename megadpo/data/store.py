@@ -201,7 +201,7 @@ class GroupStore(Sequence[Group]):
     @cached_property
     def response_offsets_G(self) -> npt.NDArray[np.int64]:
         """int64 [G + 1]: group g's responses are those from [g] up to [g + 1] - 1 among the responses of all groups."""
-        return self.columns.group_segments_G - _offsets(self.columns.num_prompts_G)
+        return np.asarray(self.columns.group_segments_G) - _offsets(self.columns.num_prompts_G)
 
     @property
     def num_responses(self) -> int:

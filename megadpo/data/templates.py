@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,44 @@ def check_template(tokenizer: Any, location: str) -> None:
             f"{location}: the row is conversational and the tokenizer has no chat template; "
             "set data.chat_template to a jinja file"
         )
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages to be rendered.
+
+    Attributes:
+        location: of their row, for error messages.
+        kwargs: what the template sees beside the messages (`Row.template_kwargs`).
+        is_prompt: whether the template is to end with the beginning of an answer.
+    """
+
+    messages: list[Message]
+    location: str
+    kwargs: Mapping[str, Any]
+    is_prompt: bool = False
+
+
+def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Token ids of every conversation, as `render_ids` gives them; raises what that raises.
+
+    transformers renders a conversation to text and tokenises that: here the texts are tokenised together.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    one_by_one = [(c.messages, c.location, c.kwargs, c.is_prompt) for c in conversations]
+    # A tokenizer with a way of its own (Mistral's) keeps it.
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
+    texts = [render_text(tokenizer, *conversation) for conversation in one_by_one]
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    try:
+        ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+    except Exception:  # one by one, the row that was refused is found and named
+        return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
+    return ids
 
 
 def render_ids(

@@ -75,26 +75,40 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
 def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[GroupTokens | str]:
     """Tokenise located rows; a string in the result is the reason why the row is dropped.
 
+    All texts of all rows go to the tokenizer at once, and so do all rendered conversations.
+
     Raises:
         UserError: for a tokenizer without an end-of-sequence token or template, or a row its template refuses.
     """
-    results: list[GroupTokens | str] = []
+    results: list[GroupTokens | str] = [row.reason_to_drop() or "" for _, row in rows]
+    kept = [(location, row) for (location, row), reason in zip(rows, results, strict=True) if not reason]
     texts: list[str] = []
-    for location, row in rows:
-        reason = row.reason_to_drop()
-        if reason is not None:
-            results.append(reason)
-        elif row.conversational:
-            results.append(_tokenise_conversation(row, tokenizer, location))
+    conversations: list[templates.Conversation] = []
+    for location, row in kept:
+        if row.conversational:
+            conversations += _conversations_of(row, tokenizer, location)
         else:
-            results.append("")
             texts += _texts_of(row, tokenizer, location)
-    ids = iter(tokenizer(texts)["input_ids"] if texts else ())
-    for index, (_, row) in enumerate(rows):
-        if results[index] == "":
-            prompts = [next(ids) for _ in row.prompts]
-            results[index] = _split(prompts, [next(ids) for _ in row.completions])
-    return results
+    ids_of_texts = iter(_ids_of(texts, tokenizer))
+    ids_of_conversations = iter(templates.render_all(tokenizer, conversations))
+    tokenised = []
+    for location, row in kept:
+        ids = ids_of_conversations if row.conversational else ids_of_texts
+        prompts = [next(ids) for _ in row.prompts]
+        wholes = [next(ids) for _ in row.completions]
+        if row.conversational:
+            _check_prompts_survive(row, prompts, wholes, tokenizer, location)
+        tokenised.append(_split(prompts, wholes))
+    in_order = iter(tokenised)
+    return [reason or next(in_order) for reason in results]
+
+
+def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """What ``tokenizer(texts)["input_ids"]`` is, without the masks that come with it."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    return ids
 
 
 def _texts_of(row: Row, tokenizer: Any, location: str) -> list[str]:
@@ -114,21 +128,26 @@ def _sides_of(row: Row) -> list[tuple[Content, Content]]:
     return list(zip(prompts, row.completions, strict=True))
 
 
-def _tokenise_conversation(row: Row, tokenizer: Any, location: str) -> GroupTokens | str:
+def _conversations_of(row: Row, tokenizer: Any, location: str) -> list[templates.Conversation]:
+    """The prompts, then every completion with its prompt before it."""
     templates.check_template(tokenizer, location)
-    prompts = [
-        templates.render_ids(tokenizer, as_messages(prompt), location, row.template_kwargs, is_prompt=True)
-        for prompt in row.prompts
-    ]
-    wholes = []
-    for number, (prompt, completion) in enumerate(_sides_of(row)):
+    kwargs = row.template_kwargs
+    conversations = [templates.Conversation(as_messages(prompt), location, kwargs, True) for prompt in row.prompts]
+    for prompt, completion in _sides_of(row):
         assert isinstance(prompt, list) and isinstance(completion, list)
-        whole = templates.render_ids(tokenizer, prompt + completion, location, row.template_kwargs)
+        conversations.append(templates.Conversation(prompt + completion, location, kwargs))
+    return conversations
+
+
+def _check_prompts_survive(
+    row: Row, prompts: list[list[int]], wholes: list[list[int]], tokenizer: Any, location: str
+) -> None:
+    """Of a prompt that is no prefix of the whole, see `templates.check_prompt_survives`."""
+    for number, ((prompt, completion), whole) in enumerate(zip(_sides_of(row), wholes, strict=True)):
+        assert isinstance(prompt, list) and isinstance(completion, list)
         alone = prompts[number if len(prompts) > 1 else 0]
         if first_difference(alone, whole) < len(alone):
             templates.check_prompt_survives(tokenizer, prompt, completion, location, row.template_kwargs)
-        wholes.append(whole)
-    return _split(prompts, wholes)
 
 
 def _split(prompts: list[list[int]], wholes: list[list[int]]) -> GroupTokens | str:

@@ -71,7 +71,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "precomputed reference",
         "reference.mode",
-        lambda c: c.reference.mode == "precomputed",
+        lambda c: c.reference.mode in ("precomputed", "cached"),
         ("reference.mode=precomputed",),
     ),
     Feature(

@@ -31,8 +31,18 @@ from megadpo.platform.device import compute_device
 
 def local_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
     """This replica's micro-batches out of a step with the groups `numbers`, with this rank's parts, on its device."""
-    micro_batches = packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())
-    return [with_own_part(micro_batch).to(compute_device()) for micro_batch in micro_batches]
+    return on_device(host_micro_batches(packing, numbers))
+
+
+def host_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
+    """The same in this process's memory, from where a device can fetch them; for any thread."""
+    micro_batches = [with_own_part(m) for m in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
+    return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches
+
+
+def on_device(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Micro-batches on this rank's device."""
+    return [micro_batch.to(compute_device()) for micro_batch in micro_batches]
 
 
 def with_own_part(micro_batch: MicroBatch) -> MicroBatch:

@@ -194,5 +194,5 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[d
         if stop_after is None or not (isinstance(error, Interrupted) or "onnect" in str(error)):
             raise
     lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds"}
+    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
     return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]

@@ -77,7 +77,7 @@ def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> d
         run.references = References(precomputed(np.zeros(plan.train.groups.num_responses), plan.train.groups), None)
     unshared_config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, share_prompts=False))
     unshared_packing = data_packing(
-        unshared_config, plan.train.groups, plan.layout, plan.policy.config.hidden_size, options.capacity, "--capacity"
+        unshared_config, plan.train.groups, plan.layout, plan.policy.config, options.capacity, "--capacity"
     )
     unshared = dataclasses.replace(run, plan=dataclasses.replace(plan, config=unshared_config, train=unshared_packing))
 

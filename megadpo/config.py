@@ -30,6 +30,9 @@ class ModelConfig:
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
     fp32 on CPU."""
+    attention: str = "auto"
+    """The kernel of attention: `cpu_flash`, `varlen` (torch's), `flash_attn`, `transformer_engine` (these in bf16 on CUDA),
+    `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
 
 
 @dataclass

@@ -121,22 +121,24 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
     engine = build_engine(plan)
-    say(", ".join(f"{what} {name}" for what, name in engine.describe().items()))
+    facts = engine.describe() | {"attention": engine.stage.attention}
+    say(", ".join(f"{what} {name}" for what, name in facts.items()))
     return Run(plan, engine, references, callbacks)
 
 
 def build_engine(plan: Plan) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded."""
     config, layout, recompute = plan.policy.config, plan.layout, plan.config.train.recompute
+    attention = plan.config.model.attention
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel)
+        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel, attention)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
-    stage = build_stage(config, layout, plan.dtype, recompute)
+    stage = build_stage(config, layout, plan.dtype, recompute, attention=attention)
     load_weights(stage, plan.policy.source)
     return MegatronEngine(stage, plan.config.train)
 

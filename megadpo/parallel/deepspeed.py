@@ -171,21 +171,32 @@ class ZeroEngine:
 
 
 def policy_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, recompute: str, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str,
+    parallel: ParallelConfig,
+    attention: str = "auto",
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, recompute)
+        stage = build_stage(hf_config, layout, dtype, recompute, attention=attention)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel)
+    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel, attention)
 
 
 def frozen_sharded_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    attention: str = "auto",
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel)
+    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, attention)
     stage.model.requires_grad_(False)
     stage.model.eval()
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False))
@@ -193,11 +204,17 @@ def frozen_sharded_stage(
 
 
 def sharded_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, recompute: str, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str,
+    parallel: ParallelConfig,
+    attention: str = "auto",
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole."""
     prepare_deepspeed()
-    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"))
+    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"), attention=attention)
     cut = sharder(dtype, _config(stage, parallel, ds_cpu_adam=False))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

@@ -27,7 +27,7 @@ from megadpo.data.micro_batch import Piece, Segment
 
 Range = tuple[int, int]
 
-MAX_UNIT = 512
+MAX_UNIT = 256
 """Tokens of a prompt with its responses up to which they are one unit of a batch, with a mask."""
 
 FILLED = 0.7

@@ -173,7 +173,7 @@ def test_responses_of_a_long_prompt_share_one_rectangle_and_nothing_is_masked():
 
 def test_short_groups_of_about_equal_sizes_are_few_calls():
     random = np.random.default_rng(0)
-    lengths = [tuple(random.integers(low, high) for low, high in ((100, 160), (40, 80), (40, 80))) for _ in range(40)]
+    lengths = [tuple(random.integers(low, high) for low, high in ((80, 120), (30, 60), (30, 60))) for _ in range(40)]
     blocks = attention_blocks.blocks_of(stream(lengths)[0], None, torch.float32)
     assert len(blocks.batches) <= 5 and not blocks.blocks
     padded = sum(batch.queries.is_padding.numel() for batch in blocks.batches)

@@ -87,6 +87,7 @@ def prepare(config: Config) -> Plan:
         reference = open_model(config.reference.path, "reference.path", config)
         _check_same_vocabulary(policy, reference)
         check_layout(layout, reference.config)
+        check_attention(config, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
     check_attention(config, policy.config)
     if config.train.router_aux_coef and experts_of(policy.config) is None:

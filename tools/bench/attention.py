@@ -45,6 +45,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--pairs", type=int, default=16, help="of each mix of lengths")
+    parser.add_argument("--mixes", nargs="*", default=["prompt-heavy", "UltraFeedback-like"])
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384], help="tokens of single pairs")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key-value-heads", type=int, default=8)
@@ -56,8 +57,7 @@ def _options() -> argparse.Namespace:
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, int]]:
     """(name, number of pairs, or tokens of a single pair)."""
-    mixes = [(mix, options.pairs) for mix in ("prompt-heavy", "UltraFeedback-like")]
-    return [*mixes, *(("one pair", length) for length in options.lengths)]
+    return [*((mix, options.pairs) for mix in options.mixes), *(("one pair", length) for length in options.lengths)]
 
 
 def _groups(case: tuple[str, int]) -> list[Any]:

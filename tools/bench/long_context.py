@@ -3,7 +3,7 @@
 One optimizer step (frozen reference resident, policy forward and backward, AdamW) on one pair of random tokens, half of them
 prompt and a quarter each response, on two processes of a fresh world each: context parallelism, pipeline parallelism, and
 the first of these with the plain kernel of attention (`model.attention: sdpa`) as far as `--plain-to`. Figures are
-the peak resident set of each process from its start to its end, everything included, and the largest of the processes' seconds.
+the peak resident set of each process from its start to its end, everything included, and the slower process's seconds.
 
 Every point is written as soon as it is measured; `--json` of a run that was cut short is gone on from.
 """
@@ -81,7 +81,7 @@ def _point(arm: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
         path = Path(directory) / "model" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": tokens}))
         config["model"] |= ARMS[arm].get("model", {})
-        config["train"] |= {"tokens_per_micro_batch": tokens, "recompute": options.recompute}
+        config["train"] |= {"tokens_per_micro_batch": max(tokens, 4096), "recompute": options.recompute}
         ranks = on_ranks(2, _step, config, tokens, options.threads)
     peaks = [rank["peak_gib"] for rank in ranks]
     return {

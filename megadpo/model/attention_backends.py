@@ -1,6 +1,6 @@
 """Which kernel computes attention: chosen once for a run, by device, dtype and what is installed.
 
-* "cpu_flash": torch's CPU flash kernel over blocks and batches (attention_blocks.py);
+* "cpu_flash": torch's CPU flash kernel over blocks and batches (attention_cpu.py);
 * "varlen", "flash_attn", "transformer_engine": one call of a GPU kernel (attention_varlen.py);
 * "sdpa": torch's scaled_dot_product_attention, segment by segment, on anything (attention_plain.py).
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megadpo.data.micro_batch import Piece, Segment
 from megadpo.errors import UserError
-from megadpo.model.attention_blocks import attend_in_blocks, blocks_of
+from megadpo.model.attention_blocks import blocks_of
+from megadpo.model.attention_cpu import attend_in_blocks, has_kernel
 from megadpo.model.attention_plain import attend_by_segment
 from megadpo.model.attention_varlen import (
     Kernel,
@@ -59,7 +60,9 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     if name == "sdpa":
         return None
     if name == "cpu_flash":
-        return None if device.type == "cpu" else f"that is for CPUs and this run computes on {device.type}"
+        if device.type != "cpu":
+            return f"that is for CPUs and this run computes on {device.type}"
+        return None if has_kernel() else f"torch {torch.__version__} does not have that kernel"
     if device.type != "cuda":
         return "that needs a CUDA device, of which there is none"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -159,7 +159,7 @@ def test_scores_far_apart_do_not_overflow():
             gradients = torch.autograd.grad(found, [query, *rest[:2]], rest[2])
             assert all(torch.isfinite(tensor).all() for tensor in (found, *gradients))
     want = by_definition(query, *rest[:2], segments, None)
-    assert float((found.double() - want).norm() / want.norm()) < 1e-3
+    assert float((found.detach().double() - want.detach()).norm() / want.detach().norm()) < 1e-3
 
 
 def test_responses_of_a_long_prompt_share_one_rectangle_and_nothing_is_masked():

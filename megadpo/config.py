@@ -33,6 +33,9 @@ class ModelConfig:
     kernels: str = "auto"
     """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
     `torch`, or `auto`: native where it is to be had."""
+    attention: str = "auto"
+    """The kernel of attention: `cpu_flash`, `varlen` (torch's), `flash_attn`, `transformer_engine` (these in bf16 on CUDA),
+    `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
     "model.kernels": ("auto", "torch", "native"),
+    "model.attention": ("auto", "cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa"),
     "reference.mode": ("resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),

@@ -18,13 +18,14 @@ from megadpo.data.prepare import DataReport, prepare_groups
 from megadpo.data.report import counted
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.families import TensorSource, check_tensors, experts_of
+from megadpo.model.attention_backends import choose_backend
+from megadpo.model.families import TensorSource, check_tensors, experts_of, transformer_config_kwargs
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
 from megadpo.parallel.deepspeed_options import check_machine
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
-from megadpo.platform.device import resolve_dtype
+from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.platform.world import world_size
 
 
@@ -87,7 +88,9 @@ def prepare(config: Config) -> Plan:
         reference = open_model(config.reference.path, "reference.path", config)
         _check_same_vocabulary(policy, reference)
         check_layout(layout, reference.config)
+        check_attention(config, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
+    check_attention(config, policy.config)
     if config.train.router_aux_coef and experts_of(policy.config) is None:
         raise UserError(
             f"train.router_aux_coef is {config.train.router_aux_coef!r}, but {policy.path} has no experts; remove it"
@@ -152,6 +155,16 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
         return ModelFiles(path, directory, hf_config, source)
     model = as_reward_model(hf_config, source, directory, config.train.seed)
     return ModelFiles(path, directory, model.config, model.source, model.has_new_head)
+
+
+def check_attention(config: Config, hf_config: Any) -> None:
+    """Refuse a kernel of attention that cannot be used on this machine with this model.
+
+    Raises:
+        UserError: saying why.
+    """
+    dtype = resolve_dtype(config.model.dtype)
+    choose_backend(config.model.attention, compute_device(), dtype, transformer_config_kwargs(hf_config)["kv_channels"])
 
 
 def data_packing(

@@ -89,6 +89,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
         say: tells the user a sentence.
     """
     mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
+    attention = plan.config.model.attention
 
     @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
@@ -96,9 +97,9 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
             from megadpo.parallel.deepspeed import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel
+                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, attention
             )
-        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source)
+        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source, attention)
 
     if mode == "none":
         return References(absent, absent)
@@ -132,9 +133,9 @@ def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], 
     return precomputed(logps_R, packing.groups)
 
 
-def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource) -> Stage:
+def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource, attention: str = "auto") -> Stage:
     """The reference model's stage on this rank, loaded, without gradients."""
-    stage = build_stage(hf_config, layout, dtype)
+    stage = build_stage(hf_config, layout, dtype, attention=attention)
     load_weights(stage, source)
     for model in stage.models:
         model.requires_grad_(False)

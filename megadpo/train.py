@@ -151,7 +151,7 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     engine = build_engine(plan)
     for head in engine.stage.heads:
         head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
-    described = engine.describe()
+    described = engine.describe() | {"attention": engine.stage.attention}
     if not has_reward_head(plan.config.objective.loss_types):
         described["log-prob head"] = kernels
     say(", ".join(f"{what} {name}" for what, name in described.items()))
@@ -161,15 +161,16 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
 def build_engine(plan: Plan) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded."""
     config, layout, recompute = plan.policy.config, plan.layout, plan.config.train.recompute
+    attention = plan.config.model.attention
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel)
+        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel, attention)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
-    stage = build_stage(config, layout, plan.dtype, recompute)
+    stage = build_stage(config, layout, plan.dtype, recompute, attention=attention)
     load_weights(stage, plan.policy.source)
     return MegatronEngine(stage, plan.config.train)
 

@@ -108,3 +108,23 @@ def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_proce
     assert [growth["what"] for growth in report["growth"]] == ["pairs", "length", "vocabulary", "layers"]
     assert all(len(growth["seconds"]) == 2 for growth in report["growth"])
     assert [point["layout"] for point in report["processes"]] == ["one process", "data 2", "tensor 2", "pipeline 2"]
+
+
+def test_attention_is_timed_and_weighed_every_way(tmp_path):
+    sizes = ("--pairs", "2", "--lengths", "--heads", "2", "--key-value-heads", "1", "--head-dim", "16")
+    report = _report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
+    (point,) = report["points"]
+    assert set(point["seconds"]) == set(point["mib"]) == {"cpu_flash", "sdpa", "cpu_flash, prompts twice", "padded"}
+    assert all(len(seconds) == 2 for seconds in point["seconds"].values())
+    assert point["ratios"]["cpu_flash"] == 1
+
+
+def test_memory_of_a_long_pair_is_measured_drawn_and_gone_on_from(tmp_path):
+    sizes = ("--hidden", "64", "--layers", "2", "--vocabulary", "512", "--arms", "context 2")
+    chart = tmp_path / "chart.svg"
+    (first,) = _report("long_context", tmp_path, "--tokens", "256", *sizes)["points"]
+    assert (first["arm"], first["tokens"], first["loss"]) == ("context 2", 256, math.log(2)), "policy is reference"
+    assert first["sum_gib"] == sum(first["peak_gib"]) > sum(first["before_gib"]) > 0
+    known, second = _report("long_context", tmp_path, "--tokens", "256", "512", "--svg", str(chart), *sizes)["points"]
+    assert known == first and second["tokens"] == 512
+    assert chart.read_text().count("<circle") == 2

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.model.attention import GroupAttention
+from megadpo.model.attention_backends import choose_backend
 from megadpo.model.experts import expert_layer_spec, is_expert, moved
 from megadpo.model.families import (
     ParameterShard,
@@ -39,6 +40,7 @@ from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
+from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 
@@ -50,10 +52,12 @@ class Stage:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
+        attention: the kernel that computes attention, one of `attention_backends.BACKENDS`.
     """
 
     models: list[GPTModel]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
+    attention: str
 
     @property
     def model(self) -> GPTModel:
@@ -74,7 +78,12 @@ class Stage:
 
 
 def build_stage(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none", device: torch.device | None = None
+    hf_config: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    device: torch.device | None = None,
+    attention: str = "auto",
 ) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
@@ -83,9 +92,11 @@ def build_stage(
         dtype: of parameters and activations.
         recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
         device: where parameters are made; None: on the compute device.
+        attention: the kernel asked for, see `attention_backends.choose_backend`.
     """
     config = _transformer_config(hf_config, layout, dtype, recompute)
-    models = [_build_chunk(hf_config, layout, config, chunk, device) for chunk in range(layout.virtual)]
+    backend = choose_backend(attention, compute_device(), dtype, config.kv_channels)
+    models = [_build_chunk(hf_config, layout, config, chunk, device, backend) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
@@ -95,22 +106,29 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
         parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters)
+    return Stage(models, parameters, backend)
 
 
 def _build_chunk(
-    hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int, device: torch.device | None
+    hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int, device: torch.device | None, backend: str
 ) -> GPTModel:
     layers = _layers(hf_config, layout, chunk)
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
+    attention = functools.partial(
+        GroupAttention,
+        windows=sliding_windows(hf_config),
+        rope_scaling=rope_scaling,
+        context_method=context_method(layout, hf_config),
+        backend=backend,
+    )
     has_vocabulary = head_of(hf_config) == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():
         # Experts that are whole on each tensor rank are told that there is nothing to split; that is meant.
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = (_UnjoinedModel if device else GPTModel)(
             config,
-            _block_spec(hf_config, config, layers, rope_scaling, context_method(layout, hf_config)),
+            _block_spec(hf_config, config, layers, attention),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -248,25 +266,23 @@ def _megatron_layout(hf_config: Any, layout: Layout) -> list[list[str]]:
 
 
 def _block_spec(
-    hf_config: Any, config: TransformerConfig, layers: range, rope_scaling: float, context_method: str | None
+    hf_config: Any, config: TransformerConfig, layers: range, attention: Callable[..., GroupAttention]
 ) -> TransformerBlockSubmodules:
     experts = experts_of(hf_config)
-    dense = _layer_spec(hf_config, config, rope_scaling, context_method)
+    dense = _layer_spec(config, attention)
     if experts is None:
         return TransformerBlockSubmodules(layer_specs=[dense] * len(layers), layer_norm=RMSNorm)
-    mixture = expert_layer_spec(_layer_spec(hf_config, config, rope_scaling, context_method), experts)
+    mixture = expert_layer_spec(_layer_spec(config, attention), experts)
     specs = [mixture if layer in experts.layers else dense for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _layer_spec(hf_config: Any, config: TransformerConfig, rope_scaling: float, context_method: str | None) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, core_attention: Callable[..., GroupAttention]) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = functools.partial(
-        GroupAttention, windows=sliding_windows(hf_config), rope_scaling=rope_scaling, context_method=context_method
-    )
+    attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer

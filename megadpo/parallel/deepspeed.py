@@ -176,21 +176,32 @@ class ZeroEngine:
 
 
 def policy_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, recompute: str, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: str,
+    parallel: ParallelConfig,
+    attention: str = "auto",
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, recompute)
+        stage = build_stage(hf_config, layout, dtype, recompute, attention=attention)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel)
+    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel, attention)
 
 
 def frozen_sharded_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    attention: str = "auto",
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, "reference")
+    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, attention, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
     for head in stage.heads:
@@ -206,6 +217,7 @@ def sharded_stage(
     dtype: torch.dtype,
     recompute: str,
     parallel: ParallelConfig,
+    attention: str = "auto",
     role: str = "policy",
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
@@ -215,7 +227,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"))
+    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"), attention=attention)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():
@@ -260,6 +272,7 @@ def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str
     sizes = [math.prod(shard.shape) for _, shard in stage.parameters.values()]
     config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
+        assert parallel.offload_dir is not None, "config_check refuses it"
         largest_part, part = (-(-size // dist.get_world_size(data_parallel_group())) for size in (max(sizes), sum(sizes)))
         require_lockable(swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part, part))
     return config

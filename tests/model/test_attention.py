@@ -1,0 +1,345 @@
+"""Every kernel of attention gives what its definition gives, forward and backward, whatever the shape of the stream."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megadpo.data.cut import with_part
+from megadpo.data.groups import Group
+from megadpo.data.micro_batch import lay_out
+from megadpo.errors import UserError
+from megadpo.model import attention_blocks
+from megadpo.model.attention_backends import BACKENDS, KERNELS, attend, choose_backend, prepare_attention
+
+SCALE = 0.7
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
+
+
+def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int | None = None) -> tuple[Any, int, int]:
+    """Segments or pieces, queries and keys of groups with a prompt and responses of these lengths."""
+    groups = [
+        Group((np.zeros(prompt, np.int32),), tuple(np.zeros(n, np.int32) for n in responses), row)
+        for row, (prompt, *responses) in enumerate(lengths)
+    ]
+    micro_batch = lay_out(groups, range(len(groups)), share_prompts, multiple_of=4)
+    num_keys = len(micro_batch.tokens_T)
+    if part is None:
+        return micro_batch.segments, num_keys, num_keys
+    held = with_part(micro_batch, 2, part).part
+    assert held is not None
+    return held.pieces, len(held.tokens_T), num_keys
+
+
+def operands(num_queries: int, num_keys: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]), (num_queries, heads[0])]
+    return [torch.randn(*shape, 16, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:
+    """In fp64, with every query's keys counted one by one."""
+    num_sharing = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(num_sharing, dim=1) for x in (key, value))
+    outputs = []
+    for segment in segments:
+        seen = [*range(segment.prompt_start, segment.prompt_end), *range(segment.keys.start, segment.keys.stop)]
+        for place in range(segment.end - segment.start):
+            keys = seen[: len(seen) - (segment.end - segment.start) + place + 1][-window if window else 0 :]
+            scores_AK = torch.einsum("ad,kad->ak", query[segment.start + place].double(), key[keys]) * SCALE
+            outputs.append(torch.einsum("ak,kad->ad", scores_AK.softmax(-1), value[keys]))
+    return torch.stack(outputs)
+
+
+def assert_same(
+    backend: str, segments: Any, tensors: list[Tensor], window: int | None, tolerance: float | None = None
+) -> None:
+    """Output and gradients of `backend` are those of the definition, relative to their norms."""
+    *inputs, d_output = tensors
+    want = by_definition(*inputs, segments, window)
+    prepared = prepare_attention(backend, segments, window, inputs[1])
+    found = attend(backend, *inputs, prepared, SCALE)
+    assert found.dtype is inputs[0].dtype
+    pairs = zip(
+        ("output", "query", "key", "value"),
+        (found, *torch.autograd.grad(found, inputs, d_output)),
+        (want, *torch.autograd.grad(want, inputs, d_output.double())),
+        strict=True,
+    )
+    for name, ours, theirs in pairs:
+        # A query that sees one key has a gradient of zero, the difference of terms of about one: no less is asked of it.
+        norm = max(float(theirs.detach().norm()), 0.5 * theirs.numel() ** 0.5)
+        error = float((ours.detach().double() - theirs.detach()).norm()) / norm
+        assert error <= (tolerance or TOLERANCES[ours.dtype]), f"{name}: {error}"
+
+
+SHAPES = {
+    "pairs": [(9, 5, 7), (3, 11, 2), (12, 4, 4)],
+    "lists and single answers": [(6, 3), (5, 4, 2, 6, 1), (8, 3, 3, 9)],
+    "one long among short ones": [(3, 2, 2), (70, 30, 41), (4, 1, 2)],
+    "answers without a prompt": [(0, 9, 5), (7, 6, 6)],
+    "single tokens": [(1, 1, 1), (1, 1)],
+}
+
+
+@pytest.mark.parametrize("largest_unit", [0, 40, 512], ids=["blocks", "both", "batches"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 6, 33])
+@pytest.mark.parametrize("backend", ["cpu_flash", "sdpa"])
+def test_outputs_and_gradients_on_the_cpu(monkeypatch, shape, window, backend, largest_unit):
+    monkeypatch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
+    for share_prompts, part in ((True, None), (False, None), (True, 0), (True, 1)):
+        segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
+        assert_same(backend, segments, operands(num_queries, num_keys, (4, 2), torch.float32), window)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("largest_unit", [0, 512], ids=["blocks", "batches"])
+def test_key_value_heads_may_be_fewer_and_dtypes_wider_or_narrower(monkeypatch, dtype, heads, largest_unit):
+    monkeypatch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
+    segments, num_queries, num_keys = stream(SHAPES["pairs"])
+    for window in (None, 6):
+        assert_same("cpu_flash", segments, operands(num_queries, num_keys, heads, dtype), window)
+
+
+def test_narrow_arithmetic_is_no_worse_than_torchs_own(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "MAX_UNIT", 64)
+    segments, num_queries, num_keys = stream([(200, 90, 130), (20, 10, 12), (25, 10, 8)])
+    *inputs, d_output = operands(num_queries, num_keys, (4, 2), torch.bfloat16)
+    want = by_definition(*inputs, segments, None)
+    exact = (want, *torch.autograd.grad(want, inputs, d_output.double()))
+    errors = {}
+    for backend in ("cpu_flash", "sdpa"):
+        found = attend(backend, *inputs, prepare_attention(backend, segments, None, inputs[1]), SCALE)
+        ours = (found, *torch.autograd.grad(found, inputs, d_output))
+        errors[backend] = [float((a.detach().double() - b.detach()).norm()) for a, b in zip(ours, exact, strict=True)]
+    assert all(ours <= 2 * theirs for ours, theirs in zip(errors["cpu_flash"], errors["sdpa"], strict=True)), errors
+
+
+responses = st.lists(st.integers(1, 30), min_size=1, max_size=4)
+streams = st.lists(st.tuples(st.integers(0, 40), responses), min_size=1, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    streams,
+    st.sampled_from([None, 1, 5, 24]),
+    st.sampled_from([0, 16, 48, 512]),
+    st.sampled_from([None, 0, 1]),
+    st.booleans(),
+)
+def test_any_stream(groups, window, largest_unit, part, share_prompts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
+        patch.setattr(attention_blocks, "WINDOW_ROWS", 8)
+        segments, num_queries, num_keys = stream([(prompt, *rest) for prompt, rest in groups], share_prompts, part)
+        tensors = [x.detach().double().requires_grad_() for x in operands(num_queries, num_keys, (4, 2), torch.float32)]
+        assert_same("cpu_flash", segments, tensors, window)
+
+
+def test_scores_far_apart_do_not_overflow():
+    segments, num_queries, num_keys = stream([(40, 20, 30), (40, 22, 30), (30, 30, 1)])
+    query, *rest = operands(num_queries, num_keys, (4, 2), torch.float32)
+    query = (query.detach() * 1000).requires_grad_()
+    for largest_unit in (0, 512):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
+            found = attend("cpu_flash", query, *rest[:2], prepare_attention("cpu_flash", segments, None, rest[0]), SCALE)
+            gradients = torch.autograd.grad(found, [query, *rest[:2]], rest[2])
+            assert all(torch.isfinite(tensor).all() for tensor in (found, *gradients))
+    want = by_definition(query, *rest[:2], segments, None)
+    assert float((found.detach().double() - want.detach()).norm() / want.detach().norm()) < 1e-3
+
+
+def test_responses_of_a_long_prompt_share_one_rectangle_and_nothing_is_masked():
+    segments, *_ = stream([(2000, 300, 500, 400), (600, 100, 100)])
+    blocks = attention_blocks.blocks_of(segments, None, torch.float32)
+    assert not blocks.batches
+    rectangles = [(b.queries, b.keys) for b in blocks.blocks if not b.is_causal]
+    assert rectangles == [((2000, 3200), ((0, 2000),)), ((3800, 4000), ((3200, 3800),))]
+    assert all(block.mask is None for block in blocks.blocks)
+
+
+def test_short_groups_of_about_equal_sizes_are_few_calls():
+    random = np.random.default_rng(0)
+    lengths = [tuple(random.integers(low, high) for low, high in ((80, 120), (30, 60), (30, 60))) for _ in range(40)]
+    blocks = attention_blocks.blocks_of(stream(lengths)[0], None, torch.float32)
+    assert len(blocks.batches) <= 5 and not blocks.blocks
+    padded = sum(batch.queries.is_padding.numel() for batch in blocks.batches)
+    assert padded <= 1.2 * sum(sum(some) for some in lengths)
+
+
+# GPU kernels are not run here. What they are given is held to their contract, written down in plain torch.
+
+
+def varlen_contract(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scale: float,
+    reach: tuple[int, int],
+) -> Tensor:
+    """Sequences one after the other; the last query meets the last key; a query sees `reach` keys before and after its own
+    (-1: all)."""
+    assert query_starts.dtype is key_starts.dtype is torch.int32
+    assert (query_starts.diff() > 0).all() and (key_starts.diff() > 0).all()
+    assert (max_queries, max_keys) == (int(query_starts.diff().max()), int(key_starts.diff().max()))
+    assert (int(query_starts[-1]), int(key_starts[-1])) == (len(query), len(key))
+    num_sharing = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(num_sharing, dim=1) for x in (key, value))
+    outputs = []
+    for number in range(len(query_starts) - 1):
+        queries, keys = slice(*query_starts[number : number + 2]), slice(*key_starts[number : number + 2])
+        scores = torch.einsum("qad,kad->aqk", query[queries], key[keys]) * scale
+        num_queries, num_keys = scores.shape[1:]
+        places = torch.arange(num_keys) - torch.arange(num_queries)[:, None] - (num_keys - num_queries)
+        seen = torch.ones_like(places, dtype=torch.bool)
+        for side, sign in zip(reach, (-1, 1), strict=True):
+            seen &= (sign * places <= side) if side >= 0 else True
+        outputs.append(torch.einsum("aqk,kad->qad", scores.masked_fill(~seen, -torch.inf).softmax(-1), value[keys]))
+    return torch.cat(outputs)
+
+
+def contract_of_torch(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa is (query.shape[1] != key.shape[1])
+    return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def contract_of_flash_attn(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    assert causal and dropout_p == 0
+    reach = (window_size[0], 0)
+    return varlen_contract(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, reach)
+
+
+class ContractOfTransformerEngine(torch.nn.Module):
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.1, **others):
+        super().__init__()
+        assert attention_dropout == 0.0
+        self.heads = (num_attention_heads, num_gqa_groups, kv_channels)
+        self.scale, self.format = others.pop("softmax_scale"), others.pop("qkv_format")
+        assert others == {"attn_mask_type": "padding_causal_bottom_right"}
+
+    def forward(
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask=None,
+        qkv_format=None,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        max_seqlen_q=None,
+        max_seqlen_kv=None,
+        attn_mask_type=None,
+        window_size=None,
+    ):
+        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert self.heads == (query_layer.shape[1], key_layer.shape[1], query_layer.shape[2])
+        starts = (cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
+        return varlen_contract(query_layer, key_layer, value_layer, *starts, self.scale, window_size).flatten(1)
+
+
+@pytest.fixture
+def gpu_libraries(monkeypatch):
+    """Modules that hold to the contracts of the GPU kernels, under the names of these."""
+    import torch.nn.attention.varlen
+
+    flash_attn, engine, pytorch = (ModuleType(name) for name in ("flash_attn", "transformer_engine", "pytorch"))
+    flash_attn.flash_attn_varlen_func = contract_of_flash_attn
+    pytorch.DotProductAttention = ContractOfTransformerEngine
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch)
+    for name, module in (("flash_attn", flash_attn), ("transformer_engine", engine)):
+        module.__spec__ = importlib.util.spec_from_loader(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 6, 33])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries, backend, window, shape):
+    for heads, share_prompts, part in (((4, 2), True, None), ((4, 4), False, None), ((6, 2), True, 0), ((4, 2), True, 1)):
+        segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
+        assert_same(backend, segments, operands(num_queries, num_keys, heads, torch.float32), window)
+
+
+def test_keys_are_not_copied_where_no_prompt_is_shared():
+    segments, _, num_keys = stream(SHAPES["pairs"], share_prompts=False)
+    sequences, _ = prepare_attention("varlen", segments, None, torch.zeros(num_keys, 2, 16))
+    assert sequences.keys_G is None
+
+
+def test_the_arguments_are_those_that_the_installed_torch_takes():
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    taken, given_ = (inspect.signature(function).parameters for function in (varlen_attn, contract_of_torch))
+    assert {name: taken[name].kind for name in given_} == {name: given_[name].kind for name in given_}
+    assert list(taken)[: len(given_) - 3] == list(given_)[: len(given_) - 3]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda", 0)
+
+
+def test_on_a_cpu_it_is_the_cpu_kernel_and_others_say_why_not():
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_backend("auto", cpu, dtype, 64) == "cpu_flash"
+    assert choose_backend("sdpa", cpu, torch.float32, 64) == "sdpa"
+    for name in KERNELS:
+        with pytest.raises(UserError, match=rf"model\.attention is {name}, but that needs a CUDA device.*set it to auto"):
+            choose_backend(name, cpu, torch.bfloat16, 64)
+
+
+def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on_gpu, gpu_libraries, monkeypatch):
+    assert choose_backend("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    assert [choose_backend(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 320), (torch.bfloat16, 20)):
+        assert choose_backend("auto", on_gpu, dtype, head_dim) == "sdpa"
+    with pytest.raises(UserError, match=r"model\.attention is cpu_flash, but that is for CPUs"):
+        choose_backend("cpu_flash", on_gpu, torch.bfloat16, 128)
+    with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
+        choose_backend("flash_attn", on_gpu, torch.float32, 128)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)
+    assert choose_backend("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
+    with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take enable_gqa, scale, window_size"):
+        choose_backend("varlen", on_gpu, torch.bfloat16, 128)
+
+
+def test_libraries_that_are_not_installed_are_refused_by_name(on_gpu):
+    for name, library in (("flash_attn", "flash-attn"), ("transformer_engine", "TransformerEngine")):
+        with pytest.raises(UserError, match=f"{library} is not installed"):
+            choose_backend(name, on_gpu, torch.bfloat16, 128)

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
+from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention import GroupAttention
 from megadpo.model.experts import expert_layer_spec, is_expert, moved
 from megadpo.model.families import (
@@ -35,6 +36,7 @@ from megadpo.model.families import (
 )
 from megadpo.model.head import LogProbHead
 from megadpo.model.norm import RMSNorm
+from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.parallel.layout import Layout, context_method
@@ -50,10 +52,12 @@ class Stage:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
+        offloader: what moves activations away, where that was asked for.
     """
 
     models: list[GPTModel]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
+    offloader: Offloader | None = None
 
     @property
     def model(self) -> GPTModel:
@@ -68,17 +72,17 @@ class Stage:
 
 
 def build_stage(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str = "none", device: torch.device | None = None
+    hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations = KEEP, device: torch.device | None = None
 ) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
     Args:
         hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
         dtype: of parameters and activations.
-        recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
+        activations: what becomes of them between forward and backward pass.
         device: where parameters are made; None: on the compute device.
     """
-    config = _transformer_config(hf_config, layout, dtype, recompute)
+    config = _transformer_config(hf_config, layout, dtype, activations)
     models = [_build_chunk(hf_config, layout, config, chunk, device) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
@@ -89,7 +93,7 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
         parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters)
+    return Stage(models, parameters, offload_activations(models, activations))
 
 
 def _build_chunk(
@@ -193,15 +197,10 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
             set_whole(parameter, values)
 
 
-def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:
-    recomputations: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations) -> TransformerConfig:
     return TransformerConfig(
         **transformer_config_kwargs(hf_config),
-        **recomputations[recompute],
+        **activations.megatron_options(),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,

@@ -23,6 +23,7 @@ from torch import Tensor
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel import schedule
@@ -166,21 +167,26 @@ class ZeroEngine:
 
 
 def policy_stage(
-    hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, recompute: str, parallel: ParallelConfig
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    activations: Activations,
+    parallel: ParallelConfig,
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, recompute)
+        stage = build_stage(hf_config, layout, dtype, activations)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel)
+    return sharded_stage(hf_config, source, layout, dtype, activations, parallel)
 
 
 def frozen_sharded_stage(
     hf_config: Any, source: TensorSource, layout: Layout, dtype: torch.dtype, parallel: ParallelConfig
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, "reference")
+    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
@@ -192,7 +198,7 @@ def sharded_stage(
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
-    recompute: str,
+    activations: Activations,
     parallel: ParallelConfig,
     role: str = "policy",
 ) -> Stage:
@@ -203,7 +209,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"))
+    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"))
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

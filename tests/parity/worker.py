@@ -15,6 +15,7 @@ from torch import Tensor
 from megadpo.config import ObjectiveConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
+from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 
 
@@ -27,10 +28,16 @@ class Case:
     tokens_per_micro_batch: int = 400
     recompute: str = "none"
     router_aux_coef: float = 0.0
+    memory: Activations | None = None
+    """Instead of `recompute`."""
+
+    @property
+    def activations(self) -> Activations:
+        return self.memory or Activations(self.recompute)
 
     def __str__(self) -> str:
         shared = "shared" if self.share_prompts else "unshared"
-        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, recompute {self.recompute}"
+        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, activations {self.activations}"
 
 
 @dataclass
@@ -44,6 +51,7 @@ class Outcome:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
+    num_bytes_moved: int = 0
 
 
 def outcomes(
@@ -57,10 +65,11 @@ def outcomes(
     tile_rows: int = 64,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
-    from megadpo.model import head
+    from megadpo.model import head, offload
     from megadpo.platform.world import joined_world
 
     head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
+    offload.MIN_BYTES = 1 << 10
     dist.init_process_group("gloo")
     results = []
     for case in cases:
@@ -137,7 +146,7 @@ def _outcome(
         score_prompts=scores_prompt(objective.loss_types),
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
-    stage = build_stage(hf_config, layout, dtype, case.recompute)
+    stage = build_stage(hf_config, layout, dtype, case.activations)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
@@ -175,6 +184,7 @@ def _outcome(
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
     outcome.margins = torch.cat(_gathered(outcome.margins))
+    outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome
 
 

@@ -175,6 +175,9 @@ class ParallelConfig:
     or `nvme` (stage 3)."""
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
+    overlap: bool | None = None
+    """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
+    on CUDA."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
 

@@ -139,7 +139,7 @@ def build_engine(plan: Plan) -> Engine:
 
     stage = build_stage(config, layout, plan.dtype, activations)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -157,6 +157,7 @@ def training_loop(run: Run) -> Metrics:
         done = step + 1
         is_last = done == plan.num_steps
         if config.reference.sync_every and done % config.reference.sync_every == 0:
+            run.engine.settle()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
         if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)

@@ -277,7 +277,7 @@ class _File:
             os.close(self.descriptor)
 
     def write(self, data: Tensor, offset: int) -> None:
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         try:
             while rest:
                 num_written = os.pwrite(self.descriptor, rest, offset)
@@ -290,7 +290,7 @@ class _File:
 
     def read(self, num_bytes: int, offset: int) -> Tensor:
         data = torch.empty(num_bytes, dtype=torch.uint8)
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         while rest:
             num_read = os.preadv(self.descriptor, [rest], offset)
             assert num_read > 0, "an activation file is shorter than what was written to it"

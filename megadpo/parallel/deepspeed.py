@@ -102,6 +102,9 @@ class ZeroEngine:
         self.runtime.step()
         return norm
 
+    def settle(self) -> None:
+        """Nothing: a step ends when the parameters are there."""
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, self._join(name, self.partitions.gradient(parameter))

@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from megadpo.config import TrainConfig
+from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
@@ -26,15 +26,31 @@ from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
+BUCKET_ELEMENTS: int | None = None
+"""Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
+
 
 class MegatronEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig) -> None:
+    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig | None = None) -> None:
+        """Of `parallel`, `overlap` is read here; None: the default options."""
         self.stage = stage
         self.train = train
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        overlap = None if parallel is None else parallel.overlap
+        self.overlap = torch.cuda.is_available() if overlap is None else overlap
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.overlap,
+            bucket_size=BUCKET_ELEMENTS,
+        )
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
+        if self.overlap:
+            # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
+            waits = [model.no_sync for model in self.models]
+            stage.models[0].config.no_sync_func = waits if len(waits) > 1 else waits[0]
         params_dtype = stage.models[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
@@ -47,6 +63,7 @@ class MegatronEngine:
             bf16=params_dtype is torch.bfloat16,
             params_dtype=params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=self.overlap,
         )
         with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,6 +132,11 @@ class MegatronEngine:
         for model in self.models:
             model.zero_grad_buffer()
 
+    def settle(self) -> None:
+        if self.overlap:  # else a step ends when they are there
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             piece = self._piece(parameter)
@@ -122,6 +144,7 @@ class MegatronEngine:
             yield name, _join_over_data(parameter, piece, own)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        self.settle()
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, parameter.data
 

@@ -20,6 +20,11 @@ def check_options(config: Config) -> None:
         UserError: in one sentence.
     """
     train = config.train
+    if config.parallel.overlap is not None and config.parallel.engine != "megatron":
+        raise UserError(
+            f"parallel.overlap is {str(config.parallel.overlap).lower()}, but parallel.engine is {config.parallel.engine}; "
+            "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
+        )
     for name, is_set in (
         ("recompute_method", train.recompute_method != "uniform"),
         ("recompute_num_layers", train.recompute_num_layers is not None),

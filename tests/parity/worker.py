@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, TrainConfig
+from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -30,6 +30,7 @@ class Case:
     router_aux_coef: float = 0.0
     memory: Activations | None = None
     """Instead of `recompute`."""
+    overlap: bool | None = None
 
     @property
     def activations(self) -> Activations:
@@ -50,6 +51,7 @@ class Outcome:
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    model_weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
     num_bytes_moved: int = 0
 
@@ -66,10 +68,12 @@ def outcomes(
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
     from megadpo.model import head, offload
+    from megadpo.parallel import megatron
     from megadpo.platform.world import joined_world
 
     head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
     offload.MIN_BYTES = 1 << 10
+    megatron.BUCKET_ELEMENTS = 20_000
     dist.init_process_group("gloo")
     results = []
     for case in cases:
@@ -156,7 +160,7 @@ def _outcome(
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
-    engine = MegatronEngine(stage, train)
+    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))
@@ -183,6 +187,8 @@ def _outcome(
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
+        as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
+        outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
     outcome.margins = torch.cat(_gathered(outcome.margins))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome

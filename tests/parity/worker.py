@@ -47,6 +47,7 @@ class Outcome:
 
     logps: Tensor = field(default_factory=lambda: torch.empty(0))
     loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     margins: Tensor = field(default_factory=lambda: torch.empty(0))
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -176,11 +177,12 @@ def _outcome(
         engine.finish_gradients()
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)
+        outcome.losses.append(reduce_metrics(batch.totals, objective)["loss"])
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
             outcome.grad_norm = grad_norm
             outcome.router = engine.router_metrics()
-            outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
+            outcome.loss = outcome.losses[0]
             if kind_of(objective.loss_types) == "pairs":
                 margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]
                 outcome.margins = torch.cat(margins or [torch.empty(0)])

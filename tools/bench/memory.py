@@ -111,16 +111,17 @@ def _answer(function: str, settings: dict[str, Any], sender: Any) -> None:
 def _memory(settings: dict[str, Any]) -> dict[str, float]:
     from tools.bench.head_point import give_back_freed_blocks, peak_bytes
 
+    give_back_freed_blocks()
     stage, step = _step(settings, settings["way"])
     step(256, lambda: None)  # code, buffers and gradients are there
-    give_back_freed_blocks()
+    moved_before = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     seen: dict[str, int] = {}
     before, peak_before = _resident_bytes(), peak_bytes()
     step(settings["tokens"], lambda: seen.update(kept=_resident_bytes()))
     return {
         "kept_mib": (seen["kept"] - before) / MIB,
         "peak_mib": (peak_bytes() - peak_before) / MIB,
-        "moved_mib": 0 if stage.offloader is None else stage.offloader.num_bytes_moved / MIB,
+        "moved_mib": 0 if stage.offloader is None else (stage.offloader.num_bytes_moved - moved_before) / MIB,
     }
 
 

@@ -26,7 +26,8 @@ def trained(tmp_path_factory):
             some = run_world(num_processes, outcomes, policy, reference, groups, cases, NUM_STEPS, dtype)[0]
             found |= {(str(layout), dtype): outcome for layout, outcome in zip(layouts, some, strict=True)}
     num_tokens = torch.tensor([len(ids) for group in groups for ids in group.responses])
-    return num_tokens, [(found[str(x), torch.float32], found[str(x), torch.bfloat16]) for x in sum(LAYOUTS.values(), [])]
+    layouts = [str(layout) for some in LAYOUTS.values() for layout in some]
+    return num_tokens, [(found[layout, torch.float32], found[layout, torch.bfloat16]) for layout in layouts]
 
 
 def test_the_loss_curve_and_the_gradients_are_those_of_fp32_up_to_rounding(trained):

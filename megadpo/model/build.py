@@ -39,6 +39,7 @@ from megadpo.model.norm import RMSNorm
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
+from megadpo.model.swiglu import SwiGLU
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
@@ -222,6 +223,7 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, acti
         deallocate_pipeline_outputs=True,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
+        use_te_activation_func=True,  # or any other module in that slot: ours
         # All of these need Apex or TransformerEngine, or change the rounding.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -256,6 +258,7 @@ def _layer_spec(hf_config: Any, config: TransformerConfig, rope_scaling: float, 
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = functools.partial(
         GroupAttention, windows=sliding_windows(hf_config), rope_scaling=rope_scaling, context_method=context_method

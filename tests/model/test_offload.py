@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -106,6 +108,35 @@ def test_what_the_backward_pass_needs_next_is_fetched_before_it_asks(tmp_path, i
     ahead = [events[: place + 1].count("start") - events[: place + 1].count("take") for place in range(len(events))]
     assert events.count("take") == events.count("start") > 3
     assert max(ahead) == 1 + 3, "what was asked for, and as much as the window holds"
+
+
+class NoStream:
+    """A stream, and an event, of a device that does everything at once; it notes what was asked of it."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *unused: (self.asked.append(name), self)[1]
+
+
+def test_pinned_memory_follows_the_same_protocol(inputs, monkeypatch):
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    empty = torch.empty
+    monkeypatch.setattr(offload.torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
+    model, x = Layers(), inputs[0]
+    expected = gradients(model, x)
+    for window in (0, 2 * x.nbytes):
+        model.made.clear()
+        follower = Layers()
+        offloader = Offloader(offload.PinnedMemory(), window)
+        offloader.follow(follower)
+        loss = follower(x)
+        assert sum(storage.expired() for storage in follower.made) >= 2
+        loss.backward()
+        assert all(torch.equal(w.grad, e) for w, e in zip(follower.weights, expected, strict=True))
+    assert {"wait_stream", "wait_event", "record_event"} <= set(NoStream.asked)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, inputs, monkeypatch):

@@ -17,6 +17,7 @@ from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from megadpo.platform.device import communication_backend
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def outcomes(
     head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
     offload.MIN_BYTES = 1 << 10
     megatron.BUCKET_ELEMENTS = 20_000
-    dist.init_process_group("gloo")
+    dist.init_process_group(communication_backend())
     results = []
     for case in cases:
         with joined_world(case.layout, seed=1):
@@ -191,7 +192,7 @@ def _outcome(
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
         as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
         outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
-    outcome.margins = torch.cat(_gathered(outcome.margins))
+    outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome
 

@@ -112,7 +112,7 @@ def _memory(settings: dict[str, Any]) -> dict[str, float]:
     from tools.bench.head_point import give_back_freed_blocks, peak_bytes
 
     give_back_freed_blocks()
-    stage, step = _step(settings, settings["way"])
+    stage, step = stage_and_step(settings, _ways(settings)[settings["way"]])
     step(256, lambda: None)  # code, buffers and gradients are there
     moved_before = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     seen: dict[str, int] = {}
@@ -130,7 +130,7 @@ def _resident_bytes() -> int:
 
 
 def _seconds(settings: dict[str, Any]) -> dict[str, list[float]]:
-    steps = {way: _step(settings, way)[1] for way in _ways(settings)}
+    steps = {name: stage_and_step(settings, way)[1] for name, way in _ways(settings).items()}
 
     def arm(step: Any) -> Any:
         return lambda number: step(settings["tokens"], lambda: None)
@@ -138,7 +138,7 @@ def _seconds(settings: dict[str, Any]) -> dict[str, list[float]]:
     return interleaved({way: arm(step) for way, step in steps.items()}, settings["rounds"], 1)
 
 
-def _step(settings: dict[str, Any], way: str) -> tuple[Any, Any]:
+def stage_and_step(settings: dict[str, Any], way: Any) -> tuple[Any, Any]:
     """A stage, and its forward and backward of so many tokens: step(tokens, what to do when the forward pass is over)."""
     import torch
     from transformers import LlamaConfig
@@ -147,6 +147,7 @@ def _step(settings: dict[str, Any], way: str) -> tuple[Any, Any]:
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
     from megadpo.parallel.schedule import forward_backward
+    from megadpo.platform.device import compute_device
     from tools.bench.material import synthetic_groups
 
     config = LlamaConfig(
@@ -158,7 +159,7 @@ def _step(settings: dict[str, Any], way: str) -> tuple[Any, Any]:
         max_position_embeddings=settings["tokens"],
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
-    stage = build_stage(config, Layout(), dtype, _ways(settings)[way])
+    stage = build_stage(config, Layout(), dtype, way)
     with torch.no_grad():
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
@@ -173,9 +174,9 @@ def _step(settings: dict[str, Any], way: str) -> tuple[Any, Any]:
 
         def ones(number: int, sums_RS: torch.Tensor) -> torch.Tensor:
             forward_is_over()
-            return torch.ones(len(sums_RS), 1, dtype=torch.float64)
+            return torch.ones(len(sums_RS), 1, dtype=torch.float64, device=sums_RS.device)
 
-        forward_backward(stage.models, [lay_out(groups[:count], range(count))], ones)
+        forward_backward(stage.models, [lay_out(groups[:count], range(count)).to(compute_device())], ones)
 
     return stage, step
 

@@ -171,8 +171,8 @@ class ParallelConfig:
     """What is sharded over data-parallel ranks: 1 = optimizer state; with `engine: deepspeed` also 0 = nothing,
     2 = gradients too, 3 = parameters too (the frozen reference's as well)."""
     offload: str = "none"
-    """With `engine: deepspeed`: where optimizer state, and in stage 3 parameters, are kept between their uses: `none`, `cpu`
-    or `nvme` (stage 3)."""
+    """Where optimizer state, and in ZeRO stage 3 parameters, are kept between their uses: `none`, `cpu` (with `engine:
+    megatron` AdamW's moments, updated there; only on CUDA) or, with `engine: deepspeed`, `nvme` (stage 3)."""
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
     overlap: bool | None = None

@@ -108,3 +108,21 @@ def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_proce
     assert [growth["what"] for growth in report["growth"]] == ["pairs", "length", "vocabulary", "layers"]
     assert all(len(growth["seconds"]) == 2 for growth in report["growth"])
     assert [point["layout"] for point in report["processes"]] == ["one process", "data 2", "tensor 2", "pipeline 2"]
+
+
+def test_recomputing_and_offloading_keep_little_and_the_report_has_memory_and_times(tmp_path):
+    sizes = ("--tokens", "2048", "--layers", "2", "--hidden", "256", "--heads", "4", "--rounds", "1", "--window-mib", "1")
+    ways = ("recompute full", "offload disk")
+    report = _report("memory", tmp_path, *sizes, "--directory", str(tmp_path), "--ways", *ways)
+    kept, recomputed, moved = report["points"]
+    assert (kept["way"], recomputed["way"], moved["way"]) == ("kept", *ways)
+    assert recomputed["kept_mib"] < 0.3 * kept["kept_mib"] and recomputed["moved_mib"] == 0
+    assert moved["kept_mib"] < 0.4 * kept["kept_mib"] and moved["moved_mib"] > 0.7 * kept["kept_mib"]
+    assert all(point["time_ratio"] > 0 for point in report["points"])
+
+
+def test_bf16_and_fp32_steps_take_turns(tmp_path):
+    sizes = ("--rounds", "2", "--pairs", "4", "--vocabulary", "2000")
+    report = _report("precision", tmp_path, "--tiny", "--steps-only", *sizes)
+    assert report["steps"]["time_ratio"] > 0 and len(report["steps"]["seconds"]["bf16"]) == 2
+    assert report["steps"]["losses"]["bf16"] == pytest.approx(report["steps"]["losses"]["fp32"], rel=0.02)

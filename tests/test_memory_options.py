@@ -44,6 +44,18 @@ def test_moving_to_host_memory_makes_no_sense_where_activations_are_there_alread
         memory_options.check_machine(load_config({}, ["train.activation_offload=cpu"]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a place to move to")
+def test_so_does_moving_the_optimizer_s_state():
+    with pytest.raises(UserError, match="no CUDA device here and the optimizer's state is in host memory already; use none"):
+        memory_options.check_machine(load_config({}, ["parallel.offload=cpu"]))
+
+
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_deepspeed_is_told_of_overlap_in_its_own_file(overlap):
+    with pytest.raises(UserError, match=f"^parallel.overlap is {overlap}, but parallel.engine is deepspeed; set zero_opti"):
+        load_config({}, ["parallel.engine=deepspeed", f"parallel.overlap={overlap}"])
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     overrides = ["train.activation_offload=disk", f"train.activation_offload_dir={tmp_path}/file/x"]

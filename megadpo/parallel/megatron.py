@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megadpo.config import ParallelConfig, TrainConfig
@@ -34,7 +35,7 @@ class MegatronEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
     def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig | None = None) -> None:
-        """Of `parallel`, `overlap` is read here; None: the default options."""
+        """Of `parallel`, `overlap` and `offload` are read here; None: the default options."""
         self.stage = stage
         self.train = train
         overlap = None if parallel is None else parallel.overlap
@@ -64,6 +65,9 @@ class MegatronEngine:
             params_dtype=params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=self.overlap,
+            optimizer_cpu_offload=parallel is not None and parallel.offload == "cpu",
+            optimizer_offload_fraction=1.0,
+            overlap_cpu_optimizer_d2h_h2d=True,
         )
         with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -199,12 +203,26 @@ class MegatronEngine:
 
 
 def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
-    if isinstance(optimizer, torch.optim.AdamW):
+    """`main` has its weights already."""
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        _set_offloaded(optimizer, main, moments, num_steps)
+    elif isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
         optimizer.state[main] = moments
         for group in optimizer.param_groups:
             group["step"] = num_steps
+
+
+def _set_offloaded(
+    optimizer: HybridDeviceOptimizer, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int
+) -> None:
+    """The weights and moments that are updated are on the host, each parameter's in an optimizer of its own."""
+    copy = optimizer.gpu_params_map_cpu_copy[main]
+    copy.data.copy_(main.data)
+    (updates,) = (one for one in optimizer.cpu_optimizers if one.param_groups[0]["params"][0] is copy)
+    updates.state[copy] = {"step": torch.tensor(float(num_steps)), **{kind: m.cpu() for kind, m in moments.items()}}
+    optimizer.state[main] = updates.state[copy]
 
 
 def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:

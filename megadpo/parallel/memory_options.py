@@ -69,6 +69,11 @@ def check_machine(config: Config) -> None:
             "train.activation_offload is cpu, but there is no CUDA device here and activations are in host memory already; "
             "use disk or none"
         )
+    if config.parallel.engine == "megatron" and config.parallel.offload == "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.offload is cpu, but there is no CUDA device here and the optimizer's state is in host memory already; "
+            "use none"
+        )
     if train.activation_offload_dir is not None:
         directory = Path(train.activation_offload_dir)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_overlapped_communication_changes_no_weight(files):
     assert all(torch.equal(beside.model_weights[name], weights) for name, weights in beside.weights.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_optimizer_on_the_host_steps_like_one_on_the_device(files, dtype):
+    cases = [Case(Layout(), tokens_per_micro_batch=200, offload=where) for where in ("none", "cpu")]
+    device, host = run("cuda", files, cases, dtype)
+    before = dict(oracle.load(files[0]).named_parameters())
+    apart = torch.stack([(host.weights[name] - device.weights[name]).norm() for name in before]).norm()
+    moved = torch.stack([(device.weights[name] - before[name].detach()).norm() for name in before]).norm()
+    assert float(apart / moved) <= (1e-4 if dtype is torch.float32 else 1e-2)
+    rounded = {name: weights.to(dtype).float() for name, weights in host.weights.items()}
+    assert all(torch.equal(host.model_weights[name], weights) for name, weights in rounded.items())
+
+
 def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
     """Of each way, bytes of activations when the forward pass is over and at the peak, on the device."""
     from megadpo.platform.world import joined_world
@@ -123,6 +136,37 @@ def test_recomputing_and_offloading_free_the_memory_of_the_device():
     assert both[0] < recomputed[0] and both[1] < recomputed[1]
 
 
+def train(settings: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megadpo", "train", str(settings), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_like_one_that_was_never_stopped(files, tmp_path, offload):
+    rows = write_hh(tmp_path / "rows.jsonl", 40)
+    settings: dict[str, Any] = {
+        "model": {"path": str(files[0])},
+        "data": {"train": str(rows), "max_length": 128, "cache_dir": str(tmp_path / "cache")},
+        "train": {"steps": 4, "pairs_per_step": 8, "tokens_per_micro_batch": 1024, "learning_rate": 1e-3},
+        "parallel": {"offload": offload},
+        "checkpoint": {"every": 2},
+        "logging": {"tensorboard": False},
+    }
+    losses = {}
+    for name in ("whole", "again"):
+        directory = tmp_path / name
+        (tmp_path / "run.yaml").write_text(json.dumps({**settings, "output_dir": str(directory)}))
+        train(tmp_path / "run.yaml")
+        if name == "again":
+            shutil.rmtree(directory / "checkpoints" / "step_00000004")
+            train(tmp_path / "run.yaml")
+        records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = {record["step"]: record["loss"] for record in records}
+    assert losses["again"] == pytest.approx(losses["whole"], rel=1e-2)
+
+
 def test_megadpo_train_learns_in_bf16_reports_its_memory_and_exports_what_transformers_loads(files, tmp_path):
     settings: dict[str, Any] = {
         "model": {"path": str(files[0])},
@@ -137,9 +181,7 @@ def test_megadpo_train_learns_in_bf16_reports_its_memory_and_exports_what_transf
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    command = [sys.executable, "-m", "megadpo", "train", str(tmp_path / "run.yaml"), "train.activation_offload=cpu"]
-    done = subprocess.run([*command, "train.recompute=full"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
+    done = train(tmp_path / "run.yaml", "train.activation_offload=cpu", "train.recompute=full")
     assert "torch.bfloat16 on NVIDIA" in done.stderr and "activations: recomputed (full), offloaded (cpu)" in done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 6 and records[-1]["loss"] < records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -32,6 +32,8 @@ class Case:
     memory: Activations | None = None
     """Instead of `recompute`."""
     overlap: bool | None = None
+    offload: str = "none"
+    """Of the optimizer's state."""
 
     @property
     def activations(self) -> Activations:
@@ -162,7 +164,7 @@ def _outcome(
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
-    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap))
+    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap, offload=case.offload))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

@@ -56,6 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--window-mib", type=int, default=64, help="train.activation_offload_window_mib")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these, as the table names them; kept is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -70,7 +71,7 @@ def _ways(settings: dict[str, Any]) -> dict[str, Any]:
         "offload_dir": Path(settings["directory"]),
         "offload_window_mib": settings["window_mib"],
     }
-    return {
+    ways = {
         "kept": Activations(),
         "recompute selective": Activations("selective"),
         f"recompute full, block of {half}": Activations("full", "block", half),
@@ -80,6 +81,7 @@ def _ways(settings: dict[str, Any]) -> dict[str, Any]:
         "recompute selective, offload disk": Activations("selective", **away),
         "recompute full, offload disk": Activations("full", **away),
     }
+    return {name: way for name, way in ways.items() if settings["ways"] is None or name in ("kept", *settings["ways"])}
 
 
 def _in_a_fresh_process(function: str, settings: dict[str, Any]) -> Any:

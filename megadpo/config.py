@@ -181,10 +181,13 @@ class ParallelConfig:
     """What is sharded over data-parallel ranks: 1 = optimizer state; with `engine: deepspeed` also 0 = nothing,
     2 = gradients too, 3 = parameters too (the frozen reference's as well)."""
     offload: str = "none"
-    """With `engine: deepspeed`: where optimizer state, and in stage 3 parameters, are kept between their uses: `none`, `cpu`
-    or `nvme` (stage 3)."""
+    """Where optimizer state, and in ZeRO stage 3 parameters, are kept between their uses: `none`, `cpu` (with `engine:
+    megatron` AdamW's moments, updated there; only on CUDA) or, with `engine: deepspeed`, `nvme` (stage 3)."""
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
+    overlap: bool | None = None
+    """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
+    on CUDA."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
 
@@ -219,6 +222,19 @@ class TrainConfig:
     recompute: str = "none"
     """Activations computed again in the backward pass to save memory: `none`, `selective` (attention) or `full`
     (layers)."""
+    recompute_method: str = "uniform"
+    """With `recompute: full`: `uniform` keeps the input of every unit of `recompute_num_layers` layers; `block` recomputes
+    that many layers of each pipeline stage (or chunk of one) and keeps what the others computed."""
+    recompute_num_layers: int | None = None
+    """With `recompute: full`: layers of a unit (`uniform`; it divides the layers of every stage) or layers recomputed
+    (`block`); null = units of 1."""
+    activation_offload: str = "none"
+    """Where activations wait for their backward pass: `none` (where they are), `cpu` (pinned host memory; only on CUDA) or
+    `disk` (files in `activation_offload_dir`); with `recompute: full` these are the units' inputs."""
+    activation_offload_dir: str | None = None
+    """Directory for `activation_offload: disk`, on a fast local disk or in shared memory."""
+    activation_offload_window_mib: int = 256
+    """MiB of activations that may wait to be moved away, and that are fetched ahead in the backward pass."""
     router_aux_coef: float = 0.0
     """Weight of the routers' load-balancing loss of a mixture of experts, taken over the global batch; not 0 costs a further
     forward pass."""

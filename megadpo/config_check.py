@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megadpo import strict
 from megadpo.errors import UserError
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.parallel import memory_options
 from megadpo.parallel.combinations import check_combinations
 from megadpo.parallel.deepspeed_options import check_options
 
@@ -30,6 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.offload": ("none", "cpu", "nvme"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
+    "train.recompute_method": ("uniform", "block"),
+    "train.activation_offload": ("none", "cpu", "disk"),
 }
 """The values each option may have in this version."""
 
@@ -65,6 +68,8 @@ AT_LEAST: dict[str, int] = {
     "train.weight_decay": 0,
     "train.clip_norm": 0,
     "train.router_aux_coef": 0,
+    "train.recompute_num_layers": 1,
+    "train.activation_offload_window_mib": 1,
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,
@@ -83,6 +88,7 @@ def check(config: Config) -> None:
     _check_moving_reference(config)
     _check_contradictions(config)
     check_options(config)
+    memory_options.check_options(config)
     check_combinations(config)
 
 

@@ -23,6 +23,7 @@ from megadpo.model.families import TensorSource, check_tensors, experts_of, tran
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
+from megadpo.parallel import memory_options
 from megadpo.parallel.deepspeed_options import check_machine
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.platform.device import compute_device, resolve_dtype
@@ -80,6 +81,7 @@ def prepare(config: Config) -> Plan:
     if config.objective.module is not None:
         load_custom(config.objective.module)
     check_machine(config.parallel, resolve_dtype(config.model.dtype))
+    memory_options.check_machine(config)
     layout = choose_layout(config.parallel, world_size())
     policy = open_model(config.model.path, "model.path", config)
     reference = policy
@@ -91,6 +93,7 @@ def prepare(config: Config) -> Plan:
         check_attention(config, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
     check_attention(config, policy.config)
+    memory_options.check_layers(config.train, layout, policy.config.num_hidden_layers)
     if config.train.router_aux_coef and experts_of(policy.config) is None:
         raise UserError(
             f"train.router_aux_coef is {config.train.router_aux_coef!r}, but {policy.path} has no experts; remove it"

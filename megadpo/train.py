@@ -30,6 +30,7 @@ from megadpo.learning_rate import learning_rate_at
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
+from megadpo.model.activations import KEEP, Activations
 from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.specs import has_reward_head
@@ -160,19 +161,19 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
 
 def build_engine(plan: Plan) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded."""
-    config, layout, recompute = plan.policy.config, plan.layout, plan.config.train.recompute
+    config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
     attention = plan.config.model.attention
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, recompute, plan.config.parallel, attention)
+        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, attention)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
-    stage = build_stage(config, layout, plan.dtype, recompute, attention=attention)
+    stage = build_stage(config, layout, plan.dtype, activations, attention=attention)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -190,6 +191,7 @@ def training_loop(run: Run) -> Metrics:
         done = step + 1
         is_last = done == plan.num_steps
         if config.reference.sync_every and done % config.reference.sync_every == 0:
+            run.engine.settle()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
         if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
@@ -309,6 +311,8 @@ def say_plan(plan: Plan) -> None:
     noun = plan.reports["train"].noun
     steps, rows = counted(plan.num_steps, "step"), counted(plan.config.train.pairs_per_step, noun)
     say(f"{steps} of {rows}, {plan.layout}, {plan.dtype} on {device}")
+    if (activations := Activations.of(plan.config.train)) != KEEP:
+        say(f"activations: {activations}")
     if plan.config.train.warmup_steps >= plan.num_steps > 0 and plan.config.train.warmup_steps > 0:
         say(
             f"warning: train.warmup_steps {plan.config.train.warmup_steps} is not below this run's {steps}, "

@@ -128,3 +128,21 @@ def test_memory_of_a_long_pair_is_measured_drawn_and_gone_on_from(tmp_path):
     known, second = _report("long_context", tmp_path, "--tokens", "256", "512", "--svg", str(chart), *sizes)["points"]
     assert known == first and second["tokens"] == 512
     assert chart.read_text().count("<circle") == 2
+
+
+def test_recomputing_and_offloading_keep_little_and_the_report_has_memory_and_times(tmp_path):
+    sizes = ("--tokens", "2048", "--layers", "2", "--hidden", "256", "--heads", "4", "--rounds", "1", "--window-mib", "1")
+    ways = ("recompute full", "offload disk")
+    report = _report("memory", tmp_path, *sizes, "--directory", str(tmp_path), "--ways", *ways)
+    kept, recomputed, moved = report["points"]
+    assert (kept["way"], recomputed["way"], moved["way"]) == ("kept", *ways)
+    assert recomputed["kept_mib"] < 0.3 * kept["kept_mib"] and recomputed["moved_mib"] == 0
+    assert moved["kept_mib"] < 0.4 * kept["kept_mib"] and moved["moved_mib"] > 0.7 * kept["kept_mib"]
+    assert all(point["time_ratio"] > 0 for point in report["points"])
+
+
+def test_bf16_and_fp32_steps_take_turns(tmp_path):
+    sizes = ("--rounds", "2", "--pairs", "4", "--vocabulary", "2000")
+    report = _report("precision", tmp_path, "--tiny", "--steps-only", *sizes)
+    assert report["steps"]["time_ratio"] > 0 and len(report["steps"]["seconds"]["bf16"]) == 2
+    assert report["steps"]["losses"]["bf16"] == pytest.approx(report["steps"]["losses"]["fp32"], rel=0.02)

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
+from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention import GroupAttention
 from megadpo.model.attention_backends import choose_backend
 from megadpo.model.experts import expert_layer_spec, is_expert, moved
@@ -36,8 +37,10 @@ from megadpo.model.families import (
 )
 from megadpo.model.head import LogProbHead
 from megadpo.model.norm import RMSNorm
+from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
+from megadpo.model.swiglu import SwiGLU
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
 from megadpo.platform.device import compute_device
@@ -53,11 +56,13 @@ class Stage:
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
         attention: the kernel that computes attention, one of `attention_backends.BACKENDS`.
+        offloader: what moves activations away, where that was asked for.
     """
 
     models: list[GPTModel]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
     attention: str
+    offloader: Offloader | None = None
 
     @property
     def model(self) -> GPTModel:
@@ -81,7 +86,7 @@ def build_stage(
     hf_config: Any,
     layout: Layout,
     dtype: torch.dtype,
-    recompute: str = "none",
+    activations: Activations = KEEP,
     device: torch.device | None = None,
     attention: str = "auto",
 ) -> Stage:
@@ -90,11 +95,11 @@ def build_stage(
     Args:
         hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
         dtype: of parameters and activations.
-        recompute: activations computed again in the backward pass: "none", "selective" (attention) or "full" (layers).
+        activations: what becomes of them between forward and backward pass.
         device: where parameters are made; None: on the compute device.
         attention: the kernel asked for, see `attention_backends.choose_backend`.
     """
-    config = _transformer_config(hf_config, layout, dtype, recompute)
+    config = _transformer_config(hf_config, layout, dtype, activations)
     backend = choose_backend(attention, compute_device(), dtype, config.kv_channels)
     models = [_build_chunk(hf_config, layout, config, chunk, device, backend) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
@@ -106,7 +111,7 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
         parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend)
+    return Stage(models, parameters, backend, offload_activations(models, activations))
 
 
 def _build_chunk(
@@ -217,15 +222,10 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
             set_whole(parameter, values)
 
 
-def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, recompute: str) -> TransformerConfig:
-    recomputations: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations) -> TransformerConfig:
     return TransformerConfig(
         **transformer_config_kwargs(hf_config),
-        **recomputations[recompute],
+        **activations.megatron_options(),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
@@ -247,6 +247,7 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, reco
         deallocate_pipeline_outputs=True,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
+        use_te_activation_func=True,  # or any other module in that slot: ours
         # All of these need Apex or TransformerEngine, or change the rounding.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -281,6 +282,7 @@ def _layer_spec(config: TransformerConfig, core_attention: Callable[..., GroupAt
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = core_attention
     if config.qk_layernorm:

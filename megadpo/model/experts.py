@@ -20,6 +20,7 @@ from torch import Tensor
 from megadpo.model.attention import StreamParams
 from megadpo.model.families import Experts
 from megadpo.model.routing import RouterWatch
+from megadpo.model.swiglu import SwiGLU
 from megadpo.platform.device import compute_device
 
 
@@ -84,6 +85,7 @@ class ExpertLayer(TransformerLayer):
 def expert_layer_spec(dense: ModuleSpec, experts: Experts) -> ModuleSpec:
     """The layer `dense` with experts in place of its MLP."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
+    mixture.submodules.experts.submodules.activation_func = SwiGLU
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture
     return dense

@@ -1,10 +1,11 @@
-"""RMSNorm for Megatron's layer spec that also works with sequence parallelism."""
+"""RMSNorm for Megatron's layer spec that also works with sequence parallelism, and keeps little on a CPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -16,7 +17,35 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute Megatron reads
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        normed = _RMSNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
         # The embedding's [T, 1, H] is a transposed view, and elementwise results keep such strides. torch.matmul goes
         # another way through those, not the same with and without gradients: policy and reference would differ by rounding.
-        return super().forward(x).reshape(-1, x.shape[-1]).view(x.shape)
+        return normed.reshape(-1, x.shape[-1]).view(x.shape)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """What torch computes, from x [..., H] and weight [H]: x / rms(x) * weight, in float32, rounded once.
+
+    On a CPU torch does it in steps, of which autograd keeps x and x / rms(x) in float32; here x as it came is kept and one
+    number a row. (On CUDA torch has a kernel that does so.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x scale and g = gradient weight: dx = scale (g - n mean(g n)), dweight = sum over rows of gradient n."""
+        x, weight, scale = ctx.saved_tensors
+        gradient = gradients[0].float()
+        normed = x.float() * scale
+        weight_gradient = (gradient * normed).reshape(-1, x.shape[-1]).sum(0)
+        gradient = gradient * weight
+        mean = (gradient * normed).mean(-1, keepdim=True)
+        x_gradient = torch.addcmul(gradient, normed, mean, value=-1).mul_(scale)
+        return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None

@@ -23,6 +23,7 @@ from torch import Tensor
 from megadpo.checkpoint.hf import fill_shard
 from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel import schedule
@@ -111,6 +112,9 @@ class ZeroEngine:
         self.runtime.step()
         return norm
 
+    def settle(self) -> None:
+        """Nothing: a step ends when the parameters are there."""
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, self._join(name, self.partitions.gradient(parameter))
@@ -180,16 +184,16 @@ def policy_stage(
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
-    recompute: str,
+    activations: Activations,
     parallel: ParallelConfig,
     attention: str = "auto",
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, recompute, attention=attention)
+        stage = build_stage(hf_config, layout, dtype, activations, attention=attention)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, recompute, parallel, attention)
+    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, attention)
 
 
 def frozen_sharded_stage(
@@ -201,7 +205,7 @@ def frozen_sharded_stage(
     attention: str = "auto",
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, "none", parallel, attention, "reference")
+    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, attention, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
     for head in stage.heads:
@@ -215,7 +219,7 @@ def sharded_stage(
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
-    recompute: str,
+    activations: Activations,
     parallel: ParallelConfig,
     attention: str = "auto",
     role: str = "policy",
@@ -227,7 +231,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, recompute, device=torch.device("meta"), attention=attention)
+    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), attention=attention)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

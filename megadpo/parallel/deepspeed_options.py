@@ -148,7 +148,7 @@ def check_options(config: Any) -> None:
 
 def _refuse_without_engine(parallel: Any) -> None:
     for name, default in (("zero_stage", 1), ("offload", "none"), ("offload_dir", None), ("deepspeed_config", None)):
-        if getattr(parallel, name) != default:
+        if getattr(parallel, name) not in (default, "cpu"):  # offload cpu is Megatron's too
             raise UserError(
                 f"parallel.{name} is {getattr(parallel, name)!r}, which Megatron's engine does not have; "
                 "set parallel.engine to deepspeed or remove it"

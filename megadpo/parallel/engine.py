@@ -53,6 +53,10 @@ class Engine(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Have the last step's parameters in `stage` on every replica, where they may still be on their way; collective."""
+        ...
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """After `finish_gradients`: (global parameter name, gradient of this rank's tensor-parallel shard, fp32)."""
         ...

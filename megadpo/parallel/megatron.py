@@ -13,9 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megadpo.config import TrainConfig
+from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
@@ -26,18 +27,33 @@ from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
+BUCKET_ELEMENTS: int | None = None
+"""Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
+
 
 class MegatronEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig) -> None:
+    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig | None = None) -> None:
+        """Of `parallel`, `overlap` and `offload` are read here; None: the default options."""
         self.stage = stage
         self.train = train
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        overlap = None if parallel is None else parallel.overlap
+        self.overlap = torch.cuda.is_available() if overlap is None else overlap
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.overlap,
+            bucket_size=BUCKET_ELEMENTS,
+        )
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
-        self.overlaps_reduction = ddp.overlap_grad_reduce
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
+        if self.overlap:
+            # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
+            waits = [model.no_sync for model in self.models]
+            stage.models[0].config.no_sync_func = waits if len(waits) > 1 else waits[0]
         params_dtype = stage.models[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
@@ -50,6 +66,10 @@ class MegatronEngine:
             bf16=params_dtype is torch.bfloat16,
             params_dtype=params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=self.overlap,
+            optimizer_cpu_offload=parallel is not None and parallel.offload == "cpu",
+            optimizer_offload_fraction=1.0,
+            overlap_cpu_optimizer_d2h_h2d=True,
         )
         with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,7 +100,7 @@ class MegatronEngine:
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
-        if self.overlaps_reduction and not getattr(parameter, "zero_out_wgrad", False):
+        if self.overlap and not getattr(parameter, "zero_out_wgrad", False):
             # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
             # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
             parameter.grad = parameter.new_zeros(()).expand_as(parameter)
@@ -127,6 +147,11 @@ class MegatronEngine:
         for model in self.models:
             model.zero_grad_buffer()
 
+    def settle(self) -> None:
+        if self.overlap:  # else a step ends when they are there
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             piece = self._piece(parameter)
@@ -134,6 +159,7 @@ class MegatronEngine:
             yield name, _join_over_data(parameter, piece, own)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        self.settle()
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, parameter.data
 
@@ -188,12 +214,26 @@ class MegatronEngine:
 
 
 def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
-    if isinstance(optimizer, torch.optim.AdamW):
+    """`main` has its weights already."""
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        _set_offloaded(optimizer, main, moments, num_steps)
+    elif isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
         optimizer.state[main] = moments
         for group in optimizer.param_groups:
             group["step"] = num_steps
+
+
+def _set_offloaded(
+    optimizer: HybridDeviceOptimizer, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int
+) -> None:
+    """The weights and moments that are updated are on the host, each parameter's in an optimizer of its own."""
+    copy = optimizer.gpu_params_map_cpu_copy[main]
+    copy.data.copy_(main.data)
+    (updates,) = (one for one in optimizer.cpu_optimizers if one.param_groups[0]["params"][0] is copy)
+    updates.state[copy] = {"step": torch.tensor(float(num_steps)), **{kind: m.cpu() for kind, m in moments.items()}}
+    optimizer.state[main] = updates.state[copy]
 
 
 def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:

@@ -319,7 +319,7 @@ def test_a_json_file_that_makes_no_sense_is_refused(tmp_path, text, sentence):
     ("parallel", "sentence"),
     [
         ({"zero_stage": 3}, "set parallel.engine to deepspeed"),
-        ({"offload": "cpu"}, "set parallel.engine to deepspeed"),
+        ({"offload": "nvme"}, "set parallel.engine to deepspeed"),
         ({"engine": "deepspeed", "zero_stage": 4}, "must be 0, 1, 2 or 3"),
         ({"engine": "deepspeed", "zero_stage": 0, "offload": "cpu"}, "shards nothing"),
         ({"engine": "deepspeed", "zero_stage": 2, "offload": "nvme", "offload_dir": "/x"}, "needs ZeRO stage 3"),

@@ -144,13 +144,14 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
 
 def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's engine on a loaded stage."""
+    from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage, load_weights
 
     train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
     if case.zero_stage is None:
         from megadpo.parallel.megatron import MegatronEngine
 
-        stage = build_stage(hf_config, case.layout, case.dtype, case.recompute)
+        stage = build_stage(hf_config, case.layout, case.dtype, Activations(case.recompute))
         load_weights(stage, source)
         return MegatronEngine(stage, train)
     from megadpo.parallel import deepspeed
@@ -158,7 +159,7 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
     if not case.cpu_adam:
         deepspeed.cpu_adam = lambda: None  # as where it does not build
-    stage = policy_stage(hf_config, source, case.layout, case.dtype, case.recompute, case.parallel)
+    stage = policy_stage(hf_config, source, case.layout, case.dtype, Activations(case.recompute), case.parallel)
     return ZeroEngine(stage, train, case.parallel)
 
 

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, TrainConfig
+from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
+from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from megadpo.platform.device import communication_backend
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,19 @@ class Case:
     tokens_per_micro_batch: int = 400
     recompute: str = "none"
     router_aux_coef: float = 0.0
+    memory: Activations | None = None
+    """Instead of `recompute`."""
+    overlap: bool | None = None
+    offload: str = "none"
+    """Of the optimizer's state."""
+
+    @property
+    def activations(self) -> Activations:
+        return self.memory or Activations(self.recompute)
 
     def __str__(self) -> str:
         shared = "shared" if self.share_prompts else "unshared"
-        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, recompute {self.recompute}"
+        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, activations {self.activations}"
 
 
 @dataclass
@@ -39,11 +50,14 @@ class Outcome:
 
     logps: Tensor = field(default_factory=lambda: torch.empty(0))
     loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     margins: Tensor = field(default_factory=lambda: torch.empty(0))
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    model_weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
+    num_bytes_moved: int = 0
 
 
 def outcomes(
@@ -57,11 +71,14 @@ def outcomes(
     tile_rows: int = 64,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
-    from megadpo.model import head
+    from megadpo.model import head, offload
+    from megadpo.parallel import megatron
     from megadpo.platform.world import joined_world
 
     head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
-    dist.init_process_group("gloo")
+    offload.MIN_BYTES = 1 << 10
+    megatron.BUCKET_ELEMENTS = 20_000
+    dist.init_process_group(communication_backend())
     results = []
     for case in cases:
         with joined_world(case.layout, seed=1):
@@ -137,7 +154,7 @@ def _outcome(
         score_prompts=scores_prompt(objective.loss_types),
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
-    stage = build_stage(hf_config, layout, dtype, case.recompute)
+    stage = build_stage(hf_config, layout, dtype, case.activations)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
@@ -147,7 +164,7 @@ def _outcome(
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
-    engine = MegatronEngine(stage, train)
+    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap, offload=case.offload))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))
@@ -163,18 +180,22 @@ def _outcome(
         engine.finish_gradients()
         gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
         grad_norm = engine.step(1e-3)
+        outcome.losses.append(reduce_metrics(batch.totals, objective)["loss"])
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
             outcome.grad_norm = grad_norm
             outcome.router = engine.router_metrics()
-            outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
+            outcome.loss = outcome.losses[0]
             if kind_of(objective.loss_types) == "pairs":
                 margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]
                 outcome.margins = torch.cat(margins or [torch.empty(0)])
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
-    outcome.margins = torch.cat(_gathered(outcome.margins))
+        as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
+        outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
+    outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
+    outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome
 
 

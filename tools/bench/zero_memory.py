@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
+from megadpo.model.activations import KEEP
 from megadpo.parallel.layout import Layout
 
 
@@ -53,7 +54,7 @@ def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | Non
             micro_batches = micro_batches or packing.micro_batches(list(range(len(groups))), dist.get_rank())
             before = _storages()
             parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, deepspeed_config=deepspeed_config)
-            loaded = policy_stage(read_hf_config(model), open_hf(model), layout, torch.float32, "none", parallel)
+            loaded = policy_stage(read_hf_config(model), open_hf(model), layout, torch.float32, KEEP, parallel)
             num_parameters = sum(torch.Size(shard.shape).numel() for _, shard in loaded.parameters.values())
             engine = ZeroEngine(loaded, TrainConfig(), parallel)
             for step in range(2):

@@ -1,0 +1,54 @@
+"""What becomes of a stage's activations between its forward and its backward pass: kept, computed again, or moved away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megadpo.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The options of `TrainConfig` that say so, under the same names; `Activations()` keeps everything."""
+
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+    offload: str = "none"
+    offload_dir: Path | None = None
+    offload_window_mib: int = 256
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Activations:
+        """As a checked configuration says."""
+        return cls(
+            train.recompute,
+            train.recompute_method or "uniform",
+            train.recompute_num_layers or 1,
+            train.activation_offload,
+            None if train.activation_offload_dir is None else Path(train.activation_offload_dir),
+            train.activation_offload_window_mib,
+        )
+
+    def megatron_options(self) -> dict[str, Any]:
+        """The fields of TransformerConfig that Megatron's recomputation reads."""
+        if self.recompute == "none":
+            return {}
+        if self.recompute == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": self.recompute_method,
+            "recompute_num_layers": self.recompute_num_layers,
+        }
+
+    def __str__(self) -> str:
+        recomputed = "kept" if self.recompute == "none" else f"recomputed ({self.recompute})"
+        return recomputed if self.offload == "none" else f"{recomputed}, offloaded ({self.offload})"
+
+
+KEEP = Activations()
+"""For frozen models, whose forward saves nothing."""

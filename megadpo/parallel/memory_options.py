@@ -1,0 +1,106 @@
+"""What the options of activation memory ask is possible: as far as options, machine and model say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megadpo.errors import UserError
+
+if TYPE_CHECKING:
+    from megadpo.config import Config, TrainConfig
+    from megadpo.parallel.layout import Layout
+
+
+def check_options(config: Config) -> None:
+    """No option that says how to recompute or offload is without effect.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    train = config.train
+    if config.parallel.overlap is not None and config.parallel.engine != "megatron":
+        raise UserError(
+            f"parallel.overlap is {str(config.parallel.overlap).lower()}, but parallel.engine is {config.parallel.engine}; "
+            "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
+        )
+    for name, is_set in (
+        ("recompute_method", train.recompute_method != "uniform"),
+        ("recompute_num_layers", train.recompute_num_layers is not None),
+    ):
+        if is_set and train.recompute != "full":
+            raise UserError(
+                f"train.{name} is {getattr(train, name)}, which has no effect with train.recompute {train.recompute}; "
+                "set that to full or remove it"
+            )
+    if train.recompute_method == "block" and train.recompute_num_layers is None:
+        raise UserError("train.recompute_method is block; say in train.recompute_num_layers how many layers are recomputed")
+    if (train.activation_offload == "disk") != (train.activation_offload_dir is not None):
+        raise UserError(
+            f"train.activation_offload_dir is {train.activation_offload_dir!r} with train.activation_offload "
+            f"{train.activation_offload}; disk needs a directory, and nothing else reads one"
+        )
+    if (
+        train.activation_offload == "none"
+        and train.activation_offload_window_mib != type(train)().activation_offload_window_mib
+    ):
+        raise UserError(
+            "train.activation_offload_window_mib has no effect with train.activation_offload none; set that too or remove it"
+        )
+    if train.activation_offload != "none" and config.parallel.engine == "deepspeed" and config.parallel.zero_stage == 3:
+        raise UserError(
+            f"train.activation_offload is {train.activation_offload}, but ZeRO stage 3 frees and gathers parameters behind "
+            "what is kept for the backward pass; use another stage or remove it"
+        )
+
+
+def check_machine(config: Config) -> None:
+    """There is a place to offload to on this machine.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    import torch  # not above: options are read without it
+
+    train = config.train
+    if train.activation_offload == "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "train.activation_offload is cpu, but there is no CUDA device here and activations are in host memory already; "
+            "use disk or none"
+        )
+    if config.parallel.engine == "megatron" and config.parallel.offload == "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.offload is cpu, but there is no CUDA device here and the optimizer's state is in host memory already; "
+            "use none"
+        )
+    if train.activation_offload_dir is not None:
+        directory = Path(train.activation_offload_dir)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"train.activation_offload_dir: {directory} cannot be made: {error.strerror}") from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"train.activation_offload_dir: {directory} cannot be written; choose another directory")
+
+
+def check_layers(train: TrainConfig, layout: Layout, num_layers: int) -> None:
+    """`train.recompute_num_layers` fits the chunks of the model.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    asked = train.recompute_num_layers
+    if asked is None:
+        return
+    sizes = [len(layers) for layers in layout.layers_of_chunks(num_layers)]
+    if train.recompute_method == "block" and asked > max(sizes):
+        raise UserError(
+            f"train.recompute_num_layers is {asked}, but no pipeline stage (or chunk of one) has more than {max(sizes)} "
+            "layers; lower it, or use recompute_method uniform"
+        )
+    if train.recompute_method == "uniform" and (uneven := [size for size in sizes if size % asked]):
+        raise UserError(
+            f"train.recompute_num_layers is {asked}, which does not divide the {uneven[0]} layers of a pipeline stage (or "
+            "chunk of one); choose a divisor, or recompute_method block"
+        )

@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto", "ulysses", "allgather"),
     "parallel.offload": ("none", "cpu", "nvme"),
+    "schedule.name": ("megatron", "1f1b"),
+    "schedule.reference": ("before", "interleaved"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
 }
@@ -229,6 +231,8 @@ def _check_contradictions(config: Config) -> None:
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
             "raise parallel.context or leave the method at auto"
         )
+    if config.schedule.reference == "interleaved" and config.reference.mode == "none":
+        raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")
     if config.reference.mode == "resident" and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
             "reference.tokens_per_micro_batch is only for reference.mode precomputed: a resident reference runs on "

@@ -27,7 +27,8 @@ from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.partitioned import own_part
-from megadpo.parallel.schedule import forward_only
+from megadpo.parallel.passes import passes_by
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 from megadpo.prepare import ModelFiles, Plan, scoring_packing
 from megadpo.score import response_logps
@@ -40,11 +41,16 @@ CACHE_VERSION = 3
 
 @dataclass(frozen=True)
 class References:
-    """The reference for the training pairs and for the held-out ones, and its model where it is resident."""
+    """The reference for the training pairs and for the held-out ones, and its model where it is resident.
+
+    Attributes:
+        beside: what runs the reference of the training pairs among the policy's operations; None: `train` does, before.
+    """
 
     train: Reference
     eval: Reference | None
     stage: Stage | None = None
+    beside: ReferenceBeside | None = None
 
     def move(self, policy: Stage, alpha: float) -> None:
         """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
@@ -75,8 +81,10 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     if mode == "none":
         return References(absent, absent)
     if mode == "resident":
-        stage = frozen()
-        return References(resident(stage, ld_alpha), resident(stage, ld_alpha), stage)
+        stage, schedule = frozen(), plan.config.schedule
+        reference = resident(stage, ld_alpha, schedule.name)
+        beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
+        return References(reference, reference, stage, beside)
     train = _precomputed_for(plan, plan.train, frozen, say)
     return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
 
@@ -107,9 +115,10 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None) -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule_name: str = "megatron") -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
+    forward_only = passes_by(schedule_name).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 

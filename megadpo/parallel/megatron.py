@@ -19,8 +19,9 @@ from megadpo.config import TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
-from megadpo.parallel import schedule
 from megadpo.parallel.engine import ResponseGradient
+from megadpo.parallel.passes import passes_by
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
@@ -30,7 +31,9 @@ STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 class MegatronEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig) -> None:
+    def __init__(self, stage: Stage, train: TrainConfig, schedule_name: str = "megatron") -> None:
+        """`schedule_name`: as `schedule.name`."""
+        self.passes = passes_by(schedule_name)
         self.stage = stage
         self.train = train
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -62,18 +65,22 @@ class MegatronEngine:
         self._clear_gradients()
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return schedule.forward_only(self.models, micro_batches, ld_alpha)
+        return self.passes.forward_only(self.models, micro_batches, ld_alpha)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
     ) -> None:
         self.watch = self._new_watch()
         if self.watch is not None and self.train.router_aux_coef > 0:
             counting = self._new_watch()
-            schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
+            self.passes.forward_only(self.models, micro_batches, ld_alpha, counting)
             assert counting is not None
             self.watch.whole = counting.load()
-        schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
+        self.passes.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch, beside)
 
     def router_metrics(self) -> dict[str, float]:
         return {} if self.watch is None else self.watch.load().metrics()

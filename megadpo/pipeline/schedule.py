@@ -111,7 +111,7 @@ def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks
 
 
 def _rounds(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[tuple[int, int]]:
-    """(micro-batch, chunk) as interleaved schedules go: a round of micro-batches through one chunk, then through the next."""
+    """(micro-batch, chunk) as interleaved schedules go: a round of micro-batches through one chunk, then the next chunk."""
     round_of = num_stages if num_chunks > 1 else max(num_micro_batches, 1)
     return [
         (micro_batch, chunk)

@@ -72,6 +72,14 @@ def policy_alone(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -
     return one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
 
 
+def reference_before(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+    """All of the reference's forwards, then the policy's 1F1B."""
+    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
+    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+    pairs = zip(reference.stages, policy.stages, strict=True)
+    return Schedule(tuple(first + then for first, then in pairs), num_chunks)
+
+
 class _Filler:
     """Plays the pipeline through, event by event: a stage that is free does its next policy operation if that is ready,
     else its next reference forward if that is."""

@@ -26,21 +26,19 @@ class Costs:
     """Seconds, or any other unit.
 
     Attributes:
-        forward, backward, reference: of a micro-batch on one chunk.
+        forward, backward, reference: of a micro-batch on one chunk; the same on every stage, or one for each.
         message: from the end of an operation to where another stage can use its outcome.
-        weights: of each stage, times the three above (None: 1 each).
     """
 
-    forward: float = 1.0
-    backward: float = 2.0
-    reference: float = 1.0
+    forward: float | tuple[float, ...] = 1.0
+    backward: float | tuple[float, ...] = 2.0
+    reference: float | tuple[float, ...] = 1.0
     message: float = 0.0
-    weights: tuple[float, ...] | None = None
 
     def of(self, stage: int, kind: str) -> float:
         """What an operation of this kind costs there."""
         cost = self.backward if kind == BACKWARD else self.forward if kind == FORWARD else self.reference
-        return cost if self.weights is None else cost * self.weights[stage]
+        return cost[stage] if isinstance(cost, tuple) else cost
 
 
 @dataclass(frozen=True)

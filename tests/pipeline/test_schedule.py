@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megadpo.pipeline.fill import with_reference
+from megadpo.pipeline.fill import reference_before, with_reference
 from megadpo.pipeline.program import Receive, Send, program
 from megadpo.pipeline.schedule import (
     AHEAD,
@@ -21,14 +21,6 @@ from megadpo.pipeline.schedule import (
     one_forward_one_backward,
 )
 from megadpo.pipeline.simulate import Costs, ScheduleError, peak_activations, simulate
-
-
-def before(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
-    """The reference's forwards, then the policy's 1F1B."""
-    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
-    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
-    pairs = zip(reference.stages, policy.stages, strict=True)
-    return Schedule(tuple(first + then for first, then in pairs), num_chunks)
 
 
 def test_1f1b_of_two_stages_and_three_micro_batches() -> None:
@@ -141,7 +133,7 @@ def test_the_bubble_of_1f1b_is_the_formula_s(num_stages: int, num_micro_batches:
 
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (2, 16), (4, 12), (4, 32), (8, 32)])
 def test_the_next_step_s_reference_forwards_fill_the_bubbles(num_stages: int, num_micro_batches: int) -> None:
-    base, done = simulate(before(num_stages, num_micro_batches), Costs()).idle_share, None
+    base, done = simulate(reference_before(num_stages, num_micro_batches), Costs()).idle_share, None
     for step in range(4):
         schedule, done = with_reference(num_stages, num_micro_batches, 1, done, num_micro_batches)
         share = simulate(schedule, Costs()).idle_share

@@ -15,6 +15,7 @@ from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world
 
 INTERLEAVED = {"name": "1f1b", "reference": "interleaved"}
+SIMPO = ("objective.loss_type=simpo", "reference.mode=none")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,7 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
         (["schedule.reference=interleaved", "parallel.pipeline=2"], "set schedule.name to 1f1b"),
         (["schedule.reference=interleaved", "schedule.name=1f1b"], "without pipeline stages there are no bubbles"),
         (
-            [*(f"schedule.{key}={value}" for key, value in INTERLEAVED.items()), "parallel.pipeline=2"]
-            + ["objective.loss_type=simpo", "reference.mode=none"],
+            ["schedule={name: 1f1b, reference: interleaved}", "parallel.pipeline=2", *SIMPO],
             "schedule.reference is interleaved, but reference.mode is none",
         ),
     ],

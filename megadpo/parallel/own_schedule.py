@@ -8,6 +8,7 @@ each parameter come in the same order: gradients are the same bits.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from megadpo.parallel.engine import ResponseGradient
 from megadpo.pipeline import fill
 from megadpo.pipeline.beside import ReferenceBeside, ReferencePass
 from megadpo.pipeline.executor import Clock, carry_out
-from megadpo.pipeline.program import program
+from megadpo.pipeline.program import Program, program
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, Op, Schedule
 from megadpo.pipeline.schedule import forward_only as forward_only_schedule
 from megadpo.pipeline.simulate import Costs, simulate
@@ -89,8 +90,13 @@ def run(
     """Carry a schedule out on this rank's stage; what was received for operations that are not in it."""
     group = parallel_state.get_pipeline_model_parallel_group()
     receives_early = compute_device().type == "cpu"  # over NCCL a posted receive may hold up what comes after it
-    instructions = program(simulate(schedule, costs), dist.get_rank(group), receives_early)
+    instructions = _program(schedule, costs, dist.get_rank(group), receives_early)
     return carry_out(instructions, work, group, held, clock)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool) -> Program:
+    return program(simulate(schedule, costs), stage, receives_early)
 
 
 def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside, clock: Clock | None) -> None:

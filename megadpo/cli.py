@@ -5,6 +5,7 @@ megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo plan run.yaml --layouts 4 8
+megadpo plan run.yaml --schedule schedule.svg
 """
 
 from __future__ import annotations
@@ -95,8 +96,15 @@ def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    if arguments.micro_batches is not None and arguments.schedule is None:
+        raise UserError("--micro-batches has no effect without --schedule; give both")
+    if arguments.schedule is not None:
+        return _plan_schedule(arguments)
     if arguments.layouts is None:
-        raise UserError("plan lists layouts: --layouts is missing; for example megadpo plan run.yaml --layouts 4 8")
+        raise UserError(
+            "plan lists layouts or draws a schedule: --layouts or --schedule is missing; for example "
+            "megadpo plan run.yaml --layouts 4 8"
+        )
     overrides = [text for text in arguments.layouts if "=" in text]
     counts = [text for text in arguments.layouts if "=" not in text]
     if arguments.config is None:  # `plan --layouts 4 CONFIG`: --layouts has taken it
@@ -110,6 +118,19 @@ def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from megadpo.plan import run_plan
 
     print(run_plan(config, [int(text) for text in counts]), end="")
+    return 0
+
+
+def _plan_schedule(arguments: argparse.Namespace) -> int:
+    if arguments.layouts is not None:
+        raise UserError("plan takes --layouts or --schedule, not both")
+    path, overrides = arguments.schedule, arguments.override
+    if "=" in path:  # an override that stands where the file would
+        path, overrides = "schedule.svg", [*overrides, path]
+    config = load_config(arguments.config, overrides)
+    from megadpo.pipeline.plan import run_schedule_plan
+
+    print(run_schedule_plan(config, path, arguments.micro_batches), end="")
     return 0
 
 
@@ -177,10 +198,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command)
     command.set_defaults(command=logprobs)
 
-    command = commands.add_parser("plan", help="list every layout of a model and a configuration; starts nothing")
+    command = commands.add_parser("plan", help="list layouts, or draw the pipeline's schedule; starts nothing")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; every key: docs/configuration.md")
     command.add_argument("override", metavar="key.sub=value", nargs="*", help="options that replace those of the file")
-    command.add_argument("--layouts", metavar="N", nargs="*", help="numbers of processes; none: 1, 2, 4 and 8")
+    command.add_argument(
+        "--layouts", metavar="N", nargs="*", help="list every layout for numbers of processes; none: 1, 2, 4 and 8"
+    )
+    command.add_argument(
+        "--schedule", metavar="FILE", nargs="?", const="schedule.svg", help="draw the pipeline's schedule (schedule.svg)"
+    )
+    command.add_argument("--micro-batches", metavar="N", type=int, help="of a step, for --schedule; four for each stage")
     command.set_defaults(command=plan)
 
     conversions = commands.add_parser("convert", help="Hugging Face directory to checkpoint and back").add_subparsers(

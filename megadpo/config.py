@@ -193,6 +193,16 @@ class ParallelConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    name: str = "megatron"
+    """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
+    `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
+    reference: str = "before"
+    """When a resident reference runs: `before` the policy, or `interleaved` (with `name: 1f1b`): its forwards fill the
+    policy's bubbles, those of the next step this step's end."""
+
+
+@dataclass
 class TrainConfig:
     steps: int | None = None
     """Optimizer steps; give this or `epochs`, not both (on the command line, either displaces the one of the file)."""
@@ -278,6 +288,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto", "ulysses", "allgather"),
     "parallel.offload": ("none", "cpu", "nvme"),
+    "schedule.name": ("megatron", "1f1b"),
+    "schedule.reference": ("before", "interleaved"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.recompute": ("none", "full", "selective"),
     "train.recompute_method": ("uniform", "block"),
@@ -242,6 +244,11 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
             "raise parallel.context or leave the method at auto"
+        )
+    if config.schedule.reference == "interleaved" and config.reference.mode != "resident":
+        raise UserError(
+            f"schedule.reference is interleaved, but reference.mode is {config.reference.mode}: only a resident reference "
+            "runs among the policy's operations; leave it at before"
         )
     if config.reference.mode in ("resident", "cached") and config.reference.tokens_per_micro_batch is not None:
         raise UserError(

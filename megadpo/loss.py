@@ -31,6 +31,8 @@ from megadpo.objectives.statistics import ResponseStatistics, response_statistic
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import host_micro_batches, on_device
 from megadpo.parallel.engine import Engine, ResponseGradient
+from megadpo.parallel.own_schedule import complete
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 from megadpo.reference import Reference
 
@@ -88,6 +90,7 @@ def global_batch(
     options: ObjectiveConfig,
     delta_of: Callable[[float], float],
     streams: Streams | None = None,
+    beside: ReferenceBeside | None = None,
 ) -> Batch:
     """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
 
@@ -95,6 +98,7 @@ def global_batch(
 
     Args:
         streams: what `streams_of` gives, where it was made ahead.
+        beside: where the reference of these groups runs among the policy's operations.
     """
     streams = streams or streams_of(packing, numbers, options)
     micro_batches = on_device(streams.micro_batches)
@@ -105,7 +109,10 @@ def global_batch(
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
             collect.add_fixed(totals, "kl", normalisers.kl, options)
     offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
-    return Batch(options, normalisers, offsets_G, micro_batches, reference(micro_batches), totals, delta_of)
+    reference_logps = reference(micro_batches) if beside is None else beside.begin(micro_batches)
+    if beside is not None and couples_batch(options):
+        complete(beside)  # the whole batch is evaluated before anything goes backward
+    return Batch(options, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
 
 
 def response_gradient(batch: Batch, engine: Engine) -> ResponseGradient:

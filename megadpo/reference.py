@@ -26,7 +26,8 @@ from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.partitioned import own_part
-from megadpo.parallel.schedule import forward_only
+from megadpo.parallel.passes import passes_by
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 from megadpo.prepare import ModelFiles, Plan, scoring_packing
 from megadpo.reference_cache import LogpTable, read_logps, write_logps
@@ -44,11 +45,13 @@ class References:
 
     Attributes:
         table: where the model's log-probs of the training pairs are kept, until all are; the model goes then.
+        beside: what runs the reference of the training pairs among the policy's operations; None: `train` does, before.
     """
 
     train: Reference
     eval: Reference | None
     stage: Stage | None = None
+    beside: ReferenceBeside | None = None
     table: LogpTable | None = None
 
     def train_for(self, numbers: IntArray) -> Reference:
@@ -104,8 +107,10 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     if mode == "none":
         return References(absent, absent)
     if mode == "resident":
-        stage = frozen()
-        return References(resident(stage, ld_alpha), resident(stage, ld_alpha), stage)
+        stage, schedule = frozen(), plan.config.schedule
+        reference = resident(stage, ld_alpha, schedule.name)
+        beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
+        return References(reference, reference, stage, beside)
     if mode == "precomputed":
         train = _precomputed_for(plan, plan.train, frozen, say)
         return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
@@ -116,7 +121,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     say(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
     if table.is_whole:
         return References(precomputed(table.logps_R, table.groups), held_out)
-    return References(resident(frozen(), ld_alpha), held_out, frozen(), table)
+    return References(resident(frozen(), ld_alpha, plan.config.schedule.name), held_out, frozen(), table=table)
 
 
 def _cache_path(plan: Plan, packing: Packing) -> Path:
@@ -150,9 +155,10 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None) -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule_name: str = "megatron") -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
+    forward_only = passes_by(schedule_name).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 

@@ -167,13 +167,13 @@ def build_engine(plan: Plan) -> Engine:
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
         stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, attention)
-        return ZeroEngine(stage, plan.config.train, plan.config.parallel)
+        return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
     stage = build_stage(config, layout, plan.dtype, activations, attention=attention)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train, plan.config.parallel)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -190,7 +190,7 @@ def training_loop(run: Run) -> Metrics:
         record = training_step(run, step)
         done = step + 1
         is_last = done == plan.num_steps
-        if config.reference.sync_every and done % config.reference.sync_every == 0:
+        if reference_moves_after(config, step):
             run.engine.settle()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
         if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
@@ -211,13 +211,16 @@ def training_loop(run: Run) -> Metrics:
 def training_step(run: Run, step: int) -> Metrics:
     """One optimizer step on one global batch; its metrics, the same on every rank."""
     from megadpo.loss import global_batch, response_gradient
+    from megadpo.parallel.context import on_device
 
     plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
     numbers, streams = run.ahead.at(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
-    reference = run.references.train_for(numbers)
-    batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams)
-    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha)
+    reference, beside = run.references.train_for(numbers), run.references.beside
+    batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, beside)
+    if beside is not None and not reference_waits_after(plan, step):
+        beside.run_ahead(on_device(run.ahead.following()[1].micro_batches))
+    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha, beside)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:
@@ -241,6 +244,17 @@ def training_step(run: Run, step: int) -> Metrics:
         "data_wait_seconds": run.ahead.seconds_waited,
         **peak_memory(compute_device()),
     }
+
+
+def reference_moves_after(config: Config, step: int) -> bool:
+    """Whether the reference moves towards the policy between this step and the next."""
+    every = config.reference.sync_every
+    return every is not None and (step + 1) % every == 0
+
+
+def reference_waits_after(plan: Plan, step: int) -> bool:
+    """Whether nothing of the next step can be run ahead: there is none, or its reference is another one."""
+    return step + 1 == plan.num_steps or reference_moves_after(plan.config, step)
 
 
 def evaluation(run: Run) -> Metrics:

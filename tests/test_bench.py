@@ -66,6 +66,17 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
         assert point["pairs_over_mean"] < 1.05
 
 
+def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
+    sizes = ("--micro-batches", "4", "--steps", "4", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
+    report = _report("schedules", tmp_path, *sizes, "--slept", "2", "--forward", "0.01", "--backward", "0.02")
+    assert [(point["operations"], point["stages"]) for point in report["points"]] == [("slept", 2), ("computed", 2)]
+    for point in report["points"]:
+        before, ours, interleaved = point["arms"].values()
+        assert all(0 < arm["steady"] < 1 and arm["steady_seconds"] > 0 for arm in (before, ours, interleaved))
+        assert interleaved["simulated_steady"] < before["simulated_steady"]
+        assert before["ratio"] == 1
+
+
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
     report = _report("coupled", tmp_path, "--tiny", *sizes)

@@ -41,6 +41,11 @@ class Ahead(Generic[T]):
         self._next = (step + 1, self._pool.submit(self._make, step + 1)) if step + 1 < self._num_steps else None
         return value
 
+    def following(self) -> T:
+        """What `make` gives for the step after the one last asked for, of which there must be one."""
+        assert self._next is not None
+        return self._next[1].result()
+
     def close(self) -> None:
         """Ends the thread; what it is making is made to its end and thrown away."""
         self._pool.shutdown(cancel_futures=True)

@@ -80,6 +80,13 @@ FEATURES: tuple[Feature, ...] = (
         lambda c: c.reference.sync_every is not None,
         ("reference.sync_every=8",),
     ),
+    Feature("own schedule", "schedule.name", lambda c: c.schedule.name != "megatron", ("schedule.name=1f1b",)),
+    Feature(
+        "interleaved reference",
+        "schedule.reference",
+        lambda c: c.schedule.reference == "interleaved",
+        ("schedule.reference=interleaved", "schedule.name=1f1b", "parallel.pipeline=2"),
+    ),
     Feature(
         "kto",
         "objective.loss_type",
@@ -104,6 +111,11 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "that moves a resident reference, not log-probs that are computed once; set reference.mode to resident or remove it",
     ),
+    Rule(
+        "interleaved reference",
+        "precomputed reference",
+        "only a resident reference has forwards to interleave; set it to before, or reference.mode to resident",
+    ),
 )
 
 NEEDS: tuple[Rule, ...] = (
@@ -113,6 +125,8 @@ NEEDS: tuple[Rule, ...] = (
         "pipeline",
         "chunks take turns over several stages, which needs parallel.pipeline > 1; raise that or leave it at 1",
     ),
+    Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
+    Rule("interleaved reference", "pipeline", "without pipeline stages there are no bubbles to fill; leave it at before"),
 )
 
 

@@ -26,7 +26,6 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
-from megadpo.parallel import schedule
 from megadpo.parallel.deepspeed_offload import cpu_adam, own_directory, require_async_io, require_lockable
 from megadpo.parallel.deepspeed_options import engine_config, swap_to_directory
 from megadpo.parallel.deepspeed_runtime import (
@@ -40,7 +39,9 @@ from megadpo.parallel.deepspeed_runtime import (
 from megadpo.parallel.engine import ResponseGradient
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.partitioned import whole
+from megadpo.parallel.passes import passes_by
 from megadpo.parallel.zero_partitions import MOMENTS, Run, Whole, partitions_of
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 
 STATE_KINDS = ("weights", *MOMENTS)
@@ -49,10 +50,10 @@ STATE_KINDS = ("weights", *MOMENTS)
 class ZeroEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig) -> None:
-        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
+    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule_name: str = "megatron") -> None:
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`. `schedule_name`: as `schedule.name`."""
         prepare_deepspeed()
-        self.stage, self.train, self.parallel = stage, train, parallel
+        self.stage, self.train, self.parallel, self.passes = stage, train, parallel, passes_by(schedule_name)
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
@@ -63,14 +64,18 @@ class ZeroEngine:
         self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return schedule.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        return self.passes.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
     ) -> None:
         self.runtime.num_backwards_left = len(micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
-        schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
+        self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()

@@ -11,6 +11,7 @@ from megadpo.data.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
+    from megadpo.pipeline.beside import ReferenceBeside
 
 ResponseGradient = Callable[[int, Tensor], Tensor]
 """(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
@@ -27,9 +28,17 @@ class Engine(Protocol):
         ...
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
     ) -> None:
-        """Forward and backward of every micro-batch through all stages, gradients added up on each rank."""
+        """Forward and backward of every micro-batch through all stages, gradients added up on each rank.
+
+        Args:
+            beside: the reference whose forwards run among the policy's (`schedule.reference: interleaved`).
+        """
         ...
 
     def finish_gradients(self) -> None:

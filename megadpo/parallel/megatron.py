@@ -20,8 +20,9 @@ from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
-from megadpo.parallel import schedule
 from megadpo.parallel.engine import ResponseGradient
+from megadpo.parallel.passes import passes_by
+from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
@@ -34,8 +35,15 @@ BUCKET_ELEMENTS: int | None = None
 class MegatronEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig | None = None) -> None:
-        """Of `parallel`, `overlap` and `offload` are read here; None: the default options."""
+    def __init__(
+        self,
+        stage: Stage,
+        train: TrainConfig,
+        parallel: ParallelConfig | None = None,
+        schedule_name: str = "megatron",
+    ) -> None:
+        """Of `parallel`, `overlap` and `offload` are read here; None: the defaults. `schedule_name`: as `schedule.name`."""
+        self.passes = passes_by(schedule_name)
         self.stage = stage
         self.train = train
         overlap = None if parallel is None else parallel.overlap
@@ -85,18 +93,22 @@ class MegatronEngine:
         self._clear_gradients()
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return schedule.forward_only(self.models, micro_batches, ld_alpha)
+        return self.passes.forward_only(self.models, micro_batches, ld_alpha)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], response_gradient: ResponseGradient, ld_alpha: float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
     ) -> None:
         self.watch = self._new_watch()
         if self.watch is not None and self.train.router_aux_coef > 0:
             counting = self._new_watch()
-            schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
+            self.passes.forward_only(self.models, micro_batches, ld_alpha, counting)
             assert counting is not None
             self.watch.whole = counting.load()
-        schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
+        self.passes.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch, beside)
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""

@@ -35,7 +35,7 @@ def forward_only(
     with torch.no_grad():
         outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True, watch=watch)
         return [
-            _sums(models[-1], output, micro_batch, ld_alpha)
+            sums_of(models[-1], output, micro_batch, ld_alpha)
             for output, micro_batch in zip(outputs, micro_batches, strict=False)
         ]
 
@@ -46,22 +46,18 @@ def forward_backward(
     response_gradient: ResponseGradient,
     ld_alpha: float | None = None,
     watch: RouterWatch | None = None,
+    beside: None = None,
 ) -> None:
-    """Forward and backward of every micro-batch.
+    """Forward and backward of every micro-batch; `beside` is for own_schedule.py alone."""
 
-    The scalar handed to Megatron is sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's.
-    """
+    def loss_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+            scalar = surrogate(models[-1], output, number, micro_batch, response_gradient, ld_alpha)
+            return scalar, torch.zeros((), dtype=torch.int, device=output.device), None
 
-    def surrogate_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
-        def surrogate(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            sums_RS = _sums(models[-1], output, micro_batch, ld_alpha)
-            gradient_RD = response_gradient(number, sums_RS.detach())
-            differentiable_RD = sums_RS[:, : gradient_RD.shape[1]]
-            return (differentiable_RD * gradient_RD).sum(), torch.zeros((), dtype=torch.int, device=output.device), None
+        return loss
 
-        return surrogate
-
-    _run(models, micro_batches, surrogate_of, forward_only=False, watch=watch)
+    _run(models, micro_batches, loss_of, forward_only=False, watch=watch)
 
 
 def _run(
@@ -71,15 +67,15 @@ def _run(
     forward_only: bool,
     watch: RouterWatch | None,
 ) -> list[Any]:
-    def stage_forward(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
+    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
         number, micro_batch = next(numbered)
-        return _stage_forward(model, micro_batch, number, watch), loss_of(number, micro_batch)
+        return stage_forward(model, micro_batch, number, watch), loss_of(number, micro_batch)
 
     longest = max(len(micro_batch.tokens_T) for micro_batch in micro_batches)
     # Every chunk goes through all micro-batches; a lone one is given alone.
     iterators = [iter(enumerate(micro_batches)) for _ in models]
     return get_forward_backward_func()(
-        forward_step_func=stage_forward,
+        forward_step_func=forward_step,
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=list(models),
         num_microbatches=len(micro_batches),
@@ -90,7 +86,22 @@ def _run(
     )
 
 
-def _sums(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
+def surrogate(
+    model: Any,
+    output: Tensor,
+    number: int,
+    micro_batch: MicroBatch,
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None,
+) -> Tensor:
+    """The scalar that goes backward, sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's."""
+    sums_RS = sums_of(model, output, micro_batch, ld_alpha)
+    gradient_RD = response_gradient(number, sums_RS.detach())
+    return (sums_RS[:, : gradient_RD.shape[1]] * gradient_RD).sum()
+
+
+def sums_of(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
+    """Response sums [R, S] from what the last stage's model gives."""
     if isinstance(_unwrapped(model).output_layer, RewardHead):
         return sum_over_context(reward_sums(output, micro_batch), micro_batch)
     return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
@@ -100,7 +111,8 @@ def _unwrapped(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _stage_forward(model: Any, micro_batch: MicroBatch, number: int, watch: RouterWatch | None) -> Tensor:
+def stage_forward(model: Any, micro_batch: MicroBatch, number: int, watch: RouterWatch | None) -> Tensor:
+    """What this stage's model makes of a micro-batch; its input tensor is set."""
     stage = _unwrapped(model)
     if stage.post_process:
         head: LogProbHead | RewardHead = stage.output_layer

@@ -1,0 +1,283 @@
+"""Micro-batches through the pipeline stages by our own schedules (pipeline/), with the same functions as schedule.py,
+which leaves it to Megatron's.
+
+What an operation does to the model are Megatron's own functions for one forward and one backward, and the backwards of
+each parameter come in the same order: gradients are the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
+from megatron.core.utils import get_model_config, get_model_type
+from torch import Tensor
+
+from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.routing import RouterWatch
+from megadpo.parallel import schedule as megatrons
+from megadpo.parallel.engine import ResponseGradient
+from megadpo.pipeline import fill
+from megadpo.pipeline.beside import ReferenceBeside, ReferencePass
+from megadpo.pipeline.executor import Clock, carry_out
+from megadpo.pipeline.program import Program, program
+from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, Op, Schedule
+from megadpo.pipeline.schedule import forward_only as forward_only_schedule
+from megadpo.pipeline.simulate import Costs, simulate
+from megadpo.platform.device import compute_device
+
+
+def forward_only(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
+) -> list[Tensor]:
+    """See `schedule.forward_only`."""
+    work = _Work(models, micro_batches, ld_alpha, watch)
+    with torch.no_grad():
+        run(forward_only_schedule(_num_stages(), len(micro_batches), len(models)), Costs(), work)
+    return [work.sums[number] for number in range(len(work.sums))]
+
+
+def forward_backward(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
+    beside: ReferenceBeside | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """See `schedule.forward_backward`.
+
+    Args:
+        beside: the reference whose forwards run among the policy's operations.
+        clock: told what was done when.
+    """
+    work = _Work(models, micro_batches, ld_alpha, watch, response_gradient)
+    costs = _costs(models[0])
+    if beside is None:
+        run(fill.policy_alone(_num_stages(), len(micro_batches), len(models)), costs, work, clock=clock)
+    else:
+        _with_reference(work, costs, beside, clock)
+    work.finish_gradients()
+
+
+def complete(beside: ReferenceBeside) -> None:
+    """Do now what is left of the reference's forwards of this step."""
+    passed = beside.this_step
+    orders = forward_only_schedule(_num_stages(), len(passed.micro_batches), len(beside.models), REFERENCE).stages
+    left = tuple(order[start:] for order, start in zip(orders, passed.done or (0,) * len(orders), strict=True))
+    work = _ReferenceWork(beside, passed)
+    run(Schedule(left, len(beside.models)), Costs(), work, passed.received)
+    passed.done, passed.received = tuple(map(len, orders)), {}
+
+
+def run(
+    schedule: Schedule,
+    costs: Costs,
+    work: Any,
+    held: dict[Op, Tensor] | None = None,
+    clock: Clock | None = None,
+) -> dict[Op, Tensor]:
+    """Carry a schedule out on this rank's stage; what was received for operations that are not in it."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    receives_early = compute_device().type == "cpu"  # over NCCL a posted receive may hold up what comes after it
+    instructions = _program(schedule, costs, dist.get_rank(group), receives_early)
+    return carry_out(instructions, work, group, held, clock)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool) -> Program:
+    return program(simulate(schedule, costs), stage, receives_early)
+
+
+def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside, clock: Clock | None) -> None:
+    this_step, ahead = beside.this_step, beside.next_step
+    filled, progress = fill.with_reference(
+        _num_stages(),
+        len(work.micro_batches),
+        len(work.models),
+        this_step.done,
+        0 if ahead is None else len(ahead.micro_batches),
+        costs,
+    )
+    both = _Both(work, _ReferenceWork(beside, this_step), None if ahead is None else _ReferenceWork(beside, ahead))
+    unread = run(filled, costs, both, this_step.received, clock)
+    this_step.received = {}
+    if ahead is not None:
+        ahead.done = progress
+        ahead.received = {op._replace(kind=REFERENCE): tensor for op, tensor in unread.items()}
+
+
+class _Work:
+    """The policy's operations on this stage (see `executor.Work`)."""
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        micro_batches: Sequence[MicroBatch],
+        ld_alpha: float | None,
+        watch: RouterWatch | None = None,
+        response_gradient: ResponseGradient | None = None,
+    ) -> None:
+        """`response_gradient`: None where nothing goes backward."""
+        self.models, self.micro_batches, self.ld_alpha, self.watch = models, micro_batches, ld_alpha, watch
+        self.response_gradient = response_gradient
+        self.config = get_model_config(models[0])
+        self.sums: dict[int, Tensor] = {}
+        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._unsynced = [contextlib.ExitStack() for _ in models]
+        if response_gradient is not None:
+            self._hold_back_reductions()
+
+    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
+        return self._backward(op, received) if op.kind == BACKWARD else self._forward(op, received)
+
+    def empty(self, op: Op) -> Tensor:
+        return message_like(self.config, self.micro_batches[op.micro_batch])
+
+    def _forward(self, op: Op, received: Tensor | None) -> Tensor | None:
+        if received is not None and self.response_gradient is not None:
+            received.requires_grad_()
+        output = stage_forward(self.models, op, received, self.micro_batches[op.micro_batch], self.watch)
+        is_end = has_head(op, len(self.models))
+        if self.response_gradient is None:
+            if not is_end:
+                return output
+            micro_batch = self.micro_batches[op.micro_batch]
+            self.sums[op.micro_batch] = megatrons.sums_of(self.models[-1], output, micro_batch, self.ld_alpha)
+            return None
+        self._kept[op.micro_batch, op.chunk] = received, output
+        if is_end:
+            return None
+        # Only its place in the graph is needed here: the memory goes when the message has gone.
+        sent = output.detach()
+        deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+        return sent
+
+    def _backward(self, op: Op, gradient: Tensor | None) -> Tensor | None:
+        model = self.models[op.chunk]
+        received, output = self._kept.pop((op.micro_batch, op.chunk))
+        if has_head(op, len(self.models)):
+            assert self.response_gradient is not None
+            output = megatrons.surrogate(
+                model, output, op.micro_batch, self.micro_batches[op.micro_batch], self.response_gradient, self.ld_alpha
+            )
+        is_last = op.micro_batch == len(self.micro_batches) - 1
+        if is_last and (self.config.grad_sync_func is None or parallel_state.is_pipeline_first_stage()):
+            self._unsynced[op.chunk].close()
+        below: Tensor | None = backward_step(received, output, gradient, get_model_type(model), self.config)
+        return None if below is None else below.contiguous()
+
+    def _hold_back_reductions(self) -> None:
+        """As Megatron's schedules: gradients are reduced with, or after, the last backward of a chunk."""
+        functions = self.config.no_sync_func
+        if functions is None:
+            return
+        functions = functions if isinstance(functions, list) else [functions] * len(self.models)
+        for stack, no_sync in zip(self._unsynced, functions, strict=True):
+            stack.enter_context(no_sync())
+
+    def finish_gradients(self) -> None:
+        """After the last backward: the reductions that were left for the bubble at the end."""
+        functions = self.config.grad_sync_func
+        for chunk, stack in enumerate(self._unsynced):
+            stack.close()
+            if functions is not None and not parallel_state.is_pipeline_first_stage():
+                reduce_gradients = functions[chunk] if isinstance(functions, list) else functions
+                reduce_gradients(self.models[chunk].parameters())
+
+
+class _ReferenceWork:
+    """The reference's forwards of one step on this stage."""
+
+    def __init__(self, beside: ReferenceBeside, passed: ReferencePass) -> None:
+        self.beside, self.passed = beside, passed
+        self.config = get_model_config(beside.models[0])
+
+    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
+        models, micro_batch = self.beside.models, self.passed.micro_batches[op.micro_batch]
+        with torch.no_grad():
+            output = stage_forward(models, op, received, micro_batch, None)
+            if not has_head(op, len(models)):
+                return output
+            sums_RS = megatrons.sums_of(models[-1], output, micro_batch, self.beside.ld_alpha)
+            self.passed.logps[op.micro_batch] = sums_RS[:, 0]
+        return None
+
+    def empty(self, op: Op) -> Tensor:
+        return message_like(self.config, self.passed.micro_batches[op.micro_batch])
+
+
+class _Both:
+    """The policy's operations and the reference's, of this step and of the next."""
+
+    def __init__(self, policy: _Work, reference: _ReferenceWork, ahead: _ReferenceWork | None) -> None:
+        self.of: dict[str, _Work | _ReferenceWork | None] = {FORWARD: policy, BACKWARD: policy}
+        self.of |= {REFERENCE: reference, AHEAD: ahead}
+
+    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
+        work = self.of[op.kind]
+        assert work is not None
+        return work.do(op, received)
+
+    def empty(self, op: Op) -> Tensor:
+        work = self.of[op.kind]
+        assert work is not None
+        return work.empty(op)
+
+
+def stage_forward(
+    models: Sequence[Any], op: Op, received: Tensor | None, micro_batch: MicroBatch, watch: RouterWatch | None
+) -> Tensor:
+    """The stage's forward of a micro-batch, by Megatron's function for one."""
+
+    def forward(unused: Any, model: Any) -> tuple[Tensor, None]:
+        return megatrons.stage_forward(model, micro_batch, op.micro_batch, watch), None
+
+    output, _ = forward_step(
+        forward,
+        None,
+        models[op.chunk],
+        1,
+        received,
+        [],
+        get_model_config(models[0]),
+        parallel_state.get_context_parallel_world_size(),
+        is_first_microbatch=op.micro_batch == 0,
+        current_microbatch=op.micro_batch,
+        vp_stage=op.chunk if len(models) > 1 else None,
+        is_last_stage=has_head(op, len(models)),
+    )
+    return output
+
+
+def has_head(op: Op, num_chunks: int) -> bool:
+    """Whether the operation is on the model's last part."""
+    return parallel_state.is_pipeline_last_stage() and op.chunk == num_chunks - 1
+
+
+def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
+    """Hidden states, or their gradient, between two stages: this rank's tokens of the stream."""
+    num_tokens = len(micro_batch.held.tokens_T)
+    if config.sequence_parallel:
+        num_tokens //= parallel_state.get_tensor_model_parallel_world_size()
+    return torch.empty(num_tokens, 1, config.hidden_size, dtype=config.pipeline_dtype, device=compute_device())
+
+
+def _num_stages() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def _costs(model: Any) -> Costs:
+    """What places the reference's forwards: proportions, the same on all ranks."""
+    recomputes = get_model_config(model).recompute_granularity == "full"
+    return Costs(backward=3.0 if recomputes else 2.0, message=0.02)

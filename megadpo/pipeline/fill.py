@@ -1,0 +1,154 @@
+"""A resident reference's forwards beside the policy's 1F1B: placed where a stage would otherwise wait.
+
+Within one step there is nothing to gain: the last stage cannot begin before something has come through all stages, nor
+be the last to end. But the reference of the *next* step's micro-batches does not depend on this step's update. So a step
+begins with what the one before has left of this step's reference forwards (stages at the end of the pipeline do
+them while the policy's first forwards are on their way), and fills its gaps with the next step's (the first stages
+while they wait for the first backward, the last ones while the last backwards go back). What is left over is again a
+wave front for the next step's beginning. Where the reference moves between two steps, nothing is run ahead.
+
+A reference forward keeps no activations, so the policy's peak memory stays that of 1F1B.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+
+from megadpo.pipeline.schedule import (
+    AHEAD,
+    REFERENCE,
+    Op,
+    Schedule,
+    forward_only,
+    one_forward_one_backward,
+    source_of,
+    target_of,
+)
+from megadpo.pipeline.simulate import Costs, simulate
+
+Progress = tuple[int, ...]
+"""Of each stage: how many of a step's reference forwards it has done, in the order of `schedule.forward_only`."""
+
+
+@functools.lru_cache(maxsize=64)
+def with_reference(
+    num_stages: int,
+    num_micro_batches: int,
+    num_chunks: int = 1,
+    done: Progress | None = None,
+    num_ahead: int = 0,
+    costs: Costs | None = None,
+) -> tuple[Schedule, Progress]:
+    """1F1B with the reference's forwards of this step that are not `done`, and with some of the next step's.
+
+    Args:
+        done: of this step's reference forwards, what is; None: nothing.
+        num_ahead: micro-batches of the next step; 0: nothing is run ahead.
+        costs: what operations and messages roughly cost.
+
+    Returns:
+        The schedule, and what of the next step's reference forwards is done after it.
+    """
+    costs = costs or Costs()
+    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+    own = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
+    ahead = forward_only(num_stages, num_ahead, num_chunks, AHEAD)
+    left = [order[start:] for order, start in zip(own.stages, done or (0,) * num_stages, strict=True)]
+    timing = simulate(policy, costs)
+    gaps = timing.ends[0][-1] - sum(costs.of(0, op.kind) for op in policy.stages[0]) if policy.stages[0] else 0.0
+    lead = max(0, len(ahead.stages[0]) - math.floor(gaps / costs.of(0, REFERENCE) + 1e-6))
+    filler = _Filler(policy, left, [len(left[0]) + lead, *map(len, left[1:])], ahead.stages, costs)
+    stages = filler.run()
+    progress = tuple(sum(op.kind == AHEAD for op in order) for order in stages)
+    return Schedule(tuple(stages), num_chunks), progress
+
+
+@functools.lru_cache(maxsize=64)
+def policy_alone(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+    """1F1B, made once for each size of a step."""
+    return one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+
+
+def reference_before(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+    """All of the reference's forwards, then the policy's 1F1B."""
+    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
+    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+    pairs = zip(reference.stages, policy.stages, strict=True)
+    return Schedule(tuple(first + then for first, then in pairs), num_chunks)
+
+
+class _Filler:
+    """Plays the pipeline through, event by event: a stage that is free does its next policy operation if that is ready,
+    else its next reference forward if that is."""
+
+    def __init__(
+        self,
+        policy: Schedule,
+        left: Sequence[Sequence[Op]],
+        leads: Sequence[int],
+        ahead: Sequence[Sequence[Op]],
+        costs: Costs,
+    ) -> None:
+        """`leads`: reference forwards of each stage that come before its first policy operation."""
+        self.policy, self.leads, self.costs = policy, leads, costs
+        self.references = [[*first, *then] for first, then in zip(left, ahead, strict=True)]
+        self.is_left = [frozenset(ops) for ops in left]
+        num_stages = policy.num_stages
+        self.next_policy, self.next_reference = [0] * num_stages, [0] * num_stages
+        self.free = [0.0] * num_stages
+        self.arrivals: list[dict[Op, float]] = [{} for _ in range(num_stages)]
+        self.orders: list[list[tuple[Op, float]]] = [[] for _ in range(num_stages)]
+        self.events = [(0.0, stage) for stage in range(num_stages)]
+
+    def run(self) -> list[tuple[Op, ...]]:
+        """The order of each stage, up to the end of the first stage's and of all policy operations."""
+        while self.events:
+            now, stage = heapq.heappop(self.events)
+            if now >= self.free[stage]:
+                op = self._choose(stage, now)
+                if op is not None:
+                    self._do(stage, op, now)
+        policy_ends = [end for order in self.orders for op, end in order if op.kind != AHEAD]
+        end_of_step = max([*policy_ends, *(end for _, end in self.orders[0][-1:])], default=0.0)
+        return [
+            tuple(op for op, end in order if op.kind != AHEAD or end <= end_of_step * (1 + 1e-9)) for order in self.orders
+        ]
+
+    def _choose(self, stage: int, now: float) -> Op | None:
+        policy, references = self.policy.stages[stage], self.references[stage]
+        wanted = policy[self.next_policy[stage]] if self.next_policy[stage] < len(policy) else None
+        reference = references[self.next_reference[stage]] if self.next_reference[stage] < len(references) else None
+        if self.next_reference[stage] >= self.leads[stage] and wanted is not None:
+            ready = self._ready(stage, wanted)
+            if ready <= now:
+                return wanted
+            if reference is not None and now + self.costs.of(stage, REFERENCE) / 2 > ready:
+                # The policy's operation is on its way and would have to wait for longer than the stage does now.
+                heapq.heappush(self.events, (ready, stage))
+                return None
+        return reference if reference is not None and self._ready(stage, reference) <= now else None
+
+    def _ready(self, stage: int, op: Op) -> float:
+        source = source_of(stage, op, self.policy.num_stages, self.policy.num_chunks)
+        if source is None:
+            return 0.0
+        if op.kind == REFERENCE and source[1] not in self.is_left[source[0]]:
+            return 0.0
+        return self.arrivals[stage].get(op, math.inf)
+
+    def _do(self, stage: int, op: Op, now: float) -> None:
+        end = self.free[stage] = now + self.costs.of(stage, op.kind)
+        if op.kind in (REFERENCE, AHEAD):
+            self.next_reference[stage] += 1
+        else:
+            self.next_policy[stage] += 1
+        self.orders[stage].append((op, end))
+        heapq.heappush(self.events, (end, stage))
+        target = target_of(stage, op, self.policy.num_stages, self.policy.num_chunks)
+        if target is not None:
+            arrival = end + (self.costs.message if target[0] != stage else 0.0)
+            self.arrivals[target[0]][target[1]] = arrival
+            heapq.heappush(self.events, (arrival, target[0]))

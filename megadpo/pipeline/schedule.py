@@ -1,0 +1,121 @@
+"""A pipeline schedule as plain data: for each stage, the operations in the order in which it does them.
+
+Everything here is a pure function of a few numbers, so every rank makes the same schedule without a word. What happens
+when is simulate.py's, what is sent when program.py's, and executor.py carries it out.
+
+Chunk c of stage s is the model's part number c x stages + s, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+FORWARD, BACKWARD, REFERENCE, AHEAD = "forward", "backward", "reference", "ahead"
+"""Kinds of operations: the policy's forward and backward, the reference's forward of this step's micro-batch, and of the
+next step's."""
+KINDS = (FORWARD, BACKWARD, REFERENCE, AHEAD)
+
+
+class Op(NamedTuple):
+    """One operation of a stage.
+
+    Attributes:
+        kind: one of KINDS.
+        micro_batch: its number in its step.
+        chunk: which of the stage's chunks.
+    """
+
+    kind: str
+    micro_batch: int
+    chunk: int = 0
+
+
+Order = tuple[Op, ...]
+"""What one stage does, one after the other."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every stage does.
+
+    Attributes:
+        stages: the order of each.
+        num_chunks: chunks of each stage.
+    """
+
+    stages: tuple[Order, ...]
+    num_chunks: int = 1
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return len(self.stages)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of the policy, else of the reference."""
+        return 1 + max((op.micro_batch for op in self.stages[0] if op.kind != AHEAD), default=-1)
+
+    def ops(self) -> Iterator[tuple[int, Op]]:
+        """Every (stage, operation)."""
+        return ((stage, op) for stage, order in enumerate(self.stages) for op in order)
+
+
+def source_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
+    """The (stage, operation) whose outcome `op` on `stage` reads; None: it begins, or turns around, here."""
+    if op.kind != BACKWARD:
+        if stage > 0:
+            return stage - 1, op
+        return (num_stages - 1, op._replace(chunk=op.chunk - 1)) if op.chunk > 0 else None
+    if stage < num_stages - 1:
+        return stage + 1, op
+    return (0, op._replace(chunk=op.chunk + 1)) if op.chunk < num_chunks - 1 else None
+
+
+def target_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
+    """The (stage, operation) that reads the outcome of `op` on `stage`; None: it ends here."""
+    if op.kind == BACKWARD:
+        if stage > 0:
+            return stage - 1, op
+        return (num_stages - 1, op._replace(chunk=op.chunk - 1)) if op.chunk > 0 else None
+    if stage < num_stages - 1:
+        return stage + 1, op
+    return (0, op._replace(chunk=op.chunk + 1)) if op.chunk < num_chunks - 1 else None
+
+
+def forward_only(num_stages: int, num_micro_batches: int, num_chunks: int = 1, kind: str = FORWARD) -> Schedule:
+    """Every micro-batch through all parts, without a backward: in rounds of as many as there are stages."""
+    order = tuple(Op(kind, *entry) for entry in _rounds(num_stages, num_micro_batches, num_chunks))
+    return Schedule((order,) * num_stages, num_chunks)
+
+
+def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+    """1F1B (arXiv:2006.15704), interleaved over the chunks (arXiv:2104.04473): the order of Megatron's schedules.
+
+    A stage goes forward until its first backward can arrive, then one forward and one backward in turns.
+    """
+    rounds = _rounds(num_stages, num_micro_batches, num_chunks)
+    forwards = [Op(FORWARD, micro_batch, chunk) for micro_batch, chunk in rounds]
+    backwards = [Op(BACKWARD, micro_batch, num_chunks - 1 - chunk) for micro_batch, chunk in rounds]
+    stages = []
+    for stage in range(num_stages):
+        lead = num_stages - 1 - stage
+        if num_chunks > 1:
+            lead = 2 * lead + (num_chunks - 1) * num_stages
+        lead = min(lead, len(forwards))
+        turns = (op for pair in zip(forwards[lead:], backwards, strict=False) for op in pair)
+        stages.append((*forwards[:lead], *turns, *backwards[len(forwards) - lead :]))
+    return Schedule(tuple(stages), num_chunks)
+
+
+def _rounds(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[tuple[int, int]]:
+    """(micro-batch, chunk) as interleaved schedules go: a round of micro-batches through one chunk, then the next chunk."""
+    round_of = num_stages if num_chunks > 1 else max(num_micro_batches, 1)
+    return [
+        (micro_batch, chunk)
+        for start in range(0, num_micro_batches, round_of)
+        for chunk in range(num_chunks)
+        for micro_batch in range(start, min(start + round_of, num_micro_batches))
+    ]

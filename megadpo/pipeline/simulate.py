@@ -1,0 +1,177 @@
+"""When everything in a schedule happens, given what operations and messages cost: step time, idle shares, memory.
+
+One pass over the operations, so tens of thousands of micro-batches on dozens of stages take seconds. A schedule in which
+every operation gets its turn here cannot dead-lock: see program.py for what is sent when.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megadpo.pipeline.schedule import BACKWARD, FORWARD, KINDS, REFERENCE, Op, Schedule
+
+_PENDING = -1.0
+
+
+class ScheduleError(Exception):
+    """A schedule that nobody can carry out: an operation waits for what never comes."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, or any other unit.
+
+    Attributes:
+        forward, backward, reference: of a micro-batch on one chunk; the same on every stage, or one for each.
+        message: from the end of an operation to where another stage can use its outcome.
+    """
+
+    forward: float | tuple[float, ...] = 1.0
+    backward: float | tuple[float, ...] = 2.0
+    reference: float | tuple[float, ...] = 1.0
+    message: float = 0.0
+
+    def of(self, stage: int, kind: str) -> float:
+        """What an operation of this kind costs there."""
+        cost = self.backward if kind == BACKWARD else self.forward if kind == FORWARD else self.reference
+        return cost[stage] if isinstance(cost, tuple) else cost
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A schedule with the time at which each operation begins and ends, in the order of its stages."""
+
+    schedule: Schedule
+    starts: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first beginning, 0, to the last end."""
+        return max((ends[-1] for ends in self.ends if ends), default=0.0)
+
+    def idle_shares(self) -> list[float]:
+        """Of each stage: the part of the whole time in which it does nothing."""
+        return [1 - sum(ends) / self.seconds + sum(starts) / self.seconds for starts, ends in _pairs(self)]
+
+    @property
+    def idle_share(self) -> float:
+        """Mean over the stages."""
+        shares = self.idle_shares()
+        return sum(shares) / len(shares)
+
+    def entries(self) -> Iterator[tuple[int, Op, float, float]]:
+        """(stage, operation, start, end)."""
+        for stage, order in enumerate(self.schedule.stages):
+            for op, start, end in zip(order, self.starts[stage], self.ends[stage], strict=True):
+                yield stage, op, start, end
+
+
+def _pairs(timing: Timing) -> Iterator[tuple[Sequence[float], Sequence[float]]]:
+    return zip(timing.starts, timing.ends, strict=True)
+
+
+def peak_activations(schedule: Schedule) -> list[int]:
+    """Of each stage: the most (micro-batch, chunk) pairs whose activations wait for their backward at once."""
+    peaks = []
+    for order in schedule.stages:
+        live = peak = 0
+        for op in order:
+            live += (op.kind == FORWARD) - (op.kind == BACKWARD)
+            peak = max(peak, live)
+        peaks.append(peak)
+    return peaks
+
+
+def simulate(schedule: Schedule, costs: Costs) -> Timing:
+    """Every stage does its operations in their order, each as soon as what it reads has arrived.
+
+    A reference forward whose source is not in the schedule reads what arrived in the step before.
+
+    Raises:
+        ScheduleError: an operation waits for ever, comes before its forward, or reads what nobody makes.
+    """
+    num_stages = schedule.num_stages
+    places, reads, size = _numbered(schedule)
+    done = [_PENDING] * size
+    cost_of = [{kind: costs.of(stage, kind) for kind in KINDS} for stage in range(num_stages)]
+    durations = [[cost_of[stage][op.kind] for op in order] for stage, order in enumerate(schedule.stages)]
+    starts: list[list[float]] = [[] for _ in range(num_stages)]
+    ends: list[list[float]] = [[] for _ in range(num_stages)]
+    message = costs.message if num_stages > 1 else 0.0
+    waiting, is_waiting = deque(range(num_stages)), [True] * num_stages
+    while waiting:
+        stage = waiting.popleft()
+        is_waiting[stage] = False
+        own_starts, own_ends, own_places, own_reads = starts[stage], ends[stage], places[stage], reads[stage]
+        first = len(own_ends)
+        free = own_ends[-1] if first else 0.0
+        for position in range(first, len(own_places)):
+            start, source = free, own_reads[position]
+            if source >= 0:
+                ready = done[source]
+                if ready == _PENDING:
+                    break
+                start = max(free, ready + message)
+            own_starts.append(start)
+            free = done[own_places[position]] = start + durations[stage][position]
+            own_ends.append(free)
+        if len(own_ends) > first:
+            for other in ((stage + 1) % num_stages, (stage - 1) % num_stages):
+                if not is_waiting[other]:
+                    is_waiting[other] = True
+                    waiting.append(other)
+    for stage, order in enumerate(schedule.stages):
+        if len(ends[stage]) < len(order):
+            raise ScheduleError(f"stage {stage} waits for ever before {order[len(ends[stage])]}")
+    return Timing(schedule, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
+
+
+def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int]:
+    """A number for the outcome of each operation, the number of the outcome that it reads (-1: none on another stage),
+    and how many there are."""
+    num_stages, num_chunks = schedule.num_stages, schedule.num_chunks
+    span = 1 + max((op.micro_batch for order in schedule.stages for op in order), default=0)
+    part = num_chunks * span
+    size = len(KINDS) * part
+    start_of = {kind: number * part for number, kind in enumerate(KINDS)}
+    forward, backward, reference = (start_of[kind] for kind in (FORWARD, BACKWARD, REFERENCE))
+    order_of = np.full((num_stages, size), -1)
+    numbers = [
+        np.array([start_of[kind] + chunk * span + number for kind, number, chunk in order], np.int64)
+        for order in schedule.stages
+    ]
+    for stage, own in enumerate(numbers):
+        order_of[stage, own] = np.arange(len(own))
+        if (order_of[stage] >= 0).sum() < len(own):
+            raise ScheduleError(f"stage {stage} does an operation twice")
+    reads = []
+    for stage, own in enumerate(numbers):
+        backwards = (own >= backward) & (own < backward + part)
+        chunk = own % part // span
+        source_stage = np.where(backwards, stage + 1, stage - 1)
+        source = own + span * ((source_stage == num_stages).astype(int) - (source_stage < 0))
+        begins = ((source_stage < 0) & (chunk == 0)) | ((source_stage == num_stages) & (chunk == num_chunks - 1))
+        source_stage, source = source_stage % num_stages, np.where(begins, own, source)
+        is_made = order_of[source_stage, source] >= 0
+        _check(
+            schedule, stage, begins | is_made | (own >= reference) & (own < reference + part), "nobody makes what it reads"
+        )
+        place = np.arange(len(own))
+        forwards = order_of[stage, np.where(backwards, own - backward + forward, own)]
+        _check(schedule, stage, ~backwards | (forwards >= 0) & (forwards < place), "its forward does not come before it")
+        references = order_of[stage, np.where(backwards & begins, own - backward + reference, own)]
+        _check(
+            schedule, stage, ~(backwards & begins) | (references < place), "the reference's forward does not come before it"
+        )
+        reads.append(np.where(begins | ~is_made, -1, source_stage * size + source).tolist())
+    return [(stage * size + own).tolist() for stage, own in enumerate(numbers)], reads, size * num_stages
+
+
+def _check(schedule: Schedule, stage: int, is_right: np.ndarray, otherwise: str) -> None:
+    if not is_right.all():
+        raise ScheduleError(f"stage {stage} does {schedule.stages[stage][int(np.argmin(is_right))]}, but {otherwise}")

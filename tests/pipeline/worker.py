@@ -1,0 +1,171 @@
+"""What the ranks of the schedule tests do: the same steps under one schedule after the other, in the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.config import ObjectiveConfig
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
+from megadpo.parallel.layout import Layout
+from tests.parallel import zero_worker
+
+NUM_STEPS, MOVES_AFTER = 4, 1
+"""The reference moves halfway to the policy after the second step (step number 1)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and engine to try both schedules in.
+
+    Attributes:
+        zero_stage: of DeepSpeed; None: Megatron's engine.
+        moves: whether the reference moves on the way.
+    """
+
+    layout: Layout
+    zero_stage: int | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tokens_per_micro_batch: int = 90
+    recompute: str = "none"
+    router_aux_coef: float = 0.0
+    moves: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        engine = "megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
+        rest = f"{self.objective.loss_types}, {self.tokens_per_micro_batch} tokens, recompute {self.recompute}"
+        return f"{engine}, {self.layout}, {rest}, aux {self.router_aux_coef}, moves {self.moves}, {self.dtype}"
+
+
+@dataclass
+class Steps:
+    """What each step gave on this rank: gradients of its parameters, norm, reference log-probs, policy's log-probs."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    reference_logps: list[list[Tensor]] = field(default_factory=list)
+    policy_logps: list[list[Tensor]] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Compared:
+    """Ours against Megatron's schedule on one rank.
+
+    Attributes:
+        different: what is not the same bits.
+        first_margins: of step 0 with the reference interleaved.
+        num_micro_batches: of each step.
+    """
+
+    case: str
+    different: list[str]
+    first_margins: Tensor
+    num_micro_batches: list[int]
+
+
+def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
+    """Every case under Megatron's schedule, under ours, and under ours with the reference interleaved."""
+    from megadpo.platform.world import joined_world
+
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            theirs = _steps(model, reference, groups, case, "megatron", False)
+            ours = _steps(model, reference, groups, case, "1f1b", False)
+            interleaved = _steps(model, reference, groups, case, "1f1b", True)
+            different = _differences(ours, theirs, "ours") + _differences(interleaved, theirs, "interleaved")
+            first = zip(interleaved.policy_logps[0], interleaved.reference_logps[0], strict=True)
+            margins = torch.cat([a - b for a, b in first] or [torch.empty(0)])
+            counts = [len(logps) for logps in theirs.policy_logps]
+            results.append(Compared(str(case), different, margins, counts))
+    dist.destroy_process_group()
+    return results
+
+
+def _differences(ours: Steps, theirs: Steps, name: str) -> list[str]:
+    found = []
+    for step in range(NUM_STEPS):
+        for parameter, gradient in theirs.gradients[step].items():
+            if not torch.equal(ours.gradients[step][parameter], gradient):
+                found.append(f"{name}, step {step}: gradient of {parameter}")
+        if ours.norms[step] != theirs.norms[step]:
+            found.append(f"{name}, step {step}: norm")
+        if not torch.equal(ours.totals[step], theirs.totals[step]):
+            found.append(f"{name}, step {step}: metrics")
+        for which in ("reference_logps", "policy_logps"):
+            pairs = zip(getattr(ours, which)[step], getattr(theirs, which)[step], strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                found.append(f"{name}, step {step}: {which}")
+    return found
+
+
+def _steps(
+    model: Path, reference: Path, groups: Sequence[Group], case: Case, schedule_name: str, interleaved: bool
+) -> Steps:
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
+    from megadpo.data.packing import prepare_packing
+    from megadpo.loss import global_batch, response_gradient
+    from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.terms import normalisers_of
+    from megadpo.parallel.context import local_micro_batches
+    from megadpo.parallel.passes import passes_by
+    from megadpo.pipeline.beside import ReferenceBeside
+    from megadpo.reference import References, resident
+
+    layout, hf_config = case.layout, read_hf_config(model)
+    packing = prepare_packing(
+        GroupStore.of(groups),
+        share_prompts=True,
+        tokens_per_micro_batch=case.tokens_per_micro_batch,
+        setting="train.tokens_per_micro_batch",
+        num_data_parallel=layout.data,
+        multiple_of=layout.stream_multiple,
+        hidden_size=64,
+        micro_batches_multiple_of=layout.micro_batches_multiple_of,
+    )
+    built = zero_worker.Case(
+        layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
+    )
+    frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
+    engine: Any = zero_worker.make_engine(built, hf_config, open_hf(model))
+    engine.train = replace(engine.train, router_aux_coef=case.router_aux_coef)
+    engine.passes = passes_by(schedule_name)
+    engine.stage.train()
+    run_reference = resident(frozen, case.objective.ld_alpha, schedule_name)
+    references = References(run_reference, None, frozen)
+    beside = ReferenceBeside(frozen.models, case.objective.ld_alpha) if interleaved else None
+    steps, delta = Steps(), RunningMean()
+    lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
+    for step, numbers in enumerate(lots):
+        normalisers = normalisers_of(packing.groups, numbers)
+        batch = global_batch(engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, beside)
+        moves = case.moves and step == MOVES_AFTER
+        if beside is not None and step + 1 < NUM_STEPS and not moves:
+            beside.run_ahead(local_micro_batches(packing, lots[step + 1]))
+        gradient_of, found = response_gradient(batch, engine), {}
+
+        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
+            found[number] = sums_RS[:, 0]
+            return gradient_of(number, sums_RS)
+
+        engine.forward_backward(batch.micro_batches, noted, case.objective.ld_alpha, beside)
+        engine.finish_gradients()
+        steps.gradients.append({name: tensor.clone() for name, tensor in engine.gradients()})
+        steps.totals.append(batch.totals)
+        steps.policy_logps.append(list(found.values()))
+        steps.reference_logps.append([batch.reference_logps[number] for number in found])
+        steps.norms.append(engine.step(1e-3))
+        if moves:
+            references.move(engine.stage, 0.5)
+    return steps

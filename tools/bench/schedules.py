@@ -1,0 +1,139 @@
+"""Idle share of pipeline stages with a resident reference: ``python -m tools.bench.schedules [--json FILE]``.
+
+Three arms take turns: Megatron's schedules with the reference's pass before the policy's 1F1B, our executor in the same
+order, and our executor with the reference's forwards in the policy's bubbles, some of them a step ahead. A stage is idle
+when it is in no forward or backward between the barriers around a step; the share is the mean over stages and steps. Real
+models on as many processes as there are cores, one thread each; and, for more stages than cores, operations that sleep for a
+known time, which shows the executor alone. Beside each: what the simulator says for the costs of operations and messages
+that were measured in that arm. "Steady" leaves out the first step, which has the reference of two steps to do, and the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.bench.common import equal_start, machine, print_table, write_json
+from tools.bench.schedule_point import ARMS, mean_costs, measure
+
+
+def main() -> None:
+    options = _options()
+    equal_start(options.threads)
+    report: dict[str, Any] = {"command": "python -m tools.bench.schedules " + " ".join(sys.argv[1:])}
+    shared = {**vars(options), "chunks": 1}
+    points = [{**shared, "operations": "slept", "stages": stages} for stages in options.slept]
+    points += [{**shared, "operations": "computed", "stages": stages} for stages in options.computed]
+    report["points"] = [_point(point) for point in points]
+    report["machine"] = machine()
+    for point in report["points"]:
+        _print(point)
+    write_json(options.json, report)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+    parser.add_argument("--slept", type=int, nargs="*", default=[2, 4], help="stages of the points whose operations sleep")
+    parser.add_argument("--computed", type=int, nargs="*", default=[2], help="stages of those with real models")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a step")
+    parser.add_argument("--steps", type=int, default=6, help="in a row, of which the first and the last are not steady")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--forward", type=float, default=0.02, help="seconds that a slept forward takes")
+    parser.add_argument("--backward", type=float, default=0.04)
+    parser.add_argument("--reference", type=float, default=0.02)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    return parser.parse_args()
+
+
+def _point(point: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.bench.head_point", "transformers", "megadpo.model.build"])
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [f"{directory}/{rank}.json" for rank in range(point["stages"])]
+        processes = [context.Process(target=measure, args=(rank, port, point, path)) for rank, path in enumerate(paths)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise SystemExit("a rank failed: its own error is above")
+        ranks = [json.loads(Path(path).read_text()) for path in paths]
+    message = max(rank["message"] for rank in ranks)
+    about = {name: point[name] for name in ("operations", "stages", "micro_batches", "steps")}
+    found = {arm: _arm(arm, [rank["records"][arm] for rank in ranks], message, point) for arm in ARMS}
+    base = found[ARMS[0]]
+    for arm in found.values():
+        arm["ratio"] = arm["steady"] / base["steady"]
+        arm["seconds_ratio"] = arm["steady_seconds"] / base["steady_seconds"]
+    return about | {"message_seconds": message, "arms": found}
+
+
+def _arm(arm: str, by_rank: list[list[dict[str, Any]]], message: float, point: dict[str, Any]) -> dict[str, Any]:
+    """Idle shares of an arm from all its ranks' steps, measured and simulated."""
+    last = point["steps"] - 1
+    steady = [[record for record in records if 0 < record["step"] < last] for records in by_rank]
+    costs = [mean_costs(records) for records in steady]
+    simulated = _simulated(arm, costs, message, point)
+    return {
+        "all_steps": _idle_share(by_rank),
+        "steady": _idle_share(steady),
+        "steady_seconds": statistics.median(record["seconds"] for record in steady[0]),
+        "simulated_all_steps": _share(simulated),
+        "simulated_steady": _share(simulated[1:-1]),
+        "costs": costs,
+    }
+
+
+def _idle_share(by_rank: list[list[dict[str, Any]]]) -> float:
+    return statistics.mean(1 - sum(r["busy"] for r in records) / sum(r["seconds"] for r in records) for records in by_rank)
+
+
+def _simulated(arm: str, costs: list[dict[str, float]], message: float, point: dict[str, Any]) -> list[tuple[float, float]]:
+    """(idle share, seconds) of every step. Megatron's order is simulated with asynchronous messages, as ours."""
+    from megadpo.pipeline.fill import reference_before, with_reference
+    from megadpo.pipeline.simulate import Costs, simulate
+
+    kinds = ("forward", "backward", "reference")
+    measured = Costs(**{kind: tuple(stage[kind] for stage in costs) for kind in kinds}, message=message)
+    count, done, steps = point["micro_batches"], None, []
+    for step in range(point["steps"]):
+        if arm == ARMS[2]:
+            ahead = 0 if step == point["steps"] - 1 else count
+            schedule, done = with_reference(point["stages"], count, 1, done, ahead, Costs(message=0.02))
+        else:
+            schedule = reference_before(point["stages"], count)
+        timing = simulate(schedule, measured)
+        steps.append((timing.idle_share, timing.seconds))
+    return steps
+
+
+def _share(steps: list[tuple[float, float]]) -> float:
+    return sum(share * seconds for share, seconds in steps) / sum(seconds for _, seconds in steps)
+
+
+def _print(point: dict[str, Any]) -> None:
+    what = "that sleep" if point["operations"] == "slept" else "of real models"
+    columns = ["arm", "idle, steady", "simulated", "idle, all steps", "simulated", "idle ratio", "step, s", "time ratio"]
+    names = ("steady", "simulated_steady", "all_steps", "simulated_all_steps", "ratio", "steady_seconds", "seconds_ratio")
+    rows = [[name, *(arm[key] for key in names)] for name, arm in point["arms"].items()]
+    sizes = f"{point['stages']} stages, {point['micro_batches']} micro-batches a step, {point['steps']} steps"
+    print_table(f"Operations {what}, {sizes}", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -149,7 +149,7 @@ def _steps(
     lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
     for step, numbers in enumerate(lots):
         normalisers = normalisers_of(packing.groups, numbers)
-        batch = global_batch(engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, beside)
+        batch = global_batch(engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, beside=beside)
         moves = case.moves and step == MOVES_AFTER
         if beside is not None and step + 1 < NUM_STEPS and not moves:
             beside.run_ahead(local_micro_batches(packing, lots[step + 1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config import TrainConfig
+from megadpo.config import ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -27,8 +26,8 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     from megadpo.data.packing import prepare_packing
     from megadpo.model import head
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.parallel import megatron
     from megadpo.parallel.context import local_micro_batches
+    from megadpo.parallel.megatron import MegatronEngine
 
     head.TILE_ROWS = 64
     packing = prepare_packing(
@@ -43,15 +42,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     stage = build_stage(read_hf_config(model), layout, dtype)
     load_weights(stage, open_hf(model))
     stage.train()
-    if way == "buffer, overlapped":
-        plain = megatron.DistributedDataParallelConfig
-        megatron.DistributedDataParallelConfig = functools.partial(plain, overlap_grad_reduce=True)
-    try:
-        engine = megatron.MegatronEngine(stage, TrainConfig())
-    finally:
-        if way == "buffer, overlapped":
-            megatron.DistributedDataParallelConfig = plain
-            stage.model.config.no_sync_func = engine.models[0].no_sync
+    engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
     if way == "autograd":
         for layer in stage.heads:
             layer.gradient_buffer = None

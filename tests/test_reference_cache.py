@@ -51,7 +51,8 @@ def _close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None
     for a, b in zip(ours, theirs, strict=True):
         compared = a.keys() - {"rewards/accuracies", "eval_rewards/accuracies"}  # of near ties, rounding decides
         assert a.keys() == b.keys()
-        assert {name: a[name] for name in compared} == pytest.approx({name: b[name] for name in compared}, rel=1e-4, abs=1e-5)
+        expected = {name: b[name] for name in compared}
+        assert {name: a[name] for name in compared} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "aot"])

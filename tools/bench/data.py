@@ -52,6 +52,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each comparison")
+    parser.add_argument("--rows", type=int, help="tokenise so many rows only")
     parser.add_argument("--groups", type=int, default=1_000_000, help="groups packed at once")
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the epoch that is made into micro-batches")
     parser.add_argument("--pairs-per-step", type=int, default=64)
@@ -65,6 +66,7 @@ def _options() -> argparse.Namespace:
 
 def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows a second of both arms and their ratio; and the stores that the other measurements read, by name."""
+    import itertools
     import json
 
     from megadpo.data.prepare import TokeniseJob, make_groups
@@ -74,11 +76,12 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
 
     rows, _ = preference_file(directory)
     save_tokenizer(directory / "model", rows, options.vocabulary)
-    as_chat = directory / "chat.jsonl"
-    texts = [row for _, row in iter_rows(parse_sources(str(rows), {})[0])]
-    as_chat.write_text("".join(json.dumps(_as_messages(row)) + "\n" for row in texts), encoding="utf-8")
+    texts = [row for _, row in itertools.islice(iter_rows(parse_sources(str(rows), {})[0]), options.rows)]
+    as_text, as_chat = directory / "text.jsonl", directory / "chat.jsonl"
+    for file, written in ((as_text, texts), (as_chat, map(_as_messages, texts))):
+        file.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     lines, store = [], None
-    for what, file, template in (("text", rows, None), ("conversations", as_chat, CHATML)):
+    for what, file, template in (("text", as_text, None), ("conversations", as_chat, CHATML)):
         job = TokeniseJob(str(directory / "model"), template, None, "prompt_left")
         sources = parse_sources(str(file), {})
         made = make_groups(sources, job, 1)[0]

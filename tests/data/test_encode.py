@@ -21,7 +21,7 @@ def test_texts_get_the_ids_of_the_tokenizers_own_call(
     tokenizer = load_tokenizer(request.getfixturevalue(directory))
     expected = tokenizer(TEXTS, add_special_tokens=add_special_tokens)["input_ids"]
     assert encode(tokenizer, TEXTS, add_special_tokens) == expected
-    tokenizer(TEXTS, padding="max_length", truncation=True, max_length=3)  # leaves its settings behind
+    tokenizer(TEXTS, truncation=True, max_length=3)  # leaves its settings behind
     assert encode(tokenizer, TEXTS, add_special_tokens) == expected
     tokenizer.split_special_tokens = True
     assert encode(tokenizer, TEXTS) == tokenizer(TEXTS)["input_ids"]

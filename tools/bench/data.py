@@ -197,23 +197,29 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
 
 
 def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Share of the micro-batches' tokens that is filled over an epoch: steps as drawn, and composed."""
+    """Share of the micro-batches' tokens that is filled: 128 steps as drawn, and composed.
+
+    Their pairs are drawn from the store's with replacement, so that every data set is long enough.
+    """
+    import numpy as np
+
     from megadpo.data.loader import Batches
 
     lines = []
     for capacity in options.capacities:
         packing = _packing_of(store, capacity, 1)
         for size in (options.pairs_per_step, 4 * options.pairs_per_step):
+            drawn_G = np.random.default_rng(5).integers(0, len(store), 128 * size)
+            lengths_G = packing.num_tokens_G[drawn_G]
             line: dict[str, Any] = {"data": what, "capacity": capacity, "pairs_per_step": size}
-            mean = float(packing.num_tokens_G.mean()) * size
+            mean = float(lengths_G.mean()) * size
             for name, multiple in (("drawn", None), ("composed", capacity)):
                 if multiple is not None and mean < multiple:
                     line[name] = None
                     continue
-                batches = Batches(store.sources, store.source_weights, size, 1, True, None, packing.num_tokens_G, multiple)
-                plans = [_plan(packing, batches.at(step)) for step in range(max(len(store) // size, 1))]
-                num_bins = sum(len(plan[0]) for plan, _ in plans)
-                line[name] = float(sum(tokens for _, tokens in plans) / (num_bins * capacity))
+                batches = Batches(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
+                plans = [_plan(packing, drawn_G[batches.at(step)])[0] for step in range(128)]
+                line[name] = float(lengths_G.sum() / (sum(len(plan[0]) for plan in plans) * capacity))
             lines.append(line | {"capacities_a_step": mean / capacity})
     return lines
 

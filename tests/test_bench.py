@@ -157,3 +157,16 @@ def test_bf16_and_fp32_steps_take_turns(tmp_path):
     report = _report("precision", tmp_path, "--tiny", "--steps-only", *sizes)
     assert report["steps"]["time_ratio"] > 0 and len(report["steps"]["seconds"]["bf16"]) == 2
     assert report["steps"]["losses"]["bf16"] == pytest.approx(report["steps"]["losses"]["fp32"], rel=0.02)
+
+
+def test_the_way_of_the_data_is_measured_from_rows_to_steps(tmp_path):
+    sizes = ("--rows", "150", "--groups", "3000", "--pairs", "64", "--pairs-per-step", "16", "--capacities", "2048")
+    report = _report("data", tmp_path, "--tiny", "--rounds", "1", "--replicas", "2", "--vocabulary", "1000", *sizes)
+    assert [line["rows"] for line in report["tokenising"]] == ["text", "conversations"]
+    assert all(line["num_rows"] == 150 and line["speed_ratio"] > 0 for line in report["tokenising"])
+    assert all(line["pairs_per_second"] > 0 for line in report["micro_batches"])
+    assert all(line["filled_2048"] > 0.985 for line in report["packing"])
+    for line in report["filled"]:
+        assert line["composed"] is None or line["composed"] >= line["drawn"]
+    assert all(1 <= line["mean"] <= 1.05 for line in report["balance"])
+    assert set(report["waiting"]["waited"]) == {"made ahead", "made in the step"}

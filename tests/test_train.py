@@ -112,6 +112,8 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(files, tmp_path):
 
 
 def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -> tuple[Any, list[str]]:
+    import threading
+
     import torch.distributed as dist
     from datasets import Dataset
 
@@ -129,6 +131,7 @@ def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -
         ),
     )
     assert not dist.is_initialized(), "a guest leaves no process group behind"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("megadpo")], "and no thread"
     return result, heard
 
 
@@ -138,7 +141,8 @@ def test_the_python_interface_takes_datasets_and_callbacks_and_returns_metrics_a
     result, heard = run_world(1, _train_with_datasets, settings, hh_rows(30))[0]
     assert heard == ["evaluation 1 True", "step 1", "evaluation 2 True", "step 2", "save 2 step_00000002"]
     assert result.steps == 2 and result.metrics["step"] == 2 and "eval_rewards/accuracies" in result.metrics
-    assert result.metrics["num_tokens"] > 0 and result.model_path == tmp_path / "run" / "hf"
+    assert result.metrics["num_tokens"] > 0 and 0 <= result.metrics["data_wait_seconds"] < result.metrics["step_seconds"]
+    assert result.model_path == tmp_path / "run" / "hf"
     oracle.load(result.model_path)
 
 

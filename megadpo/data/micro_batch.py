@@ -209,10 +209,12 @@ def lay_out_groups(
     runs = _runs_of(store, numbers_G, share_prompts)
     num_tokens = int(runs.length_U.sum())
     num_padding = max(-num_tokens % multiple_of, multiple_of if not len(numbers_G) else 0)
-    within_T = _counted(runs.length_U)
     tokens_T = np.full(num_tokens + num_padding, padding_token, np.int64)
-    tokens_T[:num_tokens] = np.asarray(store.columns.tokens_T)[within_T + np.repeat(runs.source_U, runs.length_U)]
-    positions_T = np.concatenate([within_T + np.repeat(runs.position_U, runs.length_U), np.arange(num_padding)])
+    np.concatenate([np.zeros(0, np.int32), *_pieces_of(store, runs)], out=tokens_T[:num_tokens])
+    # Every run counts on from its first position, padding from 0.
+    positions_T = np.arange(num_tokens + num_padding)
+    positions_T[:num_tokens] -= np.repeat(runs.start_U - runs.position_U, runs.length_U)
+    positions_T[num_tokens:] -= num_tokens
     segments = _segments_of(runs)
     if num_padding:
         segments.append(Segment(num_tokens, num_tokens + num_padding))
@@ -285,6 +287,15 @@ def _runs_of(store: GroupStore, numbers_G: IntArray, share_prompts: bool) -> _Ru
     return _Runs(source_U, length_U, start_U, position_U, response_U, prompt_R, group_R, shared_R)
 
 
+def _pieces_of(store: GroupStore, runs: _Runs) -> list[npt.NDArray[np.int32]]:
+    """The stream's tokens as views of the store: runs that follow each other there too are one."""
+    ends_U = runs.source_U + runs.length_U
+    tokens_T, is_break_U = np.asarray(store.columns.tokens_T), runs.source_U[1:] != ends_U[:-1]
+    starts = runs.source_U[:1].tolist() + runs.source_U[1:][is_break_U].tolist()
+    ends = ends_U[:-1][is_break_U].tolist() + ends_U[-1:].tolist()
+    return [tokens_T[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
 def _segments_of(runs: _Runs) -> list[Segment]:
     """A shared prompt (unless it is empty) and its responses apart; a prompt of its own together with its response."""
     end_U = runs.start_U + runs.length_U
@@ -319,15 +330,16 @@ def _scored_of(runs: _Runs, score_prompts: bool) -> tuple[IntArray, IntArray, In
         lengths = np.stack([num_read_R, lengths], axis=1).ravel()
         responses = np.repeat(responses, 2)
         places = np.stack([np.zeros_like(places), places], axis=1).ravel()
-    within_N = _counted(lengths)
-    following_N = within_N + np.repeat(starts, lengths)
-    place_N = within_N + np.repeat(places, lengths)
+    begins = np.cumsum(lengths) - lengths
+    count_N = np.arange(int(lengths.sum()))
+    following_N = count_N - np.repeat(begins - starts, lengths)
+    place_N = count_N - np.repeat(begins - places, lengths)
     response_N = np.repeat(responses, lengths)
     scored_N = following_N - 1
     if score_prompts:
         place_N[np.repeat(places == 0, lengths)] = 0
+        begins = begins[1::2]
     # A shared prompt's end is read for every response: it does not stand right before all of them.
-    begins = (np.cumsum(lengths) - lengths)[1::2] if score_prompts else np.cumsum(lengths) - lengths
     prompted_R = prompts_R > 0
     scored_N[begins[prompted_R]] = (runs.start_U + runs.length_U - 1)[runs.prompt_R[prompted_R]]
     return scored_N, following_N, response_N, place_N

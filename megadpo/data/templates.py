@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadpo.data.encode import encode
 from megadpo.data.messages import Message, first_difference
 from megadpo.errors import UserError
 
@@ -69,14 +70,10 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
     texts = [render_text(tokenizer, *conversation) for conversation in one_by_one]
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     try:
-        ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+        return encode(tokenizer, texts, add_special_tokens=False)
     except Exception:  # one by one, the row that was refused is found and named
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
-    return ids
 
 
 def render_ids(

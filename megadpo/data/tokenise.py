@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megadpo.data import templates
+from megadpo.data.encode import encode
 from megadpo.data.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
 from megadpo.data.messages import Content, as_messages, first_difference
 from megadpo.errors import UserError
@@ -89,7 +90,7 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
             conversations += _conversations_of(row, tokenizer, location)
         else:
             texts += _texts_of(row, tokenizer, location)
-    ids_of_texts = iter(_ids_of(texts, tokenizer))
+    ids_of_texts = iter(encode(tokenizer, texts))
     ids_of_conversations = iter(templates.render_all(tokenizer, conversations))
     tokenised = []
     for location, row in kept:
@@ -101,14 +102,6 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
         tokenised.append(_split(prompts, wholes))
     in_order = iter(tokenised)
     return [reason or next(in_order) for reason in results]
-
-
-def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """What ``tokenizer(texts)["input_ids"]`` is, without the masks that come with it."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    return ids
 
 
 def _texts_of(row: Row, tokenizer: Any, location: str) -> list[str]:

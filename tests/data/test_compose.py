@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadpo.config import load_config
 from megadpo.data.compose import FILL, compose
 from megadpo.data.loader import Batches
 from megadpo.data.pack import plan_micro_batches
+from megadpo.data.packing import prepare_packing
+from megadpo.data.store import GroupStore
+from megadpo.errors import UserError
+from megadpo.prepare import _check_steps_can_fill
+from tests.models import random_groups
 
 
 def preference_lengths(num: int, seed: int = 0) -> np.ndarray:
@@ -82,3 +88,25 @@ def test_groups_move_by_less_than_a_stretch_of_steps() -> None:
     batches = Batches(len(lengths), (1.0,), 8, 0, False, None, lengths, 4096)
     for step in range(1000):
         assert (np.abs(batches.at(step) - step * 8) < 65 * 8).all()
+
+
+@pytest.mark.parametrize(
+    ("multiple", "samples", "message"),
+    [
+        (4000, 40, "a step of 8 pairs has [0-9]+ tokens on average; lower it to at most that, raise"),
+        (100, 15, "an epoch of 15 pairs has no two steps of 8; remove it or lower train.pairs_per_step"),
+    ],
+)
+def test_a_multiple_that_can_have_no_effect_is_refused(multiple: int, samples: int, message: str) -> None:
+    packing = prepare_packing(
+        GroupStore.of(random_groups(40)),
+        share_prompts=True,
+        tokens_per_micro_batch=1000,
+        setting="-",
+        num_data_parallel=1,
+        multiple_of=1,
+        hidden_size=8,
+    )
+    config = load_config({"data": {"step_tokens_multiple_of": multiple}, "train": {"pairs_per_step": 8}})
+    with pytest.raises(UserError, match=f"data.step_tokens_multiple_of .*{message}"):
+        _check_steps_can_fill(config, packing, samples)

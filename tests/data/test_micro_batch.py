@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import Segment, lay_out
+from megadpo.data.micro_batch import Segment, lay_out, lay_out_groups
+from megadpo.data.store import GroupStore
+from tests.models import random_groups
 
 
 def ids(*values: int) -> np.ndarray:
@@ -109,3 +111,30 @@ def test_scored_prompts_belong_to_the_first_response_at_place_zero():
         assert batch.num_completion_tokens_R.tolist() == [2, 3, 2, 1]
         for position, target in zip(batch.scored_N[:2].tolist(), batch.targets_N[:2].tolist(), strict=True):
             assert int(batch.tokens_T[position + 1]) == target
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["pairs", "lists", "labels", "examples"]),
+    st.lists(st.integers(0, 11), min_size=1, max_size=8),
+    st.booleans(),
+    st.booleans(),
+)
+def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers, share, score_prompts):
+    groups = random_groups(12, seed=len(numbers), longest=9, kind=kind, numbered=True)
+    batch = lay_out_groups(GroupStore.of(groups), numbers, share, score_prompts=score_prompts)
+    tokens = num_responses = num_scored = 0
+    for number in numbers:
+        one = lay_out([groups[number]], [number], share, score_prompts=score_prompts)
+        end, scored_end = tokens + len(one.tokens_T), num_scored + len(one.scored_N)
+        assert torch.equal(batch.tokens_T[tokens:end], one.tokens_T)
+        assert torch.equal(batch.positions_T[tokens:end], one.positions_T)
+        assert torch.equal(batch.scored_N[num_scored:scored_end] - tokens, one.scored_N)
+        assert torch.equal(batch.targets_N[num_scored:scored_end], one.targets_N)
+        assert torch.equal(batch.place_N[num_scored:scored_end], one.place_N)
+        assert torch.equal(batch.response_N[num_scored:scored_end] - num_responses, one.response_N)
+        responses = slice(num_responses, num_responses + one.num_responses)
+        assert torch.equal(batch.last_R[responses] - tokens, one.last_R)
+        assert all(torch.equal(batch.numbers[name][responses], values) for name, values in one.numbers.items())
+        tokens, num_scored, num_responses = end, scored_end, responses.stop
+    assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.rows == tuple(numbers)

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.groups import Group
-from megadpo.data.pack import attention_pairs, check_groups_fit, group_costs, plan_micro_batches
+from megadpo.data.micro_batch import lay_out
+from megadpo.data.pack import (
+    attention_pairs,
+    best_fit_decreasing,
+    check_groups_fit,
+    fill_one_by_one,
+    group_costs,
+    plan_micro_batches,
+)
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 
@@ -103,6 +111,31 @@ def test_ten_thousand_groups_are_packed_within_a_second() -> None:
     assert lengths.sum() / (8192 * 16 * len(plan[0])) > 0.97
 
 
+def test_a_million_groups_are_packed_within_five_seconds_and_fill_their_bins() -> None:
+    lengths = lognormal_lengths(1_000_000)
+    start = time.process_time()
+    bins = best_fit_decreasing(lengths, 8192)
+    assert time.process_time() - start < 5.0
+    assert lengths.sum() / (8192 * len(bins)) > 0.995
+    assert (np.bincount(np.concatenate([np.array(members) for members in bins])) == 1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(60, 200))
+def test_both_ways_of_packing_lose_nothing_and_put_nothing_beyond_the_capacity(lengths: list[int], capacity: int) -> None:
+    tokens = np.array(lengths, np.int64)
+    for bins in (best_fit_decreasing(tokens, capacity), fill_one_by_one(tokens, capacity)):
+        assert sorted(place for members in bins for place in members) == list(range(len(lengths)))
+        assert all(members and tokens[members].sum() <= capacity for members in bins)
+
+
+def test_where_best_fit_needs_a_micro_batch_more_groups_are_fitted_together() -> None:
+    lengths = np.array([4, 4, 3, 3, 3, 3])  # best-fit puts the two of 4 together
+    assert len(best_fit_decreasing(lengths, 10)) == 3 and len(fill_one_by_one(lengths, 10)) == 2
+    plan = plan_micro_batches(lengths, lengths, 10, 1)[0]
+    assert [sorted(lengths[members].tolist()) for members in plan] == [[3, 3, 4], [3, 3, 4]]
+
+
 def test_fewer_groups_than_ranks_leave_some_micro_batches_empty() -> None:
     assert plan_micro_batches([5, 9], [5.0, 9.0], 10, 4) == [[[1]], [[0]], [[]], [[]]]
     assert plan_micro_batches([], [], 10, 2) == [[[]], [[]]]
@@ -137,3 +170,7 @@ def test_costs_count_what_each_query_attends_to() -> None:
         assert attention_pairs(store, share).tolist() == expected
         costs = group_costs(store, share, hidden_size=10)
         assert np.allclose(costs, store.num_tokens(share) + np.array(expected) / 60)
+        for score_prompts in (True, False):
+            with_head = group_costs(store, share, hidden_size=10, head_work=2.0, score_prompts=score_prompts)
+            scored = [len(lay_out([each], [0], share, score_prompts=score_prompts).scored_N) for each in groups]
+            assert np.allclose(with_head - costs, 2.0 * np.array(scored))

@@ -52,6 +52,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each comparison")
+    parser.add_argument("--rows", type=int, help="tokenise so many rows only")
     parser.add_argument("--groups", type=int, default=1_000_000, help="groups packed at once")
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the epoch that is made into micro-batches")
     parser.add_argument("--pairs-per-step", type=int, default=64)
@@ -65,6 +66,7 @@ def _options() -> argparse.Namespace:
 
 def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows a second of both arms and their ratio; and the stores that the other measurements read, by name."""
+    import itertools
     import json
 
     from megadpo.data.prepare import TokeniseJob, make_groups
@@ -74,11 +76,12 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
 
     rows, _ = preference_file(directory)
     save_tokenizer(directory / "model", rows, options.vocabulary)
-    as_chat = directory / "chat.jsonl"
-    texts = [row for _, row in iter_rows(parse_sources(str(rows), {})[0])]
-    as_chat.write_text("".join(json.dumps(_as_messages(row)) + "\n" for row in texts), encoding="utf-8")
+    texts = [row for _, row in itertools.islice(iter_rows(parse_sources(str(rows), {})[0]), options.rows)]
+    as_text, as_chat = directory / "text.jsonl", directory / "chat.jsonl"
+    for file, written in ((as_text, texts), (as_chat, map(_as_messages, texts))):
+        file.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     lines, store = [], None
-    for what, file, template in (("text", rows, None), ("conversations", as_chat, CHATML)):
+    for what, file, template in (("text", as_text, None), ("conversations", as_chat, CHATML)):
         job = TokeniseJob(str(directory / "model"), template, None, "prompt_left")
         sources = parse_sources(str(file), {})
         made = make_groups(sources, job, 1)[0]
@@ -194,23 +197,29 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
 
 
 def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Share of the micro-batches' tokens that is filled over an epoch: steps as drawn, and composed."""
+    """Share of the micro-batches' tokens that is filled: 128 steps as drawn, and composed.
+
+    Their pairs are drawn from the store's with replacement, so that every data set is long enough.
+    """
+    import numpy as np
+
     from megadpo.data.loader import Batches
 
     lines = []
     for capacity in options.capacities:
         packing = _packing_of(store, capacity, 1)
         for size in (options.pairs_per_step, 4 * options.pairs_per_step):
+            drawn_G = np.random.default_rng(5).integers(0, len(store), 128 * size)
+            lengths_G = packing.num_tokens_G[drawn_G]
             line: dict[str, Any] = {"data": what, "capacity": capacity, "pairs_per_step": size}
-            mean = float(packing.num_tokens_G.mean()) * size
+            mean = float(lengths_G.mean()) * size
             for name, multiple in (("drawn", None), ("composed", capacity)):
                 if multiple is not None and mean < multiple:
                     line[name] = None
                     continue
-                batches = Batches(store.sources, store.source_weights, size, 1, True, None, packing.num_tokens_G, multiple)
-                plans = [_plan(packing, batches.at(step)) for step in range(max(len(store) // size, 1))]
-                num_bins = sum(len(plan[0]) for plan, _ in plans)
-                line[name] = float(sum(tokens for _, tokens in plans) / (num_bins * capacity))
+                batches = Batches(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
+                plans = [_plan(packing, drawn_G[batches.at(step)])[0] for step in range(128)]
+                line[name] = float(lengths_G.sum() / (sum(len(plan[0]) for plan in plans) * capacity))
             lines.append(line | {"capacities_a_step": mean / capacity})
     return lines
 

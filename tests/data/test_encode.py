@@ -1,0 +1,58 @@
+"""Many texts at once: the ids are those that transformers gives, whichever call makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megadpo.data.encode import encode
+from megadpo.data.templates import Conversation, render_all, render_ids
+from megadpo.data.tokenise import load_tokenizer
+
+TEXTS = ["Hello there.", "", "a b  c\n\nHuman: 天空", "<s>twice</s></s>", "x" * 300]
+
+
+@pytest.mark.parametrize("directory", ["bpe_dir", "bos_dir"])
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_texts_get_the_ids_of_the_tokenizers_own_call(
+    directory: str, add_special_tokens: bool, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
+    expected = tokenizer(TEXTS, add_special_tokens=add_special_tokens)["input_ids"]
+    assert encode(tokenizer, TEXTS, add_special_tokens) == expected
+    tokenizer(TEXTS, truncation=True, max_length=3)  # leaves its settings behind
+    assert encode(tokenizer, TEXTS, add_special_tokens) == expected
+    tokenizer.split_special_tokens = True
+    assert encode(tokenizer, TEXTS) == tokenizer(TEXTS)["input_ids"]
+    assert encode(tokenizer, []) == []
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called_by_it(bpe_dir: str) -> None:
+    tokenizer = load_tokenizer(bpe_dir)
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            return {"input_ids": [[len(text)] for text in texts]}
+
+    tokenizer.__class__ = Own
+    assert encode(tokenizer, TEXTS) == [[len(text)] for text in TEXTS]
+
+
+def test_conversations_rendered_together_are_those_rendered_one_by_one(bpe_dir: str) -> None:
+    tokenizer = load_tokenizer(bpe_dir)
+    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Blue. 天"}]
+    conversations = [
+        Conversation(turns[:1], "f:1", {}, True),
+        Conversation(turns, "f:1", {}),
+        Conversation(turns * 2, "f:2", {}),
+    ]
+    one_by_one = [render_ids(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) for c in conversations]
+    assert render_all(tokenizer, conversations) == one_by_one
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+            return {"input_ids": [len(messages)]}
+
+    tokenizer.__class__ = Own
+    assert render_all(tokenizer, conversations) == [[1], [2], [4]]

@@ -9,6 +9,7 @@ import pytest
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
+from tests.parallel import zero_worker
 from tests.parity import oracle
 from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world
@@ -60,3 +61,14 @@ def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes
         assert (outcome.loss, outcome.grad_norm) == (kept.loss, kept.grad_norm), str(case)
         assert all((outcome.weights[name] == kept.weights[name]).all() for name in kept.weights), str(case)
         assert (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_nor_do_those_of_deepspeed_s_engine_change(files, tmp_path, zero_stage):
+    pytest.importorskip("deepspeed")
+    ways = [None, away(tmp_path), BLOCK]
+    cases = [zero_worker.Case(Layout(), zero_stage, tokens_per_micro_batch=SMALL, memory=way) for way in ways]
+    kept, *found = run_world(1, zero_worker.outcomes, *files, cases, 1)[0]
+    for case, outcome in zip(cases[1:], found, strict=True):
+        assert oracle.worst_relative_error(outcome.gradients, kept.gradients)[0] == 0, str(case)
+        assert outcome.loss == kept.loss and (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)

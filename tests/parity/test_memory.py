@@ -34,11 +34,12 @@ def files(tmp_path_factory):
 
 
 CASES = {
-    1: [(Layout(), [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
+    1: [(Layout(), "megatron", [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
     2: [
-        (Layout(tensor=2, sequence=True), [SELECTIVE, BLOCK, "selective"]),
-        (Layout(pipeline=2), [PAIRS, BLOCK, "none", "full"]),
-        (Layout(pipeline=2, virtual=2), [SELECTIVE, PAIRS, "none"]),
+        (Layout(tensor=2, sequence=True), "megatron", [SELECTIVE, BLOCK, "selective"]),
+        (Layout(pipeline=2), "megatron", [PAIRS, BLOCK, "none", "full"]),
+        (Layout(pipeline=2, virtual=2), "megatron", [SELECTIVE, PAIRS, "none"]),
+        (Layout(pipeline=2, virtual=2), "1f1b", [FULL, "none"]),
     ],
 }
 """A text: offloaded, with that recomputation."""
@@ -46,11 +47,11 @@ CASES = {
 
 @pytest.mark.parametrize("num_processes", CASES)
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
-    def case(layout: Layout, way: Activations | str) -> Case:
+    def case(layout: Layout, schedule: str, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way
-        return Case(layout, tokens_per_micro_batch=SMALL, memory=memory)
+        return Case(layout, tokens_per_micro_batch=SMALL, memory=memory, schedule=schedule)
 
-    cases = [case(layout, way) for layout, ways in CASES[num_processes] for way in (Activations(), *ways)]
+    cases = [case(*where, way) for *where, ways in CASES[num_processes] for way in (Activations(), *ways)]
     found = run_world(num_processes, outcomes, *files, cases, 1)[0]
     kept = found[0]
     for case, outcome in zip(cases, found, strict=True):

@@ -244,7 +244,9 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, acti
         perform_initialization=False,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the one that takes streams of different lengths
-        deallocate_pipeline_outputs=True,
+        # The interleaved schedule takes an output's memory away while it is being sent. NCCL keeps it until it is sent; gloo
+        # reads what has come in its place, now and then, on a busy machine.
+        deallocate_pipeline_outputs=torch.cuda.is_available() or layout.virtual == 1,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
         use_te_activation_func=True,  # or any other module in that slot: ours

@@ -134,15 +134,17 @@ class _TokenStatistics(torch.autograd.Function):
             logits = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
             kernels.parts(logits, local_targets_N[rows], job.wanted, parts_NP[rows])
         statistics_NS, log_normaliser_N = _statistics(parts_NP, job)
-        ctx.save_for_backward(hidden_NH, matrix_VH, local_targets_N, log_normaliser_N)
+        ctx.save_for_backward(hidden_NH, local_targets_N, log_normaliser_N)
+        # Not saved with them: hooks on saved tensors hand out another one, which the engine does not know.
+        ctx.matrix_VH = matrix_VH
         ctx.job, ctx.buffer = job, buffer if job.keeps_tile else None
         return statistics_NS
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """d logp / d logits = onehot(target) - softmax; the other statistics are for reading only."""
-        hidden_NH, matrix_VH, local_targets_N, log_normaliser_N = ctx.saved_tensors
-        job: _Job = ctx.job
+        hidden_NH, local_targets_N, log_normaliser_N = ctx.saved_tensors
+        matrix_VH, job = ctx.matrix_VH, ctx.job
         kernels, tiles = head_kernels(hidden_NH.device), job.tiles(hidden_NH)
         is_kept, buffer = ctx.buffer is not None, ctx.buffer
         ctx.buffer = None  # freed with this call, and overwritten in it

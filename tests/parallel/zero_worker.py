@@ -15,6 +15,7 @@ from torch import Tensor
 from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
+from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.parity import worker
 from tests.parity.worker import whole_tensors
@@ -43,10 +44,16 @@ class Case:
     clip_norm: float = 1.0
     objective: str = "sigmoid"
     cpu_adam: bool = False
+    memory: Activations | None = None
+    """Instead of `recompute`."""
+
+    @property
+    def activations(self) -> Activations:
+        return self.memory or Activations(self.recompute)
 
     def __str__(self) -> str:
         engine = "Megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, offload {self.offload}"
+        rest = f"{self.tokens_per_micro_batch} tokens, activations {self.activations}, offload {self.offload}"
         return f"{engine}, {self.layout}, {rest}, clip {self.clip_norm}, {self.dtype}, {self.objective}"
 
     @property
@@ -60,10 +67,10 @@ def outcomes(
     model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case], num_steps: int = 3
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0: first-step loss, norm, gradients and margins, weights after `num_steps` steps."""
-    from megadpo.model import head
+    from megadpo.model import head, offload
     from megadpo.platform.world import joined_world
 
-    head.TILE_ROWS = 64
+    head.TILE_ROWS, offload.MIN_BYTES = 64, 1 << 10
     dist.init_process_group("gloo")
     results = []
     for case in cases:
@@ -136,6 +143,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     if case.offload_dir:
         own = Path(case.offload_dir) / f"rank{dist.get_rank()}"
         outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
+    outcome.num_bytes_moved = 0 if engine.stage.offloader is None else engine.stage.offloader.num_bytes_moved
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, outcome.margins)
     outcome.margins = torch.cat(gathered)
@@ -144,14 +152,13 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
 
 def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's engine on a loaded stage."""
-    from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage, load_weights
 
     train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
     if case.zero_stage is None:
         from megadpo.parallel.megatron import MegatronEngine
 
-        stage = build_stage(hf_config, case.layout, case.dtype, Activations(case.recompute))
+        stage = build_stage(hf_config, case.layout, case.dtype, case.activations)
         load_weights(stage, source)
         return MegatronEngine(stage, train)
     from megadpo.parallel import deepspeed
@@ -159,7 +166,7 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
     if not case.cpu_adam:
         deepspeed.cpu_adam = lambda: None  # as where it does not build
-    stage = policy_stage(hf_config, source, case.layout, case.dtype, Activations(case.recompute), case.parallel)
+    stage = policy_stage(hf_config, source, case.layout, case.dtype, case.activations, case.parallel)
     return ZeroEngine(stage, train, case.parallel)
 
 

@@ -9,6 +9,7 @@ import pytest
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
+from tests.parallel import zero_worker
 from tests.parity import oracle
 from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world
@@ -33,11 +34,12 @@ def files(tmp_path_factory):
 
 
 CASES = {
-    1: [(Layout(), [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
+    1: [(Layout(), "megatron", [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
     2: [
-        (Layout(tensor=2, sequence=True), [SELECTIVE, BLOCK, "selective"]),
-        (Layout(pipeline=2), [PAIRS, BLOCK, "none", "full"]),
-        (Layout(pipeline=2, virtual=2), [SELECTIVE, PAIRS, "none"]),
+        (Layout(tensor=2, sequence=True), "megatron", [SELECTIVE, BLOCK, "selective"]),
+        (Layout(pipeline=2), "megatron", [PAIRS, BLOCK, "none", "full"]),
+        (Layout(pipeline=2, virtual=2), "megatron", [SELECTIVE, PAIRS, "none"]),
+        (Layout(pipeline=2, virtual=2), "1f1b", [FULL, "none"]),
     ],
 }
 """A text: offloaded, with that recomputation."""
@@ -45,11 +47,11 @@ CASES = {
 
 @pytest.mark.parametrize("num_processes", CASES)
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
-    def case(layout: Layout, way: Activations | str) -> Case:
+    def case(layout: Layout, schedule: str, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way
-        return Case(layout, tokens_per_micro_batch=SMALL, memory=memory)
+        return Case(layout, tokens_per_micro_batch=SMALL, memory=memory, schedule=schedule)
 
-    cases = [case(layout, way) for layout, ways in CASES[num_processes] for way in (Activations(), *ways)]
+    cases = [case(*where, way) for *where, ways in CASES[num_processes] for way in (Activations(), *ways)]
     found = run_world(num_processes, outcomes, *files, cases, 1)[0]
     kept = found[0]
     for case, outcome in zip(cases, found, strict=True):
@@ -60,3 +62,14 @@ def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes
         assert (outcome.loss, outcome.grad_norm) == (kept.loss, kept.grad_norm), str(case)
         assert all((outcome.weights[name] == kept.weights[name]).all() for name in kept.weights), str(case)
         assert (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_nor_do_those_of_deepspeed_s_engine_change(files, tmp_path, zero_stage):
+    pytest.importorskip("deepspeed")
+    ways = [None, away(tmp_path), BLOCK]
+    cases = [zero_worker.Case(Layout(), zero_stage, tokens_per_micro_batch=SMALL, memory=way) for way in ways]
+    kept, *found = run_world(1, zero_worker.outcomes, *files, cases, 1)[0]
+    for case, outcome in zip(cases[1:], found, strict=True):
+        assert oracle.worst_relative_error(outcome.gradients, kept.gradients)[0] == 0, str(case)
+        assert outcome.loss == kept.loss and (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)

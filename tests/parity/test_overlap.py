@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,22 +14,30 @@ from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world
 
 SMALL = 90
-LAYOUTS = {
-    2: ("qwen3", [Layout(data=2)]),
-    4: ("qwen3", [Layout(pipeline=2, data=2), Layout(pipeline=2, virtual=2, data=2)]),
-    "experts": ("mixtral", [Layout(data=2, expert=2)]),
+OURS = "1f1b"
+CASES = {
+    "2 replicas": ({"tie_word_embeddings": False}, [Case(Layout(data=2), tokens_per_micro_batch=SMALL)]),
+    "2 stages x 2 replicas": (
+        {"tie_word_embeddings": True},
+        [
+            Case(layout, tokens_per_micro_batch=SMALL, schedule=schedule)
+            for layout in (Layout(pipeline=2, data=2), Layout(pipeline=2, virtual=2, data=2))
+            for schedule in ("megatron", OURS)
+        ],
+    ),
+    "experts": ({"family": "mixtral"}, [Case(Layout(data=2, expert=2), tokens_per_micro_batch=SMALL)]),
 }
 
 
-@pytest.mark.parametrize("which", LAYOUTS)
-def test_weights_after_three_steps_are_the_same_to_the_bit(which, tmp_path):
-    family, layouts = LAYOUTS[which]
-    policy = save_model(tmp_path / "policy", family, tokenizer=False, tie_word_embeddings=True)
-    reference = save_model(tmp_path / "reference", family, seed=1, tokenizer=False, tie_word_embeddings=True)
-    groups = random_groups(11, seed=3)
-    cases = [Case(x, tokens_per_micro_batch=SMALL, overlap=overlap) for x in layouts for overlap in (False, True)]
-    found = run_world(layouts[0].world_size, outcomes, policy, reference, groups, cases, 3)[0]
-    for after, beside in zip(found[::2], found[1::2], strict=True):
-        assert oracle.worst_relative_error(beside.gradients, after.gradients)[0] <= 1e-6
-        assert oracle.worst_relative_error(beside.weights, after.weights)[0] <= 1e-6
-        assert all(torch.equal(beside.model_weights[name], weight) for name, weight in beside.weights.items())
+@pytest.mark.parametrize("which", CASES)
+def test_weights_after_three_steps_are_the_same(which, tmp_path):
+    changes, cases = CASES[which]
+    policy = save_model(tmp_path / "policy", **{"family": "qwen3", **changes}, tokenizer=False)
+    reference = save_model(tmp_path / "reference", **{"family": "qwen3", **changes}, seed=1, tokenizer=False)
+    both = [replace(case, overlap=overlap) for case in cases for overlap in (False, True)]
+    found = run_world(cases[0].layout.world_size, outcomes, policy, reference, random_groups(11, seed=3), both, 3)[0]
+    for case, after, beside in zip(both[1::2], found[::2], found[1::2], strict=True):
+        assert oracle.worst_relative_error(beside.gradients, after.gradients)[0] <= 1e-6, str(case)
+        worst, name = oracle.worst_relative_error(beside.weights, after.weights)
+        assert worst <= 1e-6, f"{case}: {name} {worst}"
+        assert all(torch.equal(beside.model_weights[name], weight) for name, weight in beside.weights.items()), str(case)

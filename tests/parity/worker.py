@@ -34,6 +34,7 @@ class Case:
     overlap: bool | None = None
     offload: str = "none"
     """Of the optimizer's state."""
+    schedule: str = "megatron"
 
     @property
     def activations(self) -> Activations:
@@ -41,7 +42,8 @@ class Case:
 
     def __str__(self) -> str:
         shared = "shared" if self.share_prompts else "unshared"
-        return f"{self.layout}, {shared}, {self.tokens_per_micro_batch} tokens, activations {self.activations}"
+        rest = f"{self.tokens_per_micro_batch} tokens, activations {self.activations}, schedule {self.schedule}"
+        return f"{self.layout}, {shared}, {rest}"
 
 
 @dataclass
@@ -164,7 +166,7 @@ def _outcome(
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
-    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap, offload=case.offload))
+    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap, offload=case.offload), case.schedule)
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

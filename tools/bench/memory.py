@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -29,17 +28,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         settings = {**vars(options), "directory": directory}
         points = {way: _in_a_fresh_process("_memory", {**settings, "way": way}) for way in _ways(settings)}
-        seconds = _in_a_fresh_process("_seconds", settings)
-    kept = seconds["kept"]
-    report["points"] = [
-        {
-            "way": way,
-            **memory,
-            "seconds": statistics.median(seconds[way]),
-            "time_ratio": median_ratio(seconds[way], kept),
-        }
-        for way, memory in points.items()
-    ]
+        seconds = _in_a_fresh_process("_seconds", settings) if options.rounds else {}
+    report["points"] = [{"way": way, **memory} for way, memory in points.items()]
+    for point in report["points"] if seconds else ():
+        own = seconds[point["way"]]
+        point |= {"seconds": statistics.median(own), "time_ratio": median_ratio(own, seconds["kept"])}
     report["seconds"] = seconds
     report["machine"] = machine()
     _print(report, options)
@@ -50,14 +43,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--directory", help="where activations are moved to; default: the directory for temporary files")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the stream")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the stream")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--window-mib", type=int, default=64, help="train.activation_offload_window_mib")
+    parser.add_argument("--window-mib", type=int, default=32, help="train.activation_offload_window_mib")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these, as the table names them; kept is always there")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of the times; 0: memory only")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -111,24 +104,26 @@ def _answer(function: str, settings: dict[str, Any], sender: Any) -> None:
 
 
 def _memory(settings: dict[str, Any]) -> dict[str, float]:
-    from tools.bench.head_point import give_back_freed_blocks, peak_bytes
+    from tools.bench.head_point import give_back_freed_blocks
 
     give_back_freed_blocks()
     stage, step = stage_and_step(settings, _ways(settings)[settings["way"]])
     step(256, lambda: None)  # code, buffers and gradients are there
     moved_before = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     seen: dict[str, int] = {}
-    before, peak_before = _resident_bytes(), peak_bytes()
-    step(settings["tokens"], lambda: seen.update(kept=_resident_bytes()))
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    step(settings["tokens"], lambda: seen.update(kept=_status_bytes("VmRSS")))
     return {
         "kept_mib": (seen["kept"] - before) / MIB,
-        "peak_mib": (peak_bytes() - peak_before) / MIB,
+        "peak_mib": (_status_bytes("VmHWM") - before) / MIB,
         "moved_mib": 0 if stage.offloader is None else (stage.offloader.num_bytes_moved - moved_before) / MIB,
     }
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _status_bytes(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _seconds(settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -198,8 +193,8 @@ def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
                 point["peak_mib"],
                 point["peak_mib"] / kept["peak_mib"],
                 point["moved_mib"],
-                point["seconds"],
-                point["time_ratio"],
+                point.get("seconds", "-"),
+                point.get("time_ratio", "-"),
             ]
             for point in report["points"]
         ],

@@ -21,7 +21,8 @@ PIPELINE_4 = [
     Case(Layout(pipeline=4), moves=True),
     Case(Layout(pipeline=4, virtual=2)),
     Case(Layout(pipeline=2, tensor=2, sequence=True)),
-    Case(Layout(pipeline=2, data=2)),
+    Case(Layout(pipeline=2, data=2), overlap=True),
+    Case(Layout(pipeline=2, virtual=2, data=2), overlap=True),
     Case(Layout(pipeline=2, context=2, context_method="allgather")),
     Case(Layout(pipeline=2, virtual=2, context=2, context_method="ulysses")),
 ]

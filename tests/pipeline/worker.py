@@ -18,8 +18,8 @@ from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
 from tests.parallel import zero_worker
 
-NUM_STEPS, MOVES_AFTER = 4, 1
-"""The reference moves halfway to the policy after the second step (step number 1)."""
+NUM_STEPS, MOVES_AFTER = 3, 1
+"""The reference may move halfway to the policy after the second of three steps."""
 
 
 @dataclass(frozen=True)

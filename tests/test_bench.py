@@ -67,8 +67,9 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
 
 
 def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
-    sizes = ("--micro-batches", "4", "--steps", "4", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
-    report = _report("schedules", tmp_path, *sizes, "--slept", "2", "--forward", "0.01", "--backward", "0.02")
+    sizes = ("--micro-batches", "4", "--steps", "3", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
+    seconds = ("--forward", "0.005", "--backward", "0.01", "--reference", "0.005")
+    report = _report("schedules", tmp_path, *sizes, *seconds, "--slept", "2")
     assert [(point["operations"], point["stages"]) for point in report["points"]] == [("slept", 2), ("computed", 2)]
     for point in report["points"]:
         before, ours, interleaved = point["arms"].values()

@@ -25,7 +25,7 @@ from megadpo.parallel import schedule as megatrons
 from megadpo.parallel.engine import ResponseGradient
 from megadpo.pipeline import fill
 from megadpo.pipeline.beside import ReferenceBeside, ReferencePass
-from megadpo.pipeline.executor import Clock, carry_out
+from megadpo.pipeline.executor import Work, carry_out
 from megadpo.pipeline.program import Program, program
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, Op, Schedule
 from megadpo.pipeline.schedule import forward_only as forward_only_schedule
@@ -53,20 +53,18 @@ def forward_backward(
     ld_alpha: float | None = None,
     watch: RouterWatch | None = None,
     beside: ReferenceBeside | None = None,
-    clock: Clock | None = None,
 ) -> None:
     """See `schedule.forward_backward`.
 
     Args:
         beside: the reference whose forwards run among the policy's operations.
-        clock: told what was done when.
     """
     work = _Work(models, micro_batches, ld_alpha, watch, response_gradient)
     costs = _costs(models[0])
     if beside is None:
-        run(fill.policy_alone(_num_stages(), len(micro_batches), len(models)), costs, work, clock=clock)
+        run(fill.policy_alone(_num_stages(), len(micro_batches), len(models)), costs, work)
     else:
-        _with_reference(work, costs, beside, clock)
+        _with_reference(work, costs, beside)
     work.finish_gradients()
 
 
@@ -80,18 +78,12 @@ def complete(beside: ReferenceBeside) -> None:
     passed.done, passed.received = tuple(map(len, orders)), {}
 
 
-def run(
-    schedule: Schedule,
-    costs: Costs,
-    work: Any,
-    held: dict[Op, Tensor] | None = None,
-    clock: Clock | None = None,
-) -> dict[Op, Tensor]:
+def run(schedule: Schedule, costs: Costs, work: Work, held: dict[Op, Tensor] | None = None) -> dict[Op, Tensor]:
     """Carry a schedule out on this rank's stage; what was received for operations that are not in it."""
     group = parallel_state.get_pipeline_model_parallel_group()
     receives_early = compute_device().type == "cpu"  # over NCCL a posted receive may hold up what comes after it
     instructions = _program(schedule, costs, dist.get_rank(group), receives_early)
-    return carry_out(instructions, work, group, held, clock)
+    return carry_out(instructions, work, group, held)
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,7 +91,7 @@ def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool)
     return program(simulate(schedule, costs), stage, receives_early)
 
 
-def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside, clock: Clock | None) -> None:
+def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside) -> None:
     this_step, ahead = beside.this_step, beside.next_step
     filled, progress = fill.with_reference(
         _num_stages(),
@@ -110,7 +102,7 @@ def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside, clock: C
         costs,
     )
     both = _Both(work, _ReferenceWork(beside, this_step), None if ahead is None else _ReferenceWork(beside, ahead))
-    unread = run(filled, costs, both, this_step.received, clock)
+    unread = run(filled, costs, both, this_step.received)
     this_step.received = {}
     if ahead is not None:
         ahead.done = progress

@@ -13,9 +13,9 @@ from tests.worlds import run_world
 ZERO = {
     2: [Case(Layout(pipeline=2), zero_stage, moves=zero_stage == 1) for zero_stage in (0, 1, 2, 3)],
     4: [
-        *(Case(Layout(pipeline=4), zero_stage) for zero_stage in (1, 3)),
-        *(Case(Layout(pipeline=2, data=2), zero_stage) for zero_stage in (2, 3)),
-        Case(Layout(pipeline=2, tensor=2, sequence=True), 3),
+        Case(Layout(pipeline=4), 1),
+        Case(Layout(pipeline=2, data=2), 3),
+        Case(Layout(pipeline=2, tensor=2, sequence=True), 2),
     ],
 }
 
@@ -24,7 +24,7 @@ ZERO = {
 def test_deepspeed_gives_the_same_bits_under_either_schedule(tmp_path, size):
     pytest.importorskip("deepspeed")
     policy = save_model(tmp_path / "policy", tie_word_embeddings=True, tokenizer=False)
-    check(run_world(size, compared, policy, policy, random_groups(24, seed=3), ZERO[size]), ZERO[size])
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), ZERO[size]), ZERO[size])
 
 
 EXPERTS = {
@@ -36,4 +36,4 @@ EXPERTS = {
 @pytest.mark.parametrize("size", EXPERTS)
 def test_experts_and_their_balancing_loss_too(tmp_path, size):
     policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
-    check(run_world(size, compared, policy, policy, random_groups(24, seed=3), EXPERTS[size]), EXPERTS[size])
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), EXPERTS[size]), EXPERTS[size])

@@ -81,7 +81,7 @@ def runs_without_buffers(schedule: Schedule, costs: Costs, receives_early: bool 
     return all(entry(stage) is None for stage in range(len(programs)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes, all_costs)
 def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, int, int], costs: Costs) -> None:
     num_stages, num_micro_batches, num_chunks = complete(size)
@@ -93,7 +93,7 @@ def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, 
         assert runs_without_buffers(schedule, costs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes, st.lists(st.integers(1, 40), min_size=1, max_size=4), all_costs)
 @example((4, 8, 1), [8, 8, 3], Costs())
 def test_every_reference_forward_is_done_once_and_in_time(
@@ -116,12 +116,15 @@ def test_every_reference_forward_is_done_once_and_in_time(
         simulate(schedule, costs)  # raises if a backward on the last stage comes before its reference
 
 
-def test_a_million_operations_are_placed_in_time_in_seconds() -> None:
+@settings(max_examples=4, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 10_000))
+@example(64, 10_000)
+def test_a_million_operations_are_placed_in_time_in_seconds(num_stages: int, num_micro_batches: int) -> None:
     started = time.process_time()
-    timing = simulate(one_forward_one_backward(64, 10_000), Costs(message=0.01))
+    timing = simulate(one_forward_one_backward(num_stages, num_micro_batches), Costs())
     assert time.process_time() - started < 20
-    assert timing.seconds > 3 * 10_000 and timing.idle_share < 0.03
-    assert peak_activations(timing.schedule) == list(range(64, 0, -1))
+    assert timing.seconds == 3 * (num_micro_batches + num_stages - 1)
+    assert peak_activations(timing.schedule) == [min(num_stages - stage, num_micro_batches) for stage in range(num_stages)]
 
 
 @pytest.mark.parametrize(("num_stages", "num_micro_batches", "num_chunks"), [(2, 8, 1), (4, 8, 1), (8, 32, 1), (4, 8, 2)])

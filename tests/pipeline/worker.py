@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
 from tests.parallel import zero_worker
 
-NUM_STEPS, MOVES_AFTER = 4, 1
-"""The reference moves halfway to the policy after the second step (step number 1)."""
+NUM_STEPS, MOVES_AFTER = 3, 1
+"""The reference may move halfway to the policy after the second of three steps."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Case:
     Attributes:
         zero_stage: of DeepSpeed; None: Megatron's engine.
         moves: whether the reference moves on the way.
+        overlap: whether Megatron's engine reduces gradients while the last micro-batch's backward runs.
     """
 
     layout: Layout
@@ -38,12 +39,13 @@ class Case:
     recompute: str = "none"
     router_aux_coef: float = 0.0
     moves: bool = False
+    overlap: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         engine = "megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        rest = f"{self.objective.loss_types}, {self.tokens_per_micro_batch} tokens, recompute {self.recompute}"
-        return f"{engine}, {self.layout}, {rest}, aux {self.router_aux_coef}, moves {self.moves}, {self.dtype}"
+        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, aux {self.router_aux_coef}, {self.dtype}"
+        return f"{engine}, {self.layout}, {self.objective.loss_types}, {rest}, moves {self.moves}, overlap {self.overlap}"
 
 
 @dataclass
@@ -116,9 +118,12 @@ def _steps(
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
     from megadpo.loss import global_batch, response_gradient
+    from megadpo.model.activations import Activations
+    from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.context import local_micro_batches
+    from megadpo.parallel.megatron import MegatronEngine
     from megadpo.parallel.passes import passes_by
     from megadpo.pipeline.beside import ReferenceBeside
     from megadpo.reference import References, resident
@@ -138,8 +143,14 @@ def _steps(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
     )
     frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
-    engine: Any = zero_worker.make_engine(built, hf_config, open_hf(model))
-    engine.train = replace(engine.train, router_aux_coef=case.router_aux_coef)
+    engine: Any
+    if case.zero_stage is None:
+        stage = build_stage(hf_config, layout, case.dtype, Activations(case.recompute))
+        load_weights(stage, open_hf(model))
+        train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
+        engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap))
+    else:
+        engine = zero_worker.make_engine(built, hf_config, open_hf(model))
     engine.passes = passes_by(schedule_name)
     engine.stage.train()
     run_reference = resident(frozen, case.objective.ld_alpha, schedule_name)

@@ -97,6 +97,12 @@ def test_the_plan_command_lists_layouts_for_each_number_of_processes(workplace: 
     assert [line.split()[0] for line in printed.splitlines() if " processes: " in line] == command.split()[-2:]
 
 
+def test_the_plan_command_draws_the_schedule(workplace: Path) -> None:
+    command = next(command for command in commands() if command.startswith("megadpo plan") and "--schedule" in command)
+    assert "idle" in run(command.split(), workplace)
+    assert (workplace / command.split()[-1]).read_text().startswith("<svg")
+
+
 def test_every_page_that_the_readme_points_to_exists() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets and all((ROOT / target).is_file() for target in targets)

@@ -3,7 +3,8 @@
 Forward and backward of one layer's attention over the same pairs, four ways: `cpu_flash` and `sdpa` (`model.attention`) over
 the packed stream with shared prompts, `cpu_flash` with each prompt twice, and as padding trainers do: every
 answer after its prompt in a row of its own, rows padded to the longest, torch's causal kernel without a mask. Times are of
-interleaved rounds in one process; memory is the peak resident set above the operands, each way in a process of its own.
+interleaved rounds in one process, by the clock and of the processor (which a busy machine stretches less); memory is the
+peak resident set above the operands, each way in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +33,16 @@ def main() -> None:
     print_table(
         f"Attention of one layer, forward + backward: {options.heads} heads of {options.head_dim}, "
         f"{options.key_value_heads} key-value heads, fp32",
-        ["pairs", "way", "milliseconds", "over cpu_flash", "extra MiB"],
+        ["pairs", "way", "milliseconds", "over cpu_flash", "processor, over cpu_flash", "extra MiB"],
         [
-            [point["case"], way, 1000 * statistics.median(point["seconds"][way]), point["ratios"][way], point["mib"][way]]
+            [
+                point["case"],
+                way,
+                1000 * statistics.median(point["seconds"][way]),
+                point["ratios"][way],
+                point["processor_ratios"][way],
+                point["mib"][way],
+            ]
             for point in report["points"]
             for way in WAYS
         ],
@@ -73,20 +82,36 @@ def _groups(case: tuple[str, int]) -> list[Any]:
 
 
 def _point(case: tuple[str, int], options: argparse.Namespace) -> dict[str, Any]:
-    (seconds,) = on_ranks(1, _seconds, case, options)
+    ((seconds, processor),) = on_ranks(1, _seconds, case, options)
     return {
         "case": f"{case[1]:,} {case[0]}" if case[0] != "one pair" else f"one of {case[1]:,} tokens",
         "seconds": seconds,
+        "processor_seconds": processor,
         "ratios": {way: median_ratio(seconds[way], seconds["cpu_flash"]) for way in WAYS},
+        "processor_ratios": {way: median_ratio(processor[way], processor["cpu_flash"]) for way in WAYS},
         "mib": {way: on_ranks(1, _extra_mib, case, way, options)[0] for way in WAYS},
     }
 
 
-def _seconds(case: tuple[str, int], options: argparse.Namespace) -> dict[str, list[float]]:
+def _seconds(case: tuple[str, int], options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By the clock, and of the processor."""
     import torch
 
     torch.set_num_threads(options.threads)
-    return interleaved({way: _step(case, way, options) for way in WAYS}, options.rounds, 1)
+    processor: dict[str, list[float]] = {way: [] for way in WAYS}
+
+    def arm(way: str) -> Step:
+        step = _step(case, way, options)
+
+        def timed(number: int) -> None:
+            started = time.process_time()
+            step(number)
+            if number >= 0:
+                processor[way].append(time.process_time() - started)
+
+        return timed
+
+    return interleaved({way: arm(way) for way in WAYS}, options.rounds, 1), processor
 
 
 def _extra_mib(case: tuple[str, int], way: str, options: argparse.Namespace) -> float:

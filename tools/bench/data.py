@@ -75,11 +75,11 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
     from tools.bench.material import MIXES, preference_file, save_tokenizer, synthetic_groups
 
     rows, _ = preference_file(directory)
-    save_tokenizer(directory / "model", rows, options.vocabulary)
     texts = [row for _, row in itertools.islice(iter_rows(parse_sources(str(rows), {})[0]), options.rows)]
     as_text, as_chat = directory / "text.jsonl", directory / "chat.jsonl"
     for file, written in ((as_text, texts), (as_chat, map(_as_messages, texts))):
         file.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    save_tokenizer(directory / "model", as_text, options.vocabulary)
     lines, store = [], None
     for what, file, template in (("text", as_text, None), ("conversations", as_chat, CHATML)):
         job = TokeniseJob(str(directory / "model"), template, None, "prompt_left")

@@ -1,9 +1,9 @@
 """What bf16 gains, and what compiling the small operations would: ``python -m tools.bench.precision [--json FILE]``.
 
 Seconds of whole optimizer steps (resident reference) in fp32 and in bf16 with fp32 master weights, taking turns on the same
-pairs. Then RMSNorm, rope and SwiGLU, forward and backward on a packed stream, as they run and as torch.compile makes them
-(lengths left open, as streams differ): milliseconds, the seconds until the first call is done, and how far the results are
-apart. ``--pieces-only`` leaves the steps out.
+pairs. Then RMSNorm, rope and SwiGLU, forward and backward on a packed stream: as they run here, as torch's operations one
+after the other, and as torch.compile makes one of these (lengths left open, as streams differ). Milliseconds, the seconds
+until the first call is done, and how far the results of the last two are apart. ``--pieces-only`` leaves the steps out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tools.bench.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
@@ -86,8 +87,9 @@ def _piece(name: str, dtype_name: str, options: argparse.Namespace) -> dict[str,
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     torch.manual_seed(0)
-    function, inputs = _functions(name, dtype, options)
+    ours, function, inputs = _functions(name, dtype, options)
     torch._dynamo.reset()
+    torch._inductor.config.force_disable_caches = True  # what a machine pays that has not run it before
     compiled = torch.compile(function, dynamic=True)
 
     def run(way: Any, number: int = 0) -> list[torch.Tensor]:
@@ -101,21 +103,25 @@ def _piece(name: str, dtype_name: str, options: argparse.Namespace) -> dict[str,
     found = run(compiled)
     first_call = time.perf_counter() - started
     expected = run(function)
-    arms = {"as it is": lambda number: run(function), "compiled": lambda number: run(compiled)}
+    arms = {
+        "here": lambda number: run(ours),
+        "torch": lambda number: run(function),
+        "compiled": lambda number: run(compiled),
+    }
     seconds = interleaved(arms, options.rounds, 2)
     pairs = zip(found, expected, strict=True)
     return {
         "piece": name,
         "dtype": dtype_name,
         "milliseconds": {arm: 1000 * statistics.median(values) for arm, values in seconds.items()},
-        "time_ratio": median_ratio(seconds["compiled"], seconds["as it is"]),
+        "time_ratio": median_ratio(seconds["compiled"], seconds["here"]),
         "first_call_seconds": first_call,
         "apart": max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs),
     }
 
 
 def _functions(name: str, dtype: Any, options: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The piece as a layer runs it, and leaves to run it on."""
+    """The piece as a layer runs it, the same of torch's operations, and leaves to run it on."""
     import torch
     import torch.nn.functional as F
 
@@ -130,17 +136,30 @@ def _functions(name: str, dtype: Any, options: argparse.Namespace) -> tuple[Any,
         return torch.randn(shape).to(dtype).requires_grad_()
 
     if name == "RMSNorm":
-        return (lambda x, weight: F.rms_norm(x, (hidden,), weight, 1e-5)), [leaf(num_tokens, 1, hidden), leaf(hidden)]
+        from megadpo.model.norm import RMSNorm
+
+        settings = SimpleNamespace(use_cpu_initialization=True, params_dtype=dtype, sequence_parallel=False)
+        norm = RMSNorm(settings, hidden)
+        return (
+            lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)),
+            lambda x, weight: F.rms_norm(x, (hidden,), weight, 1e-5),
+            [leaf(num_tokens, 1, hidden), leaf(hidden)],
+        )
     if name == "rope":
         angles = torch.outer(torch.arange(num_tokens).float(), 10000.0 ** -(torch.arange(32) / 32))
         angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
-        return (lambda query: _apply_rotary_pos_emb_bshd(query, angles)), [leaf(num_tokens, 1, hidden // 64, 64)]
+
+        def rope(query: Any) -> Any:
+            return _apply_rotary_pos_emb_bshd(query, angles)
+
+        return rope, rope, [leaf(num_tokens, 1, hidden // 64, 64)]
+    from megadpo.model.swiglu import SwiGLU
 
     def swiglu(x: Any) -> Any:
         gate, up = torch.chunk(x, 2, dim=-1)
         return F.silu(gate) * up
 
-    return swiglu, [leaf(num_tokens, 1, 2 * (hidden * 11 // 4))]
+    return SwiGLU(), swiglu, [leaf(num_tokens, 1, 2 * (hidden * 11 // 4))]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -156,7 +175,7 @@ def _print(report: dict[str, Any]) -> None:
     if "pieces" in report:
         print_table(
             "Forward and backward of the small operations",
-            ["operation", "dtype", "as it is, ms", "compiled, ms", "time ratio", "first call, s", "apart"],
+            ["operation", "dtype", "here, ms", "torch, ms", "compiled, ms", "compiled / here", "first call, s", "apart"],
             [
                 [p["piece"], p["dtype"], *p["milliseconds"].values(), p["time_ratio"], p["first_call_seconds"], p["apart"]]
                 for p in report["pieces"]

@@ -245,11 +245,8 @@ def _check_contradictions(config: Config) -> None:
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
             "raise parallel.context or leave the method at auto"
         )
-    if config.schedule.reference == "interleaved" and config.reference.mode != "resident":
-        raise UserError(
-            f"schedule.reference is interleaved, but reference.mode is {config.reference.mode}: only a resident reference "
-            "runs among the policy's operations; leave it at before"
-        )
+    if config.schedule.reference == "interleaved" and config.reference.mode == "none":
+        raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")
     if config.reference.mode in ("resident", "cached") and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
             f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a {config.reference.mode} reference "

@@ -144,8 +144,9 @@ def check_options(config: Any) -> None:
         )
     if parallel.offload == "nvme" and config.checkpoint.every:
         raise UserError(
-            f"checkpoint.every is {config.checkpoint.every}, but what parallel.offload nvme keeps in files does not yet come "
-            "back exactly from a checkpoint; set it to 0 (the trained model is written anyway) or use parallel.offload cpu"
+            f"checkpoint.every is {config.checkpoint.every}, but what parallel.offload nvme keeps in files does not "
+            "yet come back exactly from a checkpoint; set it to 0 (the trained model is written anyway) or use "
+            "parallel.offload cpu"
         )
     if parallel.deepspeed_config is not None:
         read_user_config(parallel.deepspeed_config)

@@ -215,7 +215,13 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
     node.require_free_port()
     with tempfile.TemporaryDirectory(prefix="megadpo-") as directory:
         workers: list[subprocess.Popen[bytes]] = []
-        old_handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals: list[int] = []
+
+        def note(number: int, frame: FrameType | None) -> None:
+            # Raised here, an exception could leave Popen.poll with its lock held, on which Popen.wait would wait for ever.
+            signals.append(number)
+
+        old_handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             environment = _shared_environment(nproc, directory, node)
             first_rank = node.number * nproc
@@ -225,7 +231,7 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
                 workers.append(
                     subprocess.Popen(command, env=worker_environment, stdin=subprocess.DEVNULL, start_new_session=True)
                 )
-            failed = _wait_for_failure(workers)
+            failed = _wait_for_failure(workers, signals)
             if failed is None:
                 return 0
             return _report(first_rank + failed, workers[failed].returncode, Path(directory) / "first_failure.json")
@@ -237,10 +243,6 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
             _stop(workers)
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _shared_environment(nproc: int, directory: str, node: Node) -> dict[str, str]:
@@ -269,9 +271,15 @@ def free_port() -> int:
     raise UserError("no free TCP port between 20000 and 32000 on this machine; use torchrun with --master-port")
 
 
-def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits until all have ended well (None) or one has not (its number here; one killed by a signal comes first)."""
+def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int | None:
+    """Waits until all have ended well (None) or one has not (its number here; one killed by a signal comes first).
+
+    Raises:
+        KeyboardInterrupt: `signals` has one.
+    """
     while True:
+        if signals:
+            raise KeyboardInterrupt
         codes = [worker.poll() for worker in workers]
         bad = [rank for rank, code in enumerate(codes) if code]
         if bad:

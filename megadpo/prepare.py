@@ -122,11 +122,6 @@ def prepare(config: Config) -> Plan:
     num_steps = config.train.steps or batches.num_steps
     assert num_steps is not None
     if resume is not None:
-        if config.parallel.offload == "nvme":
-            raise UserError(
-                f"{resume} cannot be resumed exactly with parallel.offload nvme; use parallel.offload cpu, or set "
-                "checkpoint.resume to never in a new output_dir"
-            )
         _check_resume(resume, train.groups, num_steps)
     make_output_dir(output_dir)
     return Plan(

@@ -28,6 +28,18 @@ def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any,
 
     `function` must be importable (a module's function); arguments and results must pickle.
     """
+    for _ in range(3):
+        answers, failure = _run_world(num_processes, function, arguments, timeout)
+        if failure is None or "EADDRINUSE" not in failure:  # the port was free a moment ago
+            break
+    assert failure is None, failure
+    return [answers[rank] for rank in range(num_processes)]
+
+
+def _run_world(
+    num_processes: int, function: Callable[..., Any], arguments: Any, timeout: float
+) -> tuple[dict[int, Any], str | None]:
+    """Answers by rank, and what the first rank to fail said."""
     port = _free_port()
     results: Any = _context.Queue()
     processes = [
@@ -37,18 +49,20 @@ def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any,
     for process in processes:
         process.start()
     answers: dict[int, Any] = {}
+    failure = None
     try:
-        while len(answers) < num_processes:
+        while len(answers) < num_processes and failure is None:
             rank, error, answer = results.get(timeout=timeout)
             if error is not None:
-                raise AssertionError(f"rank {rank} of {num_processes} failed:\n{error}")
-            answers[rank] = pickle.loads(answer)  # noqa: S301 - from our own child process
+                failure = f"rank {rank} of {num_processes} failed:\n{error}"
+            else:
+                answers[rank] = pickle.loads(answer)  # noqa: S301 - from our own child process
     finally:
         for process in processes:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
-    return [answers[rank] for rank in range(num_processes)]
+    return answers, failure
 
 
 def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:

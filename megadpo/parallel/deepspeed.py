@@ -26,7 +26,13 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
 from megadpo.model.families import TensorSource
-from megadpo.parallel.deepspeed_offload import cpu_adam, own_directory, require_async_io, require_lockable
+from megadpo.parallel.deepspeed_offload import (
+    begin_bias_correction_anew,
+    cpu_adam,
+    own_directory,
+    require_async_io,
+    require_lockable,
+)
 from megadpo.parallel.deepspeed_options import engine_config, swap_to_directory
 from megadpo.parallel.deepspeed_runtime import (
     Runtime,
@@ -114,6 +120,7 @@ class ZeroEngine:
             group["lr"] = learning_rate
         self.runtime.use_norm(norm)
         self.partitions.before_step()
+        begin_bias_correction_anew(self.runtime.basic_optimizer)
         self.runtime.step()
         return norm
 

@@ -11,8 +11,10 @@ import atexit
 import ctypes
 import fcntl
 import mmap
+import os
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,6 +46,18 @@ def cpu_adam() -> type[torch.optim.Optimizer] | None:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam
+
+
+def begin_bias_correction_anew(optimizer: Any) -> None:
+    """Before a step of DeepSpeedCPUAdam: its powers of the betas are computed from the number of the step.
+
+    From one step to the next it multiplies them up in float32, each product rounded, but after a jump it takes std::pow: a
+    run that went on from a checkpoint would differ in the last bit from one that was never stopped. Step 0 is a jump.
+    """
+    if (kernel := getattr(optimizer, "ds_opt_adam", None)) is None:
+        return
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    kernel.adam_update(optimizer.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, *(torch.zeros(1) for _ in range(4)))
 
 
 def can_swap_to_nvme() -> bool:
@@ -108,7 +122,15 @@ def _load(builder: Any, *names: str) -> None:
                     f"{directory / 'lock'} is there: a compilation of DeepSpeed's {directory.name} was killed, or another "
                     "program is just compiling it; unless one is, remove that file and start again"
                 )
+        _put_own_programs_first()
         builder.load(verbose=False)
+
+
+def _put_own_programs_first() -> None:
+    """One ninja for all, the environment's own: another version takes what it built for out of date, and compiles again."""
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if not path.startswith(own + os.pathsep):
+        os.environ["PATH"] = own + os.pathsep + path
 
 
 def own_directory(offload_dir: str) -> Path:

@@ -142,12 +142,6 @@ def check_options(config: Any) -> None:
             "reference.sync_every moves the reference in memory, but parallel.offload nvme keeps it in files; "
             "use parallel.offload cpu or remove sync_every"
         )
-    if parallel.offload == "nvme" and config.checkpoint.every:
-        raise UserError(
-            f"checkpoint.every is {config.checkpoint.every}, but what parallel.offload nvme keeps in files does not "
-            "yet come back exactly from a checkpoint; set it to 0 (the trained model is written anyway) or use "
-            "parallel.offload cpu"
-        )
     if parallel.deepspeed_config is not None:
         read_user_config(parallel.deepspeed_config)
 

@@ -180,8 +180,9 @@ def prepare_megatron() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron says at each import that Apex and TransformerEngine are absent.
-        for name in _MODULES:
-            importlib.import_module(name)
+        with contextlib.nullcontext() if torch.cuda.is_available() else _nothing_compiled():
+            for name in _MODULES:
+                importlib.import_module(name)
     if torch.cuda.is_available():
         return
     for name, module in list(sys.modules.items()):
@@ -192,6 +193,20 @@ def prepare_megatron() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Functions that modules decorate with torch.compile while they are imported stay as they are.
+
+    None of them is worth a compiler's minute on a CPU, and the compiler alone takes two seconds to import.
+    """
+    original = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 @contextlib.contextmanager

@@ -72,12 +72,6 @@ def test_a_directory_in_which_no_file_can_be_made_is_refused() -> None:
         check_machine(load_config({"parallel": options}).parallel, torch.float32)
 
 
-def test_checkpoints_are_refused_with_files() -> None:
-    options = {"engine": "deepspeed", "zero_stage": 3, "offload": "nvme", "offload_dir": "/x"}
-    with pytest.raises(UserError, match=r"checkpoint.every is 2, but .* set it to 0 .* or use parallel.offload cpu"):
-        load_config({"parallel": options, "checkpoint": {"every": 2}})
-
-
 def test_a_moving_reference_is_refused_with_files() -> None:
     options = {"engine": "deepspeed", "zero_stage": 3, "offload": "nvme", "offload_dir": "/x"}
     with pytest.raises(

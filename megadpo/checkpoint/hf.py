@@ -86,6 +86,10 @@ class SafetensorsFile:
         assert start >= 0 and start + length <= view.get_shape()[dim], (key, dim, start, length)
         return view[(slice(None),) * dim + (slice(start, start + length),)]
 
+    def release(self) -> None:
+        """Unmap the file, whose pages count as this process's memory; reading maps it again."""
+        self.__dict__.pop("_file", None)
+
 
 class _HfSource:
     """A TensorSource on safetensors files that hold whole logical tensors."""
@@ -104,6 +108,10 @@ class _HfSource:
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         return self._files[name].read(name, dim, start, length)
+
+    def release(self) -> None:
+        for file in self._files.values():
+            file.release()
 
 
 def open_hf(path: str | Path) -> TensorSource:

@@ -87,3 +87,6 @@ class _NewHead:
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         return self._score_1H.narrow(dim, start, length) if name == SCORE else self._source.read(name, dim, start, length)
+
+    def release(self) -> None:
+        self._source.release()

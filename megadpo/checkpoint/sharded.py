@@ -221,6 +221,10 @@ class _ShardedSource:
                 out.narrow(dim, low - start, high - low).copy_(part)
         return out
 
+    def release(self) -> None:
+        for file in self._files.values():
+            file.release()
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -220,6 +220,7 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
             values = torch.empty(shard.shape, dtype=own_part(parameter).dtype, device=own_part(parameter).device)
             fill_shard(shard, source, values)
             set_whole(parameter, values)
+    source.release()
 
 
 def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations) -> TransformerConfig:

@@ -254,6 +254,7 @@ def sharded_stage(
         _put_in_place(stage.model, empty, parameter)
         cut._convert_to_zero_parameters([parameter])
         parameters[name] = (parameter, shard)
+    source.release()
     assert not any(tensor.is_meta for tensor in stage.model.buffers())
     model = stage.model
     if model.post_process and model.output_layer.weight is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,17 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_written(llama:
     with pytest.raises(UserError, match=r"parallel.tensor 3"):
         import_hf(llama, tmp_path / "out", num_tensor=3)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+def test_a_released_source_holds_no_file_and_reads_again(tmp_path):
+    source, name = open_hf(save_model(tmp_path, tokenizer=False)), "model.norm.weight"
+
+    def is_mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    first = source.read(name, 0, 0, 4).clone()
+    assert is_mapped()
+    source.release()
+    assert not is_mapped()
+    assert torch.equal(source.read(name, 0, 0, 4), first)

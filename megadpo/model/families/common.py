@@ -69,6 +69,9 @@ class TensorSource(Protocol):
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Elements ``[start, start + length)`` along `dim`, whole along the others; only these are read from disk."""
 
+    def release(self) -> None:
+        """All that is needed has been read: files are no longer held in memory, until something is read again."""
+
 
 @dataclass(frozen=True)
 class Experts:

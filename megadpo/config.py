@@ -188,6 +188,9 @@ class ParallelConfig:
     overlap: bool | None = None
     """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
     on CUDA."""
+    gradient_accumulation_fusion: bool | None = None
+    """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
+    extension where that is installed, else by torch) instead of one by one; null = on CUDA."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
 
@@ -227,6 +230,9 @@ class TrainConfig:
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    moments_dtype: str = "fp32"
+    """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
+    rounding is right on average over the steps). With `engine: megatron`."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     recompute: str = "none"

@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("megatron", "1f1b"),
     "schedule.reference": ("before", "interleaved"),
     "train.schedule": ("cosine", "linear", "constant"),
+    "train.moments_dtype": ("fp32", "bf16"),
     "train.recompute": ("none", "full", "selective"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),

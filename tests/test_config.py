@@ -50,11 +50,12 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha row_weights margins soft_labels "
         "bco_running_delta rpo_eta desirable_weight undesirable_weight list_weights reward_center_coef",
         "parallel": "engine tensor sequence pipeline virtual_pipeline pipeline_layout context context_method expert "
-        "expert_tensor zero_stage offload offload_dir overlap deepspeed_config",
+        "expert_tensor zero_stage offload offload_dir overlap "
+        "gradient_accumulation_fusion deepspeed_config",
         "schedule": "name reference",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
-        "schedule weight_decay betas eps clip_norm recompute recompute_method recompute_num_layers activation_offload "
-        "activation_offload_dir activation_offload_window_mib router_aux_coef seed",
+        "schedule weight_decay betas eps moments_dtype clip_norm recompute recompute_method recompute_num_layers "
+        "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",
         "eval": "every pairs",
         "checkpoint": "every keep resume",
         "logging": "every tensorboard",

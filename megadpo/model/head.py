@@ -206,7 +206,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, beta: int = 1) -> No
     """total = beta total + left @ right; where total is float32 and the operands are not, only in slices a temporary."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=beta, out=total)
-    elif _adds_wider_products(total.device):
+    elif adds_in_one_call(total.device, left.dtype):
         torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
         length = max(1, 2**22 // max(1, total.shape[1]))
@@ -219,9 +219,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, beta: int = 1) -> No
 
 
 @functools.cache
-def _adds_wider_products(device: torch.device) -> bool:
-    """Whether this torch adds a product of bfloat16 matrices to a float32 one (CUDA, from 2.9 or so on)."""
-    small = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
+def adds_in_one_call(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of matrices of `dtype` to a float32 one (of bfloat16: CUDA, from 2.9 or so on)."""
+    if dtype is torch.float32:
+        return True
+    small = torch.zeros((16, 16), dtype=dtype, device=device)
     total = small.float()
     try:
         torch.addmm(total, small, small, out_dtype=torch.float32, out=total)

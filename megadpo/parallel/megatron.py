@@ -21,6 +21,8 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
 from megadpo.parallel.engine import ResponseGradient
+from megadpo.parallel.gradient_fusion import choose_fusion, fuse_gradients, mark_added
+from megadpo.parallel.narrow_adamw import NarrowAdamW
 from megadpo.parallel.passes import passes_by
 from megadpo.pipeline.beside import ReferenceBeside
 from megadpo.platform.device import compute_device
@@ -42,12 +44,15 @@ class MegatronEngine:
         parallel: ParallelConfig | None = None,
         schedule_name: str = "megatron",
     ) -> None:
-        """Of `parallel`, `overlap` and `offload` are read here; None: the defaults. `schedule_name`: as `schedule.name`."""
+        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults.
+
+        `schedule_name`: as `schedule.name`.
+        """
+        parallel = ParallelConfig() if parallel is None else parallel
         self.passes = passes_by(schedule_name)
         self.stage = stage
         self.train = train
-        overlap = None if parallel is None else parallel.overlap
-        self.overlap = torch.cuda.is_available() if overlap is None else overlap
+        self.overlap = torch.cuda.is_available() if parallel.overlap is None else parallel.overlap
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
@@ -58,11 +63,13 @@ class MegatronEngine:
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
+        params_dtype = stage.models[0].config.params_dtype
+        self.fusion = choose_fusion(parallel.gradient_accumulation_fusion, compute_device(), params_dtype)
+        fuse_gradients(stage.models, self.fusion)
         if self.overlap:
             # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
             waits = [model.no_sync for model in self.models]
             stage.models[0].config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        params_dtype = stage.models[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
             lr=train.learning_rate,
@@ -75,7 +82,7 @@ class MegatronEngine:
             params_dtype=params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=self.overlap,
-            optimizer_cpu_offload=parallel is not None and parallel.offload == "cpu",
+            optimizer_cpu_offload=parallel.offload == "cpu",
             optimizer_offload_fraction=1.0,
             overlap_cpu_optimizer_d2h_h2d=True,
         )
@@ -86,7 +93,10 @@ class MegatronEngine:
         # are fewer: either may be missing on a stage.
         self.shards = list(self.optimizer.chained_optimizers)
         self.watch: RouterWatch | None = None
-        if isinstance(self.shards[0].optimizer, torch.optim.AdamW):
+        if train.moments_dtype == "bf16":
+            for shards in self.shards:
+                shards.optimizer = NarrowAdamW(shards.optimizer.param_groups)
+        elif isinstance(self.shards[0].optimizer, torch.optim.AdamW):
             # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
             for group in self.optimizer.param_groups:
                 group["fused"] = True
@@ -113,10 +123,8 @@ class MegatronEngine:
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
         if self.overlap and not getattr(parameter, "zero_out_wgrad", False):
-            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
-            # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
-            parameter.grad = parameter.new_zeros(()).expand_as(parameter)
-            parameter.grad_added_to_main_grad = True
+            # Where an embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
+            mark_added(parameter)
         return parameter.main_grad
 
     def router_metrics(self) -> dict[str, float]:
@@ -198,7 +206,11 @@ class MegatronEngine:
 
     def describe(self) -> dict[str, Any]:
         optimizer = self.shards[0].optimizer
-        return {"engine": "megatron", "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}"}
+        return {
+            "engine": "megatron",
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+            "gradient accumulation fusion": self.fusion,
+        }
 
     def _piece(self, parameter: torch.nn.Parameter) -> slice | None:
         """The part of the flattened parameter whose optimizer state lies on this data-parallel rank."""
@@ -230,7 +242,9 @@ def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Te
     if isinstance(optimizer, HybridDeviceOptimizer):
         _set_offloaded(optimizer, main, moments, num_steps)
     elif isinstance(optimizer, torch.optim.AdamW):
-        optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **moments}
+        dtype = torch.bfloat16 if isinstance(optimizer, NarrowAdamW) else torch.float32
+        stored = {kind: moment.to(dtype) for kind, moment in moments.items()}
+        optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
         optimizer.state[main] = moments
         for group in optimizer.param_groups:

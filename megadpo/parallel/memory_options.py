@@ -19,11 +19,22 @@ def check_options(config: Config) -> None:
     Raises:
         UserError: in one sentence.
     """
-    train = config.train
-    if config.parallel.overlap is not None and config.parallel.engine != "megatron":
+    train, parallel = config.train, config.parallel
+    if parallel.overlap is not None and parallel.engine != "megatron":
         raise UserError(
-            f"parallel.overlap is {str(config.parallel.overlap).lower()}, but parallel.engine is {config.parallel.engine}; "
+            f"parallel.overlap is {str(parallel.overlap).lower()}, but parallel.engine is {parallel.engine}; "
             "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
+        )
+    if parallel.gradient_accumulation_fusion and parallel.engine != "megatron":
+        raise UserError(
+            f"parallel.gradient_accumulation_fusion is true, but parallel.engine is {parallel.engine}, which keeps no sum "
+            "that a product could add to; use engine megatron or remove it"
+        )
+    if train.moments_dtype != "fp32" and (parallel.engine != "megatron" or parallel.offload != "none"):
+        keeper = "parallel.engine is deepspeed" if parallel.engine != "megatron" else f"parallel.offload is {parallel.offload}"
+        raise UserError(
+            f"train.moments_dtype is {train.moments_dtype}, but {keeper}, where the moments are kept by another optimizer in "
+            "fp32; change that or leave moments_dtype at fp32"
         )
     for name, is_set in (
         ("recompute_method", train.recompute_method != "uniform"),

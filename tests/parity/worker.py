@@ -34,6 +34,8 @@ class Case:
     overlap: bool | None = None
     offload: str = "none"
     """Of the optimizer's state."""
+    fusion: bool | None = None
+    """As `parallel.gradient_accumulation_fusion`."""
     schedule: str = "megatron"
 
     @property
@@ -166,7 +168,8 @@ def _outcome(
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
-    engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap, offload=case.offload), case.schedule)
+    parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
+    engine = MegatronEngine(stage, train, parallel, case.schedule)
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

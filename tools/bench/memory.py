@@ -3,12 +3,14 @@
 One forward and backward of a packed stream of prompts with two responses each. Memory is of a process of its own for each
 way: the resident set above what it held before, when the forward pass is over (what waits for the backward pass) and at its
 peak. Times are of one process in which the ways take turns. With --directory in shared memory (/dev/shm) what is moved away
-stays in memory, but is counted as the file's and not as the process's.
+stays in memory, but is counted as the file's and not as the process's. The "engine" ways are kept activations under Megatron's
+engine, whose gradients are added up outside autograd: by its hooks, or weights' by the products that make them ("fused").
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import statistics
 import sys
@@ -74,7 +76,9 @@ def _ways(settings: dict[str, Any]) -> dict[str, Any]:
         "recompute selective, offload disk": Activations("selective", **away),
         "recompute full, offload disk": Activations("full", **away),
     }
-    return {name: way for name, way in ways.items() if settings["ways"] is None or name in ("kept", *settings["ways"])}
+    all_ways = {name: (way, None) for name, way in ways.items()}
+    all_ways |= {"engine": (Activations(), False), "engine, fused": (Activations(), True)}
+    return {name: way for name, way in all_ways.items() if settings["ways"] is None or name in ("kept", *settings["ways"])}
 
 
 def _in_a_fresh_process(function: str, settings: dict[str, Any]) -> Any:
@@ -107,7 +111,7 @@ def _memory(settings: dict[str, Any]) -> dict[str, float]:
     from tools.bench.head_point import give_back_freed_blocks
 
     give_back_freed_blocks()
-    stage, step = stage_and_step(settings, _ways(settings)[settings["way"]])
+    stage, step = stage_and_step(settings, *_ways(settings)[settings["way"]])
     step(256, lambda: None)  # code, buffers and gradients are there
     moved_before = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     seen: dict[str, int] = {}
@@ -127,7 +131,7 @@ def _status_bytes(name: str) -> int:
 
 
 def _seconds(settings: dict[str, Any]) -> dict[str, list[float]]:
-    steps = {name: stage_and_step(settings, way)[1] for name, way in _ways(settings).items()}
+    steps = {name: stage_and_step(settings, *way)[1] for name, way in _ways(settings).items()}
 
     def arm(step: Any) -> Any:
         return lambda number: step(settings["tokens"], lambda: None)
@@ -135,11 +139,16 @@ def _seconds(settings: dict[str, Any]) -> dict[str, list[float]]:
     return interleaved({way: arm(step) for way, step in steps.items()}, settings["rounds"], 1)
 
 
-def stage_and_step(settings: dict[str, Any], way: Any) -> tuple[Any, Any]:
-    """A stage, and its forward and backward of so many tokens: step(tokens, what to do when the forward pass is over)."""
+def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = None) -> tuple[Any, Any]:
+    """A stage, and its forward and backward of so many tokens: step(tokens, what to do when the forward pass is over).
+
+    Args:
+        fusion: under the Megatron engine, with this `parallel.gradient_accumulation_fusion`; None: without an engine.
+    """
     import torch
     from transformers import LlamaConfig
 
+    from megadpo.config import ParallelConfig, TrainConfig
     from megadpo.data.micro_batch import lay_out
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
@@ -161,6 +170,12 @@ def stage_and_step(settings: dict[str, Any], way: Any) -> tuple[Any, Any]:
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
 
+    run = functools.partial(forward_backward, stage.models)
+    if fusion is not None:
+        from megadpo.parallel.megatron import MegatronEngine
+
+        run = MegatronEngine(stage, TrainConfig(), ParallelConfig(gradient_accumulation_fusion=fusion)).forward_backward
+
     def step(num_tokens: int, forward_is_over: Any) -> None:
         groups = synthetic_groups("UltraFeedback-like", num_tokens // 64, 512)
         ends = [
@@ -173,7 +188,7 @@ def stage_and_step(settings: dict[str, Any], way: Any) -> tuple[Any, Any]:
             forward_is_over()
             return torch.ones(len(sums_RS), 1, dtype=torch.float64, device=sums_RS.device)
 
-        forward_backward(stage.models, [lay_out(groups[:count], range(count)).to(compute_device())], ones)
+        run([lay_out(groups[:count], range(count)).to(compute_device())], ones)
 
     return stage, step
 

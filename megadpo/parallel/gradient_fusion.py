@@ -1,0 +1,89 @@
+"""Weight gradients of Megatron's parallel linear layers, added by one product to where the engine keeps them.
+
+Megatron leaves such a gradient to autograd, as a tensor of its own, which a hook adds to `main_grad`. With its
+`gradient_accumulation_fusion` the product itself adds to `main_grad`, by Apex's extension; where that is missing, torch's
+products do it here. Norms, biases, embeddings and routers stay with autograd; the log-prob head has its own way
+(`Engine.gradient_buffer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    LinearWithGradAccumulationAndAsyncCommunication,
+    RowParallelLinear,
+)
+from torch import Tensor
+
+from megadpo.model.head import add_product, adds_in_one_call
+
+
+def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Whose products add to `main_grad`: "apex", "torch" or "off".
+
+    Args:
+        requested: as `parallel.gradient_accumulation_fusion`; None: on CUDA where one call does it.
+    """
+    if requested is False or (requested is None and device.type != "cuda"):
+        return "off"
+    if device.type == "cuda" and layers._grad_accum_fusion_available:
+        return "apex"
+    return "torch" if requested or adds_in_one_call(device, dtype) else "off"
+
+
+def fuse_gradients(models: Iterable[torch.nn.Module], way: str) -> None:
+    """Have the linear layers of `models` add their weights' gradients up by `way`, as `choose_fusion` gave it.
+
+    Call when every parameter has its `main_grad`.
+    """
+    if way == "off":
+        return
+    if way == "torch":
+        layers.fused_weight_gradient_mlp_cuda = _TorchProducts
+    layers.LinearWithGradAccumulationAndAsyncCommunication = _IntoMainGrad
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                module.gradient_accumulation_fusion = True
+
+
+def mark_added(parameter: Any) -> None:
+    """Tell Megatron's hook, which wants to see a gradient to start the reduction, that it is in `main_grad` already."""
+    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+    parameter.grad_added_to_main_grad = True
+
+
+class _TorchProducts:
+    """What Megatron calls of Apex's `fused_weight_gradient_mlp_cuda`."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """main_grad [O, I], float32, += grad_output [T, O].t() @ total_input [T, I]."""
+        add_product(main_grad, grad_output.t(), total_input)
+
+
+class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
+    """Megatron's linear layer, but its weight is marked as the parameter that it is.
+
+    Megatron marks what autograd saved of it, which under hooks on saved tensors (offloaded activations) is another tensor, and
+    makes a stand-in of the weight's size for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        ctx.weight = weight
+        return LinearWithGradAccumulationAndAsyncCommunication.forward(ctx, input, weight, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient_accumulation_fusion:
+            del ctx.weight.grad_added_to_main_grad  # without it Megatron makes no stand-in
+        results = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
+        if ctx.gradient_accumulation_fusion:
+            mark_added(ctx.weight)
+        return results

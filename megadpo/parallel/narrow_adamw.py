@@ -1,0 +1,71 @@
+"""AdamW whose moments wait for the next step in bfloat16: half of their memory. The arithmetic is float32's.
+
+A step moves exp_avg_sq by 1 - beta2 of the difference, at beta2 = 0.999 less than half of bfloat16's last place: rounded to
+the nearest it would never fall. So a moment is rounded up as often as its remainder is large: something between nothing and the
+last place is added, and what is beyond is cut off. What is added follows from element and step (a low-discrepancy sequence
+over both, https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/), so that the mean over steps is
+the value itself, no random numbers are drawn, and a resumed run has the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements whose moments are in float32 at once."""
+
+PLACE_STRIDE, STEP_STRIDE = 49471, 37345
+"""How far the addend moves on from element to element, and from step to step, in 2^-16 of the last place."""
+
+
+class NarrowAdamW(torch.optim.AdamW):
+    """State of a parameter: `step`, and MOMENTS in bfloat16. Parameters are flat, float32, with float32 gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state.update({kind: torch.zeros_like(parameter, dtype=torch.bfloat16) for kind in MOMENTS})
+        state["step"] += 1
+        length = TILE_ELEMENTS[parameter.device.type]
+        addend = _addend(min(length, parameter.numel()), state["step"])
+        for start in range(0, parameter.numel(), length):
+            tile = slice(start, start + length)
+            moments = [state[kind][tile].float() for kind in MOMENTS]
+            torch._fused_adamw_(
+                [parameter[tile]],
+                [parameter.grad[tile]],  # type: ignore[index]
+                [moments[0]],
+                [moments[1]],
+                [],
+                [state["step"]],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+            for kind, values in zip(MOMENTS, moments, strict=True):
+                bits = values.view(torch.int32).add_(addend[: len(values)]).bitwise_and_(-(1 << 16))
+                state[kind][tile] = bits.view(torch.float32)
+
+
+def _addend(length: int, step: Tensor) -> Tensor:
+    """[length], int32: what is added to the bits of a tile's values before the lower 16 are cut off, in [0, 2^16)."""
+    places = torch.arange(length, device=step.device)
+    return places.mul_(PLACE_STRIDE).add_(step.long() * STEP_STRIDE).bitwise_and_((1 << 16) - 1).int()

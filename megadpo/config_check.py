@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
     "model.kernels": ("auto", "torch", "native"),
     "model.attention": ("auto", "cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa"),
+    "model.layers": ("local", "transformer_engine"),
     "reference.mode": ("resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
@@ -245,6 +246,11 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
             "raise parallel.context or leave the method at auto"
+        )
+    if config.model.fp8 and config.model.layers != "transformer_engine":
+        raise UserError(
+            f"model.fp8 is true, but model.layers is {config.model.layers}; only transformer_engine multiplies in FP8, set "
+            "layers to that or remove fp8"
         )
     if config.schedule.reference == "interleaved" and config.reference.mode == "none":
         raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")

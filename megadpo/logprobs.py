@@ -15,7 +15,7 @@ from megadpo.errors import UserError
 from megadpo.parallel.layout import check_layout, choose_layout
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.platform.world import joined_world, rank, world_size
-from megadpo.prepare import check_attention, check_token_ids, open_model, scoring_packing
+from megadpo.prepare import check_modules, check_token_ids, open_model, scoring_packing
 
 
 def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
@@ -32,7 +32,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     layout = choose_layout(config.parallel, world_size())
     files = open_model(model, "--model", config)
     check_layout(layout, files.config)
-    check_attention(config, files.config)
+    check_modules(config, files.config)
     path = Path(out)
     if path.is_dir():
         raise UserError(f"--out: {out} is a directory; give a file name")
@@ -46,7 +46,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
 
         choose_kernels(config.model.kernels, compute_device())
         dtype = resolve_dtype(config.model.dtype)
-        stage = frozen_stage(files.config, layout, dtype, files.source, config.model.attention)
+        stage = frozen_stage(files.config, layout, dtype, files.source, config.model)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         lines = _open(partial) if rank() == 0 else None
         for numbers, logps_R in response_logps(stage, packing):

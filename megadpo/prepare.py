@@ -20,6 +20,7 @@ from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention_backends import choose_backend
 from megadpo.model.families import TensorSource, check_tensors, experts_of, transformer_config_kwargs
+from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.output import claim_output_dir, make_output_dir
@@ -90,9 +91,9 @@ def prepare(config: Config) -> Plan:
         reference = open_model(config.reference.path, "reference.path", config)
         _check_same_vocabulary(policy, reference)
         check_layout(layout, reference.config)
-        check_attention(config, reference.config)
+        check_modules(config, reference.config)
     check_layout(layout, policy.config, config.train.pairs_per_step)
-    check_attention(config, policy.config)
+    check_modules(config, policy.config)
     memory_options.check_layers(config.train, layout, policy.config.num_hidden_layers)
     if config.train.router_aux_coef and experts_of(policy.config) is None:
         raise UserError(
@@ -160,14 +161,15 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     return ModelFiles(path, directory, model.config, model.source, model.has_new_head)
 
 
-def check_attention(config: Config, hf_config: Any) -> None:
-    """Refuse a kernel of attention that cannot be used on this machine with this model.
+def check_modules(config: Config, hf_config: Any) -> None:
+    """Refuse a kernel of attention, and layers, that cannot be used on this machine with this model.
 
     Raises:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
     choose_backend(config.model.attention, compute_device(), dtype, transformer_config_kwargs(hf_config)["kv_channels"])
+    choose_layers(config.model, compute_device(), dtype, experts_of(hf_config) is not None)
 
 
 def data_packing(
@@ -180,7 +182,7 @@ def data_packing(
         tokens_per_micro_batch=tokens_per_micro_batch,
         setting=setting,
         num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple,
+        multiple_of=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
         hidden_size=hf_config.hidden_size,
         max_length=config.data.max_length,
         score_prompts=scores_prompt(config.objective.loss_types),

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadpo.config import ModelConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.pack import IntArray
 from megadpo.data.packing import Packing
@@ -92,7 +93,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
         say: tells the user a sentence.
     """
     mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
-    attention = plan.config.model.attention
+    asked = plan.config.model
 
     @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
@@ -100,9 +101,9 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
             from megadpo.parallel.deepspeed import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, attention
+                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, asked
             )
-        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source, attention)
+        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source, asked)
 
     if mode == "none":
         return References(absent, absent)
@@ -138,9 +139,11 @@ def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], 
     return precomputed(logps_R, packing.groups)
 
 
-def frozen_stage(hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource, attention: str = "auto") -> Stage:
+def frozen_stage(
+    hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource, asked: ModelConfig | None = None
+) -> Stage:
     """The reference model's stage on this rank, loaded, without gradients."""
-    stage = build_stage(hf_config, layout, dtype, attention=attention)
+    stage = build_stage(hf_config, layout, dtype, asked=asked)
     load_weights(stage, source)
     for model in stage.models:
         model.requires_grad_(False)

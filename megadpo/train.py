@@ -152,7 +152,7 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     engine = build_engine(plan)
     for head in engine.stage.heads:
         head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
-    described = engine.describe() | {"attention": engine.stage.attention}
+    described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
     if not has_reward_head(plan.config.objective.loss_types):
         described["log-prob head"] = kernels
     say(", ".join(f"{what} {name}" for what, name in described.items()))
@@ -162,16 +162,16 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
 def build_engine(plan: Plan) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded."""
     config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
-    attention = plan.config.model.attention
+    asked = plan.config.model
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, attention)
+        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
-    stage = build_stage(config, layout, plan.dtype, activations, attention=attention)
+    stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
     load_weights(stage, plan.policy.source)
     return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
 

@@ -56,6 +56,13 @@ def test_deepspeed_is_told_of_overlap_in_its_own_file(overlap):
         load_config({}, ["parallel.engine=deepspeed", f"parallel.overlap={overlap}"])
 
 
+def test_deepspeed_has_no_sum_that_a_product_could_add_to():
+    with pytest.raises(
+        UserError, match=r"^parallel\.gradient_accumulation_fusion is true, but parallel\.engine is deepspeed"
+    ):
+        load_config({}, ["parallel.engine=deepspeed", "parallel.gradient_accumulation_fusion=true"])
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     overrides = ["train.activation_offload=disk", f"train.activation_offload_dir={tmp_path}/file/x"]

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
+from megadpo.config import ModelConfig
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention import GroupAttention
 from megadpo.model.attention_backends import choose_backend
@@ -36,6 +40,7 @@ from megadpo.model.families import (
     transformer_config_kwargs,
 )
 from megadpo.model.head import LogProbHead
+from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.norm import RMSNorm
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.reward_head import RewardHead
@@ -56,12 +61,14 @@ class Stage:
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
         attention: the kernel that computes attention, one of `attention_backends.BACKENDS`.
+        layers: what its layers are made of.
         offloader: what moves activations away, where that was asked for.
     """
 
     models: list[GPTModel]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
     attention: str
+    layers: Layers
     offloader: Offloader | None = None
 
     @property
@@ -88,7 +95,7 @@ def build_stage(
     dtype: torch.dtype,
     activations: Activations = KEEP,
     device: torch.device | None = None,
-    attention: str = "auto",
+    asked: ModelConfig | None = None,
 ) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
@@ -97,11 +104,13 @@ def build_stage(
         dtype: of parameters and activations.
         activations: what becomes of them between forward and backward pass.
         device: where parameters are made; None: on the compute device.
-        attention: the kernel asked for, see `attention_backends.choose_backend`.
+        asked: says which kernel of attention and which layers; None: the defaults.
     """
-    config = _transformer_config(hf_config, layout, dtype, activations)
-    backend = choose_backend(attention, compute_device(), dtype, config.kv_channels)
-    models = [_build_chunk(hf_config, layout, config, chunk, device, backend) for chunk in range(layout.virtual)]
+    asked = asked or ModelConfig()
+    layers = choose_layers(asked, compute_device(), dtype, experts_of(hf_config) is not None)
+    config = _transformer_config(hf_config, layout, dtype, activations, layers)
+    backend = choose_backend(asked.attention, compute_device(), dtype, config.kv_channels)
+    models = [_build_chunk(hf_config, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
@@ -111,13 +120,18 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
         parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend, offload_activations(models, activations))
+    return Stage(models, parameters, backend, layers, offload_activations(models, activations))
 
 
 def _build_chunk(
-    hf_config: Any, layout: Layout, config: TransformerConfig, chunk: int, device: torch.device | None, backend: str
+    hf_config: Any,
+    layout: Layout,
+    config: TransformerConfig,
+    chunk: int,
+    device: torch.device | None,
+    backend: str,
+    layers: Layers,
 ) -> GPTModel:
-    layers = _layers(hf_config, layout, chunk)
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     inverse_frequencies, rope_scaling = rope_of(hf_config)
     attention = functools.partial(
@@ -133,7 +147,11 @@ def _build_chunk(
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = (_UnjoinedModel if device else GPTModel)(
             config,
-            _block_spec(hf_config, config, layers, attention),
+            _block_spec(
+                hf_config,
+                _layers(hf_config, layout, chunk),
+                functools.partial(_layer_spec, config, layers.kind, attention),
+            ),
             vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=is_first,
@@ -223,10 +241,13 @@ def load_weights(stage: Stage, source: TensorSource) -> None:
     source.release()
 
 
-def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations) -> TransformerConfig:
+def _transformer_config(
+    hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations, layers: Layers
+) -> TransformerConfig:
     return TransformerConfig(
         **transformer_config_kwargs(hf_config),
         **activations.megatron_options(),
+        **layers.megatron_options(),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
@@ -251,8 +272,8 @@ def _transformer_config(hf_config: Any, layout: Layout, dtype: torch.dtype, acti
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
         use_te_activation_func=True,  # or any other module in that slot: ours
+        gradient_accumulation_fusion=False,  # the engine's to turn on, see parallel/gradient_fusion.py
         # All of these need Apex or TransformerEngine, or change the rounding.
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -269,22 +290,22 @@ def _megatron_layout(hf_config: Any, layout: Layout) -> list[list[str]]:
     return rows
 
 
-def _block_spec(
-    hf_config: Any, config: TransformerConfig, layers: range, attention: Callable[..., GroupAttention]
-) -> TransformerBlockSubmodules:
+def _block_spec(hf_config: Any, layers: range, dense: Callable[[], ModuleSpec]) -> TransformerBlockSubmodules:
     experts = experts_of(hf_config)
-    dense = _layer_spec(config, attention)
     if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[dense] * len(layers), layer_norm=RMSNorm)
-    mixture = expert_layer_spec(_layer_spec(config, attention), experts)
-    specs = [mixture if layer in experts.layers else dense for layer in layers]
+        return TransformerBlockSubmodules(layer_specs=[dense()] * len(layers), layer_norm=RMSNorm)
+    mixture = expert_layer_spec(dense(), experts)
+    specs = [mixture if layer in experts.layers else dense() for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _layer_spec(config: TransformerConfig, core_attention: Callable[..., GroupAttention]) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+def _layer_spec(config: TransformerConfig, kind: str, core_attention: Callable[..., GroupAttention]) -> ModuleSpec:
+    if kind == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.mlp.submodules.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = core_attention
@@ -319,6 +340,7 @@ def _match(
 
 
 def _global_name(name: str, first_layer: int, num_local_experts: int) -> str:
+    name = local_name(name)
     if is_expert(name):  # Megatron counts from 0 on every rank
         name = moved(name, parallel_state.get_expert_model_parallel_rank() * num_local_experts)
     parts = name.split(".")

@@ -67,6 +67,18 @@ FEATURES: tuple[Feature, ...] = (
     Feature("context", "parallel.context", lambda c: c.parallel.context > 1, ("parallel.context=2",)),
     Feature("experts", "parallel.expert", lambda c: c.parallel.expert > 1, ("parallel.expert=2",)),
     Feature("DeepSpeed", "parallel.engine", lambda c: c.parallel.engine == "deepspeed", ("parallel.engine=deepspeed",)),
+    Feature(
+        "TransformerEngine",
+        "model.layers",
+        lambda c: c.model.layers == "transformer_engine",
+        ("model.layers=transformer_engine",),
+    ),
+    Feature(
+        "offloaded activations",
+        "train.activation_offload",
+        lambda c: c.train.activation_offload != "none",
+        ("train.activation_offload=disk", "train.activation_offload_dir=x"),
+    ),
     Feature("recomputation", "train.recompute", lambda c: c.train.recompute != "none", ("train.recompute=full",)),
     Feature(
         "precomputed reference",
@@ -99,6 +111,13 @@ EXCLUDED: tuple[Rule, ...] = (
     Rule("DeepSpeed", "context", "context parallelism is built for engine megatron only; use that or leave context at 1"),
     Rule("DeepSpeed", "virtual pipeline", "several chunks a stage are built for engine megatron only; use that"),
     Rule("DeepSpeed", "experts", "experts are built for engine megatron only; use that"),
+    Rule("TransformerEngine", "DeepSpeed", "its layers are built for engine megatron only; use that, or local layers"),
+    Rule("TransformerEngine", "experts", "experts are built with local layers only; use those"),
+    Rule(
+        "TransformerEngine",
+        "offloaded activations",
+        "what its layers keep for the backward pass is not moved away; use local layers, or recompute activations instead",
+    ),
     Rule("experts", "context", "experts are not built for context parallelism; leave parallel.context at 1"),
     Rule("experts", "virtual pipeline", "experts are not built for several chunks a stage; leave virtual_pipeline at 1"),
     Rule(

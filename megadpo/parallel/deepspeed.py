@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from torch import Tensor
 
 from megadpo.checkpoint.hf import fill_shard
-from megadpo.config import ParallelConfig, TrainConfig
+from megadpo.config import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
@@ -198,14 +198,14 @@ def policy_stage(
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    attention: str = "auto",
+    asked: ModelConfig | None = None,
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, activations, attention=attention)
+        stage = build_stage(hf_config, layout, dtype, activations, asked=asked)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, attention)
+    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, asked)
 
 
 def frozen_sharded_stage(
@@ -214,10 +214,10 @@ def frozen_sharded_stage(
     layout: Layout,
     dtype: torch.dtype,
     parallel: ParallelConfig,
-    attention: str = "auto",
+    asked: ModelConfig | None = None,
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, attention, "reference")
+    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, asked, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
     for head in stage.heads:
@@ -233,7 +233,7 @@ def sharded_stage(
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    attention: str = "auto",
+    asked: ModelConfig | None = None,
     role: str = "policy",
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
@@ -243,7 +243,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), attention=attention)
+    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), asked=asked)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

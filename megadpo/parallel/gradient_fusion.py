@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     LinearWithGradAccumulationAndAsyncCommunication,
@@ -23,15 +23,18 @@ from torch import Tensor
 from megadpo.model.head import add_product, adds_in_one_call
 
 
-def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Whose products add to `main_grad`: "apex", "torch" or "off".
+def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dtype, layers: str = "local") -> str:
+    """Whose products add to `main_grad`: "transformer_engine", "apex", "torch" or "off".
 
     Args:
         requested: as `parallel.gradient_accumulation_fusion`; None: on CUDA where one call does it.
+        layers: what these are, as `model.layers`; TransformerEngine's have products of their own.
     """
     if requested is False or (requested is None and device.type != "cuda"):
         return "off"
-    if device.type == "cuda" and layers._grad_accum_fusion_available:
+    if layers == "transformer_engine":
+        return layers
+    if device.type == "cuda" and tensor_parallel_layers._grad_accum_fusion_available:
         return "apex"
     return "torch" if requested or adds_in_one_call(device, dtype) else "off"
 
@@ -44,18 +47,14 @@ def fuse_gradients(models: Iterable[torch.nn.Module], way: str) -> None:
     if way == "off":
         return
     if way == "torch":
-        layers.fused_weight_gradient_mlp_cuda = _TorchProducts
-    layers.LinearWithGradAccumulationAndAsyncCommunication = _IntoMainGrad
+        tensor_parallel_layers.fused_weight_gradient_mlp_cuda = _TorchProducts
+    tensor_parallel_layers.LinearWithGradAccumulationAndAsyncCommunication = _IntoMainGrad
     for model in models:
         for module in model.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.gradient_accumulation_fusion = True
-
-
-def mark_added(parameter: Any) -> None:
-    """Tell Megatron's hook, which wants to see a gradient to start the reduction, that it is in `main_grad` already."""
-    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
-    parameter.grad_added_to_main_grad = True
+            elif hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's
+                module.fuse_wgrad_accumulation = True
 
 
 class _TorchProducts:
@@ -68,10 +67,11 @@ class _TorchProducts:
 
 
 class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
-    """Megatron's linear layer, but its weight is marked as the parameter that it is.
+    """Megatron's linear layer, whose weight is marked also where it is not what autograd saved of it.
 
-    Megatron marks what autograd saved of it, which under hooks on saved tensors (offloaded activations) is another tensor, and
-    makes a stand-in of the weight's size for the gradient.
+    Megatron marks the saved tensor, which under hooks (offloaded activations) is another one, and there hands no gradient to
+    the hook that starts the reduction. As otherwise, that gets a stand-in, which nobody reads: so that on CUDA it runs on
+    the thread of all others, and reductions start in the same order on every rank.
     """
 
     @staticmethod
@@ -81,9 +81,8 @@ class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient_accumulation_fusion:
-            del ctx.weight.grad_added_to_main_grad  # without it Megatron makes no stand-in
         results = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
-        if ctx.gradient_accumulation_fusion:
-            mark_added(ctx.weight)
-        return results
+        if not ctx.gradient_accumulation_fusion or results[1] is not None:
+            return results
+        ctx.weight.grad_added_to_main_grad = True
+        return results[0], torch.empty_like(ctx.weight), *results[2:]

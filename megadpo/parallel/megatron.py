@@ -21,7 +21,7 @@ from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
 from megadpo.parallel.engine import ResponseGradient
-from megadpo.parallel.gradient_fusion import choose_fusion, fuse_gradients, mark_added
+from megadpo.parallel.gradient_fusion import choose_fusion, fuse_gradients
 from megadpo.parallel.narrow_adamw import NarrowAdamW
 from megadpo.parallel.passes import passes_by
 from megadpo.pipeline.beside import ReferenceBeside
@@ -64,7 +64,7 @@ class MegatronEngine:
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
         params_dtype = stage.models[0].config.params_dtype
-        self.fusion = choose_fusion(parallel.gradient_accumulation_fusion, compute_device(), params_dtype)
+        self.fusion = choose_fusion(parallel.gradient_accumulation_fusion, compute_device(), params_dtype, stage.layers.kind)
         fuse_gradients(stage.models, self.fusion)
         if self.overlap:
             # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
@@ -123,8 +123,10 @@ class MegatronEngine:
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
         if self.overlap and not getattr(parameter, "zero_out_wgrad", False):
-            # Where an embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
-            mark_added(parameter)
+            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
+            # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+            parameter.grad_added_to_main_grad = True
         return parameter.main_grad
 
     def router_metrics(self) -> dict[str, float]:

@@ -19,23 +19,8 @@ def check_options(config: Config) -> None:
     Raises:
         UserError: in one sentence.
     """
-    train, parallel = config.train, config.parallel
-    if parallel.overlap is not None and parallel.engine != "megatron":
-        raise UserError(
-            f"parallel.overlap is {str(parallel.overlap).lower()}, but parallel.engine is {parallel.engine}; "
-            "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
-        )
-    if parallel.gradient_accumulation_fusion and parallel.engine != "megatron":
-        raise UserError(
-            f"parallel.gradient_accumulation_fusion is true, but parallel.engine is {parallel.engine}, which keeps no sum "
-            "that a product could add to; use engine megatron or remove it"
-        )
-    if train.moments_dtype != "fp32" and (parallel.engine != "megatron" or parallel.offload != "none"):
-        keeper = "parallel.engine is deepspeed" if parallel.engine != "megatron" else f"parallel.offload is {parallel.offload}"
-        raise UserError(
-            f"train.moments_dtype is {train.moments_dtype}, but {keeper}, where the moments are kept by another optimizer in "
-            "fp32; change that or leave moments_dtype at fp32"
-        )
+    _check_engine(config)
+    train = config.train
     for name, is_set in (
         ("recompute_method", train.recompute_method != "uniform"),
         ("recompute_num_layers", train.recompute_num_layers is not None),
@@ -63,6 +48,32 @@ def check_options(config: Config) -> None:
         raise UserError(
             f"train.activation_offload is {train.activation_offload}, but ZeRO stage 3 frees and gathers parameters behind "
             "what is kept for the backward pass; use another stage or remove it"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    """Options of Megatron's engine are not given to another one."""
+    parallel, moments = config.parallel, config.train.moments_dtype
+    if parallel.engine != "megatron":
+        if parallel.overlap is not None:
+            raise UserError(
+                f"parallel.overlap is {str(parallel.overlap).lower()}, but parallel.engine is {parallel.engine}; "
+                "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
+            )
+        if parallel.gradient_accumulation_fusion:
+            raise UserError(
+                f"parallel.gradient_accumulation_fusion is true, but parallel.engine is {parallel.engine}, which keeps no "
+                "sum that a product could add to; use engine megatron or remove it"
+            )
+        if moments != "fp32":
+            raise UserError(
+                f"train.moments_dtype is {moments}, but parallel.engine is {parallel.engine}, whose optimizer keeps them in "
+                "fp32; use engine megatron or leave it at fp32"
+            )
+    if moments != "fp32" and parallel.offload != "none":
+        raise UserError(
+            f"train.moments_dtype is {moments}, but parallel.offload is {parallel.offload}, where moments are kept and "
+            "updated in fp32; use one of the two"
         )
 
 

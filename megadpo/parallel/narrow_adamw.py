@@ -1,10 +1,10 @@
 """AdamW whose moments wait for the next step in bfloat16: half of their memory. The arithmetic is float32's.
 
 A step moves exp_avg_sq by 1 - beta2 of the difference, at beta2 = 0.999 less than half of bfloat16's last place: rounded to
-the nearest it would never fall. So a moment is rounded up as often as its remainder is large: something between nothing and the
-last place is added, and what is beyond is cut off. What is added follows from element and step (a low-discrepancy sequence
-over both, https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/), so that the mean over steps is
-the value itself, no random numbers are drawn, and a resumed run has the same bits.
+the nearest it would never fall. So a moment is rounded up as often as its remainder is large: something between nothing and
+the last place is added, and what is beyond is cut off. What is added follows from element and step, by a low-discrepancy
+sequence over both (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/): the mean over steps
+is the value itself, no random numbers are drawn, and a resumed run has the same bits.
 """
 
 from __future__ import annotations

@@ -108,6 +108,23 @@ def test_an_optimizer_on_the_host_steps_like_one_on_the_device(files, dtype):
     assert all(torch.equal(host.model_weights[name], weights) for name, weights in rounded.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weight_gradients_that_products_add_up_are_those_of_autograd(files, dtype):
+    away = Activations(offload="cpu", offload_window_mib=0)
+    for memory in (Activations(), away):
+        cases = [Case(Layout(), tokens_per_micro_batch=200, memory=memory, fusion=fused) for fused in (False, True)]
+        apart, fused = run("cuda", files, cases, dtype)
+        worst, name = oracle.worst_relative_error(fused.gradients, apart.gradients)
+        assert worst <= (1e-5 if dtype is torch.float32 else 1e-2), f"{memory}: {name}"
+
+
+def test_moments_in_bf16_learn_as_those_in_fp32_do_in_half_of_their_bytes(files):
+    cases = [Case(Layout(), tokens_per_micro_batch=200, moments_dtype=dtype) for dtype in ("fp32", "bf16")]
+    wide, narrow = run("cuda", files, cases, torch.bfloat16)
+    assert narrow.losses == pytest.approx(wide.losses, rel=0.02)
+    assert narrow.num_bytes_of_moments * 2 == wide.num_bytes_of_moments > 0
+
+
 def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
     """Of each way, bytes of activations when the forward pass is over and at the peak, on the device."""
     from megadpo.platform.world import joined_world

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
+from megadpo.config import ModelConfig, ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -36,6 +36,9 @@ class Case:
     """Of the optimizer's state."""
     fusion: bool | None = None
     """As `parallel.gradient_accumulation_fusion`."""
+    moments_dtype: str = "fp32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What it asks of kernels and layers, of the policy and the reference."""
     schedule: str = "megatron"
 
     @property
@@ -62,6 +65,8 @@ class Outcome:
     model_weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
     num_bytes_moved: int = 0
+    num_bytes_of_moments: int = 0
+    """On rank 0."""
 
 
 def outcomes(
@@ -153,21 +158,23 @@ def _outcome(
         tokens_per_micro_batch=case.tokens_per_micro_batch,
         setting="train.tokens_per_micro_batch",
         num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple,
+        multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
         hidden_size=64,
         score_prompts=scores_prompt(objective.loss_types),
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
-    stage = build_stage(hf_config, layout, dtype, case.activations)
+    stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):
-        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference))
+        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference), case.model)
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
-    train = TrainConfig(learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef)
+    train = TrainConfig(
+        learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
+    )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
     engine = MegatronEngine(stage, train, parallel, case.schedule)
     delta = RunningMean()
@@ -199,6 +206,8 @@ def _outcome(
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
         as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
         outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
+    states = [state for shards in engine.shards for state in shards.optimizer.state.values()]
+    outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome

@@ -3,8 +3,9 @@
 One forward and backward of a packed stream of prompts with two responses each. Memory is of a process of its own for each
 way: the resident set above what it held before, when the forward pass is over (what waits for the backward pass) and at its
 peak. Times are of one process in which the ways take turns. With --directory in shared memory (/dev/shm) what is moved away
-stays in memory, but is counted as the file's and not as the process's. The "engine" ways are kept activations under Megatron's
-engine, whose gradients are added up outside autograd: by its hooks, or weights' by the products that make them ("fused").
+stays in memory, but is counted as the file's and not as the process's. The "engine" ways are kept activations under
+Megatron's engine, whose gradients are added up outside autograd: by its hooks, or weights' by the products that make them
+("fused").
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements whose moments are in float32 at once."""
 
-PLACE_STRIDE, STEP_STRIDE = 49471, 37345
+PLACE_STRIDE, STEP_STRIDE = 37345, 49471
 """How far the addend moves on from element to element, and from step to step, in 2^-16 of the last place."""
 
 

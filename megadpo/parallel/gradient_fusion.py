@@ -39,7 +39,7 @@ def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dty
     return "torch" if requested or adds_in_one_call(device, dtype) else "off"
 
 
-def fuse_gradients(models: Iterable[torch.nn.Module], way: str) -> None:
+def fuse_gradients(models: Iterable[Any], way: str) -> None:
     """Have the linear layers of `models` add their weights' gradients up by `way`, as `choose_fusion` gave it.
 
     Call when every parameter has its `main_grad`.

@@ -95,7 +95,7 @@ class MegatronEngine:
         self.watch: RouterWatch | None = None
         if train.moments_dtype == "bf16":
             for shards in self.shards:
-                shards.optimizer = NarrowAdamW(shards.optimizer.param_groups)
+                shards.optimizer = NarrowAdamW.in_place_of(shards.optimizer)
         elif isinstance(self.shards[0].optimizer, torch.optim.AdamW):
             # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
             for group in self.optimizer.param_groups:

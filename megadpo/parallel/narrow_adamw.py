@@ -26,6 +26,13 @@ PLACE_STRIDE, STEP_STRIDE = 37345, 49471
 class NarrowAdamW(torch.optim.AdamW):
     """State of a parameter: `step`, and MOMENTS in bfloat16. Parameters are flat, float32, with float32 gradients."""
 
+    @classmethod
+    def in_place_of(cls, optimizer: torch.optim.Optimizer) -> NarrowAdamW:
+        """One that takes over the groups of another, whose parameters may be pieces of others (no leaves) by now."""
+        narrow = cls([torch.empty(0)])
+        narrow.param_groups = optimizer.param_groups
+        return narrow
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None

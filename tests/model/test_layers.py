@@ -74,7 +74,8 @@ def stood_in_for(*arguments: Any) -> list[Outcome] | None:
 
 
 def test_a_model_with_built_in_norms_loads_trains_and_is_put_together_like_one_with_local_layers(tmp_path):
-    policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, tokenizer=False) for seed in (0, 1))
+    size = {"num_hidden_layers": 2, "tokenizer": False}
+    policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, **size) for seed in (0, 1))
     layout = Layout(tensor=2, sequence=True)
     cases = [Case(layout), Case(layout, model=ASKED)]
     local, fused = run_world(2, stood_in_for, policy, reference, random_groups(5, seed=3), cases, 2)[0]

@@ -42,7 +42,7 @@ def test_moments_follow_those_of_fp32_even_where_a_step_is_less_than_a_last_plac
     ratio = found["exp_avg_sq"] / exact["exp_avg_sq"]
     assert abs(float(ratio.mean()) - 1) < 0.01 and float((ratio - 1).abs().max()) < 0.1
     assert float((found["exp_avg"] - exact["exp_avg"]).norm() / exact["exp_avg"].norm()) < 0.01
-    assert float((narrow - wide).norm() / (wide - start).norm()) < 0.01
+    assert float((narrow - wide).detach().norm() / (wide - start).detach().norm()) < 0.01
 
 
 def test_gone_on_from_its_state_it_takes_the_same_steps():
@@ -62,16 +62,17 @@ def test_tiles_leave_no_element_out(monkeypatch):
     expected = stepped(NarrowAdamW([whole]), some)
     monkeypatch.setitem(narrow_adamw.TILE_ELEMENTS, "cpu", 192)
     found = stepped(NarrowAdamW([tiled]), some)
-    for kind, moment in expected.items():
-        torch.testing.assert_close(found[kind], moment, rtol=2**-6, atol=0)
-    torch.testing.assert_close(tiled, whole, rtol=1e-3, atol=1e-4)
+    assert all(float((found[kind] - moment).norm() / moment.norm()) < 0.01 for kind, moment in expected.items())
+    assert all(bool(moment.all()) for moment in found.values())
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
 
 
 def test_a_run_learns_as_with_fp32_moments_and_keeps_half_of_their_bytes(tmp_path):
-    policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, tokenizer=False) for seed in (0, 1))
+    size = {"num_hidden_layers": 2, "tokenizer": False}
+    policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, **size) for seed in (0, 1))
     some = [Case(Layout(data=2), moments_dtype=dtype) for dtype in ("fp32", "bf16")]
     for dtype in (torch.float32, torch.bfloat16):
-        found = run_world(2, outcomes, policy, reference, random_groups(9, seed=3), some, 8, dtype)[0]
+        found = run_world(2, outcomes, policy, reference, random_groups(9, seed=3), some, 6, dtype)[0]
         wide, narrow = found
         assert wide.losses[-1] < wide.losses[0] / 3, "something is learnt"
         assert narrow.losses == pytest.approx(wide.losses, rel=0.02)

@@ -126,7 +126,8 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
 
 
 def _cache_path(plan: Plan, packing: Packing) -> Path:
-    key = cache_key(model_digest(plan.reference), packing.groups.digest, plan.dtype, plan.config.objective.ld_alpha)
+    arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
+    key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
     return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
@@ -187,13 +188,13 @@ def model_digest(model: ModelFiles) -> str:
     return hasher.hexdigest()
 
 
-def cache_key(model_digest: str, groups_digest: str, dtype: torch.dtype, ld_alpha: float | None = None) -> str:
+def cache_key(model_digest: str, groups_digest: str, arithmetic: str, ld_alpha: float | None = None) -> str:
     """A name for everything that changes a reference log-prob.
 
     The groups' digest covers rows, tokenizer, template and truncation, since all of them act through the token ids.
     """
     parts: dict[str, Any] = {"version": CACHE_VERSION, "model": model_digest, "groups": groups_digest}
-    parts |= {"dtype": str(dtype), "ld_alpha": ld_alpha}
+    parts |= {"dtype": arithmetic, "ld_alpha": ld_alpha}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

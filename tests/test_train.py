@@ -74,11 +74,11 @@ def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "parallel", "dtype"),
-    [(2, {"tensor": 2}, "fp32"), (2, {"pipeline": 2}, "bf16"), (2, {}, "bf16")],
-    ids=["tensor 2", "pipeline 2 in bf16", "data 2 in bf16"],
+    ("num_processes", "parallel", "dtype", "moments"),
+    [(2, {"tensor": 2}, "fp32", "fp32"), (2, {"pipeline": 2}, "bf16", "fp32"), (2, {}, "bf16", "bf16")],
+    ids=["tensor 2", "pipeline 2 in bf16", "data 2 in bf16, moments too"],
 )
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num_processes, parallel, dtype):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num_processes, parallel, dtype, moments):
     def settings(name: str) -> dict[str, Any]:
         # 60 rows and 8 pairs a step: step 8 crosses into the second epoch
         return _settings(
@@ -86,7 +86,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num
             tmp_path / name,
             model={"dtype": dtype},
             parallel=parallel,
-            train={"steps": 9},
+            train={"steps": 9, "moments_dtype": moments},
             checkpoint={"every": 3, "keep": 1},
         )
 

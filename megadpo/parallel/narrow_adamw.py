@@ -4,7 +4,7 @@ A step moves exp_avg_sq by 1 - beta2 of the difference, at beta2 = 0.999 less th
 the nearest it would never fall. So a moment is rounded up as often as its remainder is large: something between nothing and
 the last place is added, and what is beyond is cut off. What is added follows from element and step, by a low-discrepancy
 sequence over both (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/): the mean over steps
-is the value itself, no random numbers are drawn, and a resumed run has the same bits.
+comes close to the value, no random numbers are drawn, and a resumed run has the same bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cuts a micro-batch of pairs into two streams: one of the prompts and the chosen answers, one of the rejected answers. Pure.
+"""Cuts a micro-batch of pairs into two streams: prompts and chosen answers in one, rejected answers in the other. Pure.
 
 A rejected answer that shares its prompt reads the prompt's keys of the first stream, and its first token is scored there,
 at the prompt's end. One that has a prompt of its own takes it along.

@@ -1,8 +1,8 @@
 """Keys and values of shared prompts, which the layers of a stage keep from the first half of a micro-batch for the second.
 
 The second half reads detached copies, so that each half is a graph of its own. Its backward runs first and leaves gradients
-with the copies; the first half's backward adds them to those of its own keys and values where they were copied. It does not
-matter whether a layer is computed again for its backward: the copies are those of its first forward, which are the same bits.
+with the copies; the first half's backward adds them to those of its own keys and values where they were copied. Where a
+layer is computed again for its backward, the copies are still those of its first forward, which are the same bits.
 
 Axes: T stream tokens, Q tokens of the prompts, K key-value heads, D head dimension.
 """
@@ -24,7 +24,7 @@ class PromptKeys:
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     def passed(self, layer: int, half: Half, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
-        """What a layer of the half attends to, from its keys and its values, each [T, K, D]: of the second half [Q + T, K, D]."""
+        """What a layer attends to, given its keys and its values [T, K, D] of a half; of the second half [Q + T, K, D]."""
         if not len(half.prompts_Q):
             return keys_and_values
         if not half.is_first:

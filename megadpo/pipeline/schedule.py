@@ -102,9 +102,7 @@ def forward_only(
     return Schedule((order,) * num_stages, num_chunks, num_halves)
 
 
-def one_forward_one_backward(
-    num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1
-) -> Schedule:
+def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
     """1F1B (arXiv:2006.15704), interleaved over the chunks (arXiv:2104.04473): the order of Megatron's schedules.
 
     A stage goes forward until its first backward can arrive, then one forward and one backward in turns. With halves, the

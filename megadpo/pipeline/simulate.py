@@ -151,7 +151,9 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
     backward, reference = start_of[BACKWARD], start_of[REFERENCE]
     order_of = np.full((num_stages, size), -1)
     numbers = [
-        np.array([start_of[kind] + chunk * span + number * num_halves + half for kind, number, chunk, half in order], np.int64)
+        np.array(
+            [start_of[kind] + chunk * span + number * num_halves + half for kind, number, chunk, half in order], np.int64
+        )
         for order in schedule.stages
     ]
     for stage, own in enumerate(numbers):

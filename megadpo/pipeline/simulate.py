@@ -37,7 +37,7 @@ class Costs:
     message: float = 0.0
 
     def in_halves(self) -> Costs:
-        """What the halves of micro-batches cost, that these are the costs of: half as much, if no prompt is computed twice."""
+        """From the costs of micro-batches those of their halves, as if both had the same."""
         halved = {
             name: tuple(cost / 2 for cost in costs) if isinstance(costs, tuple) else costs / 2
             for name, costs in (("forward", self.forward), ("backward", self.backward), ("reference", self.reference))
@@ -150,12 +150,11 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
     start_of = {kind: number * part for number, kind in enumerate(KINDS)}
     backward, reference = start_of[BACKWARD], start_of[REFERENCE]
     order_of = np.full((num_stages, size), -1)
-    numbers = [
-        np.array(
-            [start_of[kind] + chunk * span + number * num_halves + half for kind, number, chunk, half in order], np.int64
-        )
-        for order in schedule.stages
-    ]
+
+    def number_of(op: Op) -> int:
+        return start_of[op.kind] + op.chunk * span + op.micro_batch * num_halves + op.half
+
+    numbers = [np.array([number_of(op) for op in order], np.int64) for order in schedule.stages]
     for stage, own in enumerate(numbers):
         order_of[stage, own] = np.arange(len(own))
         if (order_of[stage] >= 0).sum() < len(own):

@@ -1,4 +1,4 @@
-"""Pairs whose two answers travel through the stages apart: the numbers of pairs that travel whole, and exact step-0 margins."""
+"""Pairs whose two answers travel apart: the numbers of pairs that travel whole, and step-0 margins of zero."""
 
 from __future__ import annotations
 

@@ -46,8 +46,9 @@ class Case:
 
     def __str__(self) -> str:
         engine = "megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, aux {self.router_aux_coef}, {self.dtype}"
-        return f"{engine}, {self.layout}, {self.objective.loss_types}, {rest}, moves {self.moves}, overlap {self.overlap}, share {self.share_prompts}"
+        rest = f"{self.tokens_per_micro_batch} tokens, share {self.share_prompts}, recompute {self.recompute}, "
+        rest += f"aux {self.router_aux_coef}, {self.dtype}"
+        return f"{engine}, {self.layout}, {self.objective.loss_types}, {rest}, moves {self.moves}, overlap {self.overlap}"
 
 
 @dataclass

@@ -75,7 +75,8 @@ def with_halves(micro_batch: MicroBatch, multiple_of: int = 1, padding_token: in
 def _are_rejected(segments: Sequence[Segment]) -> list[bool]:
     """Chosen and rejected answers take turns; a shared prompt, which is a segment by itself, goes with the chosen one."""
     are_rejected, num_answers = [], 0
-    for segment, following in zip(segments, (*segments[1:], None), strict=True):
+    for place, segment in enumerate(segments):
+        following = segments[place + 1] if place + 1 < len(segments) else None
         is_prompt = (
             following is not None
             and segment.end > segment.start

@@ -47,6 +47,10 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
     assert ours == theirs and "eval_loss" in ours[1] and ours[0]["rewards/margins"] == 0.0
     weights, others = _weights(tmp_path / "ours"), _weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
+    apart = run_world(2, _train, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
+    assert apart[0]["rewards/margins"] == 0.0
+    for record, whole in zip(apart, theirs, strict=True):
+        assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "pairs whose answers travel apart, over several steps"
 
 
 def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path: Path) -> None:

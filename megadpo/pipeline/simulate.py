@@ -38,16 +38,16 @@ class Costs:
 
     def in_halves(self) -> Costs:
         """From the costs of micro-batches those of their halves, as if both had the same."""
-        halved = {
-            name: tuple(cost / 2 for cost in costs) if isinstance(costs, tuple) else costs / 2
-            for name, costs in (("forward", self.forward), ("backward", self.backward), ("reference", self.reference))
-        }
-        return replace(self, **halved)
+        return replace(self, forward=_half(self.forward), backward=_half(self.backward), reference=_half(self.reference))
 
     def of(self, stage: int, kind: str) -> float:
         """What an operation of this kind costs there."""
         cost = self.backward if kind == BACKWARD else self.forward if kind == FORWARD else self.reference
         return cost[stage] if isinstance(cost, tuple) else cost
+
+
+def _half(cost: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    return tuple(one / 2 for one in cost) if isinstance(cost, tuple) else cost / 2
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ class Apart:
 
 
 def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Apart]:
-    """Every case whole under Megatron's schedule, and in halves with the reference before and interleaved."""
+    """Every case whole under Megatron's schedule, and in halves with the reference interleaved where there are stages, else
+    before; a case in which the reference moves has both."""
     from megadpo.platform.world import joined_world
 
     dist.init_process_group("gloo")
@@ -129,9 +130,8 @@ def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence
                 twins[str(twin)] = _steps(model, reference, groups, twin, "megatron", False)
         with joined_world(case.layout, seed=1):
             whole = _steps(model, reference, groups, case, "megatron", False)
-            halves = [
-                _steps(model, reference, groups, case, "1f1b", is_interleaved, True) for is_interleaved in (False, True)
-            ]
+            arms = (False, True) if case.moves else (case.layout.pipeline > 1,)
+            halves = [_steps(model, reference, groups, case, "1f1b", is_interleaved, True) for is_interleaved in arms]
         first = [zip(steps.policy_logps[0], steps.reference_logps[0], strict=True) for steps in halves]
         margins = [a - b for pairs in first for a, b in pairs]
         worst = {name: max(_distances(steps, whole)[name] for steps in halves) for name in _distances(whole, whole)}

@@ -173,7 +173,13 @@ def check_modules(config: Config, hf_config: Any) -> None:
 
 
 def data_packing(
-    config: Config, groups: GroupStore, layout: Layout, hf_config: Any, tokens_per_micro_batch: int, setting: str
+    config: Config,
+    groups: GroupStore,
+    layout: Layout,
+    hf_config: Any,
+    tokens_per_micro_batch: int,
+    setting: str,
+    split_pairs: bool = False,
 ) -> Packing:
     """`groups` measured for packing in this layout, for the model of `hf_config`."""
     return prepare_packing(
@@ -188,6 +194,7 @@ def data_packing(
         score_prompts=scores_prompt(config.objective.loss_types),
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
         head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(hf_config),
+        split_pairs=split_pairs,
     )
 
 
@@ -242,6 +249,7 @@ def _packing(
         model.config,
         config.train.tokens_per_micro_batch,
         "train.tokens_per_micro_batch",
+        config.schedule.split_pairs,
     )
 
 

@@ -78,6 +78,13 @@ def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
         assert before["ratio"] == 1
 
 
+@pytest.mark.parametrize(("num_stages", "count"), [(1, 3), (2, 8), (4, 8), (16, 64)])
+def test_the_simulated_zero_bubble_schedule_has_its_paper_s_bubble(num_stages, count):
+    from tools.bench.zero_bubble import zero_bubble_seconds
+
+    assert zero_bubble_seconds(num_stages, count) == 3 * count + num_stages - 1
+
+
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
     report = _report("coupled", tmp_path, "--tiny", *sizes)

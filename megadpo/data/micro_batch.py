@@ -67,6 +67,7 @@ class Piece:
 @dataclass(frozen=True)
 class Part:
     """What one context-parallel rank holds of a micro-batch, see data/cut.py; every part has the same number of tokens.
+    Or one of two halves, see data/halves.py.
 
     Attributes:
         tokens_T, positions_T: as in MicroBatch, of the tokens held.
@@ -111,7 +112,9 @@ class MicroBatch:
         places: each group's place in the step's batch.
         num_padding: stream tokens that belong to no group.
         numbers: float64 [R] by name: what the rows say of their responses, see `Group`.
-        part: what this rank holds of the stream under context parallelism; None: all of it.
+        part: what this rank holds of the stream under context parallelism, or computes at once of halves; None: all of it.
+        halves: the two streams as which the chosen and the rejected answers of pairs travel, see data/halves.py; empty:
+            together.
     """
 
     tokens_T: Tensor
@@ -129,6 +132,11 @@ class MicroBatch:
     num_padding: int
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     part: Part | None = None
+    halves: tuple[Part, ...] = ()
+
+    def half(self, number: int) -> MicroBatch:
+        """The same micro-batch, of which one of its halves is computed; itself where it has none."""
+        return replace(self, part=self.halves[number], halves=()) if self.halves else self
 
     @property
     def held(self) -> MicroBatch | Part:
@@ -162,7 +170,8 @@ class MicroBatch:
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         numbers = {name: change(numbers_R) for name, numbers_R in self.numbers.items()}
         part = None if self.part is None else self.part.with_tensors(change)
-        return replace(self, numbers=numbers, part=part, **_changed_tensors(self, change))
+        halves = tuple(half.with_tensors(change) for half in self.halves)
+        return replace(self, numbers=numbers, part=part, halves=halves, **_changed_tensors(self, change))
 
 
 def _changed_tensors(item: MicroBatch | Part, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

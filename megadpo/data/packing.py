@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megadpo.data.groups import Group
+from megadpo.data.halves import with_halves
 from megadpo.data.micro_batch import MicroBatch, lay_out_groups
 from megadpo.data.pack import FloatArray, IntArray, check_groups_fit, group_costs, plan_micro_batches
 from megadpo.data.store import GroupStore
@@ -26,6 +27,7 @@ class Packing:
         score_prompts: whether the log-probs of prompts are read too.
         multiple_of: every stream's length is padded up to a multiple of it.
         micro_batches_multiple_of: so is the number of each replica's micro-batches.
+        split_pairs: whether micro-batches travel in halves, see data/halves.py.
     """
 
     groups: GroupStore
@@ -40,6 +42,7 @@ class Packing:
     score_prompts: bool = False
     micro_batches_multiple_of: int = 1
     head_work: float = 0.0
+    split_pairs: bool = False
 
     def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
         """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
@@ -83,9 +86,10 @@ class Packing:
         )
 
     def _lay_out(self, numbers: IntArray, places: list[int]) -> MicroBatch:
-        return lay_out_groups(
+        whole = lay_out_groups(
             self.groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts, places=places
         )
+        return with_halves(whole, self.multiple_of) if self.split_pairs else whole
 
 
 def prepare_packing(
@@ -101,6 +105,7 @@ def prepare_packing(
     score_prompts: bool = False,
     micro_batches_multiple_of: int = 1,
     head_work: float = 0.0,
+    split_pairs: bool = False,
 ) -> Packing:
     """Measure every group once.
 
@@ -109,6 +114,7 @@ def prepare_packing(
         score_prompts: whether the log-probs of prompts are read too.
         hidden_size, head_work: of the model; weigh attention and head against the dense layers in the work.
         max_length: the most tokens of a prompt and an answer, for `mismatched`.
+        split_pairs: whether micro-batches, whose groups are pairs, travel in halves.
 
     Raises:
         UserError: a group is longer than `tokens_per_micro_batch`.
@@ -129,4 +135,5 @@ def prepare_packing(
         score_prompts,
         micro_batches_multiple_of,
         head_work,
+        split_pairs,
     )

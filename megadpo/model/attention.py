@@ -21,15 +21,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megadpo.data.halves import Half
 from megadpo.data.micro_batch import MicroBatch, Part, Piece, Segment
 from megadpo.model.attention_backends import attend, prepare_attention
+from megadpo.model.prompt_keys import PromptKeys
 from megadpo.model.routing import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
 
 
 @dataclass
 class StreamParams(PackedSeqParams):
-    """Takes a micro-batch, its number in the step and who watches the routers through Megatron's packed_seq_params slot.
+    """Takes a micro-batch, its number in the step, who watches the routers, and what one half of a micro-batch has for the
+    other, through Megatron's packed_seq_params slot.
 
     qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
     """
@@ -39,6 +42,7 @@ class StreamParams(PackedSeqParams):
     number: int = 0
     watch: RouterWatch | None = None
     weights_T: Tensor | None = None
+    prompt_keys: PromptKeys | None = None
 
     def token_weights(self) -> Tensor:
         """`routing.token_weights` of the micro-batch, made once for all layers."""
@@ -74,6 +78,7 @@ class GroupAttention(MegatronModule):
         `backend` is one of `attention_backends.BACKENDS`.
         """
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.window = windows[layer_number - 1]
         self.context_method = context_method
         self.backend = backend
@@ -94,6 +99,10 @@ class GroupAttention(MegatronModule):
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
         if micro_batch.part is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
+        elif isinstance(micro_batch.part, Half):
+            assert packed_seq_params.prompt_keys is not None
+            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.part, key, value)
+            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
         elif self.context_method == "ulysses":
             query, key, value = self._own_heads(query, key, value, micro_batch.part)
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)

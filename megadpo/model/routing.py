@@ -91,7 +91,7 @@ class RouterWatch:
 
 
 def token_weights(micro_batch: MicroBatch) -> Tensor:
-    """float32 [T]: how often each token would be there if every response had its own copy of its prompt; padding 0."""
+    """float32 [T]: how often each token held would be there if every response had its own copy of its prompt; padding 0."""
     segments = micro_batch.segments
     prompts = {(s.prompt_start, s.prompt_end) for s in segments if s.prompt_end > s.prompt_start}
     weight_T = torch.zeros(len(micro_batch.tokens_T))
@@ -100,4 +100,11 @@ def token_weights(micro_batch: MicroBatch) -> Tensor:
             weight_T[segment.start : segment.end] += 1
         weight_T[segment.prompt_start : segment.prompt_end] += 1
     weight_T[len(weight_T) - micro_batch.num_padding :] = 0
-    return weight_T.to(micro_batch.tokens_T.device)
+    weight_T, part = weight_T.to(micro_batch.tokens_T.device), micro_batch.part
+    if part is None:
+        return weight_T
+    places_T = part.order - part.first
+    is_held_T = (places_T >= 0) & (places_T < len(part.tokens_T))
+    held_T = weight_T.new_zeros(len(part.tokens_T))
+    held_T[places_T[is_held_T]] = weight_T[is_held_T]
+    return held_T

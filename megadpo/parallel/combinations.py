@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
-from megadpo.objectives.specs import measures_kl
+from megadpo.objectives.specs import kind_of, measures_kl
 
 if TYPE_CHECKING:
     from megadpo.config import Config
@@ -100,12 +100,20 @@ FEATURES: tuple[Feature, ...] = (
         ("schedule.reference=interleaved", "schedule.name=1f1b", "parallel.pipeline=2"),
     ),
     Feature(
+        "split pairs",
+        "schedule.split_pairs",
+        lambda c: c.schedule.split_pairs,
+        ("schedule.split_pairs=true", "schedule.name=1f1b"),
+    ),
+    Feature(
         "kto",
         "objective.loss_type",
         lambda c: measures_kl(c.objective.loss_types),
         ("objective.loss_type=kto",),
     ),
 )
+
+NOT_PAIRS = "it sends the two answers of pairs apart, and objective.loss_type reads other rows; set it to false"
 
 EXCLUDED: tuple[Rule, ...] = (
     Rule("DeepSpeed", "context", "context parallelism is built for engine megatron only; use that or leave context at 1"),
@@ -135,6 +143,13 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "only a resident reference has forwards to interleave; set it to before, or reference.mode to resident",
     ),
+    Rule("split pairs", "context", "halves of micro-batches are not cut over context ranks; leave parallel.context at 1"),
+    Rule(
+        "split pairs",
+        "virtual pipeline",
+        "several chunks of a stage take turns by whole micro-batches; leave parallel.virtual_pipeline at 1",
+    ),
+    Rule("split pairs", "kto", NOT_PAIRS),
 )
 
 NEEDS: tuple[Rule, ...] = (
@@ -145,6 +160,7 @@ NEEDS: tuple[Rule, ...] = (
         "chunks take turns over several stages, which needs parallel.pipeline > 1; raise that or leave it at 1",
     ),
     Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
+    Rule("split pairs", "own schedule", "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
     Rule("interleaved reference", "pipeline", "without pipeline stages there are no bubbles to fill; leave it at before"),
 )
 
@@ -159,6 +175,8 @@ def check_combinations(config: Config) -> None:
     settings = {feature.name: feature.setting for feature in FEATURES}
     broken = [rule for rule in EXCLUDED if on[rule.first] and on[rule.second]]
     broken += [rule for rule in NEEDS if on[rule.first] and not on[rule.second]]
+    if on["split pairs"] and kind_of(config.objective.loss_types) != "pairs":
+        broken.append(Rule("split pairs", "", NOT_PAIRS))
     for rule in broken:
         section, name = settings[rule.first].split(".")
         raise UserError(f"{settings[rule.first]} is {_text(getattr(getattr(config, section), name))}, but {rule.why}")

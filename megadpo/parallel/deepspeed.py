@@ -79,7 +79,7 @@ class ZeroEngine:
         ld_alpha: float | None = None,
         beside: ReferenceBeside | None = None,
     ) -> None:
-        self.runtime.num_backwards_left = len(micro_batches)
+        self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
         self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
         if self.parallel.zero_stage == 0:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.utils import get_model_config, get_model_type
 from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.prompt_keys import PromptKeys
 from megadpo.model.routing import RouterWatch
 from megadpo.parallel import schedule as megatrons
 from megadpo.parallel.engine import ResponseGradient
@@ -40,10 +42,11 @@ def forward_only(
     watch: RouterWatch | None = None,
 ) -> list[Tensor]:
     """See `schedule.forward_only`."""
-    work = _Work(models, micro_batches, ld_alpha, watch)
-    with torch.no_grad():
-        run(forward_only_schedule(_num_stages(), len(micro_batches), len(models)), Costs(), work)
-    return [work.sums[number] for number in range(len(work.sums))]
+    sums: dict[int, Tensor] = {}
+    work = _Forwards(models, ReferencePass.of(micro_batches), ld_alpha, sums.__setitem__, watch)
+    order = forward_only_schedule(_num_stages(), len(micro_batches), len(models), num_halves=_num_halves(micro_batches))
+    run(order, Costs(), work)
+    return [sums[number] for number in range(len(sums))]
 
 
 def forward_backward(
@@ -59,10 +62,11 @@ def forward_backward(
     Args:
         beside: the reference whose forwards run among the policy's operations.
     """
-    work = _Work(models, micro_batches, ld_alpha, watch, response_gradient)
+    work = _Work(models, micro_batches, response_gradient, ld_alpha, watch)
     costs = _costs(models[0])
     if beside is None:
-        run(fill.policy_alone(_num_stages(), len(micro_batches), len(models)), costs, work)
+        sizes = _num_stages(), len(micro_batches), len(models), _num_halves(micro_batches)
+        run(fill.policy_alone(*sizes), costs, work)
     else:
         _with_reference(work, costs, beside)
     work.finish_gradients()
@@ -71,11 +75,12 @@ def forward_backward(
 def complete(beside: ReferenceBeside) -> None:
     """Do now what is left of the reference's forwards of this step."""
     passed = beside.this_step
-    orders = forward_only_schedule(_num_stages(), len(passed.micro_batches), len(beside.models), REFERENCE).stages
-    left = tuple(order[start:] for order, start in zip(orders, passed.done or (0,) * len(orders), strict=True))
-    work = _ReferenceWork(beside, passed)
-    run(Schedule(left, len(beside.models)), Costs(), work, passed.received)
-    passed.done, passed.received = tuple(map(len, orders)), {}
+    num_halves = _num_halves(passed.micro_batches)
+    whole = forward_only_schedule(_num_stages(), len(passed.micro_batches), len(beside.models), REFERENCE, num_halves)
+    done = passed.done or (0,) * whole.num_stages
+    left = tuple(order[start:] for order, start in zip(whole.stages, done, strict=True))
+    run(replace(whole, stages=left), Costs(), _reference_work(beside, passed), passed.received)
+    passed.done, passed.received = tuple(map(len, whole.stages)), {}
 
 
 def run(schedule: Schedule, costs: Costs, work: Work, held: dict[Op, Tensor] | None = None) -> dict[Op, Tensor]:
@@ -100,8 +105,9 @@ def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside) -> None:
         this_step.done,
         0 if ahead is None else len(ahead.micro_batches),
         costs,
+        _num_halves(work.micro_batches),
     )
-    both = _Both(work, _ReferenceWork(beside, this_step), None if ahead is None else _ReferenceWork(beside, ahead))
+    both = _Both(work, _reference_work(beside, this_step), None if ahead is None else _reference_work(beside, ahead))
     unread = run(filled, costs, both, this_step.received)
     this_step.received = {}
     if ahead is not None:
@@ -116,39 +122,32 @@ class _Work:
         self,
         models: Sequence[Any],
         micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
         ld_alpha: float | None,
-        watch: RouterWatch | None = None,
-        response_gradient: ResponseGradient | None = None,
+        watch: RouterWatch | None,
     ) -> None:
-        """`response_gradient`: None where nothing goes backward."""
         self.models, self.micro_batches, self.ld_alpha, self.watch = models, micro_batches, ld_alpha, watch
         self.response_gradient = response_gradient
         self.config = get_model_config(models[0])
-        self.sums: dict[int, Tensor] = {}
-        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
+        self._prompt_keys: dict[int, PromptKeys] = {}
+        self._of_first_halves: dict[int, Tensor] = {}
         self._unsynced = [contextlib.ExitStack() for _ in models]
-        if response_gradient is not None:
-            self._hold_back_reductions()
+        self._hold_back_reductions()
 
     def do(self, op: Op, received: Tensor | None) -> Tensor | None:
         return self._backward(op, received) if op.kind == BACKWARD else self._forward(op, received)
 
     def empty(self, op: Op) -> Tensor:
-        return message_like(self.config, self.micro_batches[op.micro_batch])
+        return message_like(self.config, self.micro_batches[op.micro_batch].half(op.half))
 
     def _forward(self, op: Op, received: Tensor | None) -> Tensor | None:
-        if received is not None and self.response_gradient is not None:
+        if received is not None:
             received.requires_grad_()
-        output = stage_forward(self.models, op, received, self.micro_batches[op.micro_batch], self.watch)
-        is_end = has_head(op, len(self.models))
-        if self.response_gradient is None:
-            if not is_end:
-                return output
-            micro_batch = self.micro_batches[op.micro_batch]
-            self.sums[op.micro_batch] = megatrons.sums_of(self.models[-1], output, micro_batch, self.ld_alpha)
-            return None
-        self._kept[op.micro_batch, op.chunk] = received, output
-        if is_end:
+        prompt_keys = self._prompt_keys.setdefault(op.micro_batch, PromptKeys())
+        output = stage_forward(self.models, op, received, self.micro_batches[op.micro_batch], self.watch, prompt_keys)
+        self._kept[op.micro_batch, op.chunk, op.half] = received, output
+        if has_head(op, len(self.models)):
             return None
         # Only its place in the graph is needed here: the memory goes when the message has gone.
         sent = output.detach()
@@ -157,17 +156,31 @@ class _Work:
 
     def _backward(self, op: Op, gradient: Tensor | None) -> Tensor | None:
         model = self.models[op.chunk]
-        received, output = self._kept.pop((op.micro_batch, op.chunk))
+        received, output = self._kept.pop((op.micro_batch, op.chunk, op.half))
         if has_head(op, len(self.models)):
-            assert self.response_gradient is not None
-            output = megatrons.surrogate(
-                model, output, op.micro_batch, self.micro_batches[op.micro_batch], self.response_gradient, self.ld_alpha
-            )
-        is_last = op.micro_batch == len(self.micro_batches) - 1
+            output = self._surrogate(op, output)
+        is_last = op.micro_batch == len(self.micro_batches) - 1 and op.half == 0
         if is_last and (self.config.grad_sync_func is None or parallel_state.is_pipeline_first_stage()):
             self._unsynced[op.chunk].close()
         below: Tensor | None = backward_step(received, output, gradient, get_model_type(model), self.config)
+        if op.half == 0:
+            self._prompt_keys.pop(op.micro_batch, None)
         return None if below is None else below.contiguous()
+
+    def _surrogate(self, op: Op, output: Tensor) -> Tensor:
+        """The scalar that goes backward. Halves are brought together for it: when the second one goes backward, which is
+        first, the first one's output still waits."""
+        model, micro_batch = self.models[op.chunk], self.micro_batches[op.micro_batch]
+        if not micro_batch.halves:
+            return megatrons.surrogate(model, output, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
+        if op.half == 0:
+            return (output * self._of_first_halves.pop(op.micro_batch)).sum()
+        outputs = self._kept[op.micro_batch, op.chunk, 0][1], output
+        leaves = [half.detach().requires_grad_() for half in outputs]
+        both = megatrons.joined(model, leaves, micro_batch)
+        scalar = megatrons.surrogate(model, both, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
+        self._of_first_halves[op.micro_batch], gradient = torch.autograd.grad(scalar, leaves)
+        return (output * gradient).sum()
 
     def _hold_back_reductions(self) -> None:
         """As Megatron's schedules: gradients are reduced with, or after, the last backward of a chunk."""
@@ -188,32 +201,57 @@ class _Work:
                 reduce_gradients(self.models[chunk].parameters())
 
 
-class _ReferenceWork:
-    """The reference's forwards of one step on this stage."""
+class _Forwards:
+    """Forwards without gradients on this stage."""
 
-    def __init__(self, beside: ReferenceBeside, passed: ReferencePass) -> None:
-        self.beside, self.passed = beside, passed
-        self.config = get_model_config(beside.models[0])
+    def __init__(
+        self,
+        models: Sequence[Any],
+        passed: ReferencePass,
+        ld_alpha: float | None,
+        keep: Callable[[int, Tensor], None],
+        watch: RouterWatch | None = None,
+    ) -> None:
+        """`keep` is given the number of each micro-batch and its response sums [R, S]."""
+        self.models, self.passed, self.ld_alpha, self.keep, self.watch = models, passed, ld_alpha, keep, watch
+        self.config = get_model_config(models[0])
 
     def do(self, op: Op, received: Tensor | None) -> Tensor | None:
-        models, micro_batch = self.beside.models, self.passed.micro_batches[op.micro_batch]
+        micro_batch, passed = self.passed.micro_batches[op.micro_batch], self.passed
+        prompt_keys = passed.prompt_keys.setdefault(op.micro_batch, PromptKeys())
+        is_part = op.half < len(micro_batch.halves) - 1
+        if not is_part:
+            passed.prompt_keys.pop(op.micro_batch)
         with torch.no_grad():
-            output = stage_forward(models, op, received, micro_batch, None)
-            if not has_head(op, len(models)):
+            output = stage_forward(self.models, op, received, micro_batch, self.watch, prompt_keys)
+            if not has_head(op, len(self.models)):
                 return output
-            sums_RS = megatrons.sums_of(models[-1], output, micro_batch, self.beside.ld_alpha)
-            self.passed.logps[op.micro_batch] = sums_RS[:, 0]
+            if is_part:
+                passed.outputs[op.micro_batch] = output
+                return None
+            if micro_batch.halves:
+                output = megatrons.joined(self.models[-1], (passed.outputs.pop(op.micro_batch), output), micro_batch)
+            self.keep(op.micro_batch, megatrons.sums_of(self.models[-1], output, micro_batch, self.ld_alpha))
         return None
 
     def empty(self, op: Op) -> Tensor:
-        return message_like(self.config, self.passed.micro_batches[op.micro_batch])
+        return message_like(self.config, self.passed.micro_batches[op.micro_batch].half(op.half))
+
+
+def _reference_work(beside: ReferenceBeside, passed: ReferencePass) -> _Forwards:
+    """The reference's forwards of one step."""
+
+    def keep(number: int, sums_RS: Tensor) -> None:
+        passed.logps[number] = sums_RS[:, 0]
+
+    return _Forwards(beside.models, passed, beside.ld_alpha, keep)
 
 
 class _Both:
     """The policy's operations and the reference's, of this step and of the next."""
 
-    def __init__(self, policy: _Work, reference: _ReferenceWork, ahead: _ReferenceWork | None) -> None:
-        self.of: dict[str, _Work | _ReferenceWork | None] = {FORWARD: policy, BACKWARD: policy}
+    def __init__(self, policy: _Work, reference: _Forwards, ahead: _Forwards | None) -> None:
+        self.of: dict[str, _Work | _Forwards | None] = {FORWARD: policy, BACKWARD: policy}
         self.of |= {REFERENCE: reference, AHEAD: ahead}
 
     def do(self, op: Op, received: Tensor | None) -> Tensor | None:
@@ -228,12 +266,18 @@ class _Both:
 
 
 def stage_forward(
-    models: Sequence[Any], op: Op, received: Tensor | None, micro_batch: MicroBatch, watch: RouterWatch | None
+    models: Sequence[Any],
+    op: Op,
+    received: Tensor | None,
+    micro_batch: MicroBatch,
+    watch: RouterWatch | None,
+    prompt_keys: PromptKeys,
 ) -> Tensor:
-    """The stage's forward of a micro-batch, by Megatron's function for one."""
+    """The stage's forward of a micro-batch or of a half of it, by Megatron's function for one."""
+    stream, number = micro_batch.half(op.half), 2 * op.micro_batch + op.half
 
     def forward(unused: Any, model: Any) -> tuple[Tensor, None]:
-        return megatrons.stage_forward(model, micro_batch, op.micro_batch, watch), None
+        return megatrons.stage_forward(model, stream, number, watch, prompt_keys), None
 
     output, _ = forward_step(
         forward,
@@ -263,6 +307,10 @@ def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
     if config.sequence_parallel:
         num_tokens //= parallel_state.get_tensor_model_parallel_world_size()
     return torch.empty(num_tokens, 1, config.hidden_size, dtype=config.pipeline_dtype, device=compute_device())
+
+
+def _num_halves(micro_batches: Sequence[MicroBatch]) -> int:
+    return max((len(micro_batch.halves) for micro_batch in micro_batches), default=0) or 1
 
 
 def _num_stages() -> int:

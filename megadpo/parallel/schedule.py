@@ -13,6 +13,7 @@ from torch import Tensor
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.attention import StreamParams
 from megadpo.model.head import LogProbHead
+from megadpo.model.prompt_keys import PromptKeys
 from megadpo.model.reward_head import RewardHead, reward_sums
 from megadpo.model.routing import RouterWatch
 from megadpo.objectives.statistics import response_sums
@@ -107,16 +108,30 @@ def sums_of(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float
     return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
 
 
+def joined(model: Any, outputs: Sequence[Tensor], micro_batch: MicroBatch) -> Tensor:
+    """What the last stage's model would give for the whole micro-batch, from what it gives for its halves."""
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return torch.stack(list(outputs)).sum(0)  # zeros for the other half's answers
+    halves = [all_scored(output, micro_batch.half(number)) for number, output in enumerate(outputs)]
+    return torch.stack(halves).sum(0)
+
+
 def _unwrapped(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def stage_forward(model: Any, micro_batch: MicroBatch, number: int, watch: RouterWatch | None) -> Tensor:
+def stage_forward(
+    model: Any,
+    micro_batch: MicroBatch,
+    number: int,
+    watch: RouterWatch | None,
+    prompt_keys: PromptKeys | None = None,
+) -> Tensor:
     """What this stage's model makes of a micro-batch; its input tensor is set."""
     stage = _unwrapped(model)
     if stage.post_process:
         head: LogProbHead | RewardHead = stage.output_layer
         head.micro_batch = micro_batch
-    stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch)
+    stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
     held = micro_batch.held
     return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megadpo.data.micro_batch import MicroBatch
+from megadpo.model.prompt_keys import PromptKeys
 from megadpo.pipeline.fill import Progress
 from megadpo.pipeline.schedule import Op
 
@@ -21,12 +22,15 @@ class ReferencePass:
         logps: of each micro-batch on the last stage once its forward is done there, [R] float64; else None.
         received: what has arrived for operations that this stage has not done.
         done: how far each stage is.
+        prompt_keys, outputs: by micro-batch, what was made of its first half and is needed for its second.
     """
 
     micro_batches: Sequence[MicroBatch]
     logps: list[Tensor | None]
     received: dict[Op, Tensor] = field(default_factory=dict)
     done: Progress | None = None
+    prompt_keys: dict[int, PromptKeys] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, micro_batches: Sequence[MicroBatch]) -> ReferencePass:

@@ -10,6 +10,7 @@ from megadpo.pipeline.simulate import Timing
 
 COLOURS = {FORWARD: "#4c8bd6", BACKWARD: "#e39a3b", REFERENCE: "#57a868", AHEAD: "#a9d6b4"}
 NAMES = {FORWARD: "forward", BACKWARD: "backward", REFERENCE: "reference", AHEAD: "reference, next step"}
+HALVES = ("chosen", "rejected")
 ROW, MARGIN, LETTER = 26, 70, 7
 """Pixels: the height of a row, the room for its name, the width of a digit."""
 
@@ -39,12 +40,13 @@ def _box(timing: Timing, entry: tuple, top: int, scale: float) -> str:
     stage, op, start, end = entry
     x, y, wide = MARGIN + start * scale, top + stage * ROW, (end - start) * scale
     chunk = f", chunk {op.chunk}" if timing.schedule.num_chunks > 1 else ""
-    title = f"{NAMES[op.kind]} of micro-batch {op.micro_batch}{chunk}: {start:.4g} to {end:.4g}"
+    half = f", {HALVES[op.half]}" if timing.schedule.num_halves > 1 else ""
+    title = f"{NAMES[op.kind]} of micro-batch {op.micro_batch}{chunk}{half}: {start:.4g} to {end:.4g}"
     box = (
         f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{ROW - 4}" fill="{COLOURS[op.kind]}" stroke="white" '
         f'stroke-width="{0.7 if wide > 4 else 0}"><title>{title}</title></rect>'
     )
-    label = str(op.micro_batch)
+    label = str(op.micro_batch) + (HALVES[op.half][0] if timing.schedule.num_halves > 1 else "")
     return box + (_text(x + wide / 2, y + 15, label, "middle") if wide > LETTER * len(label) + 2 else "")
 
 

@@ -16,6 +16,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megadpo.pipeline.schedule import (
     AHEAD,
@@ -41,6 +42,7 @@ def with_reference(
     done: Progress | None = None,
     num_ahead: int = 0,
     costs: Costs | None = None,
+    num_halves: int = 1,
 ) -> tuple[Schedule, Progress]:
     """1F1B with the reference's forwards of this step that are not `done`, and with some of the next step's.
 
@@ -48,14 +50,15 @@ def with_reference(
         done: of this step's reference forwards, what is; None: nothing.
         num_ahead: micro-batches of the next step; 0: nothing is run ahead.
         costs: what operations and messages roughly cost.
+        num_halves: 2 where micro-batches travel in halves.
 
     Returns:
         The schedule, and what of the next step's reference forwards is done after it.
     """
     costs = costs or Costs()
-    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
-    own = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
-    ahead = forward_only(num_stages, num_ahead, num_chunks, AHEAD)
+    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
+    own = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE, num_halves)
+    ahead = forward_only(num_stages, num_ahead, num_chunks, AHEAD, num_halves)
     left = [order[start:] for order, start in zip(own.stages, done or (0,) * num_stages, strict=True)]
     timing = simulate(policy, costs)
     gaps = timing.ends[0][-1] - sum(costs.of(0, op.kind) for op in policy.stages[0]) if policy.stages[0] else 0.0
@@ -63,21 +66,21 @@ def with_reference(
     filler = _Filler(policy, left, [len(left[0]) + lead, *map(len, left[1:])], ahead.stages, costs)
     stages = filler.run()
     progress = tuple(sum(op.kind == AHEAD for op in order) for order in stages)
-    return Schedule(tuple(stages), num_chunks), progress
+    return replace(policy, stages=tuple(stages)), progress
 
 
 @functools.lru_cache(maxsize=64)
-def policy_alone(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+def policy_alone(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
     """1F1B, made once for each size of a step."""
-    return one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+    return one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
 
 
-def reference_before(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+def reference_before(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
     """All of the reference's forwards, then the policy's 1F1B."""
-    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE)
-    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks)
+    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE, num_halves)
+    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
     pairs = zip(reference.stages, policy.stages, strict=True)
-    return Schedule(tuple(first + then for first, then in pairs), num_chunks)
+    return replace(policy, stages=tuple(first + then for first, then in pairs))
 
 
 class _Filler:

@@ -45,6 +45,8 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
             "parallel.virtual_pipeline needs it"
         )
     costs = stage_costs(hf_config, layout, config.train.recompute)
+    if config.schedule.split_pairs:
+        costs = costs.in_halves()
     panels = [(name, simulate(schedule, costs)) for name, schedule in _steps(config, layout, count)]
     try:
         Path(path).write_text(svg([(_title(name, timing), timing) for name, timing in panels]), encoding="utf-8")
@@ -52,7 +54,8 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
         raise UserError(f"--schedule {path} cannot be written: {error.strerror}") from error
     lines = [f"{layout}, {count} micro-batches a step, drawn in {path}"]
     lines += ["  " + _title(name, timing) for name, timing in panels]
-    lines.append(f"  most micro-batches kept for their backward, by stage: {peak_activations(panels[-1][1].schedule)}")
+    kept = "halves of micro-batches" if config.schedule.split_pairs else "micro-batches"
+    lines.append(f"  most {kept} kept for their backward, by stage: {peak_activations(panels[-1][1].schedule)}")
     return "\n".join(lines) + "\n"
 
 
@@ -83,14 +86,14 @@ def _matrix_parameters(hf_config: Any, layout: Layout, stage: int) -> int:
 
 
 def _steps(config: Config, layout: Layout, count: int) -> list[tuple[str, Schedule]]:
-    sizes = (layout.pipeline, count, layout.virtual)
+    sizes, num_halves = (layout.pipeline, count, layout.virtual), 2 if config.schedule.split_pairs else 1
     if config.reference.mode != "resident":
-        return [("every step", policy_alone(*sizes))]
+        return [("every step", policy_alone(*sizes, num_halves))]
     if config.schedule.reference == "before":
-        return [("every step", reference_before(*sizes))]
+        return [("every step", reference_before(*sizes, num_halves))]
     steps, done = [], None
     for name, ahead in (("first step", count), ("second step", count), ("last step", 0)):
-        schedule, done = with_reference(*sizes, done, ahead, Costs(message=MESSAGE))
+        schedule, done = with_reference(*sizes, done, ahead, Costs(message=MESSAGE), num_halves)
         steps.append((name, schedule))
     return steps
 

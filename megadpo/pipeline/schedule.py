@@ -4,6 +4,10 @@ Everything here is a pure function of a few numbers, so every rank makes the sam
 when is simulate.py's, what is sent when program.py's, and executor.py carries it out.
 
 Chunk c of stage s is the model's part number c x stages + s, as everywhere.
+
+A micro-batch of pairs may travel as two halves: half 0 has the prompts and the chosen answers, half 1 the rejected ones. On
+every stage half 0 goes forward first, since half 1 reads its prompts' keys, and backward last, since half 1's backward
+gives these their gradients. The loss is formed on the last stage before half 1's backward.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ class Op(NamedTuple):
         kind: one of KINDS.
         micro_batch: its number in its step.
         chunk: which of the stage's chunks.
+        half: which half of it; 0 where micro-batches travel whole.
     """
 
     kind: str
     micro_batch: int
     chunk: int = 0
+    half: int = 0
 
 
 Order = tuple[Op, ...]
@@ -43,10 +49,12 @@ class Schedule:
     Attributes:
         stages: the order of each.
         num_chunks: chunks of each stage.
+        num_halves: 2 where micro-batches travel in halves, else 1.
     """
 
     stages: tuple[Order, ...]
     num_chunks: int = 1
+    num_halves: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -85,29 +93,36 @@ def target_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int
     return (0, op._replace(chunk=op.chunk + 1)) if op.chunk < num_chunks - 1 else None
 
 
-def forward_only(num_stages: int, num_micro_batches: int, num_chunks: int = 1, kind: str = FORWARD) -> Schedule:
+def forward_only(
+    num_stages: int, num_micro_batches: int, num_chunks: int = 1, kind: str = FORWARD, num_halves: int = 1
+) -> Schedule:
     """Every micro-batch through all parts, without a backward: in rounds of as many as there are stages."""
-    order = tuple(Op(kind, *entry) for entry in _rounds(num_stages, num_micro_batches, num_chunks))
-    return Schedule((order,) * num_stages, num_chunks)
+    rounds = _rounds(num_stages, num_micro_batches, num_chunks)
+    order = tuple(Op(kind, *entry, half) for entry in rounds for half in range(num_halves))
+    return Schedule((order,) * num_stages, num_chunks, num_halves)
 
 
-def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
     """1F1B (arXiv:2006.15704), interleaved over the chunks (arXiv:2104.04473): the order of Megatron's schedules.
 
-    A stage goes forward until its first backward can arrive, then one forward and one backward in turns.
+    A stage goes forward until its first backward can arrive, then one forward and one backward in turns. With halves, the
+    first backward is that of a half 1, which has one more forward before it.
     """
-    rounds = _rounds(num_stages, num_micro_batches, num_chunks)
-    forwards = [Op(FORWARD, micro_batch, chunk) for micro_batch, chunk in rounds]
-    backwards = [Op(BACKWARD, micro_batch, num_chunks - 1 - chunk) for micro_batch, chunk in rounds]
+    assert num_halves == 1 or num_chunks == 1, "several chunks take turns by whole micro-batches"
+    rounds, halves = _rounds(num_stages, num_micro_batches, num_chunks), range(num_halves)
+    forwards = [Op(FORWARD, micro_batch, chunk, half) for micro_batch, chunk in rounds for half in halves]
+    backwards = [
+        Op(BACKWARD, micro_batch, num_chunks - 1 - chunk, half) for micro_batch, chunk in rounds for half in reversed(halves)
+    ]
     stages = []
     for stage in range(num_stages):
         lead = num_stages - 1 - stage
         if num_chunks > 1:
             lead = 2 * lead + (num_chunks - 1) * num_stages
-        lead = min(lead, len(forwards))
+        lead = min(lead + num_halves - 1, len(forwards))
         turns = (op for pair in zip(forwards[lead:], backwards, strict=False) for op in pair)
         stages.append((*forwards[:lead], *turns, *backwards[len(forwards) - lead :]))
-    return Schedule(tuple(stages), num_chunks)
+    return Schedule(tuple(stages), num_chunks, num_halves)
 
 
 def _rounds(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class Costs:
     """Seconds, or any other unit.
 
     Attributes:
-        forward, backward, reference: of a micro-batch on one chunk; the same on every stage, or one for each.
+        forward, backward, reference: of a micro-batch, or of a half of one, on one chunk; the same on every stage, or one
+            for each.
         message: from the end of an operation to where another stage can use its outcome.
     """
 
@@ -35,10 +36,18 @@ class Costs:
     reference: float | tuple[float, ...] = 1.0
     message: float = 0.0
 
+    def in_halves(self) -> Costs:
+        """From the costs of micro-batches those of their halves, as if both had the same."""
+        return replace(self, forward=_half(self.forward), backward=_half(self.backward), reference=_half(self.reference))
+
     def of(self, stage: int, kind: str) -> float:
         """What an operation of this kind costs there."""
         cost = self.backward if kind == BACKWARD else self.forward if kind == FORWARD else self.reference
         return cost[stage] if isinstance(cost, tuple) else cost
+
+
+def _half(cost: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    return tuple(one / 2 for one in cost) if isinstance(cost, tuple) else cost / 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def _pairs(timing: Timing) -> Iterator[tuple[Sequence[float], Sequence[float]]]:
 
 
 def peak_activations(schedule: Schedule) -> list[int]:
-    """Of each stage: the most (micro-batch, chunk) pairs whose activations wait for their backward at once."""
+    """Of each stage: the most forwards (micro-batch, chunk and half) whose activations wait for their backward at once."""
     peaks = []
     for order in schedule.stages:
         live = peak = 0
@@ -134,17 +143,18 @@ def simulate(schedule: Schedule, costs: Costs) -> Timing:
 def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int]:
     """A number for the outcome of each operation, the number of the outcome that it reads (-1: none on another stage),
     and how many there are."""
-    num_stages, num_chunks = schedule.num_stages, schedule.num_chunks
-    span = 1 + max((op.micro_batch for order in schedule.stages for op in order), default=0)
+    num_stages, num_chunks, num_halves = schedule.num_stages, schedule.num_chunks, schedule.num_halves
+    span = num_halves * (1 + max((op.micro_batch for order in schedule.stages for op in order), default=0))
     part = num_chunks * span
     size = len(KINDS) * part
     start_of = {kind: number * part for number, kind in enumerate(KINDS)}
-    forward, backward, reference = (start_of[kind] for kind in (FORWARD, BACKWARD, REFERENCE))
+    backward, reference = start_of[BACKWARD], start_of[REFERENCE]
     order_of = np.full((num_stages, size), -1)
-    numbers = [
-        np.array([start_of[kind] + chunk * span + number for kind, number, chunk in order], np.int64)
-        for order in schedule.stages
-    ]
+
+    def number_of(op: Op) -> int:
+        return start_of[op.kind] + op.chunk * span + op.micro_batch * num_halves + op.half
+
+    numbers = [np.array([number_of(op) for op in order], np.int64) for order in schedule.stages]
     for stage, own in enumerate(numbers):
         order_of[stage, own] = np.arange(len(own))
         if (order_of[stage] >= 0).sum() < len(own):
@@ -161,15 +171,34 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
         _check(
             schedule, stage, begins | is_made | (own >= reference) & (own < reference + part), "nobody makes what it reads"
         )
-        place = np.arange(len(own))
-        forwards = order_of[stage, np.where(backwards, own - backward + forward, own)]
-        _check(schedule, stage, ~backwards | (forwards >= 0) & (forwards < place), "its forward does not come before it")
-        references = order_of[stage, np.where(backwards & begins, own - backward + reference, own)]
-        _check(
-            schedule, stage, ~(backwards & begins) | (references < place), "the reference's forward does not come before it"
-        )
+        _check_places(schedule, stage, own, order_of[stage], backwards, backwards & begins)
         reads.append(np.where(begins | ~is_made, -1, source_stage * size + source).tolist())
     return [(stage * size + own).tolist() for stage, own in enumerate(numbers)], reads, size * num_stages
+
+
+def _check_places(
+    schedule: Schedule, stage: int, own: np.ndarray, order_of: np.ndarray, backwards: np.ndarray, turns: np.ndarray
+) -> None:
+    """What an operation needs from its own stage comes before it there.
+
+    Args:
+        own: int64, the number of each of the stage's operations.
+        order_of: int64, the place of each number on this stage; -1: not there.
+        backwards, turns: bool, which operations are backwards, and which of these begin with the loss.
+    """
+    part = len(order_of) // len(KINDS)
+    place, number = np.arange(len(own)), own % part
+    forward, reference = (KINDS.index(kind) * part for kind in (FORWARD, REFERENCE))
+    forwards = order_of[np.where(backwards, forward + number, own)]
+    _check(schedule, stage, ~backwards | (forwards >= 0) & (forwards < place), "its forward does not come before it")
+    references = order_of[np.where(turns, reference + number, own)]
+    _check(schedule, stage, ~turns | (references < place), "the reference's forward does not come before it")
+    if schedule.num_halves == 2:
+        is_second = (number % 2 == 0) == backwards
+        firsts = order_of[np.where(is_second, own ^ 1, own)]
+        may_miss = (own >= reference) & (own < reference + part)  # done in the step before
+        is_right = ~is_second | (firsts < place) & ((firsts >= 0) | may_miss)
+        _check(schedule, stage, is_right, "the other half does not come before it")
 
 
 def _check(schedule: Schedule, stage: int, is_right: np.ndarray, otherwise: str) -> None:

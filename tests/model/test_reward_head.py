@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megadpo.data.groups import Group
+from megadpo.data.halves import with_halves
 from megadpo.data.micro_batch import lay_out
-from megadpo.model.reward_head import reward_positions, reward_sums
+from megadpo.model.reward_head import RewardHead, reward_positions, reward_sums
 from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.layout import Layout
 from tests.model.reward_worker import Case, Outcome, outcomes, save_reward_model, transformers_outcome
@@ -123,6 +124,19 @@ def test_the_reward_is_read_where_transformers_reads_it(share_prompts: bool, pad
     assert list(zip(micro_batch.tokens_T[positions].tolist(), micro_batch.positions_T[positions].tolist(), strict=True)) == (
         expected
     )
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -> None:
+    whole = with_halves(lay_out(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7), 64)
+    head = RewardHead(torch.nn.Parameter(torch.randn(1, 8)), PAD, sequence_parallel=False)
+    hidden_TH, order = torch.randn(whole.num_tokens, 8), whole.halves[0].order[: whole.num_tokens]
+    in_halves = torch.zeros(sum(len(half.tokens_T) for half in whole.halves), 8).index_copy(0, order, hidden_TH)
+    rewards = []
+    for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
+        head.micro_batch = held
+        rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
+    assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 
 def test_a_micro_batch_without_responses_has_no_rewards() -> None:

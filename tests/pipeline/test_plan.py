@@ -55,6 +55,15 @@ def test_every_operation_of_a_step_is_a_box_and_the_idle_share_is_told(files, tm
     assert len(shares) == 3 and shares[1] < 0.6 * alone
 
 
+def test_halves_of_pairs_are_boxes_of_their_own(files, tmp_path, capsys):
+    path = tmp_path / "split.svg"
+    arguments = ["schedule.name=1f1b", "schedule.split_pairs=true", "--schedule", str(path), "--micro-batches", "8"]
+    assert cli.main(["plan", str(files / "run.yaml"), *arguments]) == 0
+    assert drawn(path) == {FORWARD: 64, BACKWARD: 64, REFERENCE: 64, AHEAD: 0}
+    assert "backward of micro-batch 0, rejected" in path.read_text()
+    assert "most halves of micro-batches kept for their backward, by stage: [5, 4, 3, 2]" in capsys.readouterr().out
+
+
 def test_a_heavier_stage_costs_more_and_the_head_counts(files):
     costs = stage_costs(read_hf_config(files / "model"), Layout(pipeline=2, chunk_layers=(4, 3)), "full")
     assert costs.of(0, FORWARD) + costs.of(1, FORWARD) == pytest.approx(2)

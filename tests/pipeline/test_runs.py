@@ -15,6 +15,7 @@ from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world
 
 INTERLEAVED = {"name": "1f1b", "reference": "interleaved"}
+SPLIT = ("schedule.name=1f1b", "schedule.split_pairs=true")
 SIMPO = ("objective.loss_type=simpo", "reference.mode=none")
 
 
@@ -46,6 +47,10 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
     assert ours == theirs and "eval_loss" in ours[1] and ours[0]["rewards/margins"] == 0.0
     weights, others = _weights(tmp_path / "ours"), _weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
+    apart = run_world(2, _train, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
+    assert apart[0]["rewards/margins"] == 0.0
+    for record, whole in zip(apart, theirs, strict=True):
+        assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "pairs whose answers travel apart, over several steps"
 
 
 def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path: Path) -> None:
@@ -66,6 +71,12 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["schedule.split_pairs=true"], "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
+        (
+            [*SPLIT, "objective.loss_type=plackett_luce"],
+            "schedule.split_pairs is true, but it sends the two answers of pairs",
+        ),
+        ([*SPLIT, "objective.loss_type=bco"], "objective.loss_type reads other rows; set it to false"),
         (["schedule.name=zero-bubble"], "schedule.name: 'zero-bubble' is not known; choose one of: megatron, 1f1b"),
         (["schedule.reference=interleaved", "parallel.pipeline=2"], "set schedule.name to 1f1b"),
         (["schedule.reference=interleaved", "schedule.name=1f1b"], "without pipeline stages there are no bubbles"),

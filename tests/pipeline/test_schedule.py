@@ -45,6 +45,19 @@ def test_the_interleaved_order_is_megatrons(num_stages: int, num_micro_batches: 
         assert turns == [FORWARD, BACKWARD] * (len(table) - lead)
 
 
+def test_1f1b_of_two_halves_sends_the_rejected_ones_back_first() -> None:
+    def order(text: str) -> tuple[Op, ...]:
+        return tuple(
+            Op({"F": FORWARD, "B": BACKWARD}[name[0]], int(name[1]), half="cr".index(name[2])) for name in text.split()
+        )
+
+    schedule = one_forward_one_backward(2, 2, num_halves=2)
+    assert schedule.stages == (
+        order("F0c F0r F1c B0r F1r B0c B1r B1c"),
+        order("F0c F0r B0r F1c B0c F1r B1r B1c"),
+    )
+
+
 sizes = st.tuples(st.integers(1, 64), st.integers(1, 40), st.integers(1, 3))
 all_costs = st.builds(Costs, *[st.floats(0.1, 10)] * 3, message=st.one_of(st.just(0.0), st.floats(0, 3)))
 
@@ -89,31 +102,46 @@ def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, 
         one_forward_one_backward(num_stages, num_micro_batches, num_chunks),
         forward_only(num_stages, num_micro_batches, num_chunks),
         with_reference(num_stages, num_micro_batches, num_chunks, None, num_micro_batches)[0],
+        one_forward_one_backward(num_stages, num_micro_batches, num_halves=2),
+        with_reference(num_stages, num_micro_batches, 1, None, num_micro_batches, num_halves=2)[0],
     ):
         assert runs_without_buffers(schedule, costs)
 
 
 @settings(max_examples=25, deadline=None)
-@given(sizes, st.lists(st.integers(1, 40), min_size=1, max_size=4), all_costs)
-@example((4, 8, 1), [8, 8, 3], Costs())
+@given(sizes, st.lists(st.integers(1, 40), min_size=1, max_size=4), all_costs, st.integers(1, 2))
+@example((4, 8, 1), [8, 8, 3], Costs(), 1)
+@example((4, 8, 1), [8, 8, 3], Costs(), 2)
 def test_every_reference_forward_is_done_once_and_in_time(
-    size: tuple[int, int, int], following: list[int], costs: Costs
+    size: tuple[int, int, int], following: list[int], costs: Costs, num_halves: int
 ) -> None:
-    num_stages, count, num_chunks = complete(size)
+    num_stages, count, num_chunks = complete(size if num_halves == 1 else (*size[:2], 1))
     counts = [count, *(complete((num_stages, other, num_chunks))[1] for other in following)]
     done = None
     for step, (own, ahead) in enumerate(zip(counts, [*counts[1:], 0], strict=True)):
         before_it = done or (0,) * num_stages
-        schedule, done = with_reference(num_stages, own, num_chunks, done, ahead, costs)
-        policy = one_forward_one_backward(num_stages, own, num_chunks)
-        reference = forward_only(num_stages, own, num_chunks, REFERENCE)
+        schedule, done = with_reference(num_stages, own, num_chunks, done, ahead, costs, num_halves)
+        policy = one_forward_one_backward(num_stages, own, num_chunks, num_halves)
+        reference = forward_only(num_stages, own, num_chunks, REFERENCE, num_halves)
         for stage, order in enumerate(schedule.stages):
             assert tuple(op for op in order if op.kind in (FORWARD, BACKWARD)) == policy.stages[stage]
             left = [op for op in order if op.kind == REFERENCE]
             assert tuple(left) == reference.stages[stage][before_it[stage] :], f"step {step}"
-            assert sum(op.kind == AHEAD for op in order) == done[stage] <= ahead * num_chunks
+            assert sum(op.kind == AHEAD for op in order) == done[stage] <= ahead * num_chunks * num_halves
         assert peak_activations(schedule) == peak_activations(policy), "the reference keeps nothing"
         simulate(schedule, costs)  # raises if a backward on the last stage comes before its reference
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 100))
+@example(64, 100)
+def test_halves_halve_the_bubble_of_1f1b_at_any_depth(num_stages: int, num_micro_batches: int) -> None:
+    timing = simulate(one_forward_one_backward(num_stages, num_micro_batches, num_halves=2), Costs().in_halves())
+    bubble = (num_stages - 1) / 2
+    assert timing.seconds == 3 * (num_micro_batches + bubble)
+    assert timing.idle_share == pytest.approx(bubble / (num_micro_batches + bubble))
+    most = [min(num_stages - stage + 1, 2 * num_micro_batches) for stage in range(num_stages)]
+    assert peak_activations(timing.schedule) == most, "in halves: fewer activations than whole micro-batches"
 
 
 @settings(max_examples=4, deadline=None)
@@ -154,6 +182,10 @@ def test_schedules_that_cannot_be_carried_out_are_told() -> None:
     ):
         with pytest.raises(ScheduleError, match=message):
             simulate(Schedule(stages), Costs())
+    halves = [Op(FORWARD, 0), Op(FORWARD, 0, half=1), Op(BACKWARD, 0, half=1), Op(BACKWARD, 0)]
+    for order in ((1, 0, 2, 3), (0, 1, 3, 2), (1, 2)):
+        with pytest.raises(ScheduleError, match="the other half does not come before it"):
+            simulate(Schedule((tuple(halves[place] for place in order),), num_halves=2), Costs())
     first, second = Op(FORWARD, 0), Op(FORWARD, 1)
     crossed = ((first, Op(BACKWARD, 0), second, Op(BACKWARD, 1)), (second, first, Op(BACKWARD, 0), Op(BACKWARD, 1)))
     with pytest.raises(ScheduleError, match="waits for ever"):

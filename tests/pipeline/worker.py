@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Case:
         zero_stage: of DeepSpeed; None: Megatron's engine.
         moves: whether the reference moves on the way.
         overlap: whether Megatron's engine reduces gradients while the last micro-batch's backward runs.
+        share_prompts: whether the answers of a pair share their prompt.
     """
 
     layout: Layout
@@ -41,10 +42,13 @@ class Case:
     moves: bool = False
     overlap: bool = False
     dtype: torch.dtype = torch.float32
+    share_prompts: bool = True
+    learning_rate: float = 1e-3
 
     def __str__(self) -> str:
         engine = "megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        rest = f"{self.tokens_per_micro_batch} tokens, recompute {self.recompute}, aux {self.router_aux_coef}, {self.dtype}"
+        rest = f"{self.tokens_per_micro_batch} tokens, share {self.share_prompts}, recompute {self.recompute}, "
+        rest += f"aux {self.router_aux_coef}, {self.dtype}"
         return f"{engine}, {self.layout}, {self.objective.loss_types}, {rest}, moves {self.moves}, overlap {self.overlap}"
 
 
@@ -95,6 +99,71 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
     return results
 
 
+@dataclass
+class Apart:
+    """Pairs whose answers travel apart against pairs that travel whole, on one rank.
+
+    Attributes:
+        worst: ||a - b|| / ||b|| of the worst gradient, norm, metric and log-prob of any step, by name.
+        from_one_stage: of the worst gradient of step 0 against that of a model without pipeline stages; 0 with tensor ranks.
+        first_margins: of step 0, with the reference before and interleaved.
+    """
+
+    worst: dict[str, float]
+    from_one_stage: float
+    first_margins: Tensor
+
+
+def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Apart]:
+    """Every case whole under Megatron's schedule, and in halves with the reference interleaved where there are stages, else
+    before; a case in which the reference moves has both."""
+    from megadpo.platform.world import joined_world
+
+    dist.init_process_group("gloo")
+    twins, results = {}, []
+    # Gradients are compared, which are of the same weights only as long as these hardly move: AdamW's first updates are of
+    # one size, however small the gradient, and turn rounding into other weights.
+    for case in (replace(case, learning_rate=1e-5) for case in cases):
+        twin = Case(Layout(data=dist.get_world_size()), objective=case.objective, router_aux_coef=case.router_aux_coef)
+        if str(twin) not in twins:
+            with joined_world(twin.layout, seed=1):
+                twins[str(twin)] = _steps(model, reference, groups, twin, "megatron", False)
+        with joined_world(case.layout, seed=1):
+            whole = _steps(model, reference, groups, case, "megatron", False)
+            arms = (False, True) if case.moves else (case.layout.pipeline > 1,)
+            halves = [_steps(model, reference, groups, case, "1f1b", is_interleaved, True) for is_interleaved in arms]
+        first = [zip(steps.policy_logps[0], steps.reference_logps[0], strict=True) for steps in halves]
+        margins = [a - b for pairs in first for a, b in pairs]
+        worst = {name: max(_distances(steps, whole)[name] for steps in halves) for name in _distances(whole, whole)}
+        others = twins[str(twin)].gradients[0]
+        own = {} if case.layout.tensor > 1 else halves[0].gradients[0]  # shards are of other shapes
+        # A head that is tied to the embedding of another stage has a name of its own.
+        tied = others["embedding.word_embeddings.weight"]
+        from_one = max((_distance(gradient, others.get(name, tied)) for name, gradient in own.items()), default=0.0)
+        results.append(Apart(worst, from_one, torch.cat(margins or [torch.empty(0)])))
+    dist.destroy_process_group()
+    return results
+
+
+def _distances(ours: Steps, theirs: Steps) -> dict[str, float]:
+    found = {"gradient": 0.0, "norm": 0.0, "metrics": 0.0, "log-probs": 0.0}
+    for step in range(NUM_STEPS):
+        pairs = [(ours.gradients[step][name], gradient) for name, gradient in theirs.gradients[step].items()]
+        found["gradient"] = max([found["gradient"], *(_distance(a, b) for a, b in pairs)])
+        found["norm"] = max(found["norm"], abs(ours.norms[step] / theirs.norms[step] - 1))
+        found["metrics"] = max(found["metrics"], _distance(ours.totals[step], theirs.totals[step]))
+        for which in ("reference_logps", "policy_logps"):
+            pairs = list(zip(getattr(ours, which)[step], getattr(theirs, which)[step], strict=True))
+            found["log-probs"] = max([found["log-probs"], *(_distance(a, b) for a, b in pairs)])
+    return found
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if not theirs.numel() or not theirs.any():
+        return float(ours.norm())
+    return float((ours - theirs).norm() / theirs.norm())
+
+
 def _differences(ours: Steps, theirs: Steps, name: str) -> list[str]:
     found = []
     for step in range(NUM_STEPS):
@@ -113,7 +182,13 @@ def _differences(ours: Steps, theirs: Steps, name: str) -> list[str]:
 
 
 def _steps(
-    model: Path, reference: Path, groups: Sequence[Group], case: Case, schedule_name: str, interleaved: bool
+    model: Path,
+    reference: Path,
+    groups: Sequence[Group],
+    case: Case,
+    schedule_name: str,
+    interleaved: bool,
+    split_pairs: bool = False,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
@@ -131,13 +206,14 @@ def _steps(
     layout, hf_config = case.layout, read_hf_config(model)
     packing = prepare_packing(
         GroupStore.of(groups),
-        share_prompts=True,
+        share_prompts=case.share_prompts,
         tokens_per_micro_batch=case.tokens_per_micro_batch,
         setting="train.tokens_per_micro_batch",
         num_data_parallel=layout.data,
         multiple_of=layout.stream_multiple,
         hidden_size=64,
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        split_pairs=split_pairs,
     )
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
@@ -176,7 +252,7 @@ def _steps(
         steps.totals.append(batch.totals)
         steps.policy_logps.append(list(found.values()))
         steps.reference_logps.append([batch.reference_logps[number] for number in found])
-        steps.norms.append(engine.step(1e-3))
+        steps.norms.append(engine.step(case.learning_rate))
         if moves:
             references.move(engine.stage, 0.5)
     return steps

@@ -210,8 +210,8 @@ class ScheduleConfig:
     """When a resident reference runs: `before` the policy, or `interleaved` (with `name: 1f1b`): its forwards fill the
     policy's bubbles, those of the next step this step's end."""
     split_pairs: bool = False
-    """Send a micro-batch's chosen and rejected answers through the stages one after the other (with `name: 1f1b`): finer
-    fill and drain, fewer activations at once, the same numbers; `false` = together."""
+    """Send a micro-batch's chosen and rejected answers through the stages one after the other (with `name: 1f1b`): the
+    same numbers, and finer fill and drain where prompts are short; slower where they are long. `false` = together."""
 
 
 @dataclass

@@ -189,7 +189,7 @@ def read_hf_config(path: str | Path) -> Any:
             code, quantised weights, values that transformers refuses.
     """
     if not Path(path).is_dir():
-        raise UserError(f"model.path {path} is not a directory; give a Hugging Face model directory or a checkpoint")
+        raise UserError(f"{path} (model.path) is not a directory; give a Hugging Face model directory or a checkpoint")
     file = hf_directory(path) / "config.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory")

@@ -103,7 +103,7 @@ FEATURES: tuple[Feature, ...] = (
         "split pairs",
         "schedule.split_pairs",
         lambda c: c.schedule.split_pairs,
-        ("schedule.split_pairs=true", "schedule.name=1f1b"),
+        ("schedule.split_pairs=true", "schedule.name=1f1b", "parallel.pipeline=2"),
     ),
     Feature(
         "kto",
@@ -113,7 +113,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
 )
 
-NOT_PAIRS = "it sends the two answers of pairs apart, and objective.loss_type reads other rows; set it to false"
+NOT_PAIRS = "it sends the two answers of pairs apart, and objective.loss_type reads rows that are no pairs; set it to false"
 
 EXCLUDED: tuple[Rule, ...] = (
     Rule("DeepSpeed", "context", "context parallelism is built for engine megatron only; use that or leave context at 1"),
@@ -162,6 +162,7 @@ NEEDS: tuple[Rule, ...] = (
     Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
     Rule("split pairs", "own schedule", "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
     Rule("interleaved reference", "pipeline", "without pipeline stages there are no bubbles to fill; leave it at before"),
+    Rule("split pairs", "pipeline", "without pipeline stages there is no bubble to shorten; set it to false"),
 )
 
 

@@ -134,8 +134,8 @@ def check_options(config: Any) -> None:
         )
     if (parallel.offload == "nvme") != (parallel.offload_dir is not None):
         raise UserError(
-            f"parallel.offload_dir is {parallel.offload_dir!r} with parallel.offload {parallel.offload}; "
-            "nvme needs a directory, and nothing else reads one"
+            f"parallel.offload_dir is {parallel.offload_dir or 'null'} with parallel.offload {parallel.offload}; "
+            "nvme needs a directory, and nothing else reads one: set the one or leave out the other"
         )
     if parallel.offload == "nvme" and config.reference.sync_every is not None:
         raise UserError(
@@ -166,7 +166,7 @@ def check_machine(parallel: Any, dtype: torch.dtype) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.engine is deepspeed, but the package deepspeed is not installed; "
-            "install it with pip install 'megadpo[deepspeed]' or set parallel.engine to megatron"
+            "install it (pip install deepspeed; constraints.txt has the tested version) or set parallel.engine to megatron"
         )
     if parallel.zero_stage == 0 and str(dtype) == "torch.bfloat16":
         raise UserError(

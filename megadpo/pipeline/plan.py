@@ -53,6 +53,10 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
     except OSError as error:
         raise UserError(f"--schedule {path} cannot be written: {error.strerror}") from error
     lines = [f"{layout}, {count} micro-batches a step, drawn in {path}"]
+    if config.schedule.split_pairs:
+        lines.append(
+            "  if both halves of a micro-batch cost the same: with long prompts the first one costs more, and it may not pay"
+        )
     lines += ["  " + _title(name, timing) for name, timing in panels]
     kept = "halves of micro-batches" if config.schedule.split_pairs else "micro-batches"
     lines.append(f"  most {kept} kept for their backward, by stage: {peak_activations(panels[-1][1].schedule)}")

@@ -15,7 +15,7 @@ from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world
 
 INTERLEAVED = {"name": "1f1b", "reference": "interleaved"}
-SPLIT = ("schedule.name=1f1b", "schedule.split_pairs=true")
+SPLIT = ("schedule.name=1f1b", "schedule.split_pairs=true", "parallel.pipeline=2")
 SIMPO = ("objective.loss_type=simpo", "reference.mode=none")
 
 
@@ -71,12 +71,13 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (SPLIT[:2], "without pipeline stages there is no bubble to shorten; set it to false"),
         (["schedule.split_pairs=true"], "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
         (
             [*SPLIT, "objective.loss_type=plackett_luce"],
             "schedule.split_pairs is true, but it sends the two answers of pairs",
         ),
-        ([*SPLIT, "objective.loss_type=bco"], "objective.loss_type reads other rows; set it to false"),
+        ([*SPLIT, "objective.loss_type=bco"], "objective.loss_type reads rows that are no pairs; set it to false"),
         (["schedule.name=zero-bubble"], "schedule.name: 'zero-bubble' is not known; choose one of: megatron, 1f1b"),
         (["schedule.reference=interleaved", "parallel.pipeline=2"], "set schedule.name to 1f1b"),
         (["schedule.reference=interleaved", "schedule.name=1f1b"], "without pipeline stages there are no bubbles"),

@@ -6,7 +6,7 @@ Counted are the storages of all tensors that are alive once a step's gradients a
 those that were alive before the engine. In fp32 with N replicas and P parameters the formula is: stage 0 16 P (weights,
 gradients, two moments); stages 1 and 2 4 P + 16 P / N (DeepSpeed keeps the weights it updates apart; stage 1 has another
 4 P of gradients while it adds micro-batches up); stage 3 16 P / N.
-Stage 3 also keeps small parameters and those that are soon used again, which shows in small models; what, a DeepSpeed JSON says.
+Stage 3 also keeps small parameters and those soon used again (a DeepSpeed JSON says which), which shows in small models.
 """
 
 from __future__ import annotations

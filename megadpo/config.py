@@ -212,6 +212,9 @@ class ScheduleConfig:
     split_pairs: bool = False
     """Send a micro-batch's chosen and rejected answers through the stages one after the other (with `name: 1f1b`): the
     same numbers, and finer fill and drain where prompts are short; slower where they are long. `false` = together."""
+    zero_bubble: bool = False
+    """Do the products of weight gradients, which no other stage waits for, after what others wait for (ZB-H1, with `name:
+    1f1b` and `engine: megatron`): the same numbers, less waiting; every stage keeps as many micro-batches as the first."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ModelConfig
+from megadpo.config import ModelConfig, ScheduleConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.pack import IntArray
 from megadpo.data.packing import Packing
@@ -109,7 +109,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
         return References(absent, absent)
     if mode == "resident":
         stage, schedule = frozen(), plan.config.schedule
-        reference = resident(stage, ld_alpha, schedule.name)
+        reference = resident(stage, ld_alpha, schedule)
         beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
         return References(reference, reference, stage, beside)
     if mode == "precomputed":
@@ -122,7 +122,7 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     say(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
     if table.is_whole:
         return References(precomputed(table.logps_R, table.groups), held_out)
-    return References(resident(frozen(), ld_alpha, plan.config.schedule.name), held_out, frozen(), table=table)
+    return References(resident(frozen(), ld_alpha, plan.config.schedule), held_out, frozen(), table=table)
 
 
 def _cache_path(plan: Plan, packing: Packing) -> Path:
@@ -159,10 +159,10 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None, schedule_name: str = "megatron") -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    forward_only = passes_by(schedule_name).forward_only
+    forward_only = passes_by(schedule or ScheduleConfig()).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 

@@ -167,13 +167,13 @@ def build_engine(plan: Plan) -> Engine:
         from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
 
         stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
-        return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
+        return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.megatron import MegatronEngine
 
     stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule.name)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
 
 
 def training_loop(run: Run) -> Metrics:

@@ -52,7 +52,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "parallel": "engine tensor sequence pipeline virtual_pipeline pipeline_layout context context_method expert "
         "expert_tensor zero_stage offload offload_dir overlap "
         "gradient_accumulation_fusion deepspeed_config",
-        "schedule": "name reference split_pairs",
+        "schedule": "name reference split_pairs zero_bubble",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
         "schedule weight_decay betas eps moments_dtype clip_norm recompute recompute_method recompute_num_layers "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",

@@ -56,11 +56,18 @@ def test_deepspeed_is_told_of_overlap_in_its_own_file(overlap):
         load_config({}, ["parallel.engine=deepspeed", f"parallel.overlap={overlap}"])
 
 
-def test_deepspeed_has_no_sum_that_a_product_could_add_to():
+@pytest.mark.parametrize("fusion", ["true", "false"])
+def test_deepspeed_has_no_sum_that_a_product_could_add_to(fusion):
     with pytest.raises(
-        UserError, match=r"^parallel\.gradient_accumulation_fusion is true, but parallel\.engine is deepspeed"
+        UserError, match=rf"^parallel\.gradient_accumulation_fusion is {fusion}, but parallel\.engine is deepspeed"
     ):
-        load_config({}, ["parallel.engine=deepspeed", "parallel.gradient_accumulation_fusion=true"])
+        load_config({}, ["parallel.engine=deepspeed", f"parallel.gradient_accumulation_fusion={fusion}"])
+
+
+def test_products_that_are_put_off_are_products_that_add_up():
+    overrides = ["schedule={name: 1f1b, zero_bubble: true}", "parallel.pipeline=2"]
+    with pytest.raises(UserError, match=r"^parallel\.gradient_accumulation_fusion is false, but schedule\.zero_bubble"):
+        load_config({}, [*overrides, "parallel.gradient_accumulation_fusion=false"])
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):

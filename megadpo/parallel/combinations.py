@@ -106,6 +106,12 @@ FEATURES: tuple[Feature, ...] = (
         ("schedule.split_pairs=true", "schedule.name=1f1b", "parallel.pipeline=2"),
     ),
     Feature(
+        "zero bubble",
+        "schedule.zero_bubble",
+        lambda c: c.schedule.zero_bubble,
+        ("schedule.zero_bubble=true", "schedule.name=1f1b", "parallel.pipeline=2"),
+    ),
+    Feature(
         "kto",
         "objective.loss_type",
         lambda c: measures_kl(c.objective.loss_types),
@@ -150,6 +156,14 @@ EXCLUDED: tuple[Rule, ...] = (
         "several chunks of a stage take turns by whole micro-batches; leave parallel.virtual_pipeline at 1",
     ),
     Rule("split pairs", "kto", NOT_PAIRS),
+    Rule("zero bubble", "DeepSpeed", "weight gradients are put off by engine megatron only; use that or set it to false"),
+    Rule("zero bubble", "TransformerEngine", "only local layers put weight gradients off; use those or set it to false"),
+    Rule(
+        "zero bubble",
+        "virtual pipeline",
+        "weight gradients are put off with one chunk a stage only; leave parallel.virtual_pipeline at 1",
+    ),
+    Rule("zero bubble", "split pairs", "weight gradients are put off for whole micro-batches only; set one to false"),
 )
 
 NEEDS: tuple[Rule, ...] = (
@@ -162,6 +176,8 @@ NEEDS: tuple[Rule, ...] = (
     Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
     Rule("split pairs", "own schedule", "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
     Rule("interleaved reference", "pipeline", "without pipeline stages there are no bubbles to fill; leave it at before"),
+    Rule("zero bubble", "own schedule", "Megatron's schedules do a backward in one; set schedule.name to 1f1b"),
+    Rule("zero bubble", "pipeline", "without pipeline stages there is no bubble to fill; set it to false"),
     Rule("split pairs", "pipeline", "without pipeline stages there is no bubble to shorten; set it to false"),
 )
 

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from torch import Tensor
 
 from megadpo.checkpoint.hf import fill_shard
-from megadpo.config import ModelConfig, ParallelConfig, TrainConfig
+from megadpo.config import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage, load_weights
@@ -56,10 +56,13 @@ STATE_KINDS = ("weights", *MOMENTS)
 class ZeroEngine:
     """See `megadpo.parallel.engine.Engine`."""
 
-    def __init__(self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule_name: str = "megatron") -> None:
-        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`. `schedule_name`: as `schedule.name`."""
+    def __init__(
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+    ) -> None:
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
         prepare_deepspeed()
-        self.stage, self.train, self.parallel, self.passes = stage, train, parallel, passes_by(schedule_name)
+        self.stage, self.train, self.parallel = stage, train, parallel
+        self.passes = passes_by(schedule or ScheduleConfig())
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)

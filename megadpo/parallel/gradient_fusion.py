@@ -4,14 +4,19 @@ Megatron leaves such a gradient to autograd, as a tensor of its own, which a hoo
 `gradient_accumulation_fusion` the product itself adds to `main_grad`, by Apex's extension; where that is missing, torch's
 products do it here. Norms, biases, embeddings and routers stay with autograd; the log-prob head has its own way
 (`Engine.gradient_buffer`).
+
+Such a product is read by nobody before the end of the step, so it can also be put off (`schedule.zero_bubble`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -57,6 +62,37 @@ def fuse_gradients(models: Iterable[Any], way: str) -> None:
                 module.fuse_wgrad_accumulation = True
 
 
+class Products:
+    """Products of weight gradients that a backward has left for later; each keeps its operands."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def append(self, product: Callable[[], None]) -> None:
+        self._waiting.append(product)
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Do them, in the order of the backward."""
+        while self._waiting:
+            self._waiting.popleft()()
+
+
+_open: Products | None = None
+
+
+@contextmanager
+def put_off() -> Iterator[Products]:
+    """Within it, backwards of linear layers under `fuse_gradients` leave their products of weight gradients in what this
+    gives."""
+    global _open
+    _open = Products()
+    try:
+        yield _open
+    finally:
+        _open = None
+
+
 class _TorchProducts:
     """What Megatron calls of Apex's `fused_weight_gradient_mlp_cuda`."""
 
@@ -67,7 +103,8 @@ class _TorchProducts:
 
 
 class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
-    """Megatron's linear layer, whose weight is marked also where it is not what autograd saved of it.
+    """Megatron's linear layer, whose weight is marked also where it is not what autograd saved of it; and whose weight
+    gradient can be put off.
 
     Megatron marks the saved tensor, which under hooks (offloaded activations) is another one, and there hands no gradient to
     the hook that starts the reduction. As otherwise, that gets a stand-in, which nobody reads: so that on CUDA it runs on
@@ -81,8 +118,38 @@ class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        results = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
-        if not ctx.gradient_accumulation_fusion or results[1] is not None:
+        if not ctx.gradient_accumulation_fusion:
+            return LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
+        if _open is not None:
+            results = _without_weights(ctx, gradients[0], _open)
+        else:
+            results = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
+        if results[1] is not None:
             return results
         ctx.weight.grad_added_to_main_grad = True
         return results[0], torch.empty_like(ctx.weight), *results[2:]
+
+
+def _without_weights(ctx: Any, gradient: Tensor, products: Products) -> tuple[Tensor | None, ...]:
+    """Megatron's backward of a linear layer, whose product for the weight goes to `products`."""
+    input, weight = ctx.saved_tensors
+    group, main_grad = ctx.tp_group, ctx.weight.main_grad
+    below = gradient.matmul(weight)
+    if ctx.allreduce_dgrad:
+        dist.all_reduce(below, group=group)
+    if ctx.sequence_parallel:
+        whole, below = below, torch.empty_like(input)
+        dist.reduce_scatter_tensor(below, whole.contiguous(), group=group)
+
+    def product() -> None:
+        read = input
+        if ctx.sequence_parallel:
+            read = input.new_empty((input.shape[0] * dist.get_world_size(group), *input.shape[1:]))
+            dist.all_gather_into_tensor(read, input.contiguous(), group=group)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        add = tensor_parallel_layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32
+        add(read.reshape(-1, read.shape[-1]), rows, main_grad)
+
+    products.append(product)
+    bias = gradient.flatten(0, -2).sum(dim=0) if ctx.use_bias else None
+    return below, None, bias, *(None,) * 6

@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megadpo.config import ParallelConfig, TrainConfig
+from megadpo.config import ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.micro_batch import MicroBatch
 from megadpo.model.build import Stage
 from megadpo.model.routing import RouterWatch
@@ -42,14 +42,12 @@ class MegatronEngine:
         stage: Stage,
         train: TrainConfig,
         parallel: ParallelConfig | None = None,
-        schedule_name: str = "megatron",
+        schedule: ScheduleConfig | None = None,
     ) -> None:
-        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults.
-
-        `schedule_name`: as `schedule.name`.
-        """
+        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults."""
         parallel = ParallelConfig() if parallel is None else parallel
-        self.passes = passes_by(schedule_name)
+        schedule = ScheduleConfig() if schedule is None else schedule
+        self.passes = passes_by(schedule)
         self.stage = stage
         self.train = train
         self.overlap = torch.cuda.is_available() if parallel.overlap is None else parallel.overlap
@@ -64,7 +62,8 @@ class MegatronEngine:
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
         params_dtype = stage.models[0].config.params_dtype
-        self.fusion = choose_fusion(parallel.gradient_accumulation_fusion, compute_device(), params_dtype, stage.layers.kind)
+        requested = True if schedule.zero_bubble else parallel.gradient_accumulation_fusion
+        self.fusion = choose_fusion(requested, compute_device(), params_dtype, stage.layers.kind)
         fuse_gradients(stage.models, self.fusion)
         if self.overlap:
             # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.

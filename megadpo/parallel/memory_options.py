@@ -60,16 +60,22 @@ def _check_engine(config: Config) -> None:
                 f"parallel.overlap is {str(parallel.overlap).lower()}, but parallel.engine is {parallel.engine}; "
                 "set zero_optimization.overlap_comm in a parallel.deepspeed_config instead"
             )
-        if parallel.gradient_accumulation_fusion:
+        if parallel.gradient_accumulation_fusion is not None:
+            fusion = str(parallel.gradient_accumulation_fusion).lower()
             raise UserError(
-                f"parallel.gradient_accumulation_fusion is true, but parallel.engine is {parallel.engine}, which keeps no "
-                "sum that a product could add to; use engine megatron or remove it"
+                f"parallel.gradient_accumulation_fusion is {fusion}, but parallel.engine is {parallel.engine}, which "
+                "keeps no sum that a product could add to; use engine megatron or remove it"
             )
         if moments != "fp32":
             raise UserError(
                 f"train.moments_dtype is {moments}, but parallel.engine is {parallel.engine}, whose optimizer keeps them in "
                 "fp32; use engine megatron or leave it at fp32"
             )
+    if config.schedule.zero_bubble and parallel.gradient_accumulation_fusion is False:
+        raise UserError(
+            "parallel.gradient_accumulation_fusion is false, but schedule.zero_bubble puts off the products that it "
+            "makes add up; leave it at null"
+        )
     if moments != "fp32" and parallel.offload != "none":
         raise UserError(
             f"train.moments_dtype is {moments}, but parallel.offload is {parallel.offload}, where moments are kept and "

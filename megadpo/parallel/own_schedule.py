@@ -25,11 +25,12 @@ from megadpo.model.prompt_keys import PromptKeys
 from megadpo.model.routing import RouterWatch
 from megadpo.parallel import schedule as megatrons
 from megadpo.parallel.engine import ResponseGradient
+from megadpo.parallel.gradient_fusion import Products, put_off
 from megadpo.pipeline import fill
 from megadpo.pipeline.beside import ReferenceBeside, ReferencePass
 from megadpo.pipeline.executor import Work, carry_out
 from megadpo.pipeline.program import Program, program
-from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, Op, Schedule
+from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS, Op, Schedule
 from megadpo.pipeline.schedule import forward_only as forward_only_schedule
 from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.platform.device import compute_device
@@ -56,19 +57,24 @@ def forward_backward(
     ld_alpha: float | None = None,
     watch: RouterWatch | None = None,
     beside: ReferenceBeside | None = None,
+    is_zero_bubble: bool = False,
 ) -> None:
     """See `schedule.forward_backward`.
 
     Args:
         beside: the reference whose forwards run among the policy's operations.
+        is_zero_bubble: gradients of weights are operations of their own; the linear layers must put them off for that
+            (gradient_fusion.fuse_gradients).
     """
-    work = _Work(models, micro_batches, response_gradient, ld_alpha, watch)
-    costs = _costs(models[0])
+    work = _Work(models, micro_batches, response_gradient, ld_alpha, watch, is_zero_bubble)
+    recomputes = get_model_config(models[0]).recompute_granularity == "full"
+    costs = fill.proportions(recomputes, is_zero_bubble)
+    sizes = _num_stages(), len(micro_batches), len(models), _num_halves(micro_batches)
+    policy = fill.policy_alone(*sizes, is_zero_bubble)
     if beside is None:
-        sizes = _num_stages(), len(micro_batches), len(models), _num_halves(micro_batches)
-        run(fill.policy_alone(*sizes), costs, work)
+        run(policy, costs, work)
     else:
-        _with_reference(work, costs, beside)
+        _with_reference(policy, work, costs, beside)
     work.finish_gradients()
 
 
@@ -96,17 +102,10 @@ def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool)
     return program(simulate(schedule, costs), stage, receives_early)
 
 
-def _with_reference(work: _Work, costs: Costs, beside: ReferenceBeside) -> None:
+def _with_reference(policy: Schedule, work: _Work, costs: Costs, beside: ReferenceBeside) -> None:
     this_step, ahead = beside.this_step, beside.next_step
-    filled, progress = fill.with_reference(
-        _num_stages(),
-        len(work.micro_batches),
-        len(work.models),
-        this_step.done,
-        0 if ahead is None else len(ahead.micro_batches),
-        costs,
-        _num_halves(work.micro_batches),
-    )
+    num_ahead = 0 if ahead is None else len(ahead.micro_batches)
+    filled, progress = fill.with_reference(policy, this_step.done, num_ahead, costs)
     both = _Both(work, _reference_work(beside, this_step), None if ahead is None else _reference_work(beside, ahead))
     unread = run(filled, costs, both, this_step.received)
     this_step.received = {}
@@ -125,17 +124,22 @@ class _Work:
         response_gradient: ResponseGradient,
         ld_alpha: float | None,
         watch: RouterWatch | None,
+        is_zero_bubble: bool,
     ) -> None:
         self.models, self.micro_batches, self.ld_alpha, self.watch = models, micro_batches, ld_alpha, watch
-        self.response_gradient = response_gradient
+        self.response_gradient, self.is_zero_bubble = response_gradient, is_zero_bubble
         self.config = get_model_config(models[0])
         self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
         self._prompt_keys: dict[int, PromptKeys] = {}
         self._of_first_halves: dict[int, Tensor] = {}
+        self._put_off: dict[int, Products] = {}
         self._unsynced = [contextlib.ExitStack() for _ in models]
         self._hold_back_reductions()
 
     def do(self, op: Op, received: Tensor | None) -> Tensor | None:
+        if op.kind == WEIGHTS:
+            self._put_off.pop(op.micro_batch).add_up()
+            return None
         return self._backward(op, received) if op.kind == BACKWARD else self._forward(op, received)
 
     def empty(self, op: Op) -> Tensor:
@@ -159,10 +163,13 @@ class _Work:
         received, output = self._kept.pop((op.micro_batch, op.chunk, op.half))
         if has_head(op, len(self.models)):
             output = self._surrogate(op, output)
-        is_last = op.micro_batch == len(self.micro_batches) - 1 and op.half == 0
+        is_last = op.micro_batch == len(self.micro_batches) - 1 and op.half == 0 and not self.is_zero_bubble
         if is_last and (self.config.grad_sync_func is None or parallel_state.is_pipeline_first_stage()):
             self._unsynced[op.chunk].close()
-        below: Tensor | None = backward_step(received, output, gradient, get_model_type(model), self.config)
+        with put_off() if self.is_zero_bubble else contextlib.nullcontext() as products:
+            below: Tensor | None = backward_step(received, output, gradient, get_model_type(model), self.config)
+        if products is not None:
+            self._put_off[op.micro_batch] = products
         if op.half == 0:
             self._prompt_keys.pop(op.micro_batch, None)
         return None if below is None else below.contiguous()
@@ -199,6 +206,8 @@ class _Work:
             if functions is not None and not parallel_state.is_pipeline_first_stage():
                 reduce_gradients = functions[chunk] if isinstance(functions, list) else functions
                 reduce_gradients(self.models[chunk].parameters())
+            elif self.is_zero_bubble and self.config.no_sync_func is not None:
+                self.models[chunk].start_grad_sync()
 
 
 class _Forwards:
@@ -251,7 +260,7 @@ class _Both:
     """The policy's operations and the reference's, of this step and of the next."""
 
     def __init__(self, policy: _Work, reference: _Forwards, ahead: _Forwards | None) -> None:
-        self.of: dict[str, _Work | _Forwards | None] = {FORWARD: policy, BACKWARD: policy}
+        self.of: dict[str, _Work | _Forwards | None] = {FORWARD: policy, BACKWARD: policy, WEIGHTS: policy}
         self.of |= {REFERENCE: reference, AHEAD: ahead}
 
     def do(self, op: Op, received: Tensor | None) -> Tensor | None:
@@ -315,9 +324,3 @@ def _num_halves(micro_batches: Sequence[MicroBatch]) -> int:
 
 def _num_stages() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
-
-
-def _costs(model: Any) -> Costs:
-    """What places the reference's forwards: proportions, the same on all ranks."""
-    recomputes = get_model_config(model).recompute_granularity == "full"
-    return Costs(backward=3.0 if recomputes else 2.0, message=0.02)

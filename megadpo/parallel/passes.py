@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from megadpo.config import ScheduleConfig
 from megadpo.parallel import own_schedule, schedule
 
 
-def passes_by(name: str) -> Any:
-    """The module with `forward_only` and `forward_backward` for a `schedule.name`."""
-    return {"megatron": schedule, "1f1b": own_schedule}[name]
+class Passes(NamedTuple):
+    """As in schedule.py."""
+
+    forward_only: Callable[..., Any]
+    forward_backward: Callable[..., Any]
+
+
+def passes_by(options: ScheduleConfig) -> Passes:
+    """What does as the options say."""
+    if options.name == "megatron":
+        return Passes(schedule.forward_only, schedule.forward_backward)
+    forward_backward = functools.partial(own_schedule.forward_backward, is_zero_bubble=options.zero_bubble)
+    return Passes(own_schedule.forward_only, forward_backward)

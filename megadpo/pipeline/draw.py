@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE
+from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS
 from megadpo.pipeline.simulate import Timing
 
-COLOURS = {FORWARD: "#4c8bd6", BACKWARD: "#e39a3b", REFERENCE: "#57a868", AHEAD: "#a9d6b4"}
-NAMES = {FORWARD: "forward", BACKWARD: "backward", REFERENCE: "reference", AHEAD: "reference, next step"}
+COLOURS = {FORWARD: "#4c8bd6", BACKWARD: "#e39a3b", WEIGHTS: "#efc58d", REFERENCE: "#57a868", AHEAD: "#a9d6b4"}
+NAMES = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    WEIGHTS: "gradients of weights",
+    REFERENCE: "reference",
+    AHEAD: "reference, next step",
+}
 HALVES = ("chosen", "rejected")
 ROW, MARGIN, LETTER = 26, 70, 7
 """Pixels: the height of a row, the room for its name, the width of a digit."""

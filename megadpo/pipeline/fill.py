@@ -1,4 +1,5 @@
-"""A resident reference's forwards beside the policy's 1F1B: placed where a stage would otherwise wait.
+"""What a step does: the policy's operations, and a resident reference's forwards before them, or beside them where a
+stage would otherwise wait.
 
 Within one step there is nothing to gain: the last stage cannot begin before something has come through all stages, nor
 be the last to end. But the reference of the *next* step's micro-batches does not depend on this step's update. So a step
@@ -7,7 +8,7 @@ them while the policy's first forwards are on their way), and fills its gaps wit
 while they wait for the first backward, the last ones while the last backwards go back). What is left over is again a
 wave front for the next step's beginning. Where the reference moves between two steps, nothing is run ahead.
 
-A reference forward keeps no activations, so the policy's peak memory stays that of 1F1B.
+A reference forward keeps no activations, so the peak memory stays that of the policy alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megadpo.pipeline.schedule import (
     one_forward_one_backward,
     source_of,
     target_of,
+    zero_bubble,
 )
 from megadpo.pipeline.simulate import Costs, simulate
 
@@ -34,31 +36,52 @@ Progress = tuple[int, ...]
 """Of each stage: how many of a step's reference forwards it has done, in the order of `schedule.forward_only`."""
 
 
+def proportions(recomputes: bool = False, is_zero_bubble: bool = False) -> Costs:
+    """What operations and messages roughly cost, in forwards: the same on all ranks, so that all place the reference alike.
+
+    Args:
+        recomputes: whether a backward does its forward again.
+    """
+    costs = Costs(backward=3.0 if recomputes else 2.0, message=0.02)
+    return costs.with_weights_apart() if is_zero_bubble else costs
+
+
+@functools.lru_cache(maxsize=64)
+def policy_alone(
+    num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1, is_zero_bubble: bool = False
+) -> Schedule:
+    """The policy's operations, made once for each size of a step: 1F1B, or `schedule.zero_bubble` of whole micro-batches."""
+    if is_zero_bubble:
+        assert num_chunks == num_halves == 1, "whole micro-batches through one chunk a stage"
+        return zero_bubble(num_stages, num_micro_batches)
+    return one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
+
+
+def reference_before(policy: Schedule) -> Schedule:
+    """All of the reference's forwards, then the policy's operations."""
+    sizes = policy.num_stages, policy.num_micro_batches, policy.num_chunks
+    pairs = zip(forward_only(*sizes, REFERENCE, policy.num_halves).stages, policy.stages, strict=True)
+    return replace(policy, stages=tuple(first + then for first, then in pairs))
+
+
 @functools.lru_cache(maxsize=64)
 def with_reference(
-    num_stages: int,
-    num_micro_batches: int,
-    num_chunks: int = 1,
-    done: Progress | None = None,
-    num_ahead: int = 0,
-    costs: Costs | None = None,
-    num_halves: int = 1,
+    policy: Schedule, done: Progress | None = None, num_ahead: int = 0, costs: Costs | None = None
 ) -> tuple[Schedule, Progress]:
-    """1F1B with the reference's forwards of this step that are not `done`, and with some of the next step's.
+    """The policy's operations with the reference's forwards of this step that are not `done`, and with some of the next
+    step's.
 
     Args:
         done: of this step's reference forwards, what is; None: nothing.
         num_ahead: micro-batches of the next step; 0: nothing is run ahead.
         costs: what operations and messages roughly cost.
-        num_halves: 2 where micro-batches travel in halves.
 
     Returns:
         The schedule, and what of the next step's reference forwards is done after it.
     """
-    costs = costs or Costs()
-    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
-    own = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE, num_halves)
-    ahead = forward_only(num_stages, num_ahead, num_chunks, AHEAD, num_halves)
+    costs, num_stages = costs or Costs(), policy.num_stages
+    own = forward_only(num_stages, policy.num_micro_batches, policy.num_chunks, REFERENCE, policy.num_halves)
+    ahead = forward_only(num_stages, num_ahead, policy.num_chunks, AHEAD, policy.num_halves)
     left = [order[start:] for order, start in zip(own.stages, done or (0,) * num_stages, strict=True)]
     timing = simulate(policy, costs)
     gaps = timing.ends[0][-1] - sum(costs.of(0, op.kind) for op in policy.stages[0]) if policy.stages[0] else 0.0
@@ -67,20 +90,6 @@ def with_reference(
     stages = filler.run()
     progress = tuple(sum(op.kind == AHEAD for op in order) for order in stages)
     return replace(policy, stages=tuple(stages)), progress
-
-
-@functools.lru_cache(maxsize=64)
-def policy_alone(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
-    """1F1B, made once for each size of a step."""
-    return one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
-
-
-def reference_before(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
-    """All of the reference's forwards, then the policy's 1F1B."""
-    reference = forward_only(num_stages, num_micro_batches, num_chunks, REFERENCE, num_halves)
-    policy = one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
-    pairs = zip(reference.stages, policy.stages, strict=True)
-    return replace(policy, stages=tuple(first + then for first, then in pairs))
 
 
 class _Filler:

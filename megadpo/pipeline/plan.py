@@ -15,7 +15,7 @@ from megadpo.errors import UserError
 from megadpo.model.families import shard_parameters
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
 from megadpo.pipeline.draw import svg
-from megadpo.pipeline.fill import policy_alone, reference_before, with_reference
+from megadpo.pipeline.fill import policy_alone, proportions, reference_before, with_reference
 from megadpo.pipeline.schedule import Schedule
 from megadpo.pipeline.simulate import Costs, Timing, peak_activations, simulate
 
@@ -47,6 +47,8 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
     costs = stage_costs(hf_config, layout, config.train.recompute)
     if config.schedule.split_pairs:
         costs = costs.in_halves()
+    if config.schedule.zero_bubble:
+        costs = costs.with_weights_apart()
     panels = [(name, simulate(schedule, costs)) for name, schedule in _steps(config, layout, count)]
     try:
         Path(path).write_text(svg([(_title(name, timing), timing) for name, timing in panels]), encoding="utf-8")
@@ -90,15 +92,16 @@ def _matrix_parameters(hf_config: Any, layout: Layout, stage: int) -> int:
 
 
 def _steps(config: Config, layout: Layout, count: int) -> list[tuple[str, Schedule]]:
-    sizes, num_halves = (layout.pipeline, count, layout.virtual), 2 if config.schedule.split_pairs else 1
+    schedule = config.schedule
+    policy = policy_alone(layout.pipeline, count, layout.virtual, 2 if schedule.split_pairs else 1, schedule.zero_bubble)
     if config.reference.mode != "resident":
-        return [("every step", policy_alone(*sizes, num_halves))]
-    if config.schedule.reference == "before":
-        return [("every step", reference_before(*sizes, num_halves))]
-    steps, done = [], None
+        return [("every step", policy)]
+    if schedule.reference == "before":
+        return [("every step", reference_before(policy))]
+    steps, done, costs = [], None, proportions(config.train.recompute == "full", schedule.zero_bubble)
     for name, ahead in (("first step", count), ("second step", count), ("last step", 0)):
-        schedule, done = with_reference(*sizes, done, ahead, Costs(message=MESSAGE), num_halves)
-        steps.append((name, schedule))
+        whole, done = with_reference(policy, done, ahead, costs)
+        steps.append((name, whole))
     return steps
 
 

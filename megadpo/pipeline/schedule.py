@@ -8,6 +8,8 @@ Chunk c of stage s is the model's part number c x stages + s, as everywhere.
 A micro-batch of pairs may travel as two halves: half 0 has the prompts and the chosen answers, half 1 the rejected ones. On
 every stage half 0 goes forward first, since half 1 reads its prompts' keys, and backward last, since half 1's backward
 gives these their gradients. The loss is formed on the last stage before half 1's backward.
+
+A backward may leave the gradients of weights, which no other stage waits for, to an operation of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FORWARD, BACKWARD, REFERENCE, AHEAD = "forward", "backward", "reference", "ahead"
+FORWARD, BACKWARD, REFERENCE, AHEAD, WEIGHTS = "forward", "backward", "reference", "ahead", "weights"
 """Kinds of operations: the policy's forward and backward, the reference's forward of this step's micro-batch, and of the
-next step's."""
-KINDS = (FORWARD, BACKWARD, REFERENCE, AHEAD)
+next step's; and what a backward has left of a micro-batch's gradients of weights."""
+KINDS = (FORWARD, BACKWARD, REFERENCE, AHEAD, WEIGHTS)
 
 
 class Op(NamedTuple):
@@ -73,6 +75,8 @@ class Schedule:
 
 def source_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
     """The (stage, operation) whose outcome `op` on `stage` reads; None: it begins, or turns around, here."""
+    if op.kind == WEIGHTS:
+        return None
     if op.kind != BACKWARD:
         if stage > 0:
             return stage - 1, op
@@ -84,6 +88,8 @@ def source_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int
 
 def target_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
     """The (stage, operation) that reads the outcome of `op` on `stage`; None: it ends here."""
+    if op.kind == WEIGHTS:
+        return None
     if op.kind == BACKWARD:
         if stage > 0:
             return stage - 1, op
@@ -123,6 +129,24 @@ def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks
         turns = (op for pair in zip(forwards[lead:], backwards, strict=False) for op in pair)
         stages.append((*forwards[:lead], *turns, *backwards[len(forwards) - lead :]))
     return Schedule(tuple(stages), num_chunks, num_halves)
+
+
+def zero_bubble(num_stages: int, num_micro_batches: int) -> Schedule:
+    """ZB-H1 (arXiv:2401.10241): 1F1B whose backwards leave the gradients of weights to operations of their own.
+
+    Stage s does these s micro-batches later, so that what other stages wait for goes first, and they fill its last gaps. No
+    stage keeps more than `num_stages` micro-batches, as 1F1B's first one does.
+    """
+    stages = []
+    for stage, order in enumerate(one_forward_one_backward(num_stages, num_micro_batches).stages):
+        later = [Op(WEIGHTS, number) for number in range(num_micro_batches)]
+        mixed: list[Op] = []
+        for op in order:
+            mixed.append(op)
+            if op.kind == BACKWARD and op.micro_batch >= stage:
+                mixed.append(later.pop(0))
+        stages.append((*mixed, *later))
+    return Schedule(tuple(stages))
 
 
 def _rounds(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megadpo.pipeline.schedule import BACKWARD, FORWARD, KINDS, REFERENCE, Op, Schedule
+from megadpo.pipeline.schedule import BACKWARD, FORWARD, KINDS, REFERENCE, WEIGHTS, Op, Schedule
 
 _PENDING = -1.0
 
@@ -28,21 +28,29 @@ class Costs:
     Attributes:
         forward, backward, reference: of a micro-batch, or of a half of one, on one chunk; the same on every stage, or one
             for each.
+        weights: what a backward leaves of it where the gradients of weights are an operation of their own.
         message: from the end of an operation to where another stage can use its outcome.
     """
 
     forward: float | tuple[float, ...] = 1.0
     backward: float | tuple[float, ...] = 2.0
     reference: float | tuple[float, ...] = 1.0
+    weights: float | tuple[float, ...] = 0.0
     message: float = 0.0
 
     def in_halves(self) -> Costs:
         """From the costs of micro-batches those of their halves, as if both had the same."""
         return replace(self, forward=_half(self.forward), backward=_half(self.backward), reference=_half(self.reference))
 
+    def with_weights_apart(self) -> Costs:
+        """The same where a backward leaves the gradients of weights, which have as many products as a forward."""
+        num_stages = max(len(cost) if isinstance(cost, tuple) else 1 for cost in (self.forward, self.backward))
+        rest = tuple(self.of(stage, BACKWARD) - self.of(stage, FORWARD) for stage in range(num_stages))
+        return replace(self, backward=rest if num_stages > 1 else rest[0], weights=self.forward)
+
     def of(self, stage: int, kind: str) -> float:
         """What an operation of this kind costs there."""
-        cost = self.backward if kind == BACKWARD else self.forward if kind == FORWARD else self.reference
+        cost = {FORWARD: self.forward, BACKWARD: self.backward, WEIGHTS: self.weights}.get(kind, self.reference)
         return cost[stage] if isinstance(cost, tuple) else cost
 
 
@@ -85,12 +93,14 @@ def _pairs(timing: Timing) -> Iterator[tuple[Sequence[float], Sequence[float]]]:
 
 
 def peak_activations(schedule: Schedule) -> list[int]:
-    """Of each stage: the most forwards (micro-batch, chunk and half) whose activations wait for their backward at once."""
+    """Of each stage: the most forwards (micro-batch, chunk and half) whose activations are kept at once, until all of their
+    backward is done."""
+    last = WEIGHTS if any(op.kind == WEIGHTS for _, op in schedule.ops()) else BACKWARD
     peaks = []
     for order in schedule.stages:
         live = peak = 0
         for op in order:
-            live += (op.kind == FORWARD) - (op.kind == BACKWARD)
+            live += (op.kind == FORWARD) - (op.kind == last)
             peak = max(peak, live)
         peaks.append(peak)
     return peaks
@@ -166,6 +176,7 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
         source_stage = np.where(backwards, stage + 1, stage - 1)
         source = own + span * ((source_stage == num_stages).astype(int) - (source_stage < 0))
         begins = ((source_stage < 0) & (chunk == 0)) | ((source_stage == num_stages) & (chunk == num_chunks - 1))
+        begins |= own >= start_of[WEIGHTS]
         source_stage, source = source_stage % num_stages, np.where(begins, own, source)
         is_made = order_of[source_stage, source] >= 0
         _check(
@@ -191,6 +202,11 @@ def _check_places(
     forward, reference = (KINDS.index(kind) * part for kind in (FORWARD, REFERENCE))
     forwards = order_of[np.where(backwards, forward + number, own)]
     _check(schedule, stage, ~backwards | (forwards >= 0) & (forwards < place), "its forward does not come before it")
+    weights = own >= KINDS.index(WEIGHTS) * part
+    own_backwards = order_of[np.where(weights, KINDS.index(BACKWARD) * part + number, own)]
+    _check(
+        schedule, stage, ~weights | (own_backwards >= 0) & (own_backwards < place), "its backward does not come before it"
+    )
     references = order_of[np.where(turns, reference + number, own)]
     _check(schedule, stage, ~turns | (references < place), "the reference's forward does not come before it")
     if schedule.num_halves == 2:

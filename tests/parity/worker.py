@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ModelConfig, ObjectiveConfig, ParallelConfig, TrainConfig
+from megadpo.config import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -176,7 +176,7 @@ def _outcome(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
-    engine = MegatronEngine(stage, train, parallel, case.schedule)
+    engine = MegatronEngine(stage, train, parallel, ScheduleConfig(case.schedule))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

@@ -30,7 +30,6 @@ PIPELINE_4 = [
 
 def check(found: list, cases: list[Case]) -> None:
     """No difference on any rank, and margins of exactly zero where policy and reference are one."""
-    """No difference on any rank, and margins of exactly zero where policy and reference are one."""
     for ranks, case in zip(zip(*found, strict=True), cases, strict=True):
         assert [rank.different for rank in ranks] == [[]] * len(ranks), str(case)
         margins = [rank.first_margins for rank in ranks if len(rank.first_margins)]

@@ -14,7 +14,7 @@ from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
 from megadpo.pipeline.draw import COLOURS
 from megadpo.pipeline.plan import stage_costs
-from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE
+from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS
 from tests.models import save_model
 
 
@@ -32,7 +32,7 @@ def drawn(path: Path) -> dict[str, int]:
     """How many operations of each kind a picture has."""
     root = ElementTree.fromstring(path.read_text())
     boxes = [box.get("fill") for box in root.iter("{http://www.w3.org/2000/svg}rect") if len(box)]
-    return {kind: boxes.count(colour) for kind, colour in COLOURS.items()}
+    return {kind: boxes.count(colour) for kind, colour in COLOURS.items() if colour in boxes}
 
 
 TWO_STAGES = ("parallel.pipeline=2", "parallel.pipeline_layout=null")
@@ -42,7 +42,7 @@ INTERLEAVED = ("schedule.name=1f1b", "schedule.reference=interleaved")
 def test_every_operation_of_a_step_is_a_box_and_the_idle_share_is_told(files, tmp_path, capsys):
     path = tmp_path / "plain.svg"
     assert cli.main(["plan", str(files / "run.yaml"), "--schedule", str(path), "--micro-batches", "8"]) == 0
-    assert drawn(path) == {FORWARD: 32, BACKWARD: 32, REFERENCE: 32, AHEAD: 0}
+    assert drawn(path) == {FORWARD: 32, BACKWARD: 32, REFERENCE: 32}
     before = capsys.readouterr().out
     path = tmp_path / "filled.svg"
     arguments = ["plan", str(files / "run.yaml"), *INTERLEAVED, "--schedule", str(path), "--micro-batches", "8"]
@@ -59,9 +59,21 @@ def test_halves_of_pairs_are_boxes_of_their_own(files, tmp_path, capsys):
     path = tmp_path / "split.svg"
     arguments = ["schedule.name=1f1b", "schedule.split_pairs=true", "--schedule", str(path), "--micro-batches", "8"]
     assert cli.main(["plan", str(files / "run.yaml"), *arguments]) == 0
-    assert drawn(path) == {FORWARD: 64, BACKWARD: 64, REFERENCE: 64, AHEAD: 0}
+    assert drawn(path) == {FORWARD: 64, BACKWARD: 64, REFERENCE: 64}
     assert "backward of micro-batch 0, rejected" in path.read_text()
     assert "most halves of micro-batches kept for their backward, by stage: [5, 4, 3, 2]" in capsys.readouterr().out
+
+
+def test_weight_gradients_that_are_put_off_are_boxes_too(files, tmp_path, capsys):
+    path = tmp_path / "zero.svg"
+    arguments = ["schedule.name=1f1b", "schedule.zero_bubble=true", "--schedule", str(path), "--micro-batches", "8"]
+    alone = ["reference.mode=none", "objective.loss_type=simpo"]
+    assert cli.main(["plan", str(files / "run.yaml"), *arguments, *alone]) == 0
+    assert drawn(path) == {FORWARD: 32, BACKWARD: 32, WEIGHTS: 32}
+    assert "gradients of weights of micro-batch 0" in path.read_text()
+    printed = capsys.readouterr().out
+    assert "most micro-batches kept for their backward, by stage: [4, 4, 4, 4]" in printed
+    assert float(re.findall(r"idle share ([\d.]+)%", printed)[0]) < 15, "1F1B: 28 %"
 
 
 def test_a_heavier_stage_costs_more_and_the_head_counts(files):

@@ -48,9 +48,10 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
     weights, others = _weights(tmp_path / "ours"), _weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
     apart = run_world(2, _train, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
-    assert apart[0]["rewards/margins"] == 0.0
-    for record, whole in zip(apart, theirs, strict=True):
-        assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "pairs whose answers travel apart, over several steps"
+    put_off = run_world(2, _train, settings("put_off", INTERLEAVED | {"zero_bubble": True}))[0]
+    assert apart[0]["rewards/margins"] == put_off[0]["rewards/margins"] == 0.0
+    for record, whole in zip((*apart, *put_off), (*theirs, *theirs), strict=True):
+        assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
 
 
 def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path: Path) -> None:
@@ -79,6 +80,8 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
         ),
         ([*SPLIT, "objective.loss_type=bco"], "objective.loss_type reads rows that are no pairs; set it to false"),
         (["schedule.name=zero-bubble"], "schedule.name: 'zero-bubble' is not known; choose one of: megatron, 1f1b"),
+        (["schedule.zero_bubble=true"], "Megatron's schedules do a backward in one; set schedule.name to 1f1b"),
+        (["schedule={name: 1f1b, zero_bubble: true}"], "without pipeline stages there is no bubble to fill"),
         (["schedule.reference=interleaved", "parallel.pipeline=2"], "set schedule.name to 1f1b"),
         (["schedule.reference=interleaved", "schedule.name=1f1b"], "without pipeline stages there are no bubbles"),
         (

@@ -15,10 +15,12 @@ from megadpo.pipeline.schedule import (
     BACKWARD,
     FORWARD,
     REFERENCE,
+    WEIGHTS,
     Op,
     Schedule,
     forward_only,
     one_forward_one_backward,
+    zero_bubble,
 )
 from megadpo.pipeline.simulate import Costs, ScheduleError, peak_activations, simulate
 
@@ -101,9 +103,11 @@ def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, 
     for schedule in (
         one_forward_one_backward(num_stages, num_micro_batches, num_chunks),
         forward_only(num_stages, num_micro_batches, num_chunks),
-        with_reference(num_stages, num_micro_batches, num_chunks, None, num_micro_batches)[0],
+        with_reference(one_forward_one_backward(num_stages, num_micro_batches, num_chunks), None, num_micro_batches)[0],
         one_forward_one_backward(num_stages, num_micro_batches, num_halves=2),
-        with_reference(num_stages, num_micro_batches, 1, None, num_micro_batches, num_halves=2)[0],
+        with_reference(one_forward_one_backward(num_stages, num_micro_batches, 1, 2), None, num_micro_batches)[0],
+        zero_bubble(num_stages, num_micro_batches),
+        with_reference(zero_bubble(num_stages, num_micro_batches), None, num_micro_batches)[0],
     ):
         assert runs_without_buffers(schedule, costs)
 
@@ -120,8 +124,8 @@ def test_every_reference_forward_is_done_once_and_in_time(
     done = None
     for step, (own, ahead) in enumerate(zip(counts, [*counts[1:], 0], strict=True)):
         before_it = done or (0,) * num_stages
-        schedule, done = with_reference(num_stages, own, num_chunks, done, ahead, costs, num_halves)
         policy = one_forward_one_backward(num_stages, own, num_chunks, num_halves)
+        schedule, done = with_reference(policy, done, ahead, costs)
         reference = forward_only(num_stages, own, num_chunks, REFERENCE, num_halves)
         for stage, order in enumerate(schedule.stages):
             assert tuple(op for op in order if op.kind in (FORWARD, BACKWARD)) == policy.stages[stage]
@@ -164,19 +168,38 @@ def test_the_bubble_of_1f1b_is_the_formula_s(num_stages: int, num_micro_batches:
 
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (2, 16), (4, 12), (4, 32), (8, 32)])
 def test_the_next_step_s_reference_forwards_fill_the_bubbles(num_stages: int, num_micro_batches: int) -> None:
-    base, done = simulate(reference_before(num_stages, num_micro_batches), Costs()).idle_share, None
+    policy = one_forward_one_backward(num_stages, num_micro_batches)
+    base, done = simulate(reference_before(policy), Costs()).idle_share, None
     for step in range(4):
-        schedule, done = with_reference(num_stages, num_micro_batches, 1, done, num_micro_batches)
+        schedule, done = with_reference(policy, done, num_micro_batches)
         share = simulate(schedule, Costs()).idle_share
         assert share <= (0.55 if step == 0 else 0.1) * base
 
 
+def test_zero_bubble_puts_off_what_no_other_stage_waits_for() -> None:
+    def order(text: str) -> tuple[Op, ...]:
+        return tuple(Op({"F": FORWARD, "B": BACKWARD, "W": WEIGHTS}[name[0]], int(name[1])) for name in text.split())
+
+    assert zero_bubble(2, 3).stages == (order("F0 F1 B0 W0 F2 B1 W1 B2 W2"), order("F0 B0 F1 B1 W0 F2 B2 W1 W2"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 100))
+@example(64, 100)
+def test_zero_bubble_has_a_third_of_the_bubble_and_keeps_no_more_than_the_first_stage(num_stages: int, more: int) -> None:
+    num_micro_batches = num_stages + more
+    timing = simulate(zero_bubble(num_stages, num_micro_batches), Costs().with_weights_apart())
+    assert timing.seconds == 3 * num_micro_batches + num_stages - 1, "ZB-H1: (stages - 1) (forward + backward - weights)"
+    assert max(peak_activations(timing.schedule)) <= num_stages
+
+
 def test_schedules_that_cannot_be_carried_out_are_told() -> None:
-    forward, backward = Op(FORWARD, 0), Op(BACKWARD, 0)
+    forward, backward, weights = Op(FORWARD, 0), Op(BACKWARD, 0), Op(WEIGHTS, 0)
     for stages, message in (
         (((forward, backward), (backward, forward)), "its forward does not come before it"),
         (((backward, forward), (forward, backward)), "its forward does not come before it"),
         (((forward, backward), ()), "nobody makes what it reads"),
+        (((forward, weights, backward), (forward, backward)), "its backward does not come before it"),
         (((forward, forward), (forward,)), "twice"),
         (((forward, backward), (forward, backward, Op(REFERENCE, 0))), "the reference's forward does not come before it"),
     ):

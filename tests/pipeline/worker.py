@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
+from megadpo.config import ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -20,6 +20,9 @@ from tests.parallel import zero_worker
 
 NUM_STEPS, MOVES_AFTER = 3, 1
 """The reference may move halfway to the policy after the second of three steps."""
+
+
+MEGATRONS, OURS = ScheduleConfig(), ScheduleConfig("1f1b")
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,38 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
     results = []
     for case in cases:
         with joined_world(case.layout, seed=1):
-            theirs = _steps(model, reference, groups, case, "megatron", False)
-            ours = _steps(model, reference, groups, case, "1f1b", False)
-            interleaved = _steps(model, reference, groups, case, "1f1b", True)
+            theirs = _steps(model, reference, groups, case, MEGATRONS)
+            ours = _steps(model, reference, groups, case, OURS)
+            interleaved = _steps(model, reference, groups, case, replace(OURS, reference="interleaved"))
             different = _differences(ours, theirs, "ours") + _differences(interleaved, theirs, "interleaved")
             first = zip(interleaved.policy_logps[0], interleaved.reference_logps[0], strict=True)
             margins = torch.cat([a - b for a, b in first] or [torch.empty(0)])
             counts = [len(logps) for logps in theirs.policy_logps]
             results.append(Compared(str(case), different, margins, counts))
+    dist.destroy_process_group()
+    return results
+
+
+def put_off(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
+    """Every case under our 1F1B with weight gradients added by one product, and with these put off, the reference before and
+    interleaved; and, within 1e-6, the first step's gradients under Megatron's schedule, which autograd adds up."""
+    from megadpo.platform.world import joined_world
+
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            at_once = _steps(model, reference, groups, case, OURS, fusion=True)
+            theirs = _steps(model, reference, groups, case, MEGATRONS).gradients[0]
+            far = {name: _distance(at_once.gradients[0][name], gradient) for name, gradient in theirs.items()}
+            different, first = [f"{name}: {distance}" for name, distance in far.items() if distance > 1e-6], torch.empty(0)
+            for arm in ("before", "interleaved"):
+                later = _steps(model, reference, groups, case, replace(OURS, reference=arm, zero_bubble=True))
+                different += _differences(later, at_once, arm)
+                pairs = zip(later.policy_logps[0], later.reference_logps[0], strict=True)
+                first = torch.cat([first, *(a - b for a, b in pairs)])
+            counts = [len(logps) for logps in at_once.policy_logps]
+            results.append(Compared(str(case), different, first, counts))
     dist.destroy_process_group()
     return results
 
@@ -127,11 +154,12 @@ def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence
         twin = Case(Layout(data=dist.get_world_size()), objective=case.objective, router_aux_coef=case.router_aux_coef)
         if str(twin) not in twins:
             with joined_world(twin.layout, seed=1):
-                twins[str(twin)] = _steps(model, reference, groups, twin, "megatron", False)
+                twins[str(twin)] = _steps(model, reference, groups, twin, MEGATRONS)
         with joined_world(case.layout, seed=1):
-            whole = _steps(model, reference, groups, case, "megatron", False)
-            arms = (False, True) if case.moves else (case.layout.pipeline > 1,)
-            halves = [_steps(model, reference, groups, case, "1f1b", is_interleaved, True) for is_interleaved in arms]
+            whole = _steps(model, reference, groups, case, MEGATRONS)
+            arms = ("before", "interleaved") if case.moves else ("interleaved" if case.layout.pipeline > 1 else "before",)
+            apart_by = [ScheduleConfig("1f1b", arm, split_pairs=True) for arm in arms]
+            halves = [_steps(model, reference, groups, case, schedule) for schedule in apart_by]
         first = [zip(steps.policy_logps[0], steps.reference_logps[0], strict=True) for steps in halves]
         margins = [a - b for pairs in first for a, b in pairs]
         worst = {name: max(_distances(steps, whole)[name] for steps in halves) for name in _distances(whole, whole)}
@@ -186,9 +214,8 @@ def _steps(
     reference: Path,
     groups: Sequence[Group],
     case: Case,
-    schedule_name: str,
-    interleaved: bool,
-    split_pairs: bool = False,
+    schedule: ScheduleConfig,
+    fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.packing import prepare_packing
@@ -213,7 +240,7 @@ def _steps(
         multiple_of=layout.stream_multiple,
         hidden_size=64,
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        split_pairs=split_pairs,
+        split_pairs=schedule.split_pairs,
     )
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
@@ -224,14 +251,15 @@ def _steps(
         stage = build_stage(hf_config, layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
-        engine = MegatronEngine(stage, train, ParallelConfig(overlap=case.overlap))
+        parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)
+        engine = MegatronEngine(stage, train, parallel, schedule)
     else:
         engine = zero_worker.make_engine(built, hf_config, open_hf(model))
-    engine.passes = passes_by(schedule_name)
+        engine.passes = passes_by(schedule)
     engine.stage.train()
-    run_reference = resident(frozen, case.objective.ld_alpha, schedule_name)
+    run_reference = resident(frozen, case.objective.ld_alpha, schedule)
     references = References(run_reference, None, frozen)
-    beside = ReferenceBeside(frozen.models, case.objective.ld_alpha) if interleaved else None
+    beside = ReferenceBeside(frozen.models, case.objective.ld_alpha) if schedule.reference == "interleaved" else None
     steps, delta = Steps(), RunningMean()
     lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
     for step, numbers in enumerate(lots):

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ARMS = ("Megatron, reference before", "ours, reference before", "ours, reference interleaved")
+
+@dataclass(frozen=True)
+class Arm:
+    """Who carries out which schedule.
+
+    Attributes:
+        reference: "before", "interleaved" or "none".
+    """
+
+    name: str
+    is_ours: bool = True
+    reference: str = "none"
+    zero_bubble: bool = False
+
+
+ARMS = (
+    Arm("Megatron, reference before", is_ours=False, reference="before"),
+    Arm("ours, reference before", reference="before"),
+    Arm("ours, reference interleaved", reference="interleaved"),
+    Arm("ours, zero bubble, reference interleaved", reference="interleaved", zero_bubble=True),
+    Arm("Megatron, no reference", is_ours=False),
+    Arm("ours, no reference"),
+    Arm("ours, zero bubble, no reference", zero_bubble=True),
+)
+"""Each is compared with the last one of Megatron's before it."""
 
 
 def measure(rank: int, port: int, point: dict[str, Any], path: str) -> None:
-    """One rank of a point: writes {arm: [step's record]} and the seconds of a message to `path`."""
+    """One rank of a point: writes {arm: [step's record]} to `path`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(point["stages"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
@@ -27,48 +51,73 @@ def measure(rank: int, port: int, point: dict[str, Any], path: str) -> None:
     torch.set_num_threads(point["threads"])
     with joined_world(Layout(pipeline=point["stages"], virtual=point["chunks"]), seed=0):
         bench = _Slept(point) if point["operations"] == "slept" else _Computed(point)
-        records: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-        for _ in range(2):  # the first time connects and allocates
-            message = _message_seconds(bench.message())
-        for number in range(-1, point["rounds"]):
+        records: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in ARMS}
+        for number in range(-1, point["rounds"]):  # the first time connects and allocates
             for arm in ARMS:
                 steps = list(_run(bench, arm, point["steps"]))
                 if number >= 0:
-                    records[arm].extend(steps)
-        Path(path).write_text(json.dumps({"records": records, "message": message}))
+                    records[arm.name].extend(steps)
+        Path(path).write_text(json.dumps({"records": records}))
 
 
-def _run(bench: Any, arm: str, num_steps: int) -> Iterator[dict[str, Any]]:
-    """Steps in a row; of each its seconds, the busy ones among them, and every operation's."""
+def _run(bench: Any, arm: Arm, num_steps: int) -> Iterator[dict[str, Any]]:
+    """Steps in a row; of each its seconds, the busy ones among them, and when every operation began and ended (as
+    (kind, micro-batch, begin, end); one clock for all processes of a machine)."""
     import torch.distributed as dist
 
     bench.start(arm)
     for step in range(num_steps):
-        bench.times = []
+        times: list[tuple[str, int, float, float]] = []
         dist.barrier()
         started = time.perf_counter()
-        bench.step(arm, is_last=step == num_steps - 1)
+        with _timed(times):
+            bench.step(arm, is_last=step == num_steps - 1)
         dist.barrier()
         seconds = time.perf_counter() - started
-        yield {"step": step, "seconds": seconds, "busy": sum(took for _, took in bench.times), "times": bench.times}
+        yield {"step": step, "seconds": seconds, "busy": sum(end - begin for *_, begin, end in times), "times": times}
 
 
-def _message_seconds(tensor: Any) -> float:
-    """Half of a way there and back between the first two stages, median."""
-    import torch.distributed as dist
+@contextmanager
+def _timed(times: list[tuple[str, int, float, float]]) -> Iterator[None]:
+    """Ours tell what they do and when; of Megatron's schedules, the functions for one forward and one backward do."""
+    import torch
+    from megatron.core.pipeline_parallel import schedules
 
-    took = []
-    for _ in range(9):
-        dist.barrier()
-        started = time.perf_counter()
-        if dist.get_rank() == 0:
-            dist.send(tensor, 1)
-            dist.recv(tensor, 1)
-        elif dist.get_rank() == 1:
-            dist.recv(tensor, 0)
-            dist.send(tensor, 0)
-        took.append((time.perf_counter() - started) / 2)
-    return statistics.median(took)
+    from megadpo.parallel import own_schedule
+    from megadpo.pipeline.executor import Clock, carry_out
+
+    counts: dict[str, int] = {}
+
+    def timed(function: Callable[..., Any], is_backward: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            kind = "backward" if is_backward else "forward" if torch.is_grad_enabled() else "reference"
+            begin = time.perf_counter()
+            result = function(*arguments, **named)
+            times.append((kind, counts.get(kind, 0), begin, time.perf_counter()))
+            counts[kind] = counts.get(kind, 0) + 1
+            return result
+
+        return call
+
+    def carried(program: Any, work: Any, group: Any, held: Any = None) -> Any:
+        clock = Clock()
+        unread = carry_out(program, work, group, held, clock)
+        is_reference = all(op.kind == "forward" for op, *_ in clock.times)  # a pass of its own
+        times.extend(
+            ("reference" if is_reference else op.kind, op.micro_batch, begin, end) for op, begin, end in clock.times
+        )
+        return unread
+
+    originals = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
+    for name, function in originals.items():
+        setattr(schedules, name, timed(function, name == "backward_step"))
+    own_schedule.carry_out = carried  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        own_schedule.carry_out = carry_out
+        for name, function in originals.items():
+            setattr(schedules, name, function)
 
 
 class _Slept:
@@ -81,8 +130,7 @@ class _Slept:
 
         self.point = point
         self.seconds = {kind: point[kind] for kind in ("forward", "backward", "reference")}
-        self.seconds["ahead"] = self.seconds["reference"]
-        self.times: list[tuple[str, float]] = []
+        self.seconds |= {"ahead": point["reference"], "weights": point["forward"]}
         self.group = parallel_state.get_pipeline_model_parallel_group()
         config = TransformerConfig(
             num_layers=point["stages"],
@@ -97,7 +145,7 @@ class _Slept:
         )
         self.model = SimpleNamespace(config=config, model_type=None, set_input_tensor=self._set_input)
         self.input: Any = None
-        self.done: Any = None
+        self.is_zero_bubble, self.done = False, None
         self.held: dict[Any, Any] = {}
 
     def message(self) -> Any:
@@ -105,24 +153,31 @@ class _Slept:
 
         return torch.zeros(16, 1, 64)
 
-    def start(self, arm: str) -> None:
-        self.done, self.held = None, {}
+    def start(self, arm: Arm) -> None:
+        self.is_zero_bubble, self.done, self.held = arm.zero_bubble, None, {}
 
-    def step(self, arm: str, is_last: bool) -> None:
+    def step(self, arm: Arm, is_last: bool) -> None:
+        import torch
+
         count, stages = self.point["micro_batches"], self.point["stages"]
-        if arm == ARMS[0]:
-            self._megatron("reference", forward_only=True)
+        if not arm.is_ours:
+            if arm.reference == "before":
+                with torch.no_grad():
+                    self._megatron("reference", forward_only=True)
             self._megatron("forward", forward_only=False)
             return
         from megadpo.parallel.own_schedule import run
-        from megadpo.pipeline.fill import reference_before, with_reference
-        from megadpo.pipeline.simulate import Costs
+        from megadpo.pipeline.fill import policy_alone, proportions, with_reference
+        from megadpo.pipeline.schedule import forward_only
 
-        costs = Costs(message=0.02)
-        if arm == ARMS[1]:
-            run(reference_before(stages, count), costs, self)
+        costs = proportions(is_zero_bubble=arm.zero_bubble)
+        policy = policy_alone(stages, count, is_zero_bubble=arm.zero_bubble)
+        if arm.reference == "before":
+            run(forward_only(stages, count), costs, self)
+        if arm.reference != "interleaved":
+            run(policy, costs, self)
             return
-        schedule, self.done = with_reference(stages, count, 1, self.done, 0 if is_last else count, costs)
+        schedule, self.done = with_reference(policy, self.done, 0 if is_last else count, costs)
         unread = run(schedule, costs, self, self.held)
         self.held = {op._replace(kind="reference"): tensor for op, tensor in unread.items()}
 
@@ -134,9 +189,8 @@ class _Slept:
         return self.message()
 
     def _sleep(self, kind: str) -> None:
-        started = time.perf_counter()
-        time.sleep(self.seconds[kind])
-        self.times.append((kind, time.perf_counter() - started))
+        is_part = kind == "backward" and self.is_zero_bubble
+        time.sleep(self.seconds[kind] - (self.seconds["weights"] if is_part else 0.0))
 
     def _set_input(self, tensors: Any) -> None:
         self.input = tensors[0] if isinstance(tensors, list) else tensors
@@ -181,9 +235,10 @@ class _Computed:
         from transformers import LlamaConfig
 
         from megadpo.model.build import build_stage
+        from megadpo.parallel.gradient_fusion import fuse_gradients
         from megadpo.parallel.layout import Layout
 
-        self.point, self.times = point, []
+        self.point = point
         config = LlamaConfig(
             vocab_size=point["vocabulary"],
             hidden_size=point["hidden"],
@@ -202,6 +257,11 @@ class _Computed:
                         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
         for model in self.reference.models:
             model.requires_grad_(False)
+        # As the engine has it: products add to where gradients are kept, at once or later.
+        for model in self.policy.models:
+            for parameter in model.parameters():
+                parameter.main_grad = torch.zeros_like(parameter)
+        fuse_gradients(self.policy.models, "torch")
         self.micro_batches = [_stream(point, number) for number in range(point["micro_batches"])]
         self.beside: Any = None
 
@@ -210,12 +270,12 @@ class _Computed:
 
         return torch.zeros(len(self.micro_batches[0].tokens_T), 1, self.point["hidden"])
 
-    def start(self, arm: str) -> None:
+    def start(self, arm: Arm) -> None:
         from megadpo.pipeline.beside import ReferenceBeside
 
         self.beside = ReferenceBeside(self.reference.models, None)
 
-    def step(self, arm: str, is_last: bool) -> None:
+    def step(self, arm: Arm, is_last: bool) -> None:
         import torch
 
         from megadpo.parallel import own_schedule, schedule
@@ -225,46 +285,18 @@ class _Computed:
 
         for model in self.policy.models:
             model.zero_grad(set_to_none=False)
-        passes: Any = schedule if arm == ARMS[0] else own_schedule
-        with _timed(self.times):
-            if arm != ARMS[2]:
-                passes.forward_only(self.reference.models, self.micro_batches)
-                passes.forward_backward(self.policy.models, self.micro_batches, ones)
-                return
-            self.beside.begin(self.micro_batches)
+        passes: Any = own_schedule if arm.is_ours else schedule
+        if arm.reference == "before":
+            passes.forward_only(self.reference.models, self.micro_batches)
+        if not arm.is_ours:
+            passes.forward_backward(self.policy.models, self.micro_batches, ones)
+            return
+        beside = self.beside if arm.reference == "interleaved" else None
+        if beside is not None:
+            beside.begin(self.micro_batches)
             if not is_last:
-                self.beside.run_ahead(self.micro_batches)
-            passes.forward_backward(self.policy.models, self.micro_batches, ones, beside=self.beside)
-
-
-@contextmanager
-def _timed(times: list[tuple[str, float]]) -> Iterator[None]:
-    """Megatron's functions for a forward and a backward tell their seconds, whoever calls them."""
-    import torch
-    from megatron.core.pipeline_parallel import schedules
-
-    from megadpo.parallel import own_schedule
-
-    def timed(function: Callable[..., Any], backward: bool) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*arguments, **named)
-            kind = "backward" if backward else "forward" if torch.is_grad_enabled() else "reference"
-            times.append((kind, time.perf_counter() - started))
-            return result
-
-        return call
-
-    originals = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
-    for name, function in originals.items():
-        for module in (schedules, own_schedule):
-            setattr(module, name, timed(function, name == "backward_step"))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            for module in (schedules, own_schedule):
-                setattr(module, name, function)
+                beside.run_ahead(self.micro_batches)
+        passes.forward_backward(self.policy.models, self.micro_batches, ones, beside=beside, is_zero_bubble=arm.zero_bubble)
 
 
 def _stream(point: dict[str, Any], seed: int) -> Any:
@@ -279,12 +311,3 @@ def _stream(point: dict[str, Any], seed: int) -> Any:
         return random.integers(0, point["vocabulary"], count).astype(np.int32)
 
     return lay_out([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])
-
-
-def mean_costs(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of a stage's operations by kind."""
-    by_kind: dict[str, list[float]] = {}
-    for record in records:
-        for kind, took in record["times"]:
-            by_kind.setdefault("reference" if kind == "ahead" else kind, []).append(took)
-    return {kind: statistics.mean(times) for kind, times in by_kind.items()}

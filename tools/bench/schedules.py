@@ -1,17 +1,22 @@
-"""Idle share of pipeline stages with a resident reference: ``python -m tools.bench.schedules [--json FILE]``.
+"""Idle share of pipeline stages: ``python -m tools.bench.schedules [--json FILE]``.
 
-Three arms take turns: Megatron's schedules with the reference's pass before the policy's 1F1B, our executor in the same
-order, and our executor with the reference's forwards in the policy's bubbles, some of them a step ahead. A stage is idle
-when it is in no forward or backward between the barriers around a step; the share is the mean over stages and steps. Real
-models on as many processes as there are cores, one thread each; and, for more stages than cores, operations that sleep for a
-known time, which shows the executor alone. Beside each: what the simulator says for the costs of operations and messages
-that were measured in that arm. "Steady" leaves out the first step, which has the reference of two steps to do, and the last.
+Arms take turns. With a resident reference: Megatron's schedules with the reference's pass before the policy's 1F1B, our
+executor in the same order, and our executor with the reference's forwards in the policy's bubbles, some of them a step
+ahead, under 1F1B and with weight gradients put off. Without one: Megatron's 1F1B, ours, and ours with weight gradients put
+off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
+steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
+that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the mean costs
+that were measured in that arm: of each operation on each stage, of a message (from the end of an operation to the
+beginning of the one that waits for it), and between two operations. "Steady" leaves out the first step, which has the
+reference of two steps to do, and the last.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import multiprocessing
 import socket
 import statistics
@@ -21,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.common import equal_start, machine, print_table, write_json
-from tools.bench.schedule_point import ARMS, mean_costs, measure
+from tools.bench.schedule_point import ARMS, Arm, measure
 
 
 def main() -> None:
@@ -73,52 +78,90 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
         if any(process.exitcode for process in processes):
             raise SystemExit("a rank failed: its own error is above")
         ranks = [json.loads(Path(path).read_text()) for path in paths]
-    message = max(rank["message"] for rank in ranks)
     about = {name: point[name] for name in ("operations", "stages", "micro_batches", "steps")}
-    found = {arm: _arm(arm, [rank["records"][arm] for rank in ranks], message, point) for arm in ARMS}
-    base = found[ARMS[0]]
-    for arm in found.values():
-        arm["ratio"] = arm["steady"] / base["steady"]
-        arm["seconds_ratio"] = arm["steady_seconds"] / base["steady_seconds"]
-    return about | {"message_seconds": message, "arms": found}
+    found, base = {}, ""
+    for arm in ARMS:
+        found[arm.name] = _arm(arm, [rank["records"][arm.name] for rank in ranks], point)
+        base = base if arm.is_ours else arm.name
+        found[arm.name]["ratio"] = found[arm.name]["steady"] / found[base]["steady"]
+        found[arm.name]["seconds_ratio"] = found[arm.name]["steady_seconds"] / found[base]["steady_seconds"]
+    return about | {"arms": found}
 
 
-def _arm(arm: str, by_rank: list[list[dict[str, Any]]], message: float, point: dict[str, Any]) -> dict[str, Any]:
-    """Idle shares of an arm from all its ranks' steps, measured and simulated."""
+def _arm(arm: Arm, by_rank: list[list[dict[str, Any]]], point: dict[str, Any]) -> dict[str, Any]:
+    """Idle shares of an arm from all its ranks' steps, measured and (of ours) simulated."""
     last = point["steps"] - 1
     steady = [[record for record in records if 0 < record["step"] < last] for records in by_rank]
-    costs = [mean_costs(records) for records in steady]
-    simulated = _simulated(arm, costs, message, point)
-    return {
+    found = {
         "all_steps": _idle_share(by_rank),
         "steady": _idle_share(steady),
         "steady_seconds": statistics.median(record["seconds"] for record in steady[0]),
-        "simulated_all_steps": _share(simulated),
-        "simulated_steady": _share(simulated[1:-1]),
-        "costs": costs,
     }
+    if not arm.is_ours:
+        return found | {"simulated_all_steps": None, "simulated_steady": None}
+    costs = [_mean_costs(records) for records in steady]
+    taken_up, between = _gaps(by_rank, len(costs))
+    simulated = _simulated(arm, costs, taken_up, between, point)
+    shares = {"simulated_all_steps": _share(simulated), "simulated_steady": _share(simulated[1:-1])}
+    return found | shares | {"costs": costs, "message_seconds": taken_up, "seconds_between": between}
 
 
 def _idle_share(by_rank: list[list[dict[str, Any]]]) -> float:
     return statistics.mean(1 - sum(r["busy"] for r in records) / sum(r["seconds"] for r in records) for records in by_rank)
 
 
-def _simulated(arm: str, costs: list[dict[str, float]], message: float, point: dict[str, Any]) -> list[tuple[float, float]]:
-    """(idle share, seconds) of every step. Megatron's order is simulated with asynchronous messages, as ours."""
-    from megadpo.pipeline.fill import reference_before, with_reference
+def _mean_costs(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a stage's operations by kind."""
+    by_kind: dict[str, list[float]] = {}
+    for record in records:
+        for kind, _, begin, end in record["times"]:
+            by_kind.setdefault("reference" if kind == "ahead" else kind, []).append(end - begin)
+    return {kind: statistics.mean(times) for kind, times in by_kind.items()}
+
+
+def _gaps(by_rank: list[list[dict[str, Any]]], num_stages: int) -> tuple[float, float]:
+    """Mean seconds from the end of an operation to the beginning of one on another stage that waited for it, and from one to
+    the next on a stage that waited for nobody."""
+    from megadpo.pipeline.schedule import Op, source_of
+
+    waited, others = [], []
+    for steps in zip(*by_rank, strict=True):
+        ends = [{(kind, number): end for kind, number, _, end in record["times"]} for record in steps]
+        for stage, record in enumerate(steps):
+            for (*_, free), (kind, number, begin, _) in itertools.pairwise(record["times"]):
+                source = source_of(stage, Op(kind, number), num_stages, 1)
+                made = -math.inf if source is None else ends[source[0]].get((kind, number), -math.inf)
+                if made > free:
+                    waited.append(begin - made)
+                else:
+                    others.append(begin - free)
+    return statistics.mean(waited or [0.0]), statistics.median(others or [0.0])
+
+
+def _simulated(
+    arm: Arm, costs: list[dict[str, float]], message: float, between: float, point: dict[str, Any]
+) -> list[tuple[float, float]]:
+    """(idle share, seconds) of every step: operations take their time and what lies between them, which is idle."""
+    from megadpo.pipeline.fill import policy_alone, proportions, reference_before, with_reference
     from megadpo.pipeline.simulate import Costs, simulate
 
-    kinds = ("forward", "backward", "reference")
-    measured = Costs(**{kind: tuple(stage[kind] for stage in costs) for kind in kinds}, message=message)
+    kinds = ("forward", "backward", "reference", "weights")
+    measured = Costs(
+        **{kind: tuple(stage.get(kind, 0.0) + between for stage in costs) for kind in kinds},
+        message=max(0.0, message - between),
+    )
     count, done, steps = point["micro_batches"], None, []
+    policy = policy_alone(point["stages"], count, is_zero_bubble=arm.zero_bubble)
     for step in range(point["steps"]):
-        if arm == ARMS[2]:
+        schedule = policy
+        if arm.reference == "interleaved":
             ahead = 0 if step == point["steps"] - 1 else count
-            schedule, done = with_reference(point["stages"], count, 1, done, ahead, Costs(message=0.02))
-        else:
-            schedule = reference_before(point["stages"], count)
+            schedule, done = with_reference(policy, done, ahead, proportions(is_zero_bubble=arm.zero_bubble))
+        elif arm.reference == "before":
+            schedule = reference_before(policy)
         timing = simulate(schedule, measured)
-        steps.append((timing.idle_share, timing.seconds))
+        busy = sum(measured.of(stage, op.kind) - between for stage, op in schedule.ops())
+        steps.append((1 - busy / point["stages"] / timing.seconds, timing.seconds))
     return steps
 
 

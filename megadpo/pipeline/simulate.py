@@ -106,10 +106,13 @@ def peak_activations(schedule: Schedule) -> list[int]:
     return peaks
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Timing:
+def simulate(schedule: Schedule, costs: Costs, durations: Sequence[Sequence[float]] | None = None) -> Timing:
     """Every stage does its operations in their order, each as soon as what it reads has arrived.
 
     A reference forward whose source is not in the schedule reads what arrived in the step before.
+
+    Args:
+        durations: of each operation of each stage, where they were measured one by one; None: by `costs`.
 
     Raises:
         ScheduleError: an operation waits for ever, comes before its forward, or reads what nobody makes.
@@ -117,8 +120,9 @@ def simulate(schedule: Schedule, costs: Costs) -> Timing:
     num_stages = schedule.num_stages
     places, reads, size = _numbered(schedule)
     done = [_PENDING] * size
-    cost_of = [{kind: costs.of(stage, kind) for kind in KINDS} for stage in range(num_stages)]
-    durations = [[cost_of[stage][op.kind] for op in order] for stage, order in enumerate(schedule.stages)]
+    if durations is None:
+        cost_of = [{kind: costs.of(stage, kind) for kind in KINDS} for stage in range(num_stages)]
+        durations = [[cost_of[stage][op.kind] for op in order] for stage, order in enumerate(schedule.stages)]
     starts: list[list[float]] = [[] for _ in range(num_stages)]
     ends: list[list[float]] = [[] for _ in range(num_stages)]
     message = costs.message if num_stages > 1 else 0.0

@@ -5,9 +5,9 @@ executor in the same order, and our executor with the reference's forwards in th
 ahead, under 1F1B and with weight gradients put off. Without one: Megatron's 1F1B, ours, and ours with weight gradients put
 off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
 steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
-that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the mean costs
-that were measured in that arm: of each operation on each stage, of a message (from the end of an operation to the
-beginning of the one that waits for it), and between two operations. "Steady" leaves out the first step, which has the
+that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the seconds
+that were measured in that arm: of each operation, and in the mean of a message (from the end of an operation to the
+beginning of the one that waits for it) and between two operations. "Steady" leaves out the first step, which has the
 reference of two steps to do, and the last.
 """
 
@@ -99,11 +99,14 @@ def _arm(arm: Arm, by_rank: list[list[dict[str, Any]]], point: dict[str, Any]) -
     }
     if not arm.is_ours:
         return found | {"simulated_all_steps": None, "simulated_steady": None}
+    message, between = _gaps(by_rank)
+    simulated = _simulated(arm, by_rank, message, between, point)
+    shares = {
+        "simulated_all_steps": _share(simulated),
+        "simulated_steady": _share([s for s in simulated if 0 < s[0] < last]),
+    }
     costs = [_mean_costs(records) for records in steady]
-    taken_up, between = _gaps(by_rank, len(costs))
-    simulated = _simulated(arm, costs, taken_up, between, point)
-    shares = {"simulated_all_steps": _share(simulated), "simulated_steady": _share(simulated[1:-1])}
-    return found | shares | {"costs": costs, "message_seconds": taken_up, "seconds_between": between}
+    return found | shares | {"costs": costs, "message_seconds": message, "seconds_between": between}
 
 
 def _idle_share(by_rank: list[list[dict[str, Any]]]) -> float:
@@ -119,7 +122,7 @@ def _mean_costs(records: list[dict[str, Any]]) -> dict[str, float]:
     return {kind: statistics.mean(times) for kind, times in by_kind.items()}
 
 
-def _gaps(by_rank: list[list[dict[str, Any]]], num_stages: int) -> tuple[float, float]:
+def _gaps(by_rank: list[list[dict[str, Any]]]) -> tuple[float, float]:
     """Mean seconds from the end of an operation to the beginning of one on another stage that waited for it, and from one to
     the next on a stage that waited for nobody."""
     from megadpo.pipeline.schedule import Op, source_of
@@ -129,7 +132,7 @@ def _gaps(by_rank: list[list[dict[str, Any]]], num_stages: int) -> tuple[float, 
         ends = [{(kind, number): end for kind, number, _, end in record["times"]} for record in steps]
         for stage, record in enumerate(steps):
             for (*_, free), (kind, number, begin, _) in itertools.pairwise(record["times"]):
-                source = source_of(stage, Op(kind, number), num_stages, 1)
+                source = source_of(stage, Op(kind, number), len(steps), 1)
                 made = -math.inf if source is None else ends[source[0]].get((kind, number), -math.inf)
                 if made > free:
                     waited.append(begin - made)
@@ -139,34 +142,31 @@ def _gaps(by_rank: list[list[dict[str, Any]]], num_stages: int) -> tuple[float, 
 
 
 def _simulated(
-    arm: Arm, costs: list[dict[str, float]], message: float, between: float, point: dict[str, Any]
-) -> list[tuple[float, float]]:
-    """(idle share, seconds) of every step: operations take their time and what lies between them, which is idle."""
+    arm: Arm, by_rank: list[list[dict[str, Any]]], message: float, between: float, point: dict[str, Any]
+) -> list[tuple[int, float, float]]:
+    """(number in its run, idle share, seconds) of every step; what lies between two operations is idle too."""
     from megadpo.pipeline.fill import policy_alone, proportions, reference_before, with_reference
     from megadpo.pipeline.simulate import Costs, simulate
 
-    kinds = ("forward", "backward", "reference", "weights")
-    measured = Costs(
-        **{kind: tuple(stage.get(kind, 0.0) + between for stage in costs) for kind in kinds},
-        message=max(0.0, message - between),
-    )
     count, done, steps = point["micro_batches"], None, []
     policy = policy_alone(point["stages"], count, is_zero_bubble=arm.zero_bubble)
-    for step in range(point["steps"]):
-        schedule = policy
+    for records in zip(*by_rank, strict=True):
+        step, schedule = records[0]["step"], policy
         if arm.reference == "interleaved":
             ahead = 0 if step == point["steps"] - 1 else count
-            schedule, done = with_reference(policy, done, ahead, proportions(is_zero_bubble=arm.zero_bubble))
+            costs = proportions(is_zero_bubble=arm.zero_bubble)
+            schedule, done = with_reference(policy, done if step else None, ahead, costs)
         elif arm.reference == "before":
             schedule = reference_before(policy)
-        timing = simulate(schedule, measured)
-        busy = sum(measured.of(stage, op.kind) - between for stage, op in schedule.ops())
-        steps.append((1 - busy / point["stages"] / timing.seconds, timing.seconds))
+        took = [[end - begin + between for *_, begin, end in record["times"]] for record in records]
+        seconds = simulate(schedule, Costs(message=max(0.0, message - between)), took).seconds
+        busy = statistics.mean(record["busy"] for record in records)
+        steps.append((step, 1 - busy / seconds, seconds))
     return steps
 
 
-def _share(steps: list[tuple[float, float]]) -> float:
-    return sum(share * seconds for share, seconds in steps) / sum(seconds for _, seconds in steps)
+def _share(steps: list[tuple[int, float, float]]) -> float:
+    return sum(share * seconds for _, share, seconds in steps) / sum(seconds for *_, seconds in steps)
 
 
 def _print(point: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Imported once by the fork server of tests.worlds; nothing here computes."""
+"""Imported once by the fork server of tests.worlds; nothing here computes, and no thread is started."""
+
+import contextlib
+import importlib
 
 import transformers  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
@@ -9,3 +12,10 @@ from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 from megadpo.platform.megatron_cpu import prepare_megatron
 
 prepare_megatron()
+
+# What every rank of a run imports, one by one.
+for name in ("megadpo.train", "megadpo.prepare", "megadpo.logprobs", "megadpo.parallel.megatron", "megadpo.model.build"):
+    importlib.import_module(name)
+with contextlib.suppress(ImportError):
+    for name in ("megadpo.parallel.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(name)

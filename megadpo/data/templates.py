@@ -61,7 +61,7 @@ class Conversation:
 def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[int]]:
     """Token ids of every conversation, as `render_ids` gives them; raises what that raises.
 
-    transformers renders a conversation to text and tokenises that: here the texts are tokenised together.
+    transformers renders a conversation to text and tokenises that: here they are rendered and tokenised together.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -69,11 +69,29 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
     # A tokenizer with a way of its own (Mistral's) keeps it.
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
-    texts = [render_text(tokenizer, *conversation) for conversation in one_by_one]
     try:
-        return encode(tokenizer, texts, add_special_tokens=False)
+        return encode(tokenizer, _render_texts(tokenizer, conversations), add_special_tokens=False)
     except Exception:  # one by one, the row that was refused is found and named
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
+
+
+def _render_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """Every conversation as the template writes it; together go those of which it sees nothing but the messages."""
+    texts = [""] * len(conversations)
+    for is_prompt in (True, False):
+        together = [
+            place for place, c in enumerate(conversations) if c.is_prompt == is_prompt and c.messages and not c.kwargs
+        ]
+        messages = [conversations[place].messages for place in together]
+        rendered = (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt) if messages else []
+        )
+        for place, text in zip(together, rendered, strict=True):
+            texts[place] = str(text)
+    for place, c in enumerate(conversations):
+        if c.kwargs or not c.messages:
+            texts[place] = render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt)
+    return texts
 
 
 def render_ids(

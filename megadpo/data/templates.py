@@ -76,21 +76,20 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
 
 
 def _render_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
-    """Every conversation as the template writes it; together go those of which it sees nothing but the messages."""
-    texts = [""] * len(conversations)
-    for is_prompt in (True, False):
-        together = [
-            place for place, c in enumerate(conversations) if c.is_prompt == is_prompt and c.messages and not c.kwargs
-        ]
-        messages = [conversations[place].messages for place in together]
-        rendered = (
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt) if messages else []
-        )
-        for place, text in zip(together, rendered, strict=True):
-            texts[place] = str(text)
+    """Every conversation as the template writes it; those of which it sees the messages alone are rendered together."""
+    together: dict[bool, list[int]] = {True: [], False: []}
+    texts = []
     for place, c in enumerate(conversations):
-        if c.kwargs or not c.messages:
-            texts[place] = render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt)
+        is_alone = bool(c.kwargs) or not c.messages
+        texts.append(render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) if is_alone else "")
+        if not is_alone:
+            together[c.is_prompt].append(place)
+    for is_prompt, places in together.items():
+        if places:
+            messages = [conversations[place].messages for place in places]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+            for place, text in zip(places, rendered, strict=True):
+                texts[place] = str(text)
     return texts
 
 

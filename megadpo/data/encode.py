@@ -7,9 +7,26 @@ from typing import Any
 
 
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """What ``tokenizer(texts, add_special_tokens=…)["input_ids"]`` is, without the masks that come with it."""
+    """What ``tokenizer(texts, add_special_tokens=…)["input_ids"]`` is, without the masks that come with it.
+
+    That call also keeps every token's text and the characters it came from. Where transformers only hands the texts to the
+    tokenizers library, they are handed to the library's call that leaves these out.
+    """
     if not texts:
         return []
-    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "return_token_type_ids": False}
-    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
-    return ids
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    is_plain = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    )
+    if not is_plain:
+        options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "return_token_type_ids": False}
+        ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+        return ids
+    # One text goes the ordinary way, which sets the library's options (truncation, padding, special tokens).
+    tokenizer(texts[0], add_special_tokens=add_special_tokens)
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]

@@ -154,7 +154,14 @@ def _text_of(content: object) -> str:
 
 def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     """Number of leading items (characters, messages, ids) that both sequences have."""
-    shorter = min(len(ours), len(theirs))
-    if ours[:shorter] == theirs[:shorter]:
-        return shorter
-    return next(index for index in range(shorter) if ours[index] != theirs[index])
+    same, end = 0, min(len(ours), len(theirs))
+    if ours[:end] == theirs[:end]:
+        return end
+    # By halves: slices are compared much faster than their items are one by one.
+    while end - same > 1:
+        middle = (same + end) // 2
+        if ours[same:middle] == theirs[same:middle]:
+            same = middle
+        else:
+            end = middle
+    return same

@@ -151,13 +151,12 @@ def best_fit_decreasing(tokens_N: IntArray, capacity: int) -> list[list[int]]:
     groups of one length go into it together as long as they fit: a million groups take seconds.
     """
     order = np.argsort(-tokens_N, kind="stable")
-    starts = np.flatnonzero(np.diff(tokens_N[order], prepend=-1)).tolist()
-    order_list = order.tolist()
+    starts_L = np.flatnonzero(np.diff(tokens_N[order], prepend=-1))
+    starts, lengths, order_list = starts_L.tolist(), tokens_N[order[starts_L]].tolist(), order.tolist()
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}
     rooms = 0  # bit r is set where by_room[r] has a bin
-    for start, end in pairwise([*starts, len(order_list)]):
-        length = int(tokens_N[order_list[start]])
+    for length, (start, end) in zip(lengths, pairwise([*starts, len(order_list)]), strict=True):
         while start < end:
             fitting = rooms >> length
             if fitting:
@@ -280,12 +279,12 @@ def _best_change(
 
 def _deal(bins: list[list[int]], costs_N: FloatArray, num_ranks: int) -> list[list[list[int]]]:
     """The k-th costliest `num_ranks` bins are the ranks' k-th micro-batches, the costliest for the idlest rank."""
-    by_cost = sorted(bins, key=lambda members: (-costs_N[members].sum(), members))
+    by_cost = sorted((-float(costs_N[members].sum()), members) for members in bins)
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     totals = [0.0] * num_ranks
     for start in range(0, len(by_cost), num_ranks):
         idlest_first = sorted(range(num_ranks), key=lambda rank: (totals[rank], rank))
-        for rank, members in zip(idlest_first, by_cost[start : start + num_ranks], strict=True):
+        for rank, (minus_cost, members) in zip(idlest_first, by_cost[start : start + num_ranks], strict=True):
             ranks[rank].append(sorted(members))
-            totals[rank] += float(costs_N[members].sum())
+            totals[rank] -= minus_cost
     return ranks

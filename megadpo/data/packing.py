@@ -9,7 +9,8 @@ import numpy as np
 
 from megadpo.data.groups import Group
 from megadpo.data.halves import with_halves
-from megadpo.data.micro_batch import MicroBatch, lay_out_groups
+from megadpo.data.layout import lay_out_step
+from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.pack import FloatArray, IntArray, check_groups_fit, group_costs, plan_micro_batches
 from megadpo.data.store import GroupStore
 
@@ -58,7 +59,15 @@ class Packing:
             self.num_data_parallel,
             self.micro_batches_multiple_of,
         )
-        return [self._lay_out(chosen[members], members) for members in plan[data_rank]]
+        laid_out = lay_out_step(
+            self.groups,
+            chosen,
+            plan[data_rank],
+            self.share_prompts,
+            self.multiple_of,
+            score_prompts=self.score_prompts,
+        )
+        return [with_halves(whole, self.multiple_of) for whole in laid_out] if self.split_pairs else laid_out
 
     def mismatched(self, numbers: Sequence[int] | IntArray) -> Packing:
         """A data set of the groups `numbers` in which each prompt stands before the first answer of the one before it.
@@ -84,12 +93,6 @@ class Packing:
             micro_batches_multiple_of=self.micro_batches_multiple_of,
             head_work=self.head_work,
         )
-
-    def _lay_out(self, numbers: IntArray, places: list[int]) -> MicroBatch:
-        whole = lay_out_groups(
-            self.groups, numbers, self.share_prompts, self.multiple_of, score_prompts=self.score_prompts, places=places
-        )
-        return with_halves(whole, self.multiple_of) if self.split_pairs else whole
 
 
 def prepare_packing(

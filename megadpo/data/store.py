@@ -72,8 +72,8 @@ class GroupColumns:
         segments = [segment for group in groups for segment in (*group.prompts, *group.responses)]
         return GroupColumns(
             tokens_T=np.concatenate([np.zeros(0, np.int32), *segments]).astype(np.int32, copy=False),
-            segment_offsets_S=_offsets([len(segment) for segment in segments]),
-            group_segments_G=_offsets([len(group.prompts) + len(group.responses) for group in groups]),
+            segment_offsets_S=offsets_of([len(segment) for segment in segments]),
+            group_segments_G=offsets_of([len(group.prompts) + len(group.responses) for group in groups]),
             num_prompts_G=np.array([len(group.prompts) for group in groups], np.int32),
             rows_G=np.array([group.row for group in groups], np.int64),
             sources_G=np.array(sources if sources is not None else [0] * len(groups), np.int32),
@@ -93,8 +93,8 @@ class GroupColumns:
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("tokens_T", "num_prompts_G", "rows_G", "sources_G")
         }
-        segments = _offsets(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
-        groups = _offsets(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
+        segments = offsets_of(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
+        groups = offsets_of(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
         filled = [part for part in parts if len(part.rows_G)]
         names = sorted(filled[0].numbers) if filled else []
         if any(sorted(part.numbers) != names for part in filled):
@@ -123,7 +123,8 @@ class GroupColumns:
         return {name: getattr(self, name) for name in _ARRAYS} | numbers
 
 
-def _offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def offsets_of(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """int64 [n + 1]: where each of n things of these lengths begins when they are put in a row, and the end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))])
 
 
@@ -201,7 +202,7 @@ class GroupStore(Sequence[Group]):
     @cached_property
     def response_offsets_G(self) -> npt.NDArray[np.int64]:
         """int64 [G + 1]: group g's responses are those from [g] up to [g + 1] - 1 among the responses of all groups."""
-        return np.asarray(self.columns.group_segments_G) - _offsets(self.columns.num_prompts_G)
+        return np.asarray(self.columns.group_segments_G) - offsets_of(self.columns.num_prompts_G)
 
     @property
     def num_responses(self) -> int:
@@ -210,7 +211,7 @@ class GroupStore(Sequence[Group]):
 
     def response_offsets_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 [N + 1]: where the responses of each of the N groups `numbers` begin when those are put in a row."""
-        return _offsets(np.diff(self.response_offsets_G)[np.asarray(numbers, np.int64)])
+        return offsets_of(np.diff(self.response_offsets_G)[np.asarray(numbers, np.int64)])
 
     def responses_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64: the places of the groups' responses among the responses of all groups, group after group."""

@@ -61,7 +61,7 @@ class Conversation:
 def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[int]]:
     """Token ids of every conversation, as `render_ids` gives them; raises what that raises.
 
-    transformers renders a conversation to text and tokenises that: here the texts are tokenised together.
+    transformers renders a conversation to text and tokenises that: here they are rendered and tokenised together.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -69,11 +69,28 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
     # A tokenizer with a way of its own (Mistral's) keeps it.
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
-    texts = [render_text(tokenizer, *conversation) for conversation in one_by_one]
     try:
-        return encode(tokenizer, texts, add_special_tokens=False)
+        return encode(tokenizer, _render_texts(tokenizer, conversations), add_special_tokens=False)
     except Exception:  # one by one, the row that was refused is found and named
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
+
+
+def _render_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """Every conversation as the template writes it; those of which it sees the messages alone are rendered together."""
+    together: dict[bool, list[int]] = {True: [], False: []}
+    texts = []
+    for place, c in enumerate(conversations):
+        is_alone = bool(c.kwargs) or not c.messages
+        texts.append(render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) if is_alone else "")
+        if not is_alone:
+            together[c.is_prompt].append(place)
+    for is_prompt, places in together.items():
+        if places:
+            messages = [conversations[place].messages for place in places]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+            for place, text in zip(places, rendered, strict=True):
+                texts[place] = str(text)
+    return texts
 
 
 def render_ids(

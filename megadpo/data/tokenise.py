@@ -97,9 +97,11 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
         ids = ids_of_conversations if row.conversational else ids_of_texts
         prompts = [next(ids) for _ in row.prompts]
         wholes = [next(ids) for _ in row.completions]
+        own = prompts if len(prompts) > 1 else prompts * len(wholes)
+        cuts = [first_difference(prompt, whole) for prompt, whole in zip(own, wholes, strict=True)]
         if row.conversational:
-            _check_prompts_survive(row, prompts, wholes, tokenizer, location)
-        tokenised.append(_split(prompts, wholes))
+            _check_prompts_survive(row, own, cuts, tokenizer, location)
+        tokenised.append(_split(prompts, wholes, cuts))
     in_order = iter(tokenised)
     return [reason or next(in_order) for reason in results]
 
@@ -132,21 +134,16 @@ def _conversations_of(row: Row, tokenizer: Any, location: str) -> list[templates
     return conversations
 
 
-def _check_prompts_survive(
-    row: Row, prompts: list[list[int]], wholes: list[list[int]], tokenizer: Any, location: str
-) -> None:
+def _check_prompts_survive(row: Row, prompts: list[list[int]], cuts: list[int], tokenizer: Any, location: str) -> None:
     """Of a prompt that is no prefix of the whole, see `templates.check_prompt_survives`."""
-    for number, ((prompt, completion), whole) in enumerate(zip(_sides_of(row), wholes, strict=True)):
+    for (prompt, completion), alone, cut in zip(_sides_of(row), prompts, cuts, strict=True):
         assert isinstance(prompt, list) and isinstance(completion, list)
-        alone = prompts[number if len(prompts) > 1 else 0]
-        if first_difference(alone, whole) < len(alone):
+        if cut < len(alone):
             templates.check_prompt_survives(tokenizer, prompt, completion, location, row.template_kwargs)
 
 
-def _split(prompts: list[list[int]], wholes: list[list[int]]) -> GroupTokens | str:
+def _split(prompts: list[list[int]], wholes: list[list[int]], cuts: list[int]) -> GroupTokens | str:
     """Cut a shared prompt where its shortest common prefix with any whole ends, prompts of their own each with its own."""
-    own = prompts if len(prompts) > 1 else prompts * len(wholes)
-    cuts = [first_difference(prompt, whole) for prompt, whole in zip(own, wholes, strict=True)]
     if len(prompts) == 1:
         cuts = [min(cuts)] * len(wholes)
     tokens = GroupTokens(

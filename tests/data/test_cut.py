@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.cut import cut, token_costs, with_part
-from megadpo.data.micro_batch import MicroBatch, Segment, lay_out
+from megadpo.data.layout import lay_out
+from megadpo.data.micro_batch import MicroBatch, Segment
 from tests.models import random_groups
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from megadpo.data.encode import encode
 from megadpo.data.templates import Conversation, render_all, render_ids
@@ -28,6 +30,43 @@ def test_texts_get_the_ids_of_the_tokenizers_own_call(
     assert encode(tokenizer, []) == []
 
 
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE with byte fallback", "WordLevel"])
+def test_every_kind_of_tokenizer_gives_the_ids_of_its_own_call(kind: str) -> None:
+    library = _trained(kind)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_tokens([AddedToken("<|turn|>", lstrip=True, rstrip=True), "Human"])
+    texts = [*TEXTS, " <|turn|> Human: hello <unk> there", "there\u0301 are  HELLOS\n"]
+    for add_special_tokens in (True, False):
+        expected = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+        assert encode(tokenizer, texts, add_special_tokens) == expected
+        assert any(expected)
+
+
+def _trained(kind: str) -> Tokenizer:
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_too = [f"<0x{value:02X}>" for value in range(256)]
+    library, trainer = {
+        "WordPiece": (Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(special_tokens=special)),
+        "Unigram": (Tokenizer(models.Unigram()), trainers.UnigramTrainer(special_tokens=special, unk_token="<unk>")),
+        "BPE with byte fallback": (
+            Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)),
+            trainers.BpeTrainer(special_tokens=special + bytes_too),
+        ),
+        "WordLevel": (Tokenizer(models.WordLevel(unk_token="<unk>")), trainers.WordLevelTrainer(special_tokens=special)),
+    }[kind]
+    trainer.show_progress = False
+    library.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    library.pre_tokenizer = pre_tokenizers.Whitespace() if kind.startswith("Word") else pre_tokenizers.Metaspace()
+    library.train_from_iterator(TEXTS * 3, trainer)
+    if kind == "WordPiece":
+        library.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
+    else:
+        library.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return library
+
+
 def test_a_tokenizer_with_a_call_of_its_own_is_called_by_it(bpe_dir: str) -> None:
     tokenizer = load_tokenizer(bpe_dir)
 
@@ -46,6 +85,8 @@ def test_conversations_rendered_together_are_those_rendered_one_by_one(bpe_dir: 
         Conversation(turns[:1], "f:1", {}, True),
         Conversation(turns, "f:1", {}),
         Conversation(turns * 2, "f:2", {}),
+        Conversation(turns[:1], "f:3", {"name": "Ann"}, True),
+        Conversation(turns[:1] * 3, "f:4", {}, True),
     ]
     one_by_one = [render_ids(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) for c in conversations]
     assert render_all(tokenizer, conversations) == one_by_one
@@ -55,4 +96,4 @@ def test_conversations_rendered_together_are_those_rendered_one_by_one(bpe_dir: 
             return {"input_ids": [len(messages)]}
 
     tokenizer.__class__ = Own
-    assert render_all(tokenizer, conversations) == [[1], [2], [4]]
+    assert render_all(tokenizer, conversations) == [[1], [2], [4], [1], [3]]

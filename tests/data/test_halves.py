@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.halves import Half, with_halves
-from megadpo.data.micro_batch import MicroBatch, lay_out
+from megadpo.data.layout import lay_out
+from megadpo.data.micro_batch import MicroBatch
 from tests.models import random_groups
 
 cases = settings(max_examples=40, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import lay_out
+from megadpo.data.layout import lay_out
 from megadpo.data.pack import (
     attention_pairs,
     best_fit_decreasing,

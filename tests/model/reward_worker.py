@@ -95,7 +95,7 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.config import TrainConfig
-    from megadpo.data.micro_batch import lay_out
+    from megadpo.data.layout import lay_out
     from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.statistics import RESPONSE_SUMS
     from megadpo.parallel.megatron import MegatronEngine

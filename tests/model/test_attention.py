@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadpo.data.cut import with_part
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import lay_out
+from megadpo.data.layout import lay_out
 from megadpo.errors import UserError
 from megadpo.model import attention_blocks
 from megadpo.model.attention_backends import BACKENDS, KERNELS, attend, choose_backend, prepare_attention

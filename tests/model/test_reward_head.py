@@ -12,7 +12,7 @@ import torch
 
 from megadpo.data.groups import Group
 from megadpo.data.halves import with_halves
-from megadpo.data.micro_batch import lay_out
+from megadpo.data.layout import lay_out
 from megadpo.model.reward_head import RewardHead, reward_positions, reward_sums
 from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.layout import Layout

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from megadpo.config import ObjectiveConfig
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import MicroBatch, lay_out
+from megadpo.data.layout import lay_out
+from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, scores_prompt

@@ -135,7 +135,7 @@ def _step(case: tuple[str, int], way: str, options: argparse.Namespace) -> Step:
 
 
 def _packed_step(groups: list[Any], way: str, options: argparse.Namespace) -> Step:
-    from megadpo.data.micro_batch import lay_out
+    from megadpo.data.layout import lay_out
     from megadpo.model.attention_backends import attend, prepare_attention
 
     backend, _, twice = way.partition(",")

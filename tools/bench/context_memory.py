@@ -136,7 +136,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     import numpy as np
 
     from megadpo.data.groups import Group
-    from megadpo.data.micro_batch import lay_out
+    from megadpo.data.layout import lay_out
 
     random = np.random.default_rng(0)
     scale = min(1.0, tokens / (point["prompt"] + 2 * point["response"]))

@@ -2,7 +2,7 @@
 
 * Tokenising: the whole of it (rows read, recognised, tokenised, cut at the boundary, put into the store's arrays) against
   the tokenizer's own batch call on the same texts, both on one thread, in turns; as text, and as conversations (against
-  rendering each conversation and the batch call).
+  its own calls to render them all and to tokenise them).
 * From the store on disk to micro-batches: pairs a second of a whole epoch.
 * Packing a million groups; share of micro-batches that is filled; how even the replicas' work is.
 * Training steps: how long they wait for their data, with it made ahead and in the step itself, in turns.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.bench.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+from tools.bench.common import equal_start, machine, median_ratio, print_table, write_json
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -102,41 +102,72 @@ def _as_messages(row: dict[str, str]) -> dict[str, Any]:
 
 
 def _compared_with_the_tokenizer(what: str, sources: Any, job: Any, num_rounds: int) -> dict[str, Any]:
-    from megadpo.data import templates, tokenise
-    from megadpo.data.formats import recognise
-    from megadpo.data.prepare import make_groups
+    """Every round of both arms in a process of its own, as the workers of a run are: many texts tokenised before leave
+    their memory in pieces, in which an arm that makes and frees as it goes along is slower than one that holds all."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     from megadpo.data.sources import iter_rows
 
-    tokenizer = tokenise.load_tokenizer(job.tokenizer_path, job.chat_template)
-    rows = [(location, recognise(row, location)) for source in sources for location, row in iter_rows(source)]
-    kept = [(location, row) for location, row in rows if row.reason_to_drop() is None]
-    if job.chat_template is None:
-        texts = [text for location, row in kept for text in tokenise._texts_of(row, tokenizer, location)]
-        alone = lambda number: tokenizer(texts)  # noqa: E731
-    else:
-        chats = [chat for location, row in kept for chat in tokenise._conversations_of(row, tokenizer, location)]
-
-        def alone(number: int) -> Any:
-            rendered = [templates.render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) for c in chats]
-            return tokenizer(rendered, add_special_tokens=False)
-
-    seconds = interleaved({"tokenizer": alone, "megadpo": lambda number: make_groups(sources, job, 1)}, num_rounds, 1)
-    # make_groups loads the tokenizer, which a run does once.
-    loading = statistics.median(
-        interleaved({"load": lambda number: tokenise.load_tokenizer(job.tokenizer_path, job.chat_template)}, num_rounds, 1)[
-            "load"
-        ]
-    )
-    ours = [second - loading for second in seconds["megadpo"]]
+    seconds: dict[str, list[float]] = {"tokenizer": [], "megadpo": []}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for _ in range(num_rounds):
+            seconds["tokenizer"].append(pool.submit(_seconds_of_the_tokenizer, sources, job).result())
+            seconds["megadpo"].append(pool.submit(_seconds_of_make_groups, sources, job).result())
+    num_rows = sum(1 for source in sources for _ in iter_rows(source))
     return {
         "rows": what,
-        "num_rows": len(rows),
+        "num_rows": num_rows,
         "seconds": seconds,
-        "loading_seconds": loading,
-        "tokenizer_rows_per_second": len(rows) / statistics.median(seconds["tokenizer"]),
-        "rows_per_second": len(rows) / statistics.median(ours),
-        "speed_ratio": median_ratio(seconds["tokenizer"], ours),
+        "tokenizer_rows_per_second": num_rows / statistics.median(seconds["tokenizer"]),
+        "rows_per_second": num_rows / statistics.median(seconds["megadpo"]),
+        "speed_ratio": median_ratio(seconds["tokenizer"], seconds["megadpo"]),
     }
+
+
+def _seconds_of_the_tokenizer(sources: Any, job: Any) -> float:
+    """Its own calls for many texts: one for all of them; of conversations, one each to render all prompts and all wholes."""
+    from megadpo.data import tokenise
+
+    tokenizer, rows = _warmed_up(sources, job)
+    if job.chat_template is None:
+        texts = [text for location, row in rows for text in tokenise._texts_of(row, tokenizer, location)]
+        started = time.perf_counter()
+        tokenizer(texts)
+        return time.perf_counter() - started
+    chats = [chat for location, row in rows for chat in tokenise._conversations_of(row, tokenizer, location)]
+    prompts, wholes = ([chat.messages for chat in chats if chat.is_prompt == is_prompt] for is_prompt in (True, False))
+    started = time.perf_counter()
+    texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    texts += tokenizer.apply_chat_template(wholes, tokenize=False)
+    tokenizer(texts, add_special_tokens=False)
+    return time.perf_counter() - started
+
+
+def _seconds_of_make_groups(sources: Any, job: Any) -> float:
+    """Without those to load the tokenizer, which a run does once."""
+    from megadpo.data.prepare import make_groups
+    from megadpo.data.tokenise import load_tokenizer
+
+    _warmed_up(sources, job)
+    started = time.perf_counter()
+    load_tokenizer(job.tokenizer_path, job.chat_template)
+    loaded = time.perf_counter()
+    make_groups(sources, job, 1)
+    return time.perf_counter() - loaded - (loaded - started)
+
+
+def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """The tokenizer and the rows that are kept, of which a few were tokenised: everything is imported."""
+    from megadpo.data.formats import recognise
+    from megadpo.data.sources import iter_rows
+    from megadpo.data.tokenise import load_tokenizer, tokenise_rows
+
+    tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
+    rows = [(location, recognise(row, location)) for source in sources for location, row in iter_rows(source)]
+    kept = [(location, row) for location, row in rows if row.reason_to_drop() is None]
+    tokenise_rows(kept[:20], tokenizer)
+    return tokenizer, kept
 
 
 def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:

@@ -150,7 +150,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
     from transformers import LlamaConfig
 
     from megadpo.config import ParallelConfig, TrainConfig
-    from megadpo.data.micro_batch import lay_out
+    from megadpo.data.layout import lay_out
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
     from megadpo.parallel.schedule import forward_backward

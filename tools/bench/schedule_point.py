@@ -303,7 +303,7 @@ def _stream(point: dict[str, Any], seed: int) -> Any:
     import numpy as np
 
     from megadpo.data.groups import Group
-    from megadpo.data.micro_batch import lay_out
+    from megadpo.data.layout import lay_out
 
     random, half = np.random.default_rng(seed), point["tokens"] // 4
 

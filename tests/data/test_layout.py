@@ -1,6 +1,8 @@
-"""A micro-batch: groups in one stream, and what attention and head need to know of it."""
+"""Groups laid out as the streams of micro-batches, and what attention and head need to know of them."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.data.groups import Group
-from megadpo.data.micro_batch import Segment, lay_out, lay_out_groups
+from megadpo.data.layout import lay_out, lay_out_step
+from megadpo.data.micro_batch import Segment
 from megadpo.data.store import GroupStore
 from tests.models import random_groups
 
@@ -122,7 +125,8 @@ def test_scored_prompts_belong_to_the_first_response_at_place_zero():
 )
 def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers, share, score_prompts):
     groups = random_groups(12, seed=len(numbers), longest=9, kind=kind, numbered=True)
-    batch = lay_out_groups(GroupStore.of(groups), numbers, share, score_prompts=score_prompts)
+    everything = [list(range(len(numbers)))]
+    (batch,) = lay_out_step(GroupStore.of(groups), numbers, everything, share, score_prompts=score_prompts)
     tokens = num_responses = num_scored = 0
     for number in numbers:
         one = lay_out([groups[number]], [number], share, score_prompts=score_prompts)
@@ -138,3 +142,31 @@ def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers
         assert all(torch.equal(batch.numbers[name][responses], values) for name, values in one.numbers.items())
         tokens, num_scored, num_responses = end, scored_end, responses.stop
     assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.rows == tuple(numbers)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["pairs", "lists", "labels", "examples"]),
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+)
+def test_the_micro_batches_of_a_step_are_those_that_its_groups_make_alone(kind, chosen, share, score_prompts, multiple_of):
+    store = GroupStore.of(random_groups(20, seed=len(chosen), longest=9, kind=kind, numbered=True))
+    numbers = np.random.default_rng(len(chosen)).permutation(20)[: len(chosen)]
+    # Group `place` goes into micro-batch chosen[place]; some have none.
+    members = [[place for place, batch in enumerate(chosen) if batch == number] for number in range(4)]
+    together = lay_out_step(store, numbers, members, share, multiple_of, score_prompts=score_prompts)
+    assert [batch.places for batch in together] == [tuple(places) for places in members]
+    for batch, places in zip(together, members, strict=True):
+        groups, rows = [store[int(numbers[place])] for place in places], numbers[places]
+        alone = lay_out(groups, rows, share, multiple_of, score_prompts=score_prompts)
+        for field in fields(batch):
+            ours, theirs = getattr(batch, field.name), getattr(alone, field.name)
+            if isinstance(ours, torch.Tensor):
+                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), field.name
+            elif field.name == "numbers":
+                assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+            elif field.name != "places":
+                assert ours == theirs, field.name

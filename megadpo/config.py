@@ -38,7 +38,7 @@ class ModelConfig:
     `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
     layers: str = "local"
     """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
-    (`engine: megatron`, no experts)."""
+    (`engine: megatron`, no experts, no offloaded activations)."""
     fp8: bool = False
     """With `layers: transformer_engine` on GPUs that have it: multiply in FP8 inside the layers, each tensor scaled by its
     own largest value (so numbers depend on the micro-batch, as far as FP8 rounds)."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megadpo.config import ScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
@@ -33,13 +35,15 @@ def files(tmp_path_factory):
     return policy, save_model(directory / "reference", "qwen3", seed=1, **changes), random_groups(7, seed=3)
 
 
+MEGATRONS, OURS = ScheduleConfig(), ScheduleConfig("1f1b")
 CASES = {
-    1: [(Layout(), "megatron", [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
+    1: [(Layout(), MEGATRONS, [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
     2: [
-        (Layout(tensor=2, sequence=True), "megatron", [SELECTIVE, BLOCK, "selective"]),
-        (Layout(pipeline=2), "megatron", [PAIRS, BLOCK, "none", "full"]),
-        (Layout(pipeline=2, virtual=2), "megatron", [SELECTIVE, PAIRS, "none"]),
-        (Layout(pipeline=2, virtual=2), "1f1b", [FULL, "none"]),
+        (Layout(tensor=2, sequence=True), MEGATRONS, [SELECTIVE, BLOCK, "selective"]),
+        (Layout(pipeline=2), MEGATRONS, [PAIRS, BLOCK, "none", "full"]),
+        (Layout(pipeline=2, virtual=2), MEGATRONS, [SELECTIVE, PAIRS, "none"]),
+        (Layout(pipeline=2, virtual=2), OURS, [FULL, "none"]),
+        (Layout(pipeline=2), replace(OURS, zero_bubble=True), [BLOCK, "none", "full"]),
     ],
 }
 """A text: offloaded, with that recomputation."""
@@ -47,7 +51,7 @@ CASES = {
 
 @pytest.mark.parametrize("num_processes", CASES)
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
-    def case(layout: Layout, schedule: str, way: Activations | str) -> Case:
+    def case(layout: Layout, schedule: ScheduleConfig, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way
         return Case(layout, tokens_per_micro_batch=SMALL, memory=memory, schedule=schedule)
 

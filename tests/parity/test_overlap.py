@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megadpo.config import ScheduleConfig
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
 from tests.parity import oracle
@@ -14,7 +15,7 @@ from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world
 
 SMALL = 90
-OURS = "1f1b"
+OURS = ScheduleConfig("1f1b")
 CASES = {
     "2 replicas": ({"tie_word_embeddings": False}, [Case(Layout(data=2), tokens_per_micro_batch=SMALL)]),
     "2 stages x 2 replicas": (
@@ -22,7 +23,7 @@ CASES = {
         [
             Case(layout, tokens_per_micro_batch=SMALL, schedule=schedule)
             for layout in (Layout(pipeline=2, data=2), Layout(pipeline=2, virtual=2, data=2))
-            for schedule in ("megatron", OURS)
+            for schedule in (ScheduleConfig(), OURS)
         ],
     ),
     "experts": ({"family": "mixtral"}, [Case(Layout(data=2, expert=2), tokens_per_micro_batch=SMALL)]),

@@ -39,7 +39,7 @@ class Case:
     moments_dtype: str = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
-    schedule: str = "megatron"
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     @property
     def activations(self) -> Activations:
@@ -176,7 +176,7 @@ def _outcome(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
-    engine = MegatronEngine(stage, train, parallel, ScheduleConfig(case.schedule))
+    engine = MegatronEngine(stage, train, parallel, case.schedule)
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

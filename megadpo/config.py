@@ -196,7 +196,8 @@ class ParallelConfig:
     on CUDA."""
     gradient_accumulation_fusion: bool | None = None
     """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
-    extension where that is installed, else by torch) instead of one by one; null = on CUDA."""
+    extension where that is installed, else by torch) instead of one by one; null = on CUDA, and with
+    `schedule.zero_bubble`."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
 
@@ -214,7 +215,8 @@ class ScheduleConfig:
     same numbers, and finer fill and drain where prompts are short; slower where they are long. `false` = together."""
     zero_bubble: bool = False
     """Do the products of weight gradients, which no other stage waits for, after what others wait for (ZB-H1, with `name:
-    1f1b` and `engine: megatron`): the same numbers, less waiting; every stage keeps as many micro-batches as the first."""
+    1f1b` and `engine: megatron`, without recomputed or offloaded activations): less waiting, the numbers of
+    `gradient_accumulation_fusion: true`; every stage keeps as many micro-batches as the first."""
 
 
 @dataclass

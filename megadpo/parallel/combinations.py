@@ -163,6 +163,16 @@ EXCLUDED: tuple[Rule, ...] = (
         "virtual pipeline",
         "weight gradients are put off with one chunk a stage only; leave parallel.virtual_pipeline at 1",
     ),
+    Rule(
+        "zero bubble",
+        "recomputation",
+        "products that are put off keep what recomputing activations would free; set one of them to its default",
+    ),
+    Rule(
+        "zero bubble",
+        "offloaded activations",
+        "products that are put off keep what offloading activations would move away; set one of them to its default",
+    ),
     Rule("zero bubble", "split pairs", "weight gradients are put off for whole micro-batches only; set one to false"),
 )
 

@@ -73,8 +73,8 @@ def _check_engine(config: Config) -> None:
             )
     if config.schedule.zero_bubble and parallel.gradient_accumulation_fusion is False:
         raise UserError(
-            "parallel.gradient_accumulation_fusion is false, but schedule.zero_bubble puts off the products that it "
-            "makes add up; leave it at null"
+            "parallel.gradient_accumulation_fusion is false, but schedule.zero_bubble is true, which needs weight gradients "
+            "that products add up; remove it or set it to true"
         )
     if moments != "fp32" and parallel.offload != "none":
         raise UserError(

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,12 @@ def _as_messages(row: dict[str, str]) -> dict[str, Any]:
 def _compared_with_the_tokenizer(what: str, sources: Any, job: Any, num_rounds: int) -> dict[str, Any]:
     """Every round of both arms in a process of its own, as the workers of a run are: many texts tokenised before leave
     their memory in pieces, in which an arm that makes and frees as it goes along is slower than one that holds all."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     from megadpo.data.sources import iter_rows
 
     seconds: dict[str, list[float]] = {"tokenizer": [], "megadpo": []}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for _ in range(num_rounds):
-            seconds["tokenizer"].append(pool.submit(_seconds_of_the_tokenizer, sources, job).result())
-            seconds["megadpo"].append(pool.submit(_seconds_of_make_groups, sources, job).result())
+    for _ in range(num_rounds):
+        seconds["tokenizer"].append(_in_a_new_process(_seconds_of_the_tokenizer, sources, job))
+        seconds["megadpo"].append(_in_a_new_process(_seconds_of_make_groups, sources, job))
     num_rows = sum(1 for source in sources for _ in iter_rows(source))
     return {
         "rows": what,
@@ -123,6 +120,14 @@ def _compared_with_the_tokenizer(what: str, sources: Any, job: Any, num_rounds: 
         "rows_per_second": num_rows / statistics.median(seconds["megadpo"]),
         "speed_ratio": median_ratio(seconds["tokenizer"], seconds["megadpo"]),
     }
+
+
+def _in_a_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _seconds_of_the_tokenizer(sources: Any, job: Any) -> float:

@@ -257,10 +257,11 @@ class _Computed:
                         parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
         for model in self.reference.models:
             model.requires_grad_(False)
-        # As the engine has it: products add to where gradients are kept, at once or later.
+        # As the engine has it: products add to where gradients are kept, at once or later; so does what autograd has.
         for model in self.policy.models:
             for parameter in model.parameters():
                 parameter.main_grad = torch.zeros_like(parameter)
+                parameter.register_post_accumulate_grad_hook(_into_main_grad)
         fuse_gradients(self.policy.models, "torch")
         self.micro_batches = [_stream(point, number) for number in range(point["micro_batches"])]
         self.beside: Any = None
@@ -297,6 +298,12 @@ class _Computed:
             if not is_last:
                 beside.run_ahead(self.micro_batches)
         passes.forward_backward(self.policy.models, self.micro_batches, ones, beside=beside, is_zero_bubble=arm.zero_bubble)
+
+
+def _into_main_grad(parameter: Any) -> None:
+    if not getattr(parameter, "grad_added_to_main_grad", False):
+        parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None
 
 
 def _stream(point: dict[str, Any], seed: int) -> Any:

@@ -6,8 +6,8 @@ ahead, under 1F1B and with weight gradients put off. Without one: Megatron's 1F1
 off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
 steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
 that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the seconds
-that were measured in that arm: of each operation, and in the mean of a message (from the end of an operation to the
-beginning of the one that waits for it) and between two operations. "Steady" leaves out the first step, which has the
+that were measured in that arm: of each operation, the mean of a message (from the end of an operation to the beginning
+of the one that waits for it), and the median between two operations. "Steady" leaves out the first step, which has the
 reference of two steps to do, and the last.
 """
 
@@ -123,8 +123,8 @@ def _mean_costs(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _gaps(by_rank: list[list[dict[str, Any]]]) -> tuple[float, float]:
-    """Mean seconds from the end of an operation to the beginning of one on another stage that waited for it, and from one to
-    the next on a stage that waited for nobody."""
+    """Mean seconds from the end of an operation to the beginning of one on another stage that waited for it, and the median
+    from one to the next on a stage that waited for nobody."""
     from megadpo.pipeline.schedule import Op, source_of
 
     waited, others = [], []

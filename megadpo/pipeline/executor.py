@@ -39,11 +39,6 @@ class Clock:
 
     times: list[tuple[Op, float, float]] = field(default_factory=list)
 
-    @property
-    def busy(self) -> float:
-        """Seconds within operations."""
-        return sum(end - start for _, start, end in self.times)
-
 
 def carry_out(
     program: Program,

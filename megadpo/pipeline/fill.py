@@ -36,13 +36,17 @@ Progress = tuple[int, ...]
 """Of each stage: how many of a step's reference forwards it has done, in the order of `schedule.forward_only`."""
 
 
+MESSAGE = 0.02
+"""A message, in forwards of a mean chunk."""
+
+
 def proportions(recomputes: bool = False, is_zero_bubble: bool = False) -> Costs:
     """What operations and messages roughly cost, in forwards: the same on all ranks, so that all place the reference alike.
 
     Args:
         recomputes: whether a backward does its forward again.
     """
-    costs = Costs(backward=3.0 if recomputes else 2.0, message=0.02)
+    costs = Costs(backward=3.0 if recomputes else 2.0, message=MESSAGE)
     return costs.with_weights_apart() if is_zero_bubble else costs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,18 @@ def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path)
     (mix,) = report["mixes"]
     assert mix["trl"]["1"]["extra_mib"] > 0 < mix["megadpo"]["2048"]["extra_mib"]
     assert mix["ratio_of_least"] == mix["megadpo"]["2048"]["extra_mib"] / mix["trl"]["1"]["extra_mib"]
+
+
+def test_simulated_idle_shares_are_those_of_the_documentation():
+    from tools.bench import simulated
+
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    tables = [
+        [float(cell) for cell in line.strip("| ").split("|")] for line in lines if re.match(r"\| \d+ \| \d+ \| 0\.", line)
+    ]
+    for size in simulated.SIZES:
+        for row in (simulated.reference_row(*size), simulated.row(*size)):
+            assert any(len(cells) == len(row) and cells == pytest.approx(row, abs=0.006) for cells in tables), row
 
 
 def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_path):

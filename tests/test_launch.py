@@ -28,7 +28,7 @@ def wait_for_peers():
     if rank == 1:
         fail()
     dist.all_reduce(torch.ones(1))
-    # A process that ends with gloo threads of its own is aborted now and then; a run of ours leaves none (platform/world.py).
+    # A process that ends with threads of gloo is aborted now and then; a run of ours leaves none (platform/world.py).
     dist.destroy_process_group()
 
 def fail():

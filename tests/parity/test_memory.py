@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,6 @@ CASES = {
         (Layout(pipeline=2), MEGATRONS, [PAIRS, BLOCK, "none", "full"]),
         (Layout(pipeline=2, virtual=2), MEGATRONS, [SELECTIVE, PAIRS, "none"]),
         (Layout(pipeline=2, virtual=2), OURS, [FULL, "none"]),
-        (Layout(pipeline=2), replace(OURS, zero_bubble=True), [BLOCK, "none", "full"]),
     ],
 }
 """A text: offloaded, with that recomputation."""

@@ -113,12 +113,14 @@ def test_simulated_idle_shares_are_those_of_the_documentation():
     from tools.bench import simulated
 
     lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    tables = [
-        [float(cell) for cell in line.strip("| ").split("|")] for line in lines if re.match(r"\| \d+ \| \d+ \| 0\.", line)
-    ]
+    documented = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d+ \| \d+ \| 0\.", line)]
+
+    def says(cell: str, number: float) -> bool:
+        return abs(float(cell) - number) <= 0.51 * 10 ** -len(cell.partition(".")[2])
+
     for size in simulated.SIZES:
         for row in (simulated.reference_row(*size), simulated.row(*size)):
-            assert any(len(cells) == len(row) and cells == pytest.approx(row, abs=0.006) for cells in tables), row
+            assert any(len(cells) == len(row) and all(map(says, cells, row)) for cells in documented), row
 
 
 def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_path):

@@ -72,7 +72,7 @@ def trained(request, tmp_path_factory):
     changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4}
     policy = save_model(directory / "policy", "qwen3", tokenizer=False, **changes)
     reference = save_model(directory / "reference", "qwen3", seed=1, tokenizer=False, **changes)
-    groups, json_file = random_groups(8, seed=3), _small_pieces(directory)
+    groups, json_file = random_groups(9, seed=3), _small_pieces(directory)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cells = {
         size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some]
@@ -146,8 +146,8 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
     reference = save_model(tmp_path / "reference", seed=1, tokenizer=False)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cases = [Case(layout, stage, offload="cpu", cpu_adam=cpu_adam) for layout, stage in OFFLOADED]
-    (base,) = run_world(1, outcomes, policy, reference, random_groups(6), [Case(Layout())])[0]
-    found = run_world(2, outcomes, policy, reference, random_groups(6), cases)[0]
+    (base,) = run_world(1, outcomes, policy, reference, random_groups(7), [Case(Layout())])[0]
+    found = run_world(2, outcomes, policy, reference, random_groups(7), cases)[0]
     for case, outcome in zip(cases, found, strict=True):
         worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
@@ -185,13 +185,13 @@ def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
     policy = save_model(tmp_path / "policy", tokenizer=False, **LARGE)
     reference = save_model(tmp_path / "reference", seed=1, tokenizer=False, **LARGE)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
-    (base,) = run_world(1, outcomes, policy, reference, random_groups(6), [Case(Layout())])[0]
+    (base,) = run_world(1, outcomes, policy, reference, random_groups(7), [Case(Layout())])[0]
     json_file = _no_parameter_stays_whole(tmp_path)
     cases = [
         Case(layout, 3, recompute=how, offload="nvme", offload_dir=str(tmp_path / f"{n}"), deepspeed_config=json_file)
         for n, (layout, how) in enumerate(NVME[num_processes])
     ]
-    found = run_world(num_processes, outcomes, policy, reference, random_groups(6), cases)[0]
+    found = run_world(num_processes, outcomes, policy, reference, random_groups(7), cases)[0]
     for case, outcome in zip(cases, found, strict=True):
         assert min(outcome.num_files.values()) > 1, f"{case}: {outcome.num_files}"
         worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)

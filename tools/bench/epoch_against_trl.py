@@ -43,7 +43,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
     parser.add_argument("--epochs", type=int, nargs="+", default=[1])
     parser.add_argument("--batch-size", type=int, default=1, help="TRL's micro-batch, in pairs")
-    parser.add_argument("--scoring-batch-size", type=int, default=4, help="TRL's micro-batch while it precomputes")
+    parser.add_argument("--scoring-batch-size", type=int, help="TRL's while it precomputes; default: the same")
     parser.add_argument("--rounds", type=int, default=3, help="whole runs of each arm")
     parser.add_argument("--warm-up", type=int, default=1, help="runs of each arm before that")
     parser.add_argument("--steps", type=int, default=3, help="steps of an epoch")
@@ -63,7 +63,8 @@ def _point(plan: Any, mix: str, num_epochs: int, options: argparse.Namespace, di
 
     def theirs(number: int) -> None:
         with tempfile.TemporaryDirectory(dir=directory) as own:
-            settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": options.scoring_batch_size}
+            scoring = options.scoring_batch_size or options.batch_size
+            settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": scoring}
             arguments = (str(plan.policy.path), groups, options.batch_size, options.pairs, num_steps, Path(own))
             trl_trainer(*arguments, **settings).train()
 

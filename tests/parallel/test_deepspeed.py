@@ -72,7 +72,7 @@ def trained(request, tmp_path_factory):
     changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4}
     policy = save_model(directory / "policy", "qwen3", tokenizer=False, **changes)
     reference = save_model(directory / "reference", "qwen3", seed=1, tokenizer=False, **changes)
-    groups, json_file = random_groups(9, seed=3), _small_pieces(directory)
+    groups, json_file = random_groups(13, seed=3), _small_pieces(directory)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cells = {
         size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some]

@@ -80,6 +80,7 @@ def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
         if point["operations"] == "slept":  # real models as small as these are mostly what lies between operations
             assert interleaved["simulated_steady"] < before["simulated_steady"]
             assert zero_bubble_beside["simulated_steady"] < before["simulated_steady"]
+            assert zero_bubble["simulated_steady"] < ours["simulated_steady"]
 
 
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):

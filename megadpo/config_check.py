@@ -192,8 +192,11 @@ def _check_choices(config: Config) -> None:
         allowed = f"choose one of: {', '.join(choices)}" if len(choices) > 1 else f"use {choices[0]!r}"
         if value in NOT_BUILT.get(dotted, ()):
             raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
-        guess = strict.closest(str(value), choices)
-        raise UserError(f"{dotted}: {value!r} is not known; {allowed}" + (f" (did you mean {guess!r}?)" if guess else ""))
+        section, guess = dotted.partition(".")[0], strict.closest(str(value), choices)
+        hint = f" (did you mean {guess!r}?)" if guess else ""
+        if isinstance(getattr(getattr(config, section), str(value), None), bool):
+            hint = f" ({section}.{value} is an option of its own, true or false)"
+        raise UserError(f"{dotted}: {value!r} is not known; {allowed}{hint}")
 
 
 def _check_ranges(config: Config) -> None:

@@ -182,6 +182,7 @@ def test_a_missing_file_and_invalid_utf8_are_named(tmp_path: Path) -> None:
         (["reference.tokens_per_micro_batch=9"], "only for reference.mode precomputed"),
         (["eval.every=5"], "eval.every is set, but there is nothing to evaluate on"),
         (["train.schedule=cosin"], "choose one of: cosine, linear, constant (did you mean 'cosine'?)"),
+        (["schedule.name=zero_bubble"], "(schedule.zero_bubble is an option of its own, true or false)"),
         (["data.train=[]"], "data.train is an empty list"),
         (["data.train=[{weight: 1}]"], "data.train[0] has no path"),
         (

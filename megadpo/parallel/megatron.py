@@ -59,6 +59,8 @@ class MegatronEngine:
             bucket_size=BUCKET_ELEMENTS,
         )
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
+        if not self.overlap:
+            _send_nothing_to_oneself(self.models)
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
         params_dtype = stage.models[0].config.params_dtype
@@ -273,6 +275,15 @@ def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
 def is_first_replica(parameter: torch.nn.Parameter) -> bool:
     """Whether this rank is the first of `replicas_of` a parameter."""
     return dist.get_rank(replicas_of(parameter)) == 0
+
+
+def _send_nothing_to_oneself(models: Sequence[DistributedDataParallel]) -> None:
+    """No collectives over a single replica: in gloo each copies the whole buffer, the weights' through fresh memory."""
+    for group in (group for model in models for group in model.bucket_groups + model.expert_parallel_bucket_groups):
+        if group.intra_distributed_optimizer_instance_size == 1:
+            group.start_param_sync = lambda force_sync=False: None
+            if all(bucket.gradient_scaling_factor == 1 for bucket in group.buckets):
+                group.start_grad_sync = lambda force_all_reduce=False: None
 
 
 def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 //
 // A plain C interface without torch's headers, so that a C++17 compiler is all it takes (GCC or Clang: vector extensions).
 // Rows are shared out to threads; the best instruction set of the processor is chosen when the library runs. Megadpo's
-// plain torch twin of both functions, and what the numbers mean, is megadpo/model/kernels.py.
+// plain torch twin of both functions, and what the numbers mean, is megadpo/model/heads/kernels.py.
 
 #include <algorithm>
 #include <cmath>

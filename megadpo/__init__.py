@@ -9,17 +9,15 @@ Importing this package imports neither torch nor transformers and changes nothin
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from megadpo.config import Config, load_config
+from megadpo.config.schema import Config, load_config
 from megadpo.errors import UserError
 
 if TYPE_CHECKING:
-    from megadpo.train import Callbacks, Result
+    from megadpo.training.trainer import Callbacks, Result
 
 __version__ = "0.1.0"
 __all__ = ["Callbacks", "Config", "Result", "UserError", "__version__", "load_config", "train"]
@@ -43,7 +41,7 @@ def train(
     Raises:
         UserError: anything in the configuration, the model or the data that the caller can put right.
     """
-    from megadpo.train import run_training
+    from megadpo.training.trainer import run_training
 
     loaded = load_config(config, overrides)
     loaded.require_for_training()
@@ -53,16 +51,5 @@ def train(
 def __getattr__(name: str) -> Any:
     """`megadpo.Callbacks` and `megadpo.Result`, which need torch, when they are asked for."""
     if name in ("Callbacks", "Result"):
-        return getattr(importlib.import_module("megadpo.train"), name)
+        return getattr(importlib.import_module("megadpo.training.trainer"), name)
     raise AttributeError(f"module 'megadpo' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system would put the submodule megadpo.train where the function megadpo.train is.
-        if name == "train" and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

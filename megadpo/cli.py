@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megadpo import __version__, launch
-from megadpo.config import Config, load_config
+from megadpo import __version__
+from megadpo.config.schema import Config, load_config
 from megadpo.errors import UserError
-from megadpo.platform import launchers
-from megadpo.platform.mpi import adopt_mpi_environment
+from megadpo.launch import launchers
+from megadpo.launch import supervisor as launch
+from megadpo.launch.mpi import adopt_mpi_environment
 
 if TYPE_CHECKING:
     from megadpo.parallel.layout import Layout
@@ -61,7 +62,7 @@ def train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             launchers.become(request.launcher, machines, worker)
         if machines.nproc * machines.node.count > 1:
             return _start_workers(machines.nproc, worker, machines.node)
-    from megadpo.train import run_training
+    from megadpo.training.trainer import run_training
 
     run_training(config)
     return 0
@@ -72,7 +73,7 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     request = launchers.Request(nproc=arguments.nproc)
     if request.names() and not _is_worker(request) and launchers.machines(request).nproc > 1:
         return _start_workers(arguments.nproc, argv)
-    from megadpo.logprobs import run_logprobs
+    from megadpo.commands.logprobs import run_logprobs
 
     _wrote(run_logprobs(arguments.model, arguments.data, arguments.out, config))
     return 0
@@ -80,7 +81,7 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     layout = _layout(arguments.layout)
-    from megadpo.checkpoint.convert import import_hf
+    from megadpo.commands.convert import import_hf
 
     import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
     _wrote(arguments.out)
@@ -88,7 +89,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    from megadpo.checkpoint.convert import export_checkpoint
+    from megadpo.commands.convert import export_checkpoint
 
     export_checkpoint(arguments.checkpoint, arguments.out)
     _wrote(arguments.out)
@@ -115,7 +116,7 @@ def plan(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if wrong := next((text for text in counts if not text.isdecimal()), None):
         raise UserError(f"--layouts takes numbers of processes, got {wrong!r}; for example --layouts 4 8")
     config = load_config(arguments.config, [*arguments.override, *overrides])
-    from megadpo.plan import run_plan
+    from megadpo.commands.plan_layouts import run_plan
 
     print(run_plan(config, [int(text) for text in counts]), end="")
     return 0
@@ -128,7 +129,7 @@ def _plan_schedule(arguments: argparse.Namespace) -> int:
     if "=" in path:  # an override that stands where the file would
         path, overrides = "schedule.svg", [*overrides, path]
     config = load_config(arguments.config, overrides)
-    from megadpo.pipeline.plan import run_schedule_plan
+    from megadpo.commands.plan_schedule import run_schedule_plan
 
     print(run_schedule_plan(config, path, arguments.micro_batches), end="")
     return 0

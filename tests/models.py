@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadpo.data.formats import PAIRS, Reading
 from megadpo.data.groups import Group
+from megadpo.data.rows.formats import PAIRS, Reading
 
 DATA = Path(os.environ.get("MEGADPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 VOCAB_SIZE = 499  # odd: no tensor-parallel size divides it
@@ -167,8 +167,8 @@ def hh_groups(count: int, tokenizer: Path, max_length: int | None = None) -> lis
 
 def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None, reading: Reading = PAIRS) -> list[Group]:
     """A file's rows, tokenised by our own data path, in memory."""
-    from megadpo.config import DataConfig
-    from megadpo.data.prepare import prepare_groups
+    from megadpo.config.schema import DataConfig
+    from megadpo.data.rows.dataset import prepare_groups
 
     with tempfile.TemporaryDirectory() as directory:
         options = DataConfig(max_length=max_length, cache_dir=directory, num_workers=1)

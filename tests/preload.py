@@ -14,8 +14,14 @@ from megadpo.platform.megatron_cpu import prepare_megatron
 prepare_megatron()
 
 # What every rank of a run imports, one by one.
-for name in ("megadpo.train", "megadpo.prepare", "megadpo.logprobs", "megadpo.parallel.megatron", "megadpo.model.build"):
+for name in (
+    "megadpo.training.trainer",
+    "megadpo.training.setup",
+    "megadpo.commands.logprobs",
+    "megadpo.engine.megatron",
+    "megadpo.model.build",
+):
     importlib.import_module(name)
 with contextlib.suppress(ImportError):
-    for name in ("megadpo.parallel.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    for name in ("megadpo.engine.deepspeed.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
         importlib.import_module(name)

@@ -11,7 +11,7 @@ import pytest
 
 from megadpo import __version__, cli
 from megadpo.errors import UserError
-from megadpo.platform.launchers import Request
+from megadpo.launch.launchers import Request
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def test_help_and_version_answer_without_importing_torch() -> None:
 
 
 def test_megadpo_train_is_a_function_even_after_its_module_is_imported() -> None:
-    code = "import megadpo, megadpo.train; from megadpo.train import run_training; assert callable(megadpo.train)"
+    code = "import megadpo; from megadpo.training.trainer import run_training; assert callable(megadpo.train)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

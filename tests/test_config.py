@@ -11,8 +11,8 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megadpo import strict
-from megadpo.config import Config, load_config
+from megadpo.config import strict
+from megadpo.config.schema import Config, load_config
 from megadpo.errors import UserError
 
 ROOT = Path(__file__).parents[1]

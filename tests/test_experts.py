@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megadpo.config import ParallelConfig, load_config
+from megadpo.config.schema import ParallelConfig, load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout, check_layout, choose_layout
-from megadpo.prepare import prepare
+from megadpo.training.setup import prepare
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadpo import launch
+from megadpo.launch import supervisor as launch
 
 LIMIT_SECONDS = 30
 
@@ -77,7 +77,10 @@ def run(command: list[str], **environment: str) -> tuple[int, str, float]:
 
 
 def our_launcher(nproc: int, worker: Path, *arguments: str) -> list[str]:
-    code = "import sys; from megadpo.launch import start_workers; sys.exit(start_workers(int(sys.argv[1]), sys.argv[2:]))"
+    code = (
+        "import sys; from megadpo.launch.supervisor import start_workers; "
+        "sys.exit(start_workers(int(sys.argv[1]), sys.argv[2:]))"
+    )
     return [sys.executable, "-c", code, str(nproc), sys.executable, str(worker), *arguments]
 
 

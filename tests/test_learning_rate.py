@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megadpo.config import TrainConfig
-from megadpo.learning_rate import learning_rate_at
+from megadpo.config.schema import TrainConfig
+from megadpo.training.lr_schedule import learning_rate_at
 
 
 @pytest.mark.parametrize("warmup", [0, 7])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.config import TrainConfig, load_config
+from megadpo.config.schema import TrainConfig, load_config
 from megadpo.errors import UserError
 from megadpo.model.activations import Activations
-from megadpo.parallel import memory_options
 from megadpo.parallel.layout import Layout
+from megadpo.validation import memory as memory_options
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megadpo.checkpoint.sharded import open_checkpoint
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from tests.models import save_model, write_hh
 from tests.parity import oracle

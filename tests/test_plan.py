@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from megadpo import cli
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.config import Config, load_config
+from megadpo.commands.plan_layouts import layouts, most_parameters, run_plan
+from megadpo.config.schema import Config, load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import check_layout, choose_layout
-from megadpo.plan import layouts, most_parameters, run_plan
 from tests.models import save_model
 
 

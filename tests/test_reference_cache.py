@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train
@@ -72,9 +72,9 @@ def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding
 
 def _watch(settings: dict[str, Any]) -> list[bool]:
     """After every step, whether the reference's stage is alive."""
-    from megadpo.platform.world import joined_world
-    from megadpo.prepare import prepare
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.parallel.world import joined_world
+    from megadpo.training.setup import prepare
+    from megadpo.training.trainer import Callbacks, build, training_step
 
     plan, alive = prepare(load_config(settings)), []
     with joined_world(plan.layout, 1):
@@ -131,7 +131,7 @@ def test_precomputed_and_cached_share_their_cache(files: Path, tmp_path: Path) -
 
 
 def test_a_damaged_shard_is_named(files: Path, tmp_path: Path) -> None:
-    from megadpo.reference_cache import _read_all, parts_of, write_logps
+    from megadpo.training.reference_cache import _read_all, parts_of, write_logps
 
     path = tmp_path / "key.safetensors"
     write_logps(parts_of(path) / "a.safetensors", {"responses": np.array([1, 2]), "logps": np.array([-1.0, -2.0])})

@@ -47,7 +47,7 @@ class _Interrupted(Exception):
 def _train(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
     """Every metrics line; the run breaks off after step `stop_after`, as if killed."""
     import megadpo
-    from megadpo.train import Callbacks
+    from megadpo.training.trainer import Callbacks
 
     def stop(step: int, metrics: dict[str, float]) -> None:
         if step == stop_after:
@@ -118,7 +118,7 @@ def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -
     from datasets import Dataset
 
     import megadpo
-    from megadpo.train import Callbacks
+    from megadpo.training.trainer import Callbacks
 
     heard: list[str] = []
     settings["data"]["train"] = Dataset.from_list(rows)
@@ -159,7 +159,7 @@ def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_pa
         assert torch.allclose(trained, single[name], rtol=1e-4, atol=1e-5), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert tokenizer("Human")["input_ids"] == AutoTokenizer.from_pretrained(files / "model")("Human")["input_ids"]
-    from megadpo.checkpoint.convert import export_checkpoint
+    from megadpo.commands.convert import export_checkpoint
 
     export_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "converted")
     converted = dict(oracle.load(tmp_path / "converted").named_parameters())
@@ -202,8 +202,8 @@ def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
 
 
 def _logprobs(model: Path, data: Path, out: Path, parallel: dict[str, int], share_prompts: bool, cache: Path) -> None:
-    from megadpo.config import load_config
-    from megadpo.logprobs import run_logprobs
+    from megadpo.commands.logprobs import run_logprobs
+    from megadpo.config.schema import load_config
 
     data_options = {"max_length": 128, "share_prompts": share_prompts, "cache_dir": str(cache)}
     options = {
@@ -305,9 +305,9 @@ def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_w
     ],
 )
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused_at_once(files, tmp_path, changes, message):
-    from megadpo.config import load_config
+    from megadpo.config.schema import load_config
     from megadpo.errors import UserError
-    from megadpo.prepare import prepare
+    from megadpo.training.setup import prepare
 
     no_warm_up = {"steps": 2, "warmup_steps": 0}
     run_world(1, _train, _settings(files, tmp_path / "run", train=no_warm_up, checkpoint={"every": 2}))

@@ -1,4 +1,4 @@
-"""Makes the table of docs/parallelism.md from megadpo/parallel/combinations.py: ``python -m tools.combinations_table
+"""Makes the table of docs/parallelism.md from megadpo/validation/combinations.py: ``python -m tools.combinations_table
 --write`` (a test compares)."""
 
 from __future__ import annotations
@@ -6,10 +6,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megadpo.parallel.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
+from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
-BEGIN = "<!-- Between these marks: made by tools/combinations_table.py from megadpo/parallel/combinations.py. -->\n"
+BEGIN = "<!-- Between these marks: made by tools/combinations_table.py from megadpo/validation/combinations.py. -->\n"
 END = "<!-- end of the table -->\n"
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/configuration.md from megadpo/config.py: ``python -m tools.config_table --write`` (a test compares)."""
+"""Makes docs/configuration.md from megadpo/config/schema.py: ``python -m tools.config_table --write`` (a test compares)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 import typing
 from pathlib import Path
 
-from megadpo import config, strict
+from megadpo.config import schema as config
+from megadpo.config import strict
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-MARK = "<!-- The table below is made by tools/config_table.py from megadpo/config.py. -->\n"
+MARK = "<!-- The table below is made by tools/config_table.py from megadpo/config/schema.py. -->\n"
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.specs import SPECS
 from tests.objectives.numeric import FORMULAS, against_formula
 from tests.objectives.trl_cases import CASES, on_a_real_batch, on_random_logits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.data.tokenise import load_tokenizer
+from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.errors import UserError
 from megadpo.model.families import HEAD, SCORE, TensorSource, head_of, with_reward_head
 

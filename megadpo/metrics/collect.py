@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.evaluate import Evaluated
 from megadpo.objectives.specs import has_reward_head, kind_of, measures_kl, runs_delta
 from megadpo.objectives.statistics import ResponseStatistics

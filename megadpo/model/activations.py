@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megadpo.config import TrainConfig
+    from megadpo.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)

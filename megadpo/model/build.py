@@ -23,11 +23,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.checkpoint.hf import fill_shard
-from megadpo.config import ModelConfig
+from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import KEEP, Activations
-from megadpo.model.attention import GroupAttention
-from megadpo.model.attention_backends import choose_backend
-from megadpo.model.experts import expert_layer_spec, is_expert, moved
+from megadpo.model.attention.backends import choose_backend
+from megadpo.model.attention.core import GroupAttention
 from megadpo.model.families import (
     ParameterShard,
     Place,
@@ -39,15 +38,16 @@ from megadpo.model.families import (
     sliding_windows,
     transformer_config_kwargs,
 )
-from megadpo.model.head import LogProbHead
+from megadpo.model.heads.logprob import LogProbHead
+from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
+from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
 from megadpo.model.norm import RMSNorm
 from megadpo.model.offload import Offloader, offload_activations
-from megadpo.model.reward_head import RewardHead
 from megadpo.model.rope import PositionRope
 from megadpo.model.swiglu import SwiGLU
 from megadpo.parallel.layout import Layout, context_method
-from megadpo.parallel.partitioned import is_partitioned, own_part, set_whole
+from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 

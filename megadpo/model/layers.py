@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megadpo.config import ModelConfig
+from megadpo.config.schema import ModelConfig
 from megadpo.errors import UserError
 
 FUSED_NAMES = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.model.attention import StreamParams
+from megadpo.model.attention.core import StreamParams
 
 
 class PositionRope(torch.nn.Module):

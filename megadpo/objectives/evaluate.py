@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives import coupled, custom, listwise, pairwise, reference_free, supervised, unpaired
 from megadpo.objectives.specs import SPECS, kind_of, needs_reference
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megadpo.data.formats import Reading
+from megadpo.data.rows.formats import Reading
 
 if TYPE_CHECKING:
-    from megadpo.config import ObjectiveConfig
+    from megadpo.config.schema import ObjectiveConfig
 
 
 @dataclass(frozen=True)

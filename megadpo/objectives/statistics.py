@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.batches.micro_batch import MicroBatch
 
 RESPONSE_SUMS = ("logps", "token_logps", "prompt_logps", "reward", "entropy", "correct", "mean_logit", "log_square")
 """Columns of `response_sums`; the first four are `DIFFERENTIABLE`."""

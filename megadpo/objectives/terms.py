@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.store import GroupStore
 from megadpo.objectives.statistics import ResponseStatistics
 

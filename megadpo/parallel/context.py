@@ -22,10 +22,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megadpo.data.cut import with_part
-from megadpo.data.micro_batch import MicroBatch, Part
-from megadpo.data.pack import IntArray
-from megadpo.data.packing import Packing
+from megadpo.data.batches.bin_packing import IntArray
+from megadpo.data.batches.context_shard import with_part
+from megadpo.data.batches.micro_batch import MicroBatch, Part
+from megadpo.data.batches.packed_dataset import Packing
 from megadpo.platform.device import compute_device
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.config import DataConfig
+from megadpo.config.schema import DataConfig
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megadpo.data.ahead import Ahead
+from megadpo.data.batches.prefetch import Ahead
 from megadpo.errors import UserError
 
 

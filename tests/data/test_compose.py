@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.config import load_config
-from megadpo.data.compose import FILL, compose
-from megadpo.data.loader import Batches
-from megadpo.data.pack import plan_micro_batches
-from megadpo.data.packing import prepare_packing
+from megadpo.config.schema import load_config
+from megadpo.data.batches.bin_packing import plan_micro_batches
+from megadpo.data.batches.compose import FILL, compose
+from megadpo.data.batches.packed_dataset import prepare_packing
+from megadpo.data.batches.sampler import Batches
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.prepare import _check_steps_can_fill
+from megadpo.training.setup import _check_steps_can_fill
 from tests.models import random_groups
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.cut import cut, token_costs, with_part
-from megadpo.data.layout import lay_out
-from megadpo.data.micro_batch import MicroBatch, Segment
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.context_shard import cut, token_costs, with_part
+from megadpo.data.batches.micro_batch import MicroBatch, Segment
 from tests.models import random_groups
 
 

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megadpo.data.encode import encode
-from megadpo.data.templates import Conversation, render_all, render_ids
-from megadpo.data.tokenise import load_tokenizer
+from megadpo.data.rows.encode import encode
+from megadpo.data.rows.templates import Conversation, render_all, render_ids
+from megadpo.data.rows.tokenise import load_tokenizer
 
 TEXTS = ["Hello there.", "", "a b  c\n\nHuman: 天空", "<s>twice</s></s>", "x" * 300]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.formats import Row, recognise
+from megadpo.data.rows.formats import Row, recognise
 from megadpo.errors import UserError
 
 USER = {"role": "user", "content": "Colour of the sky?"}

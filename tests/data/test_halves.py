@@ -6,9 +6,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.halves import Half, with_halves
-from megadpo.data.layout import lay_out
-from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.halves import Half, with_halves
+from megadpo.data.batches.micro_batch import MicroBatch
 from tests.models import random_groups
 
 cases = settings(max_examples=40, deadline=None)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megadpo.config import DataConfig
-from megadpo.data.formats import Reading, Row, recognise
-from megadpo.data.prepare import prepare_groups
-from megadpo.data.tokenise import load_tokenizer
+from megadpo.config.schema import DataConfig
+from megadpo.data.rows.dataset import prepare_groups
+from megadpo.data.rows.formats import Reading, Row, recognise
+from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.errors import UserError
 
 USER = {"role": "user", "content": "Colour of the sky?"}

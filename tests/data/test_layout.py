@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadpo.data.batches.collate import lay_out, lay_out_step
+from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
-from megadpo.data.layout import lay_out, lay_out_step
-from megadpo.data.micro_batch import Segment
 from megadpo.data.store import GroupStore
 from tests.models import random_groups
 

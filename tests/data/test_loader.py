@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.loader import Batches, epoch_order, num_steps, samples_per_epoch, step_batch
+from megadpo.data.batches.sampler import Batches, epoch_order, num_steps, samples_per_epoch, step_batch
 
 sizes = st.integers(1, 40)
 steps = st.integers(1, 17)

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.groups import Group
-from megadpo.data.layout import lay_out
-from megadpo.data.pack import (
+from megadpo.data.batches.bin_packing import (
     attention_pairs,
     best_fit_decreasing,
     check_groups_fit,
@@ -19,6 +17,8 @@ from megadpo.data.pack import (
     group_costs,
     plan_micro_batches,
 )
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 

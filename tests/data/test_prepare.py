@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from megadpo.config import DataConfig
-from megadpo.data import prepare
-from megadpo.data.prepare import cache_key, make_groups, prepare_groups
-from megadpo.data.sources import parse_sources
+from megadpo.config.schema import DataConfig
+from megadpo.data.rows import dataset as prepare
+from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
+from megadpo.data.rows.sources import parse_sources
 from megadpo.errors import UserError
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
@@ -63,8 +63,8 @@ def test_processes_give_the_groups_that_one_process_gives(
 def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2001)
     lines = [
-        "from megadpo.config import DataConfig",
-        "from megadpo.data.prepare import prepare_groups",
+        "from megadpo.config.schema import DataConfig",
+        "from megadpo.data.rows.dataset import prepare_groups",
         f"options = DataConfig(cache_dir={str(tmp_path / 'cache')!r}, num_workers=2)",
         f"print('kept', prepare_groups(options, {file!r}, {bpe_dir!r}).report.num_kept)",
     ]
@@ -82,7 +82,7 @@ def test_the_cache_is_read_the_second_time_and_by_processes_that_waited(
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 3)
     code = (
-        "import sys; from megadpo.config import DataConfig; from megadpo.data import prepare\n"
+        "import sys; from megadpo.config.schema import DataConfig; from megadpo.data.rows import dataset as prepare\n"
         "made = prepare.make_groups\n"
         "prepare.make_groups = lambda *a: (print('made'), made(*a))[1]\n"
         f"prepared = prepare.prepare_groups(DataConfig(cache_dir={options.cache_dir!r}), {file!r}, {bpe_dir!r})\n"

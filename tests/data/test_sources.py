@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.sources import Source, iter_rows, parse_sources
+from megadpo.data.rows.sources import Source, iter_rows, parse_sources
 from megadpo.errors import UserError
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"c{n} – é", "rejected": f"r{n}"} for n in range(5)]

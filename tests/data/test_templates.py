@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.formats import recognise
-from megadpo.data.templates import read_template
-from megadpo.data.tokenise import GroupTokens, load_tokenizer, tokenise_rows
+from megadpo.data.rows.formats import recognise
+from megadpo.data.rows.templates import read_template
+from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 from tests.data.conftest import CHATML
 

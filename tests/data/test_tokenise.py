@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.formats import Reading, recognise
-from megadpo.data.tokenise import (
+from megadpo.data.rows.formats import Reading, recognise
+from megadpo.data.rows.tokenise import (
     EMPTY,
     IDENTICAL,
     IDENTICAL_TRUNCATED,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megadpo.config import DataConfig
-from megadpo.data.formats import Reading, recognise
-from megadpo.data.prepare import prepare_groups
-from megadpo.data.tokenise import GroupTokens, load_tokenizer, tokenise_rows
+from megadpo.config.schema import DataConfig
+from megadpo.data.rows.dataset import prepare_groups
+from megadpo.data.rows.formats import Reading, recognise
+from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 
 TEMPLATE = """

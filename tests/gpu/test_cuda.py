@@ -127,7 +127,7 @@ def test_moments_in_bf16_learn_as_those_in_fp32_do_in_half_of_their_bytes(files)
 
 def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
     """Of each way, bytes of activations when the forward pass is over and at the peak, on the device."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
     from tools.bench.memory import stage_and_step
 
     found = []

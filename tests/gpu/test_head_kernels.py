@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.model.head import add_product
-from megadpo.model.kernels import PARTS, NativeKernels, TorchKernels
+from megadpo.model.heads.kernels import PARTS, NativeKernels, TorchKernels
+from megadpo.model.heads.logprob import add_product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

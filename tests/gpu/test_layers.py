@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.config import ModelConfig
+from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.gpu.machine import on

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.metrics import collect
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.statistics import ResponseStatistics

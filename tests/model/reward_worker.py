@@ -78,7 +78,7 @@ def transformers_outcome(model_dir: Path, groups: Sequence[Group], coefficients:
 
 def outcomes(model_dir: Path, groups: Sequence[Group], cases: Sequence[Case], coefficients: Tensor) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere)."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
@@ -94,11 +94,11 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megatron.core import parallel_state
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.config import TrainConfig
-    from megadpo.data.layout import lay_out
+    from megadpo.config.schema import TrainConfig
+    from megadpo.data.batches.collate import lay_out
+    from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.statistics import RESPONSE_SUMS
-    from megadpo.parallel.megatron import MegatronEngine
     from tests.parity.worker import whole_tensors
 
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")

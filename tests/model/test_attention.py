@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadpo.data.cut import with_part
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.context_shard import with_part
 from megadpo.data.groups import Group
-from megadpo.data.layout import lay_out
 from megadpo.errors import UserError
-from megadpo.model import attention_blocks
-from megadpo.model.attention_backends import BACKENDS, KERNELS, attend, choose_backend, prepare_attention
+from megadpo.model.attention import cpu_blocks as attention_blocks
+from megadpo.model.attention.backends import BACKENDS, KERNELS, attend, choose_backend, prepare_attention
 
 SCALE = 0.7
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.model.attention_backends import KERNELS, attend, prepare_attention, why_not
+from megadpo.model.attention.backends import KERNELS, attend, prepare_attention, why_not
 from tests.model.test_attention import SCALE, SHAPES, by_definition, operands, stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -53,7 +53,7 @@ CASES = [
 
 
 def _run(num_tensor: int, sequence: bool, cases: Sequence[Case]) -> list[tuple[Tensor, ...]]:
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     with joined_world(Layout(tensor=num_tensor, sequence=sequence), seed=0):
         return [_head_step(num_tensor, sequence, case) for case in cases]
@@ -62,8 +62,8 @@ def _run(num_tensor: int, sequence: bool, cases: Sequence[Case]) -> list[tuple[T
 def _head_step(num_tensor: int, sequence: bool, case: Case) -> tuple[Tensor, ...]:
     from megatron.core import parallel_state
 
-    from megadpo.model import head
-    from megadpo.model.kernels import choose_kernels
+    from megadpo.model.heads import logprob as head
+    from megadpo.model.heads.kernels import choose_kernels
 
     head.TILE_ROWS = case.tile_rows
     choose_kernels(case.kernels, torch.device("cpu"))
@@ -95,7 +95,7 @@ def _head_step(num_tensor: int, sequence: bool, case: Case) -> tuple[Tensor, ...
 
 
 def _micro_batch(scored: Tensor, targets: Tensor) -> Any:
-    from megadpo.data.micro_batch import MicroBatch
+    from megadpo.data.batches.micro_batch import MicroBatch
 
     empty = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(empty, empty, (), scored, targets, empty, empty, empty, empty, empty, (), (), 0)
@@ -151,8 +151,8 @@ def test_statistics_and_gradients_equal_a_float64_log_softmax(num_tensor, sequen
 
 
 def _wanted(names: Sequence[str]) -> Tensor:
-    from megadpo.model import head
-    from megadpo.platform.world import joined_world
+    from megadpo.model.heads import logprob as head
+    from megadpo.parallel.world import joined_world
 
     case = Case()
     head.TILE_ROWS = case.tile_rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config import ParallelConfig, TrainConfig
+from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -23,11 +23,11 @@ WAYS = ("autograd", "buffer", "buffer, overlapped")
 def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtype, layout: Layout) -> dict[str, Tensor]:
     """Of a step's sum of log-probs, in a joined world; the second step's, when the overlap knows the order of gradients."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.packing import prepare_packing
-    from megadpo.model import head
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.heads import logprob as head
     from megadpo.parallel.context import local_micro_batches
-    from megadpo.parallel.megatron import MegatronEngine
 
     head.TILE_ROWS = 64
     packing = prepare_packing(
@@ -58,7 +58,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
 def _all_ways(
     models: Sequence[Path], groups: Sequence[Group], layout: Layout
 ) -> list[tuple[Path, torch.dtype, dict[str, dict[str, Tensor]]]]:
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     with joined_world(layout, seed=1):
         return [

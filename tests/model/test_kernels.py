@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.errors import UserError
-from megadpo.model import kernels
-from megadpo.model.head import TOKEN_STATISTICS
-from megadpo.model.kernels import PARTS, NativeKernels, TorchKernels, choose_kernels
+from megadpo.model.heads import kernels
+from megadpo.model.heads.kernels import PARTS, NativeKernels, TorchKernels, choose_kernels
+from megadpo.model.heads.logprob import TOKEN_STATISTICS
 from megadpo.platform import native
 
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_without_a_compiler_torch_does_it_and_says_so_and_native_is_refused(tmp_
     script = (
         "import torch\n"
         "from megadpo.errors import UserError\n"
-        "from megadpo.model.kernels import choose_kernels\n"
+        "from megadpo.model.heads.kernels import choose_kernels\n"
         "from megadpo.platform import native\n"
         f"native.PACKAGE = native.Path({str(tmp_path)!r}) / 'megadpo'\n"
         f"native.source_directory = lambda: native.Path({str(native.source_directory())!r})\n"
@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason_and_no_failure(tmp_path, mon
 
 
 def test_native_in_the_configuration_is_one_of_three_choices():
-    from megadpo.config import load_config
+    from megadpo.config.schema import load_config
 
     with pytest.raises(UserError, match=r"model\.kernels"):
         load_config({}, ["model.kernels=triton"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config import ModelConfig, load_config
+from megadpo.config.schema import ModelConfig, load_config
 from megadpo.errors import UserError
 from megadpo.model import layers
 from megadpo.model.families import shard_parameters

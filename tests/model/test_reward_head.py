@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.halves import with_halves
 from megadpo.data.groups import Group
-from megadpo.data.halves import with_halves
-from megadpo.data.layout import lay_out
-from megadpo.model.reward_head import RewardHead, reward_positions, reward_sums
+from megadpo.model.heads.reward import RewardHead, reward_positions, reward_sums
 from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.layout import Layout
 from tests.model.reward_worker import Case, Outcome, outcomes, save_reward_model, transformers_outcome
@@ -80,7 +80,7 @@ def head_of_last_stage(model: Path) -> tuple[dict[str, tuple[int, ...]], torch.T
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.model.build import build_stage, load_weights
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     layout = Layout(tensor=dist.get_world_size())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadpo.checkpoint.convert import export_checkpoint
+from megadpo.commands.convert import export_checkpoint
 from tests.checkpoint.test_reward_model import load
 from tests.checkpoint.test_roundtrip import assert_same, tensors_of
 from tests.models import groups_of_file, save_model, write_hh

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, load_config
+from megadpo.config.schema import ObjectiveConfig, load_config
 from megadpo.errors import UserError
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.evaluate import evaluate

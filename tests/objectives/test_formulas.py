@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import kind_of
 from megadpo.objectives.statistics import ResponseStatistics

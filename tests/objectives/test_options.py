@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config import ObjectiveConfig, load_config
+from megadpo.config.schema import ObjectiveConfig, load_config
 from megadpo.errors import UserError
 from megadpo.objectives.evaluate import LOSSES, evaluate
 from megadpo.objectives.specs import ALIASES, SPECS, kind_of, needs_reference, reading_of

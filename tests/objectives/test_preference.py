@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.evaluate import Evaluated, evaluate
 from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import ResponseStatistics

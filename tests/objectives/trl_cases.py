@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadpo.config import ObjectiveConfig, load_config
+from megadpo.config.schema import ObjectiveConfig, load_config
 from megadpo.data.groups import Group
 from megadpo.objectives.specs import SPECS, kind_of
 from tests.models import hh_groups, random_groups, save_model

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
+from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.groups import Group
-from megadpo.data.layout import lay_out
-from megadpo.data.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, scores_prompt

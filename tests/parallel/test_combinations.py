@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
-from megadpo.parallel import combinations
-from megadpo.parallel.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
+from megadpo.validation import combinations
+from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 

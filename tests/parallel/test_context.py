@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from megadpo.config import ParallelConfig, load_config
+from megadpo.config.schema import ParallelConfig, load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout, check_layout, choose_layout, context_method
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
-from megadpo.parallel.deepspeed_options import OURS, OURS_IN_ZERO, check_machine, engine_config
 from megadpo.parallel.layout import Layout
+from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
 from tests.models import random_groups, save_model, write_hh
 from tests.parallel.zero_worker import Case, Outcome, outcomes, train_run
 from tests.parity import oracle
@@ -159,7 +159,7 @@ def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
 @pytest.fixture
 def async_io() -> None:
     """Asynchronous operations on files, compiled once; skipped where libaio or a compiler is missing."""
-    from megadpo.parallel.deepspeed_offload import can_swap_to_nvme, cpu_adam, require_async_io
+    from megadpo.engine.deepspeed.offload import can_swap_to_nvme, cpu_adam, require_async_io
 
     if not can_swap_to_nvme():
         pytest.skip("DeepSpeed's async_io does not build here: install libaio-dev and a C++ compiler")

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
-from megadpo.parallel.deepspeed_options import check_machine
+from megadpo.validation.deepspeed import check_machine
 from tests.worlds import run_world
 
 pytest.importorskip("deepspeed")
 
 
 def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megadpo.parallel.deepspeed_offload import cpu_adam
+    from megadpo.engine.deepspeed.offload import cpu_adam
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()
@@ -27,7 +27,7 @@ def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path: Path, monkeypa
 
 
 def test_without_libaio_or_a_compiler_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megadpo.parallel.deepspeed_offload import require_async_io
+    from megadpo.engine.deepspeed.offload import require_async_io
 
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CC", "/nowhere/cc")
@@ -36,7 +36,7 @@ def test_without_libaio_or_a_compiler_it_is_said_what_to_install(monkeypatch: py
 
 
 def test_more_locked_memory_than_there_is_is_refused() -> None:
-    from megadpo.parallel.deepspeed_offload import require_lockable
+    from megadpo.engine.deepspeed.offload import require_lockable
 
     require_lockable(1 << 16)
     with pytest.raises(UserError, match=r"locks up to 1,073,741,824 MiB of memory, but .* raise it \(ulimit -l unlimited"):
@@ -46,7 +46,7 @@ def test_more_locked_memory_than_there_is_is_refused() -> None:
 def _own_directory(offload_dir: str) -> str:
     import torch.distributed as dist
 
-    from megadpo.parallel.deepspeed_offload import own_directory
+    from megadpo.engine.deepspeed.offload import own_directory
 
     dist.init_process_group("gloo")
     try:

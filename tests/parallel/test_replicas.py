@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.config import TrainConfig
+from megadpo.config.schema import TrainConfig
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
@@ -20,11 +20,11 @@ OVER_REPLICAS = {"reduce_scatter", "all_gather", "allgather"}
 def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
     """Names of those that end a step, in a joined world."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.packing import prepare_packing
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage, load_weights
     from megadpo.parallel.context import local_micro_batches
-    from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     groups = random_groups(8)
     packing = prepare_packing(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, ParallelConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -67,8 +67,9 @@ def outcomes(
     model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case], num_steps: int = 3
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0: first-step loss, norm, gradients and margins, weights after `num_steps` steps."""
-    from megadpo.model import head, offload
-    from megadpo.platform.world import joined_world
+    from megadpo.model import offload
+    from megadpo.model.heads import logprob as head
+    from megadpo.parallel.world import joined_world
 
     head.TILE_ROWS, offload.MIN_BYTES = 64, 1 << 10
     dist.init_process_group("gloo")
@@ -88,13 +89,13 @@ def outcomes(
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.packing import prepare_packing
-    from megadpo.loss import global_batch, response_gradient
+    from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, needs_reference
     from megadpo.objectives.terms import normalisers_of
-    from megadpo.reference import Reference, absent, resident
-    from megadpo.train import reduce_metrics
+    from megadpo.training.global_batch import global_batch, response_gradient
+    from megadpo.training.reference import Reference, absent, resident
+    from megadpo.training.trainer import reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
     objective = ObjectiveConfig(loss_type=case.objective)
@@ -156,13 +157,13 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
     train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
     if case.zero_stage is None:
-        from megadpo.parallel.megatron import MegatronEngine
+        from megadpo.engine.megatron import MegatronEngine
 
         stage = build_stage(hf_config, case.layout, case.dtype, case.activations)
         load_weights(stage, source)
         return MegatronEngine(stage, train)
-    from megadpo.parallel import deepspeed
-    from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
+    from megadpo.engine.deepspeed import engine as deepspeed
+    from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
     if not case.cpu_adam:
         deepspeed.cpu_adam = lambda: None  # as where it does not build
@@ -172,10 +173,10 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
 def frozen(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's frozen reference, sharded where the policy is."""
-    from megadpo.reference import frozen_stage
+    from megadpo.training.reference import frozen_stage
 
     if case.zero_stage == 3:
-        from megadpo.parallel.deepspeed import frozen_sharded_stage
+        from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
         return frozen_sharded_stage(hf_config, source, case.layout, case.dtype, case.parallel)
     return frozen_stage(hf_config, case.layout, case.dtype, source)
@@ -186,7 +187,7 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[d
     import json
 
     import megadpo
-    from megadpo.train import Callbacks
+    from megadpo.training.trainer import Callbacks
 
     class Interrupted(Exception):
         pass

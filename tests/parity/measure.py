@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from tests.models import random_groups, save_model
 from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes

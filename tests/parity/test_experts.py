@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.models import hh_groups, random_groups, save_model
 from tests.parity import oracle

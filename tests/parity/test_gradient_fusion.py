@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config import ScheduleConfig
+from megadpo.config.schema import ScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
@@ -37,7 +37,7 @@ def files(tmp_path_factory):
 
 def counted_outcomes(*arguments: Any) -> tuple[list[Outcome] | None, list[int]]:
     """`outcomes` of the arguments, and how many products were added on this rank."""
-    from megadpo.parallel import gradient_fusion
+    from megadpo.model import weight_gradients as gradient_fusion
 
     count, add_product = [0], gradient_fusion.add_product
 
@@ -78,7 +78,7 @@ def test_those_of_experts_too(tmp_path):
 
 
 def test_bf16_products_are_added_in_fp32_no_less_exactly_than_autograd_s():
-    from megadpo.parallel.gradient_fusion import add_product
+    from megadpo.model.weight_gradients import add_product
 
     generator = torch.Generator().manual_seed(0)
     fused, apart = torch.zeros(48, 40), torch.zeros(48, 40)

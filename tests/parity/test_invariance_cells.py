@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from megadpo.parallel.combinations import rule_between
+from megadpo.validation.combinations import rule_between
 
 pytest.importorskip("deepspeed")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.config import ScheduleConfig
+from megadpo.config.schema import ScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadpo.config import ScheduleConfig
+from megadpo.config.schema import ScheduleConfig
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
 from tests.parity import oracle

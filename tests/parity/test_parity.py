@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.models import hh_groups, random_groups, save_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model, write_hh
 from tests.parity import oracle

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -80,9 +80,10 @@ def outcomes(
     tile_rows: int = 64,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
-    from megadpo.model import head, offload
-    from megadpo.parallel import megatron
-    from megadpo.platform.world import joined_world
+    from megadpo.engine import megatron
+    from megadpo.model import offload
+    from megadpo.model.heads import logprob as head
+    from megadpo.parallel.world import joined_world
 
     head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
     offload.MIN_BYTES = 1 << 10
@@ -114,7 +115,7 @@ def outcomes_of_objectives(
         reading = reading_of(objective)
         return groups["numbered" if reading.numbers else reading.kind]
 
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
@@ -137,16 +138,16 @@ def _outcome(
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.packing import prepare_packing
-    from megadpo.loss import global_batch, response_gradient
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
     from megadpo.objectives.terms import normalisers_of
-    from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.reference import Reference, absent, frozen_stage, resident
-    from megadpo.score import response_logps
-    from megadpo.train import reduce_metrics
+    from megadpo.training.global_batch import global_batch, response_gradient
+    from megadpo.training.reference import Reference, absent, frozen_stage, resident
+    from megadpo.training.score import response_logps
+    from megadpo.training.trainer import reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
     if has_reward_head(objective.loss_types):

@@ -10,10 +10,10 @@ import pytest
 
 from megadpo import cli
 from megadpo.checkpoint.hf import read_hf_config
+from megadpo.commands.plan_schedule import stage_costs
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
 from megadpo.pipeline.draw import COLOURS
-from megadpo.pipeline.plan import stage_costs
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS
 from tests.models import save_model
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config import load_config
+from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train, _weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadpo.config import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.models import random_groups, save_model
 from tests.pipeline.worker import Apart, Case, apart

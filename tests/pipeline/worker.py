@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -84,7 +84,7 @@ class Compared:
 
 def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
     """Every case under Megatron's schedule, under ours, and under ours with the reference interleaved."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
@@ -105,7 +105,7 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
 def put_off(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
     """Every case under our 1F1B with weight gradients added by one product, and with these put off, the reference before and
     interleaved; and, within 1e-6, the first step's gradients under Megatron's schedule, which autograd adds up."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
@@ -144,7 +144,7 @@ class Apart:
 def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Apart]:
     """Every case whole under Megatron's schedule, and in halves with the reference interleaved where there are stages, else
     before; a case in which the reference moves has both."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     twins, results = {}, []
@@ -218,17 +218,17 @@ def _steps(
     fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.packing import prepare_packing
-    from megadpo.loss import global_batch, response_gradient
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage, load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.context import local_micro_batches
-    from megadpo.parallel.megatron import MegatronEngine
-    from megadpo.parallel.passes import passes_by
-    from megadpo.pipeline.beside import ReferenceBeside
-    from megadpo.reference import References, resident
+    from megadpo.pipeline.interleaved_reference import ReferenceBeside
+    from megadpo.pipeline.select import passes_by
+    from megadpo.training.global_batch import global_batch, response_gradient
+    from megadpo.training.reference import References, resident
 
     layout, hf_config = case.layout, read_hf_config(model)
     packing = prepare_packing(

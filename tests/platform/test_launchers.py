@@ -12,11 +12,11 @@ from types import ModuleType
 
 import pytest
 
-from megadpo import launch
 from megadpo.errors import UserError
-from megadpo.platform import launchers, mpi
-from megadpo.platform.hostfile import number_of_this_machine, read_hostfile
-from megadpo.platform.launchers import Request, machines
+from megadpo.launch import launchers, mpi
+from megadpo.launch import supervisor as launch
+from megadpo.launch.hostfile import number_of_this_machine, read_hostfile
+from megadpo.launch.launchers import Request, machines
 from tests.models import save_model, write_hh
 from tests.worlds import path_with_mpirun
 

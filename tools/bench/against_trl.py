@@ -1,8 +1,8 @@
 """Step time against TRL's DPOTrainer on the same pairs: ``python -m tools.bench.against_trl [--json FILE]``.
 
 TRL runs its own training loop (`trainer.train()`, its own step, optimizer and clipping); between two of its steps the same
-pairs go through `megadpo.train.training_step`. Both hold a live reference, fp32, the same weights at the start. TRL
-gets its best micro-batch of those tried, and pairs sorted by length within a step, so that it pads less. Beside the times:
+pairs go through `megadpo.training.trainer.training_step`. Both hold a live reference, fp32, the same weights at the start.
+TRL gets its best micro-batch of those tried, and pairs sorted by length within a step, so that it pads less. Also:
 which share of the machine's matrix product our steps use for what they have to compute (tools/bench/flop.py).
 """
 
@@ -59,8 +59,8 @@ def _options() -> argparse.Namespace:
 
 def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Both arms on one mix of lengths, for each of TRL's batch sizes."""
-    from megadpo.platform.world import joined_world
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.parallel.world import joined_world
+    from megadpo.training.trainer import Callbacks, build, training_step
     from tools.bench.runs import plan_on
 
     groups = pairs_of_mix(plan, mix, options.rounds + options.warm_up, options.pairs, options.tiny)

@@ -135,8 +135,8 @@ def _step(case: tuple[str, int], way: str, options: argparse.Namespace) -> Step:
 
 
 def _packed_step(groups: list[Any], way: str, options: argparse.Namespace) -> Step:
-    from megadpo.data.layout import lay_out
-    from megadpo.model.attention_backends import attend, prepare_attention
+    from megadpo.data.batches.collate import lay_out
+    from megadpo.model.attention.backends import attend, prepare_attention
 
     backend, _, twice = way.partition(",")
     micro_batch = lay_out(groups, range(len(groups)), share_prompts=not twice)

@@ -65,7 +65,7 @@ def _rank(point: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from megadpo.parallel.layout import Layout
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     torch.set_num_threads(point["threads"])
     with joined_world(Layout(context=point["context"], context_method=point["method"]), seed=0):
@@ -79,7 +79,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     from megadpo.model.build import build_stage
     from megadpo.parallel.context import with_own_part
     from megadpo.parallel.layout import Layout
-    from megadpo.parallel.schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import forward_backward
     from tools.bench.head_point import give_back_freed_blocks, peak_bytes
 
     config = LlamaConfig(
@@ -135,8 +135,8 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     """Prompts with two responses each until there are `tokens`, all of random ids."""
     import numpy as np
 
+    from megadpo.data.batches.collate import lay_out
     from megadpo.data.groups import Group
-    from megadpo.data.layout import lay_out
 
     random = np.random.default_rng(0)
     scale = min(1.0, tokens / (point["prompt"] + 2 * point["response"]))

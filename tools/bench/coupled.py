@@ -28,7 +28,7 @@ def main() -> None:
     equal_start(options.threads)
     import torch
 
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
     from tools.bench.runs import prepared_plan
 
     torch.set_num_threads(options.threads)
@@ -48,9 +48,9 @@ def _times(
     plan: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
-    from megadpo.config import ObjectiveConfig
-    from megadpo.prepare import prepare
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.config.schema import ObjectiveConfig
+    from megadpo.training.setup import prepare
+    from megadpo.training.trainer import Callbacks, build, training_step
 
     arms = {}
     for name, objective in (("plain", plain), ("coupled", coupled)):

@@ -70,8 +70,8 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
     import itertools
     import json
 
-    from megadpo.data.prepare import TokeniseJob, make_groups
-    from megadpo.data.sources import iter_rows, parse_sources
+    from megadpo.data.rows.dataset import TokeniseJob, make_groups
+    from megadpo.data.rows.sources import iter_rows, parse_sources
     from megadpo.data.store import GroupStore
     from tools.bench.material import MIXES, preference_file, save_tokenizer, synthetic_groups
 
@@ -105,7 +105,7 @@ def _as_messages(row: dict[str, str]) -> dict[str, Any]:
 def _compared_with_the_tokenizer(what: str, sources: Any, job: Any, num_rounds: int) -> dict[str, Any]:
     """Every round of both arms in a process of its own, as the workers of a run are: many texts tokenised before leave
     their memory in pieces, in which an arm that makes and frees as it goes along is slower than one that holds all."""
-    from megadpo.data.sources import iter_rows
+    from megadpo.data.rows.sources import iter_rows
 
     seconds: dict[str, list[float]] = {"tokenizer": [], "megadpo": []}
     for _ in range(num_rounds):
@@ -132,7 +132,7 @@ def _in_a_new_process(function: Callable[..., float], *arguments: Any) -> float:
 
 def _seconds_of_the_tokenizer(sources: Any, job: Any) -> float:
     """Its own calls for many texts: one for all of them; of conversations, one each to render all prompts and all wholes."""
-    from megadpo.data import tokenise
+    from megadpo.data.rows import tokenise
 
     tokenizer, rows = _warmed_up(sources, job)
     if job.chat_template is None:
@@ -151,8 +151,8 @@ def _seconds_of_the_tokenizer(sources: Any, job: Any) -> float:
 
 def _seconds_of_make_groups(sources: Any, job: Any) -> float:
     """Without those to load the tokenizer, which a run does once."""
-    from megadpo.data.prepare import make_groups
-    from megadpo.data.tokenise import load_tokenizer
+    from megadpo.data.rows.dataset import make_groups
+    from megadpo.data.rows.tokenise import load_tokenizer
 
     _warmed_up(sources, job)
     started = time.perf_counter()
@@ -164,9 +164,9 @@ def _seconds_of_make_groups(sources: Any, job: Any) -> float:
 
 def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
     """The tokenizer and the rows that are kept, of which a few were tokenised: everything is imported."""
-    from megadpo.data.formats import recognise
-    from megadpo.data.sources import iter_rows
-    from megadpo.data.tokenise import load_tokenizer, tokenise_rows
+    from megadpo.data.rows.formats import recognise
+    from megadpo.data.rows.sources import iter_rows
+    from megadpo.data.rows.tokenise import load_tokenizer, tokenise_rows
 
     tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
     rows = [(location, recognise(row, location)) for source in sources for location, row in iter_rows(source)]
@@ -176,7 +176,7 @@ def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
 
 
 def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:
-    from megadpo.data.packing import prepare_packing
+    from megadpo.data.batches.packed_dataset import prepare_packing
     from tools.bench.material import BODY
 
     return prepare_packing(
@@ -193,7 +193,7 @@ def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:
 
 def _micro_batches(what: str, store: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Pairs a second from the store to micro-batches, epoch after epoch until so many pairs were seen."""
-    from megadpo.data.loader import Batches
+    from megadpo.data.batches.sampler import Batches
 
     packing = _packing_of(store, options.capacities[0], 1)
     batches = Batches(store.sources, store.source_weights, options.pairs_per_step, seed=1)
@@ -212,8 +212,8 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
     """One best-fit packing of very many groups, and composing the steps of an epoch of as many."""
     import numpy as np
 
-    from megadpo.data.loader import Batches
-    from megadpo.data.pack import best_fit_decreasing
+    from megadpo.data.batches.bin_packing import best_fit_decreasing
+    from megadpo.data.batches.sampler import Batches
 
     lengths_G = store.num_tokens(True)[np.random.default_rng(3).integers(0, len(store), options.groups)]
     line: dict[str, Any] = {"data": what, "groups": options.groups}
@@ -239,7 +239,7 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
     """
     import numpy as np
 
-    from megadpo.data.loader import Batches
+    from megadpo.data.batches.sampler import Batches
 
     lines = []
     for capacity in options.capacities:
@@ -261,7 +261,7 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
 
 
 def _plan(packing: Any, numbers: Any) -> tuple[Any, int]:
-    from megadpo.data.pack import plan_micro_batches
+    from megadpo.data.batches.bin_packing import plan_micro_batches
 
     tokens_N = packing.num_tokens_G[numbers]
     plan = plan_micro_batches(tokens_N, packing.costs_G[numbers], packing.tokens_per_micro_batch, packing.num_data_parallel)
@@ -272,7 +272,7 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
     """Dearest replica over the mean one, by modelled cost: of a step, and of the micro-batches that run at one time."""
     import numpy as np
 
-    from megadpo.data.loader import Batches
+    from megadpo.data.batches.sampler import Batches
 
     lines = []
     for num_replicas in options.replicas:
@@ -313,8 +313,8 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
 
 def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds that steps of the trainer wait for their data."""
-    from megadpo.platform.world import joined_world
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.parallel.world import joined_world
+    from megadpo.training.trainer import Callbacks, build, training_step
     from tools.bench.runs import prepared_plan
 
     plan, _ = prepared_plan(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)

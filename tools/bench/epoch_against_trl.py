@@ -79,8 +79,8 @@ def _point(plan: Any, mix: str, num_epochs: int, options: argparse.Namespace, di
 
 def _train(plan: Any, groups: list[Any], num_steps: int, cache: str) -> None:
     """Our run from loading the model to the last step, into an empty cache."""
-    from megadpo.platform.world import joined_world
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.parallel.world import joined_world
+    from megadpo.training.trainer import Callbacks, build, training_step
     from tools.bench.runs import plan_on
 
     own_plan = plan_on(plan, groups)

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from megadpo.data.micro_batch import MicroBatch
+from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.parallel.layout import Layout
+from megadpo.parallel.world import joined_world
 from megadpo.platform.megatron_cpu import prepare_megatron
-from megadpo.platform.world import joined_world
 from tools.bench.common import interleaved, median_ratio
 
 prepare_megatron()  # before the head's import, which brings Megatron in
 
-from megadpo.model import head as head_module  # noqa: E402
-from megadpo.model.head import LogProbHead  # noqa: E402
-from megadpo.model.kernels import choose_kernels  # noqa: E402
+from megadpo.model.heads import logprob as head_module  # noqa: E402
+from megadpo.model.heads.kernels import choose_kernels  # noqa: E402
+from megadpo.model.heads.logprob import LogProbHead  # noqa: E402
 
 MIB = 2**20
 WANTED = ("logp", "entropy", "correct", "mean_logit")

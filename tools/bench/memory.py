@@ -101,7 +101,7 @@ def _answer(function: str, settings: dict[str, Any], sender: Any) -> None:
     import torch
 
     from megadpo.parallel.layout import Layout
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     torch.set_num_threads(settings["threads"])
     with joined_world(Layout(), seed=0):
@@ -149,11 +149,11 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
     import torch
     from transformers import LlamaConfig
 
-    from megadpo.config import ParallelConfig, TrainConfig
-    from megadpo.data.layout import lay_out
+    from megadpo.config.schema import ParallelConfig, TrainConfig
+    from megadpo.data.batches.collate import lay_out
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
-    from megadpo.parallel.schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import forward_backward
     from megadpo.platform.device import compute_device
     from tools.bench.material import synthetic_groups
 
@@ -173,7 +173,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
 
     run = functools.partial(forward_backward, stage.models)
     if fusion is not None:
-        from megadpo.parallel.megatron import MegatronEngine
+        from megadpo.engine.megatron import MegatronEngine
 
         run = MegatronEngine(stage, TrainConfig(), ParallelConfig(gradient_accumulation_fusion=fusion)).forward_backward
 

@@ -97,8 +97,8 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _train(plan: Any, num_steps: int) -> None:
-    from megadpo.platform.world import joined_world
-    from megadpo.train import Callbacks, build, training_step
+    from megadpo.parallel.world import joined_world
+    from megadpo.training.trainer import Callbacks, build, training_step
 
     with joined_world(plan.layout, plan.config.train.seed):
         run = build(plan, Callbacks())

@@ -55,13 +55,13 @@ def _options() -> argparse.Namespace:
 def _steps(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
     from tools.bench.runs import prepared_plan
 
     with tempfile.TemporaryDirectory() as directory:
         plan, about = prepared_plan(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
         with joined_world(plan.layout, plan.config.train.seed):
-            from megadpo.train import Callbacks, Run, build, training_step
+            from megadpo.training.trainer import Callbacks, Run, build, training_step
 
             runs = {
                 name: build(dataclasses.replace(plan, dtype=dtype), Callbacks())

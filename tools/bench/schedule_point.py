@@ -46,7 +46,7 @@ def measure(rank: int, port: int, point: dict[str, Any], path: str) -> None:
     import torch
 
     from megadpo.parallel.layout import Layout
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     torch.set_num_threads(point["threads"])
     with joined_world(Layout(pipeline=point["stages"], virtual=point["chunks"]), seed=0):
@@ -83,7 +83,7 @@ def _timed(times: list[tuple[str, int, float, float]]) -> Iterator[None]:
     import torch
     from megatron.core.pipeline_parallel import schedules
 
-    from megadpo.parallel import own_schedule
+    from megadpo.pipeline import run_schedule as own_schedule
     from megadpo.pipeline.executor import Clock, carry_out
 
     counts: dict[str, int] = {}
@@ -166,8 +166,8 @@ class _Slept:
                     self._megatron("reference", forward_only=True)
             self._megatron("forward", forward_only=False)
             return
-        from megadpo.parallel.own_schedule import run
         from megadpo.pipeline.fill import policy_alone, proportions, with_reference
+        from megadpo.pipeline.run_schedule import run
         from megadpo.pipeline.schedule import forward_only
 
         costs = proportions(is_zero_bubble=arm.zero_bubble)
@@ -235,7 +235,7 @@ class _Computed:
         from transformers import LlamaConfig
 
         from megadpo.model.build import build_stage
-        from megadpo.parallel.gradient_fusion import fuse_gradients
+        from megadpo.model.weight_gradients import fuse_gradients
         from megadpo.parallel.layout import Layout
 
         self.point = point
@@ -272,14 +272,15 @@ class _Computed:
         return torch.zeros(len(self.micro_batches[0].tokens_T), 1, self.point["hidden"])
 
     def start(self, arm: Arm) -> None:
-        from megadpo.pipeline.beside import ReferenceBeside
+        from megadpo.pipeline.interleaved_reference import ReferenceBeside
 
         self.beside = ReferenceBeside(self.reference.models, None)
 
     def step(self, arm: Arm, is_last: bool) -> None:
         import torch
 
-        from megadpo.parallel import own_schedule, schedule
+        from megadpo.pipeline import megatron_schedule as schedule
+        from megadpo.pipeline import run_schedule as own_schedule
 
         def ones(number: int, sums_RS: torch.Tensor) -> torch.Tensor:
             return torch.ones(len(sums_RS), 1, dtype=torch.float64)
@@ -309,8 +310,8 @@ def _into_main_grad(parameter: Any) -> None:
 def _stream(point: dict[str, Any], seed: int) -> Any:
     import numpy as np
 
+    from megadpo.data.batches.collate import lay_out
     from megadpo.data.groups import Group
-    from megadpo.data.layout import lay_out
 
     random, half = np.random.default_rng(seed), point["tokens"] // 4
 

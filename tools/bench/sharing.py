@@ -1,7 +1,7 @@
 """What prompt sharing pays on preference rows: ``python -m tools.bench.sharing [--json FILE]``.
 
 Tokens: every usable row under an 8k byte-level BPE trained on the rows. Time: whole optimizer steps of the trainer
-(`megadpo.train.training_step`), with and without sharing in turns, on the same pairs in the same order, fp32.
+(`megadpo.training.trainer.training_step`), with and without sharing in turns, on the same pairs in the same order, fp32.
 
 The bound is of the cost model: with r = prompt / completion length, sharing gains at most 2 (r + 1) / (r + 2).
 """
@@ -59,7 +59,7 @@ def _tokens(groups: Any, numbers: Any = slice(None)) -> dict[str, float]:
 
 def _times(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of interleaved steps, with a resident reference or with none to compute."""
-    from megadpo.platform.world import joined_world
+    from megadpo.parallel.world import joined_world
 
     with joined_world(plan.layout, plan.config.train.seed):
         return _times_in_world(plan, reference, options)
@@ -68,9 +68,9 @@ def _times(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, 
 def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from megadpo.prepare import data_packing
-    from megadpo.reference import References, precomputed
-    from megadpo.train import Callbacks, Run, build, training_step
+    from megadpo.training.reference import References, precomputed
+    from megadpo.training.setup import data_packing
+    from megadpo.training.trainer import Callbacks, Run, build, training_step
 
     run = build(plan, Callbacks())
     if reference == "none":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megadpo.config import ParallelConfig, TrainConfig
+from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import KEEP
@@ -34,8 +34,8 @@ def formula(stage: int, num_parameters: int, num_replicas: int) -> float:
 def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | None = None) -> tuple[int, dict[int, int]]:
     """Number of parameters, and this rank's bytes under each stage; every process is a replica."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.packing import prepare_packing
-    from megadpo.platform.world import joined_world
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.parallel.world import joined_world
 
     layout, found, num_parameters = Layout(data=dist.get_world_size()), {}, 0
     packing = prepare_packing(
@@ -50,7 +50,7 @@ def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | Non
     micro_batches = None
     for stage in range(4):
         with joined_world(layout, seed=1):
-            from megadpo.parallel.deepspeed import ZeroEngine, policy_stage
+            from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
             micro_batches = micro_batches or packing.micro_batches(list(range(len(groups))), dist.get_rank())
             before = _storages()

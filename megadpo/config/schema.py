@@ -1,0 +1,475 @@
+"""Every option of megadpo: one dataclass tree, read strictly from YAML, a dict or ``key.sub=value``.
+
+    config = load_config("run.yaml", ["train.learning_rate=5e-7", "parallel.tensor=2"])
+
+An unknown key, a wrong type, a value out of range, a contradiction or a feature that this version does not have is one
+UserError; no option is ever ignored. Whether a layout fits model and world size is checked in parallel/layout.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadpo.config import strict
+from megadpo.errors import UserError
+from megadpo.validation.values import check
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""
+    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
+    dtype: str = "auto"
+    """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
+    fp32 on CPU."""
+    kernels: str = "auto"
+    """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
+    `torch`, or `auto`: native where it is to be had."""
+    attention: str = "auto"
+    """The kernel of attention: `cpu_flash`, `varlen` (torch's), `flash_attn`, `transformer_engine` (these in bf16 on CUDA),
+    `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
+    layers: str = "local"
+    """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
+    (`engine: megatron`, no experts, no offloaded activations)."""
+    fp8: bool = False
+    """With `layers: transformer_engine` on GPUs that have it: multiply in FP8 inside the layers, each tensor scaled by its
+    own largest value (so numbers depend on the micro-batch, as far as FP8 rounds)."""
+
+
+@dataclass
+class ReferenceConfig:
+    mode: str = "resident"
+    """`resident`: a frozen second model runs beside the policy. `precomputed`: its log-probs are computed first,
+    cached on disk, and the reference is freed. `cached`: it runs beside the policy in the first epoch, which fills the same
+    cache; then it is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
+    path: str | None = None
+    """Model directory of the reference; null = `model.path`."""
+    tokens_per_micro_batch: int | None = None
+    """Tokens of a micro-batch while log-probs are precomputed (nothing is kept for a backward, so more fit); null =
+    `train.tokens_per_micro_batch`."""
+    sync_every: int | None = None
+    """TR-DPO: every this many steps a resident reference moves towards the policy; null = it never moves."""
+    mixup_alpha: float = 0.6
+    """TR-DPO: how far it moves, in (0, 1]: reference = alpha policy + (1 - alpha) reference."""
+
+
+@dataclass
+class DataConfig:
+    train: Any = None
+    """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
+    from Python also `datasets.Dataset`. Required for training."""
+    eval: Any = None
+    """Held-out pairs, given like `data.train`; null = no evaluation."""
+    shuffle: bool = True
+    """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
+    step_tokens_multiple_of: int | None = None
+    """Exchange pairs between nearby steps until each step's tokens come just below a multiple of this (best:
+    `train.tokens_per_micro_batch` x replicas), which fills micro-batches; null = steps as they were drawn."""
+    max_length: int | None = 1024
+    """Longest prompt + completion in tokens; null = no limit."""
+    truncation: str = "prompt_left"
+    """What gives way beyond `max_length`: `prompt_left` (the prompt's beginning, then the completion's end),
+    `keep_start` or `keep_end` of the whole sequence."""
+    chat_template: str | None = None
+    """A Jinja chat template, as a file or as its text; null = the tokenizer's own."""
+    share_prompts: bool = True
+    """Compute a prompt once for both of its responses; false = once per response (the numbers are the same)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames: our field name -> the file's field name, for example `{chosen: better, rejected: worse}`."""
+    num_workers: int | None = None
+    """Processes that tokenise; null = one per CPU core."""
+    cache_dir: str | None = None
+    """Where tokenised data and reference log-probs are kept; null = `$MEGADPO_CACHE`, else `~/.cache/megadpo`."""
+
+
+@dataclass
+class ObjectiveConfig:
+    loss_type: str | list[str] = "sigmoid"
+    """The preference loss, or a list of losses that are added up: see docs/objectives.md."""
+    loss_weights: list[float] | None = None
+    """A weight for each of the losses; null = 1 for each."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: rewards are beta times the log-ratio."""
+    label_smoothing: float = 0.0
+    """Probability that a preference label is flipped, in [0, 0.5); `exo_pair` needs it above 0."""
+    f_divergence: str = "reverse_kl"
+    """How distance from the reference is measured: `reverse_kl` (DPO), `forward_kl`, `js` or `alpha`."""
+    f_alpha: float = 0.5
+    """The alpha of `f_divergence: alpha`; 1 is reverse_kl."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight, in [0, 1], of completion tokens beyond the shorter answer's length; null = 1."""
+    wpo: bool = False
+    """WPO: each pair's loss is multiplied by how likely the policy finds its two answers (held fixed)."""
+    nll_coef: float = 0.0
+    """Times the mean negative log-prob of the chosen tokens, added to the loss (TRL's rpo_alpha and cpo_alpha)."""
+    row_weights: bool = False
+    """Each row's loss is multiplied by the row's `weight` (>= 0); metrics other than the loss are not."""
+    margins: bool = False
+    """ODPO, and the margin of reward models: each pair's `margin` (>= 0) is taken off the loss's logits."""
+    soft_labels: bool = False
+    """Each pair's `label_probability` says how likely its chosen answer is the better one."""
+    length_penalty: float = 0.0
+    """R-DPO: times (chosen length - rejected length), added to the scaled margin."""
+    dpop_lambda: float = 0.0
+    """Smaug's DPOP: times what the chosen answer has fallen below the reference, taken off the margin."""
+    ipo_normalization: str = "mean"
+    """`ipo` on per-token scores (`mean`) or summed ones (`sum`)."""
+    bco_running_delta: bool = False
+    """`bco_pair`: rewards are shifted by the running mean of all rewards so far (kept in the checkpoint)."""
+    rpo_eta: float = 1.0
+    """`rpo_*`: scale of the given scores (`chosen_score`, `rejected_score`)."""
+    desirable_weight: float = 1.0
+    """Weight of desirable answers in `kto`, `bco` and `apo_zero_unpaired`."""
+    undesirable_weight: float = 1.0
+    """Weight of undesirable answers in `kto`, `bco` and `apo_zero_unpaired`."""
+    list_weights: str = "uniform"
+    """What each two responses weigh in `all_pairs`: `uniform`, `score` (difference of scores) or `lambda` (LiPO)."""
+    reward_center_coef: float = 0.0
+    """`reward`: times (reward of chosen + reward of rejected)^2, added to the loss: keeps rewards around zero."""
+    discopop_tau: float = 0.05
+    """Temperature of `discopop`'s mixture."""
+    simpo_gamma: float = 0.5
+    """Target margin of `simpo`."""
+    module: str | None = None
+    """The function of `loss_type: custom`, as path.py:function: see examples/custom_objective.py."""
+    alphapo_alpha: float = 0.0
+    """AlphaPO: alpha of the reward (1 - p^-alpha) / alpha in `cpo` and `simpo`; 0 = the log-prob."""
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The losses, as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+
+    @property
+    def terms(self) -> list[str]:
+        """The losses, and "nll" where the NLL term is on: what is added up."""
+        return self.loss_types + (["nll"] if self.nll_coef else [])
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each loss."""
+        return self.loss_weights or [1.0] * len(self.loss_types)
+
+
+@dataclass
+class ParallelConfig:
+    engine: str = "megatron"
+    """Who keeps gradients and optimizer state: `megatron` (DDP + DistributedOptimizer) or `deepspeed` (any ZeRO stage)."""
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool | None = None
+    """Sequence parallelism inside the tensor-parallel group; null = on with `tensor` > 1."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved 1F1B): smaller bubbles, more messages; above 1 needs `pipeline` > 1."""
+    pipeline_layout: str | list[int] | None = None
+    """Layers of each stage as a list, or as text (`3,4,4,3`); with `virtual_pipeline` of each chunk, in the model's order
+    (chunk c is on stage c modulo `pipeline`); null = as even as possible, first and last the lightest."""
+    context: int = 1
+    """Context-parallel size: ranks that each hold a part of a micro-batch's tokens."""
+    context_method: str = "auto"
+    """How attention crosses the parts: `ulysses` (all-to-all over heads), `allgather` (of keys and values; for more ranks
+    than heads), or `auto`: ulysses where the key-value heads divide."""
+    expert: int = 1
+    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x data-parallel ones."""
+    expert_tensor: int = 1
+    """Tensor-parallel size inside an expert; `tensor` is for all else."""
+    zero_stage: int = 1
+    """What is sharded over data-parallel ranks: 1 = optimizer state; with `engine: deepspeed` also 0 = nothing,
+    2 = gradients too, 3 = parameters too (the frozen reference's as well)."""
+    offload: str = "none"
+    """Where optimizer state, and in ZeRO stage 3 parameters, are kept between their uses: `none`, `cpu` (with `engine:
+    megatron` AdamW's moments, updated there; only on CUDA) or, with `engine: deepspeed`, `nvme` (stage 3)."""
+    offload_dir: str | None = None
+    """Directory on a local disk for `offload: nvme`."""
+    overlap: bool | None = None
+    """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
+    on CUDA."""
+    gradient_accumulation_fusion: bool | None = None
+    """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
+    extension where that is installed, else by torch) instead of one by one; null = on CUDA, and with
+    `schedule.zero_bubble`."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file with more settings; one that contradicts an option here is refused."""
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "megatron"
+    """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
+    `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
+    reference: str = "before"
+    """When a resident reference runs: `before` the policy, or `interleaved` (with `name: 1f1b`): its forwards fill the
+    policy's bubbles, those of the next step this step's end."""
+    split_pairs: bool = False
+    """Send a micro-batch's chosen and rejected answers through the stages one after the other (with `name: 1f1b`): the
+    same numbers, and finer fill and drain where prompts are short; slower where they are long. `false` = together."""
+    zero_bubble: bool = False
+    """Do the products of weight gradients, which no other stage waits for, after what others wait for (ZB-H1, with `name:
+    1f1b` and `engine: megatron`, without recomputed or offloaded activations): less waiting, the numbers of
+    `gradient_accumulation_fusion: true`; every stage keeps as many micro-batches as the first."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps; give this or `epochs`, not both (on the command line, either displaces the one of the file)."""
+    epochs: float | None = None
+    """Passes over the data (may be a fraction); with neither this nor `steps`: 1."""
+    pairs_per_step: int = 64
+    """Pairs in the global batch of a step, over all processes; each weighs exactly the same."""
+    tokens_per_micro_batch: int = 8192
+    """Most tokens that go through a model replica at once (over all its context ranks); changes memory and speed, not the
+    result."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = 0.0
+    """Where the schedule ends."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: str = "cosine"
+    """How the learning rate falls after the warm-up: `cosine`, `linear` or `constant`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    moments_dtype: str = "fp32"
+    """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
+    rounding is right on average over the steps). With `engine: megatron`."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass to save memory: `none`, `selective` (attention) or `full`
+    (layers)."""
+    recompute_method: str = "uniform"
+    """With `recompute: full`: `uniform` keeps the input of every unit of `recompute_num_layers` layers; `block` recomputes
+    that many layers of each pipeline stage (or chunk of one) and keeps what the others computed."""
+    recompute_num_layers: int | None = None
+    """With `recompute: full`: layers of a unit (`uniform`; it divides the layers of every stage) or layers recomputed
+    (`block`); null = units of 1."""
+    activation_offload: str = "none"
+    """Where activations wait for their backward pass: `none` (where they are), `cpu` (pinned host memory; only on CUDA) or
+    `disk` (files in `activation_offload_dir`); with `recompute: full` these are the units' inputs."""
+    activation_offload_dir: str | None = None
+    """Directory for `activation_offload: disk`, on a fast local disk or in shared memory."""
+    activation_offload_window_mib: int = 256
+    """MiB of activations that may wait to be moved away, and that are fetched ahead in the backward pass."""
+    router_aux_coef: float = 0.0
+    """Weight of the routers' load-balancing loss of a mixture of experts, taken over the global batch; not 0 costs a further
+    forward pass."""
+    seed: int = 42
+    """Seed of the data order and of every random number."""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0
+    """Evaluate on `data.eval` every this many steps; 0 = only after the last step."""
+    pairs: int | None = None
+    """Use only the first this many pairs of `data.eval`; null = all."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Save the full training state every this many steps; 0 = never."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint in `output_dir`, if there is one; `never`; or the path of a step
+    directory."""
+
+
+@dataclass
+class LoggingConfig:
+    every: int = 1
+    """Write metrics every this many steps, at evaluations and at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under `output_dir`."""
+
+
+@dataclass
+class Config:
+    """All options. Built by `load_config`; attributes may be changed before a run, `validate()` checks them again."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    output_dir: str = ""
+    """Directory for config.yaml, metrics.jsonl, checkpoints/ and hf/. Required for training."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range, a contradiction, or a feature this version does not have."""
+        check(self)
+
+    def require_for_training(self) -> None:
+        """Raises UserError where an option that training cannot do without is missing."""
+        for name, value in (
+            ("model.path", self.model.path),
+            ("data.train", self.data.train),
+            ("output_dir", self.output_dir),
+        ):
+            if value is None or (isinstance(value, (str, list)) and not value):
+                raise UserError(
+                    f"{name} is required for training: set it in the configuration or as {name}=… on the command line"
+                )
+
+    def resolved(self) -> Config:
+        """A copy in which the defaults that follow from other options are spelled out (none of the machine's)."""
+        config = copy_config(self)
+        if config.parallel.sequence is None:
+            config.parallel.sequence = config.parallel.tensor > 1
+        if config.reference.path is None:
+            config.reference.path = config.model.path or None
+        if config.reference.mode == "precomputed" and config.reference.tokens_per_micro_batch is None:
+            config.reference.tokens_per_micro_batch = config.train.tokens_per_micro_batch
+        if config.train.steps is None and config.train.epochs is None:
+            config.train.epochs = 1.0
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with rows and fingerprint."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, in the order of this file."""
+        return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
+
+    An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
+
+    Raises:
+        UserError: file missing or not YAML, unknown or repeated key, wrong type, anything `validate` refuses.
+    """
+    places: strict.Places = {}
+    values: Mapping[str, Any]
+    if isinstance(source, Config):
+        values = _shallow(source)
+    elif isinstance(source, Mapping):
+        values = source
+    else:
+        values, places = strict.read_yaml(Path(source))
+    overrides = _displacing(overrides)
+    config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
+    for name in ("train", "eval"):
+        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    config.validate()
+    return config
+
+
+LENGTHS = ("train.steps", "train.epochs")
+"""Options that say the same thing in two ways."""
+
+
+def _displacing(overrides: Sequence[str]) -> Sequence[str]:
+    """`overrides`, with the other one of LENGTHS nulled first where only one of them is given a value."""
+    given = {name.strip(): text.strip() for name, _, text in (override.partition("=") for override in overrides)}
+    for name, other in (LENGTHS, LENGTHS[::-1]):
+        if given.get(name) not in (None, "", "null", "~") and other not in given:
+            return [f"{other}=null", *overrides]
+    return overrides
+
+
+@dataclass
+class SourceConfig:
+    """One entry of `data.train` or `data.eval` that is written as a mapping."""
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    subset: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def check_sources(value: Any, name: str) -> Any:
+    """`data.train` or `data.eval` after checking: None, a text, a Dataset, or a list of texts, dicts and Datasets."""
+    if value is None or is_dataset(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise UserError(f"{name} is an empty list; name at least one source")
+        return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    source = _check_source(value, name)
+    return [source] if isinstance(source, dict) else source
+
+
+def _check_source(value: Any, name: str) -> Any:
+    if is_dataset(value):
+        return value
+    if isinstance(value, Mapping):
+        if "path" not in value:
+            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}")
+        for key in value:
+            if key not in strict.all_keys(SourceConfig):
+                guess = strict.closest(str(key), strict.all_keys(SourceConfig))
+                raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
+        hints = strict.field_types(SourceConfig)
+        source = {
+            key: item if key == "path" and is_dataset(item) else strict.convert(hints[key], item, f"{name}.{key}", {})
+            for key, item in value.items()
+        }
+        if not 0 < source.get("weight", 1.0) < float("inf"):
+            raise UserError(f"{name}.weight must be greater than 0, got {source['weight']!r}")
+        return source
+    text = strict.convert(str | None, value, name, {})
+    if not text:
+        raise UserError(f"{name} is empty; give a file, a directory or a Hugging Face dataset id")
+    return text
+
+
+def is_dataset(value: Any) -> bool:
+    """True for a `datasets.Dataset`, without importing datasets."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(value, datasets.Dataset)
+
+
+def copy_config(config: Config) -> Config:
+    """A deep copy that keeps the very same `datasets.Dataset` objects."""
+    data = dataclasses.replace(config.data, train=None, eval=None)
+    result = copy.deepcopy(dataclasses.replace(config, data=data))
+    result.data.train, result.data.eval = config.data.train, config.data.eval
+    return result
+
+
+def _shallow(config: Config) -> dict[str, Any]:
+    """A Config as nested dicts whose leaves are the very same objects."""
+    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    return {
+        name: {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in sections.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if is_dataset(value):
+        return f"<datasets.Dataset, {value.num_rows} rows, fingerprint {value._fingerprint}>"
+    return value

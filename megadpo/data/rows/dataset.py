@@ -1,0 +1,323 @@
+"""From configuration to groups: read, recognise, tokenise and truncate every row once, in parallel, cached on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megadpo.data.groups import Group
+from megadpo.data.rows.formats import PAIRS, Reading, Row, recognise
+from megadpo.data.rows.report import DataReport
+from megadpo.data.rows.sources import Source, iter_rows, load_dataset, parse_sources, source_files
+from megadpo.data.rows.templates import read_template
+from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
+from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
+from megadpo.errors import UserError
+
+# Raise it when the same rows, tokenizer and options would give other groups than before.
+CODE_VERSION = 3
+# A worker needs seconds to start: fewer rows than this are tokenised sooner without.
+MIN_ROWS_FOR_WORKERS = 2000
+_CHUNK = 250
+
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "config.json")
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
+
+LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, row
+
+
+class DataOptions(Protocol):
+    """The part of the configuration's `data` section that decides what a row becomes."""
+
+    max_length: int | None
+    truncation: str
+    chat_template: str | None
+    columns: dict[str, str]
+    num_workers: int | None
+    cache_dir: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_groups` returns."""
+
+    groups: GroupStore
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class TokeniseJob:
+    """All that turns rows into groups; small, as every worker receives it."""
+
+    tokenizer_path: str
+    chat_template: str | None
+    max_length: int | None
+    truncation: str
+    reading: Reading = PAIRS
+
+
+def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS) -> Prepared:
+    """Read and tokenise the sources, or load them from the cache. Call it before process groups are made.
+
+    Any number of processes may call it at once: one does the work, the others wait for it and read the cache.
+
+    Args:
+        data: the configuration's `data` section.
+        sources_value: its `train` or `eval`.
+        tokenizer_path: a local directory with a tokenizer that transformers can load.
+        reading: what the objective reads of every row.
+
+    Raises:
+        UserError: for anything wrong with the files, the rows, the tokenizer or the options, when no row is left, or
+            when labelled answers are all desirable or all undesirable.
+    """
+    if data.truncation not in TRUNCATIONS:
+        raise UserError(f"data.truncation is {data.truncation!r}; it must be one of {', '.join(TRUNCATIONS)}")
+    if data.max_length is not None and data.max_length < 2:
+        raise UserError(f"data.max_length is {data.max_length}; a prompt token and a completion token need at least 2")
+    if not os.path.isdir(tokenizer_path):
+        raise UserError(f"model.path: {tokenizer_path} is not a directory; the tokenizer is read from it")
+    sources = parse_sources(sources_value, data.columns)
+    job = TokeniseJob(tokenizer_path, read_template(data.chat_template), data.max_length, data.truncation, reading)
+    directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
+    cached = _load(directory)
+    if cached is None:
+        cached = _make_once(directory, sources, job, data.num_workers)
+    store, report = cached
+    names, weights = [source.name for source in sources], [source.weight for source in sources]
+    return Prepared(GroupStore(store.columns, names, weights, store.digest), report)
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """`data.cache_dir`, else $MEGADPO_CACHE, else ~/.cache/megadpo."""
+    return Path(cache_dir or os.environ.get("MEGADPO_CACHE") or "~/.cache/megadpo").expanduser()
+
+
+def _make_once(
+    directory: Path, sources: list[Source], job: TokeniseJob, num_workers: int | None
+) -> tuple[GroupStore, DataReport]:
+    from filelock import FileLock
+
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            cached = _load(directory)
+            if cached is not None:
+                return cached
+            store, report = make_groups(sources, job, num_workers)
+            store.save(directory, extra=report.to_dict())
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {directory.parent} cannot be written: {error}") from error
+    loaded = _load(directory)
+    assert loaded is not None
+    return loaded
+
+
+def _load(directory: Path) -> tuple[GroupStore, DataReport] | None:
+    if not (directory / "store.json").is_file():
+        return None
+    try:
+        extra = json.loads((directory / "store.json").read_text(encoding="utf-8"))["extra"]
+        return GroupStore.load(directory), DataReport(**extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data.cache_dir: {directory} is damaged ({error}); delete it") from error
+
+
+def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
+    """A hexadecimal key of everything that changes the groups: contents, never times or weights."""
+    import tokenizers
+    import transformers
+
+    options = {
+        "code": [CODE_VERSION, FORMAT_VERSION],
+        "libraries": [transformers.__version__, tokenizers.__version__],
+        "chat_template": job.chat_template,
+        "max_length": job.max_length,
+        "truncation": job.truncation,
+        "reading": [job.reading.kind, sorted(job.reading.numbers)],
+        "columns": [sorted(source.columns.items()) for source in sources],
+        "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
+        "sources": [_source_digest(source) for source in sources],
+    }
+    return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+def _tokenizer_digest(path: Path) -> list[list[str]]:
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and (file.name.startswith(_TOKENIZER_FILES) or file.name.endswith(_TOKENIZER_SUFFIXES))
+    ]
+    return [[str(file.relative_to(path)), _file_digest(file)] for file in files]
+
+
+def _source_digest(source: Source) -> list[Any]:
+    files = source_files(source)
+    if files is not None:
+        return [[file.name, _file_digest(file)] for file in files]
+    import pyarrow
+
+    sink = _HashSink()
+    table = load_dataset(source).with_format("arrow")
+    for batch in table.iter(batch_size=1000):
+        with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_table(batch)
+    return [["dataset", sink.hasher.hexdigest()]]
+
+
+class _HashSink:
+    """A file object that hashes what is written to it."""
+
+    def __init__(self) -> None:
+        self.hasher = hashlib.blake2b(digest_size=20)
+        self.closed = False
+
+    def write(self, content: Any) -> int:
+        self.hasher.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _file_digest(file: Path) -> str:
+    hasher = hashlib.blake2b(digest_size=20)
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                hasher.update(block)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    return hasher.hexdigest()
+
+
+def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
+    """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
+    rows = _located_rows(sources, job.reading)
+    head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
+    num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
+    chunks = _chunks(chain(head, rows))
+    if num_workers <= 1 or len(head) < MIN_ROWS_FOR_WORKERS:
+        tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
+        results: Iterable[tuple[GroupColumns, DataReport]] = (_process(chunk, job, tokenizer) for chunk in chunks)
+    else:
+        results = _in_workers(chunks, job, num_workers)
+    report = DataReport(kind=job.reading.kind)
+    parts = [GroupColumns.of([])]
+    for columns, part in results:
+        parts.append(columns)
+        report.add(part)
+    report.check([source.name for source in sources])
+    return GroupStore(GroupColumns.concatenate(parts)), report
+
+
+def _located_rows(sources: Sequence[Source], reading: Reading) -> Iterator[LocatedRow]:
+    number = 0
+    for source_number, source in enumerate(sources):
+        for location, row in iter_rows(source):
+            yield number, source_number, location, recognise(row, location, reading)
+            number += 1
+
+
+def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
+
+
+def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple[GroupColumns, DataReport]:
+    report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
+    dropped: Counter[str] = Counter()
+    groups, group_sources = [], []
+    tokenised = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
+    for (number, source, location, row), tokens in zip(chunk, tokenised, strict=True):
+        if not isinstance(tokens, str):
+            tokens = _truncate(row, tokens, job, tokenizer, location)
+        if isinstance(tokens, str):
+            dropped[tokens] += 1
+            continue
+        prompts, responses = (tuple(np.array(ids, np.int32) for ids in side) for side in (tokens.prompts, tokens.responses))
+        groups.append(Group(prompts, responses, number, row.numbers))
+        group_sources.append(source)
+        report.num_unshared += len(prompts) > 1
+        report.num_truncated += tokens.truncated
+        report.num_moved_boundaries += tokens.moved_boundary
+        report.num_desirable += row.numbers.get("label", ()).count(1.0)
+        report.num_undesirable += row.numbers.get("label", ()).count(0.0)
+    return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
+
+
+def _truncate(row: Row, tokens: GroupTokens, job: TokeniseJob, tokenizer: Any, location: str) -> GroupTokens | str:
+    protected = [1]
+    if job.truncation == "prompt_left" and job.max_length is not None:
+        longest = max(len(prompt) + len(response) for prompt, response in tokens.sides())
+        if longest > job.max_length:
+            protected = last_turn_lengths(row, tokens, tokenizer, location)
+    return truncate(tokens, job.max_length, job.truncation, protected)
+
+
+_worker: tuple[TokeniseJob, Any] | None = None
+
+
+def _start_worker(job: TokeniseJob) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = (job, load_tokenizer(job.tokenizer_path, job.chat_template))
+
+
+def _process_in_worker(chunk: list[LocatedRow]) -> tuple[GroupColumns, DataReport]:
+    assert _worker is not None
+    return _process(chunk, *_worker)
+
+
+def _in_workers(
+    chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int
+) -> Iterator[tuple[GroupColumns, DataReport]]:
+    """Results in the chunks' order; only a few chunks are held at a time."""
+    load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are better raised here than in a worker's start
+    with (
+        _main_module_stays_out(),
+        ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
+    ):
+        waiting: deque[Future[tuple[GroupColumns, DataReport]]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_process_in_worker, chunk))
+                if len(waiting) >= 4 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "data: a tokenisation worker died, perhaps for lack of memory; set data.num_workers lower"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _main_module_stays_out() -> Iterator[None]:
+    """Keep spawned workers from importing the caller's script again, which need not be written for that."""
+    main: Mapping[str, Any] = vars(sys.modules["__main__"])
+    saved = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    for name in saved:
+        setattr(sys.modules["__main__"], name, None)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(sys.modules["__main__"], name, value)

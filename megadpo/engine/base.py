@@ -1,0 +1,87 @@
+"""What training asks of an engine: carry a loss's gradient into the model, finish the gradients, take a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from megadpo.model.build import Stage
+    from megadpo.pipeline.interleaved_reference import ReferenceBeside
+
+ResponseGradient = Callable[[int, Tensor], Tensor]
+"""(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
+(statistics.DIFFERENTIABLE); asked on the last stage only."""
+
+
+class Engine(Protocol):
+    """Owns the policy's parameters, gradients and optimizer on this rank."""
+
+    stage: Stage
+
+    def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
+        """Response sums [R, S] of each micro-batch on the last pipeline stage, elsewhere an empty list; no gradients."""
+        ...
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
+    ) -> None:
+        """Forward and backward of every micro-batch through all stages, gradients added up on each rank.
+
+        Args:
+            beside: the reference whose forwards run among the policy's (`schedule.reference: interleaved`).
+        """
+        ...
+
+    def finish_gradients(self) -> None:
+        """Add gradients up over replicas, sequence-parallel norms and tied embeddings: afterwards they are exact."""
+        ...
+
+    def gradient_buffer(self, parameter: Tensor) -> Tensor | None:
+        """Where a backward may add a parameter's gradient up itself, instead of handing it to autograd: a tensor of its
+        shape and of its dtype or float32; None where the gradient has to go through autograd."""
+        ...
+
+    def router_metrics(self) -> dict[str, float]:
+        """Of a mixture of experts, how evenly the last global batch was spread (`routing.Load`); collective."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; the global gradient norm before clipping.
+
+        Raises:
+            ArithmeticError: the norm is not finite; the parameters are left as they were.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Have the last step's parameters in `stage` on every replica, where they may still be on their way; collective."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """After `finish_gradients`: (global parameter name, gradient of this rank's tensor-parallel shard, fp32)."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(global parameter name, whole tensor-parallel shard, as the model computes with it); collective over replicas."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq; collective."""
+        ...
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
+        """Set what `state` gives out: `read(kind, global parameter name)` after `num_steps` optimizer steps."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen here, for the console."""
+        ...

@@ -1,0 +1,330 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 under Megatron's schedules, with tensor, sequence and pipeline parallelism.
+
+DeepSpeed reduces and shards over the replicas, and steps. What it does not know of is done here on the reduced gradients,
+since all of it is linear: sequence-parallel norms are summed over tensor ranks, tied embeddings over the first and the last
+stage; then the norm, in which what is replicated counts once; then the clipping.
+
+Replicas of the same rank have the same part of a tied embedding on both stages because it is a parameter group of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+
+from megadpo.checkpoint.hf import fill_shard
+from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.engine.base import ResponseGradient
+from megadpo.engine.deepspeed.offload import (
+    begin_bias_correction_anew,
+    cpu_adam,
+    own_directory,
+    require_async_io,
+    require_lockable,
+)
+from megadpo.engine.deepspeed.partitions import MOMENTS, Run, Whole, partitions_of
+from megadpo.engine.deepspeed.runtime import (
+    Runtime,
+    data_parallel_group,
+    gather_while_running,
+    prepare_deepspeed,
+    read_elsewhere,
+    sharder,
+)
+from megadpo.model.activations import KEEP, Activations
+from megadpo.model.build import Stage, build_stage, load_weights
+from megadpo.model.families import TensorSource
+from megadpo.parallel.layout import Layout
+from megadpo.parallel.zero3 import whole
+from megadpo.pipeline.interleaved_reference import ReferenceBeside
+from megadpo.pipeline.select import passes_by
+from megadpo.platform.device import compute_device
+from megadpo.validation.deepspeed import engine_config, swap_to_directory
+
+STATE_KINDS = ("weights", *MOMENTS)
+
+
+class ZeroEngine:
+    """See `megadpo.engine.base.Engine`."""
+
+    def __init__(
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+    ) -> None:
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
+        prepare_deepspeed()
+        self.stage, self.train, self.parallel = stage, train, parallel
+        self.passes = passes_by(schedule or ScheduleConfig())
+        self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
+        adam = cpu_adam() if parallel.offload != "none" else None
+        config = _config(stage, parallel, adam is not None)
+        self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
+        self.partitions = partitions_of(self.runtime)
+        for head in stage.heads:
+            head.gradient_buffer = self.gradient_buffer
+        self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
+        return self.passes.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        beside: ReferenceBeside | None = None,
+    ) -> None:
+        self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
+        self.runtime.keeps_gradients = self.parallel.offload == "nvme"
+        self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
+        if self.parallel.zero_stage == 0:
+            self.runtime.set_gradient_accumulation_boundary(True)
+            self.runtime.allreduce_gradients()
+
+    def gradient_buffer(self, parameter: Any) -> Tensor | None:
+        """`.grad` where nothing is sharded and nothing rounded; elsewhere DeepSpeed takes gradients from autograd."""
+        if self.parallel.zero_stage > 0 or parameter.dtype is not torch.float32:
+            return None
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def router_metrics(self) -> dict[str, float]:
+        """Nothing: models with experts are refused."""
+        return {}
+
+    def finish_gradients(self) -> None:
+        runs = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
+        partial = [run[1] for name, run in runs.items() if run is not None and self._is_partial_over_tensor_ranks(name)]
+        _all_reduce_together(partial, parallel_state.get_tensor_model_parallel_group())
+        for name, (parameter, _) in self.stage.parameters.items():
+            run = runs[name]
+            if getattr(parameter, "shared_embedding", False) and run is not None:
+                dist.all_reduce(run[1], group=parallel_state.get_embedding_group())
+
+    def step(self, learning_rate: float) -> float:
+        norm = self._norm()
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"the gradient norm is {norm}")
+        if self.train.clip_norm > 0 and (factor := self.train.clip_norm / (norm + 1e-6)) < 1:
+            for parameter, _ in self.stage.parameters.values():
+                run = self.partitions.gradient(parameter)
+                if run is not None:
+                    run[1].mul_(factor)
+        for group in self.runtime.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.runtime.use_norm(norm)
+        self.partitions.before_step()
+        begin_bias_correction_anew(self.runtime.basic_optimizer)
+        self.runtime.step()
+        return norm
+
+    def settle(self) -> None:
+        """Nothing: a step ends when the parameters are there."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            yield name, self._join(name, self.partitions.gradient(parameter))
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            yield name, whole(parameter)
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, (parameter, _) in self.stage.parameters.items():
+            yield "weights", name, self._join(name, self.partitions.weights(parameter))
+            for kind in MOMENTS:
+                yield kind, name, self._join(name, self.partitions.moment(parameter, kind))
+
+    def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
+        self.partitions.make_moments(num_steps)
+        with torch.no_grad():
+            for name, (parameter, _) in self.stage.parameters.items():
+                _write(self.partitions.weights(parameter), read("weights", name))
+                for kind in MOMENTS:
+                    _write(self.partitions.moment(parameter, kind), read(kind, name))
+            self.partitions.publish_weights()
+
+    def describe(self) -> dict[str, Any]:
+        optimizer = type(self.runtime.basic_optimizer)
+        offload = "" if self.parallel.offload == "none" else f", offload {self.parallel.offload}"
+        return {
+            "engine": f"deepspeed ZeRO-{self.parallel.zero_stage}{offload}",
+            "optimizer": f"{optimizer.__module__}.{optimizer.__name__}",
+        }
+
+    def _is_partial_over_tensor_ranks(self, name: str) -> bool:
+        """Whether each tensor rank has the gradient of its own tokens or heads only (norms)."""
+        config, parameter = self.stage.model.config, self.stage.parameters[name][0]
+        by_tokens = config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+        by_heads = config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+        return bool(by_tokens or by_heads)
+
+    def _norm(self) -> float:
+        """Global norm: over tensor and pipeline ranks and replicas, replicated parameters counted once."""
+        total = torch.zeros((), dtype=torch.float32, device=compute_device())
+        if not isinstance(self.partitions, Whole) or self.partitions.counts:
+            for parameter, _ in self.stage.parameters.values():
+                run = self.partitions.gradient(parameter)
+                is_copy = getattr(parameter, "shared", False)
+                if run is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
+                    total += torch.linalg.vector_norm(run[1].float()).to(total.device) ** 2
+        dist.all_reduce(total)
+        return math.sqrt(float(total))
+
+    def _join(self, name: str, run: Run | None) -> Tensor:
+        """A shard-shaped fp32 tensor from the runs on the replicas, bit for bit."""
+        if isinstance(self.partitions, Whole):
+            assert run is not None
+            return run[1].detach().clone().view(self._shapes[name])
+        joined = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=compute_device())
+        if run is not None:
+            start, values = run
+            joined[start : start + values.numel()] = values.detach()
+        # Each element is set on one rank only; added as integers, even the sign of a zero survives.
+        dist.all_reduce(joined.view(torch.int32), group=data_parallel_group())
+        return joined.view(self._shapes[name])
+
+
+def policy_stage(
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    activations: Activations,
+    parallel: ParallelConfig,
+    asked: ModelConfig | None = None,
+) -> Stage:
+    """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
+    if parallel.zero_stage < 3:
+        stage = build_stage(hf_config, layout, dtype, activations, asked=asked)
+        load_weights(stage, source)
+        return stage
+    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, asked)
+
+
+def frozen_sharded_stage(
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    asked: ModelConfig | None = None,
+) -> Stage:
+    """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
+    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, asked, "reference")
+    stage.model.requires_grad_(False)
+    stage.model.eval()
+    for head in stage.heads:
+        head.wanted = ("logp",)
+    gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
+    return stage
+
+
+def sharded_stage(
+    hf_config: Any,
+    source: TensorSource,
+    layout: Layout,
+    dtype: torch.dtype,
+    activations: Activations,
+    parallel: ParallelConfig,
+    asked: ModelConfig | None = None,
+    role: str = "policy",
+) -> Stage:
+    """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
+
+    `role` keeps the files of two models apart where parameters are offloaded to a directory.
+    """
+    prepare_deepspeed()
+    if parallel.offload == "nvme":
+        require_async_io()
+    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), asked=asked)
+    cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
+    parameters = {}
+    for name, (empty, shard) in stage.parameters.items():
+        parameter = torch.nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=compute_device()))
+        parameter.__dict__.update(empty.__dict__)
+        with torch.no_grad():
+            fill_shard(shard, source, parameter.data)
+        _put_in_place(stage.model, empty, parameter)
+        cut._convert_to_zero_parameters([parameter])
+        parameters[name] = (parameter, shard)
+    source.release()
+    assert not any(tensor.is_meta for tensor in stage.model.buffers())
+    model = stage.model
+    if model.post_process and model.output_layer.weight is None:
+        read_elsewhere(model.output_layer, model.embedding.word_embeddings.weight)
+    return replace(stage, parameters=parameters)
+
+
+def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+
+
+class _Driven:
+    """What Megatron's schedules ask of a model, around DeepSpeed's engine."""
+
+    def __init__(self, runtime: Runtime, runs_hooks: bool) -> None:
+        """`runs_hooks`: let DeepSpeed see the forward, and by it the backward; stage 0 has nothing to see."""
+        self.module = runtime.module
+        self.config, self.model_type = self.module.config, getattr(self.module, "model_type", None)
+        self._run = runtime if runs_hooks else self.module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._run(*arguments, **named)
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.module.set_input_tensor(tensor)
+
+
+def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str = "policy") -> dict[str, Any]:
+    sizes = [math.prod(shard.shape) for _, shard in stage.parameters.values()]
+    config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
+    if parallel.offload == "nvme":
+        assert parallel.offload_dir is not None, "config_check refuses it"
+        largest_part, part = (-(-size // dist.get_world_size(data_parallel_group())) for size in (max(sizes), sum(sizes)))
+        require_lockable(swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part, part))
+    return config
+
+
+def _adamw(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optimizer:
+    """AdamW on groups as Megatron makes them (no decay of vectors), and tied embeddings apart."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, (parameter, shard) in stage.parameters.items():
+        decays = len(shard.shape) > 1 and not name.endswith(".bias")
+        groups.setdefault((decays, getattr(parameter, "shared_embedding", False)), []).append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": train.weight_decay if decays else 0.0}
+        for (decays, _), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
+    if adam is not None:
+        return adam(options, **settings, adamw_mode=True)
+    return torch.optim.AdamW(options, **settings, fused=True)
+
+
+def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum over the group in one go; every rank of it has the same shapes."""
+    if not tensors or dist.get_world_size(group) == 1:
+        return
+    flat = torch.cat(tensors)
+    dist.all_reduce(flat, group=group)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed)
+
+
+def _write(run: Run | None, whole_values: Tensor) -> None:
+    if run is not None:
+        start, values = run
+        values.copy_(whole_values.reshape(-1)[start : start + values.numel()])

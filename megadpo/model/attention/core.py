@@ -1,0 +1,133 @@
+"""Attention over a packed stream in which responses share their prompt; fills Megatron's core_attention slot.
+
+Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. By which kernel is
+chosen once, by attention_backends.py.
+Under context parallelism a rank has the queries of its part of the stream only, or its share of the heads of all of it:
+parallel/context.py.
+
+Axes: T stream tokens, A query heads and K key-value heads of this tensor rank, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megadpo.data.batches.halves import Half
+from megadpo.data.batches.micro_batch import MicroBatch, Part, Piece, Segment
+from megadpo.model.attention.backends import attend, prepare_attention
+from megadpo.model.attention.prompt_kv import PromptKeys
+from megadpo.model.moe.load import RouterWatch, token_weights
+from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
+
+
+@dataclass
+class StreamParams(PackedSeqParams):
+    """Takes a micro-batch, its number in the step, who watches the routers, and what one half of a micro-batch has for the
+    other, through Megatron's packed_seq_params slot.
+
+    qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
+    """
+
+    micro_batch: MicroBatch | None = None
+    prepared: dict[Hashable, Any] = field(default_factory=dict)
+    number: int = 0
+    watch: RouterWatch | None = None
+    weights_T: Tensor | None = None
+    prompt_keys: PromptKeys | None = None
+
+    def token_weights(self) -> Tensor:
+        """`routing.token_weights` of the micro-batch, made once for all layers."""
+        if self.weights_T is None:
+            assert self.micro_batch is not None
+            self.weights_T = token_weights(self.micro_batch)
+        return self.weights_T
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` makes, made once for all layers that ask by the same key."""
+        if key not in self.prepared:
+            self.prepared[key] = make()
+        return self.prepared[key]
+
+
+class GroupAttention(MegatronModule):
+    """core_attention: query [T, 1, A, D], key and value [T, 1, K, D] -> [T, 1, A * D]."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        *unused: Any,
+        windows: Sequence[int | None],
+        rope_scaling: float,
+        context_method: str | None = None,
+        backend: str = "sdpa",
+        **also_unused: Any,
+    ) -> None:
+        """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
+
+        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather";
+        `backend` is one of `attention_backends.BACKENDS`.
+        """
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.window = windows[layer_number - 1]
+        self.context_method = context_method
+        self.backend = backend
+        # Scaling cosine and sine of queries and keys (yarn) is scaling their product by the square.
+        self.softmax_scale = rope_scaling**2 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: StreamParams | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
+        micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
+        if micro_batch.part is None:
+            output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
+        elif isinstance(micro_batch.part, Half):
+            assert packed_seq_params.prompt_keys is not None
+            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.part, key, value)
+            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+        elif self.context_method == "ulysses":
+            query, key, value = self._own_heads(query, key, value, micro_batch.part)
+            output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
+            output = heads_of_stream(output, micro_batch.part)
+        else:
+            assert self.context_method == "allgather"
+            key, value = gathered_stream(torch.cat([key, value], dim=1), micro_batch.part).chunk(2, dim=1)
+            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+        return output.flatten(1).unsqueeze(1)
+
+    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> list[Tensor]:
+        """This context rank's share of the heads, over the whole stream; where key-value heads are too few for a share,
+        each rank gets the one that its query heads read."""
+        num_ranks = parallel_state.get_context_parallel_world_size()
+        if key.shape[1] < num_ranks:
+            key, value = (x.repeat_interleave(num_ranks // key.shape[1], dim=1) for x in (key, value))
+        by_rank = [x.unflatten(1, (num_ranks, -1)) for x in (query, key, value)]
+        heads = stream_of_heads(torch.cat(by_rank, dim=2).flatten(1, 2), part)
+        return list(heads.split([x.shape[2] for x in by_rank], dim=1))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | Piece], stream: StreamParams
+    ) -> Tensor:
+        """[T, A, D], from query [T, A, D], key and value [stream tokens, K, D]."""
+        prepared = stream.once(
+            (self.backend, self.window), lambda: prepare_attention(self.backend, segments, self.window, key)
+        )
+        return attend(self.backend, query, key, value, prepared, self.softmax_scale)

@@ -1,0 +1,72 @@
+"""Attention of a packed stream by torch's scaled_dot_product_attention, segment by segment: on any device, in any dtype.
+
+Keys and values of prompt and segment are put side by side, and a mask says who sees whom. What the other ways are held to.
+
+Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.model.attention.cpu_blocks import additive, window_mask
+
+Masks = MutableMapping[tuple[int, int], Tensor | None]
+
+
+def attend_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment | Piece],
+    window: int | None,
+    scale: float,
+    masks: Masks,
+) -> Tensor:
+    """[T, A, D], from query [T, A, D], key and value [S, K, D].
+
+    Args:
+        window: a query sees this many keys, itself included; None: all before it.
+        masks: kept for further layers of the same micro-batch and window.
+    """
+    query_ATD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query, key, value))
+    outputs = []
+    for segment in segments:
+        keys, values = (_with_prompt(x, segment) for x in (key_KSD, value_KSD))
+        mask = _mask(segment.end - segment.start, keys.shape[1], window, query, masks)
+        output = F.scaled_dot_product_attention(
+            query_ATD[None, :, segment.start : segment.end],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(output[0])
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _with_prompt(rows_KSD: Tensor, segment: Segment | Piece) -> Tensor:
+    own = rows_KSD[:, segment.keys]
+    if segment.prompt_end == segment.prompt_start:
+        return own
+    return torch.cat([rows_KSD[:, segment.prompt_start : segment.prompt_end], own], dim=1)
+
+
+def _mask(num_queries: int, num_keys: int, window: int | None, query: Tensor, masks: Masks) -> Tensor | None:
+    """None where a plain causal square is meant."""
+    size = (num_queries, num_keys)
+    if size not in masks:
+        if num_keys == num_queries and (window is None or num_keys <= window):
+            masks[size] = None
+        else:
+            mask = window_mask(num_queries, num_keys, window, query.device)
+            # The CPU kernel adds its mask: given a boolean one, it would convert it at every layer.
+            masks[size] = additive(mask, query.dtype) if query.device.type == "cpu" else mask
+    return masks[size]

@@ -1,0 +1,261 @@
+"""From hidden states to token log-probs: projection and log-softmax as one operation over tiles of tokens.
+
+Only scored positions (the ones a completion token follows) are projected, a tile of them at a time, with the vocabulary
+sharded over tensor ranks. One buffer of `tile_bytes` holds every tile in turn: logits going forward, and going backward the
+gradient in their place. The last tile stays in it between the two passes; the others are computed again.
+
+Axes: T stream tokens, N scored positions, H hidden, V this rank's vocabulary rows (padding included), S statistics, P parts
+(kernels.PARTS).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.model.heads.kernels import PARTS, head_kernels
+
+TILE_ROWS = 1 << 14
+"""Scored positions projected at once where the vocabulary is so small that `tile_bytes` would allow more."""
+
+CPU_TILE_BYTES = 240 << 20
+"""Memory of a tile on a CPU: every row that is not in the last tile costs a product again in the backward pass."""
+
+CUDA_TILE_SHARE = 48
+"""On CUDA a tile takes at most one part in so many of the device's memory."""
+
+TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
+"""Columns of the head's output: log-prob of the target, entropy of the distribution, 1 where the target has the
+largest logit, the mean of the logits over the (unpadded) vocabulary, and the log of the sum of squared probabilities."""
+
+GradientBuffer = Callable[[Tensor], Tensor | None]
+"""A parameter -> where its gradient may be added up in place (its shape, its dtype or float32), or None: hand it to
+autograd. See Engine.gradient_buffer."""
+
+
+class LogProbHead(torch.nn.Module):
+    """GPTModel's output layer: hidden [T, 1, H] -> statistics [N, 1, S], float32; only "logp" carries a gradient.
+
+    The only reader of the output matrix, forward and backward; `weight` is None where it is tied to an embedding on
+    the same stage, which GPTModel then hands to `forward`.
+
+    Attributes:
+        micro_batch: what the next forward scores.
+        wanted: the statistics that are computed; the columns of the others are zeros.
+        gradient_buffer: the engine's; None: the matrix gradient goes to autograd.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter | None, vocab_size: int, sequence_parallel: bool) -> None:
+        """`vocab_size` is the model's own, without the rows that pad it for tensor parallelism."""
+        super().__init__()
+        self.weight = weight
+        self.vocab_size = vocab_size
+        self.sequence_parallel = sequence_parallel
+        self.micro_batch: MicroBatch | None = None
+        self.wanted: Collection[str] = TOKEN_STATISTICS
+        self.gradient_buffer: GradientBuffer | None = None
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
+        assert self.micro_batch is not None, "set micro_batch before the model's forward"
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        held = self.micro_batch.held
+        scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
+        matrix_VH = self.weight if weight is None else weight
+        assert matrix_VH is not None
+        first_row = parallel_state.get_tensor_model_parallel_rank() * matrix_VH.shape[0]
+        job = _Job(
+            num_real_rows=max(0, min(self.vocab_size - first_row, matrix_VH.shape[0])),
+            vocab_size=self.vocab_size,
+            wanted=self.wanted,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            gradient_buffer=self.gradient_buffer,
+            keeps_tile=torch.is_grad_enabled() and (scored_NH.requires_grad or matrix_VH.requires_grad),
+        )
+        statistics_NS = _TokenStatistics.apply(scored_NH, matrix_VH, held.targets_N - first_row, job)
+        return statistics_NS.unsqueeze(1), None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is no tensor.
+
+    Attributes:
+        num_real_rows: rows of this rank's matrix that are no padding.
+        vocab_size: real rows of all ranks.
+        keeps_tile: whether a backward will follow.
+    """
+
+    num_real_rows: int
+    vocab_size: int
+    wanted: Collection[str]
+    group: dist.ProcessGroup
+    gradient_buffer: GradientBuffer | None
+    keeps_tile: bool
+
+    def tiles(self, hidden_NH: Tensor) -> list[slice]:
+        """Rows of each tile; all are full but the first, so that the one that is kept is as large as can be."""
+        num_rows = len(hidden_NH)
+        row_bytes = max(1, self.num_real_rows) * hidden_NH.element_size()
+        length = max(1, min(num_rows, TILE_ROWS, tile_bytes(hidden_NH.device) // row_bytes))
+        first = num_rows % length
+        bounds = ([0] if first else []) + list(range(first, num_rows + 1, length))
+        return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Most memory of a tile's logits (or one row's, if that is more)."""
+    if device.type != "cuda":
+        return CPU_TILE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory) // CUDA_TILE_SHARE
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """Statistics of the next-token distribution at N positions, vocabulary-parallel; see TOKEN_STATISTICS."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, matrix_VH: Tensor, local_targets_N: Tensor, job: _Job) -> Tensor:
+        kernels, tiles = head_kernels(hidden_NH.device), job.tiles(hidden_NH)
+        parts_NP = hidden_NH.new_empty((len(hidden_NH), len(PARTS)), dtype=torch.float32)
+        buffer = _new_buffer(tiles, hidden_NH, job)
+        for rows in tiles:
+            logits = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
+            kernels.parts(logits, local_targets_N[rows], job.wanted, parts_NP[rows])
+        statistics_NS, log_normaliser_N = _statistics(parts_NP, job)
+        ctx.save_for_backward(hidden_NH, local_targets_N, log_normaliser_N)
+        # Not saved with them: hooks on saved tensors hand out another one, which the engine does not know.
+        ctx.matrix_VH = matrix_VH
+        ctx.job, ctx.buffer = job, buffer if job.keeps_tile else None
+        return statistics_NS
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """d logp / d logits = onehot(target) - softmax; the other statistics are for reading only."""
+        hidden_NH, local_targets_N, log_normaliser_N = ctx.saved_tensors
+        matrix_VH, job = ctx.matrix_VH, ctx.job
+        kernels, tiles = head_kernels(hidden_NH.device), job.tiles(hidden_NH)
+        is_kept, buffer = ctx.buffer is not None, ctx.buffer
+        ctx.buffer = None  # freed with this call, and overwritten in it
+        if buffer is None:
+            buffer = _new_buffer(tiles, hidden_NH, job)
+        needs_hidden, needs_matrix = ctx.needs_input_grad[:2]
+        hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+        matrix_gradient = _MatrixGradient(matrix_VH, job, num_parts=len(tiles)) if needs_matrix else None
+        for rows in reversed(tiles):
+            if is_kept and rows is tiles[-1]:
+                tile = buffer[: rows.stop - rows.start]
+            else:
+                tile = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
+            kernels.gradient_(tile, local_targets_N[rows], log_normaliser_N[rows], gradients[0][rows, 0])
+            if hidden_gradient_NH is not None:
+                torch.mm(tile, matrix_VH[: job.num_real_rows], out=hidden_gradient_NH[rows])
+            if matrix_gradient is not None:
+                matrix_gradient.add(tile, hidden_NH[rows])
+        return hidden_gradient_NH, matrix_gradient.for_autograd() if matrix_gradient else None, None, None
+
+
+def _new_buffer(tiles: list[slice], hidden_NH: Tensor, job: _Job) -> Tensor:
+    num_rows = tiles[-1].stop - tiles[-1].start if tiles else 0
+    return hidden_NH.new_empty((num_rows, job.num_real_rows))
+
+
+def _tile_logits(hidden: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
+    """Logits of the vocabulary rows that are no padding, in the buffer."""
+    return torch.mm(hidden, matrix[: buffer.shape[1]].t(), out=buffer[: len(hidden)])
+
+
+class _MatrixGradient:
+    """The sum of the tiles' gradient.t() @ hidden: in the engine's buffer where it has one, else in a tensor for autograd.
+
+    The latter is float32 where there are several tiles to add up. Padded rows get none: zeros for autograd.
+    """
+
+    def __init__(self, matrix_VH: Tensor, job: _Job, num_parts: int) -> None:
+        self.num_real_rows, self.dtype = job.num_real_rows, matrix_VH.dtype
+        total = job.gradient_buffer(matrix_VH) if job.gradient_buffer is not None else None
+        self.is_engines = total is not None
+        if total is None:
+            total = torch.empty_like(matrix_VH, dtype=torch.float32 if num_parts > 1 else None)
+            # The rest is written, not added to, by the first tile.
+            total[job.num_real_rows if num_parts else 0 :].zero_()
+        self.total_VH = total
+        self.is_empty = not self.is_engines
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        real = self.total_VH[: self.num_real_rows]
+        add_product(real, gradient.t(), hidden, beta=0 if self.is_empty else 1)
+        self.is_empty = False
+
+    def for_autograd(self) -> Tensor | None:
+        return None if self.is_engines else self.total_VH.to(self.dtype)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, beta: int = 1) -> None:
+    """total = beta total + left @ right; where total is float32 and the operands are not, only in slices a temporary."""
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    elif adds_in_one_call(total.device, left.dtype):
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        length = max(1, 2**22 // max(1, total.shape[1]))
+        for start in range(0, len(total), length):
+            rows = slice(start, start + length)
+            if beta == 0:
+                total[rows] = left[rows] @ right
+            else:
+                total[rows] += left[rows] @ right
+
+
+@functools.cache
+def adds_in_one_call(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of matrices of `dtype` to a float32 one (of bfloat16: CUDA, from 2.9 or so on)."""
+    if dtype is torch.float32:
+        return True
+    small = torch.zeros((16, 16), dtype=dtype, device=device)
+    total = small.float()
+    try:
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _statistics(parts_NP: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    """Statistics [N, S] and log-normalisers [N] from the ranks' parts, which one gather brings together."""
+    num_ranks = dist.get_world_size(job.group)
+    gathered = parts_NP
+    if num_ranks > 1:
+        gathered = parts_NP.new_empty((num_ranks * len(parts_NP), len(PARTS)))
+        dist.all_gather_into_tensor(gathered, parts_NP, group=job.group)
+    parts_RNP = gathered.view(num_ranks, len(parts_NP), len(PARTS))
+    maximum_RN, exponentials_RN, target_RN, products_RN, logits_RN, squares_RN = parts_RNP.unbind(-1)
+    maximum = maximum_RN.amax(0)
+    # A rank without real rows has a maximum of -inf and sums of 0: any finite number that is low enough will do.
+    shift_RN = (maximum_RN - maximum).clamp(min=-1e4)
+    scale_RN = shift_RN.exp()
+    exponentials = (exponentials_RN * scale_RN).sum(0)
+    products = ((products_RN + exponentials_RN * shift_RN) * scale_RN).sum(0)
+    squares = (squares_RN * scale_RN.square()).sum(0)
+    target, log_sum = target_RN.amax(0), exponentials.log()
+    columns = {
+        "logp": target - maximum - log_sum,
+        "entropy": log_sum - products / exponentials,
+        "correct": (target == maximum).float(),
+        "mean_logit": logits_RN.sum(0) / job.vocab_size,
+        "log_square": squares.log() - 2 * log_sum,
+    }
+    zeros = torch.zeros_like(log_sum)
+    statistics_NS = torch.stack([columns[name] if name in job.wanted else zeros for name in TOKEN_STATISTICS], dim=-1)
+    return statistics_NS, maximum + log_sum

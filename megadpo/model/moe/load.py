@@ -1,0 +1,110 @@
+"""What the routers of a mixture of experts did with a global batch: the load of each expert, and the loss that balances it.
+
+The load-balancing loss of a layer (Switch Transformer, arXiv:2101.03961, eq. 4; over the global batch as in
+arXiv:2501.11873) is ``E sum_e share_e probability_e``: `share` is the part of all choices that fell on expert e,
+`probability` the router's mean probability for it. It is 1 where the load is even. Layers add up. `share` has no
+gradient, but it is of the whole batch: a pass without gradients counts it first, and each token's part of the loss is
+then linear and exact, wherever and in whichever micro-batch the token is.
+
+A token weighs what it would without shared prompts: a prompt's once for each of its responses, padding nothing.
+
+Axes: L layers of the whole model (rows of layers without experts are zero), E experts, T tokens of the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of a whole global batch, the same on every rank.
+
+    Attributes:
+        choices_LE: float64, weight of the tokens that chose the expert.
+        probability_LE: float64, its probabilities summed over all tokens by their weight.
+        per_token: experts that each token chooses.
+    """
+
+    choices_LE: Tensor
+    probability_LE: Tensor
+    per_token: int
+
+    @property
+    def num_tokens(self) -> float:
+        """Weight of the batch's tokens, in each layer with experts."""
+        return float(self.choices_LE.sum(1).amax()) / self.per_token
+
+    def slope_E(self, layer: int) -> Tensor:
+        """d loss of a layer / d probability of each expert, of a token of weight 1."""
+        choices_E = self.choices_LE[layer]
+        return len(choices_E) * choices_E / choices_E.sum() / self.num_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """``moe/aux_loss`` (mean over layers, 1 = even), ``moe/largest_load`` (busiest expert of any layer over an even
+        share), ``moe/mean_largest_load`` (the same, mean over layers); nan where nothing was routed."""
+        choices_LE = self.choices_LE[self.choices_LE.sum(1) > 0]
+        if not len(choices_LE):
+            return dict.fromkeys(("moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"), math.nan)
+        load_LE = choices_LE / choices_LE.mean(1, keepdim=True)
+        probability_LE = self.probability_LE[self.choices_LE.sum(1) > 0] / self.num_tokens
+        return {
+            "moe/aux_loss": float((load_LE * probability_LE).sum(1).mean()),
+            "moe/largest_load": float(load_LE.max()),
+            "moe/mean_largest_load": float(load_LE.amax(1).mean()),
+        }
+
+
+@dataclass
+class RouterWatch:
+    """Follows the routers of this rank through one pass over its micro-batches.
+
+    Attributes:
+        coefficient: weight of the load-balancing loss.
+        whole: the load of the global batch, where the pass is to have the loss's gradient.
+        seen: (micro-batch number, layer) -> [2, E], choices and probabilities; a layer computed again (recomputation)
+            finds itself there and is not counted twice.
+    """
+
+    num_layers: int
+    num_experts: int
+    per_token: int
+    device: torch.device
+    coefficient: float = 0.0
+    whole: Load | None = None
+    seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def load(self) -> Load:
+        """The load over all ranks: each token is routed in a layer on one rank only. Collective over the world."""
+        table = torch.zeros(2, self.num_layers, self.num_experts, dtype=torch.float64, device=self.device)
+        for (_, layer), sums in self.seen.items():
+            table[:, layer] += sums
+        dist.all_reduce(table)
+        return Load(table[0], table[1], self.per_token)
+
+
+def token_weights(micro_batch: MicroBatch) -> Tensor:
+    """float32 [T]: how often each token held would be there if every response had its own copy of its prompt; padding 0."""
+    segments = micro_batch.segments
+    prompts = {(s.prompt_start, s.prompt_end) for s in segments if s.prompt_end > s.prompt_start}
+    weight_T = torch.zeros(len(micro_batch.tokens_T))
+    for segment in segments:
+        if (segment.start, segment.end) not in prompts:
+            weight_T[segment.start : segment.end] += 1
+        weight_T[segment.prompt_start : segment.prompt_end] += 1
+    weight_T[len(weight_T) - micro_batch.num_padding :] = 0
+    weight_T, part = weight_T.to(micro_batch.tokens_T.device), micro_batch.part
+    if part is None:
+        return weight_T
+    places_T = part.order - part.first
+    is_held_T = (places_T >= 0) & (places_T < len(part.tokens_T))
+    held_T = weight_T.new_zeros(len(part.tokens_T))
+    held_T[places_T[is_held_T]] = weight_T[is_held_T]
+    return held_T

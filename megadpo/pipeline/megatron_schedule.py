@@ -1,0 +1,137 @@
+"""Micro-batches through the pipeline stages, by Megatron's schedules (1F1B where there are several stages,
+interleaved where these have several chunks)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.engine.base import ResponseGradient
+from megadpo.model.attention.core import StreamParams
+from megadpo.model.attention.prompt_kv import PromptKeys
+from megadpo.model.heads.logprob import LogProbHead
+from megadpo.model.heads.reward import RewardHead, reward_sums
+from megadpo.model.moe.load import RouterWatch
+from megadpo.objectives.statistics import response_sums
+from megadpo.parallel.context import all_scored, sum_over_context
+
+
+def forward_only(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
+) -> list[Tensor]:
+    """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients.
+
+    Args:
+        models: this stage's chunks.
+        watch: told what the routers of a mixture of experts do.
+    """
+    with torch.no_grad():
+        outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True, watch=watch)
+        return [
+            sums_of(models[-1], output, micro_batch, ld_alpha)
+            for output, micro_batch in zip(outputs, micro_batches, strict=False)
+        ]
+
+
+def forward_backward(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None = None,
+    watch: RouterWatch | None = None,
+    beside: None = None,
+) -> None:
+    """Forward and backward of every micro-batch; `beside` is for own_schedule.py alone."""
+
+    def loss_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+            scalar = surrogate(models[-1], output, number, micro_batch, response_gradient, ld_alpha)
+            return scalar, torch.zeros((), dtype=torch.int, device=output.device), None
+
+        return loss
+
+    _run(models, micro_batches, loss_of, forward_only=False, watch=watch)
+
+
+def _run(
+    models: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    loss_of: Any,
+    forward_only: bool,
+    watch: RouterWatch | None,
+) -> list[Any]:
+    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
+        number, micro_batch = next(numbered)
+        return stage_forward(model, micro_batch, number, watch), loss_of(number, micro_batch)
+
+    longest = max(len(micro_batch.tokens_T) for micro_batch in micro_batches)
+    # Every chunk goes through all micro-batches; a lone one is given alone.
+    iterators = [iter(enumerate(micro_batches)) for _ in models]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=list(models),
+        num_microbatches=len(micro_batches),
+        seq_length=longest,
+        micro_batch_size=1,
+        decoder_seq_length=longest,
+        forward_only=forward_only,
+    )
+
+
+def surrogate(
+    model: Any,
+    output: Tensor,
+    number: int,
+    micro_batch: MicroBatch,
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None,
+) -> Tensor:
+    """The scalar that goes backward, sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's."""
+    sums_RS = sums_of(model, output, micro_batch, ld_alpha)
+    gradient_RD = response_gradient(number, sums_RS.detach())
+    return (sums_RS[:, : gradient_RD.shape[1]] * gradient_RD).sum()
+
+
+def sums_of(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
+    """Response sums [R, S] from what the last stage's model gives."""
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return sum_over_context(reward_sums(output, micro_batch), micro_batch)
+    return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
+
+
+def joined(model: Any, outputs: Sequence[Tensor], micro_batch: MicroBatch) -> Tensor:
+    """What the last stage's model would give for the whole micro-batch, from what it gives for its halves."""
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return torch.stack(list(outputs)).sum(0)  # zeros for the other half's answers
+    halves = [all_scored(output, micro_batch.half(number)) for number, output in enumerate(outputs)]
+    return torch.stack(halves).sum(0)
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "module", model)
+
+
+def stage_forward(
+    model: Any,
+    micro_batch: MicroBatch,
+    number: int,
+    watch: RouterWatch | None,
+    prompt_keys: PromptKeys | None = None,
+) -> Tensor:
+    """What this stage's model makes of a micro-batch; its input tensor is set."""
+    stage = _unwrapped(model)
+    if stage.post_process:
+        head: LogProbHead | RewardHead = stage.output_layer
+        head.micro_batch = micro_batch
+    stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
+    held = micro_batch.held
+    return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

@@ -1,0 +1,267 @@
+"""What values the options may have: choices, ranges, contradictions, and what this version does not have yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from megadpo.config import strict
+from megadpo.errors import UserError
+from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.validation import memory as memory_options
+from megadpo.validation.combinations import check_combinations
+from megadpo.validation.deepspeed import check_options
+
+if TYPE_CHECKING:
+    from megadpo.config.schema import Config, ObjectiveConfig
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "fp32", "bf16"),
+    "model.kernels": ("auto", "torch", "native"),
+    "model.attention": ("auto", "cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa"),
+    "model.layers": ("local", "transformer_engine"),
+    "reference.mode": ("resident", "precomputed", "cached", "none"),
+    "data.truncation": ("prompt_left", "keep_start", "keep_end"),
+    "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
+    "objective.ipo_normalization": ("mean", "sum"),
+    "objective.list_weights": ("uniform", "score", "lambda"),
+    "parallel.engine": ("megatron", "deepspeed"),
+    "parallel.context_method": ("auto", "ulysses", "allgather"),
+    "parallel.offload": ("none", "cpu", "nvme"),
+    "schedule.name": ("megatron", "1f1b"),
+    "schedule.reference": ("before", "interleaved"),
+    "train.schedule": ("cosine", "linear", "constant"),
+    "train.moments_dtype": ("fp32", "bf16"),
+    "train.recompute": ("none", "full", "selective"),
+    "train.recompute_method": ("uniform", "block"),
+    "train.activation_offload": ("none", "cpu", "disk"),
+}
+"""The values each option may have in this version."""
+
+NOT_BUILT: dict[str, tuple[str, ...]] = {
+    "reference.mode": ("adapter",),
+    "parallel.context_method": ("ring",),
+}
+"""Values that are well known but that this version does not have: refused by name, never ignored."""
+
+AT_LEAST: dict[str, int] = {
+    "reference.tokens_per_micro_batch": 1,
+    "reference.sync_every": 1,
+    "data.max_length": 2,
+    "data.step_tokens_multiple_of": 1,
+    "data.num_workers": 1,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.context": 1,
+    "parallel.virtual_pipeline": 1,
+    "parallel.expert": 1,
+    "parallel.expert_tensor": 1,
+    "objective.nll_coef": 0,
+    "objective.dpop_lambda": 0,
+    "objective.desirable_weight": 0,
+    "objective.undesirable_weight": 0,
+    "objective.reward_center_coef": 0,
+    "train.steps": 1,
+    "train.pairs_per_step": 1,
+    "train.tokens_per_micro_batch": 1,
+    "train.learning_rate": 0,
+    "train.min_learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.clip_norm": 0,
+    "train.router_aux_coef": 0,
+    "train.recompute_num_layers": 1,
+    "train.activation_offload_window_mib": 1,
+    "train.seed": 0,
+    "eval.every": 0,
+    "eval.pairs": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "logging.every": 1,
+}
+ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "objective.rpo_eta", "train.epochs", "train.eps")
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first value that this version cannot honour."""
+    _check_choices(config)
+    _check_ranges(config)
+    _check_objective(config)
+    _check_moving_reference(config)
+    _check_contradictions(config)
+    check_options(config)
+    memory_options.check_options(config)
+    check_combinations(config)
+
+
+def _check_objective(config: Config) -> None:
+    """The losses are known, their weights fit, and every option that was set is read by one of them."""
+    options = config.objective
+    losses = options.loss_types
+    for name in losses:
+        if name not in SPECS:
+            guess = ALIASES.get(name.lower()) or strict.closest(name.lower(), SPECS)
+            hint = f"did you mean {guess!r}?" if guess else f"choose from {', '.join(SPECS)}"
+            raise UserError(f"objective.loss_type: {name!r} is not known; {hint}")
+    if not losses or len(set(losses)) < len(losses):
+        raise UserError(f"objective.loss_type is {losses}; name each loss once, and at least one")
+    if options.loss_weights is not None and len(options.loss_weights) != len(losses):
+        raise UserError(
+            f"objective.loss_weights has {len(options.loss_weights)} weights for {len(losses)} losses; give one each"
+        )
+    if not all(math.isfinite(weight) for weight in options.weights):
+        raise UserError(f"objective.loss_weights must be finite numbers, got {options.loss_weights}")
+    _check_kinds(losses)
+    _check_options_are_read(options)
+    _check_kl(config)
+    if "custom" in losses and options.module is None:
+        raise UserError("objective.loss_type is custom; name its function in objective.module as path.py:function")
+    if "exo_pair" in losses and options.label_smoothing == 0:
+        raise UserError("objective.label_smoothing is 0, for which exo_pair has no finite loss; set it to 0.001 or more")
+    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
+        raise UserError(f"objective.ld_alpha must be in [0, 1], got {options.ld_alpha!r}")
+    if needs_reference(losses) and config.reference.mode == "none":
+        names = ", ".join(name for name in losses if SPECS[name].needs_reference)
+        raise UserError(f"reference.mode is none, but {names} needs a reference; use resident, precomputed or cached")
+    if not needs_reference(losses) and config.reference.mode != "none":
+        raise UserError(
+            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {_mode(config)}; "
+            "set reference.mode to none"
+        )
+
+
+def _mode(config: Config) -> str:
+    default = type(config.reference)().mode
+    return config.reference.mode + (" (the default)" if config.reference.mode == default else "")
+
+
+def _check_kinds(losses: list[str]) -> None:
+    """The losses read the same kind of rows, and the same head."""
+    kinds = kinds_of(losses)
+    if len(kinds) > 1:
+        raise UserError(
+            f"objective.loss_type: {', '.join(losses)} read different rows ({' and '.join(kinds)}); "
+            "name losses that read the same, they cannot be added up otherwise"
+        )
+    if has_reward_head(losses) and len(losses) > 1:
+        raise UserError("objective.loss_type: reward trains a scalar head and stands alone; remove the other losses")
+
+
+def _check_kl(config: Config) -> None:
+    """KTO's KL needs other rows' answers."""
+    if measures_kl(config.objective.loss_types) and config.train.pairs_per_step < 2:
+        raise UserError("train.pairs_per_step is 1, but kto compares each prompt with another row's answer; set 2 or more")
+
+
+def _check_options_are_read(options: ObjectiveConfig) -> None:
+    losses, defaults = options.loss_types, type(options)()
+    read = frozenset().union(*(SPECS[name].options for name in losses)) | GENERAL_OPTIONS
+    for field in dataclasses.fields(options):
+        if field.name not in read and getattr(options, field.name) != getattr(defaults, field.name):
+            having = [name for name, spec in SPECS.items() if field.name in spec.options]
+            raise UserError(
+                f"objective.{field.name} has no effect on {', '.join(losses)}; remove it, or use one of {', '.join(having)}"
+            )
+    if options.f_alpha != defaults.f_alpha and options.f_divergence != "alpha":
+        raise UserError("objective.f_alpha has no effect unless objective.f_divergence is alpha; remove it")
+    for option, allowed, is_set in (
+        ("f_divergence", "divergences", options.f_divergence != "reverse_kl"),
+        ("wpo", "weighting", options.wpo),
+        ("ld_alpha", "lengths_weighted", options.ld_alpha is not None),
+        ("nll_coef", "nll_term", options.nll_coef != 0),
+        ("row_weights", "row_weighting", options.row_weights),
+    ):
+        # sft reads none of them: it may stand beside a loss that does, but not alone.
+        wrong = [name for name in losses if not getattr(SPECS[name], allowed) and (name != "sft" or len(losses) == 1)]
+        if is_set and wrong:
+            raise UserError(f"objective.{option} is not defined for {', '.join(wrong)}; remove it or the loss")
+
+
+def _value(config: Config, dotted: str) -> Any:
+    section, name = dotted.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_choices(config: Config) -> None:
+    for dotted, choices in CHOICES.items():
+        value = _value(config, dotted)
+        if value in choices:
+            continue
+        allowed = f"choose one of: {', '.join(choices)}" if len(choices) > 1 else f"use {choices[0]!r}"
+        if value in NOT_BUILT.get(dotted, ()):
+            raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
+        section, guess = dotted.partition(".")[0], strict.closest(str(value), choices)
+        hint = f" (did you mean {guess!r}?)" if guess else ""
+        if isinstance(getattr(getattr(config, section), str(value), None), bool):
+            hint = f" ({section}.{value} is an option of its own, true or false)"
+        raise UserError(f"{dotted}: {value!r} is not known; {allowed}{hint}")
+
+
+def _check_ranges(config: Config) -> None:
+    for dotted, least in AT_LEAST.items():
+        value = _value(config, dotted)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UserError(f"{dotted} must be at least {least}, got {value!r}")
+    for dotted in ABOVE_ZERO:
+        value = _value(config, dotted)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{dotted} must be greater than 0, got {value!r}")
+    if not 0 <= config.objective.label_smoothing < 0.5:
+        raise UserError(f"objective.label_smoothing must be in [0, 0.5), got {config.objective.label_smoothing!r}")
+    if not all(0 <= beta < 1 for beta in config.train.betas):
+        raise UserError(f"train.betas must both be in [0, 1), got {list(config.train.betas)!r}")
+    if not config.checkpoint.resume:
+        raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
+
+
+def _check_moving_reference(config: Config) -> None:
+    reference = config.reference
+    if not 0 < reference.mixup_alpha <= 1:
+        raise UserError(f"reference.mixup_alpha must be in (0, 1], got {reference.mixup_alpha!r}")
+    if reference.sync_every is None and reference.mixup_alpha != type(reference)().mixup_alpha:
+        raise UserError("reference.mixup_alpha has no effect without reference.sync_every; set that too or remove it")
+    if reference.sync_every is not None and reference.mode == "none":
+        raise UserError(
+            "reference.sync_every moves a resident reference, but reference.mode is none; "
+            "set it to resident or remove sync_every"
+        )
+
+
+def _check_contradictions(config: Config) -> None:
+    train, data = config.train, config.data
+    if train.steps is not None and train.epochs is not None:
+        raise UserError(
+            f"train.steps ({train.steps}) and train.epochs ({train.epochs:g}) are both given; set one of them to null"
+        )
+    if train.min_learning_rate > train.learning_rate:
+        raise UserError(
+            f"train.min_learning_rate ({train.min_learning_rate!r}) is above learning_rate ({train.learning_rate!r})"
+        )
+    if train.schedule == "constant" and train.min_learning_rate > 0:
+        raise UserError(
+            "train.min_learning_rate has no effect with train.schedule constant; remove it or choose cosine or linear"
+        )
+    if train.steps is not None and train.warmup_steps > train.steps:
+        raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
+    if config.parallel.context == 1 and config.parallel.context_method != "auto":
+        raise UserError(
+            f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "
+            "raise parallel.context or leave the method at auto"
+        )
+    if config.model.fp8 and config.model.layers != "transformer_engine":
+        raise UserError(
+            f"model.fp8 is true, but model.layers is {config.model.layers}; only transformer_engine multiplies in FP8, set "
+            "layers to that or remove fp8"
+        )
+    if config.schedule.reference == "interleaved" and config.reference.mode == "none":
+        raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")
+    if config.reference.mode in ("resident", "cached") and config.reference.tokens_per_micro_batch is not None:
+        raise UserError(
+            f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a {config.reference.mode} reference "
+            "runs on train's micro-batches; remove it"
+        )
+    if data.eval is None and (config.eval.every or config.eval.pairs is not None):
+        option = "eval.every" if config.eval.every else "eval.pairs"
+        raise UserError(f"{option} is set, but there is nothing to evaluate on; set data.eval as well")

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadpo.config.schema import Config, load_config
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.validation.load import load_config
 
 if TYPE_CHECKING:
     from megadpo.training.trainer import Callbacks, Result

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megadpo import __version__
-from megadpo.config.schema import Config, load_config
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.launch import launchers
 from megadpo.launch import supervisor as launch
 from megadpo.launch.mpi import adopt_mpi_environment
+from megadpo.validation.load import load_config
 
 if TYPE_CHECKING:
     from megadpo.parallel.layout import Layout

@@ -39,8 +39,8 @@ def test_every_kernel_of_this_machine_trains_alike_and_is_told(tmp_path):
 
 
 def test_a_kernel_for_another_machine_is_refused_before_anything_is_loaded(tmp_path):
-    from megadpo.config.schema import load_config
     from megadpo.training.setup import prepare
+    from megadpo.validation.load import load_config
 
     save_model(tmp_path / "model", num_hidden_layers=1)
     write_hh(tmp_path / "train.jsonl", 10)

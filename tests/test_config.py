@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megadpo.config import strict
-from megadpo.config.schema import Config, load_config
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.validation.load import load_config
+from megadpo.validation.values import validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +251,7 @@ def test_a_config_changed_by_hand_is_checked_again() -> None:
     config = Config()
     config.train.pairs_per_step = 0
     with pytest.raises(UserError, match=r"train\.pairs_per_step must be at least 1"):
-        config.validate()
+        validate(config)
 
 
 def test_loading_changes_neither_the_dict_nor_the_config_given() -> None:

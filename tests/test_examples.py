@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from megadpo.config.schema import load_config
+from megadpo.validation.load import load_config
 from tests.models import DATA, hh_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

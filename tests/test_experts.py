@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megadpo.config.schema import ParallelConfig, load_config
+from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
-from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.training.setup import prepare
+from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.config.schema import TrainConfig, load_config
+from megadpo.config.schema import TrainConfig
 from megadpo.errors import UserError
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from megadpo.validation import memory as memory_options
+from megadpo.validation.load import load_config
 
 
 @pytest.mark.parametrize(

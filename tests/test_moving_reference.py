@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megadpo.checkpoint.sharded import open_checkpoint
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
+from megadpo.validation.load import load_config
 from tests.models import save_model, write_hh
 from tests.parity import oracle
 from tests.test_train import _settings, _train, _weights

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from megadpo import cli
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.commands.plan_layouts import layouts, most_parameters, run_plan
-from megadpo.config.schema import Config, load_config
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
-from megadpo.parallel.layout import check_layout, choose_layout
+from megadpo.parallel.layout import choose_layout
+from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
 from tests.models import save_model
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadpo.config.schema import load_config
+from megadpo.validation.load import load_config
 from tests.models import save_model, write_hh
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
+from megadpo.validation.load import load_config
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train
 from tests.worlds import run_world

@@ -203,7 +203,7 @@ def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
 
 def _logprobs(model: Path, data: Path, out: Path, parallel: dict[str, int], share_prompts: bool, cache: Path) -> None:
     from megadpo.commands.logprobs import run_logprobs
-    from megadpo.config.schema import load_config
+    from megadpo.validation.load import load_config
 
     data_options = {"max_length": 128, "share_prompts": share_prompts, "cache_dir": str(cache)}
     options = {
@@ -305,9 +305,9 @@ def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_w
     ],
 )
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused_at_once(files, tmp_path, changes, message):
-    from megadpo.config.schema import load_config
     from megadpo.errors import UserError
     from megadpo.training.setup import prepare
+    from megadpo.validation.load import load_config
 
     no_warm_up = {"steps": 2, "warmup_steps": 0}
     run_world(1, _train, _settings(files, tmp_path / "run", train=no_warm_up, checkpoint={"every": 2}))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, check_head, family_of, rope_of
+from megadpo.model.families import TensorSource, check_head, family_of, rope_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -159,20 +159,6 @@ def file_inside(directory: Path, name: str, named_by: str) -> Path:
     if name != Path(name).name or name.startswith(".") or "\\" in name or not name.endswith(".safetensors"):
         raise UserError(f"{directory / named_by} names the file {name!r}; only .safetensors files beside it are read")
     return directory / name
-
-
-def fill_shard(shard: ParameterShard, source: TensorSource, out: Tensor) -> None:
-    """Copy a shard's pieces from `source` into `out` [shard.shape], cast to its type; what no piece covers is zeroed.
-
-    One piece at a time is in memory besides `out`.
-    """
-    assert tuple(out.shape) == shard.shape, (shard.name, tuple(out.shape), shard.shape)
-    with torch.no_grad():
-        if not shard.pieces or sum(piece.length for piece in shard.pieces) < out.shape[shard.pieces[0].dim]:
-            out.zero_()
-        for piece in shard.pieces:
-            values = source.read(piece.logical_name, piece.dim, piece.logical_start, piece.length)
-            out.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
 
 
 def hf_directory(path: str | Path) -> Path:

@@ -100,6 +100,11 @@ def write_shard_file(
     return {"writer": writer_name, "entries": entries}
 
 
+def writer_name(stage: int, tensor_rank: int) -> str:
+    """The name that a tensor rank of a pipeline stage writes under."""
+    return f"pp{stage:02d}-tp{tensor_rank:02d}"
+
+
 def _file_name(writer_name: str, number: int) -> str:
     return f"{writer_name}-{number:03d}.safetensors"
 

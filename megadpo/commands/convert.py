@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
-from megadpo.checkpoint.hf import fill_shard, open_hf, read_hf_config
-from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file
+from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file, writer_name
 from megadpo.checkpoint.staging import abandon, begin, refuse_existing
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard, TensorSource, check_tensors, shard_parameters
-from megadpo.parallel.layout import Layout, check_layout
+from megadpo.model.weights import fill_shard
+from megadpo.parallel.layout import Layout
+from megadpo.validation.layout import check_layout
 
 
 def import_hf(
@@ -83,11 +85,6 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
     except BaseException:
         abandon(out)
         raise
-
-
-def writer_name(stage: int, tensor_rank: int) -> str:
-    """The name that a tensor rank of a pipeline stage writes under."""
-    return f"pp{stage:02d}-tp{tensor_rank:02d}"
 
 
 def _shards(

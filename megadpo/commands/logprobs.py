@@ -12,10 +12,11 @@ from megadpo.config.schema import Config
 from megadpo.data.groups import TokenIds
 from megadpo.data.rows.dataset import prepare_groups
 from megadpo.errors import UserError
-from megadpo.parallel.layout import check_layout, choose_layout
+from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
+from megadpo.validation.layout import check_layout
 
 
 def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:

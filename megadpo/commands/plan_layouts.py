@@ -15,7 +15,9 @@ from megadpo.config.schema import Config, copy_config
 from megadpo.errors import UserError
 from megadpo.model.families import shard_parameters, with_reward_head
 from megadpo.objectives.specs import has_reward_head
-from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.parallel.layout import Layout, choose_layout
+from megadpo.validation.layout import check_layout
+from megadpo.validation.values import validate
 
 DEFAULT_COUNTS = (1, 2, 4, 8)
 SPREAD = ("tensor", "context", "pipeline")
@@ -116,7 +118,7 @@ def _layout(config: Config, hf_config: Any, reference: Any, sizes: dict[str, int
         setattr(candidate.parallel, name, size)
     if asked != (sizes["pipeline"], sizes["virtual_pipeline"]):
         candidate.parallel.pipeline_layout = None  # made for the sizes that the configuration names
-    candidate.validate()
+    validate(candidate)
     layout = choose_layout(candidate.parallel, num_processes)
     check_layout(layout, hf_config, candidate.train.pairs_per_step)
     if reference is not None:

@@ -13,11 +13,12 @@ from megadpo.checkpoint.hf import read_hf_config
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.model.families import shard_parameters
-from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.pipeline.draw import svg
 from megadpo.pipeline.fill import MESSAGE, policy_alone, proportions, reference_before, with_reference
 from megadpo.pipeline.schedule import Schedule
 from megadpo.pipeline.simulate import Costs, Timing, peak_activations, simulate
+from megadpo.validation.layout import check_layout
 
 
 def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) -> str:

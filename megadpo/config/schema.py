@@ -1,26 +1,18 @@
-"""Every option of megadpo: one dataclass tree, read strictly from YAML, a dict or ``key.sub=value``.
-
-    config = load_config("run.yaml", ["train.learning_rate=5e-7", "parallel.tensor=2"])
-
-An unknown key, a wrong type, a value out of range, a contradiction or a feature that this version does not have is one
-UserError; no option is ever ignored. Whether a layout fits model and world size is checked in parallel/layout.py.
-"""
+"""Every option of megadpo: one dataclass tree, with what each option means. `validation/load.py` reads and checks it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megadpo.config import strict
 from megadpo.errors import UserError
-from megadpo.validation.values import check
 
 
 @dataclass
@@ -301,7 +293,7 @@ class LoggingConfig:
 
 @dataclass
 class Config:
-    """All options. Built by `load_config`; attributes may be changed before a run, `validate()` checks them again."""
+    """All options. Built by `load_config`; attributes may be changed before a run, which checks them again."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -315,10 +307,6 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     output_dir: str = ""
     """Directory for config.yaml, metrics.jsonl, checkpoints/ and hf/. Required for training."""
-
-    def validate(self) -> None:
-        """Raises UserError for a value out of range, a contradiction, or a feature this version does not have."""
-        check(self)
 
     def require_for_training(self) -> None:
         """Raises UserError where an option that training cannot do without is missing."""
@@ -352,43 +340,6 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, in the order of this file."""
         return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
-    """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
-
-    An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
-
-    Raises:
-        UserError: file missing or not YAML, unknown or repeated key, wrong type, anything `validate` refuses.
-    """
-    places: strict.Places = {}
-    values: Mapping[str, Any]
-    if isinstance(source, Config):
-        values = _shallow(source)
-    elif isinstance(source, Mapping):
-        values = source
-    else:
-        values, places = strict.read_yaml(Path(source))
-    overrides = _displacing(overrides)
-    config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
-    for name in ("train", "eval"):
-        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
-    config.validate()
-    return config
-
-
-LENGTHS = ("train.steps", "train.epochs")
-"""Options that say the same thing in two ways."""
-
-
-def _displacing(overrides: Sequence[str]) -> Sequence[str]:
-    """`overrides`, with the other one of LENGTHS nulled first where only one of them is given a value."""
-    given = {name.strip(): text.strip() for name, _, text in (override.partition("=") for override in overrides)}
-    for name, other in (LENGTHS, LENGTHS[::-1]):
-        if given.get(name) not in (None, "", "null", "~") and other not in given:
-            return [f"{other}=null", *overrides]
-    return overrides
 
 
 @dataclass
@@ -450,17 +401,6 @@ def copy_config(config: Config) -> Config:
     result = copy.deepcopy(dataclasses.replace(config, data=data))
     result.data.train, result.data.eval = config.data.train, config.data.eval
     return result
-
-
-def _shallow(config: Config) -> dict[str, Any]:
-    """A Config as nested dicts whose leaves are the very same objects."""
-    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
-    return {
-        name: {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-        if dataclasses.is_dataclass(value)
-        else value
-        for name, value in sections.items()
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.pipeline.stage_ops import ResponseGradient
 
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
     from megadpo.pipeline.interleaved_reference import ReferenceBeside
-
-ResponseGradient = Callable[[int, Tensor], Tensor]
-"""(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
-(statistics.DIFFERENTIABLE); asked on the last stage only."""
 
 
 class Engine(Protocol):

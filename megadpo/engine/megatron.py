@@ -18,13 +18,13 @@ from torch import Tensor
 
 from megadpo.config.schema import ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import ResponseGradient
 from megadpo.engine.bf16_moments import NarrowAdamW
 from megadpo.model.build import Stage
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.interleaved_reference import ReferenceBeside
 from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 

@@ -22,7 +22,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.checkpoint.hf import fill_shard
 from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention.backends import choose_backend
@@ -30,7 +29,6 @@ from megadpo.model.attention.core import GroupAttention
 from megadpo.model.families import (
     ParameterShard,
     Place,
-    TensorSource,
     experts_of,
     head_of,
     rope_of,
@@ -47,7 +45,6 @@ from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.rope import PositionRope
 from megadpo.model.swiglu import SwiGLU
 from megadpo.parallel.layout import Layout, context_method
-from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 
@@ -228,19 +225,6 @@ def _has_head(layout: Layout, chunk: int) -> bool:
     return parallel_state.is_pipeline_last_stage() and chunk == layout.virtual - 1
 
 
-def load_weights(stage: Stage, source: TensorSource) -> None:
-    """Read every parameter of the stage from `source`, only the part that this rank holds."""
-    with torch.no_grad():
-        for parameter, shard in stage.parameters.values():
-            if not is_partitioned(parameter):
-                fill_shard(shard, source, parameter.data)
-                continue
-            values = torch.empty(shard.shape, dtype=own_part(parameter).dtype, device=own_part(parameter).device)
-            fill_shard(shard, source, values)
-            set_whole(parameter, values)
-    source.release()
-
-
 def _transformer_config(
     hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations, layers: Layers
 ) -> TransformerConfig:
@@ -272,7 +256,7 @@ def _transformer_config(
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
         use_te_activation_func=True,  # or any other module in that slot: ours
-        gradient_accumulation_fusion=False,  # the engine's to turn on, see parallel/gradient_fusion.py
+        gradient_accumulation_fusion=False,  # the engine's to turn on, see weight_gradients.py
         # All of these need Apex or TransformerEngine, or change the rounding.
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

@@ -21,18 +21,17 @@ from megatron.core.utils import get_model_config, get_model_type
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import ResponseGradient
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import Products, put_off
-from megadpo.pipeline import fill
-from megadpo.pipeline import megatron_schedule as megatrons
+from megadpo.pipeline import fill, stage_ops
 from megadpo.pipeline.executor import Work, carry_out
 from megadpo.pipeline.interleaved_reference import ReferenceBeside, ReferencePass
 from megadpo.pipeline.program import Program, program
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS, Op, Schedule
 from megadpo.pipeline.schedule import forward_only as forward_only_schedule
 from megadpo.pipeline.simulate import Costs, simulate
+from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 
 
@@ -179,13 +178,13 @@ class _Work:
         first, the first one's output still waits."""
         model, micro_batch = self.models[op.chunk], self.micro_batches[op.micro_batch]
         if not micro_batch.halves:
-            return megatrons.surrogate(model, output, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
+            return stage_ops.surrogate(model, output, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
         if op.half == 0:
             return (output * self._of_first_halves.pop(op.micro_batch)).sum()
         outputs = self._kept[op.micro_batch, op.chunk, 0][1], output
         leaves = [half.detach().requires_grad_() for half in outputs]
-        both = megatrons.joined(model, leaves, micro_batch)
-        scalar = megatrons.surrogate(model, both, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
+        both = stage_ops.joined(model, leaves, micro_batch)
+        scalar = stage_ops.surrogate(model, both, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
         self._of_first_halves[op.micro_batch], gradient = torch.autograd.grad(scalar, leaves)
         return (output * gradient).sum()
 
@@ -239,8 +238,8 @@ class _Forwards:
                 passed.outputs[op.micro_batch] = output
                 return None
             if micro_batch.halves:
-                output = megatrons.joined(self.models[-1], (passed.outputs.pop(op.micro_batch), output), micro_batch)
-            self.keep(op.micro_batch, megatrons.sums_of(self.models[-1], output, micro_batch, self.ld_alpha))
+                output = stage_ops.joined(self.models[-1], (passed.outputs.pop(op.micro_batch), output), micro_batch)
+            self.keep(op.micro_batch, stage_ops.sums_of(self.models[-1], output, micro_batch, self.ld_alpha))
         return None
 
     def empty(self, op: Op) -> Tensor:
@@ -286,7 +285,7 @@ def stage_forward(
     stream, number = micro_batch.half(op.half), 2 * op.micro_batch + op.half
 
     def forward(unused: Any, model: Any) -> tuple[Tensor, None]:
-        return megatrons.stage_forward(model, stream, number, watch, prompt_keys), None
+        return stage_ops.stage_forward(model, stream, number, watch, prompt_keys), None
 
     output, _ = forward_step(
         forward,

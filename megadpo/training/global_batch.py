@@ -24,7 +24,7 @@ from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import Packing
-from megadpo.engine.base import Engine, ResponseGradient
+from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
 from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
@@ -33,6 +33,7 @@ from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import host_micro_batches, on_device
 from megadpo.pipeline.interleaved_reference import ReferenceBeside
 from megadpo.pipeline.run_schedule import complete
+from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.training.reference import Reference
 

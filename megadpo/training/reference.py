@@ -23,8 +23,9 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import Packing
 from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
-from megadpo.model.build import Stage, build_stage, load_weights
+from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
 from megadpo.pipeline.interleaved_reference import ReferenceBeside

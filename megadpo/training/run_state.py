@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
-from megadpo.checkpoint.hf import fill_shard
 from megadpo.checkpoint.sharded import (
     begin,
     commit,
@@ -25,13 +24,14 @@ from megadpo.checkpoint.sharded import (
     step_checkpoints,
     step_directory,
     write_shard_file,
+    writer_name,
 )
-from megadpo.commands.convert import writer_name
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron import is_first_replica
-from megadpo.model.build import load_weights, stage_shards
+from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
 from megadpo.model.moe.layer import is_expert, moved
+from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device

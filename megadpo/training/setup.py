@@ -23,12 +23,13 @@ from megadpo.model.families import TensorSource, check_tensors, experts_of, tran
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
-from megadpo.parallel.layout import Layout, check_layout, choose_layout
+from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.output_dir import claim_output_dir, make_output_dir
 from megadpo.validation import memory as memory_options
 from megadpo.validation.deepspeed import check_machine
+from megadpo.validation.layout import check_layout
 
 
 @dataclass(frozen=True)

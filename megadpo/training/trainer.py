@@ -169,7 +169,8 @@ def build_engine(plan: Plan) -> Engine:
         stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
     from megadpo.engine.megatron import MegatronEngine
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
 
     stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
     load_weights(stage, plan.policy.source)

@@ -84,7 +84,7 @@ AT_LEAST: dict[str, int] = {
 ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "objective.rpo_eta", "train.epochs", "train.eps")
 
 
-def check(config: Config) -> None:
+def validate(config: Config) -> None:
     """Raises UserError for the first value that this version cannot honour."""
     _check_choices(config)
     _check_ranges(config)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.config.schema import load_config
 from megadpo.data.batches.bin_packing import plan_micro_batches
 from megadpo.data.batches.compose import FILL, compose
 from megadpo.data.batches.packed_dataset import prepare_packing
@@ -15,6 +14,7 @@ from megadpo.data.batches.sampler import Batches
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.training.setup import _check_steps_can_fill
+from megadpo.validation.load import load_config
 from tests.models import random_groups
 
 

@@ -97,7 +97,8 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megadpo.config.schema import TrainConfig
     from megadpo.data.batches.collate import lay_out
     from megadpo.engine.megatron import MegatronEngine
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
     from megadpo.objectives.statistics import RESPONSE_SUMS
     from tests.parity.worker import whole_tensors
 

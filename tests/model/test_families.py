@@ -21,7 +21,7 @@ from transformers import (
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
-from megadpo.checkpoint.hf import fill_shard, open_hf, read_hf_config
+from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.errors import UserError
 from megadpo.model.families import (
     Place,
@@ -33,6 +33,7 @@ from megadpo.model.families import (
     sliding_windows,
     transformer_config_kwargs,
 )
+from megadpo.model.weights import fill_shard
 from tests.models import save_model
 from tests.parity import oracle
 

@@ -25,8 +25,9 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.engine.megatron import MegatronEngine
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
     from megadpo.model.heads import logprob as head
+    from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
 
     head.TILE_ROWS = 64

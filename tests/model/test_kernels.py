@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason_and_no_failure(tmp_path, mon
 
 
 def test_native_in_the_configuration_is_one_of_three_choices():
-    from megadpo.config.schema import load_config
+    from megadpo.validation.load import load_config
 
     with pytest.raises(UserError, match=r"model\.kernels"):
         load_config({}, ["model.kernels=triton"])

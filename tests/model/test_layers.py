@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import ModelConfig, load_config
+from megadpo.config.schema import ModelConfig
 from megadpo.errors import UserError
 from megadpo.model import layers
 from megadpo.model.families import shard_parameters
 from megadpo.model.layers import FUSED_NAMES, Layers, choose_layers, local_name
 from megadpo.parallel.layout import Layout
+from megadpo.validation.load import load_config
 from tests.model.test_families import config_of
 from tests.models import random_groups, save_model
 from tests.parity import oracle

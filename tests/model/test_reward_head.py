@@ -79,7 +79,8 @@ def head_of_last_stage(model: Path) -> tuple[dict[str, tuple[int, ...]], torch.T
     import torch.distributed as dist
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")

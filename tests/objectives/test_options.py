@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import ObjectiveConfig, load_config
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.errors import UserError
 from megadpo.objectives.evaluate import LOSSES, evaluate
 from megadpo.objectives.specs import ALIASES, SPECS, kind_of, needs_reference, reading_of
 from megadpo.objectives.terms import Normalisers
+from megadpo.validation.load import load_config
 from tests.objectives.conftest import random_statistics
 
 CHANGED: dict[str, Any] = {

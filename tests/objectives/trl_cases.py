@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadpo.config.schema import ObjectiveConfig, load_config
+from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.groups import Group
 from megadpo.objectives.specs import SPECS, kind_of
+from megadpo.validation.load import load_config
 from tests.models import hh_groups, random_groups, save_model
 from tests.objectives.trl_code import FUSED, Measured, Told, compare, mismatched, sequence
 

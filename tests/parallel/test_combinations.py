@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from megadpo.validation import combinations
 from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
+from megadpo.validation.load import load_config
 
 BY_NAME = {feature.name: feature for feature in FEATURES}
 

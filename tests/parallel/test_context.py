@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from megadpo.config.schema import ParallelConfig, load_config
+from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
-from megadpo.parallel.layout import Layout, check_layout, choose_layout, context_method
+from megadpo.parallel.layout import Layout, choose_layout, context_method
+from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
 
 
 def model(num_heads: int = 8, num_key_value_heads: int = 4) -> LlamaConfig:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
 from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
+from megadpo.validation.load import load_config
 from tests.models import random_groups, save_model, write_hh
 from tests.parallel.zero_worker import Case, Outcome, outcomes, train_run
 from tests.parity import oracle

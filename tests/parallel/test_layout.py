@@ -7,7 +7,8 @@ from transformers import LlamaConfig
 
 from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
-from megadpo.parallel.layout import Layout, check_layout, choose_layout, even_chunks
+from megadpo.parallel.layout import Layout, choose_layout, even_chunks
+from megadpo.validation.layout import check_layout
 
 CONFIG = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=6, intermediate_size=96)
 

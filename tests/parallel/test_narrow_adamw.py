@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.config.schema import load_config
 from megadpo.engine import bf16_moments as narrow_adamw
 from megadpo.engine.bf16_moments import NarrowAdamW
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
+from megadpo.validation.load import load_config
 from tests.models import random_groups, save_model
 from tests.parity.worker import Case, outcomes
 from tests.worlds import run_world

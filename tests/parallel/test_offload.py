@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
 from megadpo.validation.deepspeed import check_machine
+from megadpo.validation.load import load_config
 from tests.worlds import run_world
 
 pytest.importorskip("deepspeed")

@@ -22,7 +22,8 @@ def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.engine.megatron import MegatronEngine
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
     from megadpo.parallel.world import joined_world
 

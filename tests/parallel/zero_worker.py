@@ -153,7 +153,8 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
 
 def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's engine on a loaded stage."""
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
 
     train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
     if case.zero_stage is None:

@@ -140,7 +140,8 @@ def _outcome(
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.engine.megatron import MegatronEngine
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
     from megadpo.objectives.terms import normalisers_of

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import load_config
 from megadpo.errors import UserError
+from megadpo.validation.load import load_config
 from tests.models import save_model, write_hh
 from tests.test_train import _settings, _train, _weights
 from tests.worlds import run_world

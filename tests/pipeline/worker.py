@@ -221,7 +221,8 @@ def _steps(
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
-    from megadpo.model.build import build_stage, load_weights
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.context import local_micro_batches

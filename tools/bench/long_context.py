@@ -98,11 +98,11 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     import numpy as np
     import torch
 
-    from megadpo.config.schema import load_config
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
     from megadpo.training.setup import prepare
     from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.validation.load import load_config
     from tools.bench.head_point import give_back_freed_blocks, peak_bytes
     from tools.bench.runs import plan_on
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadpo.config.schema import load_config
 from megadpo.data.batches.sampler import Batches
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.training.setup import Plan, data_packing, prepare
+from megadpo.validation.load import load_config
 from tools.bench.material import BODY, TINY_BODY, made_up_file, preference_file, save_llama, save_tokenizer
 
 

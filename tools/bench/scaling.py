@@ -83,11 +83,11 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
     import numpy as np
     import torch
 
-    from megadpo.config.schema import load_config
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
     from megadpo.training.setup import prepare
     from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.validation.load import load_config
     from tools.bench.runs import plan_on
 
     torch.set_num_threads(options.threads)

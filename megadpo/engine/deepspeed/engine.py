@@ -20,10 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megadpo.checkpoint.hf import fill_shard
 from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import ResponseGradient
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
     cpu_adam,
@@ -41,12 +39,14 @@ from megadpo.engine.deepspeed.runtime import (
     sharder,
 )
 from megadpo.model.activations import KEEP, Activations
-from megadpo.model.build import Stage, build_stage, load_weights
+from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import whole
 from megadpo.pipeline.interleaved_reference import ReferenceBeside
 from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
 

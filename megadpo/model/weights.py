@@ -1,0 +1,37 @@
+"""Weights into the parameters of a stage: each rank reads only its own part of every tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megadpo.model.build import Stage
+from megadpo.model.families import ParameterShard, TensorSource
+from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
+
+
+def load_weights(stage: Stage, source: TensorSource) -> None:
+    """Read every parameter of the stage from `source`, only the part that this rank holds."""
+    with torch.no_grad():
+        for parameter, shard in stage.parameters.values():
+            if not is_partitioned(parameter):
+                fill_shard(shard, source, parameter.data)
+                continue
+            values = torch.empty(shard.shape, dtype=own_part(parameter).dtype, device=own_part(parameter).device)
+            fill_shard(shard, source, values)
+            set_whole(parameter, values)
+    source.release()
+
+
+def fill_shard(shard: ParameterShard, source: TensorSource, out: Tensor) -> None:
+    """Copy a shard's pieces from `source` into `out` [shard.shape], cast to its type; what no piece covers is zeroed.
+
+    One piece at a time is in memory besides `out`.
+    """
+    assert tuple(out.shape) == shard.shape, (shard.name, tuple(out.shape), shard.shape)
+    with torch.no_grad():
+        if not shard.pieces or sum(piece.length for piece in shard.pieces) < out.shape[shard.pieces[0].dim]:
+            out.zero_()
+        for piece in shard.pieces:
+            values = source.read(piece.logical_name, piece.dim, piece.logical_start, piece.length)
+            out.narrow(piece.dim, piece.local_start, piece.length).copy_(values)

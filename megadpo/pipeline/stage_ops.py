@@ -1,0 +1,72 @@
+"""What one operation of a schedule does to this stage's model: a forward, and the scalar that goes backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.model.attention.core import StreamParams
+from megadpo.model.attention.prompt_kv import PromptKeys
+from megadpo.model.heads.logprob import LogProbHead
+from megadpo.model.heads.reward import RewardHead, reward_sums
+from megadpo.model.moe.load import RouterWatch
+from megadpo.objectives.statistics import response_sums
+from megadpo.parallel.context import all_scored, sum_over_context
+
+ResponseGradient = Callable[[int, Tensor], Tensor]
+"""(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
+(statistics.DIFFERENTIABLE); asked on the last stage only."""
+
+
+def surrogate(
+    model: Any,
+    output: Tensor,
+    number: int,
+    micro_batch: MicroBatch,
+    response_gradient: ResponseGradient,
+    ld_alpha: float | None,
+) -> Tensor:
+    """The scalar that goes backward, sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's."""
+    sums_RS = sums_of(model, output, micro_batch, ld_alpha)
+    gradient_RD = response_gradient(number, sums_RS.detach())
+    return (sums_RS[:, : gradient_RD.shape[1]] * gradient_RD).sum()
+
+
+def sums_of(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
+    """Response sums [R, S] from what the last stage's model gives."""
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return sum_over_context(reward_sums(output, micro_batch), micro_batch)
+    return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
+
+
+def joined(model: Any, outputs: Sequence[Tensor], micro_batch: MicroBatch) -> Tensor:
+    """What the last stage's model would give for the whole micro-batch, from what it gives for its halves."""
+    if isinstance(_unwrapped(model).output_layer, RewardHead):
+        return torch.stack(list(outputs)).sum(0)  # zeros for the other half's answers
+    halves = [all_scored(output, micro_batch.half(number)) for number, output in enumerate(outputs)]
+    return torch.stack(halves).sum(0)
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "module", model)
+
+
+def stage_forward(
+    model: Any,
+    micro_batch: MicroBatch,
+    number: int,
+    watch: RouterWatch | None,
+    prompt_keys: PromptKeys | None = None,
+) -> Tensor:
+    """What this stage's model makes of a micro-batch; its input tensor is set."""
+    stage = _unwrapped(model)
+    if stage.post_process:
+        head: LogProbHead | RewardHead = stage.output_layer
+        head.micro_batch = micro_batch
+    stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
+    held = micro_batch.held
+    return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

@@ -1,0 +1,98 @@
+"""What a model, a batch and a layout ask of each other: refused here, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadpo.errors import UserError
+from megadpo.model.families import Experts, experts_of
+from megadpo.parallel.layout import Layout
+
+
+def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = None) -> None:
+    """Refuse a layout that the model or the batch cannot be spread over.
+
+    Args:
+        hf_config: a transformers config with num_attention_heads, num_key_value_heads, num_hidden_layers, intermediate_size.
+        pairs_per_step: pairs of a global batch, where the run has any.
+
+    Raises:
+        UserError: naming the axis, the model's figure and what to change.
+    """
+    num_heads = hf_config.num_attention_heads
+    num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
+    experts = experts_of(hf_config)
+    divided = {"attention heads": num_heads, "key-value heads": num_key_value_heads}
+    if experts is None or len(experts.layers) < hf_config.num_hidden_layers:
+        divided["MLP columns"] = hf_config.intermediate_size
+    for what, number in divided.items():
+        if number % layout.tensor:
+            raise UserError(
+                f"parallel.tensor {layout.tensor} does not divide the model's {number} {what}; "
+                f"use one of {_divisors(*divided.values())}"
+            )
+    _check_experts(layout, experts)
+    _check_layers(layout, hf_config.num_hidden_layers)
+    if layout.context_method == "ulysses":
+        _check_ulysses(layout, num_heads // layout.tensor, num_key_value_heads // layout.tensor)
+    if pairs_per_step is not None and pairs_per_step < layout.data:
+        raise UserError(
+            f"train.pairs_per_step {pairs_per_step} is less than the {layout.data} data-parallel replicas; "
+            f"raise it to at least {layout.data} or use fewer processes"
+        )
+
+
+def _check_ulysses(layout: Layout, num_heads: int, num_key_value_heads: int) -> None:
+    """Every context rank gets the same number of the tensor rank's heads, and the key-value heads these read."""
+    fits = num_heads % layout.context == 0
+    fits = fits and (num_key_value_heads % layout.context == 0 or layout.context % num_key_value_heads == 0)
+    if not fits:
+        raise UserError(
+            f"parallel.context_method ulysses cannot spread {num_heads} attention heads with {num_key_value_heads} "
+            f"key-value heads (on each of {layout.tensor} tensor ranks) over parallel.context {layout.context}; "
+            "set context_method to allgather or auto"
+        )
+
+
+def _check_layers(layout: Layout, num_layers: int) -> None:
+    if layout.chunk_layers is not None and sum(layout.chunk_layers) != num_layers:
+        raise UserError(
+            f"parallel.pipeline_layout {','.join(map(str, layout.chunk_layers))} adds up to {sum(layout.chunk_layers)} "
+            f"layers but the model has {num_layers}"
+        )
+    if num_layers < layout.num_chunks:
+        chunks = f" x parallel.virtual_pipeline {layout.virtual}" if layout.virtual > 1 else ""
+        raise UserError(
+            f"parallel.pipeline {layout.pipeline}{chunks} is more than the model's {num_layers} layers; "
+            f"lower it to {num_layers} or less"
+        )
+
+
+def _check_experts(layout: Layout, experts: Experts | None) -> None:
+    if experts is None:
+        if layout.expert * layout.expert_tensor > 1:
+            option = "expert" if layout.expert > 1 else "expert_tensor"
+            raise UserError(f"parallel.{option} is {getattr(layout, option)}, but the model has no experts; leave it at 1")
+        return
+    for option, size in (("context", layout.context), ("virtual_pipeline", layout.virtual)):
+        if size > 1:
+            raise UserError(f"parallel.{option} is {size}, which a model with experts is not built for; leave it at 1")
+    if experts.count % layout.expert:
+        raise UserError(
+            f"parallel.expert {layout.expert} does not divide the model's {experts.count} experts; "
+            f"use one of {_divisors(experts.count)}"
+        )
+    if experts.columns % layout.expert_tensor:
+        raise UserError(
+            f"parallel.expert_tensor {layout.expert_tensor} does not divide the {experts.columns} columns of an expert; "
+            f"use one of {_divisors(experts.columns)}"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        raise UserError(
+            f"parallel.sequence is false with parallel.tensor {layout.tensor}, but a model with experts needs it: "
+            "without it every tensor rank would route every token; leave it at null"
+        )
+
+
+def _divisors(*numbers: int) -> list[int]:
+    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]

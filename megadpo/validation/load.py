@@ -1,0 +1,66 @@
+"""A configuration from YAML, a dict or ``key.sub=value``, read strictly and checked whole.
+
+    config = load_config("run.yaml", ["train.learning_rate=5e-7", "parallel.tensor=2"])
+
+An unknown key, a wrong type, a value out of range, a contradiction or a feature that this version does not have is one
+UserError; no option is ever ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megadpo.config import strict
+from megadpo.config.schema import Config, check_sources
+from megadpo.validation.values import validate
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
+
+    An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
+
+    Raises:
+        UserError: file missing or not YAML, unknown or repeated key, wrong type, anything that `validate` refuses.
+    """
+    places: strict.Places = {}
+    values: Mapping[str, Any]
+    if isinstance(source, Config):
+        values = _shallow(source)
+    elif isinstance(source, Mapping):
+        values = source
+    else:
+        values, places = strict.read_yaml(Path(source))
+    overrides = _displacing(overrides)
+    config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
+    for name in ("train", "eval"):
+        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    validate(config)
+    return config
+
+
+LENGTHS = ("train.steps", "train.epochs")
+"""Options that say the same thing in two ways."""
+
+
+def _displacing(overrides: Sequence[str]) -> Sequence[str]:
+    """`overrides`, with the other one of LENGTHS nulled first where only one of them is given a value."""
+    given = {name.strip(): text.strip() for name, _, text in (override.partition("=") for override in overrides)}
+    for name, other in (LENGTHS, LENGTHS[::-1]):
+        if given.get(name) not in (None, "", "null", "~") and other not in given:
+            return [f"{other}=null", *overrides]
+    return overrides
+
+
+def _shallow(config: Config) -> dict[str, Any]:
+    """A Config as nested dicts whose leaves are the very same objects."""
+    sections = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    return {
+        name: {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in sections.items()
+    }

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadpo.parallel.layout import Layout
-from tests.parallel import test_deepspeed
-from tests.parity import test_context, test_experts, test_parity, test_pipeline
+from tests.parity import test_context_parallel as test_context
+from tests.parity import test_deepspeed, test_pipeline
+from tests.parity import test_layouts as test_parity
+from tests.parity import test_mixtures as test_experts
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 BEGIN = "<!-- Between these marks: made by tools/invariance_cells.py from the tests' cases. -->\n"

@@ -1,9 +1,9 @@
 """Measures each objective's largest relative error for docs/objectives.md: ``python -m tools.objective_errors [--write]``.
 
 The comparisons are those of the tests: TRL 1.16's own code on random logits and on real rows
-(`tests/objectives/trl_cases.py`), and, for what TRL does not have, the papers' formulas with numeric derivatives
-(`tests/objectives/numeric.py`). An error is that of the loss or of the gradient, norm-wise, whichever is larger; "fp32" is
-what was compared in single precision.
+(`tests/unit/objectives/trl_cases.py`), and, for what TRL does not have, the papers' formulas with numeric derivatives
+(`tests/unit/objectives/numeric.py`). An error is that of the loss or of the gradient, norm-wise, whichever is larger;
+"fp32" is what was compared in single precision.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.specs import SPECS
-from tests.objectives.numeric import FORMULAS, against_formula
-from tests.objectives.trl_cases import CASES, on_a_real_batch, on_random_logits
+from tests.unit.objectives.numeric import FORMULAS, against_formula
+from tests.unit.objectives.trl_cases import CASES, on_a_real_batch, on_random_logits
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 LARGEST = {"float64": 1e-7, "fp32": 1e-5}

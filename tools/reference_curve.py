@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.models import DATA, save_model, write_hh
-from tests.parallel.zero_worker import train_run
-from tests.worlds import run_world
+from tests.helpers.models import DATA, save_model, write_hh
+from tests.helpers.worlds import run_world
+from tests.parity.zero_worker import train_run
 
 CURVE = Path(__file__).parents[1] / "tests" / "parity" / "reference_curve.json"
 ROWS = DATA / "hh-rlhf-harmless-test.jsonl.gz"

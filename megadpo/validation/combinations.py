@@ -1,8 +1,8 @@
 """What combines with what: one table, read by the option check, by `megadpo plan --layouts` and by docs/parallelism.md.
 
 Two features combine unless EXCLUDED or NEEDS says otherwise. A new feature is a line in FEATURES, a new exclusion one in
-EXCLUDED. `python -m tools.combinations_table --write` renews the page; tests/parallel/test_combinations.py switches on
-each feature and each pair of them and holds the table to what happens.
+EXCLUDED. `python -m tools.combinations_table --write` renews the page; tests/unit/validation/test_combinations.py switches
+on each feature and each pair of them and holds the table to what happens.
 """
 
 from __future__ import annotations

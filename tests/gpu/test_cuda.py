@@ -15,7 +15,7 @@ import torch
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.gpu.machine import on
-from tests.models import random_groups, save_model, write_hh
+from tests.helpers.models import random_groups, save_model, write_hh
 from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
@@ -127,8 +127,8 @@ def test_moments_in_bf16_learn_as_those_in_fp32_do_in_half_of_their_bytes(files)
 
 def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
     """Of each way, bytes of activations when the forward pass is over and at the peak, on the device."""
+    from benchmarks.memory import stage_and_step
     from megadpo.parallel.world import joined_world
-    from tools.bench.memory import stage_and_step
 
     found = []
     for way in ways:

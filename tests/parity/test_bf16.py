@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megadpo.parallel.layout import Layout
-from tests.models import random_groups, save_model
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, outcomes
-from tests.worlds import run_world
 
 NUM_STEPS = 4
 LAYOUTS = {1: [Layout()], 2: [Layout(tensor=2, sequence=True), Layout(pipeline=2)]}

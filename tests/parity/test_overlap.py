@@ -9,10 +9,10 @@ import torch
 
 from megadpo.config.schema import ScheduleConfig
 from megadpo.parallel.layout import Layout
-from tests.models import random_groups, save_model
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
 from tests.parity import oracle
 from tests.parity.worker import Case, outcomes
-from tests.worlds import run_world
 
 SMALL = 90
 OURS = ScheduleConfig("1f1b")

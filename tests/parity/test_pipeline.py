@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
-from tests.models import random_groups, save_model, write_hh
+from tests.helpers.models import random_groups, save_model, write_hh
+from tests.helpers.worlds import run_world
 from tests.parity import oracle
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
-from tests.worlds import run_world
 
 FOUR_STAGES = [
     Case(Layout(pipeline=4, virtual=2), tokens_per_micro_batch=90),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.model.reward_worker import save_reward_model
-from tests.models import save_model
+from tests.helpers.models import save_model
 from tests.parity.trl_runs import (
     KTO_METRICS,
     LABELS_MAX_LENGTH,
@@ -18,6 +17,7 @@ from tests.parity.trl_runs import (
     our_history,
     trl_history,
 )
+from tests.unit.model.reward_worker import save_reward_model
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 FREE = {"reference": {"mode": "none"}, "metrics": PAIR_METRICS}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import hh_rows
-from tests.worlds import run_world
+from tests.helpers.models import hh_rows
+from tests.helpers.worlds import run_world
 
 NUM_STEPS, UNITS_PER_STEP, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 20, 8, 1e-3, 5, 0.01
 MAX_LENGTH = 112  # some answers are cut, no prompt fills it

@@ -1,0 +1,39 @@
+"""The same for DeepSpeed's engine and for mixtures of experts."""
+
+from __future__ import annotations
+
+import pytest
+
+from megadpo.parallel.layout import Layout
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
+from tests.parity.schedule_worker import Case, compared
+from tests.parity.test_executor import check
+
+ZERO = {
+    2: [Case(Layout(pipeline=2), zero_stage, moves=zero_stage == 1) for zero_stage in (0, 1, 2, 3)],
+    4: [
+        Case(Layout(pipeline=4), 1),
+        Case(Layout(pipeline=2, data=2), 3),
+        Case(Layout(pipeline=2, tensor=2, sequence=True), 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("size", ZERO)
+def test_deepspeed_gives_the_same_bits_under_either_schedule(tmp_path, size):
+    pytest.importorskip("deepspeed")
+    policy = save_model(tmp_path / "policy", tie_word_embeddings=True, tokenizer=False)
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), ZERO[size]), ZERO[size])
+
+
+EXPERTS = {
+    2: [Case(Layout(pipeline=2), router_aux_coef=0.01)],
+    4: [Case(Layout(pipeline=2, data=2, expert=2), router_aux_coef=0.01)],
+}
+
+
+@pytest.mark.parametrize("size", EXPERTS)
+def test_experts_and_their_balancing_loss_too(tmp_path, size):
+    policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), EXPERTS[size]), EXPERTS[size])

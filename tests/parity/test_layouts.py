@@ -1,0 +1,194 @@
+"""Every layout computes what plain transformers computes: log-probs, loss and gradients, on real rows and four families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadpo.config.schema import ObjectiveConfig
+from megadpo.data.groups import Group
+from megadpo.parallel.layout import Layout
+from tests.helpers.models import hh_groups, random_groups, save_model
+from tests.helpers.worlds import run_world
+from tests.parity import oracle
+from tests.parity.measure import trained_outcomes
+from tests.parity.worker import Case, outcomes
+
+FAMILIES = {
+    "llama": {},
+    "llama-tied-rope-scaled": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
+    "qwen3-tied": {"tie_word_embeddings": True},
+    "mistral": {},
+}
+CASES = {
+    1: [Case(Layout()), Case(Layout(), share_prompts=False), Case(Layout(), tokens_per_micro_batch=2500)],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(tensor=2, sequence=True), share_prompts=False),
+        Case(Layout(pipeline=2)),
+        Case(Layout(data=2)),
+    ],
+    4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(pipeline=2, data=2), share_prompts=False)],
+}
+BETA = 0.1
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def measured(request, tmp_path_factory):
+    """A policy, a reference and 32 real pairs: what transformers says, and what every case says."""
+    directory = tmp_path_factory.mktemp(request.param)
+    family = request.param.split("-")[0]
+    policy = save_model(directory / "policy", family, **FAMILIES[request.param])
+    reference = save_model(directory / "reference", family, seed=1, **FAMILIES[request.param])
+    groups = hh_groups(32, policy, max_length=160)
+    objective = ObjectiveConfig(beta=BETA, label_smoothing=0.1)
+    model = oracle.load(policy)
+    reference_logps = oracle.all_logps(oracle.load(reference), groups)
+    loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA, 0.1)
+    expected = oracle.all_logps(model, groups), loss, gradients
+    cases = [case for cases in CASES.values() for case in cases]
+    found = [
+        outcome
+        for num_processes, some in CASES.items()
+        for outcome in run_world(num_processes, outcomes, policy, reference, groups, some, 0, torch.float32, objective)[0]
+    ]
+    return expected, list(zip(cases, found, strict=True))
+
+
+def test_response_log_probs_equal_transformers(measured):
+    (logps, _, _), found = measured
+    for case, outcome in found:
+        worst = float((outcome.logps.view_as(logps) - logps).abs().max())
+        assert worst <= 1e-4, f"{case}: {worst}"
+
+
+def test_the_loss_equals_plain_transformers(measured):
+    (_, loss, _), found = measured
+    for case, outcome in found:
+        assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
+
+
+def test_every_gradient_equals_plain_transformers(measured):
+    (_, _, gradients), found = measured
+    norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+    for case, outcome in found:
+        worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
+
+
+def test_a_gradient_off_by_one_percent_is_noticed(measured):
+    (_, _, gradients), found = measured
+    for name in gradients:
+        scaled = found[0][1].gradients | {name: found[0][1].gradients[name] * 1.01}
+        tiny = float(gradients[name].norm()) < 1e-4 * max(float(g.norm()) for g in gradients.values())
+        worst, _ = oracle.worst_relative_error(scaled, gradients)
+        assert worst > 1e-5 or tiny, name
+
+
+INVARIANCE = {
+    1: [
+        Case(Layout()),
+        Case(Layout(), share_prompts=False),
+        Case(Layout(), tokens_per_micro_batch=90),
+        Case(Layout(), recompute="full"),
+        Case(Layout(), recompute="selective"),
+    ],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2)),
+        Case(Layout(pipeline=2), share_prompts=False, tokens_per_micro_batch=90, recompute="full"),
+        Case(Layout(data=2), tokens_per_micro_batch=90),
+        Case(Layout(data=2), share_prompts=False),
+        Case(Layout(pipeline=2, virtual=2), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2, virtual=2), share_prompts=False, recompute="full"),
+        Case(Layout(pipeline=2, chunk_layers=(3, 1)), tokens_per_micro_batch=90),
+    ],
+    4: [
+        Case(Layout(tensor=2, pipeline=2, sequence=True)),
+        Case(Layout(tensor=2, pipeline=2, sequence=True, virtual=2), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2, virtual=2, data=2)),
+        Case(Layout(pipeline=2, data=2, chunk_layers=(1, 3))),
+        Case(Layout(tensor=2, pipeline=2), share_prompts=False),
+        Case(Layout(tensor=2, data=2, sequence=True), tokens_per_micro_batch=90),
+        Case(Layout(pipeline=2, data=2)),
+        Case(Layout(pipeline=4), tokens_per_micro_batch=90),
+        Case(Layout(tensor=4)),
+        Case(Layout(data=4)),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def trained(request, tmp_path_factory):
+    """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
+    changes = {"tie_word_embeddings": request.param, "num_key_value_heads": 4}
+    return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, INVARIANCE)
+
+
+def test_gradients_do_not_depend_on_layout_micro_batches_or_sharing(trained):
+    _, found = trained
+    base = found[0][1]
+    for case, outcome in found[1:]:
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
+        assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
+
+
+def _difference_of_updates(a: dict, b: dict, before: dict) -> float:
+    apart = torch.stack([(a[name].double() - b[name].double()).norm() for name in before]).norm()
+    moved = torch.stack([(b[name].double() - before[name].double()).norm() for name in before]).norm()
+    return float(apart / moved)
+
+
+def test_weights_after_three_steps_do_not_depend_on_them_either(trained):
+    before, found = trained
+    base = found[0][1].weights
+    for case, outcome in found[1:]:
+        difference = _difference_of_updates(outcome.weights, base, before)
+        assert difference <= 1e-4, f"{case}: {difference}"
+
+
+def test_an_update_of_nothing_is_noticed(trained):
+    before, found = trained
+    assert _difference_of_updates(before, found[0][1].weights, before) > 0.9
+
+
+ZERO = {
+    1: [Case(Layout()), Case(Layout(), share_prompts=False)],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(pipeline=2)),
+        Case(Layout(data=2), recompute="full"),
+    ],
+    4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(pipeline=2, virtual=2, data=2))],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
+    policy: Path = save_model(tmp_path / "policy", "llama")
+    groups: list[Group] = random_groups(12)
+    for num_processes, cases in ZERO.items():
+        for case, outcome in zip(
+            cases, run_world(num_processes, outcomes, policy, policy, groups, cases, 0, dtype)[0], strict=True
+        ):
+            assert len(outcome.margins) >= 12 and not outcome.margins.any(), str(case)
+            assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), str(case)

@@ -1,0 +1,47 @@
+"""Weight gradients that are put off (`schedule.zero_bubble`): the bits of those that are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from megadpo.config.schema import ObjectiveConfig
+from megadpo.parallel.layout import Layout
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
+from tests.parity.schedule_worker import Case, put_off
+from tests.parity.test_executor import check
+
+CASES = {
+    2: [
+        Case(Layout(pipeline=2), moves=True),
+        Case(Layout(pipeline=2), recompute="full", objective=ObjectiveConfig(loss_type="aot", ld_alpha=0.5)),
+    ],
+    4: [
+        Case(Layout(pipeline=4)),
+        Case(Layout(pipeline=2, tensor=2, sequence=True), recompute="selective"),
+        Case(Layout(pipeline=2, tensor=2, sequence=False)),
+        Case(Layout(pipeline=2, data=2), overlap=True),
+        Case(Layout(pipeline=2, context=2, context_method="allgather")),
+    ],
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_gradients_are_those_of_1f1b_bit_for_bit(tmp_path, size):
+    policy = save_model(tmp_path / "policy", num_hidden_layers=4, tie_word_embeddings=True, tokenizer=False)
+    check(run_world(size, put_off, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
+
+
+def test_experts_and_biases_too(tmp_path):
+    for family, case in (
+        ("mixtral", Case(Layout(pipeline=2), router_aux_coef=0.01)),
+        ("qwen2", Case(Layout(pipeline=2))),
+    ):
+        policy = save_model(tmp_path / family, family, tokenizer=False)
+        check(run_world(2, put_off, policy, policy, random_groups(18, seed=3), [case]), [case])
+
+
+def test_bf16_too(tmp_path):
+    case = Case(Layout(pipeline=2), dtype=pytest.importorskip("torch").bfloat16)
+    policy = save_model(tmp_path / "policy", tokenizer=False)
+    check(run_world(2, put_off, policy, policy, random_groups(18, seed=3), [case]), [case])

@@ -1,0 +1,115 @@
+"""Runs with mixtures of experts: resumed, moved to another layout, exported, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+from megadpo.config.schema import ParallelConfig
+from megadpo.errors import UserError
+from megadpo.parallel.layout import Layout, choose_layout
+from megadpo.training.setup import prepare
+from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
+from tests.helpers.models import save_model, write_hh
+from tests.helpers.worlds import run_world
+from tests.runs.test_train import _settings, _train, _weights
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A model whose first layer has no experts, and training pairs."""
+    directory = tmp_path_factory.mktemp("files")
+    save_model(directory / "model", "qwen3_moe", mlp_only_layers=[0], norm_topk_prob=True)
+    write_hh(directory / "train.jsonl", 40)
+    return directory
+
+
+def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: str = "fp32") -> dict[str, Any]:
+    return _settings(
+        files,
+        output_dir,
+        model={"dtype": dtype},
+        parallel=parallel,
+        train={"steps": 4, "pairs_per_step": 6, "router_aux_coef": 0.01},
+        checkpoint={"every": 2},
+    )
+
+
+def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
+    settings = {name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16") for name in ("whole", "broken")}
+    whole = run_world(2, _train, settings["whole"])[0]
+    assert len(run_world(2, _train, settings["broken"], 3)[0]) == 3
+    resumed = run_world(2, _train, settings["broken"])[0]
+    assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
+    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files, tmp_path):
+    whole = run_world(1, _train, settings_of(files, tmp_path / "whole", {}))[0]
+    run_world(2, _train, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)
+    moved = run_world(4, _train, settings_of(files, tmp_path / "moved", {"tensor": 2, "expert": 2, "expert_tensor": 2}))[0]
+    for ours, theirs in zip(moved, whole, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    before = _weights_of(files / "model")
+    ours, theirs = _weights(tmp_path / "moved"), _weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() == before.keys()
+    distance = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
+    assert distance <= 1e-3 * torch.stack([(theirs[name] - before[name]).norm() for name in ours]).norm()
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "hf", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    gate_up = dict(model.named_parameters())["model.layers.2.mlp.experts.gate_up_proj"]
+    assert torch.equal(gate_up[5, :48], ours["model.layers.2.mlp.experts.5.gate_proj.weight"])
+    assert torch.equal(gate_up[5, 48:], ours["model.layers.2.mlp.experts.5.up_proj.weight"])
+
+
+def _weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+MIXTRAL = MixtralConfig(
+    num_local_experts=6, intermediate_size=96, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4
+)
+
+
+def test_expert_sizes_come_from_the_configuration_and_divide_a_stage_s_processes():
+    parallel = ParallelConfig(tensor=2, expert=2, expert_tensor=2)
+    assert choose_layout(parallel, 4) == Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)
+    with pytest.raises(UserError, match=r"parallel.expert 2 x parallel.expert_tensor 2 must divide the 2 processes"):
+        choose_layout(parallel, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "message"),
+    [
+        (Layout(data=4, expert=4), MIXTRAL, r"parallel.expert 4 does not divide the model's 6 experts; use one of \[1, 2"),
+        (Layout(data=5, expert_tensor=5), MIXTRAL, "parallel.expert_tensor 5 does not divide the 96 columns of an expert"),
+        (Layout(tensor=2), MIXTRAL, "parallel.sequence is false .* a model with experts needs it"),
+        (Layout(data=2, expert=2), LlamaConfig(), "parallel.expert is 2, but the model has no experts; leave it at 1"),
+    ],
+)
+def test_a_layout_that_the_experts_do_not_fit_is_refused(layout, config, message):
+    with pytest.raises(UserError, match=message):
+        check_layout(layout, config)
+
+
+def test_the_dense_mlp_s_columns_matter_only_where_a_layer_has_one():
+    check_layout(Layout(tensor=2, sequence=True), MixtralConfig(intermediate_size=97, num_hidden_layers=4))
+    config = Qwen3MoeConfig(intermediate_size=97, mlp_only_layers=[0])
+    with pytest.raises(UserError, match="97 MLP columns"):
+        check_layout(Layout(tensor=2, sequence=True), config)
+
+
+def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
+    save_model(tmp_path / "model", "llama")
+    write_hh(tmp_path / "train.jsonl", 12)
+    settings = _settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
+    with pytest.raises(UserError, match=r"train.router_aux_coef is 0.01, but .*model has no experts; remove it"):
+        prepare(load_config(settings))

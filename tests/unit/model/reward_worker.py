@@ -1,0 +1,130 @@
+"""Reward models for the tests, what transformers makes of them, and what the ranks of the reward worlds do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.data.groups import Group
+from megadpo.parallel.layout import Layout
+from tests.helpers.models import save_model, save_tokenizer
+
+GROUPS_PER_MICRO_BATCH = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of computing the same thing."""
+
+    layout: Layout
+    share_prompts: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {'shared' if self.share_prompts else 'unshared'}"
+
+
+@dataclass
+class Outcome:
+    """What a case gave: rewards [G, 2], the gradient norm, gradients under Hugging Face names, whole tensors."""
+
+    rewards: Tensor
+    grad_norm: float = 0.0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_reward_model(directory: Path, family: str = "llama", tokenizer: bool = True, **changes: Any) -> Path:
+    """A random ...ForSequenceClassification with one label, as transformers saves it; its padding token is `</s>`."""
+    import transformers
+
+    language_model = save_model(directory / "language-model", family, tokenizer=False, **changes)
+    config = transformers.AutoConfig.from_pretrained(language_model, num_labels=1)
+    config.pad_token_id = changes.get("pad_token_id", config.eos_token_id)
+    torch.manual_seed(1)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        language_model, config=config, output_loading_info=True
+    )
+    assert list(report["missing_keys"]) == ["score.weight"]
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(directory)
+    if tokenizer:
+        save_tokenizer(directory)
+    return directory
+
+
+def transformers_outcome(model_dir: Path, groups: Sequence[Group], coefficients: Tensor) -> Outcome:
+    """Rewards one sequence at a time, and the gradients of sum(coefficients [G, 2] x rewards)."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    # transformers keeps the padding token's row from being trained; here it is a token like any other.
+    model.model.embed_tokens.padding_idx = None
+    rewards = torch.zeros(len(groups), 2)
+    for number, group in enumerate(groups):
+        for response in (0, 1):
+            ids = [torch.from_numpy(part).long() for part in (group.prompt_of(response), group.responses[response])]
+            reward = model(torch.cat(ids)[None]).logits[0, 0]
+            (coefficients[number, response] * reward).backward()
+            rewards[number, response] = reward.detach()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Outcome(rewards, float(sum(gradient.norm() ** 2 for gradient in gradients.values()) ** 0.5), gradients)
+
+
+def outcomes(model_dir: Path, groups: Sequence[Group], cases: Sequence[Case], coefficients: Tensor) -> list[Outcome] | None:
+    """Every case's outcome on rank 0 (None elsewhere)."""
+    from megadpo.parallel.world import joined_world
+
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        with joined_world(case.layout, seed=1):
+            results.append(_outcome(model_dir, groups, case, coefficients))
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return results if rank == 0 else None
+
+
+def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients: Tensor) -> Outcome:
+    from megatron.core import parallel_state
+
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
+    from megadpo.config.schema import TrainConfig
+    from megadpo.data.batches.collate import lay_out
+    from megadpo.engine.megatron import MegatronEngine
+    from megadpo.model.build import build_stage
+    from megadpo.model.weights import load_weights
+    from megadpo.objectives.statistics import RESPONSE_SUMS
+    from tests.parity.worker import whole_tensors
+
+    hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
+    stage = build_stage(hf_config, case.layout, torch.float32)
+    load_weights(stage, open_hf(model_dir))
+    engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=0.0))
+    starts = range(0, len(groups), GROUPS_PER_MICRO_BATCH)[parallel_state.get_data_parallel_rank() :: case.layout.data]
+    rows = [range(start, min(start + GROUPS_PER_MICRO_BATCH, len(groups))) for start in starts]
+    multiple_of = case.layout.tensor if case.layout.sequence else 1
+    micro_batches = [
+        lay_out([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7) for part in rows
+    ]
+    rewards = torch.zeros(len(groups), 2, dtype=torch.float64)
+
+    def gradient_of(number: int, sums_RS: Tensor) -> Tensor:
+        assert not sums_RS[:, [c for c in range(len(RESPONSE_SUMS)) if c != column]].any()
+        rewards[list(rows[number])] = sums_RS[:, column].view(-1, 2)
+        gradient_RD = torch.zeros(len(sums_RS), column + 1, dtype=torch.float64)
+        gradient_RD[:, column] = coefficients[list(rows[number])].flatten()
+        return gradient_RD
+
+    engine.forward_backward(micro_batches, gradient_of)
+    engine.finish_gradients()
+    gradients = whole_tensors(hf_config, stage, dict(engine.gradients()), case.layout)
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        rewards.zero_()
+    dist.all_reduce(rewards)  # of each reward one rank has the value, the others zero
+    return Outcome(rewards.float(), engine.step(1e-3), gradients)

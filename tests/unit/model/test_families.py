@@ -1,0 +1,450 @@
+"""Families: every Megatron shard is made of pieces of Hugging Face tensors, and config means what it means there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from megadpo.checkpoint.export import join_tensor_ranks
+from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.errors import UserError
+from megadpo.model.families import (
+    Place,
+    check_tensors,
+    family_of,
+    logical_shapes,
+    rope_of,
+    shard_parameters,
+    sliding_windows,
+    transformer_config_kwargs,
+)
+from megadpo.model.weights import fill_shard
+from tests.helpers.models import save_model
+from tests.parity import oracle
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe")
+WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+class DictSource:
+    """Logical tensors in memory."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
+        return self.tensors[name].narrow(dim, start, length)
+
+
+def random_source(config: Any, dtype: torch.dtype = torch.float32) -> DictSource:
+    torch.manual_seed(0)
+    return DictSource({name: torch.randn(shape, dtype=dtype) for name, shape in logical_shapes(config).items()})
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+    kinds |= {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}
+    if family == "mixtral":
+        changes = {"num_local_experts": 4} | changes
+    if family == "qwen3_moe":
+        changes = {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
+    sizes: dict[str, Any] = {
+        "vocab_size": 499,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 2048,
+        **WIDE,
+    }
+    return kinds[family](**{**sizes, **changes})
+
+
+def all_shards(config: Any, num_tensor: int, num_pipeline: int, source: Any) -> list[list[Any]]:
+    """For every parameter of every stage: its (shard, tensor) on each tensor rank."""
+    per_stage = config.num_hidden_layers // num_pipeline
+    parameters = []
+    for stage in range(num_pipeline):
+        ranks = []
+        for rank in range(num_tensor):
+            shards = shard_parameters(
+                config,
+                tensor_rank=rank,
+                num_tensor=num_tensor,
+                layers=range(stage * per_stage, (stage + 1) * per_stage),
+                has_embedding=stage == 0,
+                has_head=stage == num_pipeline - 1,
+            )
+            filled = [(shard, torch.full(shard.shape, math.nan, dtype=torch.float32)) for shard in shards]
+            for shard, tensor in filled:
+                fill_shard(shard, source, tensor)
+            ranks.append(filled)
+        parameters += [list(parts) for parts in zip(*ranks, strict=True)]
+    return parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_tensor", [1, 2, 4])
+@pytest.mark.parametrize("num_pipeline", [1, 2])
+def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
+    family: str, tied: bool, num_tensor: int, num_pipeline: int
+) -> None:
+    config = config_of(family, tie_word_embeddings=tied)
+    source = random_source(config)
+    joined: dict[str, torch.Tensor] = {}
+    for parts in all_shards(config, num_tensor, num_pipeline, source):
+        primary = [part for part in parts if part[0].is_primary]
+        for name, tensor in join_tensor_ranks(primary):
+            assert name not in joined, f"{name} is written twice"
+            joined[name] = tensor
+    assert joined.keys() == source.tensors.keys()
+    assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
+    family: str, num_expert: int, num_tensor: int
+) -> None:
+    config = config_of(family)
+    source = random_source(config)
+    joined: dict[str, torch.Tensor] = {}
+    for expert in range(num_expert):
+        ranks = []
+        for tensor in range(num_tensor):
+            shards = shard_parameters(
+                config,
+                tensor_rank=0,
+                num_tensor=1,
+                layers=range(4),
+                has_embedding=False,
+                has_head=False,
+                expert_place=Place(expert, num_expert, tensor, num_tensor),
+            )
+            filled = [(shard, torch.full(shard.shape, math.nan)) for shard in shards if ".local_experts." in shard.name]
+            for shard, values in filled:
+                fill_shard(shard, source, values)
+            ranks.append(filled)
+        for parts in zip(*ranks, strict=True):
+            assert len({shard.name for shard, _ in parts}) == 1
+            for name, values in join_tensor_ranks(parts):
+                assert name not in joined, f"{name} is held twice"
+                joined[name] = values
+    assert joined.keys() == {name for name in source.tensors if ".experts." in name}
+    assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
+
+
+def test_padded_vocabulary_rows_are_zero_and_belong_to_no_piece() -> None:
+    config = config_of("llama", vocab_size=497)
+    parameters = all_shards(config, 4, 1, random_source(config))
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        (parts,) = [parts for parts in parameters if parts[0][0].name == name]
+        assert [shard.shape for shard, _ in parts] == [(125, 64)] * 4
+        last_shard, last = parts[-1]
+        assert sum(piece.length for piece in last_shard.pieces) == 122
+        assert torch.equal(last[122:], torch.zeros(3, 64))
+
+
+def test_a_whole_rank_of_padding_has_no_pieces_at_all() -> None:
+    config = config_of("llama", vocab_size=5)
+    shards = shard_parameters(config, tensor_rank=3, num_tensor=4, layers=range(0), has_embedding=True, has_head=False)
+    assert shards[0].shape == (2, 64) and shards[0].pieces == ()
+
+
+def test_the_fused_matrices_lie_as_megatron_splits_them() -> None:
+    config = config_of("qwen2")
+    source = random_source(config)
+    tensors = {parts[0][0].name: [tensor for _, tensor in parts] for parts in all_shards(config, 2, 1, source)}
+    q, k, v = (source.tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
+    head = 8
+    for rank, local in enumerate(tensors["decoder.layers.1.self_attention.linear_qkv.weight"]):
+        for slot, group in enumerate((2 * rank, 2 * rank + 1)):
+            # Megatron views the rows as [groups, q heads of the group + k + v, head].
+            rows = local.view(2, 4 * head, 64)[slot]
+            assert torch.equal(rows[: 2 * head], q[group * 2 * head : (group + 1) * 2 * head])
+            assert torch.equal(rows[2 * head : 3 * head], k[group * head : (group + 1) * head])
+            assert torch.equal(rows[3 * head :], v[group * head : (group + 1) * head])
+    for rank, local in enumerate(tensors["decoder.layers.1.mlp.linear_fc1.weight"]):
+        gate, up = local.chunk(2)
+        assert torch.equal(gate, source.tensors["model.layers.1.mlp.gate_proj.weight"][rank * 48 : rank * 48 + 48])
+        assert torch.equal(up, source.tensors["model.layers.1.mlp.up_proj.weight"][rank * 48 : rank * 48 + 48])
+
+
+def test_a_tied_head_exists_only_on_a_stage_without_the_embedding() -> None:
+    config = config_of("qwen3", tie_word_embeddings=True)
+    both = shard_parameters(config, tensor_rank=0, num_tensor=1, layers=range(4), has_embedding=True, has_head=True)
+    last = shard_parameters(config, tensor_rank=0, num_tensor=1, layers=range(2, 4), has_embedding=False, has_head=True)
+    assert not [shard for shard in both if shard.name == "output_layer.weight"]
+    (head,) = [shard for shard in last if shard.name == "output_layer.weight"]
+    assert head.pieces[0].logical_name == "model.embed_tokens.weight" and not head.is_primary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_logical_names_and_shapes_are_those_of_the_transformers_model(family: str, tied: bool) -> None:
+    config = config_of(family, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    in_files = oracle.in_files(dict(model.named_parameters()), config)
+    expected = {name: tuple(tensor.shape) for name, tensor in in_files.items()}
+    assert logical_shapes(config) == expected
+
+
+@pytest.mark.parametrize("num_tensor", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES[:4])  # build_stage matches those of experts in every test that has any
+def test_names_and_shapes_are_those_of_megatrons_model(family: str, num_tensor: int) -> None:
+    from tests.helpers.worlds import run_world
+
+    for found, expected in run_world(num_tensor, megatron_and_our_shapes, family, num_tensor):
+        assert found == expected
+
+
+def megatron_and_our_shapes(family: str, num_tensor: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """On one rank: parameter shapes of a GPTModel from the local spec, and of our shards."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megadpo.model.norm import RMSNorm
+    from megadpo.platform.megatron_cpu import prepare_megatron
+
+    prepare_megatron()
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(num_tensor)
+    get_cuda_rng_tracker()
+    config = config_of(family)
+    settings = TransformerConfig(
+        **transformer_config_kwargs(config),
+        tensor_model_parallel_size=num_tensor,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+    )
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=settings.qk_layernorm)
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * 4, layer_norm=RMSNorm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if settings.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    model = GPTModel(settings, spec, -(-499 // num_tensor) * num_tensor, 64, position_embedding_type="rope")
+    shards = shard_parameters(
+        config,
+        tensor_rank=dist.get_rank(),
+        num_tensor=num_tensor,
+        layers=range(4),
+        has_embedding=True,
+        has_head=True,
+    )
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    dist.destroy_process_group()
+    return found, {shard.name: shard.shape for shard in shards}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+        ("llama", {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ],
+)
+def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: str, changes: dict[str, Any]) -> None:
+    config = config_of(family, **changes)
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    frequencies, scaling = rope_of(config)
+    assert frequencies.dtype is torch.float32
+    assert torch.equal(frequencies, rotary.inv_freq)
+    assert scaling == rotary.attention_scaling
+
+
+@pytest.mark.parametrize(
+    ("rope", "word"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        rope_of(config_of("llama", rope_parameters=rope))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {}, [None] * 4),
+        ("mistral", {"sliding_window": 7}, [7] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("qwen2", {"sliding_window": 7}, [None] * 4),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, [None, None, None, 7]),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [5, None, 5, None],
+        ),
+    ],
+)
+def test_sliding_windows_by_layer(family: str, changes: dict[str, Any], expected: list[int | None]) -> None:
+    assert sliding_windows(config_of(family, **changes)) == expected
+
+
+def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
+    config = config_of("mistral", sliding_window=3, attn_implementation="eager")
+    mask = create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, 8, 64),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(8)[None],
+    )
+    seen = mask[0, 0] == 0
+    query, key = torch.arange(8)[:, None], torch.arange(8)[None]
+    assert torch.equal(seen, (key <= query) & (key > query - sliding_windows(config)[0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformer_config_arguments(family: str) -> None:
+    kwargs = transformer_config_kwargs(config_of(family, rms_norm_eps=1e-4, head_dim=24))
+    assert (kwargs["num_query_groups"], kwargs["kv_channels"], kwargs["layernorm_epsilon"]) == (4, 24, 1e-4)
+    assert kwargs["activation_func"] is torch.nn.functional.silu and kwargs["gated_linear_unit"]
+    assert kwargs["add_qkv_bias"] is (family == "qwen2")
+    assert kwargs["qk_layernorm"] is family.startswith("qwen3")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "word"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        transformer_config_kwargs(config_of(family, **changes))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+        {"architectures": ["LlamaForTokenClassification"], "model_type": "llama"},
+        {"architectures": ["LlamaForCausalLM"], "model_type": "mixtral"},
+        {},
+    ],
+)
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: dict[str, Any]) -> None:
+    name = (config.get("architectures") or ["none"])[0]
+    with pytest.raises(UserError, match=rf"{name}.*LlamaForCausalLM, LlamaForSequenceClassification, Qwen2ForCausalLM"):
+        family_of(config)
+
+
+def test_a_config_dict_means_the_same_as_a_config() -> None:
+    config = config_of("qwen3", tie_word_embeddings=True)
+    assert family_of(config.to_dict()).name == "qwen3"
+    assert logical_shapes(config.to_dict()) == logical_shapes(config)
+    assert torch.equal(rope_of(config.to_dict())[0], rope_of(config)[0])
+
+
+def test_complete_weights_pass_and_harmless_buffers_are_ignored() -> None:
+    config = config_of("llama")
+    source = random_source(config)
+    source.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    check_tensors(config, source)
+
+
+NORM, GATE = "model.norm.weight", "model.layers.2.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda held: held.pop(NORM), r"no tensor model.norm.weight of shape \[64\]"),
+        (
+            lambda held: held.update({GATE: torch.zeros(96, 63)}),
+            r"gate_proj.* has shape \[96, 63\].*\[96, 64\]",
+        ),
+        (
+            lambda held: held.update({NORM: torch.zeros(64, dtype=torch.int8)}),
+            "torch.int8; quantised",
+        ),
+        (
+            lambda held: held.update({"model.layers.4.mlp.x": torch.zeros(1)}),
+            "not know.*layers.4.mlp.x",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_tensor(change: Any, words: str) -> None:
+    config = config_of("llama")
+    source = random_source(config)
+    change(source.tensors)
+    with pytest.raises(UserError, match=words):
+        check_tensors(config, source)
+
+
+def test_a_tied_models_saved_head_must_equal_its_embedding() -> None:
+    config = config_of("qwen2", tie_word_embeddings=True)
+    source = random_source(config)
+    source.tensors["lm_head.weight"] = source.tensors["model.embed_tokens.weight"].clone()
+    check_tensors(config, source)
+    source.tensors["lm_head.weight"][498, 63] += 1
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        check_tensors(config, source)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_is_read_as_its_config_and_tensors(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path, family, tokenizer=False)
+    config = read_hf_config(tmp_path)
+    check_tensors(config, open_hf(tmp_path))
+    assert config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()

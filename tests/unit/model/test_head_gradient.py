@@ -1,0 +1,86 @@
+"""The matrix gradient goes straight into the engine's buffer, and ends as it would through autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megadpo.config.schema import ParallelConfig, TrainConfig
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
+from megadpo.parallel.layout import Layout
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
+
+WAYS = ("autograd", "buffer", "buffer, overlapped")
+
+
+def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtype, layout: Layout) -> dict[str, Tensor]:
+    """Of a step's sum of log-probs, in a joined world; the second step's, when the overlap knows the order of gradients."""
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
+    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.engine.megatron import MegatronEngine
+    from megadpo.model.build import build_stage
+    from megadpo.model.heads import logprob as head
+    from megadpo.model.weights import load_weights
+    from megadpo.parallel.context import local_micro_batches
+
+    head.TILE_ROWS = 64
+    packing = prepare_packing(
+        GroupStore.of(groups),
+        share_prompts=True,
+        tokens_per_micro_batch=400,
+        setting="train.tokens_per_micro_batch",
+        num_data_parallel=layout.data,
+        multiple_of=1,
+        hidden_size=64,
+    )
+    stage = build_stage(read_hf_config(model), layout, dtype)
+    load_weights(stage, open_hf(model))
+    stage.train()
+    engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
+    if way == "autograd":
+        for layer in stage.heads:
+            layer.gradient_buffer = None
+    micro_batches = local_micro_batches(packing, np.arange(len(groups)))
+    assert len(micro_batches) > 1
+    for _ in range(2):
+        engine._clear_gradients()
+        engine.forward_backward(micro_batches, lambda number, sums_RS: torch.ones(len(sums_RS), 1, dtype=torch.float64))
+        engine.finish_gradients()
+    return {name: tensor.clone() for name, tensor in engine.gradients()}
+
+
+def _all_ways(
+    models: Sequence[Path], groups: Sequence[Group], layout: Layout
+) -> list[tuple[Path, torch.dtype, dict[str, dict[str, Tensor]]]]:
+    from megadpo.parallel.world import joined_world
+
+    with joined_world(layout, seed=1):
+        return [
+            (model, dtype, {way: _gradients(model, groups, way, dtype, layout) for way in WAYS})
+            for model in models
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2), Layout(pipeline=2)], ids=str)
+def test_the_engine_ends_with_the_gradients_that_autograd_would_have_given_it(tmp_path, layout):
+    models = [
+        save_model(tmp_path / "apart", num_hidden_layers=2, tokenizer=False),
+        save_model(tmp_path / "tied", "qwen3", num_hidden_layers=2, tie_word_embeddings=True, tokenizer=False),
+    ]
+    for rank in run_world(2, _all_ways, models, random_groups(24), layout):
+        for model, dtype, gradients in rank:
+            for way in WAYS[1:]:
+                for name, gradient in gradients[way].items():
+                    plain = gradients["autograd"][name]
+                    # bfloat16: a product is rounded before it is added to the buffer; autograd rounds the tiles' sum.
+                    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+                    error = float((gradient - plain).norm() / plain.norm())
+                    assert error <= tolerance, f"{model.name}, {dtype}, {way}, {name}: {error:.1e}"

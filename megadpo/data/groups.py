@@ -19,19 +19,19 @@ class Group:
         prompts: one int32 array shared by every response, or K arrays where the prompts differ.
         responses: K non-empty int32 arrays (the completions, end-of-sequence token included).
         row: the row's position in the sources, counted from 0 over all of them before anything is dropped.
-        numbers: what the row says of each response, K floats by name: "score", "label", "weight", "margin",
+        row_values: what the row says of each response, K floats by name: "score", "label", "weight", "margin",
             "label_probability"; what belongs to the row as a whole is said of each of its responses.
     """
 
     prompts: tuple[TokenIds, ...]
     responses: tuple[TokenIds, ...]
     row: int
-    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    row_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.responses and all(len(response) for response in self.responses)
         assert len(self.prompts) in (1, len(self.responses))
-        assert all(len(values) == len(self.responses) for values in self.numbers.values())
+        assert all(len(values) == len(self.responses) for values in self.row_values.values())
 
     def prompt_of(self, response: int) -> TokenIds:
         """The prompt that response number `response` continues."""

@@ -36,10 +36,10 @@ class GroupColumns:
         num_prompts_G: int32 [G], 1 or the number of responses.
         rows_G: int64 [G], position of the row in the sources.
         sources_G: int32 [G], number of the source.
-        numbers: name -> float64 [R], what the rows say of each response of all groups, in order.
+        row_values: name -> float64 [R], what the rows say of each response of all groups, in order.
 
     Raises:
-        ValueError: where one of `numbers` is not float64 [R] or its name cannot be a file's.
+        ValueError: where one of `row_values` is not float64 [R] or its name cannot be a file's.
     """
 
     tokens_T: npt.NDArray[np.int32]
@@ -48,27 +48,27 @@ class GroupColumns:
     num_prompts_G: npt.NDArray[np.int32]
     rows_G: npt.NDArray[np.int64]
     sources_G: npt.NDArray[np.int32]
-    numbers: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    row_values: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (int(self.group_segments_G[-1]) - int(self.num_prompts_G.sum()),)
-        for name, number_R in self.numbers.items():
+        for name, values_R in self.row_values.items():
             if not name.isidentifier():
-                raise ValueError(f"numbers cannot be named {name!r}")
-            if number_R.dtype != np.float64 or number_R.shape != shape:
-                raise ValueError(f"{name} is {number_R.dtype} {list(number_R.shape)}, expected float64 {list(shape)}")
+                raise ValueError(f"row values cannot be named {name!r}")
+            if values_R.dtype != np.float64 or values_R.shape != shape:
+                raise ValueError(f"{name} is {values_R.dtype} {list(values_R.shape)}, expected float64 {list(shape)}")
 
     @staticmethod
     def of(groups: Iterable[Group], sources: Sequence[int] | None = None) -> GroupColumns:
         """Columns of groups in memory; `sources` gives each its source number (0 where left out).
 
         Raises:
-            ValueError: where groups differ in the names of their numbers.
+            ValueError: where groups differ in the names of their row values.
         """
         groups = list(groups)
-        names = sorted(groups[0].numbers) if groups else []
-        if any(sorted(group.numbers) != names for group in groups):
-            raise ValueError(f"some groups have other numbers than {', '.join(names) or 'none'}")
+        names = sorted(groups[0].row_values) if groups else []
+        if any(sorted(group.row_values) != names for group in groups):
+            raise ValueError(f"some groups have other row values than {', '.join(names) or 'none'}")
         segments = [segment for group in groups for segment in (*group.prompts, *group.responses)]
         return GroupColumns(
             tokens_T=np.concatenate([np.zeros(0, np.int32), *segments]).astype(np.int32, copy=False),
@@ -77,8 +77,8 @@ class GroupColumns:
             num_prompts_G=np.array([len(group.prompts) for group in groups], np.int32),
             rows_G=np.array([group.row for group in groups], np.int64),
             sources_G=np.array(sources if sources is not None else [0] * len(groups), np.int32),
-            numbers={
-                name: np.array([value for group in groups for value in group.numbers[name]], np.float64) for name in names
+            row_values={
+                name: np.array([value for group in groups for value in group.row_values[name]], np.float64) for name in names
             },
         )
 
@@ -87,7 +87,7 @@ class GroupColumns:
         """The groups of all parts, in order.
 
         Raises:
-            ValueError: where parts that are not empty differ in the names of their numbers.
+            ValueError: where parts that are not empty differ in the names of their row values.
         """
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])
@@ -96,11 +96,11 @@ class GroupColumns:
         segments = offsets_of(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
         groups = offsets_of(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
         filled = [part for part in parts if len(part.rows_G)]
-        names = sorted(filled[0].numbers) if filled else []
-        if any(sorted(part.numbers) != names for part in filled):
-            raise ValueError(f"some parts have other numbers than {', '.join(names) or 'none'}")
-        numbers = {name: np.concatenate([part.numbers[name] for part in filled]) for name in names}
-        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, numbers=numbers, **joined)
+        names = sorted(filled[0].row_values) if filled else []
+        if any(sorted(part.row_values) != names for part in filled):
+            raise ValueError(f"some parts have other row values than {', '.join(names) or 'none'}")
+        row_values = {name: np.concatenate([part.row_values[name] for part in filled]) for name in names}
+        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, row_values=row_values, **joined)
 
     def first(self, count: int) -> GroupColumns:
         """Views of the first `count` groups (0 <= count <= G)."""
@@ -114,13 +114,13 @@ class GroupColumns:
             num_prompts_G=self.num_prompts_G[:count],
             rows_G=self.rows_G[:count],
             sources_G=self.sources_G[:count],
-            numbers={name: number_R[:num_responses] for name, number_R in self.numbers.items()},
+            row_values={name: values_R[:num_responses] for name, values_R in self.row_values.items()},
         )
 
     def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Every array by a name of its own, numbers last (as "numbers.margin"), whatever the order they came in."""
-        numbers = {f"numbers.{name}": self.numbers[name] for name in sorted(self.numbers)}
-        return {name: getattr(self, name) for name in _ARRAYS} | numbers
+        """Every array by a name of its own, row values last (as "numbers.margin"), whatever the order they came in."""
+        row_values = {f"numbers.{name}": self.row_values[name] for name in sorted(self.row_values)}
+        return {name: getattr(self, name) for name in _ARRAYS} | row_values
 
 
 def offsets_of(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -155,7 +155,7 @@ class GroupStore(Sequence[Group]):
         return GroupStore(GroupColumns.of(groups))
 
     def first(self, count: int) -> GroupStore:
-        """The first `count` groups (all, where there are no more) with their numbers, sources and weights."""
+        """The first `count` groups (all, where there are no more) with their row values, sources and weights."""
         if count < 0:
             raise ValueError(f"{count} groups were asked for")
         if count >= len(self):
@@ -181,8 +181,8 @@ class GroupStore(Sequence[Group]):
         segments = tuple(np.asarray(columns.tokens_T[bounds[i] : bounds[i + 1]]) for i in range(end - first))
         num_prompts = int(columns.num_prompts_G[number])
         start, stop = (int(value) for value in self.response_offsets_G[number : number + 2])
-        numbers = {name: tuple(number_R[start:stop].tolist()) for name, number_R in columns.numbers.items()}
-        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[number]), numbers)
+        row_values = {name: tuple(values_R[start:stop].tolist()) for name, values_R in columns.row_values.items()}
+        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[number]), row_values)
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -195,9 +195,9 @@ class GroupStore(Sequence[Group]):
         return self.columns.sources_G
 
     @property
-    def numbers(self) -> Mapping[str, npt.NDArray[np.float64]]:
+    def row_values(self) -> Mapping[str, npt.NDArray[np.float64]]:
         """Name -> float64 [R]: what the rows say of each response of all groups, in order."""
-        return self.columns.numbers
+        return self.columns.row_values
 
     @cached_property
     def response_offsets_G(self) -> npt.NDArray[np.int64]:
@@ -209,14 +209,14 @@ class GroupStore(Sequence[Group]):
         """R: responses of all groups."""
         return int(self.response_offsets_G[-1])
 
-    def response_offsets_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64 [N + 1]: where the responses of each of the N groups `numbers` begin when those are put in a row."""
-        return offsets_of(np.diff(self.response_offsets_G)[np.asarray(numbers, np.int64)])
+    def response_offsets_of(self, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [N + 1]: where the responses of each of the N groups `group_ids` begin when those are put in a row."""
+        return offsets_of(np.diff(self.response_offsets_G)[np.asarray(group_ids, np.int64)])
 
-    def responses_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def responses_of(self, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64: the places of the groups' responses among the responses of all groups, group after group."""
-        offsets_N = self.response_offsets_of(numbers)
-        shifts_N = self.response_offsets_G[np.asarray(numbers, np.int64)] - offsets_N[:-1]
+        offsets_N = self.response_offsets_of(group_ids)
+        shifts_N = self.response_offsets_G[np.asarray(group_ids, np.int64)] - offsets_N[:-1]
         return np.arange(offsets_N[-1]) + np.repeat(shifts_N, np.diff(offsets_N))
 
     @cached_property
@@ -239,10 +239,10 @@ class GroupStore(Sequence[Group]):
         """int64 [S]: tokens of every segment."""
         return np.diff(self.columns.segment_offsets_S)
 
-    def chosen_lengths(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of the groups `numbers`, two int64 arrays: tokens of the first response, and of the prompt before it."""
-        first = np.asarray(self.columns.group_segments_G[numbers])
-        response = first + self.columns.num_prompts_G[numbers]
+    def chosen_lengths(self, group_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the groups `group_ids`, two int64 arrays: tokens of the first response, and of the prompt before it."""
+        first = np.asarray(self.columns.group_segments_G[group_ids])
+        response = first + self.columns.num_prompts_G[group_ids]
         ends = self.columns.segment_offsets_S
         return ends[response + 1] - ends[response], ends[first + 1] - ends[first]
 
@@ -280,7 +280,7 @@ class GroupStore(Sequence[Group]):
             about = {
                 "format_version": FORMAT_VERSION,
                 "num_groups": len(self),
-                "numbers": sorted(self.numbers),
+                "numbers": sorted(self.row_values),
                 "digest": self.digest,
                 "source_names": self.source_names,
                 "source_weights": self.source_weights.tolist(),
@@ -313,7 +313,7 @@ class GroupStore(Sequence[Group]):
 
         columns = GroupColumns(
             **{name: read(name) for name in _ARRAYS},
-            numbers={name: read(f"numbers.{name}") for name in about["numbers"]},
+            row_values={name: read(f"numbers.{name}") for name in about["numbers"]},
         )
         store = GroupStore(columns, about["source_names"], about["source_weights"], about["digest"])
         if len(store) != about["num_groups"]:

@@ -29,14 +29,14 @@ from megadpo.data.batches.packed_dataset import Packing
 from megadpo.platform.device import compute_device
 
 
-def local_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
-    """This replica's micro-batches out of a step with the groups `numbers`, with this rank's parts, on its device."""
-    return on_device(host_micro_batches(packing, numbers))
+def local_micro_batches(packing: Packing, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
+    """This replica's micro-batches out of a step with the groups `group_ids`, with this rank's parts, on its device."""
+    return on_device(host_micro_batches(packing, group_ids))
 
 
-def host_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
+def host_micro_batches(packing: Packing, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
     """The same in this process's memory, from where a device can fetch them; for any thread."""
-    micro_batches = [with_own_part(m) for m in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
+    micro_batches = [with_own_part(m) for m in packing.micro_batches(group_ids, parallel_state.get_data_parallel_rank())]
     return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches
 
 
@@ -61,7 +61,7 @@ def all_scored(token_statistics: Tensor, micro_batch: MicroBatch) -> Tensor:
     if micro_batch.part is None:
         return token_statistics
     everywhere = token_statistics.new_zeros(1, len(micro_batch.scored_N), token_statistics.shape[-1])
-    return everywhere.index_copy(1, micro_batch.part.numbers_N, token_statistics)
+    return everywhere.index_copy(1, micro_batch.part.scored_index_N, token_statistics)
 
 
 def sum_over_context(values: Tensor, micro_batch: MicroBatch) -> Tensor:

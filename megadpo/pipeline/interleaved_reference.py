@@ -55,8 +55,8 @@ class ReferenceBeside:
     def begin(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """A step begins; the reference log-probs of its micro-batches, which are there when the policy needs them."""
         ahead, self.next_step = self.next_step, None
-        rows = [micro_batch.rows for micro_batch in micro_batches]
-        if ahead is not None and rows == [micro_batch.rows for micro_batch in ahead.micro_batches]:
+        group_ids = [micro_batch.group_ids for micro_batch in micro_batches]
+        if ahead is not None and group_ids == [micro_batch.group_ids for micro_batch in ahead.micro_batches]:
             self.this_step = ahead
         else:
             self.this_step = ReferencePass.of(micro_batches)

@@ -186,6 +186,6 @@ def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
 
 def _numbers_in_batch(batch: Batch, micro_batch: MicroBatch) -> Tensor:
     """int64 [R]: the number in the whole batch of each response of a micro-batch."""
-    offsets_G = batch.response_offsets_G[list(micro_batch.places)].to(micro_batch.group_R.device)
+    offsets_G = batch.response_offsets_G[list(micro_batch.batch_positions)].to(micro_batch.group_R.device)
     within_R = torch.arange(micro_batch.num_responses, device=offsets_G.device) - micro_batch.first_G[micro_batch.group_R]
     return offsets_G[micro_batch.group_R] + within_R

@@ -172,8 +172,8 @@ def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:
     table_R = torch.from_numpy(logps_R).to(compute_device())
 
     def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        numbers = [torch.from_numpy(groups.responses_of(micro_batch.rows)) for micro_batch in micro_batches]
-        return [table_R[numbers_R.to(table_R.device)] for numbers_R in numbers]
+        response_ids = [torch.from_numpy(groups.responses_of(micro_batch.group_ids)) for micro_batch in micro_batches]
+        return [table_R[response_ids_R.to(table_R.device)] for response_ids_R in response_ids]
 
     return look_up
 

@@ -80,7 +80,7 @@ class LogpTable:
         if is_teller():
             for micro_batch, logps_R in zip(micro_batches, logps, strict=False):
                 assert logps_R is not None
-                places = np.searchsorted(responses, self.groups.responses_of(micro_batch.rows))
+                places = np.searchsorted(responses, self.groups.responses_of(micro_batch.group_ids))
                 values[torch.from_numpy(places).to(values.device)] = logps_R
         # One rank of each replica brings each value; a group that the batch has twice counts once.
         dist.all_reduce(values, dist.ReduceOp.MAX)

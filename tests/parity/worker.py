@@ -113,7 +113,7 @@ def outcomes_of_objectives(
 
     def read_by(objective: ObjectiveConfig) -> Sequence[Group]:
         reading = reading_of(objective)
-        return groups["numbered" if reading.numbers else reading.kind]
+        return groups["numbered" if reading.row_values else reading.kind]
 
     from megadpo.parallel.world import joined_world
 

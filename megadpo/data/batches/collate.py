@@ -23,23 +23,23 @@ IntArray = npt.NDArray[np.int64]
 
 def lay_out(
     groups: Sequence[Group],
-    rows: Sequence[int],
+    group_ids: Sequence[int],
     share_prompts: bool = True,
     multiple_of: int = 1,
     padding_token: int = 0,
     score_prompts: bool = False,
 ) -> MicroBatch:
-    """One micro-batch, as `lay_out_step` lays it out, of groups in memory, whose numbers in the store are `rows`."""
-    store, numbers = GroupStore.of(groups), np.arange(len(groups))
+    """One micro-batch, as `lay_out_step` lays it out, of groups in memory, whose ids are `group_ids`."""
+    store, everything = GroupStore.of(groups), np.arange(len(groups))
     (micro_batch,) = lay_out_step(
-        store, numbers, [numbers.tolist()], share_prompts, multiple_of, padding_token, score_prompts
+        store, everything, [everything.tolist()], share_prompts, multiple_of, padding_token, score_prompts
     )
-    return replace(micro_batch, rows=tuple(int(row) for row in rows))
+    return replace(micro_batch, group_ids=tuple(int(group_id) for group_id in group_ids))
 
 
 def lay_out_step(
     store: GroupStore,
-    numbers: Sequence[int] | IntArray,
+    group_ids: Sequence[int] | IntArray,
     members: Sequence[Sequence[int]],
     share_prompts: bool = True,
     multiple_of: int = 1,
@@ -51,23 +51,23 @@ def lay_out_step(
     Without `share_prompts`, or where a group's prompts differ, each response gets its own copy of its prompt.
 
     Args:
-        numbers: the groups' numbers in the store.
-        members: of each micro-batch, the places of its groups among `numbers`.
+        group_ids: the groups' positions in the store.
+        members: of each micro-batch, the places of its groups among `group_ids`.
         score_prompts: read the log-probs of the first response's prompt too (all its tokens but the first).
         multiple_of: each stream's length is padded up to a multiple of it (sequence parallelism cuts the stream evenly).
     """
     places_G = np.array([place for places in members for place in places], np.int64)
-    numbers_G = np.asarray(numbers, np.int64)[places_G]
+    group_ids_G = np.asarray(group_ids, np.int64)[places_G]
     # All streams as one, which is then cut: calls of numpy for a few groups each would take longer than their work.
-    runs = _runs_of(store, numbers_G, [len(places) for places in members], share_prompts)
+    runs = _runs_of(store, group_ids_G, [len(places) for places in members], share_prompts)
     tokens_T = np.concatenate([np.zeros(0, np.int32), *_pieces_of(store, runs)]).astype(np.int64)
     positions_T = _counted(runs.position_U, runs.length_U)
     segments_S4, segment_R = _segments_of(runs)
     scored_N, following_N, response_N, place_N, begin_R = _scored_of(runs, score_prompts)
     lengths_R = runs.length_U[runs.response_U]
     last_R = runs.start_U[runs.response_U] + lengths_R - 1
-    responses_R = store.responses_of(numbers_G)
-    numbers_R = {name: np.asarray(number_R)[responses_R] for name, number_R in store.numbers.items()}
+    responses_R = store.responses_of(group_ids_G)
+    row_values_R = {name: np.asarray(values_R)[responses_R] for name, values_R in store.row_values.items()}
     cuts = (runs.cuts_G, runs.cuts_R, runs.cuts_T, runs.cut(begin_R, len(scored_N)), runs.cut(segment_R, len(segments_S4)))
     micro_batches = []
     for places, (begins, ends) in zip(members, pairwise(np.stack(cuts, axis=1).tolist()), strict=True):
@@ -88,10 +88,10 @@ def lay_out_step(
             num_completion_tokens_R=torch.from_numpy(lengths_R[of_R]),
             last_R=torch.from_numpy(last_R[of_R]),
             group_R=torch.from_numpy(runs.group_R[of_R] - of_G.start),
-            rows=tuple(numbers_G[of_G].tolist()),
-            places=tuple(places),
+            group_ids=tuple(group_ids_G[of_G].tolist()),
+            batch_positions=tuple(places),
             num_padding=num_padding,
-            numbers={name: torch.from_numpy(number_R[of_R]) for name, number_R in numbers_R.items()},
+            row_values={name: torch.from_numpy(values_R[of_R]) for name, values_R in row_values_R.items()},
         )
         micro_batches.append(micro_batch)
     return micro_batches
@@ -144,17 +144,17 @@ class _Runs:
         return np.diff(self.group_R, prepend=-1) > 0
 
 
-def _runs_of(store: GroupStore, numbers_G: IntArray, num_groups: Sequence[int], share_prompts: bool) -> _Runs:
+def _runs_of(store: GroupStore, group_ids_G: IntArray, num_groups: Sequence[int], share_prompts: bool) -> _Runs:
     # Plain arrays: indexing a memory map makes another memory map, which takes longer than the reading.
     offsets_S, segments_G = np.asarray(store.columns.segment_offsets_S), np.asarray(store.columns.group_segments_G)
-    first_G = segments_G[numbers_G]
-    num_prompts_G = np.asarray(store.columns.num_prompts_G)[numbers_G].astype(np.int64)
-    num_responses_G = segments_G[numbers_G + 1] - first_G - num_prompts_G
+    first_G = segments_G[group_ids_G]
+    num_prompts_G = np.asarray(store.columns.num_prompts_G)[group_ids_G].astype(np.int64)
+    num_responses_G = segments_G[group_ids_G + 1] - first_G - num_prompts_G
     shared_G = (num_prompts_G == 1) & share_prompts
     # [prompt, response 1, …, response K] of a group that shares, else [prompt, response 1, prompt, response 2, …].
     num_runs_G = np.where(shared_G, 1, num_responses_G) + num_responses_G
     before_G = np.cumsum(num_runs_G) - num_runs_G
-    group_R = np.repeat(np.arange(len(numbers_G)), num_responses_G)
+    group_R = np.repeat(np.arange(len(group_ids_G)), num_responses_G)
     within_R, shared_R = _counted(np.zeros_like(num_responses_G), num_responses_G), shared_G[group_R]
     response_U = before_G[group_R] + np.where(shared_R, within_R, 2 * within_R) + 1
     prompt_R = np.where(shared_R, before_G[group_R], response_U - 1)
@@ -183,7 +183,7 @@ def _pieces_of(store: GroupStore, runs: _Runs) -> list[npt.NDArray[np.int32]]:
 
 
 def _segments_of(runs: _Runs) -> tuple[IntArray, IntArray]:
-    """int64 [segments, 4] of all streams, the numbers of each `Segment`; and int64 [R], which is the first of a response.
+    """int64 [segments, 4], the four fields of each `Segment` of all streams; and int64 [R], which is the first of a response.
 
     A shared prompt (unless it is empty) and its responses stand apart; a prompt of its own together with its response.
     """

@@ -42,13 +42,13 @@ def with_part(micro_batch: MicroBatch, num_parts: int, number: int) -> MicroBatc
     first = number * num_held
     held_T = torch.from_numpy(stream_places[first : first + num_held])
     scored_N = order_T[micro_batch.scored_N.numpy()] - first
-    numbers_N = np.flatnonzero((scored_N >= 0) & (scored_N < num_held))
+    scored_index_N = np.flatnonzero((scored_N >= 0) & (scored_N < num_held))
     part = Part(
         tokens_T=micro_batch.tokens_T[held_T],
         positions_T=micro_batch.positions_T[held_T],
-        scored_N=torch.from_numpy(scored_N[numbers_N]),
-        targets_N=micro_batch.targets_N[torch.from_numpy(numbers_N)],
-        numbers_N=torch.from_numpy(numbers_N),
+        scored_N=torch.from_numpy(scored_N[scored_index_N]),
+        targets_N=micro_batch.targets_N[torch.from_numpy(scored_index_N)],
+        scored_index_N=torch.from_numpy(scored_index_N),
         pieces=tuple(_pieces(parts[number], micro_batch.segments)),
         order=torch.from_numpy(order_T),
         first=first,

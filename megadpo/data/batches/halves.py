@@ -56,13 +56,13 @@ def with_halves(micro_batch: MicroBatch, multiple_of: int = 1, padding_token: in
     for number, held in enumerate(places):
         first, num_padding = lengths[0] * number, lengths[number] - len(held)
         scored_N = order_T[micro_batch.scored_N.numpy()] - first
-        numbers_N = torch.from_numpy(np.flatnonzero((scored_N >= 0) & (scored_N < lengths[number])))
+        scored_index_N = torch.from_numpy(np.flatnonzero((scored_N >= 0) & (scored_N < lengths[number])))
         half = Half(
             tokens_T=_padded(micro_batch.tokens_T[held], torch.full((num_padding,), padding_token)),
             positions_T=_padded(micro_batch.positions_T[held], torch.arange(num_padding)),
-            scored_N=torch.from_numpy(scored_N)[numbers_N],
-            targets_N=micro_batch.targets_N[numbers_N],
-            numbers_N=numbers_N,
+            scored_N=torch.from_numpy(scored_N)[scored_index_N],
+            targets_N=micro_batch.targets_N[scored_index_N],
+            scored_index_N=scored_index_N,
             pieces=(*pieces[number], *_padding_piece(len(held), num_padding, len(prompts_Q) * number)),
             order=torch.from_numpy(order_T),
             first=first,

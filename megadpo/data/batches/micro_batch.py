@@ -65,7 +65,7 @@ class Part:
         tokens_T, positions_T: as in MicroBatch, of the tokens held.
         scored_N: int64 places among the tokens held whose next-token distribution is read.
         targets_N: int64 the token that follows there, wherever it lies.
-        numbers_N: int64 which of the micro-batch's scored positions these are.
+        scored_index_N: int64 which of the micro-batch's scored positions these are.
         pieces: covers the tokens held without gaps, in order.
         order: int64 [the stream's tokens]: where each stands when all parts are put one after the other.
         first: where this part begins there.
@@ -75,7 +75,7 @@ class Part:
     positions_T: Tensor
     scored_N: Tensor
     targets_N: Tensor
-    numbers_N: Tensor
+    scored_index_N: Tensor
     pieces: tuple[Piece, ...]
     order: Tensor
     first: int
@@ -100,10 +100,10 @@ class MicroBatch:
         num_completion_tokens_R: int64 tokens of each response, scored or not.
         last_R: int64 stream position of each response's last token.
         group_R: int64 the group, 0..G-1, of each response.
-        rows: the group numbers in the store, one a group.
-        places: each group's place in the step's batch.
+        group_ids: each group's position in the store.
+        batch_positions: each group's position in the step's batch.
         num_padding: stream tokens that belong to no group.
-        numbers: float64 [R] by name: what the rows say of their responses, see `Group`.
+        row_values: float64 [R] by name: what the rows say of their responses, see `Group`.
         part: what this rank holds of the stream under context parallelism, or computes at once of halves; None: all of it.
         halves: the two streams as which the chosen and the rejected answers of pairs travel, see data/halves.py; empty:
             together.
@@ -119,10 +119,10 @@ class MicroBatch:
     num_completion_tokens_R: Tensor
     last_R: Tensor
     group_R: Tensor
-    rows: tuple[int, ...]
-    places: tuple[int, ...]
+    group_ids: tuple[int, ...]
+    batch_positions: tuple[int, ...]
     num_padding: int
-    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    row_values: Mapping[str, Tensor] = field(default_factory=dict)
     part: Part | None = None
     halves: tuple[Part, ...] = ()
 
@@ -148,7 +148,7 @@ class MicroBatch:
     @property
     def first_G(self) -> Tensor:
         """int64, each group's first response."""
-        num_responses_G = torch.bincount(self.group_R, minlength=len(self.rows))
+        num_responses_G = torch.bincount(self.group_R, minlength=len(self.group_ids))
         return num_responses_G.cumsum(0) - num_responses_G
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -160,10 +160,10 @@ class MicroBatch:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        numbers = {name: change(numbers_R) for name, numbers_R in self.numbers.items()}
+        row_values = {name: change(values_R) for name, values_R in self.row_values.items()}
         part = None if self.part is None else self.part.with_tensors(change)
         halves = tuple(half.with_tensors(change) for half in self.halves)
-        return replace(self, numbers=numbers, part=part, halves=halves, **_changed_tensors(self, change))
+        return replace(self, row_values=row_values, part=part, halves=halves, **_changed_tensors(self, change))
 
 
 def _changed_tensors(item: MicroBatch | Part, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

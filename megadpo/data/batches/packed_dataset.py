@@ -45,13 +45,13 @@ class Packing:
     head_work: float = 0.0
     split_pairs: bool = False
 
-    def micro_batches(self, numbers: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
-        """The micro-batches of replica `data_rank` out of a step with the groups `numbers`, on the CPU.
+    def micro_batches(self, group_ids: Sequence[int] | IntArray, data_rank: int) -> list[MicroBatch]:
+        """The micro-batches of replica `data_rank` out of a step with the groups `group_ids`, on the CPU.
 
         Every replica gets the same number of micro-batches and near-equal work. Where there are fewer groups than
         micro-batches, some are empty: padding only, which adds nothing to any sum.
         """
-        chosen = np.asarray(numbers, np.int64)
+        chosen = np.asarray(group_ids, np.int64)
         plan = plan_micro_batches(
             self.num_tokens_G[chosen],
             self.costs_G[chosen],
@@ -69,13 +69,13 @@ class Packing:
         )
         return [with_halves(whole, self.multiple_of) for whole in laid_out] if self.split_pairs else laid_out
 
-    def mismatched(self, numbers: Sequence[int] | IntArray) -> Packing:
-        """A data set of the groups `numbers` in which each prompt stands before the first answer of the one before it.
+    def mismatched(self, group_ids: Sequence[int] | IntArray) -> Packing:
+        """A data set of the groups `group_ids` in which each prompt stands before the first answer of the one before it.
 
         The first one gets the last one's answer. What is beyond `max_length` tokens is cut off the answer.
         A group alone stands as it is.
         """
-        whole = [self.groups[int(number)] for number in numbers]
+        whole = [self.groups[int(number)] for number in group_ids]
         groups = []
         for place, group in enumerate(whole):
             prompt, answer = group.prompts[0], whole[place - 1].responses[0]

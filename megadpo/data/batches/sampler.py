@@ -19,7 +19,7 @@ from megadpo.data.batches.compose import STEPS_AT_ONCE, compose
 
 IntArray = npt.NDArray[np.int64]
 
-# What a random stream is for; part of its seed, so that no two purposes share numbers.
+# What a random stream is for; part of its seed, so that no two purposes share random numbers.
 _ORDER, _SUBSET = 0, 1
 
 
@@ -31,7 +31,7 @@ def samples_per_epoch(sources: int | npt.ArrayLike, weights: Sequence[float] | n
         weights: float [num_sources], how many times an epoch sees each group of a source.
     """
     members = _members(sources, weights)
-    return sum(_num_samples(len(rows), weight) for rows, weight in members)
+    return sum(_num_samples(len(group_ids), weight) for group_ids, weight in members)
 
 
 def num_steps(num_samples_an_epoch: int, pairs_per_step: int, epochs: float) -> int:
@@ -66,7 +66,7 @@ def step_batch(
         epochs: where a run of so many epochs ends; its last step is smaller, later ones are empty. None: it never ends.
 
     Returns:
-        int64 [at most pairs_per_step]: group numbers.
+        int64 [at most pairs_per_step]: group ids (positions in the store).
     """
     return Batches(sources, weights, pairs_per_step, seed, shuffle, epochs).at(step)
 
@@ -154,22 +154,22 @@ class Batches:
 def epoch_order(
     sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike, epoch: int, seed: int, shuffle: bool = True
 ) -> IntArray:
-    """int64 [samples_per_epoch]: an epoch's group numbers in the order they are seen. Pure."""
+    """int64 [samples_per_epoch]: an epoch's group ids in the order they are seen. Pure."""
     parts = []
-    for number, (rows, weight) in enumerate(_members(sources, weights)):
-        whole, extra = divmod(_num_samples(len(rows), weight), max(len(rows), 1))
-        parts += [rows] * whole
+    for number, (group_ids, weight) in enumerate(_members(sources, weights)):
+        whole, extra = divmod(_num_samples(len(group_ids), weight), max(len(group_ids), 1))
+        parts += [group_ids] * whole
         if extra:
             # A window that moves on by its own length every epoch: no row twice in an epoch, none left behind for long.
-            window = (np.arange(extra) + epoch * extra) % len(rows)
-            chosen = _permutation(len(rows), seed, _SUBSET, number) if shuffle else np.arange(len(rows))
-            parts.append(rows[np.sort(chosen[window])])
+            window = (np.arange(extra) + epoch * extra) % len(group_ids)
+            chosen = _permutation(len(group_ids), seed, _SUBSET, number) if shuffle else np.arange(len(group_ids))
+            parts.append(group_ids[np.sort(chosen[window])])
     order = np.concatenate(parts)
     return order[_permutation(len(order), seed, _ORDER, epoch)] if shuffle else order
 
 
 def _members(sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike) -> list[tuple[IntArray, float]]:
-    """Each source's group numbers, ascending, and its weight."""
+    """Each source's group ids, ascending, and its weight."""
     weights_list = [float(weight) for weight in np.asarray(weights, np.float64)]
     if isinstance(sources, int | np.integer):
         assert len(weights_list) == 1

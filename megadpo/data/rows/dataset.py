@@ -148,7 +148,7 @@ def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
         "chat_template": job.chat_template,
         "max_length": job.max_length,
         "truncation": job.truncation,
-        "reading": [job.reading.kind, sorted(job.reading.numbers)],
+        "reading": [job.reading.kind, sorted(job.reading.row_values)],
         "columns": [sorted(source.columns.items()) for source in sources],
         "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
         "sources": [_source_digest(source) for source in sources],
@@ -250,13 +250,13 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
             dropped[tokens] += 1
             continue
         prompts, responses = (tuple(np.array(ids, np.int32) for ids in side) for side in (tokens.prompts, tokens.responses))
-        groups.append(Group(prompts, responses, number, row.numbers))
+        groups.append(Group(prompts, responses, number, row.row_values))
         group_sources.append(source)
         report.num_unshared += len(prompts) > 1
         report.num_truncated += tokens.truncated
         report.num_moved_boundaries += tokens.moved_boundary
-        report.num_desirable += row.numbers.get("label", ()).count(1.0)
-        report.num_undesirable += row.numbers.get("label", ()).count(0.0)
+        report.num_desirable += row.row_values.get("label", ()).count(1.0)
+        report.num_undesirable += row.row_values.get("label", ()).count(0.0)
     return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
 
 

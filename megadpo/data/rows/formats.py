@@ -15,7 +15,7 @@ from megadpo.data.rows.messages import (
     read_side,
     read_template_kwargs,
 )
-from megadpo.data.rows.scalars import NAMES, list_scores, pair_scores, read_label, read_numbers, spelled
+from megadpo.data.rows.scalars import NAMES, list_scores, pair_scores, read_label, read_row_values, spelled
 from megadpo.errors import UserError
 
 EMPTY = "empty completion"
@@ -47,16 +47,16 @@ class Reading:
     Attributes:
         kind: "pairs" (chosen first), "labels" (answers with a label), "lists" (K >= 2 scored responses, best first) or
             "examples" (one answer).
-        numbers: of "margin", "weight", "label_probability" and "score", those that every row must have; "label" and
+        row_values: of "margin", "weight", "label_probability" and "score", those that every row must have; "label" and
             "score" come with "labels" and "lists" by themselves.
     """
 
     kind: str = "pairs"
-    numbers: frozenset[str] = frozenset()
+    row_values: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        assert self.kind in KINDS and self.numbers <= NAMES
-        assert "score" not in self.numbers or self.kind in ("pairs", "lists")
+        assert self.kind in KINDS and self.row_values <= NAMES
+        assert "score" not in self.row_values or self.kind in ("pairs", "lists")
 
 
 PAIRS = Reading()
@@ -71,7 +71,7 @@ class Row:
         completions: K of the prompts' form; of a pair the chosen one first, of a list the best first.
         conversational: True for lists of {"role", "content"} messages.
         template_kwargs: what the row hands to its chat template (`tools` and more).
-        numbers: name -> K floats: what was asked for, and "label" or "score" where the kind has it.
+        row_values: name -> K floats: what was asked for, and "label" or "score" where the kind has it.
         ranked: whether the completions are in the order of their scores, so that these must differ.
     """
 
@@ -79,7 +79,7 @@ class Row:
     completions: tuple[Content, ...]
     conversational: bool
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    row_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
     ranked: bool = False
 
     def reason_to_drop(self) -> str | None:
@@ -89,7 +89,7 @@ class Row:
             return EMPTY
         if others and len(self.prompts) == 1 and all(other == first for other in others):
             return IDENTICAL if len(others) == 1 else IDENTICAL_LIST
-        if self.ranked and len(set(self.numbers["score"])) == 1:
+        if self.ranked and len(set(self.row_values["score"])) == 1:
             return EQUAL_SCORES
         return None
 
@@ -103,16 +103,16 @@ def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS) -
     Args:
         row: the row's fields.
         location: for error messages, such as "pairs.jsonl:17".
-        reading: the kind of row, and which numbers it must have.
+        reading: the kind of row, and which values it must have.
 
     Raises:
         UserError: where fields are missing, of the wrong type or of another kind, or a number is none or out of range.
     """
     read = {"pairs": _read_pair, "labels": _read_labelled, "lists": _read_list, "examples": _read_example}[reading.kind]
     recognised = read(row, location)
-    asked = reading.numbers - recognised.numbers.keys()
-    numbers = read_numbers(row, asked, len(recognised.completions), location)
-    return replace(recognised, numbers={**recognised.numbers, **numbers}) if numbers else recognised
+    asked = reading.row_values - recognised.row_values.keys()
+    row_values = read_row_values(row, asked, len(recognised.completions), location)
+    return replace(recognised, row_values={**recognised.row_values, **row_values}) if row_values else recognised
 
 
 def _read_pair(row: Mapping[str, Any], location: str) -> Row:
@@ -123,16 +123,16 @@ def _read_pair(row: Mapping[str, Any], location: str) -> Row:
 
 def _read_labelled(row: Mapping[str, Any], location: str) -> Row:
     if _is_pair(row):
-        return replace(_pair(row, location), numbers={"label": (1.0, 0.0)})
+        return replace(_pair(row, location), row_values={"label": (1.0, 0.0)})
     if not _has_answer(row) or row.get("label") is None:
         _refuse(row, "labels", ("completion", "label"), location)
-    return replace(_answer(row, location), numbers={"label": (read_label(row, location),)})
+    return replace(_answer(row, location), row_values={"label": (read_label(row, location),)})
 
 
 def _read_list(row: Mapping[str, Any], location: str) -> Row:
     name = spelled(row, "responses")
     if _is_pair(row) and (name is None or spelled(row, "scores") is None):
-        return replace(_pair(row, location), numbers={"score": pair_scores(row, location)}, ranked=True)
+        return replace(_pair(row, location), row_values={"score": pair_scores(row, location)}, ranked=True)
     if name is None:
         _refuse(row, "lists", ("responses",), location)
     values = row[name]
@@ -145,7 +145,7 @@ def _read_list(row: Mapping[str, Any], location: str) -> Row:
     return replace(
         unsorted,
         completions=tuple(unsorted.completions[place] for place in best_first),
-        numbers={"score": tuple(scores[place] for place in best_first)},
+        row_values={"score": tuple(scores[place] for place in best_first)},
         ranked=True,
     )
 

@@ -1,4 +1,4 @@
-"""What rows say in numbers: weights, margins, probabilities, scores, ranks and labels."""
+"""The numbers that rows carry: weights, margins, probabilities, scores, ranks and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPELLINGS = {
 """Fields that files know by several names (`ranks` says of itself what it is), each with all of them."""
 
 NAMES = frozenset({"margin", "weight", "label_probability", "score"})
-"""What `Reading.numbers` may ask for."""
+"""What `Reading.row_values` may ask for."""
 
 _RANGES = {
     "weight": (0.0, math.inf, "a finite number of at least 0"),
@@ -31,19 +31,19 @@ _RANGES = {
 }
 
 
-def read_numbers(row: Mapping[str, Any], names: Collection[str], num_responses: int, location: str) -> dict[str, Any]:
-    """Those numbers of a row that were asked for, `num_responses` floats each.
+def read_row_values(row: Mapping[str, Any], names: Collection[str], num_responses: int, location: str) -> dict[str, Any]:
+    """The values `names` of a row, each as `num_responses` floats.
 
     Raises:
         UserError: where the row lacks one, or has no finite number in its range there.
     """
-    numbers = {}
+    values = {}
     for name in sorted(names):
         if name == "score":
-            numbers[name] = tuple(_required(row, side, location) for side in ("chosen_score", "rejected_score"))
+            values[name] = tuple(_required(row, side, location) for side in ("chosen_score", "rejected_score"))
         else:
-            numbers[name] = (_required(row, name, location),) * num_responses
-    return numbers
+            values[name] = (_required(row, name, location),) * num_responses
+    return values
 
 
 def pair_scores(row: Mapping[str, Any], location: str) -> tuple[float, float]:
@@ -85,8 +85,8 @@ def list_scores(row: Mapping[str, Any], num_responses: int, location: str) -> tu
     if not isinstance(values, list | tuple) or len(values) != num_responses:
         length = f"{len(values)} values" if isinstance(values, list | tuple) else f"{values!r:.40}"
         raise UserError(f"{location}: `{name}` has {length} for {num_responses} responses; give each response one number")
-    numbers = tuple(_number(value, name, f"{name}[{place}]", location) for place, value in enumerate(values))
-    return numbers if name == "scores" else tuple(-number for number in numbers)
+    scores = tuple(_number(value, name, f"{name}[{place}]", location) for place, value in enumerate(values))
+    return scores if name == "scores" else tuple(-rank for rank in scores)
 
 
 def read_label(row: Mapping[str, Any], location: str) -> float:

@@ -50,7 +50,7 @@ def test_without_sharing_each_response_has_its_own_prompt():
 def test_different_prompts_are_laid_out_unshared():
     batch = lay_out([UNSHARED], [7])
     assert batch.tokens_T.tolist() == [1, 2, 4, 5, 3, 6] and batch.segments == (Segment(0, 4), Segment(4, 6))
-    assert batch.rows == (7,)
+    assert batch.group_ids == (7,)
 
 
 def test_without_a_prompt_the_first_token_has_no_log_prob():
@@ -123,12 +123,12 @@ def test_scored_prompts_belong_to_the_first_response_at_place_zero():
     st.booleans(),
     st.booleans(),
 )
-def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers, share, score_prompts):
-    groups = random_groups(12, seed=len(numbers), longest=9, kind=kind, numbered=True)
-    everything = [list(range(len(numbers)))]
-    (batch,) = lay_out_step(GroupStore.of(groups), numbers, everything, share, score_prompts=score_prompts)
+def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, group_ids, share, score_prompts):
+    groups = random_groups(12, seed=len(group_ids), longest=9, kind=kind, numbered=True)
+    everything = [list(range(len(group_ids)))]
+    (batch,) = lay_out_step(GroupStore.of(groups), group_ids, everything, share, score_prompts=score_prompts)
     tokens = num_responses = num_scored = 0
-    for number in numbers:
+    for number in group_ids:
         one = lay_out([groups[number]], [number], share, score_prompts=score_prompts)
         end, scored_end = tokens + len(one.tokens_T), num_scored + len(one.scored_N)
         assert torch.equal(batch.tokens_T[tokens:end], one.tokens_T)
@@ -139,9 +139,9 @@ def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers
         assert torch.equal(batch.response_N[num_scored:scored_end] - num_responses, one.response_N)
         responses = slice(num_responses, num_responses + one.num_responses)
         assert torch.equal(batch.last_R[responses] - tokens, one.last_R)
-        assert all(torch.equal(batch.numbers[name][responses], values) for name, values in one.numbers.items())
+        assert all(torch.equal(batch.row_values[name][responses], values) for name, values in one.row_values.items())
         tokens, num_scored, num_responses = end, scored_end, responses.stop
-    assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.rows == tuple(numbers)
+    assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.group_ids == tuple(group_ids)
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,19 +154,19 @@ def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers
 )
 def test_the_micro_batches_of_a_step_are_those_that_its_groups_make_alone(kind, chosen, share, score_prompts, multiple_of):
     store = GroupStore.of(random_groups(20, seed=len(chosen), longest=9, kind=kind, numbered=True))
-    numbers = np.random.default_rng(len(chosen)).permutation(20)[: len(chosen)]
+    group_ids = np.random.default_rng(len(chosen)).permutation(20)[: len(chosen)]
     # Group `place` goes into micro-batch chosen[place]; some have none.
     members = [[place for place, batch in enumerate(chosen) if batch == number] for number in range(4)]
-    together = lay_out_step(store, numbers, members, share, multiple_of, score_prompts=score_prompts)
-    assert [batch.places for batch in together] == [tuple(places) for places in members]
+    together = lay_out_step(store, group_ids, members, share, multiple_of, score_prompts=score_prompts)
+    assert [batch.batch_positions for batch in together] == [tuple(places) for places in members]
     for batch, places in zip(together, members, strict=True):
-        groups, rows = [store[int(numbers[place])] for place in places], numbers[places]
-        alone = lay_out(groups, rows, share, multiple_of, score_prompts=score_prompts)
+        groups, own_ids = [store[int(group_ids[place])] for place in places], group_ids[places]
+        alone = lay_out(groups, own_ids, share, multiple_of, score_prompts=score_prompts)
         for field in fields(batch):
             ours, theirs = getattr(batch, field.name), getattr(alone, field.name)
             if isinstance(ours, torch.Tensor):
                 assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), field.name
-            elif field.name == "numbers":
+            elif field.name == "row_values":
                 assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
             elif field.name != "places":
                 assert ours == theirs, field.name

@@ -61,12 +61,12 @@ def test_the_parts_together_are_the_micro_batch(seed, num_groups, longest, num_p
     order = parts[0].order
     assert torch.equal(torch.cat([part.tokens_T for part in parts])[order], whole.tokens_T)
     assert torch.equal(torch.cat([part.positions_T for part in parts])[order], whole.positions_T)
-    numbers = torch.cat([part.numbers_N for part in parts])
-    assert sorted(numbers.tolist()) == list(range(len(whole.scored_N)))
-    assert torch.equal(torch.cat([part.targets_N for part in parts]), whole.targets_N[numbers])
+    index = torch.cat([part.scored_index_N for part in parts])
+    assert sorted(index.tolist()) == list(range(len(whole.scored_N)))
+    assert torch.equal(torch.cat([part.targets_N for part in parts]), whole.targets_N[index])
     in_stream = torch.empty_like(order)
     in_stream[order] = torch.arange(len(order))
-    assert torch.equal(in_stream[torch.cat([part.scored_N + part.first for part in parts])], whole.scored_N[numbers])
+    assert torch.equal(in_stream[torch.cat([part.scored_N + part.first for part in parts])], whole.scored_N[index])
 
 
 @settings(max_examples=40, deadline=None)

@@ -38,11 +38,11 @@ def test_the_halves_together_are_the_micro_batch(seed, num_groups, multiple_of, 
     places = first.order[:num_real]
     assert torch.equal(torch.cat([first.tokens_T, second.tokens_T])[places], whole.tokens_T[:num_real])
     assert torch.equal(torch.cat([first.positions_T, second.positions_T])[places], whole.positions_T[:num_real])
-    numbers = torch.cat([first.numbers_N, second.numbers_N])
-    assert sorted(numbers.tolist()) == list(range(len(whole.scored_N)))
-    assert torch.equal(torch.cat([first.targets_N, second.targets_N]), whole.targets_N[numbers])
+    index = torch.cat([first.scored_index_N, second.scored_index_N])
+    assert sorted(index.tolist()) == list(range(len(whole.scored_N)))
+    assert torch.equal(torch.cat([first.targets_N, second.targets_N]), whole.targets_N[index])
     scored = torch.cat([first.scored_N, second.scored_N + second.first])
-    assert torch.equal(scored, whole.halves[0].order[whole.scored_N[numbers]])
+    assert torch.equal(scored, whole.halves[0].order[whole.scored_N[index]])
 
 
 @cases

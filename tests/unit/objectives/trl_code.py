@@ -201,7 +201,7 @@ def _dpo(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 def _kto(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
     kl = {f"KL_{name}": tensor for name, tensor in _padded(_side(mismatched(groups), 0)).items()}
-    label = torch.tensor([group.numbers["label"][0] > 0 for group in groups])
+    label = torch.tensor([group.row_values["label"][0] > 0 for group in groups])
     return trainer._compute_loss(policy, {**_padded(_side(groups, 0)), **kl, "label": label}, False)
 
 
@@ -224,8 +224,8 @@ def _sft(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
 def _reward(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
     rows = _padded(_side(groups, 0) + _side(groups, 1))
     inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
-    if "margin" in groups[0].numbers:
-        inputs["margin"] = torch.tensor([group.numbers["margin"][0] for group in groups], dtype=torch.float64)
+    if "margin" in groups[0].row_values:
+        inputs["margin"] = torch.tensor([group.row_values["margin"][0] for group in groups], dtype=torch.float64)
     return trainer.compute_loss(policy, inputs)
 
 

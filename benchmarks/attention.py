@@ -135,11 +135,11 @@ def _step(case: tuple[str, int], way: str, options: argparse.Namespace) -> Step:
 
 
 def _packed_step(groups: list[Any], way: str, options: argparse.Namespace) -> Step:
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.model.attention.backends import attend, prepare_attention
 
     backend, _, twice = way.partition(",")
-    micro_batch = lay_out(groups, range(len(groups)), share_prompts=not twice)
+    micro_batch = collate_groups(groups, range(len(groups)), share_prompts=not twice)
     query, key, value, d_output = _operands((len(micro_batch.tokens_T),), options)
     prepared = prepare_attention(backend, micro_batch.segments, None, key)  # once a micro-batch, for all layers
 

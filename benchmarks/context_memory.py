@@ -135,7 +135,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     """Prompts with two responses each until there are `tokens`, all of random ids."""
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random = np.random.default_rng(0)
@@ -145,7 +145,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     for row in range(max(1, tokens // sum(lengths))):
         prompt, chosen, rejected = (random.integers(0, 512, length).astype(np.int32) for length in lengths)
         groups.append(Group((prompt,), (chosen, rejected), row))
-    return lay_out(groups, range(len(groups)), multiple_of=point["context"])
+    return collate_groups(groups, range(len(groups)), multiple_of=point["context"])
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:

@@ -177,17 +177,17 @@ def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
 
 def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:
     from benchmarks.material import BODY
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 
-    return prepare_packing(
+    return PackedDataset.of(
         store,
-        share_prompts=True,
-        tokens_per_micro_batch=capacity,
-        setting="--capacities",
-        num_data_parallel=num_replicas,
-        multiple_of=1,
-        hidden_size=BODY["hidden_size"],
-        head_work=0.2,
+        PackingOptions(
+            tokens_per_micro_batch=capacity,
+            setting="--capacities",
+            num_data_parallel=num_replicas,
+            hidden_size=BODY["hidden_size"],
+            head_work=0.2,
+        ),
     )
 
 
@@ -261,10 +261,12 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
 
 
 def _plan(packing: Any, numbers: Any) -> tuple[Any, int]:
-    from megadpo.data.batches.bin_packing import plan_micro_batches
+    from megadpo.data.batches.bin_packing import pack_micro_batches
 
     tokens_N = packing.num_tokens_G[numbers]
-    plan = plan_micro_batches(tokens_N, packing.costs_G[numbers], packing.tokens_per_micro_batch, packing.num_data_parallel)
+    plan = pack_micro_batches(
+        tokens_N, packing.costs_G[numbers], packing.options.tokens_per_micro_batch, packing.options.num_data_parallel
+    )
     return plan, int(tokens_N.sum())
 
 

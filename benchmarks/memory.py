@@ -151,7 +151,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
 
     from benchmarks.material import synthetic_groups
     from megadpo.config.schema import ParallelConfig, TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
     from megadpo.pipeline.megatron_schedule import forward_backward
@@ -189,7 +189,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
             forward_is_over()
             return torch.ones(len(sums_RS), 1, dtype=torch.float64, device=sums_RS.device)
 
-        run([lay_out(groups[:count], range(count)).to(compute_device())], ones)
+        run([collate_groups(groups[:count], range(count)).to(compute_device())], ones)
 
     return stage, step
 

@@ -310,7 +310,7 @@ def _into_main_grad(parameter: Any) -> None:
 def _stream(point: dict[str, Any], seed: int) -> Any:
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random, half = np.random.default_rng(seed), point["tokens"] // 4
@@ -318,4 +318,4 @@ def _stream(point: dict[str, Any], seed: int) -> Any:
     def ids(count: int) -> np.ndarray:
         return random.integers(0, point["vocabulary"], count).astype(np.int32)
 
-    return lay_out([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])
+    return collate_groups([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])

@@ -25,16 +25,16 @@ from torch import Tensor
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.context_shard import with_part
 from megadpo.data.batches.micro_batch import MicroBatch, Part
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.platform.device import compute_device
 
 
-def local_micro_batches(packing: Packing, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
+def local_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
     """This replica's micro-batches out of a step with the groups `group_ids`, with this rank's parts, on its device."""
     return on_device(host_micro_batches(packing, group_ids))
 
 
-def host_micro_batches(packing: Packing, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
+def host_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
     """The same in this process's memory, from where a device can fetch them; for any thread."""
     micro_batches = [with_own_part(m) for m in packing.micro_batches(group_ids, parallel_state.get_data_parallel_rank())]
     return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches

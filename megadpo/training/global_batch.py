@@ -23,7 +23,7 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
@@ -74,7 +74,7 @@ class Streams:
     mismatched: Sequence[MicroBatch] = ()
 
 
-def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
+def streams_of(packing: PackedDataset, numbers: IntArray, options: ObjectiveConfig) -> Streams:
     """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
     mismatched: list[MicroBatch] = []
     if measures_kl(options.loss_types):
@@ -84,7 +84,7 @@ def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) ->
 
 def global_batch(
     engine: Engine,
-    packing: Packing,
+    packing: PackedDataset,
     reference: Reference,
     numbers: IntArray,
     normalisers: Normalisers,

@@ -20,7 +20,7 @@ from torch import Tensor
 from megadpo.config.schema import ModelConfig, ScheduleConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
 from megadpo.model.build import Stage, build_stage
@@ -126,13 +126,15 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     return References(resident(frozen(), ld_alpha, plan.config.schedule), held_out, frozen(), table=table)
 
 
-def _cache_path(plan: Plan, packing: Packing) -> Path:
+def _cache_path(plan: Plan, packing: PackedDataset) -> Path:
     arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
     key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
     return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
-def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
+def _precomputed_for(
+    plan: Plan, packing: PackedDataset, frozen: Callable[[], Stage], say: Callable[[str], None]
+) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
     larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config)
@@ -200,7 +202,7 @@ def cache_key(model_digest: str, groups_digest: str, arithmetic: str, ld_alpha: 
 
 
 def cached_logps(
-    path: Path, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
+    path: Path, packing: PackedDataset, build: Callable[[], Stage], ld_alpha: float | None = None
 ) -> tuple[np.ndarray, bool]:
     """Reference log-probs [R] of all responses of `packing` from the cache, or computed and cached; collective.
 

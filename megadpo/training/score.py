@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.model.build import Stage
 from megadpo.parallel.context import is_teller, local_micro_batches
 from megadpo.pipeline.megatron_schedule import forward_only
@@ -18,7 +18,9 @@ GROUPS_AT_ONCE = 1024
 """Groups packed together; the results of one lot are gathered before the next begins."""
 
 
-def response_logps(stage: Stage, packing: Packing, ld_alpha: float | None = None) -> Iterator[tuple[range, np.ndarray]]:
+def response_logps(
+    stage: Stage, packing: PackedDataset, ld_alpha: float | None = None
+) -> Iterator[tuple[range, np.ndarray]]:
     """Sequence log-probs of all groups, lot by lot, on every rank: (group numbers, float64 of each of their responses)."""
     for model in stage.models:
         model.eval()

@@ -12,7 +12,7 @@ from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.config.schema import Config
-from megadpo.data.batches.packed_dataset import Packing, prepare_packing
+from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import Batches
 from megadpo.data.rows.dataset import DataReport, prepare_groups
 from megadpo.data.rows.report import counted
@@ -63,8 +63,8 @@ class Plan:
     dtype: torch.dtype
     policy: ModelFiles
     reference: ModelFiles
-    train: Packing
-    eval: Packing | None
+    train: PackedDataset
+    eval: PackedDataset | None
     reports: dict[str, DataReport]
     batches: Batches
     num_steps: int
@@ -181,21 +181,23 @@ def data_packing(
     tokens_per_micro_batch: int,
     setting: str,
     split_pairs: bool = False,
-) -> Packing:
+) -> PackedDataset:
     """`groups` measured for packing in this layout, for the model of `hf_config`."""
-    return prepare_packing(
+    return PackedDataset.of(
         groups,
-        share_prompts=config.data.share_prompts,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        setting=setting,
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
-        hidden_size=hf_config.hidden_size,
-        max_length=config.data.max_length,
-        score_prompts=scores_prompt(config.objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(hf_config),
-        split_pairs=split_pairs,
+        PackingOptions(
+            share_prompts=config.data.share_prompts,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            setting=setting,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
+            hidden_size=hf_config.hidden_size,
+            max_length=config.data.max_length,
+            score_prompts=scores_prompt(config.objective.loss_types),
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+            head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(hf_config),
+            split_pairs=split_pairs,
+        ),
     )
 
 
@@ -212,7 +214,7 @@ def head_work(hf_config: Any) -> float:
     return hidden * hf_config.vocab_size / (num_layers * attention + 3 * hidden * columns)
 
 
-def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hf_config: Any) -> Packing:
+def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hf_config: Any) -> PackedDataset:
     """`groups` measured for forward passes without a backward, in micro-batches that may be larger than training's."""
     own = config.reference.tokens_per_micro_batch
     setting = "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch"
@@ -234,7 +236,7 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
 
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
-) -> Packing:
+) -> PackedDataset:
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
@@ -254,7 +256,7 @@ def _packing(
     )
 
 
-def _check_steps_can_fill(config: Config, train: Packing, samples_per_epoch: int) -> None:
+def _check_steps_can_fill(config: Config, train: PackedDataset, samples_per_epoch: int) -> None:
     """Refuse a multiple that no step reaches, and a data set that is no two steps long: nothing could be exchanged."""
     multiple, size = config.data.step_tokens_multiple_of, config.train.pairs_per_step
     if multiple is None:

@@ -218,7 +218,7 @@ def _steps(
     fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage
@@ -232,16 +232,17 @@ def _steps(
     from megadpo.training.reference import References, resident
 
     layout, hf_config = case.layout, read_hf_config(model)
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple,
-        hidden_size=64,
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        split_pairs=schedule.split_pairs,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple,
+            hidden_size=64,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+            split_pairs=schedule.split_pairs,
+        ),
     )
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"

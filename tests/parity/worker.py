@@ -138,7 +138,7 @@ def _outcome(
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
@@ -154,16 +154,17 @@ def _outcome(
     if has_reward_head(objective.loss_types):
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
-        hidden_size=64,
-        score_prompts=scores_prompt(objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (16 if case.model.fp8 else 1),
+            hidden_size=64,
+            score_prompts=scores_prompt(objective.loss_types),
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        ),
     )
     stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
     load_weights(stage, source)

@@ -89,7 +89,7 @@ def outcomes(
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, needs_reference
     from megadpo.objectives.terms import normalisers_of
@@ -102,14 +102,14 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     if has_reward_head(objective.loss_types):
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.tensor if layout.sequence else 1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.tensor if layout.sequence else 1,
+            hidden_size=64,
+        ),
     )
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):

@@ -19,7 +19,7 @@ _MOST_FULL_BINS = 64  # looked past for one with room
 _MOST_SUMS = 20_000  # groups x bins for which sums are made: milliseconds
 
 
-def plan_micro_batches(
+def pack_micro_batches(
     num_tokens: npt.ArrayLike,
     costs: npt.ArrayLike,
     tokens_per_micro_batch: int,

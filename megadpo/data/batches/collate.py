@@ -21,7 +21,7 @@ from megadpo.data.store import GroupStore, offsets_of
 IntArray = npt.NDArray[np.int64]
 
 
-def lay_out(
+def collate_groups(
     groups: Sequence[Group],
     group_ids: Sequence[int],
     share_prompts: bool = True,
@@ -29,15 +29,15 @@ def lay_out(
     padding_token: int = 0,
     score_prompts: bool = False,
 ) -> MicroBatch:
-    """One micro-batch, as `lay_out_step` lays it out, of groups in memory, whose ids are `group_ids`."""
+    """One micro-batch, as `collate_step` lays it out, of groups in memory, whose ids are `group_ids`."""
     store, everything = GroupStore.of(groups), np.arange(len(groups))
-    (micro_batch,) = lay_out_step(
+    (micro_batch,) = collate_step(
         store, everything, [everything.tolist()], share_prompts, multiple_of, padding_token, score_prompts
     )
     return replace(micro_batch, group_ids=tuple(int(group_id) for group_id in group_ids))
 
 
-def lay_out_step(
+def collate_step(
     store: GroupStore,
     group_ids: Sequence[int] | IntArray,
     members: Sequence[Sequence[int]],
@@ -183,7 +183,7 @@ def _pieces_of(store: GroupStore, runs: _Runs) -> list[npt.NDArray[np.int32]]:
 
 
 def _segments_of(runs: _Runs) -> tuple[IntArray, IntArray]:
-    """int64 [segments, 4], the four fields of each `Segment` of all streams; and int64 [R], which is the first of a response.
+    """The segments of all streams, int64 [S, 4] (the fields of `Segment`), and int64 [R], the first segment of each response.
 
     A shared prompt (unless it is empty) and its responses stand apart; a prompt of its own together with its response.
     """

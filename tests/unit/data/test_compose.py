@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.bin_packing import plan_micro_batches
+from megadpo.data.batches.bin_packing import pack_micro_batches
 from megadpo.data.batches.compose import FILL, compose
-from megadpo.data.batches.packed_dataset import prepare_packing
+from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import Batches
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
@@ -47,7 +47,7 @@ def test_steps_end_just_below_a_multiple_and_fill_their_micro_batches(size: int,
 
 
 def _num_micro_batches(lengths: np.ndarray, capacity: int) -> int:
-    return len(plan_micro_batches(lengths, lengths, capacity, 1)[0])
+    return len(pack_micro_batches(lengths, lengths, capacity, 1)[0])
 
 
 sizes = st.integers(2, 300)
@@ -98,15 +98,7 @@ def test_groups_move_by_less_than_a_stretch_of_steps() -> None:
     ],
 )
 def test_a_multiple_that_can_have_no_effect_is_refused(multiple: int, samples: int, message: str) -> None:
-    packing = prepare_packing(
-        GroupStore.of(random_groups(40)),
-        share_prompts=True,
-        tokens_per_micro_batch=1000,
-        setting="-",
-        num_data_parallel=1,
-        multiple_of=1,
-        hidden_size=8,
-    )
+    packing = PackedDataset.of(GroupStore.of(random_groups(40)), PackingOptions(tokens_per_micro_batch=1000, hidden_size=8))
     config = load_config({"data": {"step_tokens_multiple_of": multiple}, "train": {"pairs_per_step": 8}})
     with pytest.raises(UserError, match=f"data.step_tokens_multiple_of .*{message}"):
         _check_steps_can_fill(config, packing, samples)

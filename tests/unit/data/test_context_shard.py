@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.context_shard import cut, token_costs, with_part
 from megadpo.data.batches.micro_batch import MicroBatch, Segment
 from tests.helpers.models import random_groups
@@ -55,7 +55,7 @@ def test_attention_is_balanced_where_equal_tokens_in_order_are_not(num_parts):
 )
 def test_the_parts_together_are_the_micro_batch(seed, num_groups, longest, num_parts, share_prompts):
     groups = random_groups(num_groups, seed, longest + 2)
-    whole = lay_out(groups, range(num_groups), share_prompts, multiple_of=num_parts)
+    whole = collate_groups(groups, range(num_groups), share_prompts, multiple_of=num_parts)
     parts = [part for batch in parts_of(whole, num_parts) if (part := batch.part) is not None]
     assert {len(part.tokens_T) for part in parts} == {len(whole.tokens_T) // num_parts}
     order = parts[0].order
@@ -72,7 +72,7 @@ def test_the_parts_together_are_the_micro_batch(seed, num_groups, longest, num_p
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), num_parts=st.sampled_from([2, 3, 4]), share_prompts=st.booleans())
 def test_every_token_sees_the_keys_it_saw_before_the_cut(seed, num_parts, share_prompts):
-    whole = lay_out(random_groups(3, seed, 30), range(3), share_prompts, multiple_of=num_parts)
+    whole = collate_groups(random_groups(3, seed, 30), range(3), share_prompts, multiple_of=num_parts)
 
     def keys_seen(segment, offset):  # of the query `offset` into the segment or piece
         own = range(segment.keys.start, segment.keys.stop - (segment.end - segment.start - 1 - offset))

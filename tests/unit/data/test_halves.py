@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.halves import Half, with_halves
 from megadpo.data.batches.micro_batch import MicroBatch
 from tests.helpers.models import random_groups
@@ -22,7 +22,7 @@ arguments = given(
 
 def split(seed: int, num_groups: int, multiple_of: int, share_prompts: bool) -> tuple[MicroBatch, tuple[Half, Half]]:
     groups = random_groups(num_groups, seed, 12)
-    whole = with_halves(lay_out(groups, range(num_groups), share_prompts, multiple_of), multiple_of)
+    whole = with_halves(collate_groups(groups, range(num_groups), share_prompts, multiple_of), multiple_of)
     first, second = whole.halves
     assert isinstance(first, Half) and isinstance(second, Half)
     return whole, (first, second)

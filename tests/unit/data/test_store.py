@@ -32,9 +32,7 @@ def same(one: Group, other: Group) -> bool:
     )
 
 
-def pair(
-    prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0, **row_values: tuple[float, float]
-) -> Group:
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0, **values: tuple[float, float]) -> Group:
     responses = (np.array(chosen, np.int32), np.array(rejected, np.int32))
     return Group((np.array(prompt, np.int32),), responses, row, values)
 

@@ -95,7 +95,7 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.config.schema import TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
@@ -110,7 +110,8 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     rows = [range(start, min(start + GROUPS_PER_MICRO_BATCH, len(groups))) for start in starts]
     multiple_of = case.layout.tensor if case.layout.sequence else 1
     micro_batches = [
-        lay_out([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7) for part in rows
+        collate_groups([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7)
+        for part in rows
     ]
     rewards = torch.zeros(len(groups), 2, dtype=torch.float64)
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.context_shard import with_part
 from megadpo.data.groups import Group
 from megadpo.errors import UserError
@@ -31,7 +31,7 @@ def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int
         Group((np.zeros(prompt, np.int32),), tuple(np.zeros(n, np.int32) for n in responses), row)
         for row, (prompt, *responses) in enumerate(lengths)
     ]
-    micro_batch = lay_out(groups, range(len(groups)), share_prompts, multiple_of=4)
+    micro_batch = collate_groups(groups, range(len(groups)), share_prompts, multiple_of=4)
     num_keys = len(micro_batch.tokens_T)
     if part is None:
         return micro_batch.segments, num_keys, num_keys

@@ -71,8 +71,9 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
     import json
 
     from benchmarks.material import MIXES, preference_file, save_tokenizer, synthetic_groups
+    from megadpo.config.sources import parse_sources
     from megadpo.data.rows.dataset import TokeniseJob, make_groups
-    from megadpo.data.rows.sources import iter_rows, parse_sources
+    from megadpo.data.rows.sources import iter_rows
     from megadpo.data.store import GroupStore
 
     rows, _ = preference_file(directory)

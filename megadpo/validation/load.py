@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.config import strict
-from megadpo.config.schema import Config, check_sources
+from megadpo.config.schema import Config
+from megadpo.config.sources import check_sources
 from megadpo.validation.values import validate
 
 

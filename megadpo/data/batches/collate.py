@@ -183,7 +183,7 @@ def _pieces_of(store: GroupStore, runs: _Runs) -> list[npt.NDArray[np.int32]]:
 
 
 def _segments_of(runs: _Runs) -> tuple[IntArray, IntArray]:
-    """The segments of all streams, int64 [S, 4] (the fields of `Segment`), and int64 [R], the first segment of each response.
+    """The segments of all streams, int64 [S, 4] (the fields of `Segment`), and each response's first segment, int64 [R].
 
     A shared prompt (unless it is empty) and its responses stand apart; a prompt of its own together with its response.
     """

@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megadpo.config.sources import Source, parse_sources
 from megadpo.data.groups import Group
 from megadpo.data.rows.formats import PAIRS, Reading, Row, recognise
 from megadpo.data.rows.report import DataReport
-from megadpo.data.rows.sources import Source, iter_rows, load_dataset, parse_sources, source_files
+from megadpo.data.rows.sources import iter_rows, load_dataset, source_files
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
 from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore

@@ -7,10 +7,10 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from megadpo.config.sources import Source
 from megadpo.data.rows.scalars import SPELLINGS
 from megadpo.errors import UserError
 
@@ -19,89 +19,7 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".parquet.gz")
-_SOURCE_KEYS = ("path", "weight", "split", "subset", "columns")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of `data.train` or `data.eval`.
-
-    Attributes:
-        path: a file, a directory (of files, or written by `save_to_disk`), a Hub id, or a `datasets.Dataset`.
-        weight: how many times an epoch sees each of its rows.
-        split: of a Hugging Face dataset; None means "train".
-        subset: the configuration name of a dataset on the Hub.
-        columns: our field name -> the field's name in the file.
-    """
-
-    path: str | datasets.Dataset
-    weight: float = 1.0
-    split: str | None = None
-    subset: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The path, or a description of a dataset that was handed over in memory."""
-        return self.path if isinstance(self.path, str) else "datasets.Dataset"
-
-
-def parse_sources(value: object, columns: Mapping[str, str] | None = None) -> list[Source]:
-    """Turn the value of `data.train` or `data.eval` into sources.
-
-    Args:
-        value: a path, a Hub id, a `datasets.Dataset`, a {path, weight, split, subset, columns} mapping, or a list.
-        columns: renames for every source; a source's own renames win.
-
-    Raises:
-        UserError: for an empty list, an unknown key, or a value of the wrong type.
-    """
-    entries = value if isinstance(value, list | tuple) else [value]
-    if not entries:
-        raise UserError("data: the list of sources is empty; give at least one file, directory or dataset")
-    return [_parse_source(entry, dict(columns or {})) for entry in entries]
-
-
-def _parse_source(entry: object, columns: dict[str, str]) -> Source:
-    if not isinstance(entry, Mapping) or _is_dataset(entry):
-        return Source(path=_checked_path(entry), columns=columns)
-    unknown = [key for key in entry if key not in _SOURCE_KEYS]
-    if unknown:
-        raise UserError(f"data: unknown key {unknown[0]!r} of a source; known keys: {', '.join(_SOURCE_KEYS)}")
-    if "path" not in entry:
-        raise UserError(f"data: a source has no `path`; it has {', '.join(map(str, entry)) or 'nothing'}")
-    weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"data: weight of source {entry['path']} is {weight!r}; it must be a number above 0")
-    for key in ("split", "subset"):
-        if not isinstance(entry.get(key), str | None):
-            raise UserError(f"data: {key} of source {entry['path']} is {entry[key]!r}; it must be a string")
-    own = entry.get("columns") or {}
-    if not isinstance(own, Mapping) or not all(isinstance(item, str) for pair in own.items() for item in pair):
-        raise UserError(f"data: columns of source {entry['path']} must map our field names to the file's, got {own!r}")
-    return Source(
-        path=_checked_path(entry["path"]),
-        weight=float(weight),
-        split=entry.get("split"),
-        subset=entry.get("subset"),
-        columns={**columns, **own},
-    )
-
-
-def _checked_path(value: object) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if (isinstance(value, str) and value.strip()) or _is_dataset(value):
-        return value
-    raise UserError(
-        f"data: a source must be a path, a Hub id, a datasets.Dataset or a mapping with `path`, got {value!r:.80}"
-    )
-
-
-def _is_dataset(value: object) -> bool:
-    """True for the map-style datasets of the `datasets` library, without importing it for every string."""
-    return type(value).__module__.partition(".")[0] == "datasets"
 
 
 def source_files(source: Source) -> list[Path] | None:

@@ -78,7 +78,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
     from megadpo.model.build import build_stage
-    from megadpo.parallel.context import with_own_part
+    from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
     from megadpo.pipeline.megatron_schedule import forward_backward
 
@@ -109,14 +109,14 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    forward_backward(stage.models, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
-    batch = with_own_part(_stream(point, tokens=point["tokens"]))
+    forward_backward(stage.models, [with_own_shard(_stream(point, tokens=256))], ones)  # code and buffers are there
+    batch = with_own_shard(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward_backward(stage.models, [batch], ones)
-    pieces = batch.segments if batch.part is None else batch.part.pieces
+    pieces = batch.segments if batch.shard is None else batch.shard.segments
     return {
         "seconds": time.perf_counter() - started,
         "kept_mib": seen["kept"] / MIB,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.material import BODY, TINY_BODY, made_up_file, preference_file, save_llama, save_tokenizer
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.training.setup import Plan, data_packing, prepare
@@ -49,5 +49,5 @@ def plan_on(plan: Plan, groups: Sequence[Group]) -> Plan:
     """The same plan on other pairs, which its steps see in their order."""
     store, train = GroupStore.of(groups), plan.config.train
     packing = data_packing(plan.config, store, plan.layout, plan.policy.config, train.tokens_per_micro_batch, "--capacity")
-    batches = Batches(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
+    batches = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
     return dataclasses.replace(plan, train=packing, batches=batches)

@@ -311,7 +311,7 @@ def has_head(op: Op, num_chunks: int) -> bool:
 
 def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
     """Hidden states, or their gradient, between two stages: this rank's tokens of the stream."""
-    num_tokens = len(micro_batch.held.tokens_T)
+    num_tokens = len(micro_batch.local.tokens_T)
     if config.sequence_parallel:
         num_tokens //= parallel_state.get_tensor_model_parallel_world_size()
     return torch.empty(num_tokens, 1, config.hidden_size, dtype=config.pipeline_dtype, device=compute_device())

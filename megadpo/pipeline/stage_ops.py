@@ -68,5 +68,5 @@ def stage_forward(
         head: LogProbHead | RewardHead = stage.output_layer
         head.micro_batch = micro_batch
     stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
-    held = micro_batch.held
+    held = micro_batch.local
     return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

@@ -13,7 +13,7 @@ from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, prepare_groups
 from megadpo.data.rows.report import counted
 from megadpo.data.store import GroupStore
@@ -66,7 +66,7 @@ class Plan:
     train: PackedDataset
     eval: PackedDataset | None
     reports: dict[str, DataReport]
-    batches: Batches
+    batches: StepSampler
     num_steps: int
     output_dir: Path
     resume: Path | None
@@ -110,7 +110,7 @@ def prepare(config: Config) -> Plan:
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
-    batches = Batches(
+    batches = StepSampler(
         train.groups.sources,
         train.groups.source_weights,
         config.train.pairs_per_step,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megadpo.config.schema import Config, ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
-from megadpo.data.batches.prefetch import Ahead
+from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.errors import UserError
 from megadpo.metrics import collect
@@ -98,7 +98,7 @@ class Run:
     delta: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
-    ahead: Ahead[tuple[IntArray, Streams]] = field(init=False)
+    ahead: Prefetcher[tuple[IntArray, Streams]] = field(init=False)
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import streams_of
@@ -106,10 +106,10 @@ class Run:
         plan, objective = self.plan, self.plan.config.objective
 
         def read(step: int) -> tuple[IntArray, Streams]:
-            numbers = plan.batches.at(step)
+            numbers = plan.batches.group_ids(step)
             return numbers, streams_of(plan.train, numbers, objective)
 
-        self.ahead = Ahead(read, plan.num_steps)
+        self.ahead = Prefetcher(read, plan.num_steps)
 
     def close(self) -> None:
         """Ends what works beside the steps, and writes what was not written yet."""
@@ -215,12 +215,12 @@ def training_step(run: Run, step: int) -> Metrics:
     from megadpo.training.global_batch import global_batch, response_gradient
 
     plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
-    numbers, streams = run.ahead.at(step)
+    numbers, streams = run.ahead.get(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
     reference, beside = run.references.train_for(numbers), run.references.beside
     batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, beside)
     if beside is not None and not reference_waits_after(plan, step):
-        beside.run_ahead(on_device(run.ahead.following()[1].micro_batches))
+        beside.run_ahead(on_device(run.ahead.get_next()[1].micro_batches))
     run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha, beside)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)

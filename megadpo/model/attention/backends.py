@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.errors import UserError
 from megadpo.model.attention.cpu_blocks import blocks_of
 from megadpo.model.attention.cpu_flash import attend_in_blocks, has_kernel
@@ -103,7 +103,7 @@ def _no_transformer_engine() -> str | None:
     return f"the installed one does not take {', '.join(sorted(missing))}" if missing else None
 
 
-def prepare_attention(backend: str, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Any:
+def prepare_attention(backend: str, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Any:
     """What `attend` needs to know of a stream, the same for all layers with this window.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.cpu_blocks import additive, window_mask
 
 Masks = MutableMapping[tuple[int, int], Tensor | None]
@@ -23,7 +23,7 @@ def attend_by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Sequence[Segment | Piece],
+    segments: Sequence[Segment | ShardSegment],
     window: int | None,
     scale: float,
     masks: Masks,
@@ -52,7 +52,7 @@ def attend_by_segment(
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _with_prompt(rows_KSD: Tensor, segment: Segment | Piece) -> Tensor:
+def _with_prompt(rows_KSD: Tensor, segment: Segment | ShardSegment) -> Tensor:
     own = rows_KSD[:, segment.keys]
     if segment.prompt_end == segment.prompt_start:
         return own

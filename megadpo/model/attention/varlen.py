@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Sequences, int | None, float], Tensor
 """(query [T, A, D], gathered key and value [G, K, D], sequences, window, scale) -> [T, A, D]."""
 
 
-def sequences_of(segments: Sequence[Segment | Piece], num_keys: int, device: torch.device) -> Sequences:
+def sequences_of(segments: Sequence[Segment | ShardSegment], num_keys: int, device: torch.device) -> Sequences:
     """The sequences of a stream that has `num_keys` keys; segments without tokens are left out."""
     there = [segment for segment in segments if segment.end > segment.start]
     keys = [np.concatenate([np.arange(s.prompt_start, s.prompt_end), np.arange(s.keys.start, s.keys.stop)]) for s in there]

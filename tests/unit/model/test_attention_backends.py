@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megadpo.data.batches.collate import collate_groups
-from megadpo.data.batches.context_shard import with_part
+from megadpo.data.batches.context_shard import with_context_shard
 from megadpo.data.groups import Group
 from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
@@ -35,9 +35,9 @@ def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int
     num_keys = len(micro_batch.tokens_T)
     if part is None:
         return micro_batch.segments, num_keys, num_keys
-    held = with_part(micro_batch, 2, part).part
+    held = with_context_shard(micro_batch, 2, part).shard
     assert held is not None
-    return held.pieces, len(held.tokens_T), num_keys
+    return held.segments, len(held.tokens_T), num_keys
 
 
 def operands(num_queries: int, num_keys: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:

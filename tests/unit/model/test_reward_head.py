@@ -136,7 +136,7 @@ def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -
     rewards = []
     for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
         head.micro_batch = held
-        rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
+        rewards.append(head(hidden[: len(held.local.tokens_T), None])[0])
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 

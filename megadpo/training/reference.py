@@ -174,7 +174,7 @@ def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:
     table_R = torch.from_numpy(logps_R).to(compute_device())
 
     def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        response_ids = [torch.from_numpy(groups.responses_of(micro_batch.group_ids)) for micro_batch in micro_batches]
+        response_ids = [torch.from_numpy(groups.response_ids_of(micro_batch.group_ids)) for micro_batch in micro_batches]
         return [table_R[response_ids_R.to(table_R.device)] for response_ids_R in response_ids]
 
     return look_up

@@ -33,7 +33,7 @@ def response_logps(
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
         if is_teller():
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):
-                places_R = torch.from_numpy(packing.groups.responses_of(micro_batch.group_ids) - first)
+                places_R = torch.from_numpy(packing.groups.response_ids_of(micro_batch.group_ids) - first)
                 logps_R[places_R.to(logps_R.device)] = sums_RS[:, 0]
         # One rank of each replica brings each value; the others add zeros.
         dist.all_reduce(logps_R)

@@ -66,11 +66,17 @@ def collate_step(
     scored_N, following_N, response_N, place_N, begin_R = _scored_of(runs, score_prompts)
     lengths_R = runs.length_U[runs.response_U]
     last_R = runs.start_U[runs.response_U] + lengths_R - 1
-    responses_R = store.responses_of(group_ids_G)
+    responses_R = store.response_ids_of(group_ids_G)
     row_values_R = {name: np.asarray(values_R)[responses_R] for name, values_R in store.row_values.items()}
-    cuts = (runs.cuts_G, runs.cuts_R, runs.cuts_T, runs.cut(begin_R, len(scored_N)), runs.cut(segment_R, len(segments_S4)))
+    offsets = (
+        runs.offsets_G,
+        runs.offsets_R,
+        runs.offsets_T,
+        runs.stream_offsets(begin_R, len(scored_N)),
+        runs.stream_offsets(segment_R, len(segments_S4)),
+    )
     micro_batches = []
-    for positions, (begins, ends) in zip(members, pairwise(np.stack(cuts, axis=1).tolist()), strict=True):
+    for positions, (begins, ends) in zip(members, pairwise(np.stack(offsets, axis=1).tolist()), strict=True):
         of_G, of_R, of_T, of_N, of_S = map(slice, begins, ends)
         segments = [Segment._make(bounds) for bounds in segments_S4[of_S].tolist()]
         num_padding = _num_padding(of_T.stop - of_T.start, multiple_of)
@@ -118,8 +124,8 @@ class _Runs:
         prompt_R: int64, the run that is each response's prompt.
         group_R: int64, the group of each response, counted over all streams.
         shared_R: bool, whether the response's prompt is shared by the whole group.
-        cuts_G, cuts_R, cuts_T: int64 [streams + 1], where each stream begins among all groups, responses and tokens, and
-            the end.
+        offsets_G, offsets_R, offsets_T: int64 [streams + 1], where each stream begins among the groups, responses and tokens
+            of all streams; the last is their number.
     """
 
     source_U: IntArray
@@ -130,13 +136,13 @@ class _Runs:
     prompt_R: IntArray
     group_R: IntArray
     shared_R: npt.NDArray[np.bool_]
-    cuts_G: IntArray
-    cuts_R: IntArray
-    cuts_T: IntArray
+    offsets_G: IntArray
+    offsets_R: IntArray
+    offsets_T: IntArray
 
-    def cut(self, begin_R: IntArray, end: int) -> IntArray:
+    def stream_offsets(self, begin_R: IntArray, end: int) -> IntArray:
         """int64 [streams + 1]: where each stream begins in an array of `end` items, given where each response does."""
-        return np.append(begin_R, end)[self.cuts_R]
+        return np.append(begin_R, end)[self.offsets_R]
 
     @property
     def is_first_R(self) -> npt.NDArray[np.bool_]:
@@ -165,12 +171,14 @@ def _runs_of(store: GroupStore, group_ids_G: IntArray, num_groups: Sequence[int]
     length_U = offsets_S[segment_U + 1] - source_U
     position_U = np.zeros_like(length_U)
     position_U[response_U] = length_U[prompt_R]
-    cuts_G, before_U = offsets_of(num_groups), offsets_of(length_U)
-    cuts_U = offsets_of(num_runs_G)[cuts_G]
-    cuts_T = before_U[cuts_U]
-    start_U = before_U[:-1] - np.repeat(cuts_T[:-1], np.diff(cuts_U))
-    cuts_R = offsets_of(num_responses_G)[cuts_G]
-    return _Runs(source_U, length_U, start_U, position_U, response_U, prompt_R, group_R, shared_R, cuts_G, cuts_R, cuts_T)
+    offsets_G, before_U = offsets_of(num_groups), offsets_of(length_U)
+    offsets_U = offsets_of(num_runs_G)[offsets_G]
+    offsets_T = before_U[offsets_U]
+    start_U = before_U[:-1] - np.repeat(offsets_T[:-1], np.diff(offsets_U))
+    offsets_R = offsets_of(num_responses_G)[offsets_G]
+    return _Runs(
+        source_U, length_U, start_U, position_U, response_U, prompt_R, group_R, shared_R, offsets_G, offsets_R, offsets_T
+    )
 
 
 def _token_views(store: GroupStore, runs: _Runs) -> list[npt.NDArray[np.int32]]:
@@ -213,7 +221,7 @@ def _scored_of(runs: _Runs, score_prompts: bool) -> tuple[IntArray, IntArray, In
     lengths_R, prompts_R = runs.length_U[runs.response_U], runs.length_U[runs.prompt_R]
     without_R = (prompts_R == 0).astype(np.int64)
     starts, lengths = runs.start_U[runs.response_U] + without_R, lengths_R - without_R
-    responses = np.arange(len(lengths)) - np.repeat(runs.cuts_R[:-1], np.diff(runs.cuts_R))
+    responses = np.arange(len(lengths)) - np.repeat(runs.offsets_R[:-1], np.diff(runs.offsets_R))
     places = 1 + without_R
     if score_prompts:  # the prompt's scored positions come before those of the first response
         num_read_R = np.where(runs.is_first_R, np.maximum(prompts_R - 1, 0), 0)

@@ -1,4 +1,4 @@
-"""The numbers that rows carry: weights, margins, probabilities, scores, ranks and labels."""
+"""Numbers in rows: weights, margins, probabilities, scores, ranks and labels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SPELLINGS = {
     "responses": ("responses", "completions"),
     "scores": ("scores", "ranks"),
 }
-"""Fields that files know by several names (`ranks` says of itself what it is), each with all of them."""
+"""Fields that files spell in several ways, each with all its spellings (`scores` and `ranks` are told apart later)."""
 
 NAMES = frozenset({"margin", "weight", "label_probability", "score"})
-"""What `Reading.row_values` may ask for."""
+"""The names that `Reading.row_values` may have."""
 
 _RANGES = {
     "weight": (0.0, math.inf, "a finite number of at least 0"),
@@ -47,12 +47,12 @@ def read_row_values(row: Mapping[str, Any], names: Collection[str], num_response
 
 
 def pair_scores(row: Mapping[str, Any], location: str) -> tuple[float, float]:
-    """The scores of a pair that is read as a list: its own where it has them, else 1 and 0.
+    """The scores of a pair that is read as a list: those of the row where it has them, else 1 and 0.
 
     Raises:
         UserError: for half of them, for no finite numbers, or where the rejected answer has the higher one.
     """
-    if all(spelled(row, side) is None for side in ("chosen_score", "rejected_score")):
+    if all(find_spelling(row, side) is None for side in ("chosen_score", "rejected_score")):
         return 1.0, 0.0
     chosen, rejected = (_required(row, side, location) for side in ("chosen_score", "rejected_score"))
     if chosen < rejected:
@@ -69,7 +69,7 @@ def list_scores(row: Mapping[str, Any], num_responses: int, location: str) -> tu
     Raises:
         UserError: where neither or both are there, of another length than the responses, or not finite.
     """
-    name = spelled(row, "scores")
+    name = find_spelling(row, "scores")
     if name is None:
         has = ", ".join(row)
         raise UserError(
@@ -101,8 +101,8 @@ def read_label(row: Mapping[str, Any], location: str) -> float:
     raise UserError(f"{location}: `label` is {label!r:.40}; it must be true (a desirable answer) or false")
 
 
-def spelled(row: Mapping[str, Any], name: str) -> str | None:
-    """Under which of its names the row has a field; null is the same as no field."""
+def find_spelling(row: Mapping[str, Any], name: str) -> str | None:
+    """The spelling under which the row has the field, or None; a field that is null does not count."""
     return next((spelling for spelling in SPELLINGS[name] if row.get(spelling) is not None), None)
 
 

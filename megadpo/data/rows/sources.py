@@ -1,4 +1,4 @@
-"""Where rows come from: json, jsonl and parquet files (also .gz), directories of them, and Hugging Face datasets."""
+"""Rows of a source: json, jsonl and parquet files (also .gz), directories of them, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def source_files(source: Source) -> list[Path] | None:
     if path.is_dir() and _is_saved_dataset(path):
         return None
     if not path.exists():
-        # "data/pairs" beside a folder data/ is a mistyped path: no reason to ask the network.
+        # "data/pairs", where there is a folder data/, is a mistyped path: the Hub is not asked for it.
         meant_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
         if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not meant_here:
             return None
@@ -99,21 +99,21 @@ def iter_rows(source: Source) -> Iterator[tuple[str, Fields]]:
     located = _dataset_rows(source) if files is None else (item for file in files for item in _file_rows(file))
     for location, row in located:
         if not isinstance(row, dict):
-            raise UserError(f"{location}: a row must be a JSON object, this one is {_kind(row)}")
+            raise UserError(f"{location}: a row must be a JSON object, this one is {_json_type(row)}")
         yield location, _rename(row, source.columns)
 
 
 def _rename(row: Fields, columns: Mapping[str, str]) -> Fields:
     if not columns:
         return row
-    # Two fields must never be mixed into one column: where one is named, its other spellings do not count.
+    # A column must not be mixed from two fields: where one spelling is named, the others are left out.
     meant = [spellings for spellings in SPELLINGS.values() if not columns.keys().isdisjoint(spellings)]
     left_out = {*columns.values()}.union(*meant)
     renamed = {key: value for key, value in row.items() if key not in left_out}
     return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
@@ -207,8 +207,8 @@ def _arrow_rows(batch: Any) -> Iterator[Fields]:
 def _as_json(value: Any, kind: Any) -> Any:
     """An Arrow value without the nulls that Arrow fills in for keys which only other rows have, JSON columns decoded.
 
-    A key that is null and one that is not there are the same in Arrow. Only a message's content is kept as null: beside
-    tool calls, that is how it is written.
+    Arrow cannot tell a key that is null from one that is missing. Only a message's content is kept as null, which is how
+    messages with tool calls are written.
     """
     import pyarrow
 

@@ -13,8 +13,8 @@ from megadpo.data.batches.bin_packing import (
     attention_pairs,
     best_fit_decreasing,
     check_groups_fit,
-    fill_one_by_one,
     group_costs,
+    pack_by_subset_sums,
     pack_micro_batches,
 )
 from megadpo.data.batches.collate import collate_groups
@@ -124,14 +124,14 @@ def test_a_million_groups_are_packed_within_five_seconds_and_fill_their_bins() -
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(60, 200))
 def test_both_ways_of_packing_lose_nothing_and_put_nothing_beyond_the_capacity(lengths: list[int], capacity: int) -> None:
     tokens = np.array(lengths, np.int64)
-    for bins in (best_fit_decreasing(tokens, capacity), fill_one_by_one(tokens, capacity)):
+    for bins in (best_fit_decreasing(tokens, capacity), pack_by_subset_sums(tokens, capacity)):
         assert sorted(place for members in bins for place in members) == list(range(len(lengths)))
         assert all(members and tokens[members].sum() <= capacity for members in bins)
 
 
 def test_where_best_fit_needs_a_micro_batch_more_groups_are_fitted_together() -> None:
     lengths = np.array([4, 4, 3, 3, 3, 3])  # best-fit puts the two of 4 together
-    assert len(best_fit_decreasing(lengths, 10)) == 3 and len(fill_one_by_one(lengths, 10)) == 2
+    assert len(best_fit_decreasing(lengths, 10)) == 3 and len(pack_by_subset_sums(lengths, 10)) == 2
     plan = pack_micro_batches(lengths, lengths, 10, 1)[0]
     assert [sorted(lengths[members].tolist()) for members in plan] == [[3, 3, 4], [3, 3, 4]]
 

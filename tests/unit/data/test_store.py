@@ -52,7 +52,7 @@ def test_groups_of_any_shape_come_back_and_their_tokens_are_counted(given_groups
 def test_responses_of_any_groups_are_found_among_all_of_them(given_groups: list[Group], data: st.DataObject) -> None:
     store = GroupStore.of(given_groups)
     row_values = data.draw(st.lists(st.integers(0, len(store) - 1), max_size=9))
-    found, offsets = store.responses_of(row_values), store.response_offsets_of(row_values)
+    found, offsets = store.response_ids_of(row_values), store.response_offsets_of(row_values)
     scores = store.row_values["score"]
     assert scores.dtype == np.float64 and len(scores) == store.num_responses
     for place, number in enumerate(row_values):

@@ -74,7 +74,7 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     request = launchers.Request(nproc=arguments.nproc)
     if request.names() and not _is_worker(request) and launchers.machines(request).nproc > 1:
         return _start_workers(arguments.nproc, argv)
-    from megadpo.commands.logprobs import run_logprobs
+    from megadpo.training.logprobs import run_logprobs
 
     _wrote(run_logprobs(arguments.model, arguments.data, arguments.out, config))
     return 0
@@ -82,7 +82,7 @@ def logprobs(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     layout = _layout(arguments.layout)
-    from megadpo.commands.convert import import_hf
+    from megadpo.checkpoint.convert import import_hf
 
     import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
     _wrote(arguments.out)
@@ -90,7 +90,7 @@ def convert_import(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def convert_export(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    from megadpo.commands.convert import export_checkpoint
+    from megadpo.checkpoint.convert import export_checkpoint
 
     export_checkpoint(arguments.checkpoint, arguments.out)
     _wrote(arguments.out)

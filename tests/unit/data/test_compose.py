@@ -13,7 +13,7 @@ from megadpo.data.batches.packed_dataset import prepare_packing
 from megadpo.data.batches.sampler import Batches
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.training.setup import _check_steps_can_fill
+from megadpo.validation.data import check_steps_can_fill
 from megadpo.validation.load import load_config
 from tests.helpers.models import random_groups
 
@@ -109,4 +109,4 @@ def test_a_multiple_that_can_have_no_effect_is_refused(multiple: int, samples: i
     )
     config = load_config({"data": {"step_tokens_multiple_of": multiple}, "train": {"pairs_per_step": 8}})
     with pytest.raises(UserError, match=f"data.step_tokens_multiple_of .*{message}"):
-        _check_steps_can_fill(config, packing, samples)
+        check_steps_can_fill(config, packing.num_tokens_G, samples)

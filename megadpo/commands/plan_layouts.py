@@ -40,7 +40,7 @@ class Fit:
     parameters: int
 
 
-def run_plan(config: Config, counts: Sequence[int] = ()) -> str:
+def list_layouts(config: Config, counts: Sequence[int] = ()) -> str:
     """What `megadpo plan --layouts` prints.
 
     Raises:

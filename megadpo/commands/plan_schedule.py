@@ -21,7 +21,7 @@ from megadpo.pipeline.simulate import Costs, Timing, peak_activations, simulate
 from megadpo.validation.layout import check_layout
 
 
-def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) -> str:
+def draw_schedule(config: Config, path: str, num_micro_batches: int | None) -> str:
     """Draw to `path`; what is printed.
 
     Args:

@@ -20,7 +20,7 @@ class ModelConfig:
     """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
-    fp32 on CPU."""
+    fp32 on CPU. `float32`, `torch.float32`, `bfloat16` and `torch.bfloat16` are read as these."""
     kernels: str = "auto"
     """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
     `torch`, or `auto`: native where it is to be had."""
@@ -194,7 +194,7 @@ class ParallelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class PipelineScheduleConfig:
     name: str = "megatron"
     """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
     `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
@@ -237,7 +237,7 @@ class TrainConfig:
     """AdamW's epsilon."""
     moments_dtype: str = "fp32"
     """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
-    rounding is right on average over the steps). With `engine: megatron`."""
+    rounding is right on average over the steps), in any spelling of `model.dtype`. With `engine: megatron`."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     recompute: str = "none"
@@ -299,7 +299,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

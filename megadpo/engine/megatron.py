@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megadpo.config.schema import ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.bf16_moments import NarrowAdamW
 from megadpo.model.build import Stage
@@ -42,11 +42,11 @@ class MegatronEngine:
         stage: Stage,
         train: TrainConfig,
         parallel: ParallelConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        schedule: PipelineScheduleConfig | None = None,
     ) -> None:
         """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults."""
         parallel = ParallelConfig() if parallel is None else parallel
-        schedule = ScheduleConfig() if schedule is None else schedule
+        schedule = PipelineScheduleConfig() if schedule is None else schedule
         self.passes = passes_by(schedule)
         self.stage = stage
         self.train = train

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megadpo.config.schema import ScheduleConfig
+from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.pipeline import megatron_schedule as schedule
 from megadpo.pipeline import run_schedule as own_schedule
 
@@ -18,7 +18,7 @@ class Passes(NamedTuple):
     forward_backward: Callable[..., Any]
 
 
-def passes_by(options: ScheduleConfig) -> Passes:
+def passes_by(options: PipelineScheduleConfig) -> Passes:
     """What does as the options say."""
     if options.name == "megatron":
         return Passes(schedule.forward_only, schedule.forward_backward)

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint
+from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint
 from megadpo.config.schema import Config
+from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
 
 IDENTITY: dict[str, tuple[str, ...]] = {
@@ -55,6 +56,26 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
     if not is_checkpoint(chosen):
         raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory")
     return chosen
+
+
+def check_resumable(checkpoint: Path, data_digest: str, num_steps: int) -> None:
+    """Refuse a checkpoint that a run with this data and so many steps cannot go on from.
+
+    Raises:
+        UserError: no training state in it, other data, or it is beyond the last step.
+    """
+    opened = open_checkpoint(checkpoint)
+    step, digest = opened.state.get("step"), opened.state.get("data_digest")
+    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
+        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
+    if digest != data_digest:
+        raise UserError(
+            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
+            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+        )
+    if step > num_steps:
+        planned = counted(num_steps, "step")
+        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
 
 
 def make_output_dir(directory: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ScheduleConfig
+from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
@@ -33,7 +33,7 @@ from megadpo.pipeline.select import passes_by
 from megadpo.platform.device import compute_device
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
-from megadpo.training.setup import ModelFiles, Plan, scoring_packing
+from megadpo.training.setup import ModelFiles, RunSetup, scoring_packing
 
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 """Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
@@ -87,7 +87,7 @@ class References:
                 own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
-def build_references(plan: Plan, say: Callable[[str], None]) -> References:
+def build_references(plan: RunSetup, say: Callable[[str], None]) -> References:
     """What the configuration asks for, ready to be asked.
 
     Args:
@@ -126,14 +126,14 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     return References(resident(frozen(), ld_alpha, plan.config.schedule), held_out, frozen(), table=table)
 
 
-def _cache_path(plan: Plan, packing: PackedDataset) -> Path:
+def _cache_path(plan: RunSetup, packing: PackedDataset) -> Path:
     arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
     key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
     return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
 def _precomputed_for(
-    plan: Plan, packing: PackedDataset, frozen: Callable[[], Stage], say: Callable[[str], None]
+    plan: RunSetup, packing: PackedDataset, frozen: Callable[[], Stage], say: Callable[[str], None]
 ) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
@@ -162,10 +162,10 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    forward_only = passes_by(schedule or ScheduleConfig()).forward_only
+    forward_only = passes_by(schedule or PipelineScheduleConfig()).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 

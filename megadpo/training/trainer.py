@@ -38,7 +38,7 @@ from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import write_config
-from megadpo.training.setup import Plan, prepare
+from megadpo.training.setup import RunSetup, prepare
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -90,7 +90,7 @@ class Run:
         ahead: the groups of a step and their micro-batches, made ready while the step before it computes.
     """
 
-    plan: Plan
+    plan: RunSetup
     engine: Engine
     references: References
     callbacks: Callbacks
@@ -141,7 +141,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     return Result(metrics, plan.num_steps, model_path, plan.output_dir)
 
 
-def build(plan: Plan, callbacks: Callbacks) -> Run:
+def build(plan: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.heads.kernels import choose_kernels
     from megadpo.training.reference import build_references
@@ -159,7 +159,7 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     return Run(plan, engine, references, callbacks)
 
 
-def build_engine(plan: Plan) -> Engine:
+def build_engine(plan: RunSetup) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded."""
     config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
     asked = plan.config.model
@@ -253,7 +253,7 @@ def reference_moves_after(config: Config, step: int) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def reference_waits_after(plan: Plan, step: int) -> bool:
+def reference_waits_after(plan: RunSetup, step: int) -> bool:
     """Whether nothing of the next step can be run ahead: there is none, or its reference is another one."""
     return step + 1 == plan.num_steps or reference_moves_after(plan.config, step)
 
@@ -308,7 +308,7 @@ def say(sentence: str) -> None:
         print(f"megadpo: {sentence}", file=sys.stderr, flush=True)
 
 
-def say_plan(plan: Plan) -> None:
+def say_plan(plan: RunSetup) -> None:
     """What is about to run: data, layout, device, dtype."""
     for which, report in plan.reports.items():
         say(f"{which}: {report.sentence()}")

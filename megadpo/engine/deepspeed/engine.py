@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
@@ -57,12 +57,12 @@ class ZeroEngine:
     """See `megadpo.engine.base.Engine`."""
 
     def __init__(
-        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: PipelineScheduleConfig | None = None
     ) -> None:
         """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
         prepare_deepspeed()
         self.stage, self.train, self.parallel = stage, train, parallel
-        self.passes = passes_by(schedule or ScheduleConfig())
+        self.passes = passes_by(schedule or PipelineScheduleConfig())
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)

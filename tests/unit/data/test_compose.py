@@ -13,7 +13,7 @@ from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.training.setup import _check_steps_can_fill
+from megadpo.validation.data import check_steps_can_fill
 from megadpo.validation.load import load_config
 from tests.helpers.models import random_groups
 
@@ -101,4 +101,4 @@ def test_a_multiple_that_can_have_no_effect_is_refused(multiple: int, samples: i
     packing = PackedDataset.of(GroupStore.of(random_groups(40)), PackingOptions(tokens_per_micro_batch=1000, hidden_size=8))
     config = load_config({"data": {"step_tokens_multiple_of": multiple}, "train": {"pairs_per_step": 8}})
     with pytest.raises(UserError, match=f"data.step_tokens_multiple_of .*{message}"):
-        _check_steps_can_fill(config, packing, samples)
+        check_steps_can_fill(config, packing.num_tokens_G, samples)

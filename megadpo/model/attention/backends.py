@@ -1,7 +1,7 @@
 """Which kernel computes attention: chosen once for a run, by device, dtype and what is installed.
 
 * "cpu_flash": torch's CPU flash kernel over blocks and batches (attention_cpu.py);
-* "varlen", "flash_attn", "transformer_engine": one call of a GPU kernel (attention_varlen.py);
+* "varlen", "flash_attn", "transformer_engine": one call of a GPU kernel (sequences.py);
 * "sdpa": torch's scaled_dot_product_attention, segment by segment, on anything (attention_plain.py).
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
@@ -22,7 +22,7 @@ from megadpo.errors import UserError
 from megadpo.model.attention.cpu_blocks import blocks_of
 from megadpo.model.attention.cpu_flash import attend_in_blocks, has_kernel
 from megadpo.model.attention.sdpa import attend_by_segment
-from megadpo.model.attention.varlen import (
+from megadpo.model.attention.sequences import (
     Kernel,
     attend_in_one_call,
     flash_attn_kernel,
@@ -77,7 +77,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 def _no_varlen() -> str | None:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} does not have that"
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.sequences import varlen_attn
 
     missing = {"scale", "window_size", "enable_gqa"} - inspect.signature(varlen_attn).parameters.keys()
     return f"that of torch {torch.__version__} does not take {', '.join(sorted(missing))}" if missing else None

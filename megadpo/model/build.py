@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention.backends import choose_backend
+from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
 from megadpo.model.families import (
     ParameterShard,
@@ -57,7 +58,7 @@ class Stage:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
-        attention: the kernel that computes attention, one of `attention_backends.BACKENDS`.
+        attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         offloader: what moves activations away, where that was asked for.
     """
@@ -106,7 +107,7 @@ def build_stage(
     asked = asked or ModelConfig()
     layers = choose_layers(asked, compute_device(), dtype, experts_of(hf_config) is not None)
     config = _transformer_config(hf_config, layout, dtype, activations, layers)
-    backend = choose_backend(asked.attention, compute_device(), dtype, config.kv_channels)
+    backend = choose_backend(asked.attention, AttentionNeeds(compute_device(), dtype, config.kv_channels))
     models = [_build_chunk(hf_config, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
@@ -117,7 +118,7 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(hf_config, layout, chunk).start
         parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend, layers, offload_activations(models, activations))
+    return Stage(models, parameters, backend.name, layers, offload_activations(models, activations))
 
 
 def _build_chunk(
@@ -126,7 +127,7 @@ def _build_chunk(
     config: TransformerConfig,
     chunk: int,
     device: torch.device | None,
-    backend: str,
+    backend: AttentionBackend,
     layers: Layers,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)

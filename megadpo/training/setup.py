@@ -19,6 +19,7 @@ from megadpo.data.rows.report import counted
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
+from megadpo.model.attention.base import AttentionNeeds
 from megadpo.model.families import TensorSource, check_tensors, experts_of, transformer_config_kwargs
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.objectives.custom import load_custom
@@ -169,7 +170,8 @@ def check_modules(config: Config, hf_config: Any) -> None:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, compute_device(), dtype, transformer_config_kwargs(hf_config)["kv_channels"])
+    head_dim = transformer_config_kwargs(hf_config)["kv_channels"]
+    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, head_dim))
     choose_layers(config.model, compute_device(), dtype, experts_of(hf_config) is not None)
 
 

@@ -1,7 +1,7 @@
 """Attention over a packed stream in which responses share their prompt; fills Megatron's core_attention slot.
 
-Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. By which kernel is
-chosen once, by attention_backends.py.
+Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. The backend that
+computes it is chosen once, by backends.py.
 Under context parallelism a rank has the queries of its part of the stream only, or its share of the heads of all of it:
 parallel/context.py.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megadpo.data.batches.halves import Half
 from megadpo.data.batches.micro_batch import MicroBatch, Part, Piece, Segment
-from megadpo.model.attention.backends import attend, prepare_attention
+from megadpo.model.attention.base import AttentionBackend
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.moe.load import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
@@ -52,7 +52,7 @@ class StreamParams(PackedSeqParams):
         return self.weights_T
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` makes, made once for all layers that ask by the same key."""
+        """The result of `make`, called once for all layers that have the same key."""
         if key not in self.prepared:
             self.prepared[key] = make()
         return self.prepared[key]
@@ -68,14 +68,13 @@ class GroupAttention(MegatronModule):
         *unused: Any,
         windows: Sequence[int | None],
         rope_scaling: float,
+        backend: AttentionBackend,
         context_method: str | None = None,
-        backend: str = "sdpa",
         **also_unused: Any,
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
 
-        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather";
-        `backend` is one of `attention_backends.BACKENDS`.
+        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather".
         """
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -127,7 +126,5 @@ class GroupAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | Piece], stream: StreamParams
     ) -> Tensor:
         """[T, A, D], from query [T, A, D], key and value [stream tokens, K, D]."""
-        prepared = stream.once(
-            (self.backend, self.window), lambda: prepare_attention(self.backend, segments, self.window, key)
-        )
-        return attend(self.backend, query, key, value, prepared, self.softmax_scale)
+        prepared = stream.once(self.window, lambda: self.backend.prepare(segments, self.window, key))
+        return self.backend.attend(query, key, value, prepared, self.softmax_scale)

@@ -1,5 +1,5 @@
 """What attention of a packed stream on the CPU is computed from: blocks and batches, without a copy of any key and without
-a large mask. attention_cpu.py computes them.
+a large mask. cpu_flash.py computes them.
 
 The keys that a segment sees are cut into a causal square (its own tokens) and rectangles that every query sees wholly (its
 shared prompt; under context parallelism what stands before a piece). Responses that stand side by side share one rectangle

@@ -78,6 +78,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.parallel.context import with_own_part
     from megadpo.parallel.layout import Layout
     from megadpo.pipeline.megatron_schedule import forward_backward
@@ -91,7 +92,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         num_key_value_heads=point["key_value_heads"],
         max_position_embeddings=point["tokens"],
     )
-    stage = build_stage(config, Layout(context=point["context"], context_method=point["method"]), torch.float32)
+    stage = build_stage(shape_of(config), Layout(context=point["context"], context_method=point["method"]), torch.float32)
     with torch.no_grad():
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
-from megadpo.model.families import Experts
 from megadpo.model.moe.load import RouterWatch
+from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
 from megadpo.platform.device import compute_device
 

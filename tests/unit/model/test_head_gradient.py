@@ -26,6 +26,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.heads import logprob as head
     from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
@@ -40,7 +41,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
         multiple_of=1,
         hidden_size=64,
     )
-    stage = build_stage(read_hf_config(model), layout, dtype)
+    stage = build_stage(shape_of(read_hf_config(model)), layout, dtype)
     load_weights(stage, open_hf(model))
     stage.train()
     engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))

@@ -80,13 +80,14 @@ def head_of_last_stage(model: Path) -> tuple[dict[str, tuple[int, ...]], torch.T
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     layout = Layout(tensor=dist.get_world_size())
     with joined_world(layout, seed=1):
-        stage = build_stage(read_hf_config(model), layout, torch.float32)
+        stage = build_stage(shape_of(read_hf_config(model)), layout, torch.float32)
         load_weights(stage, open_hf(model))
     dist.destroy_process_group()
     held = {name: tuple(p.shape) for name, p in stage.model.named_parameters() if name.startswith("output_layer")}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from megadpo.model.families import (
     Place,
     shard_parameters,
 )
-from megadpo.model.heads.logprob import LogProbHead
+from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
@@ -71,10 +71,17 @@ class Stage:
         return model
 
     @property
-    def heads(self) -> list[LogProbHead]:
+    def logprob_head(self) -> LogProbHead | None:
         """The log-prob head, where this stage has it."""
-        layers = [model.output_layer for model in self.models if model.post_process]
-        return [layer for layer in layers if isinstance(layer, LogProbHead)]
+        heads = [model.output_layer for model in self.models if model.post_process]
+        return heads[0] if heads and isinstance(heads[0], LogProbHead) else None
+
+    def configure_head(
+        self, statistics: Collection[str] | None = None, gradient_buffer: GradientBuffer | None = None
+    ) -> None:
+        """`LogProbHead.configure`, where this stage has that head: a scalar head gives one number, by autograd."""
+        if self.logprob_head is not None:
+            self.logprob_head.configure(statistics, gradient_buffer)
 
     def train(self) -> None:
         """Put every chunk into training mode."""

@@ -151,8 +151,7 @@ def frozen_stage(
     for model in stage.models:
         model.requires_grad_(False)
         model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     return stage
 
 

@@ -143,14 +143,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
 def build(plan: Plan, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.heads.kernels import choose_kernels
+    from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
 
     kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
     engine = build_engine(plan)
-    for head in engine.stage.heads:
-        head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
+    statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or plan.config.objective.wpo]
+    engine.stage.configure_head(statistics)
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
     if not has_reward_head(plan.config.objective.loss_types):
         described["log-prob head"] = kernels

@@ -69,8 +69,7 @@ class ZeroEngine:
         config = _config(stage, parallel, adam is not None)
         self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
-        for head in stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
@@ -224,8 +223,7 @@ def frozen_sharded_stage(
     stage = sharded_stage(shape, source, layout, dtype, KEEP, parallel, options, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 

@@ -28,6 +28,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.heads import logprob as head
+    from megadpo.model.heads.logprob import through_autograd
     from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
 
@@ -46,8 +47,7 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     stage.train()
     engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
     if way == "autograd":
-        for layer in stage.heads:
-            layer.gradient_buffer = None
+        stage.configure_head(gradient_buffer=through_autograd)
     micro_batches = local_micro_batches(packing, np.arange(len(groups)))
     assert len(micro_batches) > 1
     for _ in range(2):

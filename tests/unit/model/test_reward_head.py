@@ -136,8 +136,8 @@ def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -
     in_halves = torch.zeros(sum(len(half.tokens_T) for half in whole.halves), 8).index_copy(0, order, hidden_TH)
     rewards = []
     for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
-        head.micro_batch = held
-        rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
+        with head.reading(held):
+            rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 

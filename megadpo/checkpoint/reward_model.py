@@ -53,7 +53,7 @@ def as_reward_model(hf_config: PretrainedConfig, source: TensorSource, hf_dir: P
 
 
 def refuse_reward_model(hf_config: PretrainedConfig, model: str) -> None:
-    """Raise UserError where log-probs are asked of a model without an lm_head; `model` says which, setting included."""
+    """Raise UserError for a reward model where log-probs are needed; `model` names the setting and the path."""
     if head_of(hf_config) == "reward":
         raise UserError(
             f"{model} is a reward model ({hf_config.architectures[0]}): it has a scalar head and no lm_head, so it gives no "

@@ -273,7 +273,7 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open a checkpoint; tensors are read when asked for.
+    """Open a checkpoint; tensors are read from disk by `TensorSource.read` only.
 
     Raises:
         UserError: no checkpoint, another version, or damaged.

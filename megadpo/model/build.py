@@ -27,8 +27,8 @@ from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
 from megadpo.model.families import (
+    ExpertPlace,
     ParameterShard,
-    Place,
     shard_parameters,
 )
 from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
@@ -55,7 +55,7 @@ class Stage:
             values lie in the Hugging Face tensors.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
-        offloader: what moves activations away, where that was asked for.
+        offloader: what offloads activations, where `train.activation_offload` says so.
     """
 
     models: list[GPTModel]
@@ -115,7 +115,7 @@ def build_stage(
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
         parallel_state.get_tensor_model_parallel_rank(),
-        Place(expert, layout.expert, expert_tensor, layout.expert_tensor),
+        ExpertPlace(expert, layout.expert, expert_tensor, layout.expert_tensor),
     )
     for chunk, model in enumerate(models):
         first_layer = _layers(shape, layout, chunk).start
@@ -188,7 +188,7 @@ def _made_on(device: torch.device | None, config: TransformerConfig) -> Iterator
 
 
 def expert_ranks() -> tuple[int, int]:
-    """This rank's numbers among the ranks that share a layer's experts and, within, among those that share each expert."""
+    """This rank's rank in the expert-parallel group, and in the group of the ranks that share each expert's matrices."""
     return parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
 
 
@@ -196,11 +196,13 @@ def stage_shards(
     shape: ModelShape, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
 ) -> list[ParameterShard]:
     """What the rank with these numbers holds in this rank's pipeline stage, in all chunks."""
-    place = Place(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
+    place = ExpertPlace(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
     return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(shape, layout, tensor_rank, chunk, place)]
 
 
-def _chunk_shards(shape: ModelShape, layout: Layout, tensor_rank: int, chunk: int, place: Place) -> list[ParameterShard]:
+def _chunk_shards(
+    shape: ModelShape, layout: Layout, tensor_rank: int, chunk: int, place: ExpertPlace
+) -> list[ParameterShard]:
     return shard_parameters(
         shape,
         tensor_rank=tensor_rank,

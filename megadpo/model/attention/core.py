@@ -31,10 +31,16 @@ from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of
 
 @dataclass
 class StreamParams(PackedSeqParams):
-    """Takes a micro-batch, its number in the step, who watches the routers, and what one half of a micro-batch has for the
-    other, through Megatron's packed_seq_params slot.
+    """What one forward pass hands to every layer, through Megatron's packed_seq_params slot.
 
     qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
+
+    Attributes:
+        prepared: by window, what the attention backend prepared for the layers that have it.
+        number: of the micro-batch in the step.
+        watch: what records the routers' choices, where the model has experts.
+        weights_T: see `token_weights`.
+        prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
     """
 
     micro_batch: MicroBatch | None = None
@@ -45,7 +51,7 @@ class StreamParams(PackedSeqParams):
     prompt_keys: PromptKeys | None = None
 
     def token_weights(self) -> Tensor:
-        """`routing.token_weights` of the micro-batch, made once for all layers."""
+        """`moe.load.token_weights` of the micro-batch, made once for all layers."""
         if self.weights_T is None:
             assert self.micro_batch is not None
             self.weights_T = token_weights(self.micro_batch)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megadpo.data.batches.micro_batch import Piece, Segment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.cpu_blocks import Batch, Block, Blocks, Padded, Range, blocks_of
+from megadpo.model.attention.cpu_blocks import Block, Blocks, Padded, PaddedBatch, Range, blocks_of
 
 # The operations below scaled_dot_product_attention: that neither gives the log-sum-exp nor takes another's.
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -151,7 +151,7 @@ def _shared(gradient_KJMD: Tensor) -> Tensor:
     return gradient_KJMD.sum(1, dtype=_wide(gradient_KJMD.dtype))
 
 
-def _batch_operands(query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> list[Tensor]:
+def _batch_operands(query: Tensor, key: Tensor, value: Tensor, batch: PaddedBatch) -> list[Tensor]:
     """[B, A, L, D] and twice [B, A, M, D]."""
     num_sharing = query.shape[1] // key.shape[1]
     operands = [_in_batch(query, batch.queries)]
@@ -167,7 +167,7 @@ def _in_batch(rows: Tensor, places: Padded) -> Tensor:
 
 
 def _forward_batch(
-    query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float, output: Tensor, lse_TA: Tensor
+    query: Tensor, key: Tensor, value: Tensor, batch: PaddedBatch, scale: float, output: Tensor, lse_TA: Tensor
 ) -> None:
     operands = _batch_operands(query, key, value, batch)
     new_BALD, new_lse_BAL = _forward(*operands, 0.0, batch.mask is None, attn_mask=batch.mask, scale=scale)
@@ -181,7 +181,7 @@ def _real(padded: Tensor, places: Padded) -> Tensor:
 
 
 def _backward_batch(
-    d_output: Tensor, saved: tuple[Tensor, ...], batch: Batch, scale: float, gradients: tuple[Tensor, Tensor, Tensor]
+    d_output: Tensor, saved: tuple[Tensor, ...], batch: PaddedBatch, scale: float, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     query, key, value, output, lse_TA = saved
     # With a denominator of infinity, padding has weights of zero, and so no gradient.

@@ -1,7 +1,7 @@
 """Model families: Hugging Face config and names <-> the model's shape and Megatron's names. One file a family."""
 
 from megadpo.model.families.check import check_tensors
-from megadpo.model.families.common import HEAD, SCORE, Family, ParameterShard, Piece, Place, TensorSource
+from megadpo.model.families.common import HEAD, SCORE, ExpertPlace, Family, ParameterShard, ShardPiece, TensorSource
 from megadpo.model.families.heads import head_of, head_settings, with_reward_head
 from megadpo.model.families.registry import FAMILIES, family_of
 from megadpo.model.families.shape import shape_of
@@ -11,10 +11,10 @@ __all__ = [
     "FAMILIES",
     "HEAD",
     "SCORE",
+    "ExpertPlace",
     "Family",
     "ParameterShard",
-    "Piece",
-    "Place",
+    "ShardPiece",
     "TensorSource",
     "check_tensors",
     "family_of",

@@ -24,7 +24,7 @@ SCORE = "score.weight"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """``shard[local_start : local_start + length] = logical[logical_start : logical_start + length]`` along `dim`.
 
     The other dimensions are copied whole.
@@ -53,7 +53,7 @@ class ParameterShard:
     name: str
     shape: tuple[int, ...]
     partition_dim: int | None
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardPiece, ...]
     is_primary: bool = True
 
 
@@ -77,8 +77,13 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """One rank's place in a grid of ranks that share matrices: `expert` says whose experts, `tensor` which part of them."""
+class ExpertPlace:
+    """One rank among those that share a layer's experts.
+
+    Attributes:
+        expert, num_expert: its rank in the expert-parallel group, which decides the experts it holds, and the group's size.
+        tensor, num_tensor: its rank among the ranks that share each expert's matrices, and their number.
+    """
 
     expert: int = 0
     num_expert: int = 1

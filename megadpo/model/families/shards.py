@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ParameterShard, Piece, Place
+from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ExpertPlace, ParameterShard, ShardPiece
 from megadpo.model.shape import Experts, ModelShape
 
 # (logical name, first element, number of elements) along the dimension at hand.
@@ -74,7 +74,7 @@ def shard_parameters(
     layers: range,
     has_embedding: bool,
     has_head: bool,
-    expert_place: Place | None = None,
+    expert_place: ExpertPlace | None = None,
 ) -> list[ParameterShard]:
     """What a rank of a pipeline stage holds, in Megatron's names (local layer spec) with global layer numbers.
 
@@ -99,7 +99,7 @@ def shard_parameters(
     for layer in layers:
         shards.extend(_layer_shards(shape, cut, layer))
         if shape.experts is not None and layer in shape.experts.layers:
-            place = expert_place or Place(tensor=tensor_rank, num_tensor=num_tensor)
+            place = expert_place or ExpertPlace(tensor=tensor_rank, num_tensor=num_tensor)
             shards.extend(_mixture_shards(shape, shape.experts, cut, place, layer))
         else:
             shards.extend(_mlp_shards(shape, cut, layer))
@@ -133,28 +133,28 @@ class _Cutter:
 
     def columns(self, name: str, logical_name: str, num_rows: int, num_columns: int) -> ParameterShard:
         share = self._share(num_columns)
-        piece = Piece(logical_name, 1, self.rank * share, 0, share)
+        piece = ShardPiece(logical_name, 1, self.rank * share, 0, share)
         return ParameterShard(name, (num_rows, share), 1, (piece,))
 
     def gated(self, name: str, gate: str, up: str, num_rows: int, num_columns: int) -> ParameterShard:
         """This rank's rows of `gate`, then its rows of `up`; both have `num_rows`."""
         share = self._share(num_rows)
         start = self.rank * share
-        pieces = (Piece(gate, 0, start, 0, share), Piece(up, 0, start, share, share))
+        pieces = (ShardPiece(gate, 0, start, 0, share), ShardPiece(up, 0, start, share, share))
         return ParameterShard(name, (2 * share, num_columns), 0, pieces)
 
     def whole(self, name: str, logical_name: str, *shape: int) -> ParameterShard:
-        piece = Piece(logical_name, 0, 0, 0, shape[0])
+        piece = ShardPiece(logical_name, 0, 0, 0, shape[0])
         return ParameterShard(name, shape, None, (piece,), is_primary=self.rank == 0)
 
 
-def _interval(runs: list[Run], start: int, length: int) -> Iterator[Piece]:
+def _interval(runs: list[Run], start: int, length: int) -> Iterator[ShardPiece]:
     """Pieces of elements ``[start, start + length)`` of the stacked runs."""
     position = 0
     for name, first, count in runs:
         low, high = max(start, position), min(start + length, position + count)
         if low < high:
-            yield Piece(name, 0, first + low - position, low - start, high - low)
+            yield ShardPiece(name, 0, first + low - position, low - start, high - low)
         position += count
 
 
@@ -192,7 +192,9 @@ def _mlp_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterSh
     ]
 
 
-def _mixture_shards(shape: ModelShape, experts: Experts, cut: _Cutter, place: Place, layer: int) -> list[ParameterShard]:
+def _mixture_shards(
+    shape: ModelShape, experts: Experts, cut: _Cutter, place: ExpertPlace, layer: int
+) -> list[ParameterShard]:
     """The router, and this rank's experts under their numbers in the whole layer."""
     to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{experts.block}"
     shards = [cut.whole(f"{to}.router.weight", f"{of}.gate.weight", experts.count, shape.hidden_size)]

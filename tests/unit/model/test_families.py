@@ -24,7 +24,7 @@ from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.errors import UserError
 from megadpo.model.families import (
-    Place,
+    ExpertPlace,
     check_tensors,
     family_of,
     logical_shapes,
@@ -150,7 +150,7 @@ def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
                 layers=range(4),
                 has_embedding=False,
                 has_head=False,
-                expert_place=Place(expert, num_expert, tensor, num_tensor),
+                expert_place=ExpertPlace(expert, num_expert, tensor, num_tensor),
             )
             filled = [(shard, torch.full(shard.shape, math.nan)) for shard in shards if ".local_experts." in shard.name]
             for shard, values in filled:

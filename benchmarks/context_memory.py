@@ -78,9 +78,10 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import MegatronSchedule
+    from megadpo.pipeline.megatron_schedule import forward_backward
 
     config = LlamaConfig(
         vocab_size=512,
@@ -91,7 +92,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         num_key_value_heads=point["key_value_heads"],
         max_position_embeddings=point["tokens"],
     )
-    stage = build_stage(config, Layout(context=point["context"], context_method=point["method"]), torch.float32)
+    stage = build_stage(shape_of(config), Layout(context=point["context"], context_method=point["method"]), torch.float32)
     with torch.no_grad():
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
@@ -109,15 +110,13 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    MegatronSchedule().forward_backward(
-        stage.models, [with_own_shard(_stream(point, tokens=256))], ones
-    )  # code and buffers are there
+    forward_backward(stage.models, [with_own_shard(_stream(point, tokens=256))], ones)  # code and buffers are there
     batch = with_own_shard(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        MegatronSchedule().forward_backward(stage.models, [batch], ones)
+        forward_backward(stage.models, [batch], ones)
     pieces = batch.segments if batch.shard is None else batch.shard.segments
     return {
         "seconds": time.perf_counter() - started,

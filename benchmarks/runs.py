@@ -48,6 +48,6 @@ def _config(directory: Path, rows: Path, num_pairs: int, capacity: int, max_leng
 def plan_on(plan: RunSetup, groups: Sequence[Group]) -> RunSetup:
     """The same plan on other pairs, which its steps see in their order."""
     store, train = GroupStore.of(groups), plan.config.train
-    packing = data_packing(plan.config, store, plan.layout, plan.policy.config, train.tokens_per_micro_batch, "--capacity")
+    packing = data_packing(plan.config, store, plan.layout, plan.policy.shape, train.tokens_per_micro_batch, "--capacity")
     batches = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
     return dataclasses.replace(plan, train=packing, batches=batches)

@@ -235,6 +235,7 @@ class _Computed:
         from transformers import LlamaConfig
 
         from megadpo.model.build import build_stage
+        from megadpo.model.families import shape_of
         from megadpo.model.weight_gradients import fuse_gradients
         from megadpo.parallel.layout import Layout
 
@@ -249,7 +250,7 @@ class _Computed:
             max_position_embeddings=point["tokens"],
         )
         layout = Layout(pipeline=point["stages"], virtual=point["chunks"])
-        self.policy, self.reference = (build_stage(config, layout, torch.float32) for _ in range(2))
+        self.policy, self.reference = (build_stage(shape_of(config), layout, torch.float32) for _ in range(2))
         with torch.no_grad():
             for stage in (self.policy, self.reference):
                 for model in stage.models:

@@ -51,11 +51,12 @@ def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | Non
     for stage in range(4):
         with joined_world(layout, seed=1):
             from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
+            from megadpo.model.families import shape_of
 
             micro_batches = micro_batches or packing.micro_batches(list(range(len(groups))), dist.get_rank())
             before = _storages()
             parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, deepspeed_config=deepspeed_config)
-            loaded = policy_stage(read_hf_config(model), open_hf(model), layout, torch.float32, KEEP, parallel)
+            loaded = policy_stage(shape_of(read_hf_config(model)), open_hf(model), layout, torch.float32, KEEP, parallel)
             num_parameters = sum(torch.Size(shard.shape).numel() for _, shard in loaded.parameters.values())
             engine = ZeroEngine(loaded, TrainConfig(), parallel)
             for step in range(2):

@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file, writer_name
 from megadpo.checkpoint.staging import abandon, begin, refuse_existing
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, check_tensors, shard_parameters
+from megadpo.model.families import ParameterShard, TensorSource, check_tensors, shape_of, shard_parameters
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard
 from megadpo.parallel.layout import Layout
 from megadpo.validation.layout import check_layout
@@ -44,14 +44,14 @@ def import_hf(
     if is_checkpoint(hf_dir):
         raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
     refuse_existing(out)
-    config = read_hf_config(hf_dir)
-    check_layout(layout, config)
+    shape = shape_of(read_hf_config(hf_dir))
+    check_layout(layout, shape)
     source = open_hf(hf_dir)
-    check_tensors(config, source)
+    check_tensors(shape, source)
     begin(out)
     try:
         manifests = [
-            write_shard_file(out, writer_name(stage, rank), _shards(config, source, layout, stage, rank))
+            write_shard_file(out, writer_name(stage, rank), _shards(shape, source, layout, stage, rank))
             for stage in range(num_pipeline)
             for rank in range(num_tensor)
         ]
@@ -72,7 +72,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
     out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint)
     refuse_existing(out)
     config, source = read_hf_config(checkpoint), opened.source("weights")
-    check_tensors(config, source)
+    check_tensors(shape_of(config), source)
     named = opened.state.get("dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if named is not None and not isinstance(dtype, torch.dtype):
@@ -88,14 +88,14 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
 
 
 def _shards(
-    config: Any, source: TensorSource, layout: Layout, stage: int, rank: int
+    shape: ModelShape, source: TensorSource, layout: Layout, stage: int, rank: int
 ) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     """Every primary shard of a rank, filled."""
     shards = shard_parameters(
-        config,
+        shape,
         tensor_rank=rank,
         num_tensor=layout.tensor,
-        layers=layout.layers_of_stage(config.num_hidden_layers, stage),
+        layers=layout.layers_of_stage(shape.num_layers, stage),
         has_embedding=stage == 0,
         has_head=stage == layout.pipeline - 1,
     )

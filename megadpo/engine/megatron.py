@@ -61,8 +61,7 @@ class MegatronEngine:
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
         if not self.overlap:
             _send_nothing_to_oneself(self.models)
-        for head in stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        stage.configure_head(gradient_buffer=self.gradient_buffer)
         params_dtype = stage.models[0].config.params_dtype
         requested = True if self.schedule.delays_weight_gradients else parallel.gradient_accumulation_fusion
         self.fusion = choose_fusion(requested, compute_device(), params_dtype, stage.layers.kind)

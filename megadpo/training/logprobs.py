@@ -32,14 +32,14 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     """
     layout = choose_layout(config.parallel, world_size())
     files = open_model(model, "--model", config)
-    check_layout(layout, files.config)
-    check_modules(config, files.config)
+    check_layout(layout, files.shape)
+    check_modules(config, files.shape)
     path = Path(out)
     if path.is_dir():
         raise UserError(f"--out: {out} is a directory; give a file name")
     groups = prepare_groups(config.data, data, str(files.huggingface)).groups
     check_token_ids(groups, files)
-    packing = scoring_packing(config, groups, layout, files.config)
+    packing = scoring_packing(config, groups, layout, files.shape)
     with joined_world(layout, config.train.seed):
         from megadpo.model.heads.kernels import choose_kernels
         from megadpo.training.reference import frozen_stage
@@ -47,7 +47,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
 
         choose_kernels(config.model.kernels, compute_device())
         dtype = resolve_dtype(config.model.dtype)
-        stage = frozen_stage(files.config, layout, dtype, files.source, config.model)
+        stage = frozen_stage(files.shape, layout, dtype, files.source, config.model)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         lines = _open(partial) if rank() == 0 else None
         for numbers, logps_R in response_logps(stage, packing):

@@ -25,6 +25,7 @@ from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
@@ -95,7 +96,7 @@ def build_references(plan: RunSetup, say: Callable[[str], None]) -> References:
         say: tells the user a sentence.
     """
     mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
-    asked = plan.config.model
+    options = plan.config.model
 
     @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
@@ -103,9 +104,9 @@ def build_references(plan: RunSetup, say: Callable[[str], None]) -> References:
             from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, asked
+                plan.reference.shape, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, options
             )
-        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source, asked)
+        return frozen_stage(plan.reference.shape, plan.layout, plan.dtype, plan.reference.source, options)
 
     if mode == "none":
         return References(absent, absent)
@@ -138,23 +139,22 @@ def _precomputed_for(
 ) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
-    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config)
+    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.shape)
     logps_R, from_cache = cached_logps(_cache_path(plan, packing), larger, frozen, config.objective.ld_alpha)
     say(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
     return precomputed(logps_R, packing.groups)
 
 
 def frozen_stage(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource, asked: ModelConfig | None = None
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, source: TensorSource, options: ModelConfig | None = None
 ) -> Stage:
     """The reference model's stage on this rank, loaded, without gradients."""
-    stage = build_stage(hf_config, layout, dtype, asked=asked)
+    stage = build_stage(shape, layout, dtype, options=options)
     load_weights(stage, source)
     for model in stage.models:
         model.requires_grad_(False)
         model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     return stage
 
 

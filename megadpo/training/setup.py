@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +18,10 @@ from megadpo.data.rows.dataset import DataReport, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
-from megadpo.model.families import TensorSource, check_tensors, experts_of, transformer_config_kwargs
+from megadpo.model.attention.base import AttentionNeeds
+from megadpo.model.families import TensorSource, check_tensors, shape_of
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
+from megadpo.model.shape import ModelShape
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
@@ -32,6 +34,9 @@ from megadpo.validation.deepspeed import check_machine
 from megadpo.validation.layout import check_layout
 from megadpo.validation.model import check_experts, check_same_vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -39,12 +44,14 @@ class ModelFiles:
 
     Attributes:
         huggingface: the directory with config.json and the tokenizer.
+        config: the transformers config, for what is exported; all else reads `shape`.
         has_new_head: whether its scalar head is drawn anew.
     """
 
     path: str
     huggingface: Path
-    config: Any
+    config: PretrainedConfig
+    shape: ModelShape
     source: TensorSource
     has_new_head: bool = False
 
@@ -130,13 +137,13 @@ def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles
     if config.reference.path not in (None, config.model.path):
         assert config.reference.path is not None
         reference = open_model(config.reference.path, "reference.path", config)
-        check_same_vocabulary(reference.path, reference.config, policy.config)
-        check_layout(layout, reference.config)
-        check_modules(config, reference.config)
-    check_layout(layout, policy.config, config.train.pairs_per_step)
-    check_modules(config, policy.config)
-    memory_options.check_layers(config.train, layout, policy.config.num_hidden_layers)
-    check_experts(config, policy.config)
+        check_same_vocabulary(reference.path, reference.shape, policy.shape)
+        check_layout(layout, reference.shape)
+        check_modules(config, reference.shape)
+    check_layout(layout, policy.shape, config.train.pairs_per_step)
+    check_modules(config, policy.shape)
+    memory_options.check_layers(config.train, layout, policy.shape.num_layers)
+    check_experts(config, policy.shape)
     return policy, reference
 
 
@@ -152,35 +159,36 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     if not Path(path).is_dir():
         raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
     hf_config, source, directory = read_hf_config(path), open_weights(path), hf_directory(path)
-    check_tensors(hf_config, source)
+    shape = shape_of(hf_config)
+    check_tensors(shape, source)
     if not has_reward_head(config.objective.loss_types):
         refuse_reward_model(hf_config, f"{setting}: {path}")
-        return ModelFiles(path, directory, hf_config, source)
+        return ModelFiles(path, directory, hf_config, shape, source)
     model = as_reward_model(hf_config, source, directory, config.train.seed)
-    return ModelFiles(path, directory, model.config, model.source, model.has_new_head)
+    return ModelFiles(path, directory, model.config, shape_of(model.config), model.source, model.has_new_head)
 
 
-def check_modules(config: Config, hf_config: Any) -> None:
+def check_modules(config: Config, shape: ModelShape) -> None:
     """Refuse a kernel of attention, and layers, that cannot be used on this machine with this model.
 
     Raises:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, compute_device(), dtype, transformer_config_kwargs(hf_config)["kv_channels"])
-    choose_layers(config.model, compute_device(), dtype, experts_of(hf_config) is not None)
+    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim))
+    choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
 
 
 def data_packing(
     config: Config,
     groups: GroupStore,
     layout: Layout,
-    hf_config: Any,
+    shape: ModelShape,
     tokens_per_micro_batch: int,
     setting: str,
     split_pairs: bool = False,
 ) -> PackedDataset:
-    """`groups` measured for packing in this layout, for the model of `hf_config`."""
+    """`groups` measured for packing in this layout, for a model of this shape."""
     return PackedDataset.of(
         groups,
         PackingOptions(
@@ -189,34 +197,31 @@ def data_packing(
             setting=setting,
             num_data_parallel=layout.data,
             stream_multiple=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
-            hidden_size=hf_config.hidden_size,
+            hidden_size=shape.hidden_size,
             max_length=config.data.max_length,
             score_prompts=scores_prompt(config.objective.loss_types),
             micro_batches_multiple_of=layout.micro_batches_multiple_of,
-            head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(hf_config),
+            head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(shape),
             split_pairs=split_pairs,
         ),
     )
 
 
-def head_work(hf_config: Any) -> float:
+def head_work(shape: ModelShape) -> float:
     """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
-    num_heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // num_heads
-    num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
-    attention = hidden * head_dim * (2 * num_heads + 2 * num_key_value_heads)
-    experts, num_layers = experts_of(hf_config), hf_config.num_hidden_layers
+    hidden, experts = shape.hidden_size, shape.experts
+    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
     num_expert_layers = 0 if experts is None else len(experts.layers)
-    columns = (num_layers - num_expert_layers) * hf_config.intermediate_size
+    columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
     columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
-    return hidden * hf_config.vocab_size / (num_layers * attention + 3 * hidden * columns)
+    return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)
 
 
-def scoring_packing(config: Config, groups: GroupStore, layout: Layout, hf_config: Any) -> PackedDataset:
+def scoring_packing(config: Config, groups: GroupStore, layout: Layout, shape: ModelShape) -> PackedDataset:
     """`groups` measured for forward passes without a backward, in micro-batches that may be larger than training's."""
     own = config.reference.tokens_per_micro_batch
     setting = "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch"
-    return data_packing(config, groups, layout, hf_config, own or config.train.tokens_per_micro_batch, setting)
+    return data_packing(config, groups, layout, shape, own or config.train.tokens_per_micro_batch, setting)
 
 
 def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
@@ -225,10 +230,10 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
     Raises:
         UserError: the tokenizer does not belong to the model.
     """
-    if groups.max_token_id() >= model.config.vocab_size:
+    if groups.max_token_id() >= model.shape.vocab_size:
         raise UserError(
             f"the tokenizer in {model.huggingface} makes token id {groups.max_token_id()} but the model's vocabulary has "
-            f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model"
+            f"{model.shape.vocab_size} rows; use the tokenizer that belongs to the model"
         )
 
 
@@ -246,7 +251,7 @@ def _packing(
         config,
         groups,
         layout,
-        model.config,
+        model.shape,
         config.train.tokens_per_micro_batch,
         "train.tokens_per_micro_batch",
         config.schedule.split_pairs,

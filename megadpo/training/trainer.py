@@ -30,7 +30,6 @@ from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import KEEP, Activations
-from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.specs import has_reward_head
 from megadpo.objectives.terms import normalisers_of
@@ -145,14 +144,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
 def build(plan: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.heads.kernels import choose_kernels
+    from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
 
     kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
     engine = build_engine(plan, references.interleaved)
-    for head in engine.stage.heads:
-        head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
+    statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or plan.config.objective.wpo]
+    engine.stage.configure_head(statistics)
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
     if not has_reward_head(plan.config.objective.loss_types):
         described["log-prob head"] = kernels
@@ -165,18 +165,18 @@ def build_engine(plan: RunSetup, interleaved: InterleavedReference | None) -> En
     from megadpo.pipeline.select import pipeline_schedule
 
     schedule = pipeline_schedule(plan.config.schedule, interleaved)
-    config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
-    asked = plan.config.model
+    shape, layout, activations = plan.policy.shape, plan.layout, Activations.of(plan.config.train)
+    options = plan.config.model
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
+        stage = policy_stage(shape, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, options)
         return ZeroEngine(stage, plan.config.train, plan.config.parallel, schedule)
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
+    stage = build_stage(shape, layout, plan.dtype, activations, options=options)
     load_weights(stage, plan.policy.source)
     return MegatronEngine(stage, plan.config.train, plan.config.parallel, schedule)
 
@@ -323,7 +323,7 @@ def say_plan(plan: RunSetup) -> None:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
-    experts = experts_of(plan.policy.config)
+    experts = plan.policy.shape.experts
     if experts is not None and plan.config.train.router_aux_coef == 0:
         say(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
     if plan.policy.has_new_head:

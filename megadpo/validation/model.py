@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.families import experts_of
+from megadpo.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config
 
 
-def check_experts(config: Config, hf_config: Any) -> None:
+def check_experts(config: Config, shape: ModelShape) -> None:
     """Options about experts are for a model that has some, and a model with experts has an engine that is built for it.
 
     Args:
-        hf_config: the policy's transformers config.
+        shape: of the policy.
 
     Raises:
         UserError: in one sentence.
     """
     coefficient, path = config.train.router_aux_coef, config.model.path
-    if experts_of(hf_config) is None:
+    if shape.experts is None:
         if coefficient:
             raise UserError(f"train.router_aux_coef is {coefficient!r}, but {path} has no experts; remove it")
     elif config.parallel.engine != "megatron":
@@ -31,11 +31,11 @@ def check_experts(config: Config, hf_config: Any) -> None:
         )
 
 
-def check_same_vocabulary(path: str, reference: Any, policy: Any) -> None:
+def check_same_vocabulary(path: str, reference: ModelShape, policy: ModelShape) -> None:
     """The reference at `path` reads the policy's token ids.
 
     Args:
-        reference, policy: their transformers configs.
+        reference, policy: their shapes.
 
     Raises:
         UserError: their vocabularies differ in size.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.config import strict
 from megadpo.errors import UserError
+from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.validation import memory as memory_options
 from megadpo.validation.combinations import check_combinations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
     "model.kernels": ("auto", "torch", "native"),
-    "model.attention": ("auto", "cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa"),
+    "model.attention": ("auto", *BACKENDS),
     "model.layers": ("local", "transformer_engine"),
     "reference.mode": ("resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),

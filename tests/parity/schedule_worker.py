@@ -222,6 +222,7 @@ def _steps(
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.terms import normalisers_of
@@ -254,7 +255,7 @@ def _steps(
     passes = pipeline_schedule(schedule, interleaved)
     engine: Any
     if case.zero_stage is None:
-        stage = build_stage(hf_config, layout, case.dtype, Activations(case.recompute))
+        stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)

@@ -141,6 +141,7 @@ def _outcome(
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
@@ -167,13 +168,13 @@ def _outcome(
             micro_batches_multiple_of=layout.micro_batches_multiple_of,
         ),
     )
-    stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
+    stage = build_stage(shape_of(hf_config), layout, dtype, case.activations, options=case.model)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):
-        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference), case.model)
+        frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(

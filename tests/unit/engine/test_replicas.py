@@ -23,6 +23,7 @@ def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
     from megadpo.parallel.world import joined_world
@@ -37,7 +38,7 @@ def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
         ),
     )
     with joined_world(layout, seed=1):
-        stage = build_stage(read_hf_config(model), layout, torch.float32)
+        stage = build_stage(shape_of(read_hf_config(model)), layout, torch.float32)
         load_weights(stage, open_hf(model))
         engine = MegatronEngine(stage, TrainConfig())
         before = {name: tensor.clone() for name, tensor in engine.parameters()}

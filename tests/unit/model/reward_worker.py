@@ -98,12 +98,13 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megadpo.data.batches.collate import collate_groups
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.statistics import RESPONSE_SUMS
     from tests.parity.worker import whole_tensors
 
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
-    stage = build_stage(hf_config, case.layout, torch.float32)
+    stage = build_stage(shape_of(hf_config), case.layout, torch.float32)
     load_weights(stage, open_hf(model_dir))
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=0.0))
     starts = range(0, len(groups), GROUPS_PER_MICRO_BATCH)[parallel_state.get_data_parallel_rank() :: case.layout.data]

@@ -26,7 +26,9 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.heads import logprob as head
+    from megadpo.model.heads.logprob import through_autograd
     from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
 
@@ -39,13 +41,12 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
             hidden_size=64,
         ),
     )
-    stage = build_stage(read_hf_config(model), layout, dtype)
+    stage = build_stage(shape_of(read_hf_config(model)), layout, dtype)
     load_weights(stage, open_hf(model))
     stage.train()
     engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
     if way == "autograd":
-        for layer in stage.heads:
-            layer.gradient_buffer = None
+        stage.configure_head(gradient_buffer=through_autograd)
     micro_batches = local_micro_batches(packing, np.arange(len(groups)))
     assert len(micro_batches) > 1
     for _ in range(2):

@@ -80,13 +80,14 @@ def head_of_last_stage(model: Path) -> tuple[dict[str, tuple[int, ...]], torch.T
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     layout = Layout(tensor=dist.get_world_size())
     with joined_world(layout, seed=1):
-        stage = build_stage(read_hf_config(model), layout, torch.float32)
+        stage = build_stage(shape_of(read_hf_config(model)), layout, torch.float32)
         load_weights(stage, open_hf(model))
     dist.destroy_process_group()
     held = {name: tuple(p.shape) for name, p in stage.model.named_parameters() if name.startswith("output_layer")}
@@ -135,8 +136,8 @@ def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -
     in_halves = torch.zeros(sum(len(half.tokens_T) for half in whole.halves), 8).index_copy(0, order, hidden_TH)
     rewards = []
     for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
-        head.micro_batch = held
-        rewards.append(head(hidden[: len(held.local.tokens_T), None])[0])
+        with head.reading(held):
+            rewards.append(head(hidden[: len(held.local.tokens_T), None])[0])
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +12,7 @@ from megadpo.config.schema import Config
 from megadpo.data.groups import TokenIds
 from megadpo.data.rows.dataset import prepare_groups
 from megadpo.errors import UserError
+from megadpo.files import replacing
 from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
@@ -40,7 +41,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     groups = prepare_groups(config.data, data, str(files.huggingface)).groups
     check_token_ids(groups, files)
     packing = scoring_packing(config, groups, layout, files.shape)
-    with joined_world(layout, config.train.seed):
+    with joined_world(layout, config.train.seed), contextlib.ExitStack() as stack:
         from megadpo.model.heads.kernels import choose_kernels
         from megadpo.training.reference import frozen_stage
         from megadpo.training.score import response_logps
@@ -48,15 +49,11 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         choose_kernels(config.model.kernels, compute_device())
         dtype = resolve_dtype(config.model.dtype)
         stage = frozen_stage(files.shape, layout, dtype, files.source, config.model)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        lines = _open(partial) if rank() == 0 else None
+        lines = stack.enter_context(_writing(path)) if rank() == 0 else None
         for numbers, logps_R in response_logps(stage, packing):
             for number, logps_K in zip(numbers, logps_R.reshape(-1, 2).tolist(), strict=True):
                 if lines is not None:
                     lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
-        if lines is not None:
-            lines.close()
-            partial.replace(path)
     return path
 
 
@@ -71,9 +68,14 @@ def _line(row: int, logps_K: Sequence[float], responses: Sequence[TokenIds]) -> 
     }
 
 
-def _open(path: Path) -> IO[str]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[IO[str]]:
+    """The file to write; it is there whole or not at all."""
+    with replacing(path) as partial:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = partial.open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error
+        with lines:
+            yield lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_ch
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
+from megadpo.files import make_writable_directory, replacing
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
@@ -84,21 +84,15 @@ def make_output_dir(directory: Path) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {directory} cannot be made: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: {directory} cannot be written; choose another directory")
+    make_writable_directory(directory, "output_dir")
 
 
 def write_config(directory: Path, config: Config) -> None:
     """Write the resolved configuration as `config.yaml`, whole or not at all."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f"config.yaml.{os.getpid()}.tmp"
-        partial.write_text(config.to_yaml(), encoding="utf-8")
-        partial.replace(directory / "config.yaml")
+        with replacing(directory / "config.yaml") as partial:
+            partial.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {directory} cannot be written: {error.strerror}") from error
 

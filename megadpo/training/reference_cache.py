@@ -7,7 +7,6 @@ each other's when they start.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -25,6 +24,7 @@ from megadpo.data.batches.bin_packing import FloatArray, IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.files import replacing
 from megadpo.parallel.context import is_teller
 from megadpo.platform.device import compute_device
 
@@ -129,9 +129,8 @@ def read_logps(path: Path, num_responses: int) -> FloatArray:
 def write_logps(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """A file of the cache, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(arrays, partial)
 
 
 def _read_all(path: Path, num_responses: int) -> FloatArray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megadpo.config.sources import Source
 from megadpo.data.rows.scalars import SPELLINGS
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 
 if TYPE_CHECKING:
     import datasets
@@ -76,9 +76,8 @@ def load_dataset(source: Source) -> datasets.Dataset:
             else:
                 loaded = datasets.load_dataset(source.path, source.subset, split=source.split or "train")
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             where = "as a saved dataset" if path.exists() else "is no file here and could not be loaded from the Hub"
-            raise UserError(f"data: {source.path} {where}: {reason}") from error
+            raise UserError(f"data: {source.path} {where}: {reason(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         split = source.split or "train"
         if split not in loaded:
@@ -194,7 +193,7 @@ def _parquet_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
                 yield f"{file}: row {number}", row
                 number += 1
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"data: {file} is no readable parquet file: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"data: {file} is no readable parquet file: {reason(error)}") from error
 
 
 def _arrow_rows(batch: Any) -> Iterator[Fields]:

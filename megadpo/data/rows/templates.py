@@ -10,7 +10,7 @@ from typing import Any
 
 from megadpo.data.rows.encode import encode
 from megadpo.data.rows.messages import Message, common_prefix_length
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 
 
 def read_template(value: str | None) -> str | None:
@@ -165,5 +165,4 @@ def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, kwargs: 
 
 
 def _refused(error: Exception, location: str) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{location}: the chat template refuses the row: {reason}")
+    return UserError(f"{location}: the chat template refuses the row: {reason(error)}")

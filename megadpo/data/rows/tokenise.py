@@ -15,7 +15,7 @@ from megadpo.data.rows import templates
 from megadpo.data.rows.encode import encode
 from megadpo.data.rows.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
 from megadpo.data.rows.messages import Content, as_messages, common_prefix_length
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 
 TRUNCATED_AWAY = "completion truncated away"
 IDENTICAL_TRUNCATED = "identical after truncation"
@@ -60,8 +60,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         num_ids = len(tokenizer("a")["input_ids"]) + len(tokenizer)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"model.path: no tokenizer could be loaded from {path}: {reason}") from error
+        raise UserError(f"model.path: no tokenizer could be loaded from {path}: {reason(error)}") from error
     if num_ids == 0:
         raise UserError(
             f"model.path: the tokenizer of {path} has no vocabulary; tokenizer.json or tokenizer.model is missing"

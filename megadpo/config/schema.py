@@ -195,7 +195,7 @@ class ParallelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class PipelineScheduleConfig:
     name: str = "megatron"
     """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
     `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
@@ -300,7 +300,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.bf16_moments import NarrowAdamW
+from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.model.build import Stage
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
@@ -96,7 +96,7 @@ class MegatronEngine:
         self.watch: RouterWatch | None = None
         if train.moments_dtype == "bf16":
             for shards in self.shards:
-                shards.optimizer = NarrowAdamW.in_place_of(shards.optimizer)
+                shards.optimizer = AdamWWithBf16Moments.with_groups_of(shards.optimizer)
         elif isinstance(self.shards[0].optimizer, torch.optim.AdamW):
             # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
             for group in self.optimizer.param_groups:
@@ -169,7 +169,7 @@ class MegatronEngine:
         for model in self.models:
             model.zero_grad_buffer()
 
-    def settle(self) -> None:
+    def wait_for_parameters(self) -> None:
         if self.overlap:  # else a step ends when they are there
             for model in self.models:
                 model.start_param_sync(force_sync=True)
@@ -181,7 +181,7 @@ class MegatronEngine:
             yield name, _join_over_data(parameter, piece, own)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        self.settle()
+        self.wait_for_parameters()
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, parameter.data
 
@@ -244,7 +244,7 @@ def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Te
     if isinstance(optimizer, HybridDeviceOptimizer):
         _set_offloaded(optimizer, main, moments, num_steps)
     elif isinstance(optimizer, torch.optim.AdamW):
-        dtype = torch.bfloat16 if isinstance(optimizer, NarrowAdamW) else torch.float32
+        dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
         stored = {kind: moment.to(dtype) for kind, moment in moments.items()}
         optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.

@@ -1,7 +1,7 @@
-"""Context parallelism: the ranks that share a micro-batch's stream, and what they tell each other.
+"""Context parallelism: the ranks that share a micro-batch's stream, and their collectives.
 
-Every rank holds a part of the stream (data/cut.py) for embeddings, norms, projections, MLPs and head. Attention needs the
-keys of other ranks, in one of two ways:
+Every rank holds a part of the stream (data/batches/context_shard.py) for embeddings, norms, projections, MLPs and head.
+Attention needs the keys of other ranks, in one of two ways:
 
 * "ulysses": by all-to-all each rank gets the whole stream for its share of the heads, and afterwards gives the outputs back;
 * "allgather": each rank gets all keys and values and attends with its own queries.
@@ -35,7 +35,7 @@ def local_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> 
 
 
 def host_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
-    """The same in this process's memory, from where a device can fetch them; for any thread."""
+    """The same in host memory, pinned where there is a CUDA device; may run on any thread."""
     micro_batches = [with_own_part(m) for m in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
     return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches
 
@@ -51,8 +51,9 @@ def with_own_part(micro_batch: MicroBatch) -> MicroBatch:
     return with_part(micro_batch, num_parts, parallel_state.get_context_parallel_rank()) if num_parts > 1 else micro_batch
 
 
-def is_teller() -> bool:
-    """Whether this rank speaks for those that have the same numbers: the other tensor and context ranks of its replica."""
+def is_reporting_rank() -> bool:
+    """Whether this rank's values count in sums over the world: the first of its replica's tensor and context ranks, which
+    all have the same."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 
@@ -77,7 +78,7 @@ def stream_of_heads(heads_LHD: Tensor, part: Part) -> Tensor:
 
 
 def heads_of_stream(heads_THD: Tensor, part: Part) -> Tensor:
-    """The way back: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
+    """The inverse: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
     num_ranks = parallel_state.get_context_parallel_world_size()
     by_rank_THD = torch.empty_like(heads_THD).index_copy(0, part.order, heads_THD)
     sent_CLHD = by_rank_THD.unflatten(0, (num_ranks, -1))
@@ -104,7 +105,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """[C, …]: entry c goes to rank c, whose entry for this rank takes its place; its own adjoint."""
+    """[C, …]: entry c is exchanged with rank c's entry for this rank; its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def _all_to_all(sent: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """[L, …] of every rank one after the other; on the way back each rank's part is summed over all that read it."""
+    """[L, …] of every rank, concatenated; the gradient of each rank's part is summed over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadpo.config.schema import ScheduleConfig
+from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.interleaved_reference import InterleavedReference
 from megadpo.pipeline.megatron_schedule import MegatronSchedule
@@ -10,14 +10,14 @@ from megadpo.pipeline.own_schedule import OwnSchedule
 
 
 def pipeline_schedule(
-    options: ScheduleConfig | None = None, reference: InterleavedReference | None = None
+    options: PipelineScheduleConfig | None = None, reference: InterleavedReference | None = None
 ) -> PipelineSchedule:
     """The schedule that the options name; None: the defaults.
 
     Args:
         reference: the reference whose forwards run among the policy's operations (`schedule.reference: interleaved`).
     """
-    options = ScheduleConfig() if options is None else options
+    options = PipelineScheduleConfig() if options is None else options
     if options.name == "megatron":
         assert reference is None and not options.zero_bubble, "refused when the configuration is checked"
         return MegatronSchedule()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ScheduleConfig
+from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import Packing
@@ -161,7 +161,7 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
     forward_only = pipeline_schedule(schedule).forward_only

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -22,7 +22,7 @@ NUM_STEPS, MOVES_AFTER = 3, 1
 """The reference may move halfway to the policy after the second of three steps."""
 
 
-MEGATRONS, OURS = ScheduleConfig(), ScheduleConfig("1f1b")
+MEGATRONS, OURS = PipelineScheduleConfig(), PipelineScheduleConfig("1f1b")
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
     return results
 
 
-def put_off(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
-    """Every case under our 1F1B with weight gradients added by one product, and with these put off, the reference before and
+def delayed(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
+    """Every case under our 1F1B with weight gradients added by one product, and with these delayed, the reference before and
     interleaved; and, within 1e-6, the first step's gradients under Megatron's schedule, which autograd adds up."""
     from megadpo.parallel.world import joined_world
 
@@ -158,7 +158,7 @@ def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence
         with joined_world(case.layout, seed=1):
             whole = _steps(model, reference, groups, case, MEGATRONS)
             arms = ("before", "interleaved") if case.moves else ("interleaved" if case.layout.pipeline > 1 else "before",)
-            apart_by = [ScheduleConfig("1f1b", arm, split_pairs=True) for arm in arms]
+            apart_by = [PipelineScheduleConfig("1f1b", arm, split_pairs=True) for arm in arms]
             halves = [_steps(model, reference, groups, case, schedule) for schedule in apart_by]
         first = [zip(steps.policy_logps[0], steps.reference_logps[0], strict=True) for steps in halves]
         margins = [a - b for pairs in first for a, b in pairs]
@@ -214,7 +214,7 @@ def _steps(
     reference: Path,
     groups: Sequence[Group],
     case: Case,
-    schedule: ScheduleConfig,
+    schedule: PipelineScheduleConfig,
     fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config

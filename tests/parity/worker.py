@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -39,7 +39,7 @@ class Case:
     moments_dtype: str = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
 
     @property
     def activations(self) -> Activations:

@@ -29,7 +29,7 @@ from megadpo.engine.deepspeed.offload import (
     require_async_io,
     require_lockable,
 )
-from megadpo.engine.deepspeed.partitions import MOMENTS, Run, Whole, partitions_of
+from megadpo.engine.deepspeed.partitions import MOMENTS, Partition, Unpartitioned, partitions_of
 from megadpo.engine.deepspeed.runtime import (
     Runtime,
     data_parallel_group,
@@ -70,10 +70,10 @@ class ZeroEngine:
         self.partitions = partitions_of(self.runtime)
         for head in stage.heads:
             head.gradient_buffer = self.gradient_buffer
-        self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
+        self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.schedule.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
 
     def forward_backward(
         self,
@@ -126,7 +126,7 @@ class ZeroEngine:
         self.runtime.step()
         return norm
 
-    def settle(self) -> None:
+    def wait_for_parameters(self) -> None:
         """Nothing: a step ends when the parameters are there."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +170,7 @@ class ZeroEngine:
     def _norm(self) -> float:
         """Global norm: over tensor and pipeline ranks and replicas, replicated parameters counted once."""
         total = torch.zeros((), dtype=torch.float32, device=compute_device())
-        if not isinstance(self.partitions, Whole) or self.partitions.counts:
+        if not isinstance(self.partitions, Unpartitioned) or self.partitions.counts:
             for parameter, _ in self.stage.parameters.values():
                 run = self.partitions.gradient(parameter)
                 is_copy = getattr(parameter, "shared", False)
@@ -179,9 +179,9 @@ class ZeroEngine:
         dist.all_reduce(total)
         return math.sqrt(float(total))
 
-    def _join(self, name: str, run: Run | None) -> Tensor:
+    def _join(self, name: str, run: Partition | None) -> Tensor:
         """A shard-shaped fp32 tensor from the runs on the replicas, bit for bit."""
-        if isinstance(self.partitions, Whole):
+        if isinstance(self.partitions, Unpartitioned):
             assert run is not None
             return run[1].detach().clone().view(self._shapes[name])
         joined = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=compute_device())
@@ -271,7 +271,7 @@ def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn
                 module._parameters[name] = new
 
 
-class _Driven:
+class _ScheduledModel:
     """What Megatron's schedules ask of a model, around DeepSpeed's engine."""
 
     def __init__(self, runtime: Runtime, runs_hooks: bool) -> None:
@@ -323,7 +323,7 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> Non
         tensor.copy_(summed)
 
 
-def _write(run: Run | None, whole_values: Tensor) -> None:
+def _write(run: Partition | None, whole_values: Tensor) -> None:
     if run is not None:
         start, values = run
         values.copy_(whole_values.reshape(-1)[start : start + values.numel()])

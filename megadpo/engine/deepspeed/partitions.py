@@ -14,22 +14,22 @@ from torch import Tensor
 
 from megadpo.engine.deepspeed.runtime import Runtime, data_parallel_group
 
-Run = tuple[int, Tensor]
+Partition = tuple[int, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Partitions(Protocol):
     """What our engine asks of a ZeRO stage. None: this rank has nothing of the parameter."""
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         """After all backwards: the gradient summed over replicas."""
         ...
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         """fp32 weights."""
         ...
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         """One of AdamW's moments; zeros, not connected to anything, before the first step."""
         ...
 
@@ -50,10 +50,10 @@ def partitions_of(runtime: Runtime) -> Partitions:
     """The partitions of the runtime's ZeRO stage."""
     stage = runtime.zero_optimization_stage()
     if stage == 0:
-        return Whole(runtime)
+        return Unpartitioned(runtime)
     if stage < 3:
-        return Flat(runtime)
-    return Swapped(runtime) if runtime.optimizer.swap_optimizer else Cut(runtime)
+        return FlatGroupPartitions(runtime)
+    return NvmeParameterPartitions(runtime) if runtime.optimizer.swap_optimizer else ParameterPartitions(runtime)
 
 
 def _make_moments(optimizer: Any, keys: list[Tensor], num_steps: int) -> None:
@@ -68,23 +68,23 @@ def _moment(optimizer: Any, key: Tensor, kind: str) -> Tensor:
     return torch.zeros_like(key.data) if found is None else found
 
 
-class Whole:
+class Unpartitioned:
     """Stage 0: every replica has everything; of the sum over replicas each holds the whole, and one counts."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.optimizer = runtime.optimizer
         self.counts = dist.get_rank(data_parallel_group()) == 0
 
-    def _run(self, values: Tensor) -> Run | None:
+    def _run(self, values: Tensor) -> Partition | None:
         return 0, values.view(-1)
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         return None if parameter.grad is None else self._run(parameter.grad)
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         return self._run(parameter.data)
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         return self._run(_moment(self.optimizer, parameter, kind))
 
     def make_moments(self, num_steps: int) -> None:
@@ -97,7 +97,7 @@ class Whole:
         pass
 
 
-class Flat:
+class FlatGroupPartitions:
     """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal parts over the replicas."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -108,7 +108,7 @@ class Flat:
         ):
             self.places |= {parameter: (group, offset) for parameter, offset in zip(parameters, offsets, strict=True)}
 
-    def _run(self, parameter: torch.nn.Parameter, flats: list[Tensor]) -> Run | None:
+    def _run(self, parameter: torch.nn.Parameter, flats: list[Tensor]) -> Partition | None:
         group, offset = self.places[parameter]
         size = int(self.zero.partition_size[group])
         first = dist.get_rank(self.zero.real_dp_process_group[group]) * size
@@ -129,13 +129,13 @@ class Flat:
             flats.append(parts[0].view(-1))
         return flats
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         return self._run(parameter, self._gradient_flats())
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         return self._run(parameter, [flat.data for flat in self.zero.single_partition_of_fp32_groups])
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         group, _ = self.places[parameter]
         flats: list[Any] = [None] * len(self.zero.bit16_groups)
         flats[group] = _moment(self.zero.optimizer, self.zero.single_partition_of_fp32_groups[group], kind)
@@ -151,19 +151,19 @@ class Flat:
         pass
 
 
-class Cut:
+class ParameterPartitions:
     """Stage 3: each parameter is cut into equal parts over the replicas."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.zero = runtime.optimizer
 
-    def _run(self, parameter: Any, part: Tensor) -> Run | None:
+    def _run(self, parameter: Any, part: Tensor) -> Partition | None:
         """`part` without the padding that the last replicas have."""
         start = dist.get_rank(parameter.ds_process_group) * part.numel()
         length = min(part.numel(), parameter.ds_numel - start)
         return None if length <= 0 else (start, part[:length])
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         part, _ = self.zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)
         return self._run(parameter, part)
 
@@ -171,11 +171,11 @@ class Cut:
         group, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[group], slice(offset, offset + length)
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         flat, place = self._place(parameter)
         return self._run(parameter, flat.data[place])
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         flat, place = self._place(parameter)
         return self._run(parameter, _moment(self.zero.optimizer, flat, kind)[place])
 
@@ -196,7 +196,7 @@ class Cut:
         pass
 
 
-class Swapped(Cut):
+class NvmeParameterPartitions(ParameterPartitions):
     """Stage 3 with weights and moments in files, a sub-group of parameters at a time in memory.
 
     A run stays what it is until one of another sub-group is asked for. Gradients stay in memory, where micro-batches are
@@ -209,7 +209,7 @@ class Swapped(Cut):
         self._here: int | None = None
         self._is_written = False
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         sums = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return self._run(parameter, sums[parameter.ds_id])  # type: ignore[attr-defined]
 

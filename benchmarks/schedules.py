@@ -2,8 +2,8 @@
 
 Arms take turns. With a resident reference: Megatron's schedules with the reference's pass before the policy's 1F1B, our
 executor in the same order, and our executor with the reference's forwards in the policy's bubbles, some of them a step
-ahead, under 1F1B and with weight gradients delayed. Without one: Megatron's 1F1B, ours, and ours with weight gradients
-off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
+ahead, under 1F1B and with weight gradients delayed. Without one: Megatron's 1F1B, ours, and ours with these
+delayed. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
 steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
 that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the seconds
 that were measured in that arm: of each operation, the mean of a message (from the end of an operation to the beginning

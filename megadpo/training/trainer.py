@@ -285,9 +285,9 @@ def evaluation(run: Run) -> Metrics:
 
 def reduce_metrics(totals: Tensor, options: ObjectiveConfig, prefix: str = "") -> Metrics:
     """Metrics of the whole world from the sums of last stages, of whose tensor and context ranks one counts."""
-    from megadpo.parallel.context import is_reporting_rank
+    from megadpo.parallel.context import is_first_rank_of_stage
 
-    if not is_reporting_rank():
+    if not is_first_rank_of_stage():
         totals.zero_()
     dist.all_reduce(totals)
     return collect.reduce(totals, options, prefix)

@@ -48,9 +48,9 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
     weights, others = _weights(tmp_path / "ours"), _weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
     apart = run_world(2, _train, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
-    put_off = run_world(2, _train, settings("put_off", INTERLEAVED | {"zero_bubble": True}))[0]
-    assert apart[0]["rewards/margins"] == put_off[0]["rewards/margins"] == 0.0
-    for record, whole in zip((*apart, *put_off), (*theirs, *theirs), strict=True):
+    delayed = run_world(2, _train, settings("delayed", INTERLEAVED | {"zero_bubble": True}))[0]
+    assert apart[0]["rewards/margins"] == delayed[0]["rewards/margins"] == 0.0
+    for record, whole in zip((*apart, *delayed), (*theirs, *theirs), strict=True):
         assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
 
 

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import Packing
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
-from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
-from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
+from megadpo.objectives.evaluate import Evaluated, evaluate
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import host_micro_batches, on_device
@@ -52,7 +51,7 @@ class Batch:
         delta_of: the batch's mean reward -> BCO's delta.
     """
 
-    options: ObjectiveConfig
+    objective: Objective
     normalisers: Normalisers
     response_offsets_G: Tensor
     micro_batches: Sequence[MicroBatch]
@@ -74,10 +73,10 @@ class Streams:
     mismatched: Sequence[MicroBatch] = ()
 
 
-def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
+def streams_of(packing: Packing, numbers: IntArray, objective: Objective) -> Streams:
     """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
     mismatched: list[MicroBatch] = []
-    if measures_kl(options.loss_types):
+    if objective.measures_kl:
         mismatched = host_micro_batches(packing.mismatched(numbers), np.arange(len(numbers)))
     return Streams(host_micro_batches(packing, numbers), mismatched)
 
@@ -88,7 +87,7 @@ def global_batch(
     reference: Reference,
     numbers: IntArray,
     normalisers: Normalisers,
-    options: ObjectiveConfig,
+    objective: Objective,
     delta_of: Callable[[float], float],
     streams: Streams | None = None,
     beside: ReferenceBeside | None = None,
@@ -101,25 +100,25 @@ def global_batch(
         streams: what `streams_of` gives, where it was made ahead.
         beside: where the reference of these groups runs among the policy's operations.
     """
-    streams = streams or streams_of(packing, numbers, options)
+    streams = streams or streams_of(packing, numbers, objective)
     micro_batches = on_device(streams.micro_batches)
-    totals = collect.empty_vector(compute_device(), options)
-    if measures_kl(options.loss_types):
+    totals = collect.empty_vector(compute_device(), objective)
+    if objective.measures_kl:
         others = on_device(streams.mismatched)
         normalisers = replace(normalisers, kl=mismatch_kl(engine, others, reference(others), len(numbers)))
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
-            collect.add_fixed(totals, "kl", normalisers.kl, options)
+            collect.add_fixed(totals, "kl", normalisers.kl, objective)
     offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
     reference_logps = reference(micro_batches) if beside is None else beside.begin(micro_batches)
-    if beside is not None and couples_batch(options):
+    if beside is not None and objective.couples_batch:
         complete(beside)  # the whole batch is evaluated before anything goes backward
-    return Batch(options, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
+    return Batch(objective, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
 
 
 def response_gradient(batch: Batch, engine: Engine) -> ResponseGradient:
     """What the engine asks on last stages: d loss / d statistic of a micro-batch's responses."""
-    if couples_batch(batch.options):
-        gradients = evaluate_batch(batch, engine.forward(batch.micro_batches, batch.options.ld_alpha))
+    if batch.objective.couples_batch:
+        gradients = evaluate_batch(batch, engine.forward(batch.micro_batches, batch.objective.ld_alpha))
         return lambda number, sums_RS: gradients[number]
     return lambda number, sums_RS: _evaluate_one(batch, number, sums_RS)
 
@@ -131,18 +130,18 @@ def evaluate_batch(batch: Batch, sums: Sequence[Tensor]) -> list[Tensor]:
     """
     if not parallel_state.is_pipeline_last_stage():
         return []
-    if not couples_batch(batch.options):
+    if not batch.objective.couples_batch:
         return [_evaluate_one(batch, number, sums_RS) for number, sums_RS in enumerate(sums)]
     statistics, normalisers = _gather(batch, sums), batch.normalisers
     is_teller = parallel_state.get_data_parallel_rank() == 0  # all replicas have the same: one of them tells
-    if runs_delta(batch.options):
-        mean_reward = responses_of(statistics, batch.options).reward_R.mean()
+    if batch.objective.runs_delta:
+        mean_reward = batch.objective.responses(statistics).reward_R.mean()
         normalisers = replace(normalisers, delta=batch.delta_of(float(mean_reward)))
         if is_teller:
-            collect.add_fixed(batch.totals, "delta", normalisers.delta, batch.options)
-    evaluated = evaluate(statistics, normalisers, batch.options)
+            collect.add_fixed(batch.totals, "delta", normalisers.delta, batch.objective)
+    evaluated = evaluate(statistics, normalisers, batch.objective)
     if is_teller:
-        batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
+        batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.objective))
     return [evaluated.gradient_RD[_numbers_in_batch(batch, micro_batch)] for micro_batch in batch.micro_batches]
 
 
@@ -165,8 +164,8 @@ def mismatch_kl(
 
 def _evaluate_one(batch: Batch, number: int, sums_RS: Tensor) -> Tensor:
     statistics = response_statistics(sums_RS, batch.reference_logps[number], batch.micro_batches[number])
-    evaluated: Evaluated = evaluate(statistics, batch.normalisers, batch.options)
-    batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
+    evaluated: Evaluated = evaluate(statistics, batch.normalisers, batch.objective)
+    batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.objective))
     return evaluated.gradient_RD
 
 

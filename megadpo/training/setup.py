@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megadpo.model.attention.backends import choose_backend
 from megadpo.model.families import TensorSource, check_tensors, experts_of, transformer_config_kwargs
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.objectives.custom import load_custom
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
@@ -70,6 +72,11 @@ class Plan:
     num_steps: int
     output_dir: Path
     resume: Path | None
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is trained for, from `config.objective`."""
+        return Objective.of(self.config.objective)
 
 
 def prepare(config: Config) -> Plan:

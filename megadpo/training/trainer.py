@@ -32,7 +32,6 @@ from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
-from megadpo.objectives.specs import has_reward_head
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
@@ -42,6 +41,7 @@ from megadpo.training.setup import Plan, prepare
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
+    from megadpo.objectives.objective import Objective
     from megadpo.training.global_batch import Streams
     from megadpo.training.reference import References
 
@@ -103,7 +103,7 @@ class Run:
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import streams_of
 
-        plan, objective = self.plan, self.plan.config.objective
+        plan, objective = self.plan, self.plan.objective
 
         def read(step: int) -> tuple[IntArray, Streams]:
             numbers = plan.batches.at(step)
@@ -153,7 +153,7 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     for head in engine.stage.heads:
         head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
-    if not has_reward_head(plan.config.objective.loss_types):
+    if not plan.objective.has_reward_head:
         described["log-prob head"] = kernels
     say(", ".join(f"{what} {name}" for what, name in described.items()))
     return Run(plan, engine, references, callbacks)
@@ -214,7 +214,7 @@ def training_step(run: Run, step: int) -> Metrics:
     from megadpo.parallel.context import on_device
     from megadpo.training.global_batch import global_batch, response_gradient
 
-    plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
+    plan, objective, started = run.plan, run.plan.objective, time.perf_counter()
     numbers, streams = run.ahead.at(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
     reference, beside = run.references.train_for(numbers), run.references.beside
@@ -264,7 +264,7 @@ def evaluation(run: Run) -> Metrics:
 
     plan = run.plan
     assert plan.eval is not None and run.references.eval is not None
-    started, num_groups, objective = time.perf_counter(), len(plan.eval.groups), plan.config.objective
+    started, num_groups, objective = time.perf_counter(), len(plan.eval.groups), plan.objective
     totals = collect.empty_vector(compute_device(), objective)
     normalisers = normalisers_of(plan.eval.groups, range(num_groups))
     for start in range(0, num_groups, plan.config.train.pairs_per_step):
@@ -277,14 +277,14 @@ def evaluation(run: Run) -> Metrics:
     return reduce_metrics(totals, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
-def reduce_metrics(totals: Tensor, options: ObjectiveConfig, prefix: str = "") -> Metrics:
+def reduce_metrics(totals: Tensor, objective: Objective, prefix: str = "") -> Metrics:
     """Metrics of the whole world from the sums of last stages, of whose tensor and context ranks one counts."""
     from megadpo.parallel.context import is_teller
 
     if not is_teller():
         totals.zero_()
     dist.all_reduce(totals)
-    return collect.reduce(totals, options, prefix)
+    return collect.reduce(totals, objective, prefix)
 
 
 def export(run: Run) -> Path:

@@ -224,6 +224,7 @@ def _steps(
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.objective import Objective
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.context import local_micro_batches
     from megadpo.pipeline.interleaved_reference import ReferenceBeside
@@ -258,14 +259,15 @@ def _steps(
         engine = zero_worker.make_engine(built, hf_config, open_hf(model))
         engine.passes = passes_by(schedule)
     engine.stage.train()
-    run_reference = resident(frozen, case.objective.ld_alpha, schedule)
+    objective = Objective.of(case.objective)
+    run_reference = resident(frozen, objective.ld_alpha, schedule)
     references = References(run_reference, None, frozen)
-    beside = ReferenceBeside(frozen.models, case.objective.ld_alpha) if schedule.reference == "interleaved" else None
+    beside = ReferenceBeside(frozen.models, objective.ld_alpha) if schedule.reference == "interleaved" else None
     steps, delta = Steps(), RunningMean()
     lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
     for step, numbers in enumerate(lots):
         normalisers = normalisers_of(packing.groups, numbers)
-        batch = global_batch(engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, beside=beside)
+        batch = global_batch(engine, packing, run_reference, numbers, normalisers, objective, delta.add, beside=beside)
         moves = case.moves and step == MOVES_AFTER
         if beside is not None and step + 1 < NUM_STEPS and not moves:
             beside.run_ahead(local_micro_batches(packing, lots[step + 1]))
@@ -275,7 +277,7 @@ def _steps(
             found[number] = sums_RS[:, 0]
             return gradient_of(number, sums_RS)
 
-        engine.forward_backward(batch.micro_batches, noted, case.objective.ld_alpha, beside)
+        engine.forward_backward(batch.micro_batches, noted, objective.ld_alpha, beside)
         engine.finish_gradients()
         steps.gradients.append({name: tensor.clone() for name, tensor in engine.gradients()})
         steps.totals.append(batch.totals)

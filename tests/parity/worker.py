@@ -134,7 +134,7 @@ def _outcome(
     case: Case,
     num_steps: int,
     dtype: torch.dtype,
-    objective: ObjectiveConfig,
+    options: ObjectiveConfig,
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
@@ -143,7 +143,7 @@ def _outcome(
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
+    from megadpo.objectives.objective import Objective
     from megadpo.objectives.terms import normalisers_of
     from megadpo.training.global_batch import global_batch, response_gradient
     from megadpo.training.reference import Reference, absent, frozen_stage, resident
@@ -151,7 +151,8 @@ def _outcome(
     from megadpo.training.trainer import reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
-    if has_reward_head(objective.loss_types):
+    objective = Objective.of(options)
+    if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
     packing = prepare_packing(
@@ -162,7 +163,7 @@ def _outcome(
         num_data_parallel=layout.data,
         multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
         hidden_size=64,
-        score_prompts=scores_prompt(objective.loss_types),
+        score_prompts=objective.scores_prompt,
         micro_batches_multiple_of=layout.micro_batches_multiple_of,
     )
     stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
@@ -170,7 +171,7 @@ def _outcome(
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     run_reference: Reference = absent
-    if needs_reference(objective.loss_types):
+    if objective.needs_reference:
         frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference), case.model)
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
@@ -200,7 +201,7 @@ def _outcome(
             outcome.grad_norm = grad_norm
             outcome.router = engine.router_metrics()
             outcome.loss = outcome.losses[0]
-            if kind_of(objective.loss_types) == "pairs":
+            if objective.kind == "pairs":
                 margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]
                 outcome.margins = torch.cat(margins or [torch.empty(0)])
     if num_steps:

@@ -91,15 +91,15 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.batches.packed_dataset import prepare_packing
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.specs import has_reward_head, needs_reference
+    from megadpo.objectives.objective import Objective
     from megadpo.objectives.terms import normalisers_of
     from megadpo.training.global_batch import global_batch, response_gradient
     from megadpo.training.reference import Reference, absent, resident
     from megadpo.training.trainer import reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
-    objective = ObjectiveConfig(loss_type=case.objective)
-    if has_reward_head(objective.loss_types):
+    objective = Objective.of(ObjectiveConfig(loss_type=case.objective))
+    if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
     packing = prepare_packing(
@@ -112,7 +112,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         hidden_size=64,
     )
     run_reference: Reference = absent
-    if needs_reference(objective.loss_types):
+    if objective.needs_reference:
         run_reference = resident(frozen(case, read_hf_config(reference), open_hf(reference)))
     engine = make_engine(case, hf_config, source)
     engine.stage.model.train()

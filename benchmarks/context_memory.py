@@ -80,7 +80,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     from megadpo.model.build import build_stage
     from megadpo.parallel.context import with_own_part
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
 
     config = LlamaConfig(
         vocab_size=512,
@@ -109,13 +109,15 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    forward_backward(stage.models, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
+    MegatronSchedule().forward_backward(
+        stage.models, [with_own_part(_stream(point, tokens=256))], ones
+    )  # code and buffers are there
     batch = with_own_part(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward_backward(stage.models, [batch], ones)
+        MegatronSchedule().forward_backward(stage.models, [batch], ones)
     pieces = batch.segments if batch.part is None else batch.part.pieces
     return {
         "seconds": time.perf_counter() - started,

@@ -154,7 +154,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
     from megadpo.data.batches.collate import lay_out
     from megadpo.model.build import build_stage
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
     from megadpo.platform.device import compute_device
 
     config = LlamaConfig(
@@ -171,7 +171,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
 
-    run = functools.partial(forward_backward, stage.models)
+    run = functools.partial(MegatronSchedule().forward_backward, stage.models)
     if fusion is not None:
         from megadpo.engine.megatron import MegatronEngine
 

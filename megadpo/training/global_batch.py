@@ -30,8 +30,7 @@ from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import host_micro_batches, on_device
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.run_schedule import complete
+from megadpo.pipeline.interleaved_reference import InterleavedReference
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.training.reference import Reference
@@ -90,7 +89,7 @@ def global_batch(
     objective: Objective,
     delta_of: Callable[[float], float],
     streams: Streams | None = None,
-    beside: ReferenceBeside | None = None,
+    interleaved: InterleavedReference | None = None,
 ) -> Batch:
     """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
 
@@ -98,7 +97,7 @@ def global_batch(
 
     Args:
         streams: what `streams_of` gives, where it was made ahead.
-        beside: where the reference of these groups runs among the policy's operations.
+        interleaved: where the reference of these groups runs among the policy's operations.
     """
     streams = streams or streams_of(packing, numbers, objective)
     micro_batches = on_device(streams.micro_batches)
@@ -109,9 +108,9 @@ def global_batch(
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
             collect.add_fixed(totals, "kl", normalisers.kl, objective)
     offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
-    reference_logps = reference(micro_batches) if beside is None else beside.begin(micro_batches)
-    if beside is not None and objective.couples_batch:
-        complete(beside)  # the whole batch is evaluated before anything goes backward
+    reference_logps = reference(micro_batches) if interleaved is None else interleaved.begin(micro_batches)
+    if interleaved is not None and objective.couples_batch:
+        interleaved.complete()  # the whole batch is evaluated before anything goes backward
     return Batch(objective, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
 
 

@@ -28,8 +28,8 @@ from megadpo.model.families import TensorSource
 from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
@@ -47,13 +47,14 @@ class References:
 
     Attributes:
         table: where the model's log-probs of the training pairs are kept, until all are; the model goes then.
-        beside: what runs the reference of the training pairs among the policy's operations; None: `train` does, before.
+        interleaved: the reference of the training pairs where it runs among the policy's operations; None: `train` runs it
+            before them.
     """
 
     train: Reference
     eval: Reference | None
     stage: Stage | None = None
-    beside: ReferenceBeside | None = None
+    interleaved: InterleavedReference | None = None
     table: LogpTable | None = None
 
     def train_for(self, numbers: IntArray) -> Reference:
@@ -111,8 +112,8 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     if mode == "resident":
         stage, schedule = frozen(), plan.config.schedule
         reference = resident(stage, ld_alpha, schedule)
-        beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
-        return References(reference, reference, stage, beside)
+        interleaved = InterleavedReference(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
+        return References(reference, reference, stage, interleaved)
     if mode == "precomputed":
         train = _precomputed_for(plan, plan.train, frozen, say)
         return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
@@ -163,7 +164,7 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
 def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    forward_only = passes_by(schedule or ScheduleConfig()).forward_only
+    forward_only = pipeline_schedule(schedule).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megadpo.data.batches.packed_dataset import Packing
 from megadpo.model.build import Stage
 from megadpo.parallel.context import is_teller, local_micro_batches
-from megadpo.pipeline.megatron_schedule import forward_only
+from megadpo.pipeline.megatron_schedule import MegatronSchedule
 from megadpo.platform.device import compute_device
 
 GROUPS_AT_ONCE = 1024
@@ -26,7 +26,7 @@ def response_logps(stage: Stage, packing: Packing, ld_alpha: float | None = None
     for start in range(0, num_groups, GROUPS_AT_ONCE):
         numbers = range(start, min(start + GROUPS_AT_ONCE, num_groups))
         micro_batches = local_micro_batches(packing, list(numbers))
-        sums = forward_only(stage.models, micro_batches, ld_alpha)
+        sums = MegatronSchedule().forward_only(stage.models, micro_batches, ld_alpha)
         first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
         if is_teller():

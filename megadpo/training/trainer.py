@@ -41,7 +41,7 @@ from megadpo.training.setup import Plan, prepare
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
-    from megadpo.objectives.objective import Objective
+    from megadpo.pipeline.interleaved_reference import InterleavedReference
     from megadpo.training.global_batch import Streams
     from megadpo.training.reference import References
 
@@ -149,7 +149,7 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
-    engine = build_engine(plan)
+    engine = build_engine(plan, references.interleaved)
     for head in engine.stage.heads:
         head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
@@ -159,22 +159,25 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     return Run(plan, engine, references, callbacks)
 
 
-def build_engine(plan: Plan) -> Engine:
-    """The engine that `parallel.engine` names, with the policy loaded."""
+def build_engine(plan: Plan, interleaved: InterleavedReference | None) -> Engine:
+    """The engine that `parallel.engine` names, with the policy loaded and the schedule that `schedule.name` does."""
+    from megadpo.pipeline.select import pipeline_schedule
+
+    schedule = pipeline_schedule(plan.config.schedule, interleaved)
     config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
     asked = plan.config.model
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
         stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
-        return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
+        return ZeroEngine(stage, plan.config.train, plan.config.parallel, schedule)
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
     stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel, schedule)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -217,11 +220,13 @@ def training_step(run: Run, step: int) -> Metrics:
     plan, objective, started = run.plan, run.plan.objective, time.perf_counter()
     numbers, streams = run.ahead.at(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
-    reference, beside = run.references.train_for(numbers), run.references.beside
-    batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, beside)
-    if beside is not None and not reference_waits_after(plan, step):
-        beside.run_ahead(on_device(run.ahead.following()[1].micro_batches))
-    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha, beside)
+    reference, interleaved = run.references.train_for(numbers), run.references.interleaved
+    batch = global_batch(
+        run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, interleaved
+    )
+    if interleaved is not None and not reference_waits_after(plan, step):
+        interleaved.run_ahead(on_device(run.ahead.following()[1].micro_batches))
+    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:

@@ -227,8 +227,8 @@ def _steps(
     from megadpo.objectives.objective import Objective
     from megadpo.objectives.terms import normalisers_of
     from megadpo.parallel.context import local_micro_batches
-    from megadpo.pipeline.interleaved_reference import ReferenceBeside
-    from megadpo.pipeline.select import passes_by
+    from megadpo.pipeline.interleaved_reference import InterleavedReference
+    from megadpo.pipeline.select import pipeline_schedule
     from megadpo.training.global_batch import global_batch, response_gradient
     from megadpo.training.reference import References, resident
 
@@ -248,36 +248,41 @@ def _steps(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
     )
     frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
+    interleaved = None
+    if schedule.reference == "interleaved":
+        interleaved = InterleavedReference(frozen.models, case.objective.ld_alpha)
+    passes = pipeline_schedule(schedule, interleaved)
     engine: Any
     if case.zero_stage is None:
         stage = build_stage(hf_config, layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)
-        engine = MegatronEngine(stage, train, parallel, schedule)
+        engine = MegatronEngine(stage, train, parallel, passes)
     else:
         engine = zero_worker.make_engine(built, hf_config, open_hf(model))
-        engine.passes = passes_by(schedule)
+        engine.schedule = passes
     engine.stage.train()
     objective = Objective.of(case.objective)
     run_reference = resident(frozen, objective.ld_alpha, schedule)
     references = References(run_reference, None, frozen)
-    beside = ReferenceBeside(frozen.models, objective.ld_alpha) if schedule.reference == "interleaved" else None
     steps, delta = Steps(), RunningMean()
     lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
     for step, numbers in enumerate(lots):
         normalisers = normalisers_of(packing.groups, numbers)
-        batch = global_batch(engine, packing, run_reference, numbers, normalisers, objective, delta.add, beside=beside)
+        batch = global_batch(
+            engine, packing, run_reference, numbers, normalisers, objective, delta.add, interleaved=interleaved
+        )
         moves = case.moves and step == MOVES_AFTER
-        if beside is not None and step + 1 < NUM_STEPS and not moves:
-            beside.run_ahead(local_micro_batches(packing, lots[step + 1]))
+        if interleaved is not None and step + 1 < NUM_STEPS and not moves:
+            interleaved.run_ahead(local_micro_batches(packing, lots[step + 1]))
         gradient_of, found = response_gradient(batch, engine), {}
 
         def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
             found[number] = sums_RS[:, 0]
             return gradient_of(number, sums_RS)
 
-        engine.forward_backward(batch.micro_batches, noted, objective.ld_alpha, beside)
+        engine.forward_backward(batch.micro_batches, noted, objective.ld_alpha)
         engine.finish_gradients()
         steps.gradients.append({name: tensor.clone() for name, tensor in engine.gradients()})
         steps.totals.append(batch.totals)

@@ -145,6 +145,7 @@ def _outcome(
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
     from megadpo.objectives.terms import normalisers_of
+    from megadpo.pipeline.select import pipeline_schedule
     from megadpo.training.global_batch import global_batch, response_gradient
     from megadpo.training.reference import Reference, absent, frozen_stage, resident
     from megadpo.training.score import response_logps
@@ -179,7 +180,7 @@ def _outcome(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
-    engine = MegatronEngine(stage, train, parallel, case.schedule)
+    engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

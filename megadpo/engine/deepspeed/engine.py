@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
@@ -44,8 +44,8 @@ from megadpo.model.families import TensorSource
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import whole
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
@@ -57,12 +57,12 @@ class ZeroEngine:
     """See `megadpo.engine.base.Engine`."""
 
     def __init__(
-        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: PipelineSchedule | None = None
     ) -> None:
-        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`. No `schedule`: Megatron's."""
         prepare_deepspeed()
         self.stage, self.train, self.parallel = stage, train, parallel
-        self.passes = passes_by(schedule or ScheduleConfig())
+        self.schedule = pipeline_schedule() if schedule is None else schedule
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
@@ -73,18 +73,17 @@ class ZeroEngine:
         self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.passes.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        return self.schedule.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
         self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
-        self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
+        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()

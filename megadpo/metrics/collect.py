@@ -84,11 +84,12 @@ def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tenso
     }
 
 
-def add_fixed(totals: Tensor, name: str, value: Tensor | float, objective: Objective) -> None:
-    """Add one observation of a scalar of the whole batch ("kl", "delta") to a vector of sums."""
-    names = objective.metric_names
-    totals[names.index(name)] += value
-    totals[len(names) + names.index(name)] += 1
+def scalar_sums(name: str, value: Tensor | float, objective: Objective, device: torch.device | str) -> Tensor:
+    """The vector of one observation of a scalar of the whole batch ("kl", "delta")."""
+    vector, place = empty_vector(device, objective), objective.metric_names.index(name)
+    vector[place] = value
+    vector[len(objective.metric_names) + place] = 1
+    return vector
 
 
 def empty_vector(device: torch.device | str, objective: Objective) -> Tensor:

@@ -43,9 +43,9 @@ class Normalisers:
     delta: Tensor | float = 0.0
 
 
-def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
-    """The normalisers of a global batch of the groups `numbers`."""
-    chosen = np.asarray(numbers, np.int64)
+def normalisers_of(groups: GroupStore, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
+    """The normalisers of a global batch of the groups `group_ids`."""
+    chosen = np.asarray(group_ids, np.int64)
     responses, prompts = groups.chosen_lengths(chosen)
     scored = responses - (prompts == 0)
     num_units = len(chosen)

@@ -51,8 +51,8 @@ def with_own_part(micro_batch: MicroBatch) -> MicroBatch:
     return with_part(micro_batch, num_parts, parallel_state.get_context_parallel_rank()) if num_parts > 1 else micro_batch
 
 
-def is_teller() -> bool:
-    """Whether this rank speaks for those that have the same numbers: the other tensor and context ranks of its replica."""
+def is_first_rank_of_stage() -> bool:
+    """Whether this is the first of the tensor and context ranks of its stage and replica, which all have the same sums."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 

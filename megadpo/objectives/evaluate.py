@@ -1,7 +1,7 @@
 """From per-response statistics to the loss of a global batch and its gradient with respect to them.
 
-Several losses are added with their weights; an NLL term, WPO's weights and the rows' own weights apply where they are asked
-for. Every unit (pair, list, example or labelled response) has the exact weight 1 / (units in the global batch).
+Several losses are added with their weights; an NLL term, WPO's weights and the rows' own weights apply where they are on.
+Every unit (pair, list, example or labelled response) has the exact weight 1 / (units in the global batch).
 
 Axes: R responses, U units, D statistics that can be differentiated.
 """

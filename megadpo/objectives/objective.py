@@ -1,4 +1,7 @@
-"""An objective, made once from its options: all that the training loop, the metrics and the reference ask of it."""
+"""An objective, made once from its options: what the training step and the metrics are given.
+
+What each loss is stands in `specs.py`; its function is in the file that its line there names.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained for.
+    """The losses that are added up, and what they need of data, model and step.
 
     Attributes:
         options: what the losses read of the configuration: beta and so on.

@@ -29,7 +29,7 @@ class Spec:
         scores_prompt: whether the log-probs of the prompt's own tokens are needed.
         couples_batch: whether a unit's loss depends on others of the global batch: then a forward-only pass collects all
             statistics first.
-        reads: the kind of rows, see `data.formats.Reading`; "any" stands beside losses of any kind.
+        reads: the kind of rows, see `data.formats.Reading`; "any" goes with losses of any kind.
         reads_scores: whether it reads the pairs' given scores.
         measures_kl: whether it is measured against the KL of mismatched answers (KTO).
         runs_delta: whether it always shifts rewards by their running mean (BCO).
@@ -217,14 +217,14 @@ def kind_of(loss_types: list[str]) -> str:
 
 
 def reading_of(options: ObjectiveConfig) -> Reading:
-    """What the rows are and which of their numbers are read."""
-    asked = {
+    """The kind of rows, and which of their values are read."""
+    is_read = {
         "margin": options.margins,
         "weight": options.row_weights,
         "label_probability": options.soft_labels,
         "score": any(SPECS[name].reads_scores for name in options.loss_types),
     }
-    return Reading(kind_of(options.loss_types), frozenset(name for name, is_asked in asked.items() if is_asked))
+    return Reading(kind_of(options.loss_types), frozenset(name for name, on in is_read.items() if on))
 
 
 def scores_prompt(loss_types: list[str]) -> bool:

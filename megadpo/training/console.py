@@ -1,4 +1,4 @@
-"""What a training run says on the console: lines on stderr, each once."""
+"""The lines that a training run writes to stderr, each once, from rank 0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def log(line: str) -> None:
 
 
 def log_plan(plan: Plan) -> None:
-    """What is about to run: data, layout, device, dtype."""
+    """Data, layout, device and dtype of the run that is about to start."""
     for which, report in plan.reports.items():
         log(f"{which}: {report.sentence()}")
     if plan.reports["train"].kind == "labels":

@@ -42,7 +42,7 @@ CACHE_VERSION = 3
 
 
 class Reference:
-    """A frozen reference as a data set's steps ask it for log-probs; the classes below are the kinds of it.
+    """The frozen reference of a data set: gives each step its log-probs. The classes below are the kinds of it.
 
     Each list of log-probs has one entry a micro-batch: [R] in float64 on last stages (elsewhere the list may be empty), None
     where there is no reference.
@@ -187,7 +187,7 @@ class References:
 
 
 def build_references(plan: Plan) -> References:
-    """What `reference.mode` names, ready to be asked; collective."""
+    """The references of `reference.mode`; collective."""
     mode, ld_alpha, schedule = plan.config.reference.mode, plan.config.objective.ld_alpha, plan.config.schedule
     asked = plan.config.model
 

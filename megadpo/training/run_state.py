@@ -184,8 +184,8 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
 
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
-        numbers = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.plan.policy.config, layout, *numbers)}
+        ranks = (tensor_rank, expert_rank, expert_tensor_rank)
+        return {shard.name: shard for shard in stage_shards(run.plan.policy.config, layout, *ranks)}
 
     for name, values in run.engine.parameters():
         parameter, shard = stage.parameters[name]
@@ -209,5 +209,5 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
             dist.gather(values.contiguous(), tensors or None, group_dst=0, group=group)
         if _is_writer():
             for first, ranks in zip(range(0, len(tensors), count), holders, strict=True):
-                shards = [shards_of(*numbers)[held] for held, numbers in ranks]
+                shards = [shards_of(*holder)[held] for held, holder in ranks]
                 yield from join_tensor_ranks(list(zip(shards, tensors[first : first + count], strict=True)))

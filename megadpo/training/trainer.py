@@ -1,8 +1,9 @@
 """Training, from a configuration to a Hugging Face directory: the story on one page.
 
-prepare  rows -> groups -> tokens, layout and model checked, all before processes are joined
-build    this rank's stage of the policy, the reference, the engine
-loop     batch -> micro-batches -> log-probs -> objective -> gradients -> step -> metrics, evaluation, checkpoint
+prepare  rows -> groups -> tokens, layout and model checked, all before processes are joined (setup.py)
+build    this rank's stage of the policy, the reference (reference.py), the engine
+loop     a global batch a step (global_batch.py), made ready on a thread while the step before it computes;
+         log-probs -> objective -> gradients -> update (step.py); metrics, evaluation, checkpoint (run_state.py)
 export   the trained model as a Hugging Face directory
 """
 

@@ -61,7 +61,8 @@ def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, direct
     """Both arms on one mix of lengths, for each of TRL's batch sizes."""
     from benchmarks.runs import plan_on
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     groups = pairs_of_mix(plan, mix, options.rounds + options.warm_up, options.pairs, options.tiny)
     own_plan = plan_on(plan, groups)

@@ -49,8 +49,9 @@ def _times(
 ) -> dict[str, Any]:
     """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
     from megadpo.config.schema import ObjectiveConfig
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
 
     arms = {}
     for name, objective in (("plain", plain), ("coupled", coupled)):

@@ -318,7 +318,8 @@ def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds that steps of the trainer wait for their data."""
     from benchmarks.runs import prepared_plan
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     plan, _ = prepared_plan(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
     waited: dict[str, list[float]] = {"made ahead": [], "made in the step": []}

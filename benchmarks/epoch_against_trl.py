@@ -81,7 +81,8 @@ def _train(plan: Any, groups: list[Any], num_steps: int, cache: str) -> None:
     """Our run from loading the model to the last step, into an empty cache."""
     from benchmarks.runs import plan_on
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     own_plan = plan_on(plan, groups)
     own_plan.config.reference.mode, own_plan.config.data.cache_dir = "precomputed", cache

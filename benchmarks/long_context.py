@@ -102,8 +102,9 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     from benchmarks.runs import plan_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
     from megadpo.validation.load import load_config
 
     give_back_freed_blocks()

@@ -98,7 +98,8 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
 def _train(plan: Any, num_steps: int) -> None:
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     with joined_world(plan.layout, plan.config.train.seed):
         run = build(plan, Callbacks())

@@ -61,7 +61,8 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         plan, about = prepared_plan(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
         with joined_world(plan.layout, plan.config.train.seed):
-            from megadpo.training.trainer import Callbacks, Run, build, training_step
+            from megadpo.training.run import Callbacks, Run
+            from megadpo.training.trainer import build, training_step
 
             runs = {
                 name: build(dataclasses.replace(plan, dtype=dtype), Callbacks())

@@ -86,8 +86,9 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
     from benchmarks.runs import plan_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
     from megadpo.validation.load import load_config
 
     torch.set_num_threads(options.threads)

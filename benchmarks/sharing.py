@@ -68,13 +68,15 @@ def _times(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, 
 def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from megadpo.training.reference import References, precomputed
+    from megadpo.training.reference import PrecomputedReference, References
+    from megadpo.training.run import Callbacks, Run
     from megadpo.training.setup import data_packing
-    from megadpo.training.trainer import Callbacks, Run, build, training_step
+    from megadpo.training.trainer import build, training_step
 
     run = build(plan, Callbacks())
     if reference == "none":
-        run.references = References(precomputed(np.zeros(plan.train.groups.num_responses), plan.train.groups), None)
+        zeros = PrecomputedReference(np.zeros(plan.train.groups.num_responses), plan.train.groups)
+        run.references = References(zeros, None)
     unshared_config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, share_prompts=False))
     unshared_packing = data_packing(
         unshared_config, plan.train.groups, plan.layout, plan.policy.config, options.capacity, "--capacity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from megadpo.model.families import TensorSource, check_tensors, shape_of
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.custom import load_custom
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
@@ -82,6 +84,11 @@ class RunSetup:
     num_steps: int
     output_dir: Path
     resume: Path | None
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is trained for, from `config.objective`."""
+        return Objective.of(self.config.objective)
 
 
 def prepare(config: Config) -> RunSetup:

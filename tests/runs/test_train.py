@@ -47,7 +47,7 @@ class _Interrupted(Exception):
 def _train(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
     """Every metrics line; the run breaks off after step `stop_after`, as if killed."""
     import megadpo
-    from megadpo.training.trainer import Callbacks
+    from megadpo.training.run import Callbacks
 
     def stop(step: int, metrics: dict[str, float]) -> None:
         if step == stop_after:
@@ -118,7 +118,7 @@ def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -
     from datasets import Dataset
 
     import megadpo
-    from megadpo.training.trainer import Callbacks
+    from megadpo.training.run import Callbacks
 
     heard: list[str] = []
     settings["data"]["train"] = Dataset.from_list(rows)

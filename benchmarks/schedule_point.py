@@ -235,6 +235,7 @@ class _Computed:
         from transformers import LlamaConfig
 
         from megadpo.model.build import build_stage
+        from megadpo.model.families import shape_of
         from megadpo.model.weight_gradients import fuse_gradients
         from megadpo.parallel.layout import Layout
 
@@ -249,7 +250,7 @@ class _Computed:
             max_position_embeddings=point["tokens"],
         )
         layout = Layout(pipeline=point["stages"], virtual=point["chunks"])
-        self.policy, self.reference = (build_stage(config, layout, torch.float32) for _ in range(2))
+        self.policy, self.reference = (build_stage(shape_of(config), layout, torch.float32) for _ in range(2))
         with torch.no_grad():
             for stage in (self.policy, self.reference):
                 for model in stage.models:
@@ -305,7 +306,7 @@ def _into_main_grad(parameter: Any) -> None:
 def _stream(point: dict[str, Any], seed: int) -> Any:
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random, half = np.random.default_rng(seed), point["tokens"] // 4
@@ -313,4 +314,4 @@ def _stream(point: dict[str, Any], seed: int) -> Any:
     def ids(count: int) -> np.ndarray:
         return random.integers(0, point["vocabulary"], count).astype(np.int32)
 
-    return lay_out([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])
+    return collate_groups([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])

@@ -61,8 +61,7 @@ class MegatronEngine:
 
     def _fuse_weight_gradients(self, requested: bool | None) -> str:
         """Have products of head and linear layers add to `main_grad`; which ones do in the linear layers."""
-        for head in self.stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        self.stage.configure_head(gradient_buffer=self.gradient_buffer)
         if self.schedule.delays_weight_gradients:
             requested = True
         params_dtype = self.stage.models[0].config.params_dtype

@@ -237,7 +237,7 @@ def has_head(op: Op, num_chunks: int) -> bool:
 def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
     """An empty tensor of the shape [tokens of this rank, 1, hidden] of the hidden states, or their gradients, that go from
     stage to stage."""
-    num_tokens = len(micro_batch.held.tokens_T)
+    num_tokens = len(micro_batch.local.tokens_T)
     if config.sequence_parallel:
         num_tokens //= parallel_state.get_tensor_model_parallel_world_size()
     return torch.empty(num_tokens, 1, config.hidden_size, dtype=config.pipeline_dtype, device=compute_device())

@@ -23,7 +23,7 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
@@ -73,7 +73,7 @@ class Streams:
     mismatched: Sequence[MicroBatch] = ()
 
 
-def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
+def streams_of(packing: PackedDataset, numbers: IntArray, options: ObjectiveConfig) -> Streams:
     """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
     mismatched: list[MicroBatch] = []
     if measures_kl(options.loss_types):
@@ -83,7 +83,7 @@ def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) ->
 
 def global_batch(
     engine: Engine,
-    packing: Packing,
+    packing: PackedDataset,
     reference: Reference,
     numbers: IntArray,
     normalisers: Normalisers,
@@ -185,6 +185,6 @@ def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
 
 def _numbers_in_batch(batch: Batch, micro_batch: MicroBatch) -> Tensor:
     """int64 [R]: the number in the whole batch of each response of a micro-batch."""
-    offsets_G = batch.response_offsets_G[list(micro_batch.places)].to(micro_batch.group_R.device)
+    offsets_G = batch.response_offsets_G[list(micro_batch.batch_positions)].to(micro_batch.group_R.device)
     within_R = torch.arange(micro_batch.num_responses, device=offsets_G.device) - micro_batch.first_G[micro_batch.group_R]
     return offsets_G[micro_batch.group_R] + within_R

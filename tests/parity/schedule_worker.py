@@ -218,10 +218,11 @@ def _steps(
     fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.terms import normalisers_of
@@ -232,16 +233,17 @@ def _steps(
     from megadpo.training.reference import References, resident
 
     layout, hf_config = case.layout, read_hf_config(model)
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple,
-        hidden_size=64,
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        split_pairs=schedule.split_pairs,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple,
+            hidden_size=64,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+            split_pairs=schedule.split_pairs,
+        ),
     )
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
@@ -253,7 +255,7 @@ def _steps(
     passes = pipeline_schedule(schedule, interleaved)
     engine: Any
     if case.zero_stage is None:
-        stage = build_stage(hf_config, layout, case.dtype, Activations(case.recompute))
+        stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)

@@ -113,7 +113,7 @@ def outcomes_of_objectives(
 
     def read_by(objective: ObjectiveConfig) -> Sequence[Group]:
         reading = reading_of(objective)
-        return groups["numbered" if reading.numbers else reading.kind]
+        return groups["numbered" if reading.row_values else reading.kind]
 
     from megadpo.parallel.world import joined_world
 
@@ -138,9 +138,10 @@ def _outcome(
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
@@ -155,24 +156,25 @@ def _outcome(
     if has_reward_head(objective.loss_types):
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
-        hidden_size=64,
-        score_prompts=scores_prompt(objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (16 if case.model.fp8 else 1),
+            hidden_size=64,
+            score_prompts=scores_prompt(objective.loss_types),
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        ),
     )
-    stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
+    stage = build_stage(shape_of(hf_config), layout, dtype, case.activations, options=case.model)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):
-        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference), case.model)
+        frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(

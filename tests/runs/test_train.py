@@ -159,7 +159,7 @@ def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_pa
         assert torch.allclose(trained, single[name], rtol=1e-4, atol=1e-5), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert tokenizer("Human")["input_ids"] == AutoTokenizer.from_pretrained(files / "model")("Human")["input_ids"]
-    from megadpo.commands.convert import export_checkpoint
+    from megadpo.checkpoint.convert import export_checkpoint
 
     export_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "converted")
     converted = dict(oracle.load(tmp_path / "converted").named_parameters())
@@ -202,7 +202,7 @@ def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
 
 
 def _logprobs(model: Path, data: Path, out: Path, parallel: dict[str, int], share_prompts: bool, cache: Path) -> None:
-    from megadpo.commands.logprobs import run_logprobs
+    from megadpo.training.logprobs import run_logprobs
     from megadpo.validation.load import load_config
 
     data_options = {"max_length": 128, "share_prompts": share_prompts, "cache_dir": str(cache)}

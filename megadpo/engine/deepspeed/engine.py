@@ -41,6 +41,7 @@ from megadpo.engine.deepspeed.runtime import (
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import whole
@@ -68,8 +69,7 @@ class ZeroEngine:
         config = _config(stage, parallel, adam is not None)
         self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
-        for head in stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
@@ -194,48 +194,47 @@ class ZeroEngine:
 
 
 def policy_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, activations, asked=asked)
+        stage = build_stage(shape, layout, dtype, activations, options=options)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, asked)
+    return sharded_stage(shape, source, layout, dtype, activations, parallel, options)
 
 
 def frozen_sharded_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, asked, "reference")
+    stage = sharded_stage(shape, source, layout, dtype, KEEP, parallel, options, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 
 
 def sharded_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
     role: str = "policy",
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
@@ -245,7 +244,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), asked=asked)
+    stage = build_stage(shape, layout, dtype, activations, device=torch.device("meta"), options=options)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

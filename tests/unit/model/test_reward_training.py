@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadpo.commands.convert import export_checkpoint
+from megadpo.checkpoint.convert import export_checkpoint
 from tests.helpers.models import groups_of_file, save_model, write_hh
 from tests.helpers.worlds import run_world
 from tests.runs.test_train import _settings, _train

@@ -127,7 +127,7 @@ def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path)
 def test_simulated_idle_shares_are_those_of_the_documentation():
     from benchmarks import simulated
 
-    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    lines = (ROOT / "benchmarks" / "results.md").read_text().splitlines()
     documented = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d+ \| \d+ \| 0\.", line)]
 
     def says(cell: str, number: float) -> bool:

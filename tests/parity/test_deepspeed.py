@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.zero_memory import formula
 from megadpo.errors import UserError
@@ -17,9 +16,10 @@ from megadpo.parallel.layout import Layout
 from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
 from megadpo.validation.load import load_config
 from tests.helpers.models import random_groups, save_model, write_hh
+from tests.helpers.runs import exported_weights, run_settings, train_run
 from tests.helpers.worlds import run_world
 from tests.parity import oracle
-from tests.parity.zero_worker import Case, Outcome, outcomes, train_run
+from tests.parity.zero_worker import Case, Outcome, outcomes
 
 pytest.importorskip("deepspeed")
 
@@ -210,19 +210,8 @@ def files(tmp_path_factory) -> Path:
 
 
 def _settings(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": {"path": str(files / "model"), "dtype": "fp32"},
-        "data": {"train": str(files / "train.jsonl"), "max_length": 128, "cache_dir": str(files / "cache")},
-        "train": {"steps": 4, "pairs_per_step": 8, "tokens_per_micro_batch": 512, "learning_rate": 1e-3},
-        "checkpoint": {"every": 2, "keep": 1},
-        "logging": {"tensorboard": False},
-        "output_dir": str(output_dir),
-    }
-    return settings | {section: settings.get(section, {}) | values for section, values in changes.items()}
-
-
-def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted((output_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
+    own = {"train": {"steps": 4, "warmup_steps": 0}, "checkpoint": {"every": 2, "keep": 1}}
+    return run_settings(files, output_dir, **own | changes)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +241,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, par
     run_world(2, train_run, settings("broken"), 3)
     resumed = run_world(2, train_run, settings("broken"))[0]
     assert resumed == whole and [record["step"] for record in resumed] == [1, 2, 3, 4]
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -272,7 +261,7 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     whole = run_world(2, train_run, settings("whole", offload="cpu"))[0]
     run_world(2, train_run, to_files("broken"), 3)
     assert run_world(2, train_run, to_files("broken"))[0] == whole, "the same optimizer, in memory and never broken off"
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import exported_weights, log_probs, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _logprobs, _settings, _train, _weights
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(files, tmp_path_factory) -> list[dict[str, float]]:
     """The records of one process."""
-    return run_world(1, _train, _run(files, tmp_path_factory.mktemp("alone") / "run", {}))[0]
+    return run_world(1, train_run, _run(files, tmp_path_factory.mktemp("alone") / "run", {}))[0]
 
 
 def _run(files: Path, output: Path, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:
     changes = {"train": {"steps": 4}, "eval": {"every": 2}, "checkpoint": {"every": 2}, "parallel": parallel} | changes
-    settings = _settings(files, output, **changes)
+    settings = run_settings(files, output, **changes)
     settings["data"]["eval"] = str(files / "eval.jsonl")
     return settings
 
@@ -46,7 +46,7 @@ def test_a_run_on_two_context_ranks_writes_what_one_process_writes_and_resumes_b
         parallel = {"context": 2, "context_method": method}
         return _run(files, tmp_path / name, parallel, reference={"mode": mode}, data={"cache_dir": str(tmp_path / "cache")})
 
-    whole = run_world(2, _train, settings("whole"))[0]
+    whole = run_world(2, train_run, settings("whole"))[0]
     for ours, theirs in zip(whole, alone, strict=True):
         assert ours.keys() == theirs.keys()
         # Margins of 1e-7 at the first step: with a precomputed reference their sign is rounding.
@@ -54,9 +54,9 @@ def test_a_run_on_two_context_ranks_writes_what_one_process_writes_and_resumes_b
         assert {name: ours[name] for name in compared} == pytest.approx(
             {name: theirs[name] for name in compared}, rel=1e-4, abs=1e-4
         )
-    run_world(2, _train, settings("broken"), 3)
-    assert run_world(2, _train, settings("broken"))[0] == whole
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    run_world(2, train_run, settings("broken"), 3)
+    assert run_world(2, train_run, settings("broken"))[0] == whole
+    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
@@ -64,7 +64,7 @@ def test_log_probs_are_written_once_and_whole(files, tmp_path):
     parallel = {1: {}, 2: {"context": 2}}
     for size, sizes in parallel.items():
         run_world(
-            size, _logprobs, files / "model", files / "eval.jsonl", tmp_path / f"{size}", sizes, True, tmp_path / "cache"
+            size, log_probs, files / "model", files / "eval.jsonl", tmp_path / f"{size}", sizes, True, tmp_path / "cache"
         )
     alone, parted = ([json.loads(line) for line in (tmp_path / str(size)).read_text().splitlines()] for size in parallel)
     assert len(alone) >= 10

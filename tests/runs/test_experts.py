@@ -16,8 +16,8 @@ from megadpo.training.setup import prepare
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import exported_weights, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train, _weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def files(tmp_path_factory) -> Path:
 
 
 def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: str = "fp32") -> dict[str, Any]:
-    return _settings(
+    return run_settings(
         files,
         output_dir,
         model={"dtype": dtype},
@@ -42,22 +42,24 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: 
 
 def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
     settings = {name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16") for name in ("whole", "broken")}
-    whole = run_world(2, _train, settings["whole"])[0]
-    assert len(run_world(2, _train, settings["broken"], 3)[0]) == 3
-    resumed = run_world(2, _train, settings["broken"])[0]
+    whole = run_world(2, train_run, settings["whole"])[0]
+    assert len(run_world(2, train_run, settings["broken"], 3)[0]) == 3
+    resumed = run_world(2, train_run, settings["broken"])[0]
     assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
+    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files, tmp_path):
-    whole = run_world(1, _train, settings_of(files, tmp_path / "whole", {}))[0]
-    run_world(2, _train, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)
-    moved = run_world(4, _train, settings_of(files, tmp_path / "moved", {"tensor": 2, "expert": 2, "expert_tensor": 2}))[0]
+    whole = run_world(1, train_run, settings_of(files, tmp_path / "whole", {}))[0]
+    run_world(2, train_run, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)
+    moved = run_world(4, train_run, settings_of(files, tmp_path / "moved", {"tensor": 2, "expert": 2, "expert_tensor": 2}))[
+        0
+    ]
     for ours, theirs in zip(moved, whole, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     before = _weights_of(files / "model")
-    ours, theirs = _weights(tmp_path / "moved"), _weights(tmp_path / "whole")
+    ours, theirs = exported_weights(tmp_path / "moved"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() == before.keys()
     distance = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
     assert distance <= 1e-3 * torch.stack([(theirs[name] - before[name]).norm() for name in ours]).norm()
@@ -110,6 +112,6 @@ def test_the_dense_mlp_s_columns_matter_only_where_a_layer_has_one():
 def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
     save_model(tmp_path / "model", "llama")
     write_hh(tmp_path / "train.jsonl", 12)
-    settings = _settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
+    settings = run_settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
     with pytest.raises(UserError, match=r"train.router_aux_coef is 0.01, but .*model has no experts; remove it"):
         prepare(load_config(settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.worlds import run_world
 
 CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
 """Metrics that no two runs share."""
@@ -62,6 +64,16 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[d
 def train_each(runs: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
     """Several runs, one after the other in the same processes."""
     return [train_run(one) for one in runs]
+
+
+def resumed_and_whole(
+    num_processes: int, settings: Callable[[str], dict[str, Any]], stop_after: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The metrics of the run ``settings("broken")``, which breaks off after a step and goes on in other processes, and of
+    ``settings("whole")``, which those processes train afterwards from the beginning."""
+    assert len(run_world(num_processes, train_run, settings("broken"), stop_after)[0]) == stop_after
+    resumed, whole = run_world(num_processes, train_each, [settings("broken"), settings("whole")])[0]
+    return resumed, whole
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:

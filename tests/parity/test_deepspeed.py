@@ -16,7 +16,7 @@ from megadpo.parallel.layout import Layout
 from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
 from megadpo.validation.load import load_config
 from tests.helpers.models import random_groups, save_model, write_hh
-from tests.helpers.runs import exported_weights, run_settings, train_run
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
 from tests.parity import oracle
 from tests.parity.zero_worker import Case, Outcome, outcomes
@@ -237,12 +237,9 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, par
         parallel_section = {"engine": "deepspeed", **parallel}
         return _settings(files, tmp_path / name, parallel=parallel_section, model={"dtype": dtype}, reference=reference)
 
-    whole = run_world(2, train_run, settings("whole"))[0]
-    run_world(2, train_run, settings("broken"), 3)
-    resumed = run_world(2, train_run, settings("broken"))[0]
+    resumed, whole = resumed_and_whole(2, settings, 3)
     assert resumed == whole and [record["step"] for record in resumed] == [1, 2, 3, 4]
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -261,8 +258,7 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     whole = run_world(2, train_run, settings("whole", offload="cpu"))[0]
     run_world(2, train_run, to_files("broken"), 3)
     assert run_world(2, train_run, to_files("broken"))[0] == whole, "the same optimizer, in memory and never broken off"
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_run_with_a_moving_reference_goes_on_under_the_other_engine(files, tmp_path):

@@ -16,7 +16,7 @@ from megadpo.training.setup import prepare
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.runs import exported_weights, run_settings, train_run
+from tests.helpers.runs import assert_same_weights, exported_weights, resumed_and_whole, run_settings, train_run, weights_in
 from tests.helpers.worlds import run_world
 
 
@@ -41,13 +41,9 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: 
 
 
 def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
-    settings = {name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16") for name in ("whole", "broken")}
-    whole = run_world(2, train_run, settings["whole"])[0]
-    assert len(run_world(2, train_run, settings["broken"], 3)[0]) == 3
-    resumed = run_world(2, train_run, settings["broken"])[0]
+    resumed, whole = resumed_and_whole(2, lambda name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16"), 3)
     assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files, tmp_path):
@@ -58,7 +54,7 @@ def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files
     ]
     for ours, theirs in zip(moved, whole, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    before = _weights_of(files / "model")
+    before = weights_in(files / "model")
     ours, theirs = exported_weights(tmp_path / "moved"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() == before.keys()
     distance = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
@@ -68,12 +64,6 @@ def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files
     gate_up = dict(model.named_parameters())["model.layers.2.mlp.experts.gate_up_proj"]
     assert torch.equal(gate_up[5, :48], ours["model.layers.2.mlp.experts.5.gate_proj.weight"])
     assert torch.equal(gate_up[5, 48:], ours["model.layers.2.mlp.experts.5.up_proj.weight"])
-
-
-def _weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
 
 
 MIXTRAL = MixtralConfig(

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megadpo.errors import UserError
 from tests.helpers.models import hh_rows, save_model
-from tests.helpers.runs import exported_weights, run_settings, train_run
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
 
 ASSISTANT = "\n\nAssistant:"
@@ -70,13 +69,18 @@ OBJECTIVES = {"kto": "labelled", "bco": "labelled", "plackett_luce": "lists", "s
 def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
     without = {"reference": {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}}
     without["model"] = {"path": str(files / "other")}
-    base = run_world(1, train_run, _of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without))[0]
-    names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
-    assert all(abs(base[-1][name]) > 1e-4 for name in names)
+    runs: dict[int, list[dict[str, Any]]] = {1: [_of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without)]}
     for number, (num_processes, changes) in enumerate(WAYS):
         changes = without | changes | {"data": changes.get("data", {})}
         settings = _of_kind(files, tmp_path / str(number), rows, {"loss_type": loss}, **changes)
-        for ours, theirs in zip(run_world(num_processes, train_run, settings)[0], base, strict=True):
+        runs.setdefault(num_processes, []).append(settings)
+    base, *found = [
+        records for num_processes, some in runs.items() for records in run_world(num_processes, train_each, some)[0]
+    ]
+    names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
+    assert all(abs(base[-1][name]) > 1e-4 for name in names)
+    for (_, changes), records in zip(WAYS, found, strict=True):
+        for ours, theirs in zip(records, base, strict=True):
             for name in ("loss", "grad_norm", *names):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (changes, ours["step"], name)
 
@@ -88,7 +92,7 @@ def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
     from_labels = _of_kind(files, tmp_path / "labelled", "labelled", objective, data=order)
     from_pairs["train"]["pairs_per_step"], from_labels["train"]["pairs_per_step"] = 4, 8
     from_pairs["train"]["tokens_per_micro_batch"] = from_labels["train"]["tokens_per_micro_batch"] = 1024
-    ours, theirs = (run_world(1, train_run, settings)[0] for settings in (from_pairs, from_labels))
+    ours, theirs = run_world(1, train_each, [from_pairs, from_labels])[0]
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/rejected"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
@@ -96,10 +100,9 @@ def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
 
 def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files, tmp_path):
     objective = {"loss_type": "all_pairs", "list_weights": "score"}
-    resident, ahead = (
-        run_world(2, train_run, _of_kind(files, tmp_path / mode, "lists", objective, reference={"mode": mode}))[0]
-        for mode in ("resident", "precomputed")
-    )
+    modes = ("resident", "precomputed")
+    runs = [_of_kind(files, tmp_path / mode, "lists", objective, reference={"mode": mode}) for mode in modes]
+    resident, ahead = run_world(2, train_each, runs)[0]
     for a, b in zip(resident, ahead, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
@@ -112,17 +115,15 @@ def test_delta_is_the_running_mean_of_rewards_and_outlives_a_restart(files, tmp_
         changes = {"train": {"steps": 6, "warmup_steps": 0}, "checkpoint": {"every": 2}, "parallel": {"pipeline": 2}}
         return _of_kind(files, tmp_path / name, rows, {"loss_type": loss, **extra}, **changes)
 
-    whole = run_world(2, train_run, settings("whole"))[0]
+    resumed, whole = resumed_and_whole(2, settings, 3)
     assert whole[0]["delta"] == 0 and abs(whole[-1]["delta"]) > 1e-3
     if loss == "bco_pair":  # equal numbers on both sides: the mean of both is the mean of all
         means = [(record["rewards/chosen"] + record["rewards/rejected"]) / 2 for record in whole]
         assert [record["delta"] for record in whole] == pytest.approx(
             [sum(means[: i + 1]) / (i + 1) for i in range(6)], rel=1e-6, abs=1e-9
         )
-    run_world(2, train_run, settings("broken"), 3)
-    assert run_world(2, train_run, settings("broken"))[0] == whole
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed == whole
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_equal_models_give_kto_one_half_and_no_kl(files, tmp_path):

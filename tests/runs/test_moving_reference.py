@@ -11,7 +11,7 @@ from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.runs import exported_weights, run_settings, train_run
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
 from tests.parity import oracle
 
@@ -60,12 +60,9 @@ def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, para
     def settings(name: str) -> dict[str, Any]:
         return _moving(files, tmp_path / name, parallel=parallel, train={"steps": 6}, checkpoint={"every": 3})
 
-    whole = run_world(num_processes, train_run, settings("whole"))[0]
-    run_world(num_processes, train_run, settings("broken"), 4)
-    resumed = run_world(num_processes, train_run, settings("broken"))[0]
+    resumed, whole = resumed_and_whole(num_processes, settings, 4)
     assert resumed == whole
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_the_moving_reference_does_not_depend_on_the_layout(files, tmp_path):

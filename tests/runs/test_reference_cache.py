@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.runs import run_settings, train_run
+from tests.helpers.runs import resumed_and_whole, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
 
 NO_WARM_UP = {"steps": None, "epochs": 2.0, "warmup_steps": 0, "pairs_per_step": 8}
@@ -34,10 +34,6 @@ def _of(files: Path, directory: Path, name: str, mode: str = "cached", **changes
     return run_settings(
         files, directory / name, reference={"mode": mode}, data=data, train=changes.pop("train", NO_WARM_UP), **changes
     )
-
-
-def _train_all(settings: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
-    return [train_run(one) for one in settings]
 
 
 def _files_of(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -62,7 +58,7 @@ def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding
     changes: dict[str, Any] = {"objective": {"loss_type": loss}, "eval": {"every": 4}}
     changes["data"] = {"eval": str(files / "eval.jsonl")}
     both = [_of(files, tmp_path, mode, mode, **changes) for mode in ("resident", "cached")]
-    resident, cached = run_world(1, _train_all, both)[0]
+    resident, cached = run_world(1, train_each, both)[0]
     assert cached[:STEPS_OF_FIRST_EPOCH] == resident[:STEPS_OF_FIRST_EPOCH]
     assert cached[0]["rewards/margins"] == 0.0
     _close(cached, resident)
@@ -117,14 +113,13 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files: Path, tmp_pat
         (tmp_path / name).mkdir(exist_ok=True)
         return _of(files, tmp_path / name, "run", checkpoint={"every": 2}, parallel={"pipeline": 2})
 
-    whole = run_world(2, train_run, settings("whole"))[0]
-    run_world(2, train_run, settings("broken"), 3)
-    assert run_world(2, train_run, settings("broken"))[0] == whole
+    resumed, whole = resumed_and_whole(2, settings, 3)
+    assert resumed == whole
 
 
 def test_precomputed_and_cached_share_their_cache(files: Path, tmp_path: Path) -> None:
     names = [("first", "cached"), ("second", "precomputed"), ("third", "cached")]
-    first, second, third = run_world(1, _train_all, [_of(files, tmp_path, name, mode) for name, mode in names])[0]
+    first, second, third = run_world(1, train_each, [_of(files, tmp_path, name, mode) for name, mode in names])[0]
     assert second == third, "both look up what the first one wrote"
     _close(second, first)
     assert len(_files_of(tmp_path)[0]) == 1

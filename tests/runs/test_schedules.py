@@ -11,7 +11,7 @@ import torch
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.runs import exported_weights, run_settings, train_run
+from tests.helpers.runs import exported_weights, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
 
 INTERLEAVED = {"name": "1f1b", "reference": "interleaved"}
@@ -43,12 +43,12 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
 
     theirs = run_world(2, train_run, settings("theirs", {}))[0]
     run_world(2, train_run, settings("ours", INTERLEAVED), 3)
-    ours = run_world(2, train_run, settings("ours", INTERLEAVED))[0]
+    runs = [settings("ours", INTERLEAVED), settings("apart", INTERLEAVED | {"split_pairs": True})]
+    runs.append(settings("put_off", INTERLEAVED | {"zero_bubble": True}))
+    ours, apart, put_off = run_world(2, train_each, runs)[0]
     assert ours == theirs and "eval_loss" in ours[1] and ours[0]["rewards/margins"] == 0.0
     weights, others = exported_weights(tmp_path / "ours"), exported_weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
-    apart = run_world(2, train_run, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
-    put_off = run_world(2, train_run, settings("put_off", INTERLEAVED | {"zero_bubble": True}))[0]
     assert apart[0]["rewards/margins"] == put_off[0]["rewards/margins"] == 0.0
     for record, whole in zip((*apart, *put_off), (*theirs, *theirs), strict=True):
         assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
@@ -65,8 +65,8 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
             train={"steps": 3, "warmup_steps": 0, "tokens_per_micro_batch": 600},
         )
 
-    theirs = run_world(2, train_run, settings("theirs", {}))[0]
-    assert run_world(2, train_run, settings("ours", INTERLEAVED))[0] == theirs
+    theirs, ours = run_world(2, train_each, [settings("theirs", {}), settings("ours", INTERLEAVED)])[0]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.models import groups_of_file, hh_rows, save_model, write_hh
-from tests.helpers.runs import exported_weights, log_probs, read_metrics, run_settings, train_run
+from tests.helpers.runs import assert_same_weights, log_probs, read_metrics, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
 from tests.parity import oracle
 
@@ -42,14 +42,12 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num
             checkpoint={"every": 3, "keep": 1},
         )
 
-    whole = run_world(num_processes, train_run, settings("whole"))[0]
     broken = run_world(num_processes, train_run, settings("broken"), 5)[0]
     assert len(broken) == 5
     assert [p.name for p in sorted((tmp_path / "broken" / "checkpoints").iterdir())] == ["step_00000003"]
-    resumed = run_world(num_processes, train_run, settings("broken"))[0]
+    resumed, whole = run_world(num_processes, train_each, [settings("broken"), settings("whole")])[0]
     assert resumed == whole and [record["step"] for record in resumed] == list(range(1, 10))
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_checkpoint_of_one_layout_goes_on_in_another(files, tmp_path):
@@ -137,20 +135,21 @@ def test_a_precomputed_reference_gives_the_resident_one_s_run_and_is_computed_on
 def test_the_reference_cache_is_not_used_for_other_weights(files, tmp_path):
     mode = {"mode": "precomputed"}
     one_step = {"steps": 1, "warmup_steps": 0}
-    run_world(1, train_run, run_settings(files, tmp_path / "first", reference=mode, train=one_step))
+    first = run_settings(files, tmp_path / "first", reference=mode, train=one_step)
     save_model(tmp_path / "other", "qwen3", seed=7, tie_word_embeddings=True)
     changed = run_settings(
         files, tmp_path / "second", reference=mode | {"path": str(tmp_path / "other")}, train={"steps": 1, "warmup_steps": 0}
     )
-    assert abs(run_world(1, train_run, changed)[0][0]["rewards/margins"]) > 1e-2
+    assert abs(run_world(1, train_each, [first, changed])[0][1][0]["rewards/margins"]) > 1e-2
 
 
 def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
-    runs = [
-        run_world(1, train_run, run_settings(files, tmp_path / f"{i}", train={"steps": 2, "seed": s}))[0]
-        for i, s in enumerate((1, 1, 2))
-    ]
-    assert runs[0] == runs[1] and runs[0][0]["logps/chosen"] != runs[2][0]["logps/chosen"]
+    def settings(name: str, seed: int) -> dict[str, Any]:
+        return run_settings(files, tmp_path / name, train={"steps": 2, "seed": seed})
+
+    (one,) = run_world(1, train_run, settings("one", 1))
+    other, again = run_world(1, train_each, [settings("other", 2), settings("again", 1)])[0]
+    assert one == again and one[0]["logps/chosen"] != other[0]["logps/chosen"]
 
 
 @pytest.mark.parametrize(("num_processes", "parallel", "share"), [(1, {}, True), (2, {"pipeline": 2}, False), (2, {}, True)])
@@ -183,15 +182,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(f
         run_world(1, train_run, run_settings(files, tmp_path / "run", train={"learning_rate": 1e30, "warmup_steps": 0}))
 
 
-def _train_twice(settings: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
-    return [train_run(one) for one in settings]
-
-
 def test_a_process_may_train_more_than_once(files, tmp_path):
     settings = [
         run_settings(files, tmp_path / name, train={"steps": 2}, parallel={"tensor": 2}) for name in ("first", "second")
     ]
-    first, second = run_world(2, _train_twice, settings)[0]
+    first, second = run_world(2, train_each, settings)[0]
     assert first == second
 
 
@@ -223,13 +218,13 @@ def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_w
     import shutil
 
     mode, one_step = {"mode": "precomputed"}, {"steps": 1, "warmup_steps": 0}
-    run_world(1, train_run, run_settings(files, tmp_path / "first", reference=mode, train=one_step))
+    first = run_settings(files, tmp_path / "first", reference=mode, train=one_step)
     shutil.copytree(files / "model", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["rms_norm_eps"] = 0.1
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     other = run_settings(files, tmp_path / "second", reference=mode, model={"path": str(tmp_path / "other")}, train=one_step)
-    assert abs(run_world(1, train_run, other)[0][0]["rewards/margins"]) < 1e-4
+    assert abs(run_world(1, train_each, [first, other])[0][1][0]["rewards/margins"]) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -253,20 +248,26 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused_at_once(files, 
         prepare(load_config(run_settings(files, tmp_path / "run", **changes)))
 
 
+def _of_five_pairs(files: Path, directory: Path, parallel: dict[str, int]) -> list[dict[str, Any]]:
+    """An epoch of five pairs, four a step, by two objectives."""
+    (directory / "five.jsonl").write_text("".join((files / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+    train = {"steps": None, "epochs": 1, "pairs_per_step": 4, "warmup_steps": 0}
+    changes = {"data": {"train": str(directory / "five.jsonl")}, "parallel": parallel, "train": train}
+    return [run_settings(files, directory / loss, objective={"loss_type": loss}, **changes) for loss in ("sigmoid", "aot")]
+
+
+@pytest.fixture(scope="module")
+def five_pairs_alone(files, tmp_path_factory) -> list[list[dict[str, float]]]:
+    """Their records on one process."""
+    return run_world(1, train_each, _of_five_pairs(files, tmp_path_factory.mktemp("alone"), {}))[0]
+
+
 @pytest.mark.parametrize(
     "parallel", [{}, {"pipeline": 2}, {"tensor": 2}], ids=["data 4", "data 2 x pipeline 2", "data 2 x tensor 2"]
 )
-def test_a_last_batch_of_fewer_pairs_than_replicas_is_trained_on_like_any_other(files, tmp_path, parallel):
-    (tmp_path / "five.jsonl").write_text("".join((files / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
-
-    def settings(name: str, parallel: dict[str, int], loss: str) -> dict[str, Any]:
-        changes = {"data": {"train": str(tmp_path / "five.jsonl")}, "objective": {"loss_type": loss}, "parallel": parallel}
-        train = {"steps": None, "epochs": 1, "pairs_per_step": 4, "warmup_steps": 0}
-        return run_settings(files, tmp_path / name, train=train, **changes)
-
-    for loss in ("sigmoid", "aot"):
-        one = run_world(1, train_run, settings(f"one-{loss}", {}, loss))[0]
-        many = run_world(4, train_run, settings(f"many-{loss}", parallel, loss))[0]
+def test_a_last_batch_of_fewer_pairs_than_replicas_is_trained_on_like_any_other(files, five_pairs_alone, tmp_path, parallel):
+    found = run_world(4, train_each, _of_five_pairs(files, tmp_path, parallel))[0]
+    for many, one in zip(found, five_pairs_alone, strict=True):
         assert len(one) == 2
         for a, b in zip(many, one, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)

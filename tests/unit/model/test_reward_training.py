@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from megadpo.commands.convert import export_checkpoint
 from tests.helpers.models import groups_of_file, save_model, write_hh
-from tests.helpers.runs import run_settings, train_run
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
 from tests.unit.checkpoint.test_reward_model import load
 from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
@@ -90,10 +90,9 @@ def test_a_broken_run_goes_on_bit_for_bit_in_its_layout(parallel: dict[str, Any]
     def settings(name: str) -> dict[str, Any]:
         return settings_of(files, tmp_path / name, parallel=parallel, checkpoint={"every": 3})
 
-    whole = run_world(2, train_run, settings("whole"))[0]
-    run_world(2, train_run, settings("broken"), 4)
-    assert run_world(2, train_run, settings("broken"))[0] == whole
-    assert_same(tensors_of(tmp_path / "broken" / "hf"), tensors_of(tmp_path / "whole" / "hf"))
+    resumed, whole = resumed_and_whole(2, settings, 4)
+    assert resumed == whole
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_checkpoint_of_the_run_exports_to_what_the_run_exported(

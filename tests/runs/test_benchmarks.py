@@ -67,6 +67,7 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
         assert point["pairs_over_mean"] < 1.05
 
 
+@pytest.mark.alone
 def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
     sizes = ("--micro-batches", "4", "--steps", "3", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
     seconds = ("--forward", "0.005", "--backward", "0.01", "--reference", "0.005")

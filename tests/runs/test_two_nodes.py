@@ -204,6 +204,7 @@ def test_so_does_mpirun_which_is_started_once_and_reaches_the_other_machine_itse
     check([start(nodes[0], command, PATH=path, **{shell: str(remote)}, **root)], files / kind, alone)
 
 
+@pytest.mark.alone
 def test_when_a_machine_dies_the_other_stops_and_says_so(nodes, files, config):
     survivor, victim = on_both(nodes, config, overrides(files, "dying", **{"train.steps": 100000}))
     records, deadline = files / "dying" / "metrics.jsonl", time.monotonic() + 200

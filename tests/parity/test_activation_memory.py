@@ -47,6 +47,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("num_processes", CASES)
+@pytest.mark.slow
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
     def case(layout: Layout, schedule: ScheduleConfig, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way

@@ -89,6 +89,7 @@ def trained(request, tmp_path_factory):
     return before, found[0][1], found[1:]
 
 
+@pytest.mark.slow
 def test_loss_gradients_and_norm_are_those_of_megatrons_engine(trained):
     _, base, found = trained
     assert base.grad_norm > 1, "nothing would be clipped"
@@ -99,12 +100,14 @@ def test_loss_gradients_and_norm_are_those_of_megatrons_engine(trained):
         assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
 
 
+@pytest.mark.slow
 def test_weights_after_three_clipped_steps_are_too(trained):
     before, base, found = trained
     for case, outcome in found:
         assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
 
 
+@pytest.mark.slow
 def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(tmp_path):
     policy, groups, json_file = save_model(tmp_path / "policy", tokenizer=False), random_groups(12), _small_pieces(tmp_path)
     for size, layouts in {2: (DATA, SEQUENCE, PIPELINE), 4: FOUR[:2]}.items():
@@ -117,6 +120,7 @@ def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(t
             assert len(outcome.margins) >= 12 and not outcome.margins.any(), str(case)
 
 
+@pytest.mark.slow
 def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
     policy, groups = save_model(tmp_path / "policy", tokenizer=False, pad_token_id=1), random_groups(12)
     (base,) = run_world(1, outcomes, policy, policy, groups, [Case(Layout(), objective="reward")])[0]
@@ -127,6 +131,7 @@ def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
 
 
+@pytest.mark.slow
 def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_path):
     policy = save_model(tmp_path / "policy", tokenizer=False)
     reference = save_model(tmp_path / "reference", seed=1, tokenizer=False)
@@ -140,6 +145,7 @@ def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_p
 
 
 @pytest.mark.parametrize("cpu_adam", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["AdamW", "DeepSpeedCPUAdam"])
+@pytest.mark.slow
 def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
     """DeepSpeedCPUAdam is compiled at its first use, which takes minutes."""
     policy = save_model(tmp_path / "policy", tokenizer=False)
@@ -231,6 +237,7 @@ def _settings(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
         "ZeRO-0 x tensor 2",
     ],
 )
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, parallel, dtype, moving):
     def settings(name: str) -> dict[str, Any]:
         reference = {"sync_every": 1, "mixup_alpha": 0.5} if moving else {}
@@ -261,6 +268,7 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_moving_reference_goes_on_under_the_other_engine(files, tmp_path):
     def settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
         moving = {"sync_every": 1, "mixup_alpha": 0.5}
@@ -354,6 +362,7 @@ def _bytes_by_stage(model: Path, json_file: str) -> tuple[int, dict[int, int]]:
     return bytes_by_stage(model, random_groups(16), json_file)
 
 
+@pytest.mark.slow
 def test_what_a_rank_holds_follows_the_formula(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     model = save_model(tmp_path / "model", tokenizer=False, **sizes)

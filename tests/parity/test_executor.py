@@ -38,6 +38,7 @@ def check(found: list, cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, PIPELINE_2), (4, PIPELINE_4)])
+@pytest.mark.slow
 def test_gradients_are_those_of_megatrons_schedule_bit_for_bit(tmp_path, size, cases):
     policy = save_model(tmp_path / "policy", num_hidden_layers=8, tie_word_embeddings=True, tokenizer=False)
     groups = random_groups(18, seed=3)

@@ -10,6 +10,8 @@ from tests.helpers.worlds import run_world
 from tests.parity.schedule_worker import Case, compared
 from tests.parity.test_executor import check
 
+pytestmark = pytest.mark.slow
+
 ZERO = {
     2: [Case(Layout(pipeline=2), zero_stage, moves=zero_stage == 1) for zero_stage in (0, 1, 2, 3)],
     4: [

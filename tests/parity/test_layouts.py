@@ -69,6 +69,7 @@ def measured(request, tmp_path_factory):
     return expected, list(zip(cases, found, strict=True))
 
 
+@pytest.mark.slow
 def test_response_log_probs_equal_transformers(measured):
     (logps, _, _), found = measured
     for case, outcome in found:
@@ -76,12 +77,14 @@ def test_response_log_probs_equal_transformers(measured):
         assert worst <= 1e-4, f"{case}: {worst}"
 
 
+@pytest.mark.slow
 def test_the_loss_equals_plain_transformers(measured):
     (_, loss, _), found = measured
     for case, outcome in found:
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
 
 
+@pytest.mark.slow
 def test_every_gradient_equals_plain_transformers(measured):
     (_, _, gradients), found = measured
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
@@ -91,6 +94,7 @@ def test_every_gradient_equals_plain_transformers(measured):
         assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
 
 
+@pytest.mark.slow
 def test_a_gradient_off_by_one_percent_is_noticed(measured):
     (_, _, gradients), found = measured
     for name in gradients:
@@ -141,6 +145,7 @@ def trained(request, tmp_path_factory):
     return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, INVARIANCE)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_layout_micro_batches_or_sharing(trained):
     _, found = trained
     base = found[0][1]
@@ -157,6 +162,7 @@ def _difference_of_updates(a: dict, b: dict, before: dict) -> float:
     return float(apart / moved)
 
 
+@pytest.mark.slow
 def test_weights_after_three_steps_do_not_depend_on_them_either(trained):
     before, found = trained
     base = found[0][1].weights
@@ -165,6 +171,7 @@ def test_weights_after_three_steps_do_not_depend_on_them_either(trained):
         assert difference <= 1e-4, f"{case}: {difference}"
 
 
+@pytest.mark.slow
 def test_an_update_of_nothing_is_noticed(trained):
     before, found = trained
     assert _difference_of_updates(before, found[0][1].weights, before) > 0.9

@@ -14,6 +14,8 @@ from tests.parity import oracle
 from tests.parity.measure import material_of_every_kind
 from tests.parity.worker import Case, outcomes_of_objectives
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES: list[dict[str, Any]] = [
     *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS if name != "custom"),
     {"loss_type": "custom", "module": "examples/custom_objective.py:squared_hinge"},

@@ -9,6 +9,7 @@ import torch
 
 from megadpo.config.schema import ScheduleConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers.marks import all_but_the_first_slow
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity import oracle
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("which", CASES)
+@pytest.mark.parametrize("which", all_but_the_first_slow(CASES))
 def test_weights_after_three_steps_are_the_same(which, tmp_path):
     changes, cases = CASES[which]
     policy = save_model(tmp_path / "policy", **{"family": "qwen3", **changes}, tokenizer=False)

@@ -17,6 +17,8 @@ from tests.helpers.worlds import run_world
 from tests.parity import oracle
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
 
+pytestmark = pytest.mark.slow
+
 FOUR_STAGES = [
     Case(Layout(pipeline=4, virtual=2), tokens_per_micro_batch=90),
     Case(Layout(pipeline=4), tokens_per_micro_batch=90),

@@ -59,6 +59,7 @@ def assert_same(cases: Sequence[Case], found: Sequence[Outcome]) -> None:
 
 
 @pytest.mark.parametrize("num_processes", LAYOUTS)
+@pytest.mark.slow
 def test_gradients_are_the_same_in_every_layout(files, num_processes, tmp_path):
     away = Activations(offload="disk", offload_dir=tmp_path, offload_window_mib=0)
     ways = [Case(layout, tokens_per_micro_batch=SMALL) for layout in LAYOUTS[num_processes]]

@@ -33,6 +33,7 @@ def _run(files: Path, output: Path, parallel: dict[str, Any], **changes: Any) ->
 @pytest.mark.parametrize(
     ("method", "mode"), [("ulysses", "resident"), ("allgather", "precomputed")], ids=lambda option: str(option)
 )
+@pytest.mark.slow
 def test_a_run_on_two_context_ranks_writes_what_one_process_writes_and_resumes_bit_for_bit(
     files, alone, tmp_path, method, mode
 ):

@@ -40,12 +40,14 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: 
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
     resumed, whole = resumed_and_whole(2, lambda name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16"), 3)
     assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files, tmp_path):
     whole = run_world(1, train_run, settings_of(files, tmp_path / "whole", {}))[0]
     run_world(2, train_run, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)

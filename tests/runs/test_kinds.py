@@ -66,6 +66,7 @@ OBJECTIVES = {"kto": "labelled", "bco": "labelled", "plackett_luce": "lists", "s
 
 
 @pytest.mark.parametrize(("loss", "rows"), OBJECTIVES.items())
+@pytest.mark.slow
 def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
     without = {"reference": {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}}
     without["model"] = {"path": str(files / "other")}
@@ -85,6 +86,7 @@ def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (changes, ours["step"], name)
 
 
+@pytest.mark.slow
 def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
     objective = {"loss_type": "apo_zero_unpaired", "undesirable_weight": 1.5}
     order = {"shuffle": False, "max_length": None}
@@ -98,6 +100,7 @@ def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files, tmp_path):
     objective = {"loss_type": "all_pairs", "list_weights": "score"}
     modes = ("resident", "precomputed")
@@ -110,6 +113,7 @@ def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files
 @pytest.mark.parametrize(
     ("loss", "rows", "extra"), [("bco", "labelled", {}), ("bco_pair", "pairs", {"bco_running_delta": True})]
 )
+@pytest.mark.slow
 def test_delta_is_the_running_mean_of_rewards_and_outlives_a_restart(files, tmp_path, loss, rows, extra):
     def settings(name: str) -> dict[str, Any]:
         changes = {"train": {"steps": 6, "warmup_steps": 0}, "checkpoint": {"every": 2}, "parallel": {"pipeline": 2}}

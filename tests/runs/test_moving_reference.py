@@ -56,6 +56,7 @@ def test_a_part_move_is_the_mixture_of_both(files, tmp_path):
 
 
 @pytest.mark.parametrize(("num_processes", "parallel"), [(2, {"tensor": 2}), (2, {"pipeline": 2})])
+@pytest.mark.slow
 def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, parallel):
     def settings(name: str) -> dict[str, Any]:
         return _moving(files, tmp_path / name, parallel=parallel, train={"steps": 6}, checkpoint={"every": 3})
@@ -65,6 +66,7 @@ def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, para
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_moving_reference_does_not_depend_on_the_layout(files, tmp_path):
     one = run_world(1, train_run, _moving(files, tmp_path / "one"))[0]
     four = run_world(4, train_run, _moving(files, tmp_path / "four", parallel={"tensor": 2, "pipeline": 2}))[0]

@@ -88,6 +88,7 @@ def test_the_reference_is_let_go_with_the_last_pair_of_the_first_epoch(files: Pa
     assert alive == [True] * STEPS_OF_FIRST_EPOCH + [False] * (len(alive) - STEPS_OF_FIRST_EPOCH) and not alive[-1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_epoch_goes_on_bit_for_bit_and_others_read_what_it_left(
     files: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_run_killed_in_its_first_epoch_goes_on_bit_for_bit_and_others_read_wha
     _close(run_world(2, train_run, settings("broken"))[0], whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files: Path, tmp_path: Path) -> None:
     def settings(name: str) -> dict[str, Any]:
         (tmp_path / name).mkdir(exist_ok=True)

@@ -27,6 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(files: Path, tmp_path: Path) -> None:
     def settings(name: str, schedule: dict[str, str]) -> dict[str, Any]:
         return run_settings(

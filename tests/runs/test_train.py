@@ -27,7 +27,11 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("num_processes", "parallel", "dtype", "moments"),
-    [(2, {"tensor": 2}, "fp32", "fp32"), (2, {"pipeline": 2}, "bf16", "fp32"), (2, {}, "bf16", "bf16")],
+    [
+        (2, {"tensor": 2}, "fp32", "fp32"),
+        pytest.param(2, {"pipeline": 2}, "bf16", "fp32", marks=pytest.mark.slow),
+        pytest.param(2, {}, "bf16", "bf16", marks=pytest.mark.slow),
+    ],
     ids=["tensor 2", "pipeline 2 in bf16", "data 2 in bf16, moments too"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num_processes, parallel, dtype, moments):
@@ -50,6 +54,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_layout_goes_on_in_another(files, tmp_path):
     def settings(name: str, parallel: dict[str, int]) -> dict[str, Any]:
         return run_settings(files, tmp_path / name, parallel=parallel, train={"steps": 4}, checkpoint={"every": 2})
@@ -96,6 +101,7 @@ def test_the_python_interface_takes_datasets_and_callbacks_and_returns_metrics_a
     oracle.load(result.model_path)
 
 
+@pytest.mark.slow
 def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_path):
     from transformers import AutoTokenizer
 
@@ -116,6 +122,7 @@ def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_pa
     assert all(torch.equal(converted[name], parameter) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_gives_the_resident_one_s_run_and_is_computed_once(files, tmp_path):
     capacity = {"mode": "precomputed", "tokens_per_micro_batch": 1024}
     resident = run_world(1, train_run, run_settings(files, tmp_path / "resident"))[0]
@@ -132,6 +139,7 @@ def test_a_precomputed_reference_gives_the_resident_one_s_run_and_is_computed_on
                 assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reference_cache_is_not_used_for_other_weights(files, tmp_path):
     mode = {"mode": "precomputed"}
     one_step = {"steps": 1, "warmup_steps": 0}
@@ -143,6 +151,7 @@ def test_the_reference_cache_is_not_used_for_other_weights(files, tmp_path):
     assert abs(run_world(1, train_each, [first, changed])[0][1][0]["rewards/margins"]) > 1e-2
 
 
+@pytest.mark.slow
 def test_runs_of_the_same_seed_agree_and_of_another_do_not(files, tmp_path):
     def settings(name: str, seed: int) -> dict[str, Any]:
         return run_settings(files, tmp_path / name, train={"steps": 2, "seed": seed})
@@ -182,6 +191,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(f
         run_world(1, train_run, run_settings(files, tmp_path / "run", train={"learning_rate": 1e30, "warmup_steps": 0}))
 
 
+@pytest.mark.slow
 def test_a_process_may_train_more_than_once(files, tmp_path):
     settings = [
         run_settings(files, tmp_path / name, train={"steps": 2}, parallel={"tensor": 2}) for name in ("first", "second")
@@ -202,6 +212,7 @@ def test_asking_again_for_a_finished_run_gives_its_metrics(files, tmp_path):
     assert again == first and again["step"] == 2
 
 
+@pytest.mark.slow
 def test_starting_over_sets_old_checkpoints_aside_and_keeps_the_new_ones(files, tmp_path):
     def settings(steps: int, resume: str) -> dict[str, Any]:
         checkpoint = {"every": 2, "keep": 1, "resume": resume}
@@ -214,6 +225,7 @@ def test_starting_over_sets_old_checkpoints_aside_and_keeps_the_new_ones(files, 
     assert len(read_metrics(tmp_path / "run")) == 4 and (tmp_path / "run" / "metrics.1.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_reference_cache_is_not_used_for_another_configuration_of_the_same_weights(files, tmp_path):
     import shutil
 
@@ -265,6 +277,7 @@ def five_pairs_alone(files, tmp_path_factory) -> list[list[dict[str, float]]]:
 @pytest.mark.parametrize(
     "parallel", [{}, {"pipeline": 2}, {"tensor": 2}], ids=["data 4", "data 2 x pipeline 2", "data 2 x tensor 2"]
 )
+@pytest.mark.slow
 def test_a_last_batch_of_fewer_pairs_than_replicas_is_trained_on_like_any_other(files, five_pairs_alone, tmp_path, parallel):
     found = run_world(4, train_each, _of_five_pairs(files, tmp_path, parallel))[0]
     for many, one in zip(found, five_pairs_alone, strict=True):

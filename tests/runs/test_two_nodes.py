@@ -21,6 +21,8 @@ import pytest
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import path_with_mpirun
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HOSTS = ("10.203.77.1", "10.203.77.2")
 LIMIT_SECONDS = 30

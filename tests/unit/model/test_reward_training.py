@@ -16,6 +16,8 @@ from tests.helpers.worlds import run_world
 from tests.unit.checkpoint.test_reward_model import load
 from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
 
+pytestmark = pytest.mark.slow
+
 NUM_PAIRS = 16
 
 

@@ -49,12 +49,12 @@ BETA = 0.1
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def measured(request, tmp_path_factory):
-    """A policy, a reference and 32 real pairs: what transformers says, and what every case says."""
+    """A policy, a reference and 16 real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)
     family = request.param.split("-")[0]
     policy = save_model(directory / "policy", family, **FAMILIES[request.param])
     reference = save_model(directory / "reference", family, seed=1, **FAMILIES[request.param])
-    groups = hh_groups(32, policy, max_length=160)
+    groups = hh_groups(16, policy, max_length=160)
     objective = ObjectiveConfig(beta=BETA, label_smoothing=0.1)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)

@@ -99,7 +99,7 @@ def pairs_of_mix(plan: Any, mix: str, num_steps: int, num_pairs: int, tiny: bool
 
     count = num_steps * num_pairs
     if mix == "hh-rlhf":
-        rows = (plan.train.groups[int(row)] for step in range(1000) for row in plan.batches.at(step))
+        rows = (plan.train.groups[int(row)] for step in range(1000) for row in plan.batches.group_ids(step))
         most = 150 if tiny else 1024
         usable = (group for group in rows if group.shares_prompt and group.num_stream_tokens(True) <= most)
         groups = [group for group, _ in zip(usable, range(count), strict=False)]

@@ -135,16 +135,17 @@ def _step(case: tuple[str, int], way: str, options: argparse.Namespace) -> Step:
 
 
 def _packed_step(groups: list[Any], way: str, options: argparse.Namespace) -> Step:
-    from megadpo.data.batches.collate import lay_out
-    from megadpo.model.attention.backends import attend, prepare_attention
+    from megadpo.data.batches.collate import collate_groups
+    from megadpo.model.attention.backends import backend_named
 
-    backend, _, twice = way.partition(",")
-    micro_batch = lay_out(groups, range(len(groups)), share_prompts=not twice)
+    name, _, twice = way.partition(",")
+    backend = backend_named(name)
+    micro_batch = collate_groups(groups, range(len(groups)), share_prompts=not twice)
     query, key, value, d_output = _operands((len(micro_batch.tokens_T),), options)
-    prepared = prepare_attention(backend, micro_batch.segments, None, key)  # once a micro-batch, for all layers
+    prepared = backend.prepare(micro_batch.segments, None, key)  # once a micro-batch, for all layers
 
     def step(number: int) -> None:
-        attend(backend, query, key, value, prepared, options.head_dim**-0.5).backward(d_output)
+        backend.attend(query, key, value, prepared, options.head_dim**-0.5).backward(d_output)
 
     return step
 

@@ -78,7 +78,8 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
     from megadpo.model.build import build_stage
-    from megadpo.parallel.context import with_own_part
+    from megadpo.model.families import shape_of
+    from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
     from megadpo.pipeline.megatron_schedule import forward_backward
 
@@ -91,7 +92,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         num_key_value_heads=point["key_value_heads"],
         max_position_embeddings=point["tokens"],
     )
-    stage = build_stage(config, Layout(context=point["context"], context_method=point["method"]), torch.float32)
+    stage = build_stage(shape_of(config), Layout(context=point["context"], context_method=point["method"]), torch.float32)
     with torch.no_grad():
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
@@ -109,14 +110,14 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    forward_backward(stage.models, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
-    batch = with_own_part(_stream(point, tokens=point["tokens"]))
+    forward_backward(stage.models, [with_own_shard(_stream(point, tokens=256))], ones)  # code and buffers are there
+    batch = with_own_shard(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward_backward(stage.models, [batch], ones)
-    pieces = batch.segments if batch.part is None else batch.part.pieces
+    pieces = batch.segments if batch.shard is None else batch.shard.segments
     return {
         "seconds": time.perf_counter() - started,
         "kept_mib": seen["kept"] / MIB,
@@ -135,7 +136,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     """Prompts with two responses each until there are `tokens`, all of random ids."""
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random = np.random.default_rng(0)
@@ -145,7 +146,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     for row in range(max(1, tokens // sum(lengths))):
         prompt, chosen, rejected = (random.integers(0, 512, length).astype(np.int32) for length in lengths)
         groups.append(Group((prompt,), (chosen, rejected), row))
-    return lay_out(groups, range(len(groups)), multiple_of=point["context"])
+    return collate_groups(groups, range(len(groups)), multiple_of=point["context"])
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:

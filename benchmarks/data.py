@@ -71,8 +71,9 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
     import json
 
     from benchmarks.material import MIXES, preference_file, save_tokenizer, synthetic_groups
+    from megadpo.config.sources import parse_sources
     from megadpo.data.rows.dataset import TokeniseJob, make_groups
-    from megadpo.data.rows.sources import iter_rows, parse_sources
+    from megadpo.data.rows.sources import iter_rows
     from megadpo.data.store import GroupStore
 
     rows, _ = preference_file(directory)
@@ -177,32 +178,32 @@ def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
 
 def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:
     from benchmarks.material import BODY
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 
-    return prepare_packing(
+    return PackedDataset.of(
         store,
-        share_prompts=True,
-        tokens_per_micro_batch=capacity,
-        setting="--capacities",
-        num_data_parallel=num_replicas,
-        multiple_of=1,
-        hidden_size=BODY["hidden_size"],
-        head_work=0.2,
+        PackingOptions(
+            tokens_per_micro_batch=capacity,
+            setting="--capacities",
+            num_data_parallel=num_replicas,
+            hidden_size=BODY["hidden_size"],
+            head_work=0.2,
+        ),
     )
 
 
 def _micro_batches(what: str, store: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Pairs a second from the store to micro-batches, epoch after epoch until so many pairs were seen."""
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     packing = _packing_of(store, options.capacities[0], 1)
-    batches = Batches(store.sources, store.source_weights, options.pairs_per_step, seed=1)
+    batches = StepSampler(store.sources, store.source_weights, options.pairs_per_step, seed=1)
     num_steps = max(options.pairs // options.pairs_per_step, 1)
     rates = []
     for _ in range(max(options.rounds // 2, 1)):
         started = time.perf_counter()
         for step in range(num_steps):
-            packing.micro_batches(batches.at(step), 0)
+            packing.micro_batches(batches.group_ids(step), 0)
         rates.append(num_steps * options.pairs_per_step / (time.perf_counter() - started))
     tokens = float(packing.num_tokens_G.mean())
     return {"data": what, "tokens_per_pair": tokens, "pairs_per_second": statistics.median(rates), "all": rates}
@@ -213,7 +214,7 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
     import numpy as np
 
     from megadpo.data.batches.bin_packing import best_fit_decreasing
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lengths_G = store.num_tokens(True)[np.random.default_rng(3).integers(0, len(store), options.groups)]
     line: dict[str, Any] = {"data": what, "groups": options.groups}
@@ -224,9 +225,9 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
         line[f"filled_{capacity}"] = float(lengths_G.sum() / (capacity * len(bins)))
     started = time.perf_counter()
     multiple = options.capacities[0]
-    batches = Batches(len(lengths_G), (1.0,), options.pairs_per_step, 1, True, 1.0, lengths_G, multiple)
+    batches = StepSampler(len(lengths_G), (1.0,), options.pairs_per_step, 1, True, 1.0, lengths_G, multiple)
     assert batches.num_steps is not None
-    seen = np.concatenate([batches.at(step) for step in range(batches.num_steps)])
+    seen = np.concatenate([batches.group_ids(step) for step in range(batches.num_steps)])
     line["composing_seconds"] = time.perf_counter() - started
     assert (np.bincount(seen, minlength=len(lengths_G)) == 1).all()
     return line
@@ -239,7 +240,7 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
     """
     import numpy as np
 
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lines = []
     for capacity in options.capacities:
@@ -253,18 +254,20 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
                 if multiple is not None and mean < multiple:
                     line[name] = None
                     continue
-                batches = Batches(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
-                plans = [_plan(packing, drawn_G[batches.at(step)])[0] for step in range(128)]
+                batches = StepSampler(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
+                plans = [_plan(packing, drawn_G[batches.group_ids(step)])[0] for step in range(128)]
                 line[name] = float(lengths_G.sum() / (sum(len(plan[0]) for plan in plans) * capacity))
             lines.append(line | {"capacities_a_step": mean / capacity})
     return lines
 
 
 def _plan(packing: Any, numbers: Any) -> tuple[Any, int]:
-    from megadpo.data.batches.bin_packing import plan_micro_batches
+    from megadpo.data.batches.bin_packing import pack_micro_batches
 
     tokens_N = packing.num_tokens_G[numbers]
-    plan = plan_micro_batches(tokens_N, packing.costs_G[numbers], packing.tokens_per_micro_batch, packing.num_data_parallel)
+    plan = pack_micro_batches(
+        tokens_N, packing.costs_G[numbers], packing.options.tokens_per_micro_batch, packing.options.num_data_parallel
+    )
     return plan, int(tokens_N.sum())
 
 
@@ -272,7 +275,7 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
     """Dearest replica over the mean one, by modelled cost: of a step, and of the micro-batches that run at one time."""
     import numpy as np
 
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lines = []
     for num_replicas in options.replicas:
@@ -280,7 +283,7 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
         size = options.pairs_per_step * num_replicas
         multiple = options.capacities[0] * num_replicas
         fits = float(packing.num_tokens_G.mean()) * size >= multiple and len(store) >= 2 * size
-        batches = Batches(
+        batches = StepSampler(
             store.sources,
             store.source_weights,
             size,
@@ -292,7 +295,7 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
         )
         of_steps, of_slots = [], []
         for step in range(max(len(store) // size, 1)):
-            numbers = batches.at(step)
+            numbers = batches.group_ids(step)
             costs = packing.costs_G[numbers]
             plan = np.array([[costs[members].sum() for members in replica] for replica in _plan(packing, numbers)[0]])
             of_steps.append(float(plan.sum(1).max() / plan.sum(1).mean()))

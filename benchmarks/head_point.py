@@ -78,13 +78,13 @@ def _steps(point: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
     scored, targets = torch.arange(num_scored), torch.randint(0, point["vocabulary"], (num_scored,))
     head = LogProbHead(weight, point["vocabulary"], sequence_parallel=False)
     # As the engines give it: the gradient is added up where it is kept. Autograd does so for the plain way.
-    head.gradient_buffer = lambda matrix: matrix.grad
-    head.wanted = WANTED if point["backward"] else ("logp",)
+    head.configure(WANTED if point["backward"] else ("logp",), lambda matrix: matrix.grad)
     none = torch.zeros(0, dtype=torch.int64)
-    head.micro_batch = MicroBatch(scored, scored, (), scored, targets, none, none, none, none, none, (), (), 0)
+    micro_batch = MicroBatch(scored, scored, (), scored, targets, none, none, none, none, none, (), (), 0)
 
     def ours() -> torch.Tensor:
-        return head(hidden)[0][:, 0, 0]
+        with head.reading(micro_batch):
+            return head(hidden)[0][:, 0, 0]
 
     def plain() -> torch.Tensor:
         logps = (hidden[:, 0] @ weight.t()).log_softmax(-1)

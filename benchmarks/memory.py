@@ -151,10 +151,11 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
 
     from benchmarks.material import synthetic_groups
     from megadpo.config.schema import ParallelConfig, TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
     from megadpo.platform.device import compute_device
 
     config = LlamaConfig(
@@ -166,12 +167,12 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
         max_position_embeddings=settings["tokens"],
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
-    stage = build_stage(config, Layout(), dtype, way)
+    stage = build_stage(shape_of(config), Layout(), dtype, way)
     with torch.no_grad():
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
 
-    run = functools.partial(forward_backward, stage.models)
+    run = functools.partial(MegatronSchedule().forward_backward, stage.models)
     if fusion is not None:
         from megadpo.engine.megatron import MegatronEngine
 
@@ -189,7 +190,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
             forward_is_over()
             return torch.ones(len(sums_RS), 1, dtype=torch.float64, device=sums_RS.device)
 
-        run([lay_out(groups[:count], range(count)).to(compute_device())], ones)
+        run([collate_groups(groups[:count], range(count)).to(compute_device())], ones)
 
     return stage, step
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.material import BODY, TINY_BODY, made_up_file, preference_file, save_llama, save_tokenizer
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
-from megadpo.training.setup import Plan, data_packing, prepare
+from megadpo.training.setup import RunSetup, data_packing, prepare
 from megadpo.validation.load import load_config
 
 
 def prepared_plan(
     directory: Path, vocab_size: int, tiny: bool, num_pairs: int, capacity: int, max_length: int | None = None
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[RunSetup, dict[str, Any]]:
     """The trainer's plan on the preference rows with a fresh model and tokenizer in `directory`, and what the model is."""
     rows, _ = preference_file(directory)
     tokenizer = save_tokenizer(directory / "model", rows, vocab_size)
@@ -45,9 +45,9 @@ def _config(directory: Path, rows: Path, num_pairs: int, capacity: int, max_leng
     }
 
 
-def plan_on(plan: Plan, groups: Sequence[Group]) -> Plan:
+def plan_on(plan: RunSetup, groups: Sequence[Group]) -> RunSetup:
     """The same plan on other pairs, which its steps see in their order."""
     store, train = GroupStore.of(groups), plan.config.train
-    packing = data_packing(plan.config, store, plan.layout, plan.policy.config, train.tokens_per_micro_batch, "--capacity")
-    batches = Batches(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
+    packing = data_packing(plan.config, store, plan.layout, plan.policy.shape, train.tokens_per_micro_batch, "--capacity")
+    batches = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
     return dataclasses.replace(plan, train=packing, batches=batches)

@@ -86,7 +86,7 @@ def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> d
 
     arms = {"unshared": lambda number: step(unshared, number), "shared": lambda number: step(run, number)}
     seconds = interleaved(arms, options.rounds, options.warm_up)
-    numbers = np.concatenate([plan.batches.at(number) for number in range(options.rounds)])
+    numbers = np.concatenate([plan.batches.group_ids(number) for number in range(options.rounds)])
     tokens = _tokens(plan.train.groups, numbers)
     ratio, gain = (median_ratio(seconds[a], seconds[b]) for a, b in (("shared", "unshared"), ("unshared", "shared")))
     return {

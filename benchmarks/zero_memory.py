@@ -34,28 +34,29 @@ def formula(stage: int, num_parameters: int, num_replicas: int) -> float:
 def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | None = None) -> tuple[int, dict[int, int]]:
     """Number of parameters, and this rank's bytes under each stage; every process is a replica."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.parallel.world import joined_world
 
     layout, found, num_parameters = Layout(data=dist.get_world_size()), {}, 0
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=256,
-        setting="tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=256,
+            setting="tokens_per_micro_batch",
+            num_data_parallel=layout.data,
+            hidden_size=64,
+        ),
     )
     micro_batches = None
     for stage in range(4):
         with joined_world(layout, seed=1):
             from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
+            from megadpo.model.families import shape_of
 
             micro_batches = micro_batches or packing.micro_batches(list(range(len(groups))), dist.get_rank())
             before = _storages()
             parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, deepspeed_config=deepspeed_config)
-            loaded = policy_stage(read_hf_config(model), open_hf(model), layout, torch.float32, KEEP, parallel)
+            loaded = policy_stage(shape_of(read_hf_config(model)), open_hf(model), layout, torch.float32, KEEP, parallel)
             num_parameters = sum(torch.Size(shard.shape).numel() for _, shard in loaded.parameters.values())
             engine = ZeroEngine(loaded, TrainConfig(), parallel)
             for step in range(2):

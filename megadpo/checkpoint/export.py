@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +25,10 @@ from torch import Tensor
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME, hf_directory, read_json
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, family_of, head_settings, logical_shapes
+from megadpo.model.families import ParameterShard, family_of, head_settings, logical_shapes, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 COMPANIONS = (
     "tokenizer*",
@@ -62,7 +65,7 @@ class ExportPlan:
 
 
 def plan_export(
-    hf_config: Any,
+    hf_config: PretrainedConfig,
     dtype: torch.dtype | Mapping[str, torch.dtype],
     stages: Sequence[range] | None = None,
     max_shard_bytes: float = 5e9,
@@ -75,9 +78,10 @@ def plan_export(
             embedding goes with the first, final norm and head with the last.
         max_shard_bytes: files stay below it, but a layer is never torn apart.
     """
-    shapes = logical_shapes(hf_config)
+    shape = shape_of(hf_config)
+    shapes = logical_shapes(shape)
     dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
-    stages = stages or [range(hf_config.num_hidden_layers)]
+    stages = stages or [range(shape.num_layers)]
     bundles: list[list[str]] = []
     for stage in range(len(stages)):
         bundles += _pack(_groups_of_stage(shapes, stages, stage), shapes, dtypes, max_shard_bytes)

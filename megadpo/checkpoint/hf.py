@@ -6,14 +6,17 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megadpo.errors import UserError
-from megadpo.model.families import TensorSource, check_head, family_of, rope_of
+from megadpo.errors import UserError, reason
+from megadpo.model.families import TensorSource, family_of, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -167,7 +170,7 @@ def hf_directory(path: str | Path) -> Path:
     return directory / "huggingface" if (directory / "checkpoint.json").is_file() else directory
 
 
-def read_hf_config(path: str | Path) -> Any:
+def read_hf_config(path: str | Path) -> PretrainedConfig:
     """The transformers config of a Hugging Face directory or of one of our checkpoints. No code of the model's runs.
 
     Raises:
@@ -181,7 +184,7 @@ def read_hf_config(path: str | Path) -> Any:
         raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory")
     settings = read_json(file)
     try:
-        family = family_of(settings)
+        family_of(settings)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     for field, why in (
@@ -194,14 +197,11 @@ def read_hf_config(path: str | Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
-        family.transformer_config(config)
-        family.sliding_windows(config)
-        rope_of(config)
-        check_head(config)
+        shape_of(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # transformers' validators raise several kinds
-        raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file}: transformers refuses it: {reason(error, limit=None)}") from error
     return config
 
 

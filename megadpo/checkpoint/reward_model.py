@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.errors import UserError
 from megadpo.model.families import HEAD, SCORE, TensorSource, head_of, with_reward_head
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class RewardModel:
         has_new_head: whether the scalar head was drawn here, since the model had none.
     """
 
-    config: Any
+    config: PretrainedConfig
     source: TensorSource
     has_new_head: bool
 
 
-def as_reward_model(hf_config: Any, source: TensorSource, hf_dir: Path, seed: int) -> RewardModel:
+def as_reward_model(hf_config: PretrainedConfig, source: TensorSource, hf_dir: Path, seed: int) -> RewardModel:
     """The model with a scalar head.
 
     Args:
@@ -49,8 +52,8 @@ def as_reward_model(hf_config: Any, source: TensorSource, hf_dir: Path, seed: in
     return RewardModel(config, _NewHead(source, torch.randn(1, config.hidden_size, generator=generator) * deviation), True)
 
 
-def refuse_reward_model(hf_config: Any, model: str) -> None:
-    """Raise UserError where log-probs are asked of a model without an lm_head; `model` says which, setting included."""
+def refuse_reward_model(hf_config: PretrainedConfig, model: str) -> None:
+    """Raise UserError for a reward model where log-probs are needed; `model` names the setting and the path."""
     if head_of(hf_config) == "reward":
         raise UserError(
             f"{model} is a reward model ({hf_config.architectures[0]}): it has a scalar head and no lm_head, so it gives no "
@@ -58,7 +61,7 @@ def refuse_reward_model(hf_config: Any, model: str) -> None:
         )
 
 
-def _padding_token(hf_config: Any, hf_dir: Path) -> int | None:
+def _padding_token(hf_config: PretrainedConfig, hf_dir: Path) -> int | None:
     """The tokenizer's padding token, else the config's, else the end-of-sequence token: the first that has a row."""
     candidates = [hf_config.pad_token_id, hf_config.eos_token_id]
     if any(hf_dir.glob("tokenizer*")):

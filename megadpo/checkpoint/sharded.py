@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from megadpo.checkpoint.export import copy_companions, logical_slices, save_tens
 from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, hf_directory, open_hf, read_hf_config, read_json
 from megadpo.checkpoint.staging import begin, publish, staging
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes
+from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = [
     "Checkpoint",
@@ -114,7 +117,7 @@ def commit(
     manifests: Iterable[Mapping[str, Any]],
     state: dict[str, Any],
     hf_dir: str | Path,
-    hf_config: Any = None,
+    hf_config: PretrainedConfig | None = None,
 ) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
@@ -140,7 +143,7 @@ def commit(
             whole["shape"][piece["dim"]] = max(whole["shape"][piece["dim"]], end)
             whole["pieces"].append(piece)
     hf_config = hf_config or read_hf_config(source)
-    _check_complete(tensors, logical_shapes(hf_config))
+    _check_complete(tensors, logical_shapes(shape_of(hf_config)))
     partial = staging(directory)
     (partial / "huggingface").mkdir()
     write_json(partial / "huggingface" / "config.json", read_json(source / "config.json") | head_settings(hf_config))
@@ -270,7 +273,7 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open a checkpoint; tensors are read when asked for.
+    """Open a checkpoint; tensors are read from disk by `TensorSource.read` only.
 
     Raises:
         UserError: no checkpoint, another version, or damaged.

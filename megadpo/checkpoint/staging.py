@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their final name as ``NAME.tmp``, then renamed."""
+"""Directories that appear whole or not at all: written as ``NAME.tmp`` in the same parent directory, then renamed."""
 
 from __future__ import annotations
 

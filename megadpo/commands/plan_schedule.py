@@ -7,12 +7,12 @@ Costs are those that a model's shapes suggest: a forward counts the elements of 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megadpo.checkpoint.hf import read_hf_config
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
-from megadpo.model.families import shard_parameters
+from megadpo.model.families import shape_of, shard_parameters
+from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.pipeline.draw import svg
 from megadpo.pipeline.fill import MESSAGE, policy_alone, proportions, reference_before, with_reference
@@ -21,7 +21,7 @@ from megadpo.pipeline.simulate import Costs, Timing, peak_activations, simulate
 from megadpo.validation.layout import check_layout
 
 
-def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) -> str:
+def draw_schedule(config: Config, path: str, num_micro_batches: int | None) -> str:
     """Draw to `path`; what is printed.
 
     Args:
@@ -32,17 +32,17 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
     """
     if not config.model.path or not Path(config.model.path).is_dir():
         raise UserError(f"model.path: there is no directory {config.model.path!r}; plan reads the model's config.json")
-    hf_config = read_hf_config(config.model.path)
+    shape = shape_of(read_hf_config(config.model.path))
     parallel = config.parallel
     layout = choose_layout(parallel, parallel.tensor * parallel.pipeline * parallel.context * parallel.expert)
-    check_layout(layout, hf_config)
+    check_layout(layout, shape)
     count = 4 * layout.pipeline if num_micro_batches is None else num_micro_batches
     if count < 1 or count % layout.micro_batches_multiple_of:
         raise UserError(
             f"--micro-batches {count} is not a multiple of {layout.micro_batches_multiple_of}, as "
             "parallel.virtual_pipeline needs it"
         )
-    costs = stage_costs(hf_config, layout, config.train.recompute)
+    costs = stage_costs(shape, layout, config.train.recompute)
     if config.schedule.split_pairs:
         costs = costs.in_halves()
     if config.schedule.zero_bubble:
@@ -63,9 +63,9 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
     return "\n".join(lines) + "\n"
 
 
-def stage_costs(hf_config: Any, layout: Layout, recompute: str) -> Costs:
+def stage_costs(shape: ModelShape, layout: Layout, recompute: str) -> Costs:
     """Costs in forwards of a mean chunk, from the parameters of each stage's matrices (the embedding is looked up)."""
-    sizes = [_matrix_parameters(hf_config, layout, stage) / layout.virtual for stage in range(layout.pipeline)]
+    sizes = [_matrix_parameters(shape, layout, stage) / layout.virtual for stage in range(layout.pipeline)]
     mean = sum(sizes) / len(sizes)
     forward = tuple(size / mean for size in sizes)
     factor = 3.0 if recompute == "full" else 2.0
@@ -73,15 +73,15 @@ def stage_costs(hf_config: Any, layout: Layout, recompute: str) -> Costs:
     return Costs(forward, tuple(factor * cost for cost in forward), forward, message)
 
 
-def _matrix_parameters(hf_config: Any, layout: Layout, stage: int) -> int:
+def _matrix_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
     shards = [
         shard
         for chunk in range(layout.virtual)
         for shard in shard_parameters(
-            hf_config,
+            shape,
             tensor_rank=0,
             num_tensor=layout.tensor,
-            layers=layout.layers_of_stage(hf_config.num_hidden_layers, stage, chunk),
+            layers=layout.layers_of_stage(shape.num_layers, stage, chunk),
             has_embedding=False,
             has_head=stage == layout.pipeline - 1 and chunk == layout.virtual - 1,
         )

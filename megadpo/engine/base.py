@@ -12,7 +12,6 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
-    from megadpo.pipeline.interleaved_reference import ReferenceBeside
 
 
 class Engine(Protocol):
@@ -29,13 +28,8 @@ class Engine(Protocol):
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
-        """Forward and backward of every micro-batch through all stages, gradients added up on each rank.
-
-        Args:
-            beside: the reference whose forwards run among the policy's (`schedule.reference: interleaved`).
-        """
+        """Forward and backward of every micro-batch through all stages, gradients added up on each rank."""
         ...
 
     def finish_gradients(self) -> None:

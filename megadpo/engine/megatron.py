@@ -16,14 +16,14 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megadpo.config.schema import ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.bf16_moments import NarrowAdamW
 from megadpo.model.build import Stage
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
@@ -42,12 +42,12 @@ class MegatronEngine:
         stage: Stage,
         train: TrainConfig,
         parallel: ParallelConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        schedule: PipelineSchedule | None = None,
     ) -> None:
-        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults."""
+        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults, and
+        Megatron's schedule."""
         parallel = ParallelConfig() if parallel is None else parallel
-        schedule = ScheduleConfig() if schedule is None else schedule
-        self.passes = passes_by(schedule)
+        self.schedule = pipeline_schedule() if schedule is None else schedule
         self.stage = stage
         self.train = train
         self.overlap = torch.cuda.is_available() if parallel.overlap is None else parallel.overlap
@@ -61,10 +61,9 @@ class MegatronEngine:
         self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
         if not self.overlap:
             _send_nothing_to_oneself(self.models)
-        for head in stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        stage.configure_head(gradient_buffer=self.gradient_buffer)
         params_dtype = stage.models[0].config.params_dtype
-        requested = True if schedule.zero_bubble else parallel.gradient_accumulation_fusion
+        requested = True if self.schedule.delays_weight_gradients else parallel.gradient_accumulation_fusion
         self.fusion = choose_fusion(requested, compute_device(), params_dtype, stage.layers.kind)
         fuse_gradients(stage.models, self.fusion)
         if self.overlap:
@@ -104,22 +103,21 @@ class MegatronEngine:
         self._clear_gradients()
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.passes.forward_only(self.models, micro_batches, ld_alpha)
+        return self.schedule.forward_only(self.models, micro_batches, ld_alpha)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
         self.watch = self._new_watch()
         if self.watch is not None and self.train.router_aux_coef > 0:
             counting = self._new_watch()
-            self.passes.forward_only(self.models, micro_batches, ld_alpha, counting)
+            self.schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
             assert counting is not None
             self.watch.whole = counting.load()
-        self.passes.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch, beside)
+        self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
         """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""

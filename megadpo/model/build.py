@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -25,24 +24,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention.backends import choose_backend
+from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
 from megadpo.model.families import (
+    ExpertPlace,
     ParameterShard,
-    Place,
-    experts_of,
-    head_of,
-    rope_of,
     shard_parameters,
-    sliding_windows,
-    transformer_config_kwargs,
 )
-from megadpo.model.heads.logprob import LogProbHead
+from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
 from megadpo.model.norm import RMSNorm
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.rope import PositionRope
+from megadpo.model.shape import ModelShape
 from megadpo.model.swiglu import SwiGLU
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.device import compute_device
@@ -57,9 +53,9 @@ class Stage:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors.
-        attention: the kernel that computes attention, one of `attention_backends.BACKENDS`.
+        attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
-        offloader: what moves activations away, where that was asked for.
+        offloader: what offloads activations, where `train.activation_offload` says so.
     """
 
     models: list[GPTModel]
@@ -75,10 +71,17 @@ class Stage:
         return model
 
     @property
-    def heads(self) -> list[LogProbHead]:
+    def logprob_head(self) -> LogProbHead | None:
         """The log-prob head, where this stage has it."""
-        layers = [model.output_layer for model in self.models if model.post_process]
-        return [layer for layer in layers if isinstance(layer, LogProbHead)]
+        heads = [model.output_layer for model in self.models if model.post_process]
+        return heads[0] if heads and isinstance(heads[0], LogProbHead) else None
+
+    def configure_head(
+        self, statistics: Collection[str] | None = None, gradient_buffer: GradientBuffer | None = None
+    ) -> None:
+        """`LogProbHead.configure`, where this stage has that head: a scalar head gives one number, by autograd."""
+        if self.logprob_head is not None:
+            self.logprob_head.configure(statistics, gradient_buffer)
 
     def train(self) -> None:
         """Put every chunk into training mode."""
@@ -87,83 +90,82 @@ class Stage:
 
 
 def build_stage(
-    hf_config: Any,
+    shape: ModelShape,
     layout: Layout,
     dtype: torch.dtype,
     activations: Activations = KEEP,
     device: torch.device | None = None,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
 ) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
     Args:
-        hf_config: the transformers config; its architecture decides between LogProbHead and RewardHead.
+        shape: says among other things which head the model has, LogProbHead or RewardHead.
         dtype: of parameters and activations.
         activations: what becomes of them between forward and backward pass.
         device: where parameters are made; None: on the compute device.
-        asked: says which kernel of attention and which layers; None: the defaults.
+        options: the `model` section, which says by what attention and layers are computed; None: the defaults.
     """
-    asked = asked or ModelConfig()
-    layers = choose_layers(asked, compute_device(), dtype, experts_of(hf_config) is not None)
-    config = _transformer_config(hf_config, layout, dtype, activations, layers)
-    backend = choose_backend(asked.attention, compute_device(), dtype, config.kv_channels)
-    models = [_build_chunk(hf_config, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
+    options = options or ModelConfig()
+    layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
+    config = _transformer_config(shape, layout, dtype, activations, layers)
+    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim))
+    models = [_build_chunk(shape, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
         parallel_state.get_tensor_model_parallel_rank(),
-        Place(expert, layout.expert, expert_tensor, layout.expert_tensor),
+        ExpertPlace(expert, layout.expert, expert_tensor, layout.expert_tensor),
     )
     for chunk, model in enumerate(models):
-        first_layer = _layers(hf_config, layout, chunk).start
-        parameters |= _match(model, _chunk_shards(hf_config, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend, layers, offload_activations(models, activations))
+        first_layer = _layers(shape, layout, chunk).start
+        parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
+    return Stage(models, parameters, backend.name, layers, offload_activations(models, activations))
 
 
 def _build_chunk(
-    hf_config: Any,
+    shape: ModelShape,
     layout: Layout,
     config: TransformerConfig,
     chunk: int,
     device: torch.device | None,
-    backend: str,
+    backend: AttentionBackend,
     layers: Layers,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
-    inverse_frequencies, rope_scaling = rope_of(hf_config)
     attention = functools.partial(
         GroupAttention,
-        windows=sliding_windows(hf_config),
-        rope_scaling=rope_scaling,
-        context_method=context_method(layout, hf_config),
+        windows=shape.windows,
+        rope_scaling=shape.rope_scaling,
+        context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
     )
-    has_vocabulary = head_of(hf_config) == "logprobs"
+    has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():
         # Experts that are whole on each tensor rank are told that there is nothing to split; that is meant.
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = (_UnjoinedModel if device else GPTModel)(
             config,
             _block_spec(
-                hf_config,
-                _layers(hf_config, layout, chunk),
+                shape,
+                _layers(shape, layout, chunk),
                 functools.partial(_layer_spec, config, layers.kind, attention),
             ),
-            vocab_size=-(-hf_config.vocab_size // layout.tensor) * layout.tensor,
-            max_sequence_length=hf_config.max_position_embeddings,
+            vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
+            max_sequence_length=shape.max_positions,
             pre_process=is_first,
             post_process=is_last,
             parallel_output=True,
-            share_embeddings_and_output_weights=has_vocabulary and hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=has_vocabulary and shape.tied_embeddings,
             position_embedding_type="rope",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
-    model.rotary_pos_emb = PositionRope(inverse_frequencies)
+    model.rotary_pos_emb = PositionRope(shape.inverse_frequencies)
     if is_last and has_vocabulary:
-        model.output_layer = LogProbHead(model.output_layer.weight, hf_config.vocab_size, layout.sequence)
+        model.output_layer = LogProbHead(model.output_layer.weight, shape.vocab_size, layout.sequence)
     elif is_last:
-        weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, hf_config.hidden_size))
-        model.output_layer = RewardHead(weight, hf_config.pad_token_id, layout.sequence)
+        weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, shape.hidden_size))
+        model.output_layer = RewardHead(weight, shape.padding_token, layout.sequence)
     return model
 
 
@@ -186,35 +188,35 @@ def _made_on(device: torch.device | None, config: TransformerConfig) -> Iterator
 
 
 def expert_ranks() -> tuple[int, int]:
-    """This rank's numbers among the ranks that share a layer's experts and, within, among those that share each expert."""
+    """This rank's rank in the expert-parallel group, and in the group of the ranks that share each expert's matrices."""
     return parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
 
 
 def stage_shards(
-    hf_config: Any, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
+    shape: ModelShape, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
 ) -> list[ParameterShard]:
     """What the rank with these numbers holds in this rank's pipeline stage, in all chunks."""
-    place = Place(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
-    return [
-        shard for chunk in range(layout.virtual) for shard in _chunk_shards(hf_config, layout, tensor_rank, chunk, place)
-    ]
+    place = ExpertPlace(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
+    return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(shape, layout, tensor_rank, chunk, place)]
 
 
-def _chunk_shards(hf_config: Any, layout: Layout, tensor_rank: int, chunk: int, place: Place) -> list[ParameterShard]:
+def _chunk_shards(
+    shape: ModelShape, layout: Layout, tensor_rank: int, chunk: int, place: ExpertPlace
+) -> list[ParameterShard]:
     return shard_parameters(
-        hf_config,
+        shape,
         tensor_rank=tensor_rank,
         num_tensor=layout.tensor,
-        layers=_layers(hf_config, layout, chunk),
+        layers=_layers(shape, layout, chunk),
         has_embedding=_has_embedding(chunk),
         has_head=_has_head(layout, chunk),
         expert_place=place,
     )
 
 
-def _layers(hf_config: Any, layout: Layout, chunk: int) -> range:
+def _layers(shape: ModelShape, layout: Layout, chunk: int) -> range:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    return layout.layers_of_stage(hf_config.num_hidden_layers, stage, chunk)
+    return layout.layers_of_stage(shape.num_layers, stage, chunk)
 
 
 def _has_embedding(chunk: int) -> bool:
@@ -226,16 +228,16 @@ def _has_head(layout: Layout, chunk: int) -> bool:
 
 
 def _transformer_config(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, activations: Activations, layers: Layers
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, activations: Activations, layers: Layers
 ) -> TransformerConfig:
     return TransformerConfig(
-        **transformer_config_kwargs(hf_config),
+        **shape.megatron_options(),
         **activations.megatron_options(),
         **layers.megatron_options(),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        pipeline_model_parallel_layout=_megatron_layout(hf_config, layout) if layout.pipeline > 1 else None,
+        pipeline_model_parallel_layout=_megatron_layout(shape, layout) if layout.pipeline > 1 else None,
         # Between two stages, next and previous are the same rank: forward and backward messages sent in one lot would
         # be taken for each other.
         overlap_p2p_comm=layout.virtual > 1,
@@ -266,16 +268,16 @@ def _transformer_config(
     )
 
 
-def _megatron_layout(hf_config: Any, layout: Layout) -> list[list[str]]:
+def _megatron_layout(shape: ModelShape, layout: Layout) -> list[list[str]]:
     """The chunks in Megatron's terms, which count layers from 1 over the whole model by it."""
-    rows = [["decoder"] * len(layers) for layers in layout.layers_of_chunks(hf_config.num_hidden_layers)]
+    rows = [["decoder"] * len(layers) for layers in layout.layers_of_chunks(shape.num_layers)]
     rows[0] = ["embedding", *rows[0]]
     rows[-1] = [*rows[-1], "loss"]
     return rows
 
 
-def _block_spec(hf_config: Any, layers: range, dense: Callable[[], ModuleSpec]) -> TransformerBlockSubmodules:
-    experts = experts_of(hf_config)
+def _block_spec(shape: ModelShape, layers: range, dense: Callable[[], ModuleSpec]) -> TransformerBlockSubmodules:
+    experts = shape.experts
     if experts is None:
         return TransformerBlockSubmodules(layer_specs=[dense()] * len(layers), layer_norm=RMSNorm)
     mixture = expert_layer_spec(dense(), experts)

@@ -53,21 +53,21 @@ class Layers:
         return {"fp8": "hybrid", "fp8_recipe": "tensorwise", "disable_parameter_transpose_cache": True}
 
 
-def choose_layers(asked: ModelConfig, device: torch.device, dtype: torch.dtype, has_experts: bool) -> Layers:
+def choose_layers(options: ModelConfig, device: torch.device, dtype: torch.dtype, has_experts: bool) -> Layers:
     """The layers that `model.layers` and `model.fp8` ask for.
 
     Raises:
         UserError: they cannot be had on this device, or with this model.
     """
-    if asked.layers == "local":
+    if options.layers == "local":
         return Layers()
     reason = _why_no_transformer_engine(device, has_experts)
     if reason is not None:
-        raise UserError(f"model.layers is {asked.layers}, but {reason}; set it to local")
-    reason = _why_no_fp8(device, dtype) if asked.fp8 else None
+        raise UserError(f"model.layers is {options.layers}, but {reason}; set it to local")
+    reason = _why_no_fp8(device, dtype) if options.fp8 else None
     if reason is not None:
         raise UserError(f"model.fp8 is true, but {reason}; remove it")
-    return Layers(asked.layers, asked.fp8)
+    return Layers(options.layers, options.fp8)
 
 
 def _why_no_transformer_engine(device: torch.device, has_experts: bool) -> str | None:

@@ -1,11 +1,12 @@
 """Activations wait for their backward pass outside the accelerator: in pinned host memory or in files.
 
-What autograd saves in a stage's forward pass is handed, storage by storage, to a `Place`: copies run beside the computing,
-at most a window of bytes behind it. In the backward pass what is needed next is fetched as far ahead. Under pipeline
-parallelism several micro-batches are away at once, each in its own order. Bytes are copied as they are: gradients stay.
+What autograd saves in a stage's forward pass is copied, storage by storage, to an `OffloadTarget`. The copies run at the
+same time as the computation; at most a window of bytes waits to be copied. In the backward pass, storages are fetched
+before they are needed, at most a window of bytes ahead. Under pipeline parallelism several micro-batches are offloaded at
+once, each in its own order. Bytes are copied as they are, so that gradients keep every bit.
 
-A storage goes once, whatever views of it are saved, and only if it is large. What somebody else keeps anyway stays:
-parameters, and the input that the pipeline schedule holds.
+A storage is copied once, whatever views of it are saved, and only if it is large. Storages that stay in memory anyway are
+not copied: parameters, and the input that the pipeline schedule holds.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from megadpo.errors import UserError
 from megadpo.model.activations import Activations
 
 MIN_BYTES = 1 << 20
-"""Smaller storages stay where they are: their number would cost more than their memory."""
+"""Smaller storages are not offloaded: so many copies would cost more than their memory."""
 
 
 def offload_activations(models: Sequence[Any], activations: Activations) -> Offloader | None:
-    """Have a stage's chunks offload as `activations` says; None where it says nothing of it."""
+    """Make a stage's chunks offload as `activations` says; None where it asks for no offloading."""
     if activations.offload == "none":
         return None
     assert activations.offload == "cpu" or activations.offload_dir is not None
-    place = PinnedMemory() if activations.offload_dir is None else Files(activations.offload_dir)
-    offloader = Offloader(place, activations.offload_window_mib << 20)
+    target = PinnedMemory() if activations.offload_dir is None else Files(activations.offload_dir)
+    offloader = Offloader(target, activations.offload_window_mib << 20)
     for model in models:
         offloader.follow(model)
     return offloader
 
 
 class Copy(Protocol):
-    """Where one storage's bytes are, or are on their way to."""
+    """The offloaded copy of one storage, complete or being written."""
 
     def wait_until_away(self) -> None:
-        """From here on in the order of computing, the original may be overwritten."""
+        """After this call, in the order of the computing stream, the original may be overwritten."""
         ...
 
     def start_fetch(self) -> None:
-        """Begin to bring the bytes back; once."""
+        """Begin to copy the bytes back; called once."""
         ...
 
     def fetched(self) -> Tensor:
@@ -57,8 +58,8 @@ class Copy(Protocol):
         ...
 
 
-class Place(Protocol):
-    """Somewhere to move activations to."""
+class OffloadTarget(Protocol):
+    """Memory or files that activations are offloaded to."""
 
     def begin_pass(self) -> None:
         """A further forward pass begins."""
@@ -87,7 +88,7 @@ class _Entry:
         shelf.append(weakref.ref(self))
 
     def needed_before(self) -> Iterator[_Entry]:
-        """What of the same pass is still waited for and was saved earlier, the latest first: backward's order."""
+        """Entries of the same pass that were saved earlier and are still alive, the latest first: backward's order."""
         for index in range(self.index - 1, -1, -1):
             entry = self.shelf[index]()
             if entry is not None:
@@ -116,9 +117,9 @@ class Offloader:
         num_bytes_moved: of all storages copied away so far.
     """
 
-    def __init__(self, place: Place, window_bytes: int) -> None:
+    def __init__(self, target: OffloadTarget, window_bytes: int) -> None:
         """`window_bytes`: most that may wait to be moved away, and most that is fetched ahead."""
-        self.place, self.window_bytes = place, window_bytes
+        self.target, self.window_bytes = target, window_bytes
         self.num_bytes_moved = 0
         self._leaving: list[weakref.ref[_Entry]] = []
         self._shelf: list[weakref.ref[_Entry]] = []
@@ -137,7 +138,7 @@ class Offloader:
         stays = [*model.parameters(), *model.buffers(), model.decoder.input_tensor]
         self._left_alone = {tensor.untyped_storage()._cdata for tensor in stays if tensor is not None}
         self._shelf = []
-        self.place.begin_pass()
+        self.target.begin_pass()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
 
@@ -155,7 +156,7 @@ class Offloader:
         if seen is not None:
             return _View(tensor, seen[1])
         whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        entry = _Entry(whole, self.place.put(whole), self._shelf)
+        entry = _Entry(whole, self.target.put(whole), self._shelf)
         # The weak reference keeps the address of a storage that is freed meanwhile from being given to another one.
         self._seen[storage._cdata] = (StorageWeakRef(storage), entry)
         self.num_bytes_moved += entry.num_bytes
@@ -164,7 +165,7 @@ class Offloader:
         return _View(tensor, entry)
 
     def _let_go(self) -> None:
-        """Free what is away until no more than the window is on its way."""
+        """Free the oldest copied storages until at most a window of bytes is still being copied."""
         leaving = [entry for reference in self._leaving if (entry := reference()) is not None]
         num_bytes, num_gone = sum(entry.num_bytes for entry in leaving), 0
         while num_bytes > self.window_bytes:
@@ -200,7 +201,7 @@ class Offloader:
 
 
 class PinnedMemory:
-    """A `Place` for CUDA tensors: the host's pinned memory, over streams beside the computing one."""
+    """Offloads CUDA tensors to the host's pinned memory, on streams of its own."""
 
     def __init__(self) -> None:
         self.leaving, self.coming = torch.cuda.Stream(), torch.cuda.Stream()
@@ -213,8 +214,11 @@ class PinnedMemory:
 
 
 class _Pinned:
-    """Blocks on the device belong to the computing stream: they are freed, and used again, in its order. So it waits for the
-    copy before the original is given up (instead of `record_stream`, by which memory comes back whenever the host looks)."""
+    """One storage in pinned memory.
+
+    Memory on the device is freed and used again in the order of the computing stream, so that stream waits for the copy
+    before the original is freed. (With `record_stream` instead, memory would come back only when the host looks.)
+    """
 
     def __init__(self, place: PinnedMemory, resident: Tensor) -> None:
         self.place, self.device = place, resident.device
@@ -244,12 +248,12 @@ class _Pinned:
         return back
 
     def __del__(self) -> None:
-        if self.back is not None:  # nobody came for it, and the copy may still be writing
+        if self.back is not None:  # never fetched, and the copy may still be writing
             self.back.record_stream(self.place.coming)
 
 
 class Files:
-    """A `Place` in a directory: one nameless file for each forward pass, written and read by a thread of its own."""
+    """Offloads to a directory: one nameless file for each forward pass, written and read by a thread of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

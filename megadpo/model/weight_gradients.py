@@ -82,7 +82,7 @@ _open: Products | None = None
 
 
 @contextmanager
-def put_off() -> Iterator[Products]:
+def delay_products() -> Iterator[Products]:
     """Within it, backwards of linear layers under `fuse_gradients` leave their products of weight gradients in what this
     gives."""
     global _open

@@ -43,13 +43,13 @@ class Normalisers:
     delta: Tensor | float = 0.0
 
 
-def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
-    """The normalisers of a global batch of the groups `numbers`."""
-    chosen = np.asarray(numbers, np.int64)
+def normalisers_of(groups: GroupStore, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
+    """The normalisers of a global batch of the groups `group_ids`."""
+    chosen = np.asarray(group_ids, np.int64)
     responses, prompts = groups.chosen_lengths(chosen)
     scored = responses - (prompts == 0)
     num_units = len(chosen)
-    label_R = groups.numbers.get("label")
+    label_R = groups.row_values.get("label")
     if label_R is not None:
         offsets_G = groups.response_offsets_G
         num_units = int((offsets_G[chosen + 1] - offsets_G[chosen]).sum())

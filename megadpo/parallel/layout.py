@@ -127,7 +127,7 @@ def choose_layout(parallel: Any, world_size: int) -> Layout:
     )
 
 
-def context_method(layout: Layout, hf_config: Any) -> str | None:
+def context_method(layout: Layout, num_key_value_heads: int) -> str | None:
     """How context ranks attend to each other's parts of the stream: "ulysses" or "allgather"; None without them.
 
     `auto` is all-to-all over heads where every rank gets the same number of key-value heads, which leaves each rank
@@ -137,7 +137,6 @@ def context_method(layout: Layout, hf_config: Any) -> str | None:
         return None
     if layout.context_method != "auto":
         return layout.context_method
-    num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     return "allgather" if num_key_value_heads // layout.tensor % layout.context else "ulysses"
 
 

@@ -21,15 +21,15 @@ MOST_SENDS_UNDER_WAY = 8
 """Sent tensors kept at most; the oldest has long gone when there are as many."""
 
 
-class Work(Protocol):
-    """What operations are."""
+class Operations(Protocol):
+    """What the operations of a schedule do on one stage."""
 
-    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
-        """Do it, with what another operation made for it; what it makes for another one."""
+    def run(self, op: Op, received: Tensor | None) -> Tensor | None:
+        """Run `op` on the tensor that another stage's operation has sent for it; the tensor that another stage's reads."""
         ...
 
-    def empty(self, op: Op) -> Tensor:
-        """A tensor as large as what `op` reads."""
+    def empty_message(self, op: Op) -> Tensor:
+        """A tensor as large as what `op` receives."""
         ...
 
 
@@ -40,9 +40,9 @@ class Clock:
     times: list[tuple[Op, float, float]] = field(default_factory=list)
 
 
-def carry_out(
+def execute(
     program: Program,
-    work: Work,
+    operations: Operations,
     group: dist.ProcessGroup | None,
     held: dict[Op, Tensor] | None = None,
     clock: Clock | None = None,
@@ -63,7 +63,7 @@ def carry_out(
     made: Tensor | None = None
     for instruction in program:
         if isinstance(instruction, Receive):
-            tensor = work.empty(instruction.op)
+            tensor = operations.empty_message(instruction.op)
             inbox[instruction.op] = (tensor, dist.irecv(tensor, **_between(group, instruction.source, stage, "src")))
         elif isinstance(instruction, Send):
             assert made is not None
@@ -74,7 +74,7 @@ def carry_out(
         else:
             received = _arrived(*inbox.pop(instruction)) if instruction in inbox else None
             started = time.perf_counter()
-            made = work.do(instruction, received)
+            made = operations.run(instruction, received)
             if clock is not None:
                 clock.times.append((instruction, started, time.perf_counter()))
     for request, _ in under_way:

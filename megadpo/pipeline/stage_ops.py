@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.attention.core import StreamParams
 from megadpo.model.attention.prompt_kv import PromptKeys
-from megadpo.model.heads.logprob import LogProbHead
 from megadpo.model.heads.reward import RewardHead, reward_sums
 from megadpo.model.moe.load import RouterWatch
 from megadpo.objectives.statistics import response_sums
@@ -63,10 +63,7 @@ def stage_forward(
     prompt_keys: PromptKeys | None = None,
 ) -> Tensor:
     """What this stage's model makes of a micro-batch; its input tensor is set."""
-    stage = _unwrapped(model)
-    if stage.post_process:
-        head: LogProbHead | RewardHead = stage.output_layer
-        head.micro_batch = micro_batch
+    stage, held = _unwrapped(model), micro_batch.local
     stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
-    held = micro_batch.held
-    return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)
+    with stage.output_layer.reading(micro_batch) if stage.post_process else contextlib.nullcontext():
+        return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)

@@ -23,7 +23,7 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
@@ -31,8 +31,7 @@ from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import host_micro_batches, on_device
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.run_schedule import complete
+from megadpo.pipeline.interleaved_reference import InterleavedReference
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.training.reference import Reference
@@ -74,7 +73,7 @@ class Streams:
     mismatched: Sequence[MicroBatch] = ()
 
 
-def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
+def streams_of(packing: PackedDataset, numbers: IntArray, options: ObjectiveConfig) -> Streams:
     """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
     mismatched: list[MicroBatch] = []
     if measures_kl(options.loss_types):
@@ -84,14 +83,14 @@ def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) ->
 
 def global_batch(
     engine: Engine,
-    packing: Packing,
+    packing: PackedDataset,
     reference: Reference,
     numbers: IntArray,
     normalisers: Normalisers,
     options: ObjectiveConfig,
     delta_of: Callable[[float], float],
     streams: Streams | None = None,
-    beside: ReferenceBeside | None = None,
+    interleaved: InterleavedReference | None = None,
 ) -> Batch:
     """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
 
@@ -99,7 +98,7 @@ def global_batch(
 
     Args:
         streams: what `streams_of` gives, where it was made ahead.
-        beside: where the reference of these groups runs among the policy's operations.
+        interleaved: where the reference of these groups runs among the policy's operations.
     """
     streams = streams or streams_of(packing, numbers, options)
     micro_batches = on_device(streams.micro_batches)
@@ -110,9 +109,9 @@ def global_batch(
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
             collect.add_fixed(totals, "kl", normalisers.kl, options)
     offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
-    reference_logps = reference(micro_batches) if beside is None else beside.begin(micro_batches)
-    if beside is not None and couples_batch(options):
-        complete(beside)  # the whole batch is evaluated before anything goes backward
+    reference_logps = reference(micro_batches) if interleaved is None else interleaved.begin(micro_batches)
+    if interleaved is not None and couples_batch(options):
+        interleaved.complete()  # the whole batch is evaluated before anything goes backward
     return Batch(options, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
 
 
@@ -186,6 +185,6 @@ def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
 
 def _numbers_in_batch(batch: Batch, micro_batch: MicroBatch) -> Tensor:
     """int64 [R]: the number in the whole batch of each response of a micro-batch."""
-    offsets_G = batch.response_offsets_G[list(micro_batch.places)].to(micro_batch.group_R.device)
+    offsets_G = batch.response_offsets_G[list(micro_batch.batch_positions)].to(micro_batch.group_R.device)
     within_R = torch.arange(micro_batch.num_responses, device=offsets_G.device) - micro_batch.first_G[micro_batch.group_R]
     return offsets_G[micro_batch.group_R] + within_R

@@ -17,23 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ScheduleConfig
+from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
-from megadpo.training.setup import ModelFiles, Plan, scoring_packing
+from megadpo.training.setup import ModelFiles, RunSetup, scoring_packing
 
 Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
 """Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
@@ -47,13 +48,14 @@ class References:
 
     Attributes:
         table: where the model's log-probs of the training pairs are kept, until all are; the model goes then.
-        beside: what runs the reference of the training pairs among the policy's operations; None: `train` does, before.
+        interleaved: the reference of the training pairs where it runs among the policy's operations; None: `train` runs it
+            before them.
     """
 
     train: Reference
     eval: Reference | None
     stage: Stage | None = None
-    beside: ReferenceBeside | None = None
+    interleaved: InterleavedReference | None = None
     table: LogpTable | None = None
 
     def train_for(self, numbers: IntArray) -> Reference:
@@ -87,14 +89,14 @@ class References:
                 own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
-def build_references(plan: Plan, say: Callable[[str], None]) -> References:
+def build_references(plan: RunSetup, say: Callable[[str], None]) -> References:
     """What the configuration asks for, ready to be asked.
 
     Args:
         say: tells the user a sentence.
     """
     mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
-    asked = plan.config.model
+    options = plan.config.model
 
     @functools.cache  # training and held-out pairs may both need it
     def frozen() -> Stage:
@@ -102,17 +104,17 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
             from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.config, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, asked
+                plan.reference.shape, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, options
             )
-        return frozen_stage(plan.reference.config, plan.layout, plan.dtype, plan.reference.source, asked)
+        return frozen_stage(plan.reference.shape, plan.layout, plan.dtype, plan.reference.source, options)
 
     if mode == "none":
         return References(absent, absent)
     if mode == "resident":
         stage, schedule = frozen(), plan.config.schedule
         reference = resident(stage, ld_alpha, schedule)
-        beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
-        return References(reference, reference, stage, beside)
+        interleaved = InterleavedReference(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
+        return References(reference, reference, stage, interleaved)
     if mode == "precomputed":
         train = _precomputed_for(plan, plan.train, frozen, say)
         return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
@@ -126,32 +128,33 @@ def build_references(plan: Plan, say: Callable[[str], None]) -> References:
     return References(resident(frozen(), ld_alpha, plan.config.schedule), held_out, frozen(), table=table)
 
 
-def _cache_path(plan: Plan, packing: Packing) -> Path:
+def _cache_path(plan: RunSetup, packing: PackedDataset) -> Path:
     arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
     key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
     return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
-def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
+def _precomputed_for(
+    plan: RunSetup, packing: PackedDataset, frozen: Callable[[], Stage], say: Callable[[str], None]
+) -> Reference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
     config = plan.config
-    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.config)
+    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.shape)
     logps_R, from_cache = cached_logps(_cache_path(plan, packing), larger, frozen, config.objective.ld_alpha)
     say(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
     return precomputed(logps_R, packing.groups)
 
 
 def frozen_stage(
-    hf_config: Any, layout: Layout, dtype: torch.dtype, source: TensorSource, asked: ModelConfig | None = None
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, source: TensorSource, options: ModelConfig | None = None
 ) -> Stage:
     """The reference model's stage on this rank, loaded, without gradients."""
-    stage = build_stage(hf_config, layout, dtype, asked=asked)
+    stage = build_stage(shape, layout, dtype, options=options)
     load_weights(stage, source)
     for model in stage.models:
         model.requires_grad_(False)
         model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     return stage
 
 
@@ -160,10 +163,10 @@ def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
     return [None] * len(micro_batches)
 
 
-def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
+def resident(stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> Reference:
     """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
     bit-equal log-probs."""
-    forward_only = passes_by(schedule or ScheduleConfig()).forward_only
+    forward_only = pipeline_schedule(schedule).forward_only
     return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
 
 
@@ -172,8 +175,8 @@ def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:
     table_R = torch.from_numpy(logps_R).to(compute_device())
 
     def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        numbers = [torch.from_numpy(groups.responses_of(micro_batch.rows)) for micro_batch in micro_batches]
-        return [table_R[numbers_R.to(table_R.device)] for numbers_R in numbers]
+        response_ids = [torch.from_numpy(groups.response_ids_of(micro_batch.group_ids)) for micro_batch in micro_batches]
+        return [table_R[response_ids_R.to(table_R.device)] for response_ids_R in response_ids]
 
     return look_up
 
@@ -200,7 +203,7 @@ def cache_key(model_digest: str, groups_digest: str, arithmetic: str, ld_alpha: 
 
 
 def cached_logps(
-    path: Path, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
+    path: Path, packing: PackedDataset, build: Callable[[], Stage], ld_alpha: float | None = None
 ) -> tuple[np.ndarray, bool]:
     """Reference log-probs [R] of all responses of `packing` from the cache, or computed and cached; collective.
 

@@ -7,7 +7,6 @@ each other's when they start.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -25,6 +24,7 @@ from megadpo.data.batches.bin_packing import FloatArray, IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.files import replacing
 from megadpo.parallel.context import is_teller
 from megadpo.platform.device import compute_device
 
@@ -66,7 +66,7 @@ class LogpTable:
 
     def knows(self, numbers: IntArray) -> bool:
         """Whether all responses of the groups `numbers` are known."""
-        return not np.isnan(self.logps_R[self.groups.responses_of(numbers)]).any()
+        return not np.isnan(self.logps_R[self.groups.response_ids_of(numbers)]).any()
 
     def add(self, numbers: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
         """Take in what was computed of a global batch of the groups `numbers`; collective.
@@ -75,12 +75,12 @@ class LogpTable:
             micro_batches: this replica's.
             logps: [R] of each of them, on last stages; elsewhere it may be empty.
         """
-        responses = np.unique(self.groups.responses_of(numbers))
+        responses = np.unique(self.groups.response_ids_of(numbers))
         values = torch.full((len(responses),), -torch.inf, dtype=torch.float64, device=compute_device())
         if is_teller():
             for micro_batch, logps_R in zip(micro_batches, logps, strict=False):
                 assert logps_R is not None
-                places = np.searchsorted(responses, self.groups.responses_of(micro_batch.rows))
+                places = np.searchsorted(responses, self.groups.response_ids_of(micro_batch.group_ids))
                 values[torch.from_numpy(places).to(values.device)] = logps_R
         # One rank of each replica brings each value; a group that the batch has twice counts once.
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -129,9 +129,8 @@ def read_logps(path: Path, num_responses: int) -> FloatArray:
 def write_logps(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """A file of the cache, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(arrays, partial)
 
 
 def _read_all(path: Path, num_responses: int) -> FloatArray:

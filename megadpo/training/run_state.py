@@ -151,7 +151,7 @@ def export_policy(run: Run) -> Path:
     """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
     plan, directory = run.plan, run.plan.output_dir / "hf"
     config, layout = plan.policy.config, plan.layout
-    export = plan_export(config, plan.dtype, layout.layers_of_chunks(config.num_hidden_layers))
+    export = plan_export(config, plan.dtype, layout.layers_of_chunks(plan.policy.shape.num_layers))
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
@@ -186,7 +186,7 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
         numbers = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.plan.policy.config, layout, *numbers)}
+        return {shard.name: shard for shard in stage_shards(run.plan.policy.shape, layout, *numbers)}
 
     for name, values in run.engine.parameters():
         parameter, shard = stage.parameters[name]

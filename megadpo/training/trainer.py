@@ -23,14 +23,13 @@ from torch import Tensor
 
 from megadpo.config.schema import Config, ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
-from megadpo.data.batches.prefetch import Ahead
+from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.errors import UserError
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import Sink, open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import KEEP, Activations
-from megadpo.model.families import experts_of
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.specs import has_reward_head
 from megadpo.objectives.terms import normalisers_of
@@ -38,10 +37,11 @@ from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import write_config
-from megadpo.training.setup import Plan, prepare
+from megadpo.training.setup import RunSetup, prepare
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
+    from megadpo.pipeline.interleaved_reference import InterleavedReference
     from megadpo.training.global_batch import Streams
     from megadpo.training.reference import References
 
@@ -90,7 +90,7 @@ class Run:
         ahead: the groups of a step and their micro-batches, made ready while the step before it computes.
     """
 
-    plan: Plan
+    plan: RunSetup
     engine: Engine
     references: References
     callbacks: Callbacks
@@ -98,7 +98,7 @@ class Run:
     delta: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
-    ahead: Ahead[tuple[IntArray, Streams]] = field(init=False)
+    ahead: Prefetcher[tuple[IntArray, Streams]] = field(init=False)
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import streams_of
@@ -106,10 +106,10 @@ class Run:
         plan, objective = self.plan, self.plan.config.objective
 
         def read(step: int) -> tuple[IntArray, Streams]:
-            numbers = plan.batches.at(step)
+            numbers = plan.batches.group_ids(step)
             return numbers, streams_of(plan.train, numbers, objective)
 
-        self.ahead = Ahead(read, plan.num_steps)
+        self.ahead = Prefetcher(read, plan.num_steps)
 
     def close(self) -> None:
         """Ends what works beside the steps, and writes what was not written yet."""
@@ -141,17 +141,18 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     return Result(metrics, plan.num_steps, model_path, plan.output_dir)
 
 
-def build(plan: Plan, callbacks: Callbacks) -> Run:
+def build(plan: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.heads.kernels import choose_kernels
+    from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
 
     kernels = choose_kernels(plan.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(plan, say)
-    engine = build_engine(plan)
-    for head in engine.stage.heads:
-        head.wanted = [name for name in head.wanted if name != "log_square" or plan.config.objective.wpo]
+    engine = build_engine(plan, references.interleaved)
+    statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or plan.config.objective.wpo]
+    engine.stage.configure_head(statistics)
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
     if not has_reward_head(plan.config.objective.loss_types):
         described["log-prob head"] = kernels
@@ -159,22 +160,25 @@ def build(plan: Plan, callbacks: Callbacks) -> Run:
     return Run(plan, engine, references, callbacks)
 
 
-def build_engine(plan: Plan) -> Engine:
-    """The engine that `parallel.engine` names, with the policy loaded."""
-    config, layout, activations = plan.policy.config, plan.layout, Activations.of(plan.config.train)
-    asked = plan.config.model
+def build_engine(plan: RunSetup, interleaved: InterleavedReference | None) -> Engine:
+    """The engine that `parallel.engine` names, with the policy loaded and the schedule that `schedule.name` does."""
+    from megadpo.pipeline.select import pipeline_schedule
+
+    schedule = pipeline_schedule(plan.config.schedule, interleaved)
+    shape, layout, activations = plan.policy.shape, plan.layout, Activations.of(plan.config.train)
+    options = plan.config.model
     if plan.config.parallel.engine == "deepspeed":
         from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
-        stage = policy_stage(config, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, asked)
-        return ZeroEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
+        stage = policy_stage(shape, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, options)
+        return ZeroEngine(stage, plan.config.train, plan.config.parallel, schedule)
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    stage = build_stage(config, layout, plan.dtype, activations, asked=asked)
+    stage = build_stage(shape, layout, plan.dtype, activations, options=options)
     load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train, plan.config.parallel, plan.config.schedule)
+    return MegatronEngine(stage, plan.config.train, plan.config.parallel, schedule)
 
 
 def training_loop(run: Run) -> Metrics:
@@ -215,13 +219,15 @@ def training_step(run: Run, step: int) -> Metrics:
     from megadpo.training.global_batch import global_batch, response_gradient
 
     plan, objective, started = run.plan, run.plan.config.objective, time.perf_counter()
-    numbers, streams = run.ahead.at(step)
+    numbers, streams = run.ahead.get(step)
     normalisers = normalisers_of(plan.train.groups, numbers)
-    reference, beside = run.references.train_for(numbers), run.references.beside
-    batch = global_batch(run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, beside)
-    if beside is not None and not reference_waits_after(plan, step):
-        beside.run_ahead(on_device(run.ahead.following()[1].micro_batches))
-    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha, beside)
+    reference, interleaved = run.references.train_for(numbers), run.references.interleaved
+    batch = global_batch(
+        run.engine, plan.train, reference, numbers, normalisers, objective, run.delta.add, streams, interleaved
+    )
+    if interleaved is not None and not reference_waits_after(plan, step):
+        interleaved.run_ahead(on_device(run.ahead.get_next()[1].micro_batches))
+    run.engine.forward_backward(batch.micro_batches, response_gradient(batch, run.engine), objective.ld_alpha)
     run.engine.finish_gradients()
     learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
     try:
@@ -253,7 +259,7 @@ def reference_moves_after(config: Config, step: int) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def reference_waits_after(plan: Plan, step: int) -> bool:
+def reference_waits_after(plan: RunSetup, step: int) -> bool:
     """Whether nothing of the next step can be run ahead: there is none, or its reference is another one."""
     return step + 1 == plan.num_steps or reference_moves_after(plan.config, step)
 
@@ -308,7 +314,7 @@ def say(sentence: str) -> None:
         print(f"megadpo: {sentence}", file=sys.stderr, flush=True)
 
 
-def say_plan(plan: Plan) -> None:
+def say_plan(plan: RunSetup) -> None:
     """What is about to run: data, layout, device, dtype."""
     for which, report in plan.reports.items():
         say(f"{which}: {report.sentence()}")
@@ -317,7 +323,7 @@ def say_plan(plan: Plan) -> None:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(plan.policy.config, name, 0.0):
             say(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
-    experts = experts_of(plan.policy.config)
+    experts = plan.policy.shape.experts
     if experts is not None and plan.config.train.router_aux_coef == 0:
         say(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
     if plan.policy.has_new_head:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
+from megadpo.files import make_directory
 
 if TYPE_CHECKING:
     import torch
@@ -175,10 +176,7 @@ def check_machine(parallel: Any, dtype: torch.dtype) -> None:
         )
     if parallel.offload_dir is not None:
         directory = Path(parallel.offload_dir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"parallel.offload_dir: {directory} cannot be made: {error.strerror}") from error
+        make_directory(directory, "parallel.offload_dir")
         _try_direct_write(directory)
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from megadpo.errors import UserError
-from megadpo.model.families import Experts, experts_of
+from megadpo.model.shape import Experts, ModelShape
 from megadpo.parallel.layout import Layout
 
 
-def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = None) -> None:
+def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None = None) -> None:
     """Refuse a layout that the model or the batch cannot be spread over.
 
     Args:
-        hf_config: a transformers config with num_attention_heads, num_key_value_heads, num_hidden_layers, intermediate_size.
         pairs_per_step: pairs of a global batch, where the run has any.
 
     Raises:
         UserError: naming the axis, the model's figure and what to change.
     """
-    num_heads = hf_config.num_attention_heads
-    num_key_value_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
-    experts = experts_of(hf_config)
-    divided = {"attention heads": num_heads, "key-value heads": num_key_value_heads}
-    if experts is None or len(experts.layers) < hf_config.num_hidden_layers:
-        divided["MLP columns"] = hf_config.intermediate_size
+    experts = shape.experts
+    divided = {"attention heads": shape.num_heads, "key-value heads": shape.num_key_value_heads}
+    if experts is None or len(experts.layers) < shape.num_layers:
+        divided["MLP columns"] = shape.ffn_size
     for what, number in divided.items():
         if number % layout.tensor:
             raise UserError(
@@ -32,9 +27,9 @@ def check_layout(layout: Layout, hf_config: Any, pairs_per_step: int | None = No
                 f"use one of {_divisors(*divided.values())}"
             )
     _check_experts(layout, experts)
-    _check_layers(layout, hf_config.num_hidden_layers)
+    _check_layers(layout, shape.num_layers)
     if layout.context_method == "ulysses":
-        _check_ulysses(layout, num_heads // layout.tensor, num_key_value_heads // layout.tensor)
+        _check_ulysses(layout, shape.num_heads // layout.tensor, shape.num_key_value_heads // layout.tensor)
     if pairs_per_step is not None and pairs_per_step < layout.data:
         raise UserError(
             f"train.pairs_per_step {pairs_per_step} is less than the {layout.data} data-parallel replicas; "

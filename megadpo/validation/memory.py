@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
+from megadpo.files import make_writable_directory
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, TrainConfig
@@ -103,13 +103,7 @@ def check_machine(config: Config) -> None:
             "use none"
         )
     if train.activation_offload_dir is not None:
-        directory = Path(train.activation_offload_dir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"train.activation_offload_dir: {directory} cannot be made: {error.strerror}") from error
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UserError(f"train.activation_offload_dir: {directory} cannot be written; choose another directory")
+        make_writable_directory(Path(train.activation_offload_dir), "train.activation_offload_dir")
 
 
 def check_layers(train: TrainConfig, layout: Layout, num_layers: int) -> None:

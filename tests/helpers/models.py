@@ -145,16 +145,16 @@ def random_groups(
         size = {"pairs": 2, "lists": 2 + row % 3, "labels": 1 + row % 3 // 2, "examples": 1}[kind]
         prompts = tuple(ids(1, longest) for _ in range(size if row % 5 == 4 else 1))
         responses = tuple(ids(1, longest // 2) for _ in range(size))
-        numbers: dict[str, tuple[float, ...]] = {}
+        row_values: dict[str, tuple[float, ...]] = {}
         if kind == "labels":
-            numbers["label"] = (float(row % 2),) if size == 1 else (1.0, 0.0)
+            row_values["label"] = (float(row % 2),) if size == 1 else (1.0, 0.0)
         if kind == "lists" or numbered:
-            numbers["score"] = tuple(1.5 * (size - place) + row % 2 for place in range(size))
+            row_values["score"] = tuple(1.5 * (size - place) + row % 2 for place in range(size))
         if numbered:
-            numbers["weight"] = (0.5 + row % 4 / 4,) * size
-            numbers["margin"] = (row % 3 / 2,) * size
-            numbers["label_probability"] = (1 - row % 4 / 10,) * size
-        groups.append(Group(prompts, responses, row, numbers))
+            row_values["weight"] = (0.5 + row % 4 / 4,) * size
+            row_values["margin"] = (row % 3 / 2,) * size
+            row_values["label_probability"] = (1 - row % 4 / 10,) * size
+        groups.append(Group(prompts, responses, row, row_values))
     return groups
 
 

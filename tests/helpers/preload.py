@@ -17,7 +17,7 @@ prepare_megatron()
 for name in (
     "megadpo.training.trainer",
     "megadpo.training.setup",
-    "megadpo.commands.logprobs",
+    "megadpo.training.logprobs",
     "megadpo.engine.megatron",
     "megadpo.model.build",
 ):

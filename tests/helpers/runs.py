@@ -101,7 +101,7 @@ def assert_same_weights(output_dir: Path, other: Path) -> None:
 
 def log_probs(model: Path, data: Path, out: Path, parallel: dict[str, int], share_prompts: bool, cache: Path) -> None:
     """The command `logprobs` in fp32."""
-    from megadpo.commands.logprobs import run_logprobs
+    from megadpo.training.logprobs import run_logprobs
     from megadpo.validation.load import load_config
 
     data_options = {"max_length": 128, "share_prompts": share_prompts, "cache_dir": str(cache)}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -39,7 +39,7 @@ class Case:
     moments_dtype: str = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
 
     @property
     def activations(self) -> Activations:
@@ -113,7 +113,7 @@ def outcomes_of_objectives(
 
     def read_by(objective: ObjectiveConfig) -> Sequence[Group]:
         reading = reading_of(objective)
-        return groups["numbered" if reading.numbers else reading.kind]
+        return groups["numbered" if reading.row_values else reading.kind]
 
     from megadpo.parallel.world import joined_world
 
@@ -138,13 +138,15 @@ def _outcome(
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
     from megadpo.objectives.terms import normalisers_of
+    from megadpo.pipeline.select import pipeline_schedule
     from megadpo.training.global_batch import global_batch, response_gradient
     from megadpo.training.reference import Reference, absent, frozen_stage, resident
     from megadpo.training.score import response_logps
@@ -154,31 +156,32 @@ def _outcome(
     if has_reward_head(objective.loss_types):
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
-        hidden_size=64,
-        score_prompts=scores_prompt(objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (16 if case.model.fp8 else 1),
+            hidden_size=64,
+            score_prompts=scores_prompt(objective.loss_types),
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        ),
     )
-    stage = build_stage(hf_config, layout, dtype, case.activations, asked=case.model)
+    stage = build_stage(shape_of(hf_config), layout, dtype, case.activations, options=case.model)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
     normalisers = normalisers_of(packing.groups, range(len(groups)))
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):
-        frozen = frozen_stage(read_hf_config(reference), layout, dtype, open_hf(reference), case.model)
+        frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
         run_reference = resident(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
-    engine = MegatronEngine(stage, train, parallel, case.schedule)
+    engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
     delta = RunningMean()
     for step in range(max(1, num_steps)):
         numbers = np.arange(len(groups))

@@ -89,7 +89,7 @@ def outcomes(
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.specs import has_reward_head, needs_reference
     from megadpo.objectives.terms import normalisers_of
@@ -102,14 +102,14 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     if has_reward_head(objective.loss_types):
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.tensor if layout.sequence else 1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.tensor if layout.sequence else 1,
+            hidden_size=64,
+        ),
     )
     run_reference: Reference = absent
     if needs_reference(objective.loss_types):
@@ -154,13 +154,14 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
 def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's engine on a loaded stage."""
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
 
     train = TrainConfig(learning_rate=1e-3, clip_norm=case.clip_norm, weight_decay=0.1)
     if case.zero_stage is None:
         from megadpo.engine.megatron import MegatronEngine
 
-        stage = build_stage(hf_config, case.layout, case.dtype, case.activations)
+        stage = build_stage(shape_of(hf_config), case.layout, case.dtype, case.activations)
         load_weights(stage, source)
         return MegatronEngine(stage, train)
     from megadpo.engine.deepspeed import engine as deepspeed
@@ -168,16 +169,17 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
     if not case.cpu_adam:
         deepspeed.cpu_adam = lambda: None  # as where it does not build
-    stage = policy_stage(hf_config, source, case.layout, case.dtype, case.activations, case.parallel)
+    stage = policy_stage(shape_of(hf_config), source, case.layout, case.dtype, case.activations, case.parallel)
     return ZeroEngine(stage, train, case.parallel)
 
 
 def frozen(case: Case, hf_config: Any, source: Any) -> Any:
     """The case's frozen reference, sharded where the policy is."""
+    from megadpo.model.families import shape_of
     from megadpo.training.reference import frozen_stage
 
     if case.zero_stage == 3:
         from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
-        return frozen_sharded_stage(hf_config, source, case.layout, case.dtype, case.parallel)
-    return frozen_stage(hf_config, case.layout, case.dtype, source)
+        return frozen_sharded_stage(shape_of(hf_config), source, case.layout, case.dtype, case.parallel)
+    return frozen_stage(shape_of(hf_config), case.layout, case.dtype, source)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 
 from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
+from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.training.setup import prepare
 from megadpo.validation.layout import check_layout
@@ -91,14 +92,14 @@ def test_expert_sizes_come_from_the_configuration_and_divide_a_stage_s_processes
 )
 def test_a_layout_that_the_experts_do_not_fit_is_refused(layout, config, message):
     with pytest.raises(UserError, match=message):
-        check_layout(layout, config)
+        check_layout(layout, shape_of(config))
 
 
 def test_the_dense_mlp_s_columns_matter_only_where_a_layer_has_one():
-    check_layout(Layout(tensor=2, sequence=True), MixtralConfig(intermediate_size=97, num_hidden_layers=4))
+    check_layout(Layout(tensor=2, sequence=True), shape_of(MixtralConfig(intermediate_size=97, num_hidden_layers=4)))
     config = Qwen3MoeConfig(intermediate_size=97, mlp_only_layers=[0])
     with pytest.raises(UserError, match="97 MLP columns"):
-        check_layout(Layout(tensor=2, sequence=True), config)
+        check_layout(Layout(tensor=2, sequence=True), shape_of(config))
 
 
 def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):

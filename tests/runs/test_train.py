@@ -115,7 +115,7 @@ def test_the_export_is_the_trained_model_and_transformers_loads_it(files, tmp_pa
         assert torch.allclose(trained, single[name], rtol=1e-4, atol=1e-5), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert tokenizer("Human")["input_ids"] == AutoTokenizer.from_pretrained(files / "model")("Human")["input_ids"]
-    from megadpo.commands.convert import export_checkpoint
+    from megadpo.checkpoint.convert import export_checkpoint
 
     export_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "converted")
     converted = dict(oracle.load(tmp_path / "converted").named_parameters())

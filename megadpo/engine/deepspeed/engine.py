@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
@@ -41,11 +41,12 @@ from megadpo.engine.deepspeed.runtime import (
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import whole
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
@@ -57,34 +58,32 @@ class ZeroEngine:
     """See `megadpo.engine.base.Engine`."""
 
     def __init__(
-        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: PipelineSchedule | None = None
     ) -> None:
-        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`. No `schedule`: Megatron's."""
         prepare_deepspeed()
         self.stage, self.train, self.parallel = stage, train, parallel
-        self.passes = passes_by(schedule or ScheduleConfig())
+        self.schedule = pipeline_schedule() if schedule is None else schedule
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
         self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
-        for head in stage.heads:
-            head.gradient_buffer = self.gradient_buffer
+        stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.passes.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        return self.schedule.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
         self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
-        self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
+        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()
@@ -195,48 +194,47 @@ class ZeroEngine:
 
 
 def policy_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
 ) -> Stage:
     """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
     if parallel.zero_stage < 3:
-        stage = build_stage(hf_config, layout, dtype, activations, asked=asked)
+        stage = build_stage(shape, layout, dtype, activations, options=options)
         load_weights(stage, source)
         return stage
-    return sharded_stage(hf_config, source, layout, dtype, activations, parallel, asked)
+    return sharded_stage(shape, source, layout, dtype, activations, parallel, options)
 
 
 def frozen_sharded_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
-    stage = sharded_stage(hf_config, source, layout, dtype, KEEP, parallel, asked, "reference")
+    stage = sharded_stage(shape, source, layout, dtype, KEEP, parallel, options, "reference")
     stage.model.requires_grad_(False)
     stage.model.eval()
-    for head in stage.heads:
-        head.wanted = ("logp",)
+    stage.configure_head(statistics=("logp",))
     gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 
 
 def sharded_stage(
-    hf_config: Any,
+    shape: ModelShape,
     source: TensorSource,
     layout: Layout,
     dtype: torch.dtype,
     activations: Activations,
     parallel: ParallelConfig,
-    asked: ModelConfig | None = None,
+    options: ModelConfig | None = None,
     role: str = "policy",
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
@@ -246,7 +244,7 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(hf_config, layout, dtype, activations, device=torch.device("meta"), asked=asked)
+    stage = build_stage(shape, layout, dtype, activations, device=torch.device("meta"), options=options)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
     parameters = {}
     for name, (empty, shard) in stage.parameters.items():

@@ -1,7 +1,7 @@
 """Attention over a packed stream in which responses share their prompt; fills Megatron's core_attention slot.
 
-Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. By which kernel is
-chosen once, by attention_backends.py.
+Every segment of the stream attends causally to itself and, where it has one, wholly to its shared prompt. The backend that
+computes it is chosen once, by backends.py.
 Under context parallelism a rank has the queries of its part of the stream only, or its share of the heads of all of it:
 parallel/context.py.
 
@@ -21,9 +21,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megadpo.data.batches.halves import Half
-from megadpo.data.batches.micro_batch import MicroBatch, Part, Piece, Segment
-from megadpo.model.attention.backends import attend, prepare_attention
+from megadpo.data.batches.halves import PairHalf
+from megadpo.data.batches.micro_batch import MicroBatch, Segment, ShardSegment, StreamShard
+from megadpo.model.attention.base import AttentionBackend
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.moe.load import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
@@ -31,10 +31,16 @@ from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of
 
 @dataclass
 class StreamParams(PackedSeqParams):
-    """Takes a micro-batch, its number in the step, who watches the routers, and what one half of a micro-batch has for the
-    other, through Megatron's packed_seq_params slot.
+    """What one forward pass hands to every layer, through Megatron's packed_seq_params slot.
 
     qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
+
+    Attributes:
+        prepared: by window, what the attention backend prepared for the layers that have it.
+        number: of the micro-batch in the step.
+        watch: what records the routers' choices, where the model has experts.
+        weights_T: see `token_weights`.
+        prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
     """
 
     micro_batch: MicroBatch | None = None
@@ -45,14 +51,14 @@ class StreamParams(PackedSeqParams):
     prompt_keys: PromptKeys | None = None
 
     def token_weights(self) -> Tensor:
-        """`routing.token_weights` of the micro-batch, made once for all layers."""
+        """`moe.load.token_weights` of the micro-batch, made once for all layers."""
         if self.weights_T is None:
             assert self.micro_batch is not None
             self.weights_T = token_weights(self.micro_batch)
         return self.weights_T
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` makes, made once for all layers that ask by the same key."""
+        """The result of `make`, called once for all layers that have the same key."""
         if key not in self.prepared:
             self.prepared[key] = make()
         return self.prepared[key]
@@ -68,14 +74,13 @@ class GroupAttention(MegatronModule):
         *unused: Any,
         windows: Sequence[int | None],
         rope_scaling: float,
+        backend: AttentionBackend,
         context_method: str | None = None,
-        backend: str = "sdpa",
         **also_unused: Any,
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
 
-        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather";
-        `backend` is one of `attention_backends.BACKENDS`.
+        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather".
         """
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -97,23 +102,23 @@ class GroupAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
-        if micro_batch.part is None:
+        if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
-        elif isinstance(micro_batch.part, Half):
+        elif isinstance(micro_batch.shard, PairHalf):
             assert packed_seq_params.prompt_keys is not None
-            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.part, key, value)
-            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.shard, key, value)
+            output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params)
         elif self.context_method == "ulysses":
-            query, key, value = self._own_heads(query, key, value, micro_batch.part)
+            query, key, value = self._own_heads(query, key, value, micro_batch.shard)
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
-            output = heads_of_stream(output, micro_batch.part)
+            output = heads_of_stream(output, micro_batch.shard)
         else:
             assert self.context_method == "allgather"
-            key, value = gathered_stream(torch.cat([key, value], dim=1), micro_batch.part).chunk(2, dim=1)
-            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+            key, value = gathered_stream(torch.cat([key, value], dim=1), micro_batch.shard).chunk(2, dim=1)
+            output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params)
         return output.flatten(1).unsqueeze(1)
 
-    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> list[Tensor]:
+    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: StreamShard) -> list[Tensor]:
         """This context rank's share of the heads, over the whole stream; where key-value heads are too few for a share,
         each rank gets the one that its query heads read."""
         num_ranks = parallel_state.get_context_parallel_world_size()
@@ -124,10 +129,8 @@ class GroupAttention(MegatronModule):
         return list(heads.split([x.shape[2] for x in by_rank], dim=1))
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | Piece], stream: StreamParams
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | ShardSegment], stream: StreamParams
     ) -> Tensor:
         """[T, A, D], from query [T, A, D], key and value [stream tokens, K, D]."""
-        prepared = stream.once(
-            (self.backend, self.window), lambda: prepare_attention(self.backend, segments, self.window, key)
-        )
-        return attend(self.backend, query, key, value, prepared, self.softmax_scale)
+        prepared = stream.once(self.window, lambda: self.backend.prepare(segments, self.window, key))
+        return self.backend.attend(query, key, value, prepared, self.softmax_scale)

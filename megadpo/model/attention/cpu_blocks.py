@@ -1,5 +1,5 @@
 """What attention of a packed stream on the CPU is computed from: blocks and batches, without a copy of any key and without
-a large mask. attention_cpu.py computes them.
+a large mask. cpu_flash.py computes them.
 
 The keys that a segment sees are cut into a causal square (its own tokens) and rectangles that every query sees wholly (its
 shared prompt; under context parallelism what stands before a piece). Responses that stand side by side share one rectangle
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 
 Range = tuple[int, int]
 
@@ -71,7 +71,7 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Units of about equal sizes, padded to the largest; every query of theirs is in no other batch or block.
 
     Attributes:
@@ -87,11 +87,11 @@ class Batch:
 class Blocks:
     """All that a stream's attention is computed from."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[PaddedBatch, ...]
     blocks: tuple[Block, ...]
 
 
-def blocks_of(segments: Sequence[Segment | Piece], window: int | None, dtype: torch.dtype) -> Blocks:
+def blocks_of(segments: Sequence[Segment | ShardSegment], window: int | None, dtype: torch.dtype) -> Blocks:
     """The blocks and batches of a stream whose segments have these queries and keys.
 
     Args:
@@ -114,9 +114,9 @@ def blocks_of(segments: Sequence[Segment | Piece], window: int | None, dtype: to
     return Blocks(_batches(units, window, dtype), (*squares, *rectangles))
 
 
-def _families(segments: Sequence[Segment | Piece]) -> Iterable[list[Segment | Piece]]:
-    """Segments side by side that have a prompt in common, or are it."""
-    family: list[Segment | Piece] = []
+def _families(segments: Sequence[Segment | ShardSegment]) -> Iterable[list[Segment | ShardSegment]]:
+    """Runs of consecutive segments that share a prompt, the prompt's own segment included."""
+    family: list[Segment | ShardSegment] = []
     common: int | None = None
     for segment in segments:
         if segment.end == segment.start:
@@ -131,7 +131,7 @@ def _families(segments: Sequence[Segment | Piece]) -> Iterable[list[Segment | Pi
         yield family
 
 
-def _num_keys(segment: Segment | Piece) -> int:
+def _num_keys(segment: Segment | ShardSegment) -> int:
     return segment.keys.stop - segment.keys.start + segment.prompt_end - segment.prompt_start
 
 
@@ -148,7 +148,7 @@ def _joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(joined)
 
 
-def _add_unwindowed(segment: Segment | Piece, squares: list[Block], rectangles: list[Block]) -> None:
+def _add_unwindowed(segment: Segment | ShardSegment, squares: list[Block], rectangles: list[Block]) -> None:
     """A causal square over the segment's own tokens, and rectangles over the keys before them."""
     queries = (segment.start, segment.end)
     own = segment.keys.stop - (segment.end - segment.start)
@@ -161,7 +161,7 @@ def _add_unwindowed(segment: Segment | Piece, squares: list[Block], rectangles: 
             rectangles.append(Block(queries, (keys,), is_first=False))
 
 
-def _windowed(segment: Segment | Piece, window: int, dtype: torch.dtype) -> list[Block]:
+def _windowed(segment: Segment | ShardSegment, window: int, dtype: torch.dtype) -> list[Block]:
     """Runs of queries with the keys that their windows reach; counted from the prompt's start, or the segment's own."""
     num_keys, num_prompt = _num_keys(segment), segment.prompt_end - segment.prompt_start
     before = num_keys - (segment.end - segment.start)
@@ -195,9 +195,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Segments whose queries stand side by side and go into one entry of a batch."""
+    """Consecutive segments that go into one entry of a batch."""
 
-    segments: tuple[Segment | Piece, ...]
+    segments: tuple[Segment | ShardSegment, ...]
     keys: tuple[Range, ...]
 
     @property
@@ -212,12 +212,12 @@ class _Unit:
         return len(self.segments) == 1 and self.num_keys == self.num_queries and (window is None or self.num_keys <= window)
 
 
-def _unit(family: Sequence[Segment | Piece]) -> _Unit:
+def _unit(family: Sequence[Segment | ShardSegment]) -> _Unit:
     ranges = [(s.prompt_start, s.prompt_end) for s in family] + [(s.keys.start, s.keys.stop) for s in family]
     return _Unit(tuple(family), _joined(ranges))
 
 
-def _batches(units: Sequence[_Unit], window: int | None, dtype: torch.dtype) -> tuple[Batch, ...]:
+def _batches(units: Sequence[_Unit], window: int | None, dtype: torch.dtype) -> tuple[PaddedBatch, ...]:
     batches = []
     for is_square in (True, False):
         alike = [unit for unit in units if unit.is_square(window) is is_square]
@@ -242,11 +242,11 @@ def _lots(units: Sequence[_Unit]) -> list[list[_Unit]]:
     return lots
 
 
-def _batch(units: Sequence[_Unit], is_square: bool, window: int | None, dtype: torch.dtype) -> Batch:
+def _batch(units: Sequence[_Unit], is_square: bool, window: int | None, dtype: torch.dtype) -> PaddedBatch:
     queries = _padded([np.arange(unit.segments[0].start, unit.segments[-1].end) for unit in units])
     keys = _padded([np.concatenate([np.arange(start, end) for start, end in unit.keys]) for unit in units])
     mask = None if is_square else additive(_visible(units, queries, keys, window), dtype)[:, None]
-    return Batch(queries, keys, mask)
+    return PaddedBatch(queries, keys, mask)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Padded:
@@ -258,11 +258,14 @@ def _padded(rows: Sequence[np.ndarray]) -> Padded:
 
 
 def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int | None) -> Tensor:
-    """bool [B, L, M], True where a query may look; padding looks like its unit's last query, and nobody at padding."""
+    """bool [B, L, M], True where a query sees a key.
+
+    Padding sees what its unit's last query sees, and no query sees padding.
+    """
     longest = queries.is_padding.shape[1]
-    sights = [np.concatenate([_sight(segment) for segment in unit.segments]) for unit in units]
-    sight_BL4 = np.stack([np.pad(sight, ((0, longest - len(sight)), (0, 0)), mode="edge") for sight in sights])
-    prompt_start, prompt_end, own_start, own_end = np.moveaxis(sight_BL4[..., None], 2, 0)
+    ranges_of_units = [np.concatenate([_visible_ranges(segment) for segment in unit.segments]) for unit in units]
+    ranges_BL4 = np.stack([np.pad(some, ((0, longest - len(some)), (0, 0)), mode="edge") for some in ranges_of_units])
+    prompt_start, prompt_end, own_start, own_end = np.moveaxis(ranges_BL4[..., None], 2, 0)
     key = keys.index.view(keys.is_padding.shape).masked_fill(keys.is_padding, -1).numpy()[:, None]
     in_prompt = (key >= prompt_start) & (key < prompt_end)
     visible = in_prompt | ((key >= own_start) & (key < own_end))
@@ -273,7 +276,7 @@ def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int 
     return torch.from_numpy(visible)
 
 
-def _sight(segment: Segment | Piece) -> np.ndarray:
+def _visible_ranges(segment: Segment | ShardSegment) -> np.ndarray:
     """int64 [queries, 4]: the ranges of prompt and own keys that each query sees, windows left aside."""
     num_queries = segment.end - segment.start
     own_end = np.arange(segment.keys.stop - num_queries, segment.keys.stop) + 1

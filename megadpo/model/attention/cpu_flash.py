@@ -1,4 +1,4 @@
-"""Attention of a packed stream on the CPU by torch's flash kernel, block by block and batch by batch (attention_blocks.py).
+"""Attention of a packed stream on the CPU by torch's flash kernel, block by block and batch by batch (cpu_blocks.py).
 
 The kernel gives each block's output with the logarithm of its softmax's denominator, by which outputs over different keys
 are merged into one. Its backward needs only the merged two, whatever the other keys were, so that each block goes back
@@ -10,27 +10,41 @@ dimension; N queries and M keys of a block; B units of a batch, L and M their qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megadpo.model.attention.cpu_blocks import Batch, Block, Blocks, Padded, Range
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
+from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
+from megadpo.model.attention.cpu_blocks import Block, Blocks, Padded, PaddedBatch, Range, blocks_of
 
 # The operations below scaled_dot_product_attention: that neither gives the log-sum-exp nor takes another's.
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def has_kernel() -> bool:
-    """Whether this torch has the operations by these names."""
-    return _forward is not None and _backward is not None
+class CpuFlashBackend:
+    """torch's CPU flash kernel over blocks and batches, without a copy of any key and without a large mask."""
 
+    name = "cpu_flash"
 
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
-    """[T, A, D], from query [T, A, D], key and value [S, K, D] on the CPU."""
-    return _BlockAttention.apply(query, key, value, blocks, scale)
+    def why_not(self, needs: AttentionNeeds) -> str | None:
+        """On other devices, or where this torch does not have the operations by their names."""
+        if needs.device.type != "cpu":
+            return f"that is for CPUs and this run computes on {needs.device.type}"
+        has_kernel = _forward is not None and _backward is not None
+        return None if has_kernel else f"torch {torch.__version__} does not have that kernel"
+
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Blocks:
+        """See `blocks_of`."""
+        return blocks_of(segments, window, key.dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Blocks, scale: float) -> Tensor:
+        """[T, A, D], from query [T, A, D], key and value [S, K, D] on the CPU."""
+        return _BlockAttention.apply(query, key, value, prepared, scale)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -137,7 +151,7 @@ def _shared(gradient_KJMD: Tensor) -> Tensor:
     return gradient_KJMD.sum(1, dtype=_wide(gradient_KJMD.dtype))
 
 
-def _batch_operands(query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> list[Tensor]:
+def _batch_operands(query: Tensor, key: Tensor, value: Tensor, batch: PaddedBatch) -> list[Tensor]:
     """[B, A, L, D] and twice [B, A, M, D]."""
     num_sharing = query.shape[1] // key.shape[1]
     operands = [_in_batch(query, batch.queries)]
@@ -153,7 +167,7 @@ def _in_batch(rows: Tensor, places: Padded) -> Tensor:
 
 
 def _forward_batch(
-    query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float, output: Tensor, lse_TA: Tensor
+    query: Tensor, key: Tensor, value: Tensor, batch: PaddedBatch, scale: float, output: Tensor, lse_TA: Tensor
 ) -> None:
     operands = _batch_operands(query, key, value, batch)
     new_BALD, new_lse_BAL = _forward(*operands, 0.0, batch.mask is None, attn_mask=batch.mask, scale=scale)
@@ -167,7 +181,7 @@ def _real(padded: Tensor, places: Padded) -> Tensor:
 
 
 def _backward_batch(
-    d_output: Tensor, saved: tuple[Tensor, ...], batch: Batch, scale: float, gradients: tuple[Tensor, Tensor, Tensor]
+    d_output: Tensor, saved: tuple[Tensor, ...], batch: PaddedBatch, scale: float, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     query, key, value, output, lse_TA = saved
     # With a denominator of infinity, padding has weights of zero, and so no gradient.
@@ -186,3 +200,6 @@ def _backward_batch(
     for gradient, new_BAMD in zip(gradients[1:], new_keys, strict=True):
         new = _real(new_BAMD, batch.keys).unflatten(1, (key.shape[1], -1)).sum(2, dtype=gradient.dtype)
         gradient.index_add_(0, batch.keys.stream, new)
+
+
+BACKEND: AttentionBackend = CpuFlashBackend()

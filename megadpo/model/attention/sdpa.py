@@ -1,6 +1,7 @@
 """Attention of a packed stream by torch's scaled_dot_product_attention, segment by segment: on any device, in any dtype.
 
-Keys and values of prompt and segment are put side by side, and a mask says who sees whom. What the other ways are held to.
+Keys and values of prompt and segment are put side by side, and a mask says which query sees which key. The tests hold the
+other backends to this one.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
 """
@@ -8,51 +9,67 @@ Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
+from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import additive, window_mask
 
 Masks = MutableMapping[tuple[int, int], Tensor | None]
 
 
-def attend_by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Sequence[Segment | Piece],
-    window: int | None,
-    scale: float,
-    masks: Masks,
-) -> Tensor:
-    """[T, A, D], from query [T, A, D], key and value [S, K, D].
+@dataclass(frozen=True)
+class MaskedSegments:
+    """Segments of a stream.
 
-    Args:
+    Attributes:
         window: a query sees this many keys, itself included; None: all before it.
-        masks: kept for further layers of the same micro-batch and window.
+        masks: by numbers of queries and keys, made when first needed and kept for further layers; None: causal square.
     """
-    query_ATD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query, key, value))
-    outputs = []
-    for segment in segments:
-        keys, values = (_with_prompt(x, segment) for x in (key_KSD, value_KSD))
-        mask = _mask(segment.end - segment.start, keys.shape[1], window, query, masks)
-        output = F.scaled_dot_product_attention(
-            query_ATD[None, :, segment.start : segment.end],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(output[0])
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    segments: Sequence[Segment | ShardSegment]
+    window: int | None
+    masks: Masks = field(default_factory=dict)
 
 
-def _with_prompt(rows_KSD: Tensor, segment: Segment | Piece) -> Tensor:
+class SdpaBackend:
+    """One call of scaled_dot_product_attention a segment."""
+
+    name = "sdpa"
+
+    def why_not(self, needs: AttentionNeeds) -> str | None:
+        """It can always be used."""
+        return None
+
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> MaskedSegments:
+        """Masks are made by the first layer."""
+        return MaskedSegments(segments, window)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: MaskedSegments, scale: float) -> Tensor:
+        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+        query_ATD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query, key, value))
+        outputs = []
+        for segment in prepared.segments:
+            keys, values = (_with_prompt(x, segment) for x in (key_KSD, value_KSD))
+            mask = _mask(segment.end - segment.start, keys.shape[1], prepared.window, query, prepared.masks)
+            output = F.scaled_dot_product_attention(
+                query_ATD[None, :, segment.start : segment.end],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(output[0])
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _with_prompt(rows_KSD: Tensor, segment: Segment | ShardSegment) -> Tensor:
     own = rows_KSD[:, segment.keys]
     if segment.prompt_end == segment.prompt_start:
         return own
@@ -70,3 +87,6 @@ def _mask(num_queries: int, num_keys: int, window: int | None, query: Tensor, ma
             # The CPU kernel adds its mask: given a boolean one, it would convert it at every layer.
             masks[size] = additive(mask, query.dtype) if query.device.type == "cpu" else mask
     return masks[size]
+
+
+BACKEND: AttentionBackend = SdpaBackend()

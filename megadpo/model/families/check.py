@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from megadpo.errors import UserError
 from megadpo.model.families.common import EMBEDDING, HEAD, TensorSource
-from megadpo.model.families.registry import as_config
 from megadpo.model.families.shards import logical_shapes
+from megadpo.model.shape import ModelShape
 
 # Buffers that old versions of transformers saved; the model computes them.
 HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 ROWS_AT_A_TIME = 4096
 
 
-def check_tensors(hf_config: Any, source: TensorSource) -> None:
+def check_tensors(shape: ModelShape, source: TensorSource) -> None:
     """Refuse weights that are incomplete, of another shape, quantised, or more than the model has.
 
     Raises:
         UserError: naming the tensor, with the found and the expected shape where they differ.
     """
-    expected, found = logical_shapes(hf_config), set(source.names())
-    for name, shape in expected.items():
+    expected, found = logical_shapes(shape), set(source.names())
+    for name, size in expected.items():
         if name not in found:
-            raise UserError(f"the model's weights have no tensor {name} of shape {list(shape)}, which its config asks for")
-        if tuple(source.shape(name)) != shape:
+            raise UserError(f"the model's weights have no tensor {name} of shape {list(size)}, which its config asks for")
+        if tuple(source.shape(name)) != size:
             raise UserError(
-                f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(shape)}"
+                f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(size)}"
             )
         if not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
             raise UserError(f"the model's tensor {name} is {source.dtype(name)}; quantised weights are not supported")
     surplus = sorted(name for name in found - expected.keys() if not name.endswith(HARMLESS))
-    if surplus == [HEAD] and as_config(hf_config).tie_word_embeddings:
+    if surplus == [HEAD] and shape.tied_embeddings:
         _check_tied_head(source)
     elif surplus:
         raise UserError(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.families.registry import family_of
+from megadpo.model.shape import Head
 
-Head = Literal["logprobs", "reward"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def head_of(hf_config: Any) -> Head:
+def head_of(hf_config: PretrainedConfig | dict[str, Any]) -> Head:
     """The head of a model with this transformers config, or dict that config.json holds."""
     get = hf_config.get if isinstance(hf_config, dict) else lambda key: getattr(hf_config, key, None)
     return "reward" if family_of(hf_config).classifier in (get("architectures") or ()) else "logprobs"
 
 
-def check_head(hf_config: Any) -> None:
+def check_head(hf_config: PretrainedConfig) -> None:
     """Refuse a classifier that gives more than one number.
 
     Raises:
@@ -30,7 +32,7 @@ def check_head(hf_config: Any) -> None:
         )
 
 
-def with_reward_head(hf_config: Any, padding_token: int | None) -> Any:
+def with_reward_head(hf_config: PretrainedConfig, padding_token: int | None) -> PretrainedConfig:
     """A copy of a transformers config that describes a reward model.
 
     Args:
@@ -43,7 +45,7 @@ def with_reward_head(hf_config: Any, padding_token: int | None) -> Any:
     return config
 
 
-def head_settings(hf_config: Any) -> dict[str, Any]:
+def head_settings(hf_config: PretrainedConfig) -> dict[str, Any]:
     """What config.json says because of the head, as transformers writes it; nothing of a language model."""
     if head_of(hf_config) == "logprobs":
         return {}

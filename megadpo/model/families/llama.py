@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megadpo.model.families.common import Family, decoder_config
+from megadpo.model.families.common import Family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def _transformer_config(hf_config: Any) -> dict[str, Any]:
-    return decoder_config(hf_config, add_qkv_bias=False, qk_layernorm=False)
-
-
-def _sliding_windows(hf_config: Any) -> list[int | None]:
+def _no_windows(hf_config: PretrainedConfig) -> list[int | None]:
     return [None] * hf_config.num_hidden_layers
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), "LlamaForSequenceClassification", _transformer_config, _sliding_windows)
+LLAMA = Family("llama", ("LlamaForCausalLM",), "LlamaForSequenceClassification", _no_windows)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.families.common import Experts, Family, decoder_config, with_experts
+from megadpo.model.families.common import Family, window_on_every_layer
+from megadpo.model.shape import Experts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def _transformer_config(hf_config: Any) -> dict[str, Any]:
+def _refuse_jitter(hf_config: PretrainedConfig) -> None:
     if hf_config.router_jitter_noise:
         raise UserError(
             f"the model's router_jitter_noise is {hf_config.router_jitter_noise}; only 0 is supported: with noise, a "
             "reference equal to the policy would give other log-probs"
         )
-    return with_experts(decoder_config(hf_config, add_qkv_bias=False, qk_layernorm=False), _experts(hf_config))
 
 
-def _experts(hf_config: Any) -> Experts:
+def _experts(hf_config: PretrainedConfig) -> Experts:
     return Experts(
         count=hf_config.num_local_experts,
         per_token=hf_config.num_experts_per_tok,
@@ -31,15 +34,11 @@ def _experts(hf_config: Any) -> Experts:
     )
 
 
-def _sliding_windows(hf_config: Any) -> list[int | None]:
-    return [hf_config.sliding_window] * hf_config.num_hidden_layers
-
-
 MIXTRAL = Family(
     "mixtral",
     ("MixtralForCausalLM",),
     "MixtralForSequenceClassification",
-    _transformer_config,
-    _sliding_windows,
-    _experts,
+    window_on_every_layer,
+    experts=_experts,
+    check=_refuse_jitter,
 )

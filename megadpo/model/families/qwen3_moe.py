@@ -1,17 +1,20 @@
-"""Qwen3-MoE: Qwen3 with experts; some layers may keep a dense MLP (mlp_only_layers, decoder_sparse_step)."""
+"""Qwen3-MoE: Qwen3 with experts; some layers may keep a dense MLP (mlp_only_layers, decoder_sparse_step).
+
+Unlike Qwen3 it has no layer_types: one window for all layers where there is one.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megadpo.model.families.common import Experts, Family, decoder_config, with_experts
+from megadpo.model.families.common import Family, window_on_every_layer
+from megadpo.model.shape import Experts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def _transformer_config(hf_config: Any) -> dict[str, Any]:
-    return with_experts(decoder_config(hf_config, add_qkv_bias=False, qk_layernorm=True), _experts(hf_config))
-
-
-def _experts(hf_config: Any) -> Experts | None:
+def _experts(hf_config: PretrainedConfig) -> Experts | None:
     layers = tuple(
         layer
         for layer in range(hf_config.num_hidden_layers)
@@ -30,16 +33,11 @@ def _experts(hf_config: Any) -> Experts | None:
     )
 
 
-def _sliding_windows(hf_config: Any) -> list[int | None]:
-    # Unlike Qwen3's: no layer_types, one window for all layers where there is one.
-    return [hf_config.sliding_window] * hf_config.num_hidden_layers
-
-
 QWEN3_MOE = Family(
     "qwen3_moe",
     ("Qwen3MoeForCausalLM",),
     "Qwen3MoeForSequenceClassification",
-    _transformer_config,
-    _sliding_windows,
-    _experts,
+    window_on_every_layer,
+    qk_norm=True,
+    experts=_experts,
 )

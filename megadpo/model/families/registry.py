@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 from megadpo.model.families.common import Family
 from megadpo.model.families.llama import LLAMA
 from megadpo.model.families.mistral import MISTRAL
@@ -13,10 +13,13 @@ from megadpo.model.families.qwen2 import QWEN2
 from megadpo.model.families.qwen3 import QWEN3
 from megadpo.model.families.qwen3_moe import QWEN3_MOE
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 FAMILIES = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN3_MOE)
 
 
-def family_of(hf_config: Any) -> Family:
+def family_of(hf_config: PretrainedConfig | dict[str, Any]) -> Family:
     """The family of a transformers config or of the dict that config.json holds.
 
     ``architectures`` decides; a config without it goes by its ``model_type``.
@@ -36,7 +39,7 @@ def family_of(hf_config: Any) -> Family:
     raise UserError(f"the model's architecture {named} (model_type {model_type!r}) is not supported; supported: {supported}")
 
 
-def as_config(hf_config: Any) -> Any:
+def as_config(hf_config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     """A transformers config; a dict (config.json's content) is turned into one.
 
     Raises:
@@ -51,4 +54,4 @@ def as_config(hf_config: Any) -> Any:
         settings = {key: value for key, value in hf_config.items() if key != "model_type"}
         return AutoConfig.for_model(family.name, **settings)
     except Exception as error:  # transformers' validators raise several kinds
-        raise UserError(f"transformers refuses the model's config: {' '.join(str(error).split())}") from error
+        raise UserError(f"transformers refuses the model's config: {reason(error, limit=None)}") from error

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.families.common import decoder_config
-from megadpo.model.families.registry import as_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
 
-def rope_of(hf_config: Any) -> tuple[Tensor, float]:
+def rope_of(hf_config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2], float32 on the CPU, and the factor on cosine and sine.
 
     Raises:
@@ -23,7 +24,6 @@ def rope_of(hf_config: Any) -> tuple[Tensor, float]:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    hf_config = as_config(hf_config)
     parameters = hf_config.rope_parameters or {}
     if "rope_theta" not in parameters:
         raise UserError("the model's rope_parameters have no rope_theta at the top; one rope for all layers is supported")
@@ -34,7 +34,6 @@ def rope_of(hf_config: Any) -> tuple[Tensor, float]:
     if rotated not in (None, 1, 1.0):
         raise UserError(f"the model's partial_rotary_factor is {rotated}; only rope on whole heads (1.0) is supported")
     if kind == "default":
-        head_dim = decoder_config(hf_config, add_qkv_bias=False, qk_layernorm=False)["kv_channels"]
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     inverse_frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))

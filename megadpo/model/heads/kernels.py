@@ -1,7 +1,7 @@
 """What the log-prob head does to a tile of logits, in native code or in plain torch, and which of them is used.
 
-Two operations: `parts` reads the tile once, `gradient_` turns it into its gradient in place. `TorchKernels` is the oracle of
-the tests and the way that works everywhere; `NativeKernels` calls csrc/head.cpp on a CPU and csrc/head.cu on CUDA.
+Two operations: `parts` reads the tile once, `gradient_` turns it into its gradient in place. `TorchKernels` works everywhere
+and is what the tests compare with; `NativeKernels` calls csrc/head.cpp on a CPU and csrc/head.cu on CUDA.
 
 Axes: N rows of a tile, V this rank's unpadded vocabulary rows, P parts.
 """
@@ -118,9 +118,10 @@ class NativeKernels:
         self._check(self.library.megadpo_head_gradient(*arguments, self._last(logits_NV)))
 
     def _tile(self, logits_NV: Tensor, targets_N: Tensor) -> list[int]:
-        assert logits_NV.dtype in (torch.float32, torch.bfloat16) and logits_NV.stride(1) == 1
-        assert targets_N.dtype is torch.int64 and targets_N.is_contiguous()
         rows, columns = logits_NV.shape
+        # Of one column torch's stride says nothing: it is 0 in some tiles without rows.
+        assert logits_NV.dtype in (torch.float32, torch.bfloat16) and (columns <= 1 or logits_NV.stride(1) == 1)
+        assert targets_N.dtype is torch.int64 and targets_N.is_contiguous()
         is_bf16 = int(logits_NV.dtype is torch.bfloat16)
         return [logits_NV.data_ptr(), is_bf16, rows, columns, logits_NV.stride(0), targets_N.data_ptr()]
 
@@ -136,13 +137,13 @@ _choice = "auto"
 
 
 def choose_kernels(choice: str, device: torch.device) -> str:
-    """Use these kernels in this process from now on; what they are, for the console.
+    """Set the kernels that this process uses from now on; returns their description for the console.
 
     Args:
         choice: `model.kernels`: "auto", "torch" or "native".
 
     Raises:
-        UserError: native ones were asked for and are not to be had.
+        UserError: `choice` is "native" and the native library is not available.
     """
     global _choice
     _choice = choice
@@ -153,13 +154,13 @@ def choose_kernels(choice: str, device: torch.device) -> str:
 
 
 def head_kernels(device: torch.device) -> Kernels:
-    """What was chosen, for tensors on `device`."""
+    """The chosen kernels for tensors on `device`."""
     return _kernels(_choice, device.type)[0]
 
 
 @functools.cache
 def _kernels(choice: str, device_type: str) -> tuple[Kernels, str]:
-    """The kernels, and why they are not native although that was wished for."""
+    """The kernels, and why they are not the native ones where `choice` allows these; else an empty string."""
     if choice == "torch":
         return TorchKernels(), ""
     try:

@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.model.heads.base import StreamHead
 from megadpo.model.heads.kernels import PARTS, head_kernels
 
 TILE_ROWS = 1 << 14
@@ -43,16 +43,20 @@ GradientBuffer = Callable[[Tensor], Tensor | None]
 autograd. See Engine.gradient_buffer."""
 
 
-class LogProbHead(torch.nn.Module):
+def through_autograd(parameter: Tensor) -> None:
+    """The gradient buffer of a head without an engine: there is none."""
+    return None
+
+
+class LogProbHead(StreamHead):
     """GPTModel's output layer: hidden [T, 1, H] -> statistics [N, 1, S], float32; only "logp" carries a gradient.
 
     The only reader of the output matrix, forward and backward; `weight` is None where it is tied to an embedding on
     the same stage, which GPTModel then hands to `forward`.
 
     Attributes:
-        micro_batch: what the next forward scores.
-        wanted: the statistics that are computed; the columns of the others are zeros.
-        gradient_buffer: the engine's; None: the matrix gradient goes to autograd.
+        statistics: those of TOKEN_STATISTICS that are computed; the columns of the others are zeros.
+        gradient_buffer: where the gradient of the output matrix is added up.
     """
 
     def __init__(self, weight: torch.nn.Parameter | None, vocab_size: int, sequence_parallel: bool) -> None:
@@ -61,17 +65,25 @@ class LogProbHead(torch.nn.Module):
         self.weight = weight
         self.vocab_size = vocab_size
         self.sequence_parallel = sequence_parallel
-        self.micro_batch: MicroBatch | None = None
-        self.wanted: Collection[str] = TOKEN_STATISTICS
-        self.gradient_buffer: GradientBuffer | None = None
+        self.statistics: Collection[str] = TOKEN_STATISTICS
+        self.gradient_buffer: GradientBuffer = through_autograd
+
+    def configure(self, statistics: Collection[str] | None = None, gradient_buffer: GradientBuffer | None = None) -> None:
+        """Set what is computed and where the matrix gradient is added up; None leaves either as it is.
+
+        Until it is called, all of TOKEN_STATISTICS are computed and the gradient goes through autograd.
+        """
+        if statistics is not None:
+            self.statistics = statistics
+        if gradient_buffer is not None:
+            self.gradient_buffer = gradient_buffer
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
-        assert self.micro_batch is not None, "set micro_batch before the model's forward"
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        held = self.micro_batch.held
+        held = self.micro_batch.local
         scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
         matrix_VH = self.weight if weight is None else weight
         assert matrix_VH is not None
@@ -79,7 +91,7 @@ class LogProbHead(torch.nn.Module):
         job = _Job(
             num_real_rows=max(0, min(self.vocab_size - first_row, matrix_VH.shape[0])),
             vocab_size=self.vocab_size,
-            wanted=self.wanted,
+            statistics=self.statistics,
             group=parallel_state.get_tensor_model_parallel_group(),
             gradient_buffer=self.gradient_buffer,
             keeps_tile=torch.is_grad_enabled() and (scored_NH.requires_grad or matrix_VH.requires_grad),
@@ -90,19 +102,21 @@ class LogProbHead(torch.nn.Module):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is no tensor.
+    """What `_TokenStatistics` takes besides its tensors.
 
     Attributes:
         num_real_rows: rows of this rank's matrix that are no padding.
         vocab_size: real rows of all ranks.
+        statistics, gradient_buffer: as in LogProbHead.
+        group: the tensor ranks, which share the matrix.
         keeps_tile: whether a backward will follow.
     """
 
     num_real_rows: int
     vocab_size: int
-    wanted: Collection[str]
+    statistics: Collection[str]
     group: dist.ProcessGroup
-    gradient_buffer: GradientBuffer | None
+    gradient_buffer: GradientBuffer
     keeps_tile: bool
 
     def tiles(self, hidden_NH: Tensor) -> list[slice]:
@@ -132,7 +146,7 @@ class _TokenStatistics(torch.autograd.Function):
         buffer = _new_buffer(tiles, hidden_NH, job)
         for rows in tiles:
             logits = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
-            kernels.parts(logits, local_targets_N[rows], job.wanted, parts_NP[rows])
+            kernels.parts(logits, local_targets_N[rows], job.statistics, parts_NP[rows])
         statistics_NS, log_normaliser_N = _statistics(parts_NP, job)
         ctx.save_for_backward(hidden_NH, local_targets_N, log_normaliser_N)
         # Not saved with them: hooks on saved tensors hand out another one, which the engine does not know.
@@ -184,7 +198,7 @@ class _MatrixGradient:
 
     def __init__(self, matrix_VH: Tensor, job: _Job, num_parts: int) -> None:
         self.num_real_rows, self.dtype = job.num_real_rows, matrix_VH.dtype
-        total = job.gradient_buffer(matrix_VH) if job.gradient_buffer is not None else None
+        total = job.gradient_buffer(matrix_VH)
         self.is_engines = total is not None
         if total is None:
             total = torch.empty_like(matrix_VH, dtype=torch.float32 if num_parts > 1 else None)
@@ -257,5 +271,5 @@ def _statistics(parts_NP: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
         "log_square": squares.log() - 2 * log_sum,
     }
     zeros = torch.zeros_like(log_sum)
-    statistics_NS = torch.stack([columns[name] if name in job.wanted else zeros for name in TOKEN_STATISTICS], dim=-1)
+    statistics_NS = torch.stack([columns[name] if name in job.statistics else zeros for name in TOKEN_STATISTICS], dim=-1)
     return statistics_NS, maximum + log_sum

@@ -12,10 +12,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.model.heads.base import StreamHead
 from megadpo.objectives.statistics import RESPONSE_SUMS
 
 
-class RewardHead(torch.nn.Module):
+class RewardHead(StreamHead):
     """GPTModel's output layer of a reward model: hidden [T, 1, H] -> rewards [R, 1, 1], float32.
 
     Under context parallelism a reward is zero on the ranks that do not hold the response's last token.
@@ -30,14 +31,13 @@ class RewardHead(torch.nn.Module):
         self.weight = weight
         self.padding_token = padding_token
         self.sequence_parallel = sequence_parallel
-        self.micro_batch: MicroBatch | None = None
 
     def forward(self, hidden: Tensor, weight: None = None, **unused: Any) -> tuple[Tensor, None]:
-        assert self.micro_batch is not None, "set micro_batch before the model's forward"
         assert weight is None, "a scalar head is tied to no embedding"
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        places_R, part = reward_positions(self.micro_batch, self.padding_token), self.micro_batch.part
+        micro_batch = self.micro_batch
+        places_R, part = reward_positions(micro_batch, self.padding_token), micro_batch.shard
         if part is not None:
             places_R = part.order[places_R] - part.first
             is_held_R = (places_R >= 0) & (places_R < len(part.tokens_T))

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
-from megadpo.model.families import Experts
 from megadpo.model.moe.load import RouterWatch
+from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
 from megadpo.platform.device import compute_device
 
@@ -63,7 +63,7 @@ class Router(TopKRouter):
 
 
 class _AlsoLoss(torch.autograd.Function):
-    """Hands `values` on; in the backward pass, `loss` gets the gradient 1, as a term of the step's loss does."""
+    """Returns `values` unchanged; in the backward pass `loss` gets the gradient 1, as a term of the step's loss does."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class _AlsoLoss(torch.autograd.Function):
 
 
 class ExpertLayer(TransformerLayer):
-    """A layer that shows its router the stream; also when it is computed again in the backward pass."""
+    """A layer that gives its router the stream's parameters, also when it is recomputed in the backward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.mlp.router.stream = kwargs["packed_seq_params"]
@@ -97,7 +97,7 @@ def is_expert(name: str) -> bool:
 
 
 def moved(name: str, by: int) -> str:
-    """The same parameter's name of the expert `by` numbers on."""
+    """The name that the same parameter has in the expert whose number is larger by `by`."""
     before, after = name.split(".local_experts.")
     number, rest = after.split(".", 1)
     return f"{before}.local_experts.{int(number) + by}.{rest}"

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import hf_directory, open_hf, read_hf_config
 from megadpo.checkpoint.reward_model import RewardModel, as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, write_shard_file
-from megadpo.commands.convert import export_checkpoint, import_hf
 from megadpo.errors import UserError
-from megadpo.model.families import check_tensors, head_of, logical_shapes, shard_parameters
+from megadpo.model.families import check_tensors, head_of, logical_shapes, shape_of, shard_parameters
 from megadpo.model.weights import fill_shard
 from tests.helpers.models import hh_rows, save_model, save_tokenizer
 from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
@@ -45,7 +45,7 @@ def load(directory: Path) -> Any:
 
 def opened(directory: Path, seed: int = 0) -> RewardModel:
     config, source = read_hf_config(directory), open_weights(directory)
-    check_tensors(config, source)
+    check_tensors(shape_of(config), source)
     return as_reward_model(config, source, hf_directory(directory), seed)
 
 
@@ -84,7 +84,7 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family:
     model = save_model(tmp_path / "model", family, tie_word_embeddings=tied)
     reward_model = opened(model)
     assert reward_model.has_new_head and head_of(reward_model.config) == "reward"
-    assert set(reward_model.source.names()) == set(logical_shapes(reward_model.config))
+    assert set(reward_model.source.names()) == set(logical_shapes(shape_of(reward_model.config)))
     exported = export(reward_model, tmp_path / "hf", model)
     loaded, body = load(exported), load_file(model / "model.safetensors")
     assert type(loaded).__name__.endswith("ForSequenceClassification")
@@ -120,7 +120,7 @@ def test_training_state_of_a_reward_model_made_of_a_language_model_stands_alone(
     model, directory = save_model(tmp_path / "model", tie_word_embeddings=True), tmp_path / "step_00000001"
     config = opened(model).config
     state = {
-        kind: DictSource({name: torch.randn(shape) for name, shape in logical_shapes(config).items()})
+        kind: DictSource({name: torch.randn(shape) for name, shape in logical_shapes(shape_of(config)).items()})
         for kind in ("weights", "exp_avg")
     }
     begin(directory)
@@ -148,7 +148,7 @@ def test_training_state_of_a_reward_model_made_of_a_language_model_stands_alone(
 def shards_of(config: Any, stage: int, rank: int) -> list[Any]:
     """What a rank of a world with two stages of two tensor ranks holds."""
     return shard_parameters(
-        config,
+        shape_of(config),
         tensor_rank=rank,
         num_tensor=2,
         layers=range(2 * stage, 2 * stage + 2),
@@ -234,4 +234,4 @@ def test_weights_that_do_not_fit_a_reward_model_are_named(change: Any, words: st
     change(tensors)
     save_file(tensors, str(model / "model.safetensors"))
     with pytest.raises(UserError, match=words):
-        check_tensors(read_hf_config(model), open_hf(model))
+        check_tensors(shape_of(read_hf_config(model)), open_hf(model))

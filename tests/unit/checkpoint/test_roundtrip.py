@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import begin, commit, latest_checkpoint, open_checkpoint, open_weights, write_shard_file
-from megadpo.commands.convert import export_checkpoint, import_hf
 from megadpo.errors import UserError
-from megadpo.model.families import logical_shapes, shard_parameters
+from megadpo.model.families import logical_shapes, shape_of, shard_parameters
 from megadpo.model.weights import fill_shard
 from tests.helpers.models import save_model
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_one_layout_fills_the_shards_of_another(
     for stage in range(num_pipeline):
         for rank in range(num_tensor):
             for shard in shard_parameters(
-                config,
+                shape_of(config),
                 tensor_rank=rank,
                 num_tensor=num_tensor,
                 layers=range(stage * per_stage, (stage + 1) * per_stage),
@@ -127,7 +127,9 @@ def test_a_checkpoint_of_one_layout_fills_the_shards_of_another(
 
 def training_state(config: Any, rank: int, seed: int) -> list[Any]:
     """(kind, shard, tensor) of one of two tensor ranks; replicated parameters are equal on both."""
-    shards = shard_parameters(config, tensor_rank=rank, num_tensor=2, layers=range(4), has_embedding=True, has_head=True)
+    shards = shard_parameters(
+        shape_of(config), tensor_rank=rank, num_tensor=2, layers=range(4), has_embedding=True, has_head=True
+    )
     items = []
     for number, (kind, shard) in enumerate((kind, shard) for kind in ("weights", "exp_avg") for shard in shards):
         torch.manual_seed(seed + number + (1000 * rank if shard.partition_dim is not None else 0))
@@ -242,7 +244,7 @@ def test_files_of_an_export_belong_to_one_stage_and_writers_work_alone(llama: Pa
     config, source = read_hf_config(llama), open_hf(llama)
     plan = plan_export(config, torch.float32, stages=[range(2), range(2, 4)], max_shard_bytes=150_000)
     stages: list[list[str]] = [[], []]
-    for name in logical_shapes(config):
+    for name in logical_shapes(shape_of(config)):
         first = "embed" in name or name.startswith(("model.layers.0.", "model.layers.1."))
         stages[0 if first else 1].append(name)
     begin(tmp_path / "hf")

@@ -12,6 +12,7 @@ from megadpo import cli
 from megadpo.checkpoint.hf import read_hf_config
 from megadpo.commands.plan_schedule import stage_costs
 from megadpo.errors import UserError
+from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout
 from megadpo.pipeline.draw import COLOURS
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS
@@ -77,7 +78,7 @@ def test_weight_gradients_that_are_put_off_are_boxes_too(files, tmp_path, capsys
 
 
 def test_a_heavier_stage_costs_more_and_the_head_counts(files):
-    costs = stage_costs(read_hf_config(files / "model"), Layout(pipeline=2, chunk_layers=(4, 3)), "full")
+    costs = stage_costs(shape_of(read_hf_config(files / "model")), Layout(pipeline=2, chunk_layers=(4, 3)), "full")
     assert costs.of(0, FORWARD) + costs.of(1, FORWARD) == pytest.approx(2)
     hidden, feed_forward, vocabulary = 64, 96, 499
     layer = hidden * (2 * hidden + 2 * hidden // 2) + 3 * hidden * feed_forward

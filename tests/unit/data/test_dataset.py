@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from megadpo.config.schema import DataConfig
+from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
 from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
-from megadpo.data.rows.sources import parse_sources
 from megadpo.errors import UserError
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}

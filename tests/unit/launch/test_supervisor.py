@@ -17,7 +17,7 @@ LIMIT_SECONDS = 30
 WORKER = """
 import os, signal, sys, time
 from megadpo.errors import UserError
-from megadpo.launch import run_as_one
+from megadpo.launch.supervisor import run_as_one
 
 rank, case = int(os.environ["RANK"]), sys.argv[1]
 

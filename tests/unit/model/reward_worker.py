@@ -95,22 +95,24 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.config.schema import TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.statistics import RESPONSE_SUMS
     from tests.parity.worker import whole_tensors
 
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
-    stage = build_stage(hf_config, case.layout, torch.float32)
+    stage = build_stage(shape_of(hf_config), case.layout, torch.float32)
     load_weights(stage, open_hf(model_dir))
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=0.0))
     starts = range(0, len(groups), GROUPS_PER_MICRO_BATCH)[parallel_state.get_data_parallel_rank() :: case.layout.data]
     rows = [range(start, min(start + GROUPS_PER_MICRO_BATCH, len(groups))) for start in starts]
     multiple_of = case.layout.tensor if case.layout.sequence else 1
     micro_batches = [
-        lay_out([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7) for part in rows
+        collate_groups([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7)
+        for part in rows
     ]
     rewards = torch.zeros(len(groups), 2, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Every kernel of attention gives what its definition gives, forward and backward, whatever the shape of the stream."""
+"""Every backend of attention gives what its definition gives, forward and backward, whatever the shape of the stream."""
 
 from __future__ import annotations
 
@@ -14,15 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadpo.data.batches.collate import lay_out
-from megadpo.data.batches.context_shard import with_part
+from megadpo.data.batches.collate import collate_groups
+from megadpo.data.batches.context_shard import with_context_shard
 from megadpo.data.groups import Group
 from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
-from megadpo.model.attention.backends import BACKENDS, KERNELS, attend, choose_backend, prepare_attention
+from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend
+from megadpo.model.attention.base import AttentionNeeds
+
+FOR_SEQUENCES = ("varlen", "flash_attn", "transformer_engine")
+"""Those that call a GPU kernel for sequences of different lengths."""
 
 SCALE = 0.7
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
+
+
+def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim)).name
+
+
+def attend(name: str, query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:
+    backend = backend_named(name)
+    return backend.attend(query, key, value, backend.prepare(segments, window, key), SCALE)
 
 
 def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int | None = None) -> tuple[Any, int, int]:
@@ -31,13 +44,13 @@ def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int
         Group((np.zeros(prompt, np.int32),), tuple(np.zeros(n, np.int32) for n in responses), row)
         for row, (prompt, *responses) in enumerate(lengths)
     ]
-    micro_batch = lay_out(groups, range(len(groups)), share_prompts, multiple_of=4)
+    micro_batch = collate_groups(groups, range(len(groups)), share_prompts, multiple_of=4)
     num_keys = len(micro_batch.tokens_T)
     if part is None:
         return micro_batch.segments, num_keys, num_keys
-    held = with_part(micro_batch, 2, part).part
+    held = with_context_shard(micro_batch, 2, part).shard
     assert held is not None
-    return held.pieces, len(held.tokens_T), num_keys
+    return held.segments, len(held.tokens_T), num_keys
 
 
 def operands(num_queries: int, num_keys: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
@@ -67,8 +80,7 @@ def assert_same(
     """Output and gradients of `backend` are those of the definition, relative to their norms."""
     *inputs, d_output = tensors
     want = by_definition(*inputs, segments, window)
-    prepared = prepare_attention(backend, segments, window, inputs[1])
-    found = attend(backend, *inputs, prepared, SCALE)
+    found = attend(backend, *inputs, segments, window)
     assert found.dtype is inputs[0].dtype
     pairs = zip(
         ("output", "query", "key", "value"),
@@ -121,7 +133,7 @@ def test_narrow_arithmetic_is_no_worse_than_torchs_own(monkeypatch):
     exact = (want, *torch.autograd.grad(want, inputs, d_output.double()))
     errors = {}
     for backend in ("cpu_flash", "sdpa"):
-        found = attend(backend, *inputs, prepare_attention(backend, segments, None, inputs[1]), SCALE)
+        found = attend(backend, *inputs, segments, None)
         ours = (found, *torch.autograd.grad(found, inputs, d_output))
         errors[backend] = [float((a.detach().double() - b.detach()).norm()) for a, b in zip(ours, exact, strict=True)]
     assert all(ours <= 2 * theirs for ours, theirs in zip(errors["cpu_flash"], errors["sdpa"], strict=True)), errors
@@ -155,7 +167,7 @@ def test_scores_far_apart_do_not_overflow():
     for largest_unit in (0, 512):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
-            found = attend("cpu_flash", query, *rest[:2], prepare_attention("cpu_flash", segments, None, rest[0]), SCALE)
+            found = attend("cpu_flash", query, *rest[:2], segments, None)
             gradients = torch.autograd.grad(found, [query, *rest[:2]], rest[2])
             assert all(torch.isfinite(tensor).all() for tensor in (found, *gradients))
     want = by_definition(query, *rest[:2], segments, None)
@@ -285,7 +297,7 @@ def gpu_libraries(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 6, 33])
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", FOR_SEQUENCES)
 def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries, backend, window, shape):
     for heads, share_prompts, part in (((4, 2), True, None), ((4, 4), False, None), ((6, 2), True, 0), ((4, 2), True, 1)):
         segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
@@ -294,8 +306,8 @@ def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries
 
 def test_keys_are_not_copied_where_no_prompt_is_shared():
     segments, _, num_keys = stream(SHAPES["pairs"], share_prompts=False)
-    sequences, _ = prepare_attention("varlen", segments, None, torch.zeros(num_keys, 2, 16))
-    assert sequences.keys_G is None
+    for name in FOR_SEQUENCES:
+        assert backend_named(name).prepare(segments, None, torch.zeros(num_keys, 2, 16)).keys_G is None
 
 
 def test_the_arguments_are_those_that_the_installed_torch_takes():
@@ -317,29 +329,29 @@ def on_gpu(monkeypatch):
 def test_on_a_cpu_it_is_the_cpu_kernel_and_others_say_why_not():
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        assert choose_backend("auto", cpu, dtype, 64) == "cpu_flash"
-    assert choose_backend("sdpa", cpu, torch.float32, 64) == "sdpa"
-    for name in KERNELS:
+        assert chosen("auto", cpu, dtype, 64) == "cpu_flash"
+    assert chosen("sdpa", cpu, torch.float32, 64) == "sdpa"
+    for name in FOR_SEQUENCES:
         with pytest.raises(UserError, match=rf"model\.attention is {name}, but that needs a CUDA device.*set it to auto"):
-            choose_backend(name, cpu, torch.bfloat16, 64)
+            chosen(name, cpu, torch.bfloat16, 64)
 
 
 def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on_gpu, gpu_libraries, monkeypatch):
-    assert choose_backend("auto", on_gpu, torch.bfloat16, 128) == "varlen"
-    assert [choose_backend(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    assert [chosen(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
     for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 320), (torch.bfloat16, 20)):
-        assert choose_backend("auto", on_gpu, dtype, head_dim) == "sdpa"
+        assert chosen("auto", on_gpu, dtype, head_dim) == "sdpa"
     with pytest.raises(UserError, match=r"model\.attention is cpu_flash, but that is for CPUs"):
-        choose_backend("cpu_flash", on_gpu, torch.bfloat16, 128)
+        chosen("cpu_flash", on_gpu, torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
-        choose_backend("flash_attn", on_gpu, torch.float32, 128)
+        chosen("flash_attn", on_gpu, torch.float32, 128)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)
-    assert choose_backend("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
     with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take enable_gqa, scale, window_size"):
-        choose_backend("varlen", on_gpu, torch.bfloat16, 128)
+        chosen("varlen", on_gpu, torch.bfloat16, 128)
 
 
 def test_libraries_that_are_not_installed_are_refused_by_name(on_gpu):
     for name, library in (("flash_attn", "flash-attn"), ("transformer_engine", "TransformerEngine")):
         with pytest.raises(UserError, match=f"{library} is not installed"):
-            choose_backend(name, on_gpu, torch.bfloat16, 128)
+            chosen(name, on_gpu, torch.bfloat16, 128)

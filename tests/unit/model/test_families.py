@@ -24,14 +24,12 @@ from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.errors import UserError
 from megadpo.model.families import (
-    Place,
+    ExpertPlace,
     check_tensors,
     family_of,
     logical_shapes,
-    rope_of,
+    shape_of,
     shard_parameters,
-    sliding_windows,
-    transformer_config_kwargs,
 )
 from megadpo.model.weights import fill_shard
 from tests.helpers.models import save_model
@@ -71,7 +69,7 @@ class DictSource:
 
 def random_source(config: Any, dtype: torch.dtype = torch.float32) -> DictSource:
     torch.manual_seed(0)
-    return DictSource({name: torch.randn(shape, dtype=dtype) for name, shape in logical_shapes(config).items()})
+    return DictSource({name: torch.randn(shape, dtype=dtype) for name, shape in logical_shapes(shape_of(config)).items()})
 
 
 def config_of(family: str, **changes: Any) -> Any:
@@ -100,7 +98,7 @@ def all_shards(config: Any, num_tensor: int, num_pipeline: int, source: Any) -> 
         ranks = []
         for rank in range(num_tensor):
             shards = shard_parameters(
-                config,
+                shape_of(config),
                 tensor_rank=rank,
                 num_tensor=num_tensor,
                 layers=range(stage * per_stage, (stage + 1) * per_stage),
@@ -146,13 +144,13 @@ def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
         ranks = []
         for tensor in range(num_tensor):
             shards = shard_parameters(
-                config,
+                shape_of(config),
                 tensor_rank=0,
                 num_tensor=1,
                 layers=range(4),
                 has_embedding=False,
                 has_head=False,
-                expert_place=Place(expert, num_expert, tensor, num_tensor),
+                expert_place=ExpertPlace(expert, num_expert, tensor, num_tensor),
             )
             filled = [(shard, torch.full(shard.shape, math.nan)) for shard in shards if ".local_experts." in shard.name]
             for shard, values in filled:
@@ -180,7 +178,9 @@ def test_padded_vocabulary_rows_are_zero_and_belong_to_no_piece() -> None:
 
 def test_a_whole_rank_of_padding_has_no_pieces_at_all() -> None:
     config = config_of("llama", vocab_size=5)
-    shards = shard_parameters(config, tensor_rank=3, num_tensor=4, layers=range(0), has_embedding=True, has_head=False)
+    shards = shard_parameters(
+        shape_of(config), tensor_rank=3, num_tensor=4, layers=range(0), has_embedding=True, has_head=False
+    )
     assert shards[0].shape == (2, 64) and shards[0].pieces == ()
 
 
@@ -205,8 +205,12 @@ def test_the_fused_matrices_lie_as_megatron_splits_them() -> None:
 
 def test_a_tied_head_exists_only_on_a_stage_without_the_embedding() -> None:
     config = config_of("qwen3", tie_word_embeddings=True)
-    both = shard_parameters(config, tensor_rank=0, num_tensor=1, layers=range(4), has_embedding=True, has_head=True)
-    last = shard_parameters(config, tensor_rank=0, num_tensor=1, layers=range(2, 4), has_embedding=False, has_head=True)
+    both = shard_parameters(
+        shape_of(config), tensor_rank=0, num_tensor=1, layers=range(4), has_embedding=True, has_head=True
+    )
+    last = shard_parameters(
+        shape_of(config), tensor_rank=0, num_tensor=1, layers=range(2, 4), has_embedding=False, has_head=True
+    )
     assert not [shard for shard in both if shard.name == "output_layer.weight"]
     (head,) = [shard for shard in last if shard.name == "output_layer.weight"]
     assert head.pieces[0].logical_name == "model.embed_tokens.weight" and not head.is_primary
@@ -220,7 +224,7 @@ def test_logical_names_and_shapes_are_those_of_the_transformers_model(family: st
         model = AutoModelForCausalLM.from_config(config)
     in_files = oracle.in_files(dict(model.named_parameters()), config)
     expected = {name: tuple(tensor.shape) for name, tensor in in_files.items()}
-    assert logical_shapes(config) == expected
+    assert logical_shapes(shape_of(config)) == expected
 
 
 @pytest.mark.parametrize("num_tensor", [1, 2])
@@ -251,7 +255,7 @@ def megatron_and_our_shapes(family: str, num_tensor: int) -> tuple[dict[str, Any
     get_cuda_rng_tracker()
     config = config_of(family)
     settings = TransformerConfig(
-        **transformer_config_kwargs(config),
+        **shape_of(config).megatron_options(),
         tensor_model_parallel_size=num_tensor,
         perform_initialization=False,
         use_cpu_initialization=True,
@@ -267,7 +271,7 @@ def megatron_and_our_shapes(family: str, num_tensor: int) -> tuple[dict[str, Any
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     model = GPTModel(settings, spec, -(-499 // num_tensor) * num_tensor, 64, position_embedding_type="rope")
     shards = shard_parameters(
-        config,
+        shape_of(config),
         tensor_rank=dist.get_rank(),
         num_tensor=num_tensor,
         layers=range(4),
@@ -295,7 +299,8 @@ def megatron_and_our_shapes(family: str, num_tensor: int) -> tuple[dict[str, Any
 def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: str, changes: dict[str, Any]) -> None:
     config = config_of(family, **changes)
     rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
-    frequencies, scaling = rope_of(config)
+    shape = shape_of(config)
+    frequencies, scaling = shape.inverse_frequencies, shape.rope_scaling
     assert frequencies.dtype is torch.float32
     assert torch.equal(frequencies, rotary.inv_freq)
     assert scaling == rotary.attention_scaling
@@ -310,7 +315,7 @@ def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: st
 )
 def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        rope_of(config_of("llama", rope_parameters=rope))
+        shape_of(config_of("llama", rope_parameters=rope))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +339,7 @@ def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: 
     ],
 )
 def test_sliding_windows_by_layer(family: str, changes: dict[str, Any], expected: list[int | None]) -> None:
-    assert sliding_windows(config_of(family, **changes)) == expected
+    assert shape_of(config_of(family, **changes)).windows == tuple(expected)
 
 
 def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
@@ -348,12 +353,12 @@ def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
     )
     seen = mask[0, 0] == 0
     query, key = torch.arange(8)[:, None], torch.arange(8)[None]
-    assert torch.equal(seen, (key <= query) & (key > query - sliding_windows(config)[0]))
+    assert torch.equal(seen, (key <= query) & (key > query - shape_of(config).windows[0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformer_config_arguments(family: str) -> None:
-    kwargs = transformer_config_kwargs(config_of(family, rms_norm_eps=1e-4, head_dim=24))
+    kwargs = shape_of(config_of(family, rms_norm_eps=1e-4, head_dim=24)).megatron_options()
     assert (kwargs["num_query_groups"], kwargs["kv_channels"], kwargs["layernorm_epsilon"]) == (4, 24, 1e-4)
     assert kwargs["activation_func"] is torch.nn.functional.silu and kwargs["gated_linear_unit"]
     assert kwargs["add_qkv_bias"] is (family == "qwen2")
@@ -371,7 +376,7 @@ def test_transformer_config_arguments(family: str) -> None:
 )
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        transformer_config_kwargs(config_of(family, **changes))
+        shape_of(config_of(family, **changes))
 
 
 @pytest.mark.parametrize(
@@ -392,15 +397,16 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: di
 def test_a_config_dict_means_the_same_as_a_config() -> None:
     config = config_of("qwen3", tie_word_embeddings=True)
     assert family_of(config.to_dict()).name == "qwen3"
-    assert logical_shapes(config.to_dict()) == logical_shapes(config)
-    assert torch.equal(rope_of(config.to_dict())[0], rope_of(config)[0])
+    assert logical_shapes(shape_of(config.to_dict())) == logical_shapes(shape_of(config))
+    assert shape_of(config.to_dict()) == shape_of(config)
+    assert torch.equal(shape_of(config.to_dict()).inverse_frequencies, shape_of(config).inverse_frequencies)
 
 
 def test_complete_weights_pass_and_harmless_buffers_are_ignored() -> None:
     config = config_of("llama")
     source = random_source(config)
     source.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-    check_tensors(config, source)
+    check_tensors(shape_of(config), source)
 
 
 NORM, GATE = "model.norm.weight", "model.layers.2.mlp.gate_proj.weight"
@@ -429,22 +435,22 @@ def test_weights_that_do_not_fit_are_refused_by_tensor(change: Any, words: str) 
     source = random_source(config)
     change(source.tensors)
     with pytest.raises(UserError, match=words):
-        check_tensors(config, source)
+        check_tensors(shape_of(config), source)
 
 
 def test_a_tied_models_saved_head_must_equal_its_embedding() -> None:
     config = config_of("qwen2", tie_word_embeddings=True)
     source = random_source(config)
     source.tensors["lm_head.weight"] = source.tensors["model.embed_tokens.weight"].clone()
-    check_tensors(config, source)
+    check_tensors(shape_of(config), source)
     source.tensors["lm_head.weight"][498, 63] += 1
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        check_tensors(config, source)
+        check_tensors(shape_of(config), source)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_is_read_as_its_config_and_tensors(family: str, tmp_path: Path) -> None:
     save_model(tmp_path, family, tokenizer=False)
     config = read_hf_config(tmp_path)
-    check_tensors(config, open_hf(tmp_path))
+    check_tensors(shape_of(config), open_hf(tmp_path))
     assert config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()

@@ -23,30 +23,30 @@ WAYS = ("autograd", "buffer", "buffer, overlapped")
 def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtype, layout: Layout) -> dict[str, Tensor]:
     """Of a step's sum of log-probs, in a joined world; the second step's, when the overlap knows the order of gradients."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.heads import logprob as head
+    from megadpo.model.heads.logprob import through_autograd
     from megadpo.model.weights import load_weights
     from megadpo.parallel.context import local_micro_batches
 
     head.TILE_ROWS = 64
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=400,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=400,
+            num_data_parallel=layout.data,
+            hidden_size=64,
+        ),
     )
-    stage = build_stage(read_hf_config(model), layout, dtype)
+    stage = build_stage(shape_of(read_hf_config(model)), layout, dtype)
     load_weights(stage, open_hf(model))
     stage.train()
     engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
     if way == "autograd":
-        for layer in stage.heads:
-            layer.gradient_buffer = None
+        stage.configure_head(gradient_buffer=through_autograd)
     micro_batches = local_micro_batches(packing, np.arange(len(groups)))
     assert len(micro_batches) > 1
     for _ in range(2):

@@ -182,6 +182,32 @@ def test_a_rank_without_vocabulary_has_empty_parts(kind, library):
     assert out.tolist() == [[-torch.inf, 0, -torch.inf, 0, 0, 0]] * 3
 
 
+@needs_compiler
+@pytest.mark.parametrize("kind", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 1), (0, 5), (1, 0), (3, 0), (1, 1), (3, 1)])
+def test_tiles_without_rows_or_with_at_most_one_column_are_as_good_as_others(rows, columns, dtype, kind, library):
+    kernel = library if kind == "native" else TorchKernels()
+    # torch gives a tile that is computed without rows the strides (1, 0), and a transposed column (1, rows).
+    for logits in (2.0 * torch.randn(rows, columns), torch.randn(columns, rows).t() if columns else torch.empty(rows, 0)):
+        held, targets, gradient = logits.to(dtype), torch.arange(rows) - 1, torch.randn(rows)
+        values = held.float().clone()
+        out = parts_of(kernel, held, targets)
+        assert out.shape == (rows, len(PARTS)) and torch.equal(held.float(), values)
+        if columns == 1:
+            is_target = targets == 0
+            target = torch.where(is_target, values[:, 0], -torch.inf)
+            assert torch.equal(out[:, PARTS.index("maximum")], values[:, 0])
+            assert torch.equal(out[:, PARTS.index("target")], target)
+            assert torch.equal(out[:, PARTS.index("exponentials")], torch.ones(rows))
+        kernel.gradient_(held, targets, values.logsumexp(-1) if columns else torch.zeros(rows), gradient)
+        if columns == 1:
+            expected = torch.where(is_target, 0.0, -gradient).to(dtype).float()
+            torch.testing.assert_close(
+                held[:, 0].float(), expected, rtol=8e-3 if dtype is torch.bfloat16 else 1e-6, atol=1e-6
+            )
+
+
 DRIVER = r"""
 #include "head.cpp"
 #include <cstdio>

@@ -14,7 +14,7 @@ import torch
 from megadpo.config.schema import ModelConfig
 from megadpo.errors import UserError
 from megadpo.model import layers
-from megadpo.model.families import shard_parameters
+from megadpo.model.families import shape_of, shard_parameters
 from megadpo.model.layers import FUSED_NAMES, Layers, choose_layers, local_name
 from megadpo.parallel.layout import Layout
 from megadpo.validation.load import load_config
@@ -31,7 +31,7 @@ ASKED = ModelConfig(layers="transformer_engine")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_names_with_norms_built_into_linear_layers_are_those_of_local_layers(family):
     parts = {"tensor_rank": 0, "num_tensor": 1, "layers": range(2, 4), "has_embedding": True, "has_head": True}
-    local = [shard.name for shard in shard_parameters(config_of(family), **parts)]
+    local = [shard.name for shard in shard_parameters(shape_of(config_of(family)), **parts)]
     fused = {plain: built_in for built_in, plain in FUSED_NAMES.items()}
 
     def as_built_in(name: str) -> str:
@@ -70,7 +70,7 @@ def stood_in_for(*arguments: Any) -> list[Outcome] | None:
         return layer
 
     build.get_gpt_layer_with_transformer_engine_spec = spec
-    build.choose_layers = lambda asked, *where: Layers(asked.layers)
+    build.choose_layers = lambda options, *where: Layers(options.layers)
     return outcomes(*arguments)
 
 
@@ -88,9 +88,9 @@ def test_a_model_with_built_in_norms_loads_trains_and_is_put_together_like_one_w
 def test_layers_that_cannot_be_had_are_refused_in_a_sentence(monkeypatch):
     assert choose_layers(ModelConfig(), CPU, torch.float32, has_experts=True) == Layers()
 
-    def refused(asked: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, experts: bool = False) -> str:
+    def refused(model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, experts: bool = False) -> str:
         with pytest.raises(UserError) as caught:
-            choose_layers(asked, device, dtype, experts)
+            choose_layers(model, device, dtype, experts)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

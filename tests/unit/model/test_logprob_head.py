@@ -76,19 +76,20 @@ def _head_step(num_tensor: int, sequence: bool, case: Case) -> tuple[Tensor, ...
     module = head.LogProbHead(local, case.vocab_size, sequence)
     buffer = torch.ones_like(local, dtype=torch.float32)
     if case.keeps_gradient:
-        module.gradient_buffer = lambda parameter: buffer if parameter is local else None
-    module.micro_batch = _micro_batch(scored, targets)
+        module.configure(gradient_buffer=lambda parameter: buffer if parameter is local else None)
+    micro_batch = _micro_batch(scored, targets)
     length = LENGTH // num_tensor if sequence else LENGTH
     own = hidden[rank * length : (rank + 1) * length] if sequence else hidden
     own = own[:, None].clone().requires_grad_()
-    statistics, _ = module(own)
+    with module.reading(micro_batch):
+        statistics, _ = module(own)
     (statistics[:, 0, 0] * weights).sum().backward()
     assert own.grad is not None
     if case.keeps_gradient:
         assert local.grad is None, "the gradient has gone to the engine's buffer, and nowhere else"
     matrix_gradient = buffer - 1 if case.keeps_gradient else local.grad
     assert matrix_gradient is not None
-    with torch.no_grad():
+    with torch.no_grad(), module.reading(micro_batch):
         alone, _ = module(own)
     assert torch.equal(alone, statistics), "a forward without gradients gives the same bits"
     return statistics[:, 0].detach(), own.grad[:, 0], matrix_gradient
@@ -159,10 +160,10 @@ def _wanted(names: Sequence[str]) -> Tensor:
     hidden, matrix, scored, targets, _ = _inputs(case)
     with joined_world(Layout(), seed=0):
         module = head.LogProbHead(torch.nn.Parameter(matrix), case.vocab_size, False)
-        module.micro_batch = _micro_batch(scored, targets)
-        everything = module(hidden[:, None])[0].detach()
-        module.wanted = names
-        return torch.stack([everything, module(hidden[:, None])[0].detach()])
+        with module.reading(_micro_batch(scored, targets)):
+            everything = module(hidden[:, None])[0].detach()
+            module.configure(names)
+            return torch.stack([everything, module(hidden[:, None])[0].detach()])
 
 
 def test_only_wanted_statistics_are_there_and_they_have_the_same_bits():

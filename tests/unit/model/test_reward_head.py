@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.halves import with_halves
 from megadpo.data.groups import Group
 from megadpo.model.heads.reward import RewardHead, reward_positions, reward_sums
@@ -80,13 +80,14 @@ def head_of_last_stage(model: Path) -> tuple[dict[str, tuple[int, ...]], torch.T
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.model.build import build_stage
+    from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     layout = Layout(tensor=dist.get_world_size())
     with joined_world(layout, seed=1):
-        stage = build_stage(read_hf_config(model), layout, torch.float32)
+        stage = build_stage(shape_of(read_hf_config(model)), layout, torch.float32)
         load_weights(stage, open_hf(model))
     dist.destroy_process_group()
     held = {name: tuple(p.shape) for name, p in stage.model.named_parameters() if name.startswith("output_layer")}
@@ -112,7 +113,7 @@ AWKWARD = [
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("padding_token", [PAD, None])
 def test_the_reward_is_read_where_transformers_reads_it(share_prompts: bool, padding_token: int | None) -> None:
-    micro_batch = lay_out(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7)
+    micro_batch = collate_groups(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7)
     positions = reward_positions(micro_batch, padding_token)
     expected = []
     for group in AWKWARD:
@@ -129,25 +130,25 @@ def test_the_reward_is_read_where_transformers_reads_it(share_prompts: bool, pad
 
 @pytest.mark.parametrize("share_prompts", [True, False])
 def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -> None:
-    whole = with_halves(lay_out(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7), 64)
+    whole = with_halves(collate_groups(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7), 64)
     head = RewardHead(torch.nn.Parameter(torch.randn(1, 8)), PAD, sequence_parallel=False)
     hidden_TH, order = torch.randn(whole.num_tokens, 8), whole.halves[0].order[: whole.num_tokens]
     in_halves = torch.zeros(sum(len(half.tokens_T) for half in whole.halves), 8).index_copy(0, order, hidden_TH)
     rewards = []
     for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
-        head.micro_batch = held
-        rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
+        with head.reading(held):
+            rewards.append(head(hidden[: len(held.local.tokens_T), None])[0])
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 
 def test_a_micro_batch_without_responses_has_no_rewards() -> None:
-    micro_batch = lay_out([], [], multiple_of=2)
+    micro_batch = collate_groups([], [], multiple_of=2)
     assert reward_positions(micro_batch, PAD).tolist() == []
     assert reward_sums(torch.zeros(1, 0, 1), micro_batch).shape == (0, len(RESPONSE_SUMS))
 
 
 def test_reward_sums_are_zero_but_for_the_reward_and_pass_its_gradient_on() -> None:
-    micro_batch = lay_out(AWKWARD[:1], [0])
+    micro_batch = collate_groups(AWKWARD[:1], [0])
     output = torch.tensor([[[1.5], [-2.5]]], requires_grad=True)
     sums = reward_sums(output, micro_batch)
     assert sums.dtype is torch.float64

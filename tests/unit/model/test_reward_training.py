@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadpo.commands.convert import export_checkpoint
+from megadpo.checkpoint.convert import export_checkpoint
 from tests.helpers.models import groups_of_file, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world

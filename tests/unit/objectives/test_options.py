@@ -146,10 +146,10 @@ def test_what_does_not_fit_together_is_refused_with_the_reason(settings, message
 
 
 def test_rows_are_read_for_what_the_objective_needs_and_no_more():
-    assert reading_of(ObjectiveConfig()).kind == "pairs" and not reading_of(ObjectiveConfig()).numbers
-    assert reading_of(ObjectiveConfig(margins=True, row_weights=True)).numbers == {"margin", "weight"}
-    assert reading_of(ObjectiveConfig(soft_labels=True)).numbers == {"label_probability"}
-    assert reading_of(ObjectiveConfig(loss_type="rpo_sq")).numbers == {"score"}
+    assert reading_of(ObjectiveConfig()).kind == "pairs" and not reading_of(ObjectiveConfig()).row_values
+    assert reading_of(ObjectiveConfig(margins=True, row_weights=True)).row_values == {"margin", "weight"}
+    assert reading_of(ObjectiveConfig(soft_labels=True)).row_values == {"label_probability"}
+    assert reading_of(ObjectiveConfig(loss_type="rpo_sq")).row_values == {"score"}
     assert reading_of(ObjectiveConfig(loss_type=["kto", "sft"])).kind == "labels"
     assert reading_of(ObjectiveConfig(loss_type="all_pairs")).kind == "lists"
     assert reading_of(ObjectiveConfig(loss_type="sft")).kind == "examples"

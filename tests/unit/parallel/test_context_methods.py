@@ -7,19 +7,22 @@ from transformers import LlamaConfig
 
 from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
+from megadpo.model.families import shape_of
+from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, choose_layout, context_method
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 
 
-def model(num_heads: int = 8, num_key_value_heads: int = 4) -> LlamaConfig:
-    return LlamaConfig(
+def model(num_heads: int = 8, num_key_value_heads: int = 4) -> ModelShape:
+    config = LlamaConfig(
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
         num_hidden_layers=4,
         intermediate_size=96,
         hidden_size=96,
     )
+    return shape_of(config)
 
 
 def test_context_ranks_are_no_replicas():
@@ -50,7 +53,7 @@ def test_streams_are_padded_to_what_context_and_sequence_parallelism_divide():
 )
 def test_auto_is_all_to_all_where_the_key_value_heads_divide_and_all_gather_elsewhere(layout, method):
     check_layout(layout, model())
-    assert context_method(layout, model()) == method
+    assert context_method(layout, model().num_key_value_heads) == method
 
 
 def test_all_to_all_over_heads_that_cannot_be_spread_is_refused():

@@ -7,10 +7,11 @@ from transformers import LlamaConfig
 
 from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
+from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout, choose_layout, even_chunks
 from megadpo.validation.layout import check_layout
 
-CONFIG = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=6, intermediate_size=96)
+SHAPE = shape_of(LlamaConfig(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=6, intermediate_size=96))
 
 
 def test_data_parallel_is_what_the_processes_leave_over():
@@ -43,11 +44,11 @@ def test_a_number_of_processes_that_the_sizes_do_not_divide_is_refused(num_proce
 )
 def test_a_layout_the_model_or_the_batch_cannot_be_spread_over_is_refused(layout, message):
     with pytest.raises(UserError, match=message):
-        check_layout(layout, CONFIG, pairs_per_step=8)
+        check_layout(layout, SHAPE, pairs_per_step=8)
 
 
 def test_a_layout_that_fits_is_let_through():
-    check_layout(Layout(tensor=2, pipeline=3, data=8), CONFIG, pairs_per_step=8)
+    check_layout(Layout(tensor=2, pipeline=3, data=8), SHAPE, pairs_per_step=8)
 
 
 def test_stages_hold_consecutive_layers():

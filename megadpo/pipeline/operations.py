@@ -1,16 +1,10 @@
-"""Micro-batches through the pipeline stages by our own schedules (pipeline/), with the same functions as schedule.py,
-which leaves it to Megatron's.
-
-What an operation does to the model are Megatron's own functions for one forward and one backward, and the backwards of
-each parameter come in the same order: gradients are the same bits.
-"""
+"""What the operations of our own schedules do on this rank's stage, and how a schedule of them is run here."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,77 +17,24 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.moe.load import RouterWatch
-from megadpo.model.weight_gradients import Products, put_off
-from megadpo.pipeline import fill, stage_ops
-from megadpo.pipeline.executor import Work, carry_out
-from megadpo.pipeline.interleaved_reference import ReferenceBeside, ReferencePass
+from megadpo.model.weight_gradients import Products, delay_products
+from megadpo.pipeline import stage_ops
+from megadpo.pipeline.executor import Operations, execute
 from megadpo.pipeline.program import Program, program
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS, Op, Schedule
-from megadpo.pipeline.schedule import forward_only as forward_only_schedule
 from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 
 
-def forward_only(
-    models: Sequence[Any],
-    micro_batches: Sequence[MicroBatch],
-    ld_alpha: float | None = None,
-    watch: RouterWatch | None = None,
-) -> list[Tensor]:
-    """See `schedule.forward_only`."""
-    sums: dict[int, Tensor] = {}
-    work = _Forwards(models, ReferencePass.of(micro_batches), ld_alpha, sums.__setitem__, watch)
-    order = forward_only_schedule(_num_stages(), len(micro_batches), len(models), num_halves=_num_halves(micro_batches))
-    run(order, Costs(), work)
-    return [sums[number] for number in range(len(sums))]
-
-
-def forward_backward(
-    models: Sequence[Any],
-    micro_batches: Sequence[MicroBatch],
-    response_gradient: ResponseGradient,
-    ld_alpha: float | None = None,
-    watch: RouterWatch | None = None,
-    beside: ReferenceBeside | None = None,
-    is_zero_bubble: bool = False,
-) -> None:
-    """See `schedule.forward_backward`.
-
-    Args:
-        beside: the reference whose forwards run among the policy's operations.
-        is_zero_bubble: gradients of weights are operations of their own; the linear layers must put them off for that
-            (gradient_fusion.fuse_gradients).
-    """
-    work = _Work(models, micro_batches, response_gradient, ld_alpha, watch, is_zero_bubble)
-    recomputes = get_model_config(models[0]).recompute_granularity == "full"
-    costs = fill.proportions(recomputes, is_zero_bubble)
-    sizes = _num_stages(), len(micro_batches), len(models), _num_halves(micro_batches)
-    policy = fill.policy_alone(*sizes, is_zero_bubble)
-    if beside is None:
-        run(policy, costs, work)
-    else:
-        _with_reference(policy, work, costs, beside)
-    work.finish_gradients()
-
-
-def complete(beside: ReferenceBeside) -> None:
-    """Do now what is left of the reference's forwards of this step."""
-    passed = beside.this_step
-    num_halves = _num_halves(passed.micro_batches)
-    whole = forward_only_schedule(_num_stages(), len(passed.micro_batches), len(beside.models), REFERENCE, num_halves)
-    done = passed.done or (0,) * whole.num_stages
-    left = tuple(order[start:] for order, start in zip(whole.stages, done, strict=True))
-    run(replace(whole, stages=left), Costs(), _reference_work(beside, passed), passed.received)
-    passed.done, passed.received = tuple(map(len, whole.stages)), {}
-
-
-def run(schedule: Schedule, costs: Costs, work: Work, held: dict[Op, Tensor] | None = None) -> dict[Op, Tensor]:
-    """Carry a schedule out on this rank's stage; what was received for operations that are not in it."""
+def run_schedule(
+    schedule: Schedule, costs: Costs, operations: Operations, held: dict[Op, Tensor] | None = None
+) -> dict[Op, Tensor]:
+    """Execute a schedule on this rank's stage; see `executor.execute`."""
     group = parallel_state.get_pipeline_model_parallel_group()
     receives_early = compute_device().type == "cpu"  # over NCCL a posted receive may hold up what comes after it
     instructions = _program(schedule, costs, dist.get_rank(group), receives_early)
-    return carry_out(instructions, work, group, held)
+    return execute(instructions, operations, group, held)
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,20 +42,8 @@ def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool)
     return program(simulate(schedule, costs), stage, receives_early)
 
 
-def _with_reference(policy: Schedule, work: _Work, costs: Costs, beside: ReferenceBeside) -> None:
-    this_step, ahead = beside.this_step, beside.next_step
-    num_ahead = 0 if ahead is None else len(ahead.micro_batches)
-    filled, progress = fill.with_reference(policy, this_step.done, num_ahead, costs)
-    both = _Both(work, _reference_work(beside, this_step), None if ahead is None else _reference_work(beside, ahead))
-    unread = run(filled, costs, both, this_step.received)
-    this_step.received = {}
-    if ahead is not None:
-        ahead.done = progress
-        ahead.received = {op._replace(kind=REFERENCE): tensor for op, tensor in unread.items()}
-
-
-class _Work:
-    """The policy's operations on this stage (see `executor.Work`)."""
+class PolicyOperations:
+    """The policy's forwards and backwards on this stage (see `executor.Operations`)."""
 
     def __init__(
         self,
@@ -131,17 +60,17 @@ class _Work:
         self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
         self._prompt_keys: dict[int, PromptKeys] = {}
         self._of_first_halves: dict[int, Tensor] = {}
-        self._put_off: dict[int, Products] = {}
+        self._delayed: dict[int, Products] = {}
         self._unsynced = [contextlib.ExitStack() for _ in models]
         self._hold_back_reductions()
 
-    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
+    def run(self, op: Op, received: Tensor | None) -> Tensor | None:
         if op.kind == WEIGHTS:
-            self._put_off.pop(op.micro_batch).add_up()
+            self._delayed.pop(op.micro_batch).add_up()
             return None
         return self._backward(op, received) if op.kind == BACKWARD else self._forward(op, received)
 
-    def empty(self, op: Op) -> Tensor:
+    def empty_message(self, op: Op) -> Tensor:
         return message_like(self.config, self.micro_batches[op.micro_batch].half(op.half))
 
     def _forward(self, op: Op, received: Tensor | None) -> Tensor | None:
@@ -165,10 +94,10 @@ class _Work:
         is_last = op.micro_batch == len(self.micro_batches) - 1 and op.half == 0 and not self.is_zero_bubble
         if is_last and (self.config.grad_sync_func is None or parallel_state.is_pipeline_first_stage()):
             self._unsynced[op.chunk].close()
-        with put_off() if self.is_zero_bubble else contextlib.nullcontext() as products:
+        with delay_products() if self.is_zero_bubble else contextlib.nullcontext() as products:
             below: Tensor | None = backward_step(received, output, gradient, get_model_type(model), self.config)
         if products is not None:
-            self._put_off[op.micro_batch] = products
+            self._delayed[op.micro_batch] = products
         if op.half == 0:
             self._prompt_keys.pop(op.micro_batch, None)
         return None if below is None else below.contiguous()
@@ -209,68 +138,64 @@ class _Work:
                 self.models[chunk].start_grad_sync()
 
 
-class _Forwards:
-    """Forwards without gradients on this stage."""
+class ForwardOperations:
+    """Forwards without gradients on this stage (see `executor.Operations`)."""
 
     def __init__(
         self,
         models: Sequence[Any],
-        passed: ReferencePass,
+        micro_batches: Sequence[MicroBatch],
         ld_alpha: float | None,
         keep: Callable[[int, Tensor], None],
         watch: RouterWatch | None = None,
     ) -> None:
         """`keep` is given the number of each micro-batch and its response sums [R, S]."""
-        self.models, self.passed, self.ld_alpha, self.keep, self.watch = models, passed, ld_alpha, keep, watch
+        self.models, self.micro_batches, self.ld_alpha = models, micro_batches, ld_alpha
+        self.keep, self.watch = keep, watch
         self.config = get_model_config(models[0])
+        # By micro-batch, what was made of its first half and is needed for its second.
+        self._prompt_keys: dict[int, PromptKeys] = {}
+        self._outputs: dict[int, Tensor] = {}
 
-    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
-        micro_batch, passed = self.passed.micro_batches[op.micro_batch], self.passed
-        prompt_keys = passed.prompt_keys.setdefault(op.micro_batch, PromptKeys())
+    def run(self, op: Op, received: Tensor | None) -> Tensor | None:
+        micro_batch = self.micro_batches[op.micro_batch]
+        prompt_keys = self._prompt_keys.setdefault(op.micro_batch, PromptKeys())
         is_part = op.half < len(micro_batch.halves) - 1
         if not is_part:
-            passed.prompt_keys.pop(op.micro_batch)
+            self._prompt_keys.pop(op.micro_batch)
         with torch.no_grad():
             output = stage_forward(self.models, op, received, micro_batch, self.watch, prompt_keys)
             if not has_head(op, len(self.models)):
                 return output
             if is_part:
-                passed.outputs[op.micro_batch] = output
+                self._outputs[op.micro_batch] = output
                 return None
             if micro_batch.halves:
-                output = stage_ops.joined(self.models[-1], (passed.outputs.pop(op.micro_batch), output), micro_batch)
+                output = stage_ops.joined(self.models[-1], (self._outputs.pop(op.micro_batch), output), micro_batch)
             self.keep(op.micro_batch, stage_ops.sums_of(self.models[-1], output, micro_batch, self.ld_alpha))
         return None
 
-    def empty(self, op: Op) -> Tensor:
-        return message_like(self.config, self.passed.micro_batches[op.micro_batch].half(op.half))
+    def empty_message(self, op: Op) -> Tensor:
+        return message_like(self.config, self.micro_batches[op.micro_batch].half(op.half))
 
 
-def _reference_work(beside: ReferenceBeside, passed: ReferencePass) -> _Forwards:
-    """The reference's forwards of one step."""
-
-    def keep(number: int, sums_RS: Tensor) -> None:
-        passed.logps[number] = sums_RS[:, 0]
-
-    return _Forwards(beside.models, passed, beside.ld_alpha, keep)
-
-
-class _Both:
+class CombinedOperations:
     """The policy's operations and the reference's, of this step and of the next."""
 
-    def __init__(self, policy: _Work, reference: _Forwards, ahead: _Forwards | None) -> None:
-        self.of: dict[str, _Work | _Forwards | None] = {FORWARD: policy, BACKWARD: policy, WEIGHTS: policy}
-        self.of |= {REFERENCE: reference, AHEAD: ahead}
+    def __init__(self, policy: PolicyOperations, reference: ForwardOperations, ahead: ForwardOperations | None) -> None:
+        self._of: dict[str, Operations | None] = {FORWARD: policy, BACKWARD: policy, WEIGHTS: policy}
+        self._of |= {REFERENCE: reference, AHEAD: ahead}
 
-    def do(self, op: Op, received: Tensor | None) -> Tensor | None:
-        work = self.of[op.kind]
-        assert work is not None
-        return work.do(op, received)
+    def run(self, op: Op, received: Tensor | None) -> Tensor | None:
+        return self._operations_of(op).run(op, received)
 
-    def empty(self, op: Op) -> Tensor:
-        work = self.of[op.kind]
-        assert work is not None
-        return work.empty(op)
+    def empty_message(self, op: Op) -> Tensor:
+        return self._operations_of(op).empty_message(op)
+
+    def _operations_of(self, op: Op) -> Operations:
+        operations = self._of[op.kind]
+        assert operations is not None
+        return operations
 
 
 def stage_forward(
@@ -311,15 +236,17 @@ def has_head(op: Op, num_chunks: int) -> bool:
 
 def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
     """Hidden states, or their gradient, between two stages: this rank's tokens of the stream."""
-    num_tokens = len(micro_batch.held.tokens_T)
+    num_tokens = len(micro_batch.local.tokens_T)
     if config.sequence_parallel:
         num_tokens //= parallel_state.get_tensor_model_parallel_world_size()
     return torch.empty(num_tokens, 1, config.hidden_size, dtype=config.pipeline_dtype, device=compute_device())
 
 
-def _num_halves(micro_batches: Sequence[MicroBatch]) -> int:
+def num_halves(micro_batches: Sequence[MicroBatch]) -> int:
+    """2 where micro-batches travel in halves, else 1."""
     return max((len(micro_batch.halves) for micro_batch in micro_batches), default=0) or 1
 
 
-def _num_stages() -> int:
+def num_stages() -> int:
+    """Pipeline stages of the joined world."""
     return parallel_state.get_pipeline_model_parallel_world_size()

@@ -1,0 +1,63 @@
+"""Attention of a packed stream by the library flash-attn (2.3 and later) on CUDA.
+
+Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
+from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
+from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
+
+
+class FlashAttnBackend:
+    """`flash_attn_varlen_func`, whose "causal" counts from the last key; before 2.1 it meant the upper left corner."""
+
+    name = "flash_attn"
+
+    def why_not(self, needs: AttentionNeeds) -> str | None:
+        """Without a GPU, or where the library is not installed or too old."""
+        return why_not_on_this_gpu(needs) or _why_not_installed()
+
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
+        """See `sequences_of`."""
+        return sequences_of(segments, window, len(key), key.device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Sequences, scale: float) -> Tensor:
+        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+        from flash_attn import flash_attn_varlen_func
+
+        key, value = prepared.gathered(key, value)
+        output: Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens_q=prepared.query_starts,
+            cu_seqlens_k=prepared.key_starts,
+            max_seqlen_q=prepared.max_queries,
+            max_seqlen_k=prepared.max_keys,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=True,
+            window_size=prepared.reach,
+        )
+        return output
+
+
+def _why_not_installed() -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    from flash_attn import flash_attn_varlen_func
+
+    # Since 2.1 "causal" counts from the last key, as is meant here; windows came later.
+    has_windows = "window_size" in inspect.signature(flash_attn_varlen_func).parameters
+    return None if has_windows else "the installed flash-attn is older than 2.3"
+
+
+BACKEND: AttentionBackend = FlashAttnBackend()

@@ -1,0 +1,81 @@
+"""What backends share whose kernel takes sequences of different lengths in one call: torch's `varlen_attn`, flash-attn and
+TransformerEngine's `DotProductAttention`.
+
+These kernels take queries and keys of all sequences one after the other, and where each begins; with fewer queries than keys
+the last query sees all keys. So a segment is a sequence whose keys are those of its prompt and its own: they are gathered
+by an index made once a micro-batch, and the gather's backward adds up a prompt's gradients over its responses.
+
+Axes: T stream tokens, S keys of the stream, G gathered keys, N segments, A query heads, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
+from megadpo.model.attention.base import AttentionNeeds
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A stream's segments as such kernels take them.
+
+    Attributes:
+        keys_G: int64, the stream's keys in the order that the kernel reads them; None: as they lie.
+        query_starts, key_starts: int32 [N + 1], where each sequence begins, and the end of the last.
+        max_queries, max_keys: of a sequence.
+        reach: how many keys before and after its own a query sees (-1: all).
+    """
+
+    keys_G: Tensor | None
+    query_starts: Tensor
+    key_starts: Tensor
+    max_queries: int
+    max_keys: int
+    reach: tuple[int, int]
+
+    def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[G, K, D] each, from key and value [S, K, D] of the stream."""
+        if self.keys_G is None:
+            return key, value
+        return key.index_select(0, self.keys_G), value.index_select(0, self.keys_G)
+
+
+def sequences_of(
+    segments: Sequence[Segment | ShardSegment], window: int | None, num_keys: int, device: torch.device
+) -> Sequences:
+    """The sequences of a stream that has `num_keys` keys; segments without tokens are left out."""
+    there = [segment for segment in segments if segment.end > segment.start]
+    keys = [np.concatenate([np.arange(s.prompt_start, s.prompt_end), np.arange(s.keys.start, s.keys.stop)]) for s in there]
+    keys_G = np.concatenate(keys)
+    num_queries_N, num_keys_N = [s.end - s.start for s in there], [len(some) for some in keys]
+
+    def starts(lengths: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+
+    return Sequences(
+        None if np.array_equal(keys_G, np.arange(num_keys)) else torch.from_numpy(keys_G).to(device),
+        starts(num_queries_N),
+        starts(num_keys_N),
+        max(num_queries_N),
+        max(num_keys_N),
+        (-1, 0) if window is None else (window - 1, 0),
+    )
+
+
+def why_not_on_this_gpu(needs: AttentionNeeds) -> str | None:
+    """Why no kernel for sequences can be used, whichever library it is of; None: the device and the model allow them."""
+    if needs.device.type != "cuda":
+        return "that needs a CUDA device, of which there is none"
+    if needs.dtype not in (torch.bfloat16, torch.float16):
+        return f"that computes in bf16 and not in {str(needs.dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(needs.device) < (8, 0):
+        return f"that needs compute capability 8.0 and {torch.cuda.get_device_name(needs.device)} has less"
+    if needs.head_dim > 256 or needs.head_dim % 8:
+        return f"that needs a head dimension of at most 256 in steps of 8 and this model's is {needs.head_dim}"
+    return None

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,10 @@ LONGEST_FIRST = (
 )
 
 
+LOCKS = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of ``-n auto``: one a core, and none besides this one where single tests or a single file are asked for."""
     asked = [argument.partition("::")[0] for argument in config.args]
@@ -54,22 +59,28 @@ def one_thread_each() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """The process that hands out the tests tells the others where their locks are."""
+    if LOCKS not in node.config.stash:
+        directory = tempfile.TemporaryDirectory(prefix="megadpo-tests-")
+        node.config.add_cleanup(directory.cleanup)
+        node.config.stash[LOCKS] = Path(directory.name)
+    node.workerinput["locks"] = str(node.config.stash[LOCKS])
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout: waiting is no part of a test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test that is marked `alone` waits for the tests of the other processes to end, and they for it."""
-    with _no_test_alone_elsewhere(item.get_closest_marker("alone") is not None):
+    told = getattr(item.config, "workerinput", {}).get("locks")
+    with _turn(Path(told), item.get_closest_marker("alone") is not None) if told else contextlib.nullcontext():
         return (yield)
 
 
 @contextlib.contextmanager
-def _no_test_alone_elsewhere(alone: bool) -> Iterator[None]:
-    if "PYTEST_XDIST_TESTRUNUID" not in os.environ:
-        yield
-        return
-    directory = Path(tempfile.gettempdir()) / f"megadpo-tests-{os.environ['PYTEST_XDIST_TESTRUNUID']}"
-    directory.mkdir(exist_ok=True)
+def _turn(locks: Path, alone: bool) -> Iterator[None]:
     # Whoever wants the room takes the door first: without it, tests that share the room could keep one out that does not.
-    with open(directory / "door", "w") as door, open(directory / "room", "w") as room:
+    with open(locks / "door", "w") as door, open(locks / "room", "w") as room:
         fcntl.flock(door, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)

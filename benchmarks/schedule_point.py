@@ -166,14 +166,14 @@ class _Slept:
                     self._megatron("reference", forward_only=True)
             self._megatron("forward", forward_only=False)
             return
-        from megadpo.pipeline.fill import policy_alone, proportions, with_reference
+        from megadpo.pipeline.fill import policy_schedule, rough_costs, with_reference
         from megadpo.pipeline.operations import run_schedule
-        from megadpo.pipeline.schedule import forward_only
+        from megadpo.pipeline.schedule import all_forwards
 
-        costs = proportions(is_zero_bubble=arm.zero_bubble)
-        policy = policy_alone(stages, count, is_zero_bubble=arm.zero_bubble)
+        costs = rough_costs(is_zero_bubble=arm.zero_bubble)
+        policy = policy_schedule(stages, count, is_zero_bubble=arm.zero_bubble)
         if arm.reference == "before":
-            run_schedule(forward_only(stages, count), costs, self)
+            run_schedule(all_forwards(stages, count), costs, self)
         if arm.reference != "interleaved":
             run_schedule(policy, costs, self)
             return

@@ -2,8 +2,8 @@
 
 Arms take turns. With a resident reference: Megatron's schedules with the reference's pass before the policy's 1F1B, our
 executor in the same order, and our executor with the reference's forwards in the policy's bubbles, some of them a step
-ahead, under 1F1B and with weight gradients put off. Without one: Megatron's 1F1B, ours, and ours with weight gradients put
-off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
+ahead, under 1F1B and with weight gradients delayed. Without one: Megatron's 1F1B, ours, and ours with these
+delayed. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
 steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
 that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the seconds
 that were measured in that arm: of each operation, the mean of a message (from the end of an operation to the beginning
@@ -145,19 +145,19 @@ def _simulated(
     arm: Arm, by_rank: list[list[dict[str, Any]]], message: float, between: float, point: dict[str, Any]
 ) -> list[tuple[int, float, float]]:
     """(number in its run, idle share, seconds) of every step; what lies between two operations is idle too."""
-    from megadpo.pipeline.fill import policy_alone, proportions, reference_before, with_reference
+    from megadpo.pipeline.fill import policy_schedule, rough_costs, with_reference, with_reference_before
     from megadpo.pipeline.simulate import Costs, simulate
 
     count, done, steps = point["micro_batches"], None, []
-    policy = policy_alone(point["stages"], count, is_zero_bubble=arm.zero_bubble)
+    policy = policy_schedule(point["stages"], count, is_zero_bubble=arm.zero_bubble)
     for records in zip(*by_rank, strict=True):
         step, schedule = records[0]["step"], policy
         if arm.reference == "interleaved":
             ahead = 0 if step == point["steps"] - 1 else count
-            costs = proportions(is_zero_bubble=arm.zero_bubble)
+            costs = rough_costs(is_zero_bubble=arm.zero_bubble)
             schedule, done = with_reference(policy, done if step else None, ahead, costs)
         elif arm.reference == "before":
-            schedule = reference_before(policy)
+            schedule = with_reference_before(policy)
         took = [[end - begin + between for *_, begin, end in record["times"]] for record in records]
         seconds = simulate(schedule, Costs(message=max(0.0, message - between)), took).seconds
         busy = statistics.mean(record["busy"] for record in records)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import print_table
-from megadpo.pipeline.fill import Progress, proportions, reference_before, with_reference
+from megadpo.pipeline.fill import Progress, rough_costs, with_reference, with_reference_before
 from megadpo.pipeline.schedule import Schedule, one_forward_one_backward, zero_bubble
 from megadpo.pipeline.simulate import Costs, Timing, simulate
 
@@ -30,8 +30,8 @@ def main() -> None:
 
 def reference_row(stages: int, count: int) -> list[float]:
     """A line of the first table."""
-    policy, costs = one_forward_one_backward(stages, count), proportions()
-    before = simulate(reference_before(policy), costs).idle_share
+    policy, costs = one_forward_one_backward(stages, count), rough_costs()
+    before = simulate(with_reference_before(policy), costs).idle_share
     steps = _interleaved(policy, costs)
     steady, all_steps = _idle_share(steps[1:-1]), _idle_share(steps)
     return [stages, count, before, steady, steady / before, all_steps, all_steps / before]
@@ -39,7 +39,7 @@ def reference_row(stages: int, count: int) -> list[float]:
 
 def row(stages: int, count: int) -> list[float]:
     """A line of the second table."""
-    whole, apart = proportions(), proportions(is_zero_bubble=True)
+    whole, apart = rough_costs(), rough_costs(is_zero_bubble=True)
     policy, in_parts = one_forward_one_backward(stages, count), zero_bubble(stages, count)
     halves = one_forward_one_backward(stages, count, num_halves=2)
     alone = [(policy, whole), (halves, whole.in_halves()), (in_parts, apart)]

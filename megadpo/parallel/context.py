@@ -1,4 +1,4 @@
-"""Context parallelism: the ranks that share a micro-batch's stream, and what they tell each other.
+"""Context parallelism: the ranks that share a micro-batch's stream, and their collectives.
 
 Every rank holds a shard of the stream (data/batches/context_shard.py) for embeddings, norms, projections, MLPs and head.
 Attention needs the keys of other ranks, in one of two ways:
@@ -35,7 +35,7 @@ def local_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntAr
 
 
 def host_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
-    """The same in this process's memory, from where a device can fetch them; for any thread."""
+    """The same in host memory, pinned where there is a CUDA device; may run on any thread."""
     micro_batches = [with_own_shard(m) for m in packing.micro_batches(group_ids, parallel_state.get_data_parallel_rank())]
     return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches
 
@@ -53,8 +53,8 @@ def with_own_shard(micro_batch: MicroBatch) -> MicroBatch:
     return with_context_shard(micro_batch, num_shards, parallel_state.get_context_parallel_rank())
 
 
-def is_teller() -> bool:
-    """Whether this rank speaks for those that have the same numbers: the other tensor and context ranks of its replica."""
+def is_first_rank_of_stage() -> bool:
+    """Whether this is the first of the tensor and context ranks of its stage and replica, which all have the same sums."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 
@@ -79,7 +79,7 @@ def stream_of_heads(heads_LHD: Tensor, shard: StreamShard) -> Tensor:
 
 
 def heads_of_stream(heads_THD: Tensor, shard: StreamShard) -> Tensor:
-    """The way back: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
+    """The inverse: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
     num_ranks = parallel_state.get_context_parallel_world_size()
     by_rank_THD = torch.empty_like(heads_THD).index_copy(0, shard.order, heads_THD)
     sent_CLHD = by_rank_THD.unflatten(0, (num_ranks, -1))
@@ -106,7 +106,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """[C, …]: entry c goes to rank c, whose entry for this rank takes its place; its own adjoint."""
+    """[C, …]: entry c is exchanged with rank c's entry for this rank; its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _all_to_all(sent: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """[L, …] of every rank one after the other; on the way back each rank's part is summed over all that read it."""
+    """[L, …] of every rank, concatenated; the gradient of each rank's part is summed over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:

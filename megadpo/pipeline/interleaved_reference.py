@@ -18,7 +18,7 @@ from megadpo.pipeline.operations import (
     num_stages,
     run_schedule,
 )
-from megadpo.pipeline.schedule import REFERENCE, Op, Schedule, forward_only
+from megadpo.pipeline.schedule import REFERENCE, Op, Schedule, all_forwards
 from megadpo.pipeline.simulate import Costs
 
 
@@ -65,7 +65,7 @@ class InterleavedReference:
         """Do now what is left of this step's forwards; collective over the pipeline."""
         current = self._this_step
         size = num_stages(), len(current.micro_batches), len(self.models)
-        whole = forward_only(*size, REFERENCE, num_halves(current.micro_batches))
+        whole = all_forwards(*size, REFERENCE, num_halves(current.micro_batches))
         done = current.done or (0,) * whole.num_stages
         left = tuple(order[start:] for order, start in zip(whole.stages, done, strict=True))
         run_schedule(replace(whole, stages=left), Costs(), current.operations, current.received)

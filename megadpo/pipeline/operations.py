@@ -20,7 +20,7 @@ from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import Products, delay_products
 from megadpo.pipeline import stage_ops
 from megadpo.pipeline.executor import Operations, execute
-from megadpo.pipeline.program import Program, program
+from megadpo.pipeline.program import Program, make_program
 from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGHTS, Op, Schedule
 from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.pipeline.stage_ops import ResponseGradient
@@ -39,7 +39,7 @@ def run_schedule(
 
 @functools.lru_cache(maxsize=64)
 def _program(schedule: Schedule, costs: Costs, stage: int, receives_early: bool) -> Program:
-    return program(simulate(schedule, costs), stage, receives_early)
+    return make_program(simulate(schedule, costs), stage, receives_early)
 
 
 class PolicyOperations:
@@ -59,7 +59,7 @@ class PolicyOperations:
         self.config = get_model_config(models[0])
         self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
         self._prompt_keys: dict[int, PromptKeys] = {}
-        self._of_first_halves: dict[int, Tensor] = {}
+        self._gradients_of_first_halves: dict[int, Tensor] = {}
         self._delayed: dict[int, Products] = {}
         self._unsynced = [contextlib.ExitStack() for _ in models]
         self._hold_back_reductions()
@@ -77,11 +77,11 @@ class PolicyOperations:
         if received is not None:
             received.requires_grad_()
         prompt_keys = self._prompt_keys.setdefault(op.micro_batch, PromptKeys())
-        output = stage_forward(self.models, op, received, self.micro_batches[op.micro_batch], self.watch, prompt_keys)
+        output = run_forward(self.models, op, received, self.micro_batches[op.micro_batch], self.watch, prompt_keys)
         self._kept[op.micro_batch, op.chunk, op.half] = received, output
         if has_head(op, len(self.models)):
             return None
-        # Only its place in the graph is needed here: the memory goes when the message has gone.
+        # Only its place in the autograd graph is needed here; its memory is freed when the message has been sent.
         sent = output.detach()
         deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
         return sent
@@ -103,22 +103,22 @@ class PolicyOperations:
         return None if below is None else below.contiguous()
 
     def _surrogate(self, op: Op, output: Tensor) -> Tensor:
-        """The scalar that goes backward. Halves are brought together for it: when the second one goes backward, which is
-        first, the first one's output still waits."""
+        """The scalar to call backward on. The second half goes backward first: then the loss of both is computed, from its
+        output and the first half's, whose gradient is kept for its own backward."""
         model, micro_batch = self.models[op.chunk], self.micro_batches[op.micro_batch]
         if not micro_batch.halves:
             return stage_ops.surrogate(model, output, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
         if op.half == 0:
-            return (output * self._of_first_halves.pop(op.micro_batch)).sum()
+            return (output * self._gradients_of_first_halves.pop(op.micro_batch)).sum()
         outputs = self._kept[op.micro_batch, op.chunk, 0][1], output
         leaves = [half.detach().requires_grad_() for half in outputs]
-        both = stage_ops.joined(model, leaves, micro_batch)
+        both = stage_ops.join_halves(model, leaves, micro_batch)
         scalar = stage_ops.surrogate(model, both, op.micro_batch, micro_batch, self.response_gradient, self.ld_alpha)
-        self._of_first_halves[op.micro_batch], gradient = torch.autograd.grad(scalar, leaves)
+        self._gradients_of_first_halves[op.micro_batch], gradient = torch.autograd.grad(scalar, leaves)
         return (output * gradient).sum()
 
     def _hold_back_reductions(self) -> None:
-        """As Megatron's schedules: gradients are reduced with, or after, the last backward of a chunk."""
+        """As Megatron's schedules: gradients are reduced over replicas with, or after, the last backward of a chunk."""
         functions = self.config.no_sync_func
         if functions is None:
             return
@@ -127,7 +127,7 @@ class PolicyOperations:
             stack.enter_context(no_sync())
 
     def finish_gradients(self) -> None:
-        """After the last backward: the reductions that were left for the bubble at the end."""
+        """After the last backward: start the reductions that were held back."""
         functions = self.config.grad_sync_func
         for chunk, stack in enumerate(self._unsynced):
             stack.close()
@@ -164,14 +164,14 @@ class ForwardOperations:
         if not is_part:
             self._prompt_keys.pop(op.micro_batch)
         with torch.no_grad():
-            output = stage_forward(self.models, op, received, micro_batch, self.watch, prompt_keys)
+            output = run_forward(self.models, op, received, micro_batch, self.watch, prompt_keys)
             if not has_head(op, len(self.models)):
                 return output
             if is_part:
                 self._outputs[op.micro_batch] = output
                 return None
             if micro_batch.halves:
-                output = stage_ops.joined(self.models[-1], (self._outputs.pop(op.micro_batch), output), micro_batch)
+                output = stage_ops.join_halves(self.models[-1], (self._outputs.pop(op.micro_batch), output), micro_batch)
             self.keep(op.micro_batch, stage_ops.sums_of(self.models[-1], output, micro_batch, self.ld_alpha))
         return None
 
@@ -198,7 +198,7 @@ class CombinedOperations:
         return operations
 
 
-def stage_forward(
+def run_forward(
     models: Sequence[Any],
     op: Op,
     received: Tensor | None,
@@ -206,7 +206,7 @@ def stage_forward(
     watch: RouterWatch | None,
     prompt_keys: PromptKeys,
 ) -> Tensor:
-    """The stage's forward of a micro-batch or of a half of it, by Megatron's function for one."""
+    """A chunk's forward of a micro-batch or of a half of it, by Megatron's function for one forward."""
     stream, number = micro_batch.half(op.half), 2 * op.micro_batch + op.half
 
     def forward(unused: Any, model: Any) -> tuple[Tensor, None]:
@@ -230,12 +230,13 @@ def stage_forward(
 
 
 def has_head(op: Op, num_chunks: int) -> bool:
-    """Whether the operation is on the model's last part."""
+    """Whether the operation is on the chunk that has the head."""
     return parallel_state.is_pipeline_last_stage() and op.chunk == num_chunks - 1
 
 
 def message_like(config: Any, micro_batch: MicroBatch) -> Tensor:
-    """Hidden states, or their gradient, between two stages: this rank's tokens of the stream."""
+    """An empty tensor of the shape [tokens of this rank, 1, hidden] of the hidden states, or their gradients, that go from
+    stage to stage."""
     num_tokens = len(micro_batch.local.tokens_T)
     if config.sequence_parallel:
         num_tokens //= parallel_state.get_tensor_model_parallel_world_size()

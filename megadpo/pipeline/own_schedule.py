@@ -18,7 +18,7 @@ from megadpo.model.moe.load import RouterWatch
 from megadpo.pipeline import fill
 from megadpo.pipeline.interleaved_reference import InterleavedReference
 from megadpo.pipeline.operations import ForwardOperations, PolicyOperations, num_halves, num_stages, run_schedule
-from megadpo.pipeline.schedule import forward_only
+from megadpo.pipeline.schedule import all_forwards
 from megadpo.pipeline.simulate import Costs
 from megadpo.pipeline.stage_ops import ResponseGradient
 
@@ -45,7 +45,7 @@ class OwnSchedule:
         sums: dict[int, Tensor] = {}
         operations = ForwardOperations(models, micro_batches, ld_alpha, sums.__setitem__, watch)
         run_schedule(
-            forward_only(num_stages(), len(micro_batches), len(models), num_halves=num_halves(micro_batches)),
+            all_forwards(num_stages(), len(micro_batches), len(models), num_halves=num_halves(micro_batches)),
             Costs(),
             operations,
         )
@@ -63,9 +63,9 @@ class OwnSchedule:
             models, micro_batches, response_gradient, ld_alpha, watch, self.delays_weight_gradients
         )
         recomputes = get_model_config(models[0]).recompute_granularity == "full"
-        costs = fill.proportions(recomputes, self.delays_weight_gradients)
+        costs = fill.rough_costs(recomputes, self.delays_weight_gradients)
         sizes = num_stages(), len(micro_batches), len(models), num_halves(micro_batches)
-        policy = fill.policy_alone(*sizes, self.delays_weight_gradients)
+        policy = fill.policy_schedule(*sizes, self.delays_weight_gradients)
         if self.reference is None:
             run_schedule(policy, costs, operations)
         else:

@@ -25,7 +25,7 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.files import replacing
-from megadpo.parallel.context import is_teller
+from megadpo.parallel.context import is_first_rank_of_stage
 from megadpo.platform.device import compute_device
 
 SECONDS_BETWEEN_SHARDS = 60.0
@@ -77,7 +77,7 @@ class LogpTable:
         """
         responses = np.unique(self.groups.response_ids_of(numbers))
         values = torch.full((len(responses),), -torch.inf, dtype=torch.float64, device=compute_device())
-        if is_teller():
+        if is_first_rank_of_stage():
             for micro_batch, logps_R in zip(micro_batches, logps, strict=False):
                 assert logps_R is not None
                 places = np.searchsorted(responses, self.groups.response_ids_of(micro_batch.group_ids))

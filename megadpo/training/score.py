@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.model.build import Stage
-from megadpo.parallel.context import is_teller, local_micro_batches
+from megadpo.parallel.context import is_first_rank_of_stage, local_micro_batches
 from megadpo.pipeline.megatron_schedule import MegatronSchedule
 from megadpo.platform.device import compute_device
 
@@ -31,7 +31,7 @@ def response_logps(
         sums = MegatronSchedule().forward_only(stage.models, micro_batches, ld_alpha)
         first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
-        if is_teller():
+        if is_first_rank_of_stage():
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):
                 places_R = torch.from_numpy(packing.groups.response_ids_of(micro_batch.group_ids) - first)
                 logps_R[places_R.to(logps_R.device)] = sums_RS[:, 0]

@@ -196,7 +196,7 @@ def training_loop(run: Run) -> Metrics:
         done = step + 1
         is_last = done == plan.num_steps
         if reference_moves_after(config, step):
-            run.engine.settle()
+            run.engine.wait_for_parameters()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
         if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
@@ -285,9 +285,9 @@ def evaluation(run: Run) -> Metrics:
 
 def reduce_metrics(totals: Tensor, options: ObjectiveConfig, prefix: str = "") -> Metrics:
     """Metrics of the whole world from the sums of last stages, of whose tensor and context ranks one counts."""
-    from megadpo.parallel.context import is_teller
+    from megadpo.parallel.context import is_first_rank_of_stage
 
-    if not is_teller():
+    if not is_first_rank_of_stage():
         totals.zero_()
     dist.all_reduce(totals)
     return collect.reduce(totals, options, prefix)

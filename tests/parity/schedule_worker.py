@@ -102,8 +102,8 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
     return results
 
 
-def put_off(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
-    """Every case under our 1F1B with weight gradients added by one product, and with these put off, the reference before and
+def delayed(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
+    """Every case under our 1F1B with weight gradients added by one product, and with these delayed, the reference before and
     interleaved; and, within 1e-6, the first step's gradients under Megatron's schedule, which autograd adds up."""
     from megadpo.parallel.world import joined_world
 

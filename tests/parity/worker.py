@@ -211,7 +211,7 @@ def _outcome(
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
         as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
         outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
-    states = [state for shards in engine.shards for state in shards.optimizer.state.values()]
+    states = [state for part in engine.optimizers for state in part.optimizer.state.values()]
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved

@@ -45,13 +45,13 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
     theirs = run_world(2, train_run, settings("theirs", {}))[0]
     run_world(2, train_run, settings("ours", INTERLEAVED), 3)
     runs = [settings("ours", INTERLEAVED), settings("apart", INTERLEAVED | {"split_pairs": True})]
-    runs.append(settings("put_off", INTERLEAVED | {"zero_bubble": True}))
-    ours, apart, put_off = run_world(2, train_each, runs)[0]
+    runs.append(settings("delayed", INTERLEAVED | {"zero_bubble": True}))
+    ours, apart, delayed = run_world(2, train_each, runs)[0]
     assert ours == theirs and "eval_loss" in ours[1] and ours[0]["rewards/margins"] == 0.0
     weights, others = exported_weights(tmp_path / "ours"), exported_weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
-    assert apart[0]["rewards/margins"] == put_off[0]["rewards/margins"] == 0.0
-    for record, whole in zip((*apart, *put_off), (*theirs, *theirs), strict=True):
+    assert apart[0]["rewards/margins"] == delayed[0]["rewards/margins"] == 0.0
+    for record, whole in zip((*apart, *delayed), (*theirs, *theirs), strict=True):
         assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
 
 

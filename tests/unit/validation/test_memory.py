@@ -65,7 +65,7 @@ def test_deepspeed_has_no_sum_that_a_product_could_add_to(fusion):
         load_config({}, ["parallel.engine=deepspeed", f"parallel.gradient_accumulation_fusion={fusion}"])
 
 
-def test_products_that_are_put_off_are_products_that_add_up():
+def test_delayed_products_are_products_that_add_up():
     overrides = ["schedule={name: 1f1b, zero_bubble: true}", "parallel.pipeline=2"]
     with pytest.raises(UserError, match=r"^parallel\.gradient_accumulation_fusion is false, but schedule\.zero_bubble"):
         load_config({}, [*overrides, "parallel.gradient_accumulation_fusion=false"])

@@ -9,9 +9,10 @@ import pytest
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle, zero_worker
+from tests.parity import zero_worker
 from tests.parity.worker import Case, outcomes
 
 NUM_LAYERS = 8

@@ -8,9 +8,9 @@ import torch
 
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import material_of_every_kind, trained_outcomes
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
 

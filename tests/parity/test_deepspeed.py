@@ -15,10 +15,10 @@ from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
 from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
 from megadpo.validation.load import load_config
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.zero_worker import Case, Outcome, outcomes
 
 pytest.importorskip("deepspeed")

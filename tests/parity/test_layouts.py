@@ -10,9 +10,9 @@ import torch
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import trained_outcomes
 from tests.parity.worker import Case, outcomes
 

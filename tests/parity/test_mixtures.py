@@ -11,9 +11,9 @@ from transformers import MixtralConfig
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes, outcomes_of_objectives
 
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False)]}

@@ -9,8 +9,8 @@ import torch
 
 from megadpo.objectives.specs import SPECS
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import material_of_every_kind
 from tests.parity.worker import Case, outcomes_of_objectives
 

@@ -9,10 +9,10 @@ import torch
 
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.marks import all_but_the_first_slow
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, outcomes
 
 SMALL = 90

@@ -9,10 +9,10 @@ import torch
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
 
 pytestmark = pytest.mark.slow

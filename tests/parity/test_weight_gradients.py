@@ -12,9 +12,9 @@ import torch
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
 NUM_LAYERS = 2

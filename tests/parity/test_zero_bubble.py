@@ -8,8 +8,8 @@ from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
+from tests.parity.bit_for_bit import check
 from tests.parity.schedule_worker import Case, delayed
-from tests.parity.test_executor import check
 
 CASES = {
     2: [

@@ -10,10 +10,10 @@ import torch
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
+from tests.helpers import oracle
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import oracle
 from tests.helpers.models import groups_of_file, hh_rows, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, log_probs, read_metrics, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 
 
 @pytest.fixture(scope="module")

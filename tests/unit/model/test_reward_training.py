@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from megadpo.checkpoint.convert import export_checkpoint
+from tests.helpers.checkpoints import assert_same, load_reward_model, tensors_of
 from tests.helpers.models import groups_of_file, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.unit.checkpoint.test_reward_model import load
-from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +55,7 @@ def test_what_is_exported_gives_in_transformers_the_rewards_that_training_saw(
 ) -> None:
     exported = alone[1] / "hf"
     (first, *_) = run_world(1, train_run, settings_of(files, tmp_path / "on", model={"path": str(exported)}))[0]
-    model = load(exported)
+    model = load_reward_model(exported)
     with torch.no_grad():
         rewards = torch.tensor(
             [
@@ -84,7 +83,7 @@ def test_the_layout_changes_nothing(
     for name, tensor in tensors_of(tmp_path / "run" / "hf").items():
         expected = tensors_of(alone[1] / "hf")[name]
         assert (tensor - expected).norm() < 1e-3 * expected.norm(), name
-    load(tmp_path / "run" / "hf")
+    load_reward_model(tmp_path / "run" / "hf")
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
@@ -102,6 +101,6 @@ def test_a_checkpoint_of_the_run_exports_to_what_the_run_exported(
 ) -> None:
     export_checkpoint(alone[1] / "checkpoints" / "step_00000006", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(alone[1] / "hf"))
-    assert load(tmp_path / "hf").config.to_diff_dict() | {"_name_or_path": None} == (
-        load(alone[1] / "hf").config.to_diff_dict() | {"_name_or_path": None}
+    assert load_reward_model(tmp_path / "hf").config.to_diff_dict() | {"_name_or_path": None} == (
+        load_reward_model(alone[1] / "hf").config.to_diff_dict() | {"_name_or_path": None}
     )

@@ -1,4 +1,4 @@
-"""Step time against TRL's DPOTrainer on the same pairs: ``python -m benchmarks.against_trl [--json FILE]``.
+"""Seconds of a step against TRL's DPOTrainer on the same pairs, live reference.
 
 TRL runs its own training loop (`trainer.train()`, its own step, optimizer and clipping); between two of its steps the same
 pairs go through `megadpo.training.trainer.training_step`. Both hold a live reference, fp32, the same weights at the start.
@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, median_ratio, print_table, write_json
+from benchmarks.common import MIXES, add_shared, median_ratio, print_table
 from benchmarks.flop import product_peak, useful_flop
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    import torch
-
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.runs import prepared_plan
 
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.against_trl " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as directory:
         plan, report["model"] = prepared_plan(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity, max_length=1024
@@ -39,29 +32,19 @@ def main() -> None:
             _mix(plan, report["model"]["body_parameters"], mix, options, Path(directory)) for mix in options.mixes
         ]
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, mixes=MIXES, rounds=3, warm_up=1, pairs=8, capacity=4096, vocabulary=8192, tiny=False)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each arm and batch size")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of each arm before that")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
-    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch of megadpo's")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
-    return parser.parse_args()
 
 
 def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Both arms on one mix of lengths, for each of TRL's batch sizes."""
     from benchmarks.runs import plan_on
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     groups = pairs_of_mix(plan, mix, options.rounds + options.warm_up, options.pairs, options.tiny)
     own_plan = plan_on(plan, groups)
@@ -190,7 +173,6 @@ def trl_trainer(
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     rows = []
     for mix in report["mixes"]:
         best = mix["by_batch_size"][mix["best_batch_size"]]
@@ -216,7 +198,3 @@ def _print(report: dict[str, Any]) -> None:
         ],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The way of the data, from rows to micro-batches: ``python -m benchmarks.data [--json FILE]``.
+"""The way of the data, from rows to micro-batches: tokenising, packing, balance, waiting.
 
 * Tokenising: the whole of it (rows read, recognised, tokenised, cut at the boundary, put into the store's arrays) against
   the tokenizer's own batch call on the same texts, both on one thread, in turns; as text, and as conversations (against
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, median_ratio, print_table, write_json
+from benchmarks.common import add_shared, median_ratio, print_table
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -27,15 +26,9 @@ CHATML = (
 )
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    import torch
-
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.material import preference_file
 
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.data " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         report["data"] = preference_file(directory)[1]
@@ -46,23 +39,17 @@ def main() -> None:
         report["balance"] = [line for what, store in stores.items() for line in _balance(what, store, options)]
         report["waiting"] = _waiting(directory, options)
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each comparison")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=7, vocabulary=8192, tiny=False)
     parser.add_argument("--rows", type=int, help="tokenise so many rows only")
     parser.add_argument("--groups", type=int, default=1_000_000, help="groups packed at once")
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the epoch that is made into micro-batches")
     parser.add_argument("--pairs-per-step", type=int, default=64)
     parser.add_argument("--capacities", type=int, nargs="+", default=[8192, 16384], help="tokens a micro-batch")
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -318,7 +305,8 @@ def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds that steps of the trainer wait for their data."""
     from benchmarks.runs import prepared_plan
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     plan, _ = prepared_plan(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
     waited: dict[str, list[float]] = {"made ahead": [], "made in the step": []}
@@ -339,7 +327,7 @@ def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(f"{report['data']}; {report['machine']}")
+    print(report["data"])
     print_table(
         "Tokenising on one thread: rows a second, median ratio of speeds",
         ["rows", "count", "tokenizer's batch call", "megadpo", "ratio"],
@@ -393,7 +381,3 @@ def _print(report: dict[str, Any]) -> None:
         ["data", "median wait", "longest wait", "median step"],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

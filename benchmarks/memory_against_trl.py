@@ -1,4 +1,4 @@
-"""Peak memory of training against TRL's DPOTrainer: ``python -m benchmarks.memory_against_trl [--json FILE]``.
+"""Peak memory of training against TRL's DPOTrainer.
 
 Each arm trains some steps in a process of its own, with a live reference in fp32, on the same pairs. "Extra" is the peak
 resident set above what the imports and the two models' weights take: activations, logits, gradients, optimizer states.
@@ -16,37 +16,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, print_table, write_json
+from benchmarks.common import MIXES, add_shared, print_table
 
 MIB = 2**20
 
 
-def main() -> None:
-    options = _options()
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.arm:
         print(json.dumps(_measure(options)))
         return
-    report: dict[str, Any] = {"command": "python -m benchmarks.memory_against_trl " + " ".join(sys.argv[1:])}
-    report["machine"] = machine(options.threads)
     report["mixes"] = [_mix(mix, options) for mix in options.mixes]
     _print(report, options)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, mixes=MIXES, pairs=8, vocabulary=8192, tiny=False)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
     parser.add_argument("--steps", type=int, default=2, help="the first has no optimizer states yet")
     parser.add_argument("--capacities", type=int, nargs="+", default=[2048, 4096], help="tokens of our micro-batches")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
     parser.add_argument("--arm", choices=["megadpo", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def _mix(mix: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +48,7 @@ def _mix(mix: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _arm(arm: str, size: int, mix: str, options: argparse.Namespace) -> dict[str, float]:
     sizes = {name: getattr(options, name) for name in ("pairs", "steps", "vocabulary", "threads")}
-    command = [sys.executable, "-m", "benchmarks.memory_against_trl", "--arm", arm, "--size", str(size), "--mixes", mix]
+    command = [sys.executable, "-m", "benchmarks", "memory_against_trl", "--arm", arm, "--size", str(size), "--mixes", mix]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))] + ["--tiny"] * options.tiny
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +87,8 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
 def _train(plan: Any, num_steps: int) -> None:
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
     with joined_world(plan.layout, plan.config.train.seed):
         run = build(plan, Callbacks())
@@ -115,7 +105,6 @@ def _resident_bytes() -> int:
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
-    print(report["machine"])
     for mix in report["mixes"]:
         rows = [
             [arm, f"{size} {unit}", point["extra_mib"]]
@@ -128,7 +117,3 @@ def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
             ["arm", "micro-batch", "extra MiB"],
             rows,
         )
-
-
-if __name__ == "__main__":
-    main()

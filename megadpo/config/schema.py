@@ -183,8 +183,8 @@ class ParallelConfig:
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
     overlap: bool | None = None
-    """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
-    on CUDA."""
+    """With `engine: megatron`: overlap summing gradients and gathering updated parameters over data-parallel ranks with
+    computation; null = on CUDA."""
     gradient_accumulation_fusion: bool | None = None
     """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
     extension where that is installed, else by torch) instead of one by one; null = on CUDA, and with
@@ -196,7 +196,7 @@ class ParallelConfig:
 @dataclass
 class PipelineScheduleConfig:
     name: str = "megatron"
-    """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
+    """Which schedule runs micro-batches through the pipeline's stages: `megatron`'s, or our own `1f1b` (over the chunks of
     `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
     reference: str = "before"
     """When a resident reference runs: `before` the policy, or `interleaved` (with `name: 1f1b`): its forwards fill the

@@ -1,4 +1,4 @@
-"""What an objective and the metrics know of the responses of a micro-batch: a few numbers a response, no tokens.
+"""Statistics of the responses of a micro-batch, a few numbers each: all that objectives and metrics read of it.
 
 Legend of the axis suffixes: R = the responses of all groups at hand, G = those groups, P = preference pairs.
 """

@@ -87,9 +87,22 @@ class Responses:
         """Mean log-prob of every response's scored completion tokens."""
         return self.statistics.token_logps_R / self.statistics.num_tokens_R.clamp(min=1)
 
+    def of_units(self, values_R: Tensor) -> Tensor:
+        """[U]: the values of each unit's first response."""
+        return values_R[self.statistics.first_G]
+
     def per_token(self, values_R: Tensor) -> Tensor:
         """Values divided by the number of completion tokens."""
         return values_R / self.statistics.num_completion_tokens_R.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Answers(Responses):
+    """Labelled answers, each of which is a unit by itself."""
+
+    def of_units(self, values_R: Tensor) -> Tensor:
+        """The values themselves."""
+        return values_R
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def stage_forward(
         watch: told what the routers of a mixture of experts do.
         prompt_keys: where the two halves of a micro-batch share the prompts' keys and values.
     """
-    stage, held = _unwrapped(model), micro_batch.local
+    stage, local = _unwrapped(model), micro_batch.local
     stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
     with stage.output_layer.reading(micro_batch) if stage.post_process else contextlib.nullcontext():
-        return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)
+        return model(local.tokens_T[None], local.positions_T[None], None, packed_seq_params=stream)

@@ -36,20 +36,20 @@ class LogpTable:
 
     Args:
         path: of the whole cache.
-        say: tells the user a sentence.
+        log: shows the user a line.
 
     Attributes:
         logps_R: float64, of every response of `groups`; nan where it is not known.
         num_unknown: of them.
     """
 
-    def __init__(self, path: Path, groups: GroupStore, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, groups: GroupStore, log: Callable[[str], None]) -> None:
         """Reads what is on disk; collective. Rank 0 reads and writes, the values reach the others over the process group.
 
         Raises:
             UserError: a file of the cache is damaged.
         """
-        self.path, self.groups, self._say = path, groups, say
+        self.path, self.groups, self._log = path, groups, log
         found_R = _read_all(path, groups.num_responses) if dist.get_rank() == 0 else np.zeros(groups.num_responses)
         shared = torch.from_numpy(found_R).to(compute_device())
         dist.broadcast(shared, 0)
@@ -64,18 +64,18 @@ class LogpTable:
         """Whether every response is known."""
         return self.num_unknown == 0
 
-    def knows(self, numbers: IntArray) -> bool:
-        """Whether all responses of the groups `numbers` are known."""
-        return not np.isnan(self.logps_R[self.groups.response_ids_of(numbers)]).any()
+    def knows(self, group_ids: IntArray) -> bool:
+        """Whether all responses of the groups `group_ids` are known."""
+        return not np.isnan(self.logps_R[self.groups.response_ids_of(group_ids)]).any()
 
-    def add(self, numbers: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
-        """Take in what was computed of a global batch of the groups `numbers`; collective.
+    def add(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
+        """Take in what was computed of a global batch of the groups `group_ids`; collective.
 
         Args:
             micro_batches: this replica's.
             logps: [R] of each of them, on last stages; elsewhere it may be empty.
         """
-        responses = np.unique(self.groups.response_ids_of(numbers))
+        responses = np.unique(self.groups.response_ids_of(group_ids))
         values = torch.full((len(responses),), -torch.inf, dtype=torch.float64, device=compute_device())
         if is_first_rank_of_stage():
             for micro_batch, logps_R in zip(micro_batches, logps, strict=False):
@@ -106,7 +106,7 @@ class LogpTable:
             self._num_shards += 1
         except OSError as error:
             # The run does not need it: another run, or this one when it is resumed, would compute it again.
-            self._say(f"warning: the reference cache {self.path} cannot be written ({error}); going on without")
+            self._log(f"warning: the reference cache {self.path} cannot be written ({error}); going on without")
 
 
 def parts_of(path: Path) -> Path:

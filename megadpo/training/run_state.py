@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,14 +35,13 @@ from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
-
-if TYPE_CHECKING:
-    from megadpo.training.trainer import Run
+from megadpo.training.console import log
+from megadpo.training.run import Run
 
 
 def save(run: Run, step: int) -> Path:
     """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
-    run.references.write()  # a resumed run finds what this one has seen of it
+    run.references.train.write()  # a resumed run finds what this one has seen of it
     plan, root = run.plan, run.plan.output_dir / "checkpoints"
     directory = step_directory(root, step)
     if dist.get_rank() == 0:
@@ -83,7 +82,7 @@ def save(run: Run, step: int) -> Path:
 
 def _last_stage_delta(run: Run) -> list[float]:
     """BCO's running mean as [sum, count], of the last stage, which alone sees rewards; on every rank."""
-    delta = torch.tensor([run.delta.total, run.delta.count], dtype=torch.float64, device=compute_device())
+    delta = torch.tensor([run.running_mean.total, run.running_mean.count], dtype=torch.float64, device=compute_device())
     dist.broadcast(delta, dist.get_world_size() - 1)  # Megatron numbers ranks stage by stage
     return delta.tolist()
 
@@ -95,8 +94,8 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
         if is_first_replica(parameter):
             yield kind, shard, tensor
     if run.plan.config.reference.sync_every:
-        assert run.references.stage is not None
-        for parameter, shard in run.references.stage.parameters.values():
+        assert run.references.train.stage is not None
+        for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
                 yield "reference", shard, values
@@ -113,7 +112,7 @@ def resume(run: Run) -> int:
     state = checkpoint.state
     step = int(state["step"])
     if state["num_steps"] != run.plan.num_steps:
-        run.say(
+        log(
             f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.plan.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
@@ -127,11 +126,11 @@ def resume(run: Run) -> int:
 
     run.engine.load_state(read, step)
     if run.plan.config.reference.sync_every:
-        assert run.references.stage is not None
-        load_weights(run.references.stage, checkpoint.source("reference"))
+        assert run.references.train.stage is not None
+        load_weights(run.references.train.stage, checkpoint.source("reference"))
     run.num_tokens_seen = int(state["num_tokens"])
     total, count = state.get("delta", (0.0, 0))
-    run.delta = RunningMean(float(total), int(count))
+    run.running_mean = RunningMean(float(total), int(count))
     run.metrics = dict(state["metrics"])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     return step
@@ -185,8 +184,8 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
 
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
-        numbers = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.plan.policy.shape, layout, *numbers)}
+        ranks = (tensor_rank, expert_rank, expert_tensor_rank)
+        return {shard.name: shard for shard in stage_shards(run.plan.policy.shape, layout, *ranks)}
 
     for name, values in run.engine.parameters():
         parameter, shard = stage.parameters[name]
@@ -210,5 +209,5 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
             dist.gather(values.contiguous(), tensors or None, group_dst=0, group=group)
         if _is_writer():
             for first, ranks in zip(range(0, len(tensors), count), holders, strict=True):
-                shards = [shards_of(*numbers)[held] for held, numbers in ranks]
+                shards = [shards_of(*holder)[held] for held, holder in ranks]
                 yield from join_tensor_ranks(list(zip(shards, tensors[first : first + count], strict=True)))

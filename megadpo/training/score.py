@@ -21,15 +21,15 @@ GROUPS_AT_ONCE = 1024
 def response_logps(
     stage: Stage, packing: PackedDataset, ld_alpha: float | None = None
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Sequence log-probs of all groups, lot by lot, on every rank: (group numbers, float64 of each of their responses)."""
+    """Sequence log-probs of all groups, lot by lot, on every rank: (group ids, float64 of each of their responses)."""
     for model in stage.models:
         model.eval()
     num_groups = len(packing.groups)
     for start in range(0, num_groups, GROUPS_AT_ONCE):
-        numbers = range(start, min(start + GROUPS_AT_ONCE, num_groups))
-        micro_batches = local_micro_batches(packing, list(numbers))
+        group_ids = range(start, min(start + GROUPS_AT_ONCE, num_groups))
+        micro_batches = local_micro_batches(packing, list(group_ids))
         sums = MegatronSchedule().forward_only(stage.models, micro_batches, ld_alpha)
-        first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
+        first, end = packing.groups.response_offsets_G[[group_ids.start, group_ids.stop]]
         logps_R = torch.zeros(end - first, dtype=torch.float64, device=compute_device())
         if is_first_rank_of_stage():
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):
@@ -37,4 +37,4 @@ def response_logps(
                 logps_R[places_R.to(logps_R.device)] = sums_RS[:, 0]
         # One rank of each replica brings each value; the others add zeros.
         dist.all_reduce(logps_R)
-        yield numbers, logps_R.cpu().numpy()
+        yield group_ids, logps_R.cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,16 @@ from megadpo.model.families import TensorSource, check_tensors, shape_of
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.custom import load_custom
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir
-from megadpo.validation import memory as memory_options
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
-from megadpo.validation.deepspeed import check_machine
+from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
+from megadpo.validation.memory import check_memory_machine, check_recompute_layers
 from megadpo.validation.model import check_experts, check_same_vocabulary
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class RunSetup:
     output_dir: Path
     resume: Path | None
 
+    @cached_property
+    def objective(self) -> Objective:
+        """What is trained for, from `config.objective`."""
+        return Objective.of(self.config.objective)
+
 
 def prepare(config: Config) -> RunSetup:
     """Check everything and make the data ready, before any process group exists.
@@ -126,8 +133,8 @@ def _check_surroundings(config: Config) -> None:
     """What the options name outside of models and data is here: a loss function, packages, devices, directories."""
     if config.objective.module is not None:
         load_custom(config.objective.module)
-    check_machine(config.parallel, resolve_dtype(config.model.dtype))
-    memory_options.check_machine(config)
+    check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
+    check_memory_machine(config)
 
 
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
@@ -142,7 +149,7 @@ def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles
         check_modules(config, reference.shape)
     check_layout(layout, policy.shape, config.train.pairs_per_step)
     check_modules(config, policy.shape)
-    memory_options.check_layers(config.train, layout, policy.shape.num_layers)
+    check_recompute_layers(config.train, layout, policy.shape.num_layers)
     check_experts(config, policy.shape)
     return policy, reference
 

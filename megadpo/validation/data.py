@@ -1,4 +1,4 @@
-"""What options ask of the data of a run: refused here, once its groups are tokenised and counted."""
+"""Options that do not fit the data of a run: refused here, once its groups are tokenised and counted."""
 
 from __future__ import annotations
 

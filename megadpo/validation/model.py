@@ -1,4 +1,4 @@
-"""What options ask of the models of a run: refused here, once the models' configurations are read."""
+"""Options that do not fit the models of a run: refused here, once the models' configurations are read."""
 
 from __future__ import annotations
 

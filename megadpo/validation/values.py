@@ -11,9 +11,9 @@ from megadpo.config import strict
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
-from megadpo.validation import memory as memory_options
 from megadpo.validation.combinations import check_combinations
-from megadpo.validation.deepspeed import check_options
+from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.memory import check_memory_options
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig
@@ -110,8 +110,8 @@ def validate(config: Config) -> None:
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
-    check_options(config)
-    memory_options.check_options(config)
+    check_deepspeed_options(config)
+    check_memory_options(config)
     check_combinations(config)
 
 

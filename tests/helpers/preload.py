@@ -16,6 +16,7 @@ prepare_megatron()
 # What every rank of a run imports, one by one.
 for name in (
     "megadpo.training.trainer",
+    "megadpo.training.step",
     "megadpo.training.setup",
     "megadpo.training.logprobs",
     "megadpo.engine.megatron",

@@ -46,7 +46,7 @@ class _Interrupted(Exception):
 def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
     """Train as a user does; every metrics line but the clock's. The run breaks off after step `stop_after`, as if killed."""
     import megadpo
-    from megadpo.training.trainer import Callbacks
+    from megadpo.training.run import Callbacks
 
     def stop(step: int, metrics: dict[str, float]) -> None:
         if step == stop_after:

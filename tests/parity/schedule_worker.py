@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -225,12 +226,11 @@ def _steps(
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.terms import normalisers_of
-    from megadpo.parallel.context import local_micro_batches
-    from megadpo.pipeline.interleaved_reference import InterleavedReference
+    from megadpo.objectives.objective import Objective
     from megadpo.pipeline.select import pipeline_schedule
-    from megadpo.training.global_batch import global_batch, response_gradient
-    from megadpo.training.reference import References, resident
+    from megadpo.training.global_batch import pack_global_batch
+    from megadpo.training.reference import References, ResidentInterleavedReference, ResidentReference
+    from megadpo.training.step import optimizer_step
 
     layout, hf_config = case.layout, read_hf_config(model)
     packing = PackedDataset.of(
@@ -249,10 +249,10 @@ def _steps(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
     )
     frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
-    interleaved = None
-    if schedule.reference == "interleaved":
-        interleaved = InterleavedReference(frozen.models, case.objective.ld_alpha)
-    passes = pipeline_schedule(schedule, interleaved)
+    objective = Objective.of(case.objective)
+    kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
+    references = References(kind(frozen, objective.ld_alpha, schedule), None)
+    passes = pipeline_schedule(schedule, references.train.interleaved)
     engine: Any
     if case.zero_stage is None:
         stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
@@ -264,31 +264,23 @@ def _steps(
         engine = zero_worker.make_engine(built, hf_config, open_hf(model))
         engine.schedule = passes
     engine.stage.train()
-    run_reference = resident(frozen, case.objective.ld_alpha, schedule)
-    references = References(run_reference, None, frozen)
-    steps, delta = Steps(), RunningMean()
-    lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
-    for step, numbers in enumerate(lots):
-        normalisers = normalisers_of(packing.groups, numbers)
-        batch = global_batch(
-            engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, interleaved=interleaved
-        )
-        moves = case.moves and step == MOVES_AFTER
-        if interleaved is not None and step + 1 < NUM_STEPS and not moves:
-            interleaved.run_ahead(local_micro_batches(packing, lots[step + 1]))
-        gradient_of, found = response_gradient(batch, engine), {}
+    steps, running_mean = Steps(), RunningMean()
+    batches = [pack_global_batch(packing, lot, objective) for lot in np.array_split(np.arange(len(groups)), NUM_STEPS)]
 
-        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
-            found[number] = sums_RS[:, 0]
-            return gradient_of(number, sums_RS)
-
-        engine.forward_backward(batch.micro_batches, noted, case.objective.ld_alpha)
-        engine.finish_gradients()
+    def keep_gradients() -> None:
         steps.gradients.append({name: tensor.clone() for name, tensor in engine.gradients()})
-        steps.totals.append(batch.totals)
-        steps.policy_logps.append(list(found.values()))
-        steps.reference_logps.append([batch.reference_logps[number] for number in found])
-        steps.norms.append(engine.step(case.learning_rate))
+
+    for step, batch in enumerate(batches):
+        moves = case.moves and step == MOVES_AFTER
+        following = None if moves or step + 1 == NUM_STEPS else functools.partial(batches.__getitem__, step + 1)
+        result = optimizer_step(
+            engine, references.train, batch, objective, running_mean, case.learning_rate, following, keep_gradients
+        )
+        running_mean = result.running_mean
+        steps.totals.append(result.metric_sums)
+        steps.policy_logps.append([sums_RS[:, 0] for sums_RS in result.response_sums])
+        steps.reference_logps.append(result.reference_logps[: len(result.response_sums)])
+        steps.norms.append(result.grad_norm)
         if moves:
             references.move(engine.stage, 0.5)
     return steps

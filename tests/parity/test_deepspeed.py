@@ -13,7 +13,7 @@ import torch
 from benchmarks.zero_memory import formula
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
-from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
+from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_deepspeed_machine, engine_config
 from megadpo.validation.load import load_config
 from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
@@ -334,12 +334,12 @@ def test_without_the_package_or_a_directory_to_write_the_machine_is_refused(tmp_
     (tmp_path / "file").touch()
     nvme = parallel(zero_stage=3, offload="nvme", offload_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"offload_dir: .* cannot be made: Not a directory"):
-        check_machine(nvme, torch.float32)
+        check_deepspeed_machine(nvme, torch.float32)
     with pytest.raises(UserError, match="no fp32 master weights"):
-        check_machine(parallel(zero_stage=0), torch.bfloat16)
+        check_deepspeed_machine(parallel(zero_stage=0), torch.bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the package deepspeed is not installed; install it \(pip install deepspeed;"):
-        check_machine(parallel(), torch.float32)
+        check_deepspeed_machine(parallel(), torch.float32)
 
 
 def test_a_users_json_is_joined_with_ours(tmp_path):

@@ -69,13 +69,14 @@ def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding
 def _watch(settings: dict[str, Any]) -> list[bool]:
     """After every step, whether the reference's stage is alive."""
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
 
     plan, alive = prepare(load_config(settings)), []
     with joined_world(plan.layout, 1):
         run = build(plan, Callbacks())
-        model = weakref.ref(run.references.stage.model)
+        model = weakref.ref(run.references.train.stage.model)
         for step in range(plan.num_steps):
             training_step(run, step)
             alive.append(model() is not None)

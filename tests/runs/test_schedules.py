@@ -74,7 +74,7 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
     ("overrides", "message"),
     [
         (SPLIT[:2], "without pipeline stages there is no bubble to shorten; set it to false"),
-        (["schedule.split_pairs=true"], "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
+        (["schedule.split_pairs=true"], "Megatron's schedules run whole micro-batches; set schedule.name to 1f1b"),
         (
             [*SPLIT, "objective.loss_type=plackett_luce"],
             "schedule.split_pairs is true, but it sends the two answers of pairs",

@@ -73,7 +73,7 @@ def _train_with_datasets(settings: dict[str, Any], rows: list[dict[str, str]]) -
     from datasets import Dataset
 
     import megadpo
-    from megadpo.training.trainer import Callbacks
+    from megadpo.training.run import Callbacks
 
     heard: list[str] = []
     settings["data"]["train"] = Dataset.from_list(rows)

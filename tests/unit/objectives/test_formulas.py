@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from megadpo.config.schema import ObjectiveConfig
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import kind_of
 from megadpo.objectives.statistics import ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import random_statistics
+from tests.unit.objectives.conftest import evaluate, random_statistics
 
 BETA, KL, DELTA = 0.3, 1.7, 0.4
 SIZES = {"pairs": 2, "lists": 4, "labels": 1, "examples": 1}

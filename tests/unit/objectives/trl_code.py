@@ -21,10 +21,10 @@ from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, scores_prompt
 from megadpo.objectives.statistics import DIFFERENTIABLE, RESPONSE_SUMS, response_statistics, response_sums
 from megadpo.objectives.terms import normalisers_of
+from tests.unit.objectives.conftest import evaluate
 
 TRAINERS = {
     "DPO": ("trl", "DPOTrainer"),

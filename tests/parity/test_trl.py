@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.marks import all_but_the_first_slow
-from tests.helpers.models import save_model
+from tests.helpers.models import save_model, save_reward_model
 from tests.parity.trl_runs import (
     KTO_METRICS,
     LABELS_MAX_LENGTH,
@@ -18,7 +18,6 @@ from tests.parity.trl_runs import (
     our_history,
     trl_history,
 )
-from tests.unit.model.reward_worker import save_reward_model
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 FREE = {"reference": {"mode": "none"}, "metrics": PAIR_METRICS}

@@ -22,8 +22,7 @@ from megadpo.model.families import check_tensors, head_of, logical_shapes, shape
 from megadpo.model.weights import fill_shard
 from tests.helpers.checkpoints import assert_same, load_reward_model, tensors_of
 from tests.helpers.families import WIDE, DictSource
-from tests.helpers.models import hh_rows, save_model, save_tokenizer
-from tests.unit.model.reward_worker import save_reward_model
+from tests.helpers.models import hh_rows, save_model, save_reward_model, save_tokenizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -176,3 +176,23 @@ def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None, r
         return [
             replace(g, prompts=tuple(map(np.array, g.prompts)), responses=tuple(map(np.array, g.responses))) for g in store
         ]
+
+
+def save_reward_model(directory: Path, family: str = "llama", tokenizer: bool = True, **changes: Any) -> Path:
+    """A random ...ForSequenceClassification with one label, as transformers saves it; its padding token is `</s>`."""
+    import transformers
+
+    language_model = save_model(directory / "language-model", family, tokenizer=False, **changes)
+    config = transformers.AutoConfig.from_pretrained(language_model, num_labels=1)
+    config.pad_token_id = changes.get("pad_token_id", config.eos_token_id)
+    torch.manual_seed(1)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        language_model, config=config, output_loading_info=True
+    )
+    assert list(report["missing_keys"]) == ["score.weight"]
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(directory)
+    if tokenizer:
+        save_tokenizer(directory)
+    return directory

@@ -9,9 +9,10 @@ import pytest
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle, zero_worker
+from tests.parity import zero_worker
 from tests.parity.worker import Case, outcomes
 
 NUM_LAYERS = 8
@@ -47,6 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("num_processes", CASES)
+@pytest.mark.slow
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
     def case(layout: Layout, schedule: PipelineScheduleConfig, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way

@@ -9,9 +9,10 @@ import torch
 
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
+from tests.helpers.marks import all_but_the_first_slow
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, outcomes
 
 SMALL = 90
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("which", CASES)
+@pytest.mark.parametrize("which", all_but_the_first_slow(CASES))
 def test_weights_after_three_steps_are_the_same(which, tmp_path):
     changes, cases = CASES[which]
     policy = save_model(tmp_path / "policy", **{"family": "qwen3", **changes}, tokenizer=False)

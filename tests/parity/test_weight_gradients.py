@@ -12,9 +12,9 @@ import torch
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
 NUM_LAYERS = 2
@@ -59,6 +59,7 @@ def assert_same(cases: Sequence[Case], found: Sequence[Outcome]) -> None:
 
 
 @pytest.mark.parametrize("num_processes", LAYOUTS)
+@pytest.mark.slow
 def test_gradients_are_the_same_in_every_layout(files, num_processes, tmp_path):
     away = Activations(offload="disk", offload_dir=tmp_path, offload_window_mib=0)
     ways = [Case(layout, tokens_per_micro_batch=SMALL) for layout in LAYOUTS[num_processes]]

@@ -8,8 +8,8 @@ from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
+from tests.parity.bit_for_bit import check
 from tests.parity.schedule_worker import Case, delayed
-from tests.parity.test_executor import check
 
 CASES = {
     2: [
@@ -27,11 +27,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("size", CASES)
+@pytest.mark.slow
 def test_gradients_are_those_of_1f1b_bit_for_bit(tmp_path, size):
     policy = save_model(tmp_path / "policy", num_hidden_layers=4, tie_word_embeddings=True, tokenizer=False)
     check(run_world(size, delayed, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
 
 
+@pytest.mark.slow
 def test_experts_and_biases_too(tmp_path):
     for family, case in (
         ("mixtral", Case(Layout(pipeline=2), router_aux_coef=0.01)),

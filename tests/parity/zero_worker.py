@@ -34,7 +34,7 @@ class Case:
 
     layout: Layout
     zero_stage: int | None = None
-    tokens_per_micro_batch: int = 90
+    tokens_per_micro_batch: int = 160
     recompute: str = "none"
     offload: str = "none"
     offload_dir: str | None = None
@@ -175,28 +175,3 @@ def frozen(case: Case, hf_config: Any, source: Any) -> Any:
 
         return frozen_sharded_stage(shape_of(hf_config), source, case.layout, case.dtype, case.parallel)
     return frozen_stage(shape_of(hf_config), case.layout, case.dtype, source)
-
-
-def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
-    """Train as a user does; every metrics line but the clock's. The run breaks off after step `stop_after`, as if killed."""
-    import json
-
-    import megadpo
-    from megadpo.training.run import Callbacks
-
-    class Interrupted(Exception):
-        pass
-
-    def stop(step: int, metrics: dict[str, float]) -> None:
-        if step == stop_after:
-            raise Interrupted
-
-    try:
-        megadpo.train(settings, Callbacks(on_step_end=stop))
-    except Exception as error:
-        # The other ranks notice only that rank 0 has gone.
-        if stop_after is None or not (isinstance(error, Interrupted) or "onnect" in str(error)):
-            raise
-    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
-    return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def _report(tool: str, directory: Path, *options: str) -> dict:
@@ -81,6 +82,7 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
         assert point["pairs_over_mean"] < 1.05
 
 
+@pytest.mark.alone
 def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
     sizes = ("--micro-batches", "4", "--steps", "3", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
     seconds = ("--forward", "0.005", "--backward", "0.01", "--reference", "0.005")

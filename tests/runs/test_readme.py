@@ -80,6 +80,7 @@ def test_the_train_command_leaves_a_model_that_transformers_loads(workplace: Pat
     AutoModelForCausalLM.from_pretrained(output / "hf")
 
 
+@pytest.mark.slow
 def test_the_python_example_trains_and_reports(workplace: Path) -> None:
     code = blocks("python")[0]
     overrides = f", overrides={SMALLER.split()!r})\nprint("
@@ -88,6 +89,7 @@ def test_the_python_example_trains_and_reports(workplace: Path) -> None:
     assert "runs/py/hf" in output
 
 
+@pytest.mark.slow
 def test_the_logprobs_and_convert_commands_work_one_after_the_other(workplace: Path) -> None:
     block = next(block for block in blocks("bash") if "megadpo logprobs" in block)
     for line in block.splitlines():

@@ -113,7 +113,7 @@ def launch_sh(*arguments: str, **environment: str) -> subprocess.CompletedProces
     ("arguments", "command"),
     [
         ("quickstart", "python {root}/examples/quickstart/run.py"),
-        ("test -k name", "python -m pytest -q -k name"),
+        ("test -k name", "python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -k name"),
         ("train c.yaml a=1", "python -m megadpo train c.yaml a=1"),
         (
             "train --nproc 4 c.yaml a=1",
@@ -198,6 +198,7 @@ def test_slurm_template_starts_one_task_per_gpu_through_launch_sh(tmp_path: Path
     assert command == "--kill-on-bad-exit=1 --cpus-per-task=12 /p/launch.sh train c.yaml a=1"
 
 
+@pytest.mark.alone
 def test_the_command_line_starts_fast() -> None:
     start = time.monotonic()
     megadpo("--help")

@@ -102,6 +102,7 @@ def test_a_rank_that_gets_more_in_one_slot_gets_less_in_the_next() -> None:
     assert [sum(lengths[members[0]] for members in rank) for rank in plan] == [283, 279]
 
 
+@pytest.mark.alone
 def test_ten_thousand_groups_are_packed_within_a_second() -> None:
     lengths = lognormal_lengths(10_000)
     costs = costs_of(lengths)

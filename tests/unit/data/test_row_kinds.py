@@ -239,10 +239,15 @@ def test_a_row_of_another_kind_is_told_what_it_is_and_who_reads_it(row: dict[str
 
 @pytest.mark.parametrize("kind", ["pairs", "labels", "lists", "examples"])
 def test_real_hh_pairs_are_read_in_every_kind(
-    kind: str, options: DataConfig, hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
+    kind: str,
+    options: DataConfig,
+    hh_rows: list[dict[str, str]],
+    hh_pairs: Any,
+    bpe_dir: str,
+    tmp_path: Path,
+    write_jsonl: Any,
 ) -> None:
-    file = write_jsonl(tmp_path / "hh.jsonl", hh_rows)
-    pairs = prepare_groups(options, file, bpe_dir).groups
+    file, pairs = write_jsonl(tmp_path / "hh.jsonl", hh_rows), hh_pairs
     prepared = prepare_groups(options, file, bpe_dir, Reading(kind))
     groups, report = prepared.groups, prepared.report
     assert set(groups.row_values) == {"pairs": set(), "labels": {"label"}, "lists": {"score"}, "examples": set()}[kind]

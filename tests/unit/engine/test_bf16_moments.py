@@ -67,6 +67,7 @@ def test_tiles_leave_no_element_out(monkeypatch):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_with_fp32_moments_and_keeps_half_of_their_bytes(tmp_path):
     size = {"num_hidden_layers": 2, "tokenizer": False}
     policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, **size) for seed in (0, 1))

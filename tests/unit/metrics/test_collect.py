@@ -16,7 +16,7 @@ from megadpo.metrics import collect
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import evaluate, random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 BETA = 0.3
 DPO = ObjectiveConfig(beta=BETA)

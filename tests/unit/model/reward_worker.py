@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
-from tests.helpers.models import save_model, save_tokenizer
 
 if TYPE_CHECKING:
     from megadpo.objectives.terms import Normalisers, Pairs
@@ -40,26 +39,6 @@ class Outcome:
     rewards: Tensor
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
-def save_reward_model(directory: Path, family: str = "llama", tokenizer: bool = True, **changes: Any) -> Path:
-    """A random ...ForSequenceClassification with one label, as transformers saves it; its padding token is `</s>`."""
-    import transformers
-
-    language_model = save_model(directory / "language-model", family, tokenizer=False, **changes)
-    config = transformers.AutoConfig.from_pretrained(language_model, num_labels=1)
-    config.pad_token_id = changes.get("pad_token_id", config.eos_token_id)
-    torch.manual_seed(1)
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        language_model, config=config, output_loading_info=True
-    )
-    assert list(report["missing_keys"]) == ["score.weight"]
-    with torch.no_grad():
-        model.score.weight.normal_()
-    model.save_pretrained(directory)
-    if tokenizer:
-        save_tokenizer(directory)
-    return directory
 
 
 def transformers_outcome(model_dir: Path, groups: Sequence[Group], coefficients: Tensor) -> Outcome:

@@ -16,10 +16,10 @@ from megadpo.data.groups import Group
 from megadpo.model.heads.reward import RewardHead, reward_positions, reward_sums
 from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.layout import Layout
-from tests.helpers.models import hh_groups, random_groups
+from tests.helpers.models import hh_groups, random_groups, save_reward_model
+from tests.helpers.oracle import worst_relative_error
 from tests.helpers.worlds import run_world
-from tests.parity.oracle import worst_relative_error
-from tests.unit.model.reward_worker import Case, Outcome, outcomes, save_reward_model, transformers_outcome
+from tests.unit.model.reward_worker import Case, Outcome, outcomes, transformers_outcome
 
 ALONE = [Case(Layout()), Case(Layout(), share_prompts=False)]
 TOGETHER = [

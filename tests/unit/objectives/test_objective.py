@@ -12,7 +12,7 @@ from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import SPECS, Spec
 from megadpo.objectives.terms import Normalisers
 from megadpo.validation.load import load_config
-from tests.unit.objectives.conftest import evaluate, random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 
 def test_a_new_loss_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

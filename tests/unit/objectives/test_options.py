@@ -14,7 +14,7 @@ from megadpo.objectives.objective import loss_function
 from megadpo.objectives.specs import ALIASES, SPECS, kind_of, needs_reference, reading_of
 from megadpo.objectives.terms import Normalisers
 from megadpo.validation.load import load_config
-from tests.unit.objectives.conftest import evaluate, random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 CHANGED: dict[str, Any] = {
     "loss_weights": [0.7],

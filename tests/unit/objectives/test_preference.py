@@ -15,7 +15,7 @@ from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import evaluate, random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 statistics = random_statistics
 

@@ -24,7 +24,7 @@ from megadpo.data.store import GroupStore
 from megadpo.objectives.specs import SPECS, scores_prompt
 from megadpo.objectives.statistics import DIFFERENTIABLE, RESPONSE_SUMS, response_statistics, response_sums
 from megadpo.objectives.terms import normalisers_of
-from tests.unit.objectives.conftest import evaluate
+from tests.helpers.statistics import evaluate
 
 TRAINERS = {
     "DPO": ("trl", "DPOTrainer"),

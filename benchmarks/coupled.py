@@ -23,16 +23,16 @@ COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 
 
 def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
 
     with tempfile.TemporaryDirectory() as directory:
-        plan, report["model"] = prepared_plan(
+        setup, report["model"] = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity
         )
         report |= {"pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity}
-        with joined_world(plan.layout, plan.config.train.seed):
-            report["times"] = [_times(plan, what, plain, coupled, options) for what, plain, coupled in COMPARED]
+        with joined_world(setup.layout, setup.config.train.seed):
+            report["times"] = [_times(setup, what, plain, coupled, options) for what, plain, coupled in COMPARED]
     _print(report)
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _times(
-    plan: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
+    setup: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
     from megadpo.config.schema import ObjectiveConfig
@@ -51,8 +51,8 @@ def _times(
 
     arms = {}
     for name, objective in (("plain", plain), ("coupled", coupled)):
-        changes = {"objective": ObjectiveConfig(**objective), "output_dir": f"{plan.config.output_dir}-{name}"}
-        run = build(prepare(dataclasses.replace(plan.config, **changes)), Callbacks())
+        changes = {"objective": ObjectiveConfig(**objective), "output_dir": f"{setup.config.output_dir}-{name}"}
+        run = build(prepare(dataclasses.replace(setup.config, **changes)), Callbacks())
         arms[name] = lambda number, run=run: training_step(run, number % options.rounds)
     seconds = interleaved(arms, options.rounds, options.warm_up)
     return {

@@ -252,10 +252,10 @@ def _plan(packing: Any, numbers: Any) -> tuple[Any, int]:
     from megadpo.data.batches.bin_packing import pack_micro_batches
 
     tokens_N = packing.num_tokens_G[numbers]
-    plan = pack_micro_batches(
+    setup = pack_micro_batches(
         tokens_N, packing.costs_G[numbers], packing.options.tokens_per_micro_batch, packing.options.num_data_parallel
     )
-    return plan, int(tokens_N.sum())
+    return setup, int(tokens_N.sum())
 
 
 def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -284,9 +284,9 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
         for step in range(max(len(store) // size, 1)):
             numbers = batches.group_ids(step)
             costs = packing.costs_G[numbers]
-            plan = np.array([[costs[members].sum() for members in replica] for replica in _plan(packing, numbers)[0]])
-            of_steps.append(float(plan.sum(1).max() / plan.sum(1).mean()))
-            of_slots.append(float((plan.max(0) / plan.mean(0)).mean()))
+            setup = np.array([[costs[members].sum() for members in replica] for replica in _plan(packing, numbers)[0]])
+            of_steps.append(float(setup.sum(1).max() / setup.sum(1).mean()))
+            of_slots.append(float((setup.max(0) / setup.mean(0)).mean()))
         lines.append(
             {
                 "data": what,
@@ -303,16 +303,16 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
 
 def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds that steps of the trainer wait for their data."""
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
     from megadpo.training.trainer import build, training_step
 
-    plan, _ = prepared_plan(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
+    setup, _ = prepared_setup(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
     waited: dict[str, list[float]] = {"made ahead": [], "made in the step": []}
     seconds: dict[str, list[float]] = {name: [] for name in waited}
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan, Callbacks())
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup, Callbacks())
         try:
             for number in range(options.rounds + 1):
                 # A step that does not come after the last one has its data made when it is asked for.

@@ -16,14 +16,16 @@ from benchmarks.common import MIXES, add_shared, interleaved, median_ratio, prin
 
 
 def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
 
     with tempfile.TemporaryDirectory() as directory:
-        plan, report["model"] = prepared_plan(
+        setup, report["model"] = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity, max_length=1024
         )
         report["points"] = [
-            _point(plan, mix, num_epochs, options, Path(directory)) for mix in options.mixes for num_epochs in options.epochs
+            _point(setup, mix, num_epochs, options, Path(directory))
+            for mix in options.mixes
+            for num_epochs in options.epochs
         ]
     _print(report, options)
 
@@ -36,39 +38,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of an epoch")
 
 
-def _point(plan: Any, mix: str, num_epochs: int, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def _point(setup: Any, mix: str, num_epochs: int, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
 
-    groups = pairs_of_mix(plan, mix, options.steps, options.pairs, options.tiny)
+    groups = pairs_of_mix(setup, mix, options.steps, options.pairs, options.tiny)
     num_steps = num_epochs * options.steps
 
     def theirs(number: int) -> None:
         with tempfile.TemporaryDirectory(dir=directory) as own:
             scoring = options.scoring_batch_size or options.batch_size
             settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": scoring}
-            arguments = (str(plan.policy.path), groups, options.batch_size, options.pairs, num_steps, Path(own))
+            arguments = (str(setup.policy.path), groups, options.batch_size, options.pairs, num_steps, Path(own))
             trl_trainer(*arguments, **settings).train()
 
     def ours(number: int) -> None:
         with tempfile.TemporaryDirectory(dir=directory) as own:
-            _train(plan, groups, num_steps, own)
+            _train(setup, groups, num_steps, own)
 
     seconds = interleaved({"trl": theirs, "megadpo": ours}, options.rounds, options.warm_up)
     speedup = median_ratio(seconds["trl"], seconds["megadpo"])
     return {"mix": mix, "epochs": num_epochs, "seconds": seconds, "speedup": speedup}
 
 
-def _train(plan: Any, groups: list[Any], num_steps: int, cache: str) -> None:
+def _train(setup: Any, groups: list[Any], num_steps: int, cache: str) -> None:
     """Our run from loading the model to the last step, into an empty cache."""
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
     from megadpo.training.trainer import build, training_step
 
-    own_plan = plan_on(plan, groups)
-    own_plan.config.reference.mode, own_plan.config.data.cache_dir = "precomputed", cache
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(own_plan, Callbacks())
+    own_setup = setup_on(setup, groups)
+    own_setup.config.reference.mode, own_setup.config.data.cache_dir = "precomputed", cache
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(own_setup, Callbacks())
         for step in range(num_steps):
             training_step(run, step)
 

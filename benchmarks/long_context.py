@@ -90,7 +90,7 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     import torch
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
@@ -102,9 +102,9 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     torch.set_num_threads(num_threads)
     random = np.random.default_rng(0)
     prompt, *responses = (random.integers(2, 256, tokens // part).astype(np.int32) for part in (2, 4, 4))
-    plan = prepare(load_config(config))
-    with joined_world(plan.layout, plan.config.train.seed, timeout_minutes=600):
-        run = build(plan_on(plan, [Group((prompt,), tuple(responses), 0)]), Callbacks())
+    setup = prepare(load_config(config))
+    with joined_world(setup.layout, setup.config.train.seed, timeout_minutes=600):
+        run = build(setup_on(setup, [Group((prompt,), tuple(responses), 0)]), Callbacks())
         before, started = peak_bytes(), time.perf_counter()
         record = training_step(run, 0)
         seconds = time.perf_counter() - started

@@ -60,24 +60,24 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
-    from benchmarks.runs import plan_on, prepared_plan
+    from benchmarks.runs import setup_on, prepared_setup
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
         capacity = options.size if options.arm == "megadpo" else 4096
-        plan, about = prepared_plan(
+        setup, about = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, capacity, max_length=1024
         )
-        groups = pairs_of_mix(plan, options.mixes[0], options.steps, options.pairs, options.tiny)
-        weights = 2 * 4 * (about["body_parameters"] + 2 * about["vocabulary"] * plan.policy.config.hidden_size)
+        groups = pairs_of_mix(setup, options.mixes[0], options.steps, options.pairs, options.tiny)
+        weights = 2 * 4 * (about["body_parameters"] + 2 * about["vocabulary"] * setup.policy.config.hidden_size)
         if options.arm == "trl":
             import trl.trainer.dpo_trainer  # noqa: F401
         give_back_freed_blocks()
         before = _resident_bytes()
         if options.arm == "trl":
-            trl_trainer(str(plan.policy.path), groups, options.size, options.pairs, options.steps, Path(directory)).train()
+            trl_trainer(str(setup.policy.path), groups, options.size, options.pairs, options.steps, Path(directory)).train()
         else:
-            _train(plan_on(plan, groups), options.steps)
+            _train(setup_on(setup, groups), options.steps)
         return {
             "extra_mib": (peak_bytes() - before - weights) / MIB,
             "before_mib": before / MIB,
@@ -85,13 +85,13 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
-def _train(plan: Any, num_steps: int) -> None:
+def _train(setup: Any, num_steps: int) -> None:
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
     from megadpo.training.trainer import build, training_step
 
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan, Callbacks())
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup, Callbacks())
         for step in range(num_steps):
             training_step(run, step)
 

@@ -41,17 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _steps(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
 
     with tempfile.TemporaryDirectory() as directory:
-        plan, about = prepared_plan(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
-        with joined_world(plan.layout, plan.config.train.seed):
+        setup, about = prepared_setup(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
+        with joined_world(setup.layout, setup.config.train.seed):
             from megadpo.training.run import Callbacks, Run
             from megadpo.training.trainer import build, training_step
 
             runs = {
-                name: build(dataclasses.replace(plan, dtype=dtype), Callbacks())
+                name: build(dataclasses.replace(setup, dtype=dtype), Callbacks())
                 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
             }
             losses: dict[str, list[float]] = {name: [] for name in runs}

@@ -72,7 +72,7 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
     import numpy as np
     import torch
 
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
@@ -92,9 +92,9 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
         Group((tokens(num_prompt),), (tokens(num_response), tokens(num_response)), row)
         for row in range(num_steps * point["pairs"])
     ]
-    plan, seconds = prepare(load_config(config)), []
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan_on(plan, groups), Callbacks())
+    setup, seconds = prepare(load_config(config)), []
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup_on(setup, groups), Callbacks())
         for step in range(num_steps):
             started = time.perf_counter()
             training_step(run, step)

@@ -20,42 +20,42 @@ def log(line: str) -> None:
         print(f"megadpo: {line}", file=sys.stderr, flush=True)
 
 
-def log_plan(plan: RunSetup) -> None:
+def log_setup(setup: RunSetup) -> None:
     """Data, layout, device and dtype of the run that is about to start."""
-    for which, report in plan.reports.items():
+    for which, report in setup.reports.items():
         log(f"{which}: {report.sentence()}")
-    if plan.reports["train"].kind == "labels":
-        log_balance(plan.config.objective, plan.reports["train"])
+    if setup.reports["train"].kind == "labels":
+        log_balance(setup.config.objective, setup.reports["train"])
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-        if getattr(plan.policy.config, name, 0.0):
-            log(f"the model's {name} {getattr(plan.policy.config, name)} is not used: training runs with dropout 0")
-    experts = plan.policy.shape.experts
-    if experts is not None and plan.config.train.router_aux_coef == 0:
+        if getattr(setup.policy.config, name, 0.0):
+            log(f"the model's {name} {getattr(setup.policy.config, name)} is not used: training runs with dropout 0")
+    experts = setup.policy.shape.experts
+    if experts is not None and setup.config.train.router_aux_coef == 0:
         log(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
-    if plan.policy.has_new_head:
-        log(f"{plan.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
+    if setup.policy.has_new_head:
+        log(f"{setup.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    noun = plan.reports["train"].noun
-    steps, rows = counted(plan.num_steps, "step"), counted(plan.config.train.pairs_per_step, noun)
-    log(f"{steps} of {rows}, {plan.layout}, {plan.dtype} on {device}")
-    if (activations := Activations.of(plan.config.train)) != KEEP:
+    noun = setup.reports["train"].noun
+    steps, rows = counted(setup.num_steps, "step"), counted(setup.config.train.pairs_per_step, noun)
+    log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
+    if (activations := Activations.of(setup.config.train)) != KEEP:
         log(f"activations: {activations}")
-    if plan.config.train.warmup_steps >= plan.num_steps > 0 and plan.config.train.warmup_steps > 0:
+    if setup.config.train.warmup_steps >= setup.num_steps > 0 and setup.config.train.warmup_steps > 0:
         log(
-            f"warning: train.warmup_steps {plan.config.train.warmup_steps} is not below this run's {steps}, "
+            f"warning: train.warmup_steps {setup.config.train.warmup_steps} is not below this run's {steps}, "
             "so the learning rate hardly rises and the model hardly changes; lower it"
         )
-    if len(plan.train.groups) < plan.config.train.pairs_per_step:
+    if len(setup.train.groups) < setup.config.train.pairs_per_step:
         log(
-            f"warning: {counted(len(plan.train.groups), noun)} are fewer than train.pairs_per_step "
-            f"{plan.config.train.pairs_per_step}: a step sees some of them several times; lower it"
+            f"warning: {counted(len(setup.train.groups), noun)} are fewer than train.pairs_per_step "
+            f"{setup.config.train.pairs_per_step}: a step sees some of them several times; lower it"
         )
-    if plan.eval is not None and len(plan.eval.groups) < plan.reports["eval"].num_kept:
-        log(f"eval: {len(plan.eval.groups)} of them are used (eval.pairs)")
-    if plan.resume:
-        log(f"resuming from {plan.resume}")
-    elif (plan.output_dir / "hf").is_dir():
-        log(f"{plan.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+    if setup.eval is not None and len(setup.eval.groups) < setup.reports["eval"].num_kept:
+        log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
+    if setup.resume:
+        log(f"resuming from {setup.resume}")
+    elif (setup.output_dir / "hf").is_dir():
+        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
 
 
 def log_balance(options: ObjectiveConfig, report: DataReport) -> None:

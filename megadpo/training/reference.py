@@ -187,20 +187,20 @@ class References:
                 own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
-def build_references(plan: RunSetup) -> References:
+def build_references(setup: RunSetup) -> References:
     """The references of `reference.mode`; collective."""
-    mode, ld_alpha, schedule = plan.config.reference.mode, plan.config.objective.ld_alpha, plan.config.schedule
-    options = plan.config.model
+    mode, ld_alpha, schedule = setup.config.reference.mode, setup.config.objective.ld_alpha, setup.config.schedule
+    options = setup.config.model
 
     @functools.cache  # training and held-out groups may both need it
     def frozen() -> Stage:
-        if plan.config.parallel.engine == "deepspeed" and plan.config.parallel.zero_stage == 3:
+        if setup.config.parallel.engine == "deepspeed" and setup.config.parallel.zero_stage == 3:
             from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.shape, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, options
+                setup.reference.shape, setup.reference.source, setup.layout, setup.dtype, setup.config.parallel, options
             )
-        return frozen_stage(plan.reference.shape, plan.layout, plan.dtype, plan.reference.source, options)
+        return frozen_stage(setup.reference.shape, setup.layout, setup.dtype, setup.reference.source, options)
 
     if mode == "none":
         return References(NoReference(), NoReference())
@@ -209,11 +209,11 @@ def build_references(plan: RunSetup) -> References:
         reference = kind(frozen(), ld_alpha, schedule)
         return References(reference, reference)
     if mode == "precomputed":
-        train = _precomputed_for(plan, plan.train, frozen)
-        return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen))
+        train = _precomputed_for(setup, setup.train, frozen)
+        return References(train, None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen))
     # The model goes with the first epoch, so that held-out groups are scored before it.
-    held_out = None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen)
-    table = LogpTable(_cache_path(plan, plan.train), plan.train.groups, log)
+    held_out = None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen)
+    table = LogpTable(_cache_path(setup, setup.train), setup.train.groups, log)
     num_responses = len(table.logps_R)
     log(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
     if table.is_whole:
@@ -221,17 +221,17 @@ def build_references(plan: RunSetup) -> References:
     return References(CachedReference(ResidentReference(frozen(), ld_alpha, schedule), table), held_out)
 
 
-def _cache_path(plan: RunSetup, packing: PackedDataset) -> Path:
-    arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
-    key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
-    return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
+def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:
+    arithmetic = f"{setup.dtype}, FP8" if setup.config.model.fp8 else str(setup.dtype)
+    key = cache_key(model_digest(setup.reference), packing.groups.digest, arithmetic, setup.config.objective.ld_alpha)
+    return cache_root(setup.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
-def _precomputed_for(plan: RunSetup, packing: PackedDataset, frozen: Callable[[], Stage]) -> PrecomputedReference:
+def _precomputed_for(setup: RunSetup, packing: PackedDataset, frozen: Callable[[], Stage]) -> PrecomputedReference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
-    config = plan.config
-    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.shape)
-    logps_R, from_cache = cached_logps(_cache_path(plan, packing), larger, frozen, config.objective.ld_alpha)
+    config = setup.config
+    larger = scoring_packing(config, packing.groups, setup.layout, setup.reference.shape)
+    logps_R, from_cache = cached_logps(_cache_path(setup, packing), larger, frozen, config.objective.ld_alpha)
     log(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
     return PrecomputedReference(logps_R, packing.groups)
 

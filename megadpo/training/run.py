@@ -63,7 +63,7 @@ class Run:
         batches: the global batch of a step, made ready while the step before it computes.
     """
 
-    plan: RunSetup
+    setup: RunSetup
     engine: Engine
     references: References
     callbacks: Callbacks
@@ -76,12 +76,12 @@ class Run:
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import pack_global_batch
 
-        plan = self.plan
+        setup = self.setup
 
         def pack(step: int) -> GlobalBatch:
-            return pack_global_batch(plan.train, plan.batches.group_ids(step), plan.objective)
+            return pack_global_batch(setup.train, setup.batches.group_ids(step), setup.objective)
 
-        self.batches = Prefetcher(pack, plan.num_steps)
+        self.batches = Prefetcher(pack, setup.num_steps)
 
     def close(self) -> None:
         """End the thread that packs batches, and write what was not written yet."""

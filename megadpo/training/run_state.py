@@ -42,7 +42,7 @@ from megadpo.training.run import Run
 def save(run: Run, step: int) -> Path:
     """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
     run.references.train.write()  # a resumed run finds what this one has seen of it
-    plan, root = run.plan, run.plan.output_dir / "checkpoints"
+    setup, root = run.setup, run.setup.output_dir / "checkpoints"
     directory = step_directory(root, step)
     if dist.get_rank() == 0:
         begin(directory)
@@ -62,19 +62,19 @@ def save(run: Run, step: int) -> Path:
     if dist.get_rank() == 0:
         state = {
             "step": step,
-            "num_steps": plan.num_steps,
-            "num_samples": step * plan.config.train.pairs_per_step,
+            "num_steps": setup.num_steps,
+            "num_samples": step * setup.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
             "delta": delta,
             "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "data_digest": plan.train.groups.digest,
-            "config": plan.config.to_dict(),
+            "dtype": str(setup.dtype).removeprefix("torch."),
+            "data_digest": setup.train.groups.digest,
+            "config": setup.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        commit(directory, manifests, state, plan.policy.huggingface, plan.policy.config)
+        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
-        for old in earlier[: -plan.config.checkpoint.keep]:
+        for old in earlier[: -setup.config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return directory
@@ -93,7 +93,7 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
         parameter, shard = run.engine.stage.parameters[name]
         if is_first_replica(parameter):
             yield kind, shard, tensor
-    if run.plan.config.reference.sync_every:
+    if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
         for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
@@ -102,18 +102,18 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
 
 
 def resume(run: Run) -> int:
-    """Load weights, optimizer and position from the checkpoint that the plan names (and has checked); the steps done.
+    """Load weights, optimizer and position from the checkpoint that the set-up names (and has checked); the steps done.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    assert run.plan.resume is not None
-    checkpoint = open_checkpoint(run.plan.resume)
+    assert run.setup.resume is not None
+    checkpoint = open_checkpoint(run.setup.resume)
     state = checkpoint.state
     step = int(state["step"])
-    if state["num_steps"] != run.plan.num_steps:
+    if state["num_steps"] != run.setup.num_steps:
         log(
-            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.plan.num_steps}: "
+            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
     sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
@@ -125,7 +125,7 @@ def resume(run: Run) -> int:
         return tensor
 
     run.engine.load_state(read, step)
-    if run.plan.config.reference.sync_every:
+    if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
         load_weights(run.references.train.stage, checkpoint.source("reference"))
     run.num_tokens_seen = int(state["num_tokens"])
@@ -148,9 +148,9 @@ def set_aside_later(root: Path, step: int) -> None:
 
 def export_policy(run: Run) -> Path:
     """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
-    plan, directory = run.plan, run.plan.output_dir / "hf"
-    config, layout = plan.policy.config, plan.layout
-    export = plan_export(config, plan.dtype, layout.layers_of_chunks(plan.policy.shape.num_layers))
+    setup, directory = run.setup, run.setup.output_dir / "hf"
+    config, layout = setup.policy.config, setup.layout
+    export = plan_export(config, setup.dtype, layout.layers_of_chunks(setup.policy.shape.num_layers))
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
@@ -162,7 +162,7 @@ def export_policy(run: Run) -> Path:
             pass
     dist.barrier()
     if dist.get_rank() == 0:
-        finish_export(export, directory, plan.policy.huggingface)
+        finish_export(export, directory, setup.policy.huggingface)
     dist.barrier()
     return directory
 
@@ -180,12 +180,12 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
 
     Experts are gathered from the ranks that share them, all else from the tensor ranks of the first replica.
     """
-    layout, stage = run.plan.layout, run.engine.stage
+    layout, stage = run.setup.layout, run.engine.stage
 
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
         ranks = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.plan.policy.shape, layout, *ranks)}
+        return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks)}
 
     for name, values in run.engine.parameters():
         parameter, shard = stage.parameters[name]

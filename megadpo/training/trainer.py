@@ -25,7 +25,7 @@ from megadpo.model.activations import Activations
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
-from megadpo.training.console import log, log_plan
+from megadpo.training.console import log, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import write_config
 from megadpo.training.run import Callbacks, Metrics, Result, Run
@@ -44,76 +44,76 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     Raises:
         UserError: whatever cannot work, in one sentence, before anything is written.
     """
-    plan = prepare(config)
-    log_plan(plan)
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan, callbacks or Callbacks())
+    setup = prepare(config)
+    log_setup(setup)
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup, callbacks or Callbacks())
         try:
             metrics = training_loop(run)
         finally:
             run.close()
         model_path = export(run)
-    return Result(metrics, plan.num_steps, model_path, plan.output_dir)
+    return Result(metrics, setup.num_steps, model_path, setup.output_dir)
 
 
-def build(plan: RunSetup, callbacks: Callbacks) -> Run:
+def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
     from megadpo.model.heads.kernels import choose_kernels
     from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
 
-    kernels = choose_kernels(plan.config.model.kernels, compute_device())
+    kernels = choose_kernels(setup.config.model.kernels, compute_device())
     # A precomputed reference comes and goes before the policy takes its memory.
-    references = build_references(plan)
-    engine = build_engine(plan, references.train.interleaved)
-    statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or plan.config.objective.wpo]
+    references = build_references(setup)
+    engine = build_engine(setup, references.train.interleaved)
+    statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or setup.config.objective.wpo]
     engine.stage.configure_head(statistics)
     described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
-    if not plan.objective.has_reward_head:
+    if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
     log(", ".join(f"{what} {name}" for what, name in described.items()))
-    return Run(plan, engine, references, callbacks)
+    return Run(setup, engine, references, callbacks)
 
 
-def build_engine(plan: RunSetup, interleaved: InterleavedReference | None) -> Engine:
+def build_engine(setup: RunSetup, interleaved: InterleavedReference | None) -> Engine:
     """The engine that `parallel.engine` names, with the policy loaded and the schedule that `schedule.name` does."""
     from megadpo.pipeline.select import pipeline_schedule
 
-    schedule = pipeline_schedule(plan.config.schedule, interleaved)
-    shape, layout, activations = plan.policy.shape, plan.layout, Activations.of(plan.config.train)
-    options = plan.config.model
-    if plan.config.parallel.engine == "deepspeed":
+    schedule = pipeline_schedule(setup.config.schedule, interleaved)
+    shape, layout, activations = setup.policy.shape, setup.layout, Activations.of(setup.config.train)
+    options = setup.config.model
+    if setup.config.parallel.engine == "deepspeed":
         from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
-        stage = policy_stage(shape, plan.policy.source, layout, plan.dtype, activations, plan.config.parallel, options)
-        return ZeroEngine(stage, plan.config.train, plan.config.parallel, schedule)
+        stage = policy_stage(shape, setup.policy.source, layout, setup.dtype, activations, setup.config.parallel, options)
+        return ZeroEngine(stage, setup.config.train, setup.config.parallel, schedule)
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    stage = build_stage(shape, layout, plan.dtype, activations, options=options)
-    load_weights(stage, plan.policy.source)
-    return MegatronEngine(stage, plan.config.train, plan.config.parallel, schedule)
+    stage = build_stage(shape, layout, setup.dtype, activations, options=options)
+    load_weights(stage, setup.policy.source)
+    return MegatronEngine(stage, setup.config.train, setup.config.parallel, schedule)
 
 
 def training_loop(run: Run) -> Metrics:
     """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with)."""
     from megadpo.training.run_state import resume, save, set_aside_later
 
-    plan, config = run.plan, run.plan.config
-    first_step = resume(run) if plan.resume else 0
+    setup, config = run.setup, run.setup.config
+    first_step = resume(run) if setup.resume else 0
     if rank() == 0:
-        set_aside_later(plan.output_dir / "checkpoints", first_step)
-        write_config(plan.output_dir, config)
-        run.sinks = open_sinks(plan.output_dir, config.logging, plan.num_steps, first_step or None)
-    for step in range(first_step, plan.num_steps):
+        set_aside_later(setup.output_dir / "checkpoints", first_step)
+        write_config(setup.output_dir, config)
+        run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)
+    for step in range(first_step, setup.num_steps):
         record = training_step(run, step)
         done = step + 1
-        is_last = done == plan.num_steps
+        is_last = done == setup.num_steps
         if reference_moves_after(config, step):
             run.engine.wait_for_parameters()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
-        if plan.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
+        if setup.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
             record |= held_out
             call(run.callbacks.on_evaluation, done, held_out)
@@ -132,28 +132,28 @@ def training_step(run: Run, step: int) -> Metrics:
     """One optimizer step on one global batch; its metrics, the same on every rank."""
     from megadpo.training.step import NonFiniteGradient, optimizer_step, reduce_metrics
 
-    plan, started = run.plan, time.perf_counter()
+    setup, started = run.setup, time.perf_counter()
     batch = run.batches.get(step)
-    learning_rate = learning_rate_at(step, plan.num_steps, plan.config.train)
-    following = None if reference_waits_after(plan, step) else run.batches.get_next
+    learning_rate = learning_rate_at(step, setup.num_steps, setup.config.train)
+    following = None if reference_waits_after(setup, step) else run.batches.get_next
     try:
         result = optimizer_step(
-            run.engine, run.references.train, batch, plan.objective, run.running_mean, learning_rate, following
+            run.engine, run.references.train, batch, setup.objective, run.running_mean, learning_rate, following
         )
     except NonFiniteGradient as error:
         raise UserError(
             f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
         ) from error
     run.running_mean = result.running_mean
-    num_tokens = int(plan.train.num_tokens_G[batch.group_ids].sum())
+    num_tokens = int(setup.train.num_tokens_G[batch.group_ids].sum())
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
-        **reduce_metrics(result.metric_sums, plan.objective),
+        **reduce_metrics(result.metric_sums, setup.objective),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
-        "epoch": (step + 1) * plan.config.train.pairs_per_step / plan.batches.samples_per_epoch,
+        "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.batches.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
         **throughput(time.perf_counter() - started, num_tokens, len(batch.group_ids)),
         "data_wait_seconds": run.batches.seconds_waited,
@@ -167,9 +167,9 @@ def reference_moves_after(config: Config, step: int) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def reference_waits_after(plan: RunSetup, step: int) -> bool:
+def reference_waits_after(setup: RunSetup, step: int) -> bool:
     """Whether nothing of the next step can be run ahead: there is none, or its reference is another one."""
-    return step + 1 == plan.num_steps or reference_moves_after(plan.config, step)
+    return step + 1 == setup.num_steps or reference_moves_after(setup.config, step)
 
 
 def evaluation(run: Run) -> Metrics:
@@ -177,14 +177,14 @@ def evaluation(run: Run) -> Metrics:
     from megadpo.training.global_batch import pack_global_batch
     from megadpo.training.step import evaluate_batch, reduce_metrics
 
-    plan, objective, started = run.plan, run.plan.objective, time.perf_counter()
-    assert plan.eval is not None and run.references.eval is not None
-    num_groups, at_once = len(plan.eval.groups), plan.config.train.pairs_per_step
-    normalisers = normalisers_of(plan.eval.groups, range(num_groups))
+    setup, objective, started = run.setup, run.setup.objective, time.perf_counter()
+    assert setup.eval is not None and run.references.eval is not None
+    num_groups, at_once = len(setup.eval.groups), setup.config.train.pairs_per_step
+    normalisers = normalisers_of(setup.eval.groups, range(num_groups))
     metric_sums = collect.empty_vector(compute_device(), objective)
     for start in range(0, num_groups, at_once):
         group_ids = np.arange(start, min(start + at_once, num_groups))
-        batch = pack_global_batch(plan.eval, group_ids, objective, normalisers)
+        batch = pack_global_batch(setup.eval, group_ids, objective, normalisers)
         metric_sums += evaluate_batch(run.engine, run.references.eval, batch, objective, run.running_mean)
     return reduce_metrics(metric_sums, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
 

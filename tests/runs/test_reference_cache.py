@@ -73,11 +73,11 @@ def _watch(settings: dict[str, Any]) -> list[bool]:
     from megadpo.training.setup import prepare
     from megadpo.training.trainer import build, training_step
 
-    plan, alive = prepare(load_config(settings)), []
-    with joined_world(plan.layout, 1):
-        run = build(plan, Callbacks())
+    setup, alive = prepare(load_config(settings)), []
+    with joined_world(setup.layout, 1):
+        run = build(setup, Callbacks())
         model = weakref.ref(run.references.train.stage.model)
-        for step in range(plan.num_steps):
+        for step in range(setup.num_steps):
             training_step(run, step)
             alive.append(model() is not None)
         run.close()

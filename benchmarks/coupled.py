@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _times(
     setup: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
+    """Seconds of interleaved steps of both objectives, on one model, as `setup` is."""
     from megadpo.config.schema import ObjectiveConfig
     from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare

@@ -60,7 +60,7 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
-    from benchmarks.runs import setup_on, prepared_setup
+    from benchmarks.runs import prepared_setup, setup_on
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:

@@ -77,7 +77,7 @@ def _times_in_world(setup: Any, reference: str, options: argparse.Namespace) -> 
     unshared_packing = data_packing(
         unshared_config, setup.train.groups, setup.layout, setup.policy.config, options.capacity, "--capacity"
     )
-    unshared = dataclasses.replace(run, plan=dataclasses.replace(setup, config=unshared_config, train=unshared_packing))
+    unshared = dataclasses.replace(run, setup=dataclasses.replace(setup, config=unshared_config, train=unshared_packing))
 
     def step(which: Run, number: int) -> None:
         training_step(which, number % options.rounds)  # warm-up rounds (-1, -2, …) see the last rounds' pairs

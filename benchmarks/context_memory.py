@@ -70,7 +70,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     from megadpo.model.families import shape_of
     from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
 
     config = LlamaConfig(
         vocab_size=512,
@@ -99,6 +99,7 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
+    forward_backward = MegatronSchedule().forward_backward
     forward_backward(stage.models, [with_own_shard(_stream(point, tokens=256))], ones)  # code and buffers are there
     batch = with_own_shard(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
@@ -106,18 +107,18 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward_backward(stage.models, [batch], ones)
-    pieces = batch.segments if batch.shard is None else batch.shard.segments
+    segments = batch.segments if batch.shard is None else batch.shard.segments
     return {
         "seconds": time.perf_counter() - started,
         "kept_mib": seen["kept"] / MIB,
         "peak_mib": (peak_bytes() - before) / MIB,
-        "pairs": float(sum(_pairs(piece) for piece in pieces)),
+        "pairs": float(sum(_pairs(segment) for segment in segments)),
     }
 
 
-def _pairs(piece: Any) -> float:
-    num_queries = piece.end - piece.start
-    num_keys = piece.keys.stop - piece.keys.start + piece.prompt_end - piece.prompt_start
+def _pairs(segment: Any) -> float:
+    num_queries = segment.end - segment.start
+    num_keys = segment.keys.stop - segment.keys.start + segment.prompt_end - segment.prompt_start
     return num_queries * (num_keys - (num_queries - 1) / 2)
 
 

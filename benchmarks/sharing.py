@@ -75,7 +75,7 @@ def _times_in_world(setup: Any, reference: str, options: argparse.Namespace) -> 
         run.references = References(zeros, None)
     unshared_config = dataclasses.replace(setup.config, data=dataclasses.replace(setup.config.data, share_prompts=False))
     unshared_packing = data_packing(
-        unshared_config, setup.train.groups, setup.layout, setup.policy.config, options.capacity, "--capacity"
+        unshared_config, setup.train.groups, setup.layout, setup.policy.shape, options.capacity, "--capacity"
     )
     unshared = dataclasses.replace(run, setup=dataclasses.replace(setup, config=unshared_config, train=unshared_packing))
 

@@ -180,10 +180,6 @@ def circles(found: Iterable[Import]) -> list[list[str]]:
     return circles
 
 
-BOTH_WAYS = {("model.attention", "model.moe")}
-"""Folders that may import each other both ways until somebody parts them. Add none."""
-
-
 def unnamed(found: Iterable[str]) -> set[str]:
     """Folders and files of the package's root that no floor names, of these modules."""
     return {room_of(module) for module in found} - {room for floor in FLOORS for room in floor.rooms}

@@ -20,7 +20,7 @@ from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.model.build import Stage
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule

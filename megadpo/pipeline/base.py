@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.pipeline.stage_ops import ResponseGradient
 
 

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.pipeline.stage_ops import ResponseGradient, stage_forward, sums_of, surrogate
 
 Loss = Callable[[Tensor], tuple[Tensor, Tensor, None]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.attention.prompt_kv import PromptKeys
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.model.weight_gradients import Products, delay_products
 from megadpo.pipeline import stage_ops
 from megadpo.pipeline.executor import Operations, execute

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.pipeline import fill
 from megadpo.pipeline.interleaved_reference import InterleavedReference
 from megadpo.pipeline.operations import ForwardOperations, PolicyOperations, num_halves, num_stages, run_schedule

@@ -13,7 +13,7 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.attention.core import StreamParams
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.heads.reward import RewardHead, reward_sums
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.objectives.statistics import response_sums
 from megadpo.parallel.context import all_scored, sum_over_context
 

@@ -25,7 +25,7 @@ from megadpo.data.batches.halves import PairHalf
 from megadpo.data.batches.micro_batch import MicroBatch, Segment, ShardSegment, StreamShard
 from megadpo.model.attention.base import AttentionBackend
 from megadpo.model.attention.prompt_kv import PromptKeys
-from megadpo.model.moe.load import RouterWatch, token_weights
+from megadpo.model.router_load import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
 
 
@@ -51,7 +51,7 @@ class StreamParams(PackedSeqParams):
     prompt_keys: PromptKeys | None = None
 
     def token_weights(self) -> Tensor:
-        """`moe.load.token_weights` of the micro-batch, made once for all layers."""
+        """`router_load.token_weights` of the micro-batch, made once for all layers."""
         if self.weights_T is None:
             assert self.micro_batch is not None
             self.weights_T = token_weights(self.micro_batch)

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
-from megadpo.model.moe.load import RouterWatch
+from megadpo.model.router_load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
 from megadpo.model.weight_gradients import use_own_linear_layers

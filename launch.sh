@@ -51,7 +51,7 @@ stamp_of() { cat "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/constraints.txt"
 make_environment() {
     local extra="$1" stamp="$ROOT/.venv/.megadpo-stamp" wanted active
     active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
-    if [[ -n "$active" && "$active" != "$ROOT/.venv" && -x "$active/bin/python" ]] && has "$active/bin/python" megadpo ${extra:+pytest}; then
+    if [[ -n "$active" && "$active" != "$ROOT/.venv" && -x "$active/bin/python" ]] && has "$active/bin/python" megadpo ${extra:+pytest xdist}; then
         BIN="$active/bin"
         return
     fi
@@ -150,7 +150,7 @@ main() {
         help | -h | --help) usage ;;
         install) make_environment "${1:-}"; echo "environment: ${BIN%/bin}" ;;
         exec) (($#)) || die "exec needs a command"; make_environment dev; PATH="$BIN:$PATH" run "$@" ;;
-        test) make_environment dev; cd "$ROOT"; run "$BIN/python" -m pytest -q "$@" ;;
+        test) make_environment dev; cd "$ROOT"; run "$BIN/python" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@" ;;
         quickstart) make_environment ""; run "$BIN/python" "$ROOT/examples/quickstart/run.py" "$@" ;;
         train) make_environment ""; launch_train "$@" ;;
         *) make_environment ""; run "$BIN/python" -m megadpo "$COMMAND" "$@" ;;

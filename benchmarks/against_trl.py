@@ -1,4 +1,4 @@
-"""Step time against TRL's DPOTrainer on the same pairs: ``python -m benchmarks.against_trl [--json FILE]``.
+"""Seconds of a step against TRL's DPOTrainer on the same pairs, live reference.
 
 TRL runs its own training loop (`trainer.train()`, its own step, optimizer and clipping); between two of its steps the same
 pairs go through `megadpo.training.trainer.training_step`. Both hold a live reference, fp32, the same weights at the start.
@@ -10,74 +10,57 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, median_ratio, print_table, write_json
+from benchmarks.common import MIXES, add_shared, median_ratio, print_table
 from benchmarks.flop import product_peak, useful_flop
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    import torch
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    from benchmarks.runs import prepared_setup
 
-    from benchmarks.runs import prepared_plan
-
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.against_trl " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as directory:
-        plan, report["model"] = prepared_plan(
+        setup, report["model"] = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity, max_length=1024
         )
         report["pairs_per_step"] = options.pairs
         report["mixes"] = [
-            _mix(plan, report["model"]["body_parameters"], mix, options, Path(directory)) for mix in options.mixes
+            _mix(setup, report["model"]["body_parameters"], mix, options, Path(directory)) for mix in options.mixes
         ]
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, mixes=MIXES, rounds=3, warm_up=1, pairs=8, capacity=4096, vocabulary=8192, tiny=False)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each arm and batch size")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of each arm before that")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
-    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch of megadpo's")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
-    return parser.parse_args()
 
 
-def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def _mix(setup: Any, num_body: int, mix: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Both arms on one mix of lengths, for each of TRL's batch sizes."""
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
-    groups = pairs_of_mix(plan, mix, options.rounds + options.warm_up, options.pairs, options.tiny)
-    own_plan = plan_on(plan, groups)
+    groups = pairs_of_mix(setup, mix, options.rounds + options.warm_up, options.pairs, options.tiny)
+    own_setup = setup_on(setup, groups)
     by_batch_size = {}
-    with joined_world(plan.layout, plan.config.train.seed):
-        run, peak = build(own_plan, Callbacks()), product_peak()
+    with joined_world(setup.layout, setup.config.train.seed):
+        run, peak = build(own_setup, Callbacks()), product_peak()
         for batch_size in options.batch_sizes:
             ours, theirs = _alternate(
-                str(plan.policy.path), groups, batch_size, options, directory, lambda step: training_step(run, step)
+                str(setup.policy.path), groups, batch_size, options, directory, lambda step: training_step(run, step)
             )
             by_batch_size[batch_size] = {"megadpo": ours, "trl": theirs, "speedup": median_ratio(theirs, ours)}
         peak = max(peak, product_peak())
     best = min(by_batch_size, key=lambda size: statistics.median(by_batch_size[size]["trl"]))
     starts = range(options.warm_up * options.pairs, len(groups), options.pairs)
     steps = [groups[start : start + options.pairs] for start in starts]
-    flop = [useful_flop(step, plan.policy.config, num_body, live_reference=True) for step in steps]
+    flop = [useful_flop(step, setup.policy.config, num_body, live_reference=True) for step in steps]
     ours = by_batch_size[best]["megadpo"]
     prompts = [len(group.prompts[0]) for group in groups]
     completions = [len(response) for group in groups for response in group.responses]
@@ -93,18 +76,18 @@ def _mix(plan: Any, num_body: int, mix: str, options: argparse.Namespace, direct
     }
 
 
-def pairs_of_mix(plan: Any, mix: str, num_steps: int, num_pairs: int, tiny: bool) -> list[Any]:
+def pairs_of_mix(setup: Any, mix: str, num_steps: int, num_pairs: int, tiny: bool) -> list[Any]:
     """As many pairs with a common prompt as the steps need, sorted by length within each step."""
     from benchmarks.material import synthetic_groups
 
     count = num_steps * num_pairs
     if mix == "hh-rlhf":
-        rows = (plan.train.groups[int(row)] for step in range(1000) for row in plan.batches.at(step))
+        rows = (setup.train.groups[int(row)] for step in range(1000) for row in setup.batches.group_ids(step))
         most = 150 if tiny else 1024
         usable = (group for group in rows if group.shares_prompt and group.num_stream_tokens(True) <= most)
         groups = [group for group, _ in zip(usable, range(count), strict=False)]
     else:
-        groups = synthetic_groups(mix, count, plan.policy.config.vocab_size, shrink=10 if tiny else 1)
+        groups = synthetic_groups(mix, count, setup.policy.config.vocab_size, shrink=10 if tiny else 1)
     steps = [groups[start : start + num_pairs] for start in range(0, count, num_pairs)]
     return [group for step in steps for group in sorted(step, key=lambda g: g.num_stream_tokens(False))]
 
@@ -190,7 +173,6 @@ def trl_trainer(
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     rows = []
     for mix in report["mixes"]:
         best = mix["by_batch_size"][mix["best_batch_size"]]
@@ -216,7 +198,3 @@ def _print(report: dict[str, Any]) -> None:
         ],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

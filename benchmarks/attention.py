@@ -1,4 +1,4 @@
-"""Time and memory of attention on the CPU: ``python -m benchmarks.attention [--json FILE]``.
+"""Time and memory of attention on the CPU: in blocks, by torch, with prompts twice, padded.
 
 Forward and backward of one layer's attention over the same pairs, four ways: `cpu_flash` and `sdpa` (`model.attention`) over
 the packed stream with shared prompts, `cpu_flash` with each prompt twice, and as padding trainers do: every
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 from benchmarks.ranks import on_ranks
 
 MIB = 2**20
@@ -24,12 +23,8 @@ WAYS = ("cpu_flash", "sdpa", "cpu_flash, prompts twice", "padded")
 Step = Callable[[int], None]
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.attention " + " ".join(sys.argv[1:])}
-    report |= {"machine": machine(options.threads), "points": [_point(case, options) for case in _cases(options)]}
-    print(report["machine"])
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    report["points"] = [_point(case, options) for case in _cases(options)]
     print_table(
         f"Attention of one layer, forward + backward: {options.heads} heads of {options.head_dim}, "
         f"{options.key_value_heads} key-value heads, fp32",
@@ -47,21 +42,15 @@ def main() -> None:
             for way in WAYS
         ],
     )
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, heads=8, rounds=5)
     parser.add_argument("--pairs", type=int, default=16, help="of each mix of lengths")
     parser.add_argument("--mixes", nargs="*", default=["prompt-heavy", "UltraFeedback-like"])
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384], help="tokens of single pairs")
-    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key-value-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
 
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -135,12 +124,12 @@ def _step(case: tuple[str, int], way: str, options: argparse.Namespace) -> Step:
 
 
 def _packed_step(groups: list[Any], way: str, options: argparse.Namespace) -> Step:
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.model.attention.backends import backend_named
 
     name, _, twice = way.partition(",")
     backend = backend_named(name)
-    micro_batch = lay_out(groups, range(len(groups)), share_prompts=not twice)
+    micro_batch = collate_groups(groups, range(len(groups)), share_prompts=not twice)
     query, key, value, d_output = _operands((len(micro_batch.tokens_T),), options)
     prepared = backend.prepare(micro_batch.segments, None, key)  # once a micro-batch, for all layers
 
@@ -175,7 +164,3 @@ def _operands(shape: tuple[int, ...], options: argparse.Namespace) -> list[Any]:
         operand.grad = torch.ones_like(operand)
         operands.append(operand)
     return [*operands, torch.randn(*shape, options.heads, options.head_dim)]
-
-
-if __name__ == "__main__":
-    main()

@@ -26,18 +26,27 @@ def equal_start(num_threads: int) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
 
 
-def step_options(description: str | None) -> argparse.Namespace:
-    """The command line of the benchmarks that time whole optimizer steps."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each arm")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before that")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
-    parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
-    return parser.parse_args()
+MIXES = ["hh-rlhf", "prompt-heavy", "UltraFeedback-like"]
+"""Lengths of pairs: real rows, and two synthetic mixes."""
+SHARED: dict[str, dict[str, Any]] = {
+    "rounds": {"type": int, "help": "measured rounds of each arm"},
+    "warm_up": {"type": int, "help": "rounds of each arm before that"},
+    "pairs": {"type": int, "help": "pairs a step"},
+    "capacity": {"type": int, "help": "tokens a micro-batch of megadpo's"},
+    "mixes": {"nargs": "+", "choices": MIXES, "help": "lengths of pairs"},
+    "vocabulary": {"type": int, "help": "of the model"},
+    "hidden": {"type": int, "help": "of the model"},
+    "layers": {"type": int, "help": "of the model"},
+    "heads": {"type": int, "help": "of the model"},
+    "tiny": {"action": "store_true", "help": "a toy model and short pairs, to see whether the tool works"},
+}
+"""Options that several benchmarks have."""
+
+
+def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add some of the shared options, by name, each with its default in this benchmark."""
+    for name, default in defaults.items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **SHARED[name])
 
 
 def machine(num_threads: int | None = None) -> dict[str, Any]:

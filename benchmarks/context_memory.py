@@ -1,4 +1,4 @@
-"""Activation memory a rank under context parallelism: ``python -m benchmarks.context_memory [--json FILE]``.
+"""Activation memory of a rank under context parallelism, by both methods.
 
 One forward and backward of a packed stream of prompts with two responses each, on 1 process and on several context ranks by
 both methods. Two figures a rank, the larger one of the ranks: what autograd keeps for the backward pass when the
@@ -9,43 +9,32 @@ the step. Beside them the seconds of the step, and how evenly attention's query-
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
-from benchmarks.common import equal_start, machine, print_table, write_json
+from benchmarks.common import add_shared, print_table
 from benchmarks.ranks import on_ranks
 
 MIB = 2**20
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.context_memory " + " ".join(sys.argv[1:])}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     report["points"] = [
         _point({**vars(options), "key_value_heads": heads, "context": context, "method": method})
         for heads in options.key_value_heads
         for context, method in [(1, "auto"), (options.context, "ulysses"), (options.context, "allgather")]
     ]
-    report["machine"] = machine()
     _print(report, options)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, hidden=128, layers=4, heads=8)
     parser.add_argument("--tokens", type=int, default=32768, help="of the stream")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--response", type=int, default=512, help="tokens of each of a prompt's two responses")
     parser.add_argument("--context", type=int, default=2, help="context ranks")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key-value-heads", type=int, nargs="+", default=[8, 2])
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +68,9 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
-    from megadpo.parallel.context import with_own_part
+    from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
 
     config = LlamaConfig(
         vocab_size=512,
@@ -110,25 +99,26 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
         return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
     seen: dict[str, int] = {}
-    forward_backward(stage.models, [with_own_part(_stream(point, tokens=256))], ones)  # code and buffers are there
-    batch = with_own_part(_stream(point, tokens=point["tokens"]))
+    forward_backward = MegatronSchedule().forward_backward
+    forward_backward(stage.models, [with_own_shard(_stream(point, tokens=256))], ones)  # code and buffers are there
+    batch = with_own_shard(_stream(point, tokens=point["tokens"]))
     give_back_freed_blocks()
     kept.clear()
     before, started = peak_bytes(), time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward_backward(stage.models, [batch], ones)
-    pieces = batch.segments if batch.part is None else batch.part.pieces
+    segments = batch.segments if batch.shard is None else batch.shard.segments
     return {
         "seconds": time.perf_counter() - started,
         "kept_mib": seen["kept"] / MIB,
         "peak_mib": (peak_bytes() - before) / MIB,
-        "pairs": float(sum(_pairs(piece) for piece in pieces)),
+        "pairs": float(sum(_pairs(segment) for segment in segments)),
     }
 
 
-def _pairs(piece: Any) -> float:
-    num_queries = piece.end - piece.start
-    num_keys = piece.keys.stop - piece.keys.start + piece.prompt_end - piece.prompt_start
+def _pairs(segment: Any) -> float:
+    num_queries = segment.end - segment.start
+    num_keys = segment.keys.stop - segment.keys.start + segment.prompt_end - segment.prompt_start
     return num_queries * (num_keys - (num_queries - 1) / 2)
 
 
@@ -136,7 +126,7 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     """Prompts with two responses each until there are `tokens`, all of random ids."""
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random = np.random.default_rng(0)
@@ -146,11 +136,10 @@ def _stream(point: dict[str, Any], tokens: int) -> Any:
     for row in range(max(1, tokens // sum(lengths))):
         prompt, chosen, rejected = (random.integers(0, 512, length).astype(np.int32) for length in lengths)
         groups.append(Group((prompt,), (chosen, rejected), row))
-    return lay_out(groups, range(len(groups)), multiple_of=point["context"])
+    return collate_groups(groups, range(len(groups)), multiple_of=point["context"])
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
-    print(report["machine"])
     one = {p["key_value_heads"]: p for p in report["points"] if p["method"] == "one rank"}
     print_table(
         f"A rank's activation memory, {options.tokens:,} tokens in groups of a {options.prompt:,}-token prompt with two "
@@ -171,7 +160,3 @@ def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
             for point in report["points"]
         ],
     )
-
-
-if __name__ == "__main__":
-    main()

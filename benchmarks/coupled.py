@@ -1,4 +1,4 @@
-"""What the extra forward passes of coupled objectives cost: ``python -m benchmarks.coupled [--json FILE]``.
+"""What the further forward passes of coupled objectives cost.
 
 Whole optimizer steps of the trainer on preference rows, an objective that needs more than one pass in turns with its nearest
 relative that does not, on the same rows in the same order, fp32, reference resident.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, interleaved, machine, median_ratio, print_table, step_options, write_json
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 
 COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("all of the batch's pairs, twice through the policy", {"loss_type": "sigmoid"}, {"loss_type": "aot"}),
@@ -23,39 +22,37 @@ COMPARED: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 )
 
 
-def main() -> None:
-    options = step_options(__doc__)
-    equal_start(options.threads)
-    import torch
-
-    from benchmarks.runs import prepared_plan
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
 
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.coupled " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as directory:
-        plan, report["model"] = prepared_plan(
+        setup, report["model"] = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity
         )
         report |= {"pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity}
-        with joined_world(plan.layout, plan.config.train.seed):
-            report["times"] = [_times(plan, what, plain, coupled, options) for what, plain, coupled in COMPARED]
+        with joined_world(setup.layout, setup.config.train.seed):
+            report["times"] = [_times(setup, what, plain, coupled, options) for what, plain, coupled in COMPARED]
     _print(report)
-    write_json(options.json, report)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=7, warm_up=2, pairs=16, capacity=4096, vocabulary=8192, tiny=False)
 
 
 def _times(
-    plan: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
+    setup: Any, what: str, plain: dict[str, Any], coupled: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of interleaved steps of both objectives, on one model, as `plan` is."""
+    """Seconds of interleaved steps of both objectives, on one model, as `setup` is."""
     from megadpo.config.schema import ObjectiveConfig
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
 
     arms = {}
     for name, objective in (("plain", plain), ("coupled", coupled)):
-        changes = {"objective": ObjectiveConfig(**objective), "output_dir": f"{plan.config.output_dir}-{name}"}
-        run = build(prepare(dataclasses.replace(plan.config, **changes)), Callbacks())
+        changes = {"objective": ObjectiveConfig(**objective), "output_dir": f"{setup.config.output_dir}-{name}"}
+        run = build(prepare(dataclasses.replace(setup.config, **changes)), Callbacks())
         arms[name] = lambda number, run=run: training_step(run, number % options.rounds)
     seconds = interleaved(arms, options.rounds, options.warm_up)
     return {
@@ -69,7 +66,6 @@ def _times(
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     rows = [
         [t["coupled"], t["plain"], t["what"], t["median_seconds"]["coupled"], t["median_seconds"]["plain"], t["time_ratio"]]
         for t in report["times"]
@@ -81,7 +77,3 @@ def _print(report: dict[str, Any]) -> None:
         ["objective", "against", "extra", "seconds", "seconds against", "time ratio"],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

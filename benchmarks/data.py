@@ -1,4 +1,4 @@
-"""The way of the data, from rows to micro-batches: ``python -m benchmarks.data [--json FILE]``.
+"""The way of the data, from rows to micro-batches: tokenising, packing, balance, waiting.
 
 * Tokenising: the whole of it (rows read, recognised, tokenised, cut at the boundary, put into the store's arrays) against
   the tokenizer's own batch call on the same texts, both on one thread, in turns; as text, and as conversations (against
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, median_ratio, print_table, write_json
+from benchmarks.common import add_shared, median_ratio, print_table
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -27,15 +26,9 @@ CHATML = (
 )
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    import torch
-
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.material import preference_file
 
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.data " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         report["data"] = preference_file(directory)[1]
@@ -46,23 +39,17 @@ def main() -> None:
         report["balance"] = [line for what, store in stores.items() for line in _balance(what, store, options)]
         report["waiting"] = _waiting(directory, options)
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each comparison")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=7, vocabulary=8192, tiny=False)
     parser.add_argument("--rows", type=int, help="tokenise so many rows only")
     parser.add_argument("--groups", type=int, default=1_000_000, help="groups packed at once")
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the epoch that is made into micro-batches")
     parser.add_argument("--pairs-per-step", type=int, default=64)
     parser.add_argument("--capacities", type=int, nargs="+", default=[8192, 16384], help="tokens a micro-batch")
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -71,8 +58,9 @@ def _tokenising(directory: Path, options: argparse.Namespace) -> tuple[list[dict
     import json
 
     from benchmarks.material import MIXES, preference_file, save_tokenizer, synthetic_groups
+    from megadpo.config.sources import parse_sources
     from megadpo.data.rows.dataset import TokeniseJob, make_groups
-    from megadpo.data.rows.sources import iter_rows, parse_sources
+    from megadpo.data.rows.sources import iter_rows
     from megadpo.data.store import GroupStore
 
     rows, _ = preference_file(directory)
@@ -177,32 +165,32 @@ def _warmed_up(sources: Any, job: Any) -> tuple[Any, list[tuple[str, Any]]]:
 
 def _packing_of(store: Any, capacity: int, num_replicas: int) -> Any:
     from benchmarks.material import BODY
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 
-    return prepare_packing(
+    return PackedDataset.of(
         store,
-        share_prompts=True,
-        tokens_per_micro_batch=capacity,
-        setting="--capacities",
-        num_data_parallel=num_replicas,
-        multiple_of=1,
-        hidden_size=BODY["hidden_size"],
-        head_work=0.2,
+        PackingOptions(
+            tokens_per_micro_batch=capacity,
+            setting="--capacities",
+            num_data_parallel=num_replicas,
+            hidden_size=BODY["hidden_size"],
+            head_work=0.2,
+        ),
     )
 
 
 def _micro_batches(what: str, store: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Pairs a second from the store to micro-batches, epoch after epoch until so many pairs were seen."""
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     packing = _packing_of(store, options.capacities[0], 1)
-    batches = Batches(store.sources, store.source_weights, options.pairs_per_step, seed=1)
+    batches = StepSampler(store.sources, store.source_weights, options.pairs_per_step, seed=1)
     num_steps = max(options.pairs // options.pairs_per_step, 1)
     rates = []
     for _ in range(max(options.rounds // 2, 1)):
         started = time.perf_counter()
         for step in range(num_steps):
-            packing.micro_batches(batches.at(step), 0)
+            packing.micro_batches(batches.group_ids(step), 0)
         rates.append(num_steps * options.pairs_per_step / (time.perf_counter() - started))
     tokens = float(packing.num_tokens_G.mean())
     return {"data": what, "tokens_per_pair": tokens, "pairs_per_second": statistics.median(rates), "all": rates}
@@ -213,7 +201,7 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
     import numpy as np
 
     from megadpo.data.batches.bin_packing import best_fit_decreasing
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lengths_G = store.num_tokens(True)[np.random.default_rng(3).integers(0, len(store), options.groups)]
     line: dict[str, Any] = {"data": what, "groups": options.groups}
@@ -224,9 +212,9 @@ def _packing_a_million(what: str, store: Any, options: argparse.Namespace) -> di
         line[f"filled_{capacity}"] = float(lengths_G.sum() / (capacity * len(bins)))
     started = time.perf_counter()
     multiple = options.capacities[0]
-    batches = Batches(len(lengths_G), (1.0,), options.pairs_per_step, 1, True, 1.0, lengths_G, multiple)
+    batches = StepSampler(len(lengths_G), (1.0,), options.pairs_per_step, 1, True, 1.0, lengths_G, multiple)
     assert batches.num_steps is not None
-    seen = np.concatenate([batches.at(step) for step in range(batches.num_steps)])
+    seen = np.concatenate([batches.group_ids(step) for step in range(batches.num_steps)])
     line["composing_seconds"] = time.perf_counter() - started
     assert (np.bincount(seen, minlength=len(lengths_G)) == 1).all()
     return line
@@ -239,7 +227,7 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
     """
     import numpy as np
 
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lines = []
     for capacity in options.capacities:
@@ -253,26 +241,28 @@ def _filled(what: str, store: Any, options: argparse.Namespace) -> list[dict[str
                 if multiple is not None and mean < multiple:
                     line[name] = None
                     continue
-                batches = Batches(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
-                plans = [_plan(packing, drawn_G[batches.at(step)])[0] for step in range(128)]
+                batches = StepSampler(len(drawn_G), (1.0,), size, 1, False, 1.0, lengths_G, multiple)
+                plans = [_plan(packing, drawn_G[batches.group_ids(step)])[0] for step in range(128)]
                 line[name] = float(lengths_G.sum() / (sum(len(plan[0]) for plan in plans) * capacity))
             lines.append(line | {"capacities_a_step": mean / capacity})
     return lines
 
 
 def _plan(packing: Any, numbers: Any) -> tuple[Any, int]:
-    from megadpo.data.batches.bin_packing import plan_micro_batches
+    from megadpo.data.batches.bin_packing import pack_micro_batches
 
     tokens_N = packing.num_tokens_G[numbers]
-    plan = plan_micro_batches(tokens_N, packing.costs_G[numbers], packing.tokens_per_micro_batch, packing.num_data_parallel)
-    return plan, int(tokens_N.sum())
+    setup = pack_micro_batches(
+        tokens_N, packing.costs_G[numbers], packing.options.tokens_per_micro_batch, packing.options.num_data_parallel
+    )
+    return setup, int(tokens_N.sum())
 
 
 def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Dearest replica over the mean one, by modelled cost: of a step, and of the micro-batches that run at one time."""
     import numpy as np
 
-    from megadpo.data.batches.sampler import Batches
+    from megadpo.data.batches.sampler import StepSampler
 
     lines = []
     for num_replicas in options.replicas:
@@ -280,7 +270,7 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
         size = options.pairs_per_step * num_replicas
         multiple = options.capacities[0] * num_replicas
         fits = float(packing.num_tokens_G.mean()) * size >= multiple and len(store) >= 2 * size
-        batches = Batches(
+        batches = StepSampler(
             store.sources,
             store.source_weights,
             size,
@@ -292,11 +282,11 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
         )
         of_steps, of_slots = [], []
         for step in range(max(len(store) // size, 1)):
-            numbers = batches.at(step)
+            numbers = batches.group_ids(step)
             costs = packing.costs_G[numbers]
-            plan = np.array([[costs[members].sum() for members in replica] for replica in _plan(packing, numbers)[0]])
-            of_steps.append(float(plan.sum(1).max() / plan.sum(1).mean()))
-            of_slots.append(float((plan.max(0) / plan.mean(0)).mean()))
+            setup = np.array([[costs[members].sum() for members in replica] for replica in _plan(packing, numbers)[0]])
+            of_steps.append(float(setup.sum(1).max() / setup.sum(1).mean()))
+            of_slots.append(float((setup.max(0) / setup.mean(0)).mean()))
         lines.append(
             {
                 "data": what,
@@ -313,15 +303,16 @@ def _balance(what: str, store: Any, options: argparse.Namespace) -> list[dict[st
 
 def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds that steps of the trainer wait for their data."""
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
-    plan, _ = prepared_plan(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
+    setup, _ = prepared_setup(directory / "run", options.vocabulary, options.tiny, options.pairs_per_step // 4, 4096)
     waited: dict[str, list[float]] = {"made ahead": [], "made in the step": []}
     seconds: dict[str, list[float]] = {name: [] for name in waited}
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan, Callbacks())
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup, Callbacks())
         try:
             for number in range(options.rounds + 1):
                 # A step that does not come after the last one has its data made when it is asked for.
@@ -336,7 +327,7 @@ def _waiting(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(f"{report['data']}; {report['machine']}")
+    print(report["data"])
     print_table(
         "Tokenising on one thread: rows a second, median ratio of speeds",
         ["rows", "count", "tokenizer's batch call", "megadpo", "ratio"],
@@ -390,7 +381,3 @@ def _print(report: dict[str, Any]) -> None:
         ["data", "median wait", "longest wait", "median step"],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Memory and time of log-probs at a large vocabulary: ``python -m benchmarks.head_memory [--json FILE]``.
+"""Memory and time of log-probs at a large vocabulary against log_softmax + gather.
 
 Memory: the peak resident set of a log-prob step over the head (hidden states in, log-probs out; and with its backward),
 above what the process held with inputs, weights and weight gradient in place. Each point is a process of its own, as
@@ -14,41 +14,29 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 from typing import Any
 
-from benchmarks.common import equal_start, machine, print_table, write_json
+from benchmarks.common import add_shared, print_table
 
 MIB = 2**20
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.head_memory " + " ".join(sys.argv[1:])}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     report["vocabulary"], report["hidden"] = options.vocabulary, options.hidden
     report["memory"] = _memory(options)
     report["half_scored"] = _half_scored(options, backward=True)
     report["half_scored_forward"] = _half_scored(options, backward=False)
-    report["machine"] = machine()
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, vocabulary=131072, hidden=512, rounds=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 8192], help="completion tokens")
-    parser.add_argument("--vocabulary", type=int, default=131072)
-    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--half-tokens", type=int, default=1024, help="stream tokens where half are scored")
     parser.add_argument("--half-hidden", type=int, default=1024)
     parser.add_argument("--half-vocabulary", type=int, default=151936)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of the time comparison")
     parser.add_argument("--kernels", choices=["auto", "torch", "native"], default="auto", help="model.kernels of our head")
     parser.add_argument("--tile-mib", type=int, help="memory of a tile of our head; default: as in training")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
 
 
 def _memory(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -117,7 +105,6 @@ def _available_bytes() -> int:
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     points = report["memory"]
 
     def extra(num_tokens: int, way: str, backward: bool) -> Any:
@@ -145,7 +132,3 @@ def _print(report: dict[str, Any]) -> None:
                 ["ratio", half["time_ratio"], half["memory_ratio"]],
             ],
         )
-
-
-if __name__ == "__main__":
-    main()

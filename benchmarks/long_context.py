@@ -1,4 +1,4 @@
-"""Memory of a training step against the length of a pair: ``python -m benchmarks.long_context [--json FILE] [--svg FILE]``.
+"""Memory of a training step against the length of a pair (--svg FILE draws it).
 
 One optimizer step (frozen reference resident, policy forward and backward, AdamW) on one pair of random tokens, half of them
 prompt and a quarter each response, on two processes of a fresh world each: context parallelism, pipeline parallelism, and
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, print_table, write_json
+from benchmarks.common import add_shared, print_table, write_json
 from benchmarks.plot import line_chart
 from benchmarks.ranks import on_ranks
 
@@ -30,11 +30,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.long_context " + " ".join(sys.argv[1:])}
-    report |= {"machine": machine(options.threads), "points": _known(options)}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    report["points"] = _known(options)
     done = {(point["arm"], point["tokens"]) for point in report["points"]}
     for tokens in options.tokens:
         for arm in options.arms:
@@ -43,25 +40,19 @@ def main() -> None:
             report["points"].append({"arm": arm, "tokens": tokens} | _point(arm, tokens, options))
             print(report["points"][-1], file=sys.stderr, flush=True)
             write_json(options.json, report)
-    write_json(options.json, report)
     _print(report, options)
     if options.svg is not None:
         _draw(Path(options.svg), report, options)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, hidden=256, layers=4, vocabulary=8192)
     parser.add_argument("--svg", metavar="FILE", help="draw memory against length there")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536], help="of the pair")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--plain-to", type=int, default=16384, help="most tokens with the plain kernel")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _known(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -99,20 +90,21 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     import torch
 
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
     from megadpo.validation.load import load_config
 
     give_back_freed_blocks()
     torch.set_num_threads(num_threads)
     random = np.random.default_rng(0)
     prompt, *responses = (random.integers(2, 256, tokens // part).astype(np.int32) for part in (2, 4, 4))
-    plan = prepare(load_config(config))
-    with joined_world(plan.layout, plan.config.train.seed, timeout_minutes=600):
-        run = build(plan_on(plan, [Group((prompt,), tuple(responses), 0)]), Callbacks())
+    setup = prepare(load_config(config))
+    with joined_world(setup.layout, setup.config.train.seed, timeout_minutes=600):
+        run = build(setup_on(setup, [Group((prompt,), tuple(responses), 0)]), Callbacks())
         before, started = peak_bytes(), time.perf_counter()
         record = training_step(run, 0)
         seconds = time.perf_counter() - started
@@ -120,7 +112,6 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
-    print(report["machine"])
     print_table(
         f"A step on one pair on two processes; Llama, hidden {options.hidden}, {options.layers} layers, vocabulary "
         f"{options.vocabulary:,}, fp32, recompute {options.recompute}",
@@ -138,7 +129,3 @@ def _draw(path: Path, report: dict[str, Any], options: argparse.Namespace) -> No
         lines.setdefault(point["arm"], []).append((point["tokens"], point["sum_gib"]))
     title = f"Peak memory of a step on one pair, both processes together (hidden {options.hidden}, {options.layers} layers)"
     line_chart(path, title, "tokens of the pair", "GiB", lines)
-
-
-if __name__ == "__main__":
-    main()

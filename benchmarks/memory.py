@@ -1,4 +1,4 @@
-"""What recomputing activations and moving them away saves and costs: ``python -m benchmarks.memory [--json FILE]``.
+"""What recomputing activations and moving them away saves and costs.
 
 One forward and backward of a packed stream of prompts with two responses each. Memory is of a process of its own for each
 way: the resident set above what it held before, when the forward pass is over (what waits for the backward pass) and at its
@@ -14,20 +14,16 @@ import argparse
 import functools
 import multiprocessing
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 
 MIB = 2**20
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.memory " + " ".join(sys.argv[1:])}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         settings = {**vars(options), "directory": directory}
         points = {way: _in_a_fresh_process("_memory", {**settings, "way": way}) for way in _ways(settings)}
@@ -37,25 +33,16 @@ def main() -> None:
         own = seconds[point["way"]]
         point |= {"seconds": statistics.median(own), "time_ratio": median_ratio(own, seconds["kept"])}
     report["seconds"] = seconds
-    report["machine"] = machine()
     _print(report, options)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, hidden=512, layers=8, heads=8, rounds=3)
     parser.add_argument("--directory", help="where activations are moved to; default: the directory for temporary files")
     parser.add_argument("--tokens", type=int, default=4096, help="of the stream")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--window-mib", type=int, default=32, help="train.activation_offload_window_mib")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these, as the table names them; kept is always there")
-    parser.add_argument("--rounds", type=int, default=3, help="of the times; 0: memory only")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
 
 
 def _ways(settings: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +138,11 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
 
     from benchmarks.material import synthetic_groups
     from megadpo.config.schema import ParallelConfig, TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.parallel.layout import Layout
-    from megadpo.pipeline.megatron_schedule import forward_backward
+    from megadpo.pipeline.megatron_schedule import MegatronSchedule
     from megadpo.platform.device import compute_device
 
     config = LlamaConfig(
@@ -172,7 +159,7 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
         for parameter in stage.model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
 
-    run = functools.partial(forward_backward, stage.models)
+    run = functools.partial(MegatronSchedule().forward_backward, stage.models)
     if fusion is not None:
         from megadpo.engine.megatron import MegatronEngine
 
@@ -190,13 +177,12 @@ def stage_and_step(settings: dict[str, Any], way: Any, fusion: bool | None = Non
             forward_is_over()
             return torch.ones(len(sums_RS), 1, dtype=torch.float64, device=sums_RS.device)
 
-        run([lay_out(groups[:count], range(count)).to(compute_device())], ones)
+        run([collate_groups(groups[:count], range(count)).to(compute_device())], ones)
 
     return stage, step
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
-    print(report["machine"])
     kept = report["points"][0]
     print_table(
         f"Forward and backward of {options.tokens:,} tokens, {options.layers} layers, hidden {options.hidden}, "
@@ -216,7 +202,3 @@ def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
             for point in report["points"]
         ],
     )
-
-
-if __name__ == "__main__":
-    main()

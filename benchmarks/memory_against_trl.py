@@ -1,4 +1,4 @@
-"""Peak memory of training against TRL's DPOTrainer: ``python -m benchmarks.memory_against_trl [--json FILE]``.
+"""Peak memory of training against TRL's DPOTrainer.
 
 Each arm trains some steps in a process of its own, with a live reference in fp32, on the same pairs. "Extra" is the peak
 resident set above what the imports and the two models' weights take: activations, logits, gradients, optimizer states.
@@ -16,37 +16,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, print_table, write_json
+from benchmarks.common import MIXES, add_shared, print_table
 
 MIB = 2**20
 
 
-def main() -> None:
-    options = _options()
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.arm:
         print(json.dumps(_measure(options)))
         return
-    report: dict[str, Any] = {"command": "python -m benchmarks.memory_against_trl " + " ".join(sys.argv[1:])}
-    report["machine"] = machine(options.threads)
     report["mixes"] = [_mix(mix, options) for mix in options.mixes]
     _print(report, options)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--mixes", nargs="+", default=["hh-rlhf", "prompt-heavy", "UltraFeedback-like"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, mixes=MIXES, pairs=8, vocabulary=8192, tiny=False)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
     parser.add_argument("--steps", type=int, default=2, help="the first has no optimizer states yet")
     parser.add_argument("--capacities", type=int, nargs="+", default=[2048, 4096], help="tokens of our micro-batches")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
     parser.add_argument("--arm", choices=["megadpo", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def _mix(mix: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +48,7 @@ def _mix(mix: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _arm(arm: str, size: int, mix: str, options: argparse.Namespace) -> dict[str, float]:
     sizes = {name: getattr(options, name) for name in ("pairs", "steps", "vocabulary", "threads")}
-    command = [sys.executable, "-m", "benchmarks.memory_against_trl", "--arm", arm, "--size", str(size), "--mixes", mix]
+    command = [sys.executable, "-m", "benchmarks", "memory_against_trl", "--arm", arm, "--size", str(size), "--mixes", mix]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))] + ["--tiny"] * options.tiny
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,24 +60,24 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
     from benchmarks.head_point import give_back_freed_blocks, peak_bytes
-    from benchmarks.runs import plan_on, prepared_plan
+    from benchmarks.runs import prepared_setup, setup_on
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
         capacity = options.size if options.arm == "megadpo" else 4096
-        plan, about = prepared_plan(
+        setup, about = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, capacity, max_length=1024
         )
-        groups = pairs_of_mix(plan, options.mixes[0], options.steps, options.pairs, options.tiny)
-        weights = 2 * 4 * (about["body_parameters"] + 2 * about["vocabulary"] * plan.policy.config.hidden_size)
+        groups = pairs_of_mix(setup, options.mixes[0], options.steps, options.pairs, options.tiny)
+        weights = 2 * 4 * (about["body_parameters"] + 2 * about["vocabulary"] * setup.policy.config.hidden_size)
         if options.arm == "trl":
             import trl.trainer.dpo_trainer  # noqa: F401
         give_back_freed_blocks()
         before = _resident_bytes()
         if options.arm == "trl":
-            trl_trainer(str(plan.policy.path), groups, options.size, options.pairs, options.steps, Path(directory)).train()
+            trl_trainer(str(setup.policy.path), groups, options.size, options.pairs, options.steps, Path(directory)).train()
         else:
-            _train(plan_on(plan, groups), options.steps)
+            _train(setup_on(setup, groups), options.steps)
         return {
             "extra_mib": (peak_bytes() - before - weights) / MIB,
             "before_mib": before / MIB,
@@ -96,12 +85,13 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
-def _train(plan: Any, num_steps: int) -> None:
+def _train(setup: Any, num_steps: int) -> None:
     from megadpo.parallel.world import joined_world
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.run import Callbacks
+    from megadpo.training.trainer import build, training_step
 
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan, Callbacks())
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup, Callbacks())
         for step in range(num_steps):
             training_step(run, step)
 
@@ -115,7 +105,6 @@ def _resident_bytes() -> int:
 
 
 def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
-    print(report["machine"])
     for mix in report["mixes"]:
         rows = [
             [arm, f"{size} {unit}", point["extra_mib"]]
@@ -128,7 +117,3 @@ def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
             ["arm", "micro-batch", "extra MiB"],
             rows,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What bf16 gains, and what compiling the small operations would: ``python -m benchmarks.precision [--json FILE]``.
+"""What bf16 gains, and what compiling the small operations would.
 
 Seconds of whole optimizer steps (resident reference) in fp32 and in bf16 with fp32 master weights, taking turns on the same
 pairs. Then RMSNorm, rope and SwiGLU, forward and backward on a packed stream: as they run here, as torch's operations one
@@ -11,60 +11,47 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import equal_start, interleaved, machine, median_ratio, print_table, write_json
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.precision " + " ".join(sys.argv[1:])}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if not options.pieces_only:
         report["steps"] = _steps(options)
     if not options.steps_only:
         report["pieces"] = [
             _piece(name, dtype, options) for name in ("RMSNorm", "rope", "SwiGLU") for dtype in ("fp32", "bf16")
         ]
-    report["machine"] = machine()
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=6, help="measured steps, or calls of a piece, of each arm")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=6, pairs=16, vocabulary=8192, hidden=512, tiny=False)
     parser.add_argument("--capacity", type=int, default=4096, help="tokens a micro-batch, and of a piece's stream")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=512, help="of the pieces")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether the tool works")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--pieces-only", action="store_true", help="leave the steps out")
     only.add_argument("--steps-only", action="store_true", help="leave the pieces out")
-    return parser.parse_args()
 
 
 def _steps(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
     from megadpo.parallel.world import joined_world
 
     with tempfile.TemporaryDirectory() as directory:
-        plan, about = prepared_plan(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
-        with joined_world(plan.layout, plan.config.train.seed):
-            from megadpo.training.trainer import Callbacks, Run, build, training_step
+        setup, about = prepared_setup(Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity)
+        with joined_world(setup.layout, setup.config.train.seed):
+            from megadpo.training.run import Callbacks, Run
+            from megadpo.training.trainer import build, training_step
 
             runs = {
-                name: build(dataclasses.replace(plan, dtype=dtype), Callbacks())
+                name: build(dataclasses.replace(setup, dtype=dtype), Callbacks())
                 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
             }
             losses: dict[str, list[float]] = {name: [] for name in runs}
@@ -163,7 +150,6 @@ def _functions(name: str, dtype: Any, options: argparse.Namespace) -> tuple[Any,
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     if "steps" in report:
         steps = report["steps"]
         print_table(
@@ -181,7 +167,3 @@ def _print(report: dict[str, Any]) -> None:
                 for p in report["pieces"]
             ],
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Runs of the real trainer for the benchmarks: its plan for preference rows, and one on other pairs."""
+"""Runs of the real trainer for the benchmarks: its set-up for preference rows, and one on other pairs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.material import BODY, TINY_BODY, made_up_file, preference_file, save_llama, save_tokenizer
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
-from megadpo.training.setup import Plan, data_packing, prepare
+from megadpo.training.setup import RunSetup, data_packing, prepare
 from megadpo.validation.load import load_config
 
 
-def prepared_plan(
+def prepared_setup(
     directory: Path, vocab_size: int, tiny: bool, num_pairs: int, capacity: int, max_length: int | None = None
-) -> tuple[Plan, dict[str, Any]]:
-    """The trainer's plan on the preference rows with a fresh model and tokenizer in `directory`, and what the model is."""
+) -> tuple[RunSetup, dict[str, Any]]:
+    """The trainer's set-up on the preference rows with a fresh model and tokenizer in `directory`, and what the model is."""
     rows, _ = preference_file(directory)
     tokenizer = save_tokenizer(directory / "model", rows, vocab_size)
     num_body = save_llama(directory / "model", len(tokenizer), TINY_BODY if tiny else BODY)
@@ -29,7 +29,7 @@ def prepared_plan(
 def synthetic_config(
     directory: Path, vocab_size: int, body: dict[str, int], num_pairs: int, parallel: dict[str, int]
 ) -> dict[str, Any]:
-    """A configuration with a fresh Llama of this size in `directory`, for runs on groups of random tokens (`plan_on`)."""
+    """A configuration with a fresh Llama of this size in `directory`, for runs on groups of random tokens (`setup_on`)."""
     rows = made_up_file(directory, 20)
     save_tokenizer(directory / "model", rows, 300)
     save_llama(directory / "model", vocab_size, body)
@@ -45,9 +45,9 @@ def _config(directory: Path, rows: Path, num_pairs: int, capacity: int, max_leng
     }
 
 
-def plan_on(plan: Plan, groups: Sequence[Group]) -> Plan:
-    """The same plan on other pairs, which its steps see in their order."""
-    store, train = GroupStore.of(groups), plan.config.train
-    packing = data_packing(plan.config, store, plan.layout, plan.policy.shape, train.tokens_per_micro_batch, "--capacity")
-    batches = Batches(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
-    return dataclasses.replace(plan, train=packing, batches=batches)
+def setup_on(setup: RunSetup, groups: Sequence[Group]) -> RunSetup:
+    """The same set-up on other pairs, which its steps see in their order."""
+    store, train = GroupStore.of(groups), setup.config.train
+    packing = data_packing(setup.config, store, setup.layout, setup.policy.shape, train.tokens_per_micro_batch, "--capacity")
+    batches = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
+    return dataclasses.replace(setup, train=packing, batches=batches)

@@ -1,4 +1,4 @@
-"""Cost of a step against what it grows with: ``python -m benchmarks.scaling [--json FILE]``.
+"""Cost of a step against pairs, length, vocabulary and depth, and on two processes.
 
 Two tables. On one process: seconds of an optimizer step as pairs a step, sequence length, vocabulary, or depth double (which
 should cost at most in proportion; attention alone grows faster with length). On two processes of one thread
@@ -9,39 +9,28 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, print_table, write_json
+from benchmarks.common import add_shared, print_table
 from benchmarks.ranks import on_ranks
 
 BASE = {"pairs": 8, "length": 256, "vocabulary": 4096, "layers": 4}
 LAYOUTS = [("one process", 1, {}), ("data 2", 2, {}), ("tensor 2", 2, {"tensor": 2}), ("pipeline 2", 2, {"pipeline": 2})]
 
 
-def main() -> None:
-    options = _options()
-    equal_start(1)
-    report: dict[str, Any] = {"command": "python -m benchmarks.scaling " + " ".join(sys.argv[1:]), "machine": machine(1)}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     report["growth"] = [_growth(what, options) for what in BASE]
     report["processes"] = _processes(options)
     _print(report)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each point")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of each point before that")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=5, warm_up=1, hidden=256, tiny=False)
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--tiny", action="store_true", help="a toy model and short pairs, to see whether the tool works")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _growth(what: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -83,11 +72,12 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
     import numpy as np
     import torch
 
-    from benchmarks.runs import plan_on
+    from benchmarks.runs import setup_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
     from megadpo.validation.load import load_config
 
     torch.set_num_threads(options.threads)
@@ -102,9 +92,9 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
         Group((tokens(num_prompt),), (tokens(num_response), tokens(num_response)), row)
         for row in range(num_steps * point["pairs"])
     ]
-    plan, seconds = prepare(load_config(config)), []
-    with joined_world(plan.layout, plan.config.train.seed):
-        run = build(plan_on(plan, groups), Callbacks())
+    setup, seconds = prepare(load_config(config)), []
+    with joined_world(setup.layout, setup.config.train.seed):
+        run = build(setup_on(setup, groups), Callbacks())
         for step in range(num_steps):
             started = time.perf_counter()
             training_step(run, step)
@@ -113,7 +103,6 @@ def _steps(config: dict[str, Any], point: dict[str, int], options: argparse.Name
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(report["machine"])
     print_table(
         "Seconds of a step on one process while one thing grows; growth: seconds' over the thing's, first to last",
         ["what", "values", "seconds", "growth"],
@@ -132,7 +121,3 @@ def _print(report: dict[str, Any]) -> None:
         ["layout", "seconds", "speed-up"],
         [[point["layout"], point["seconds"], point["speedup"]] for point in report["processes"]],
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -83,8 +83,8 @@ def _timed(times: list[tuple[str, int, float, float]]) -> Iterator[None]:
     import torch
     from megatron.core.pipeline_parallel import schedules
 
-    from megadpo.pipeline import run_schedule as own_schedule
-    from megadpo.pipeline.executor import Clock, carry_out
+    from megadpo.pipeline import operations
+    from megadpo.pipeline.executor import Clock, execute
 
     counts: dict[str, int] = {}
 
@@ -99,9 +99,9 @@ def _timed(times: list[tuple[str, int, float, float]]) -> Iterator[None]:
 
         return call
 
-    def carried(program: Any, work: Any, group: Any, held: Any = None) -> Any:
+    def executed(program: Any, stage_operations: Any, group: Any, held: Any = None) -> Any:
         clock = Clock()
-        unread = carry_out(program, work, group, held, clock)
+        unread = execute(program, stage_operations, group, held, clock)
         is_reference = all(op.kind == "forward" for op, *_ in clock.times)  # a pass of its own
         times.extend(
             ("reference" if is_reference else op.kind, op.micro_batch, begin, end) for op, begin, end in clock.times
@@ -111,11 +111,11 @@ def _timed(times: list[tuple[str, int, float, float]]) -> Iterator[None]:
     originals = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
     for name, function in originals.items():
         setattr(schedules, name, timed(function, name == "backward_step"))
-    own_schedule.carry_out = carried  # type: ignore[assignment]
+    operations.execute = executed  # type: ignore[assignment]
     try:
         yield
     finally:
-        own_schedule.carry_out = carry_out
+        operations.execute = execute
         for name, function in originals.items():
             setattr(schedules, name, function)
 
@@ -166,26 +166,26 @@ class _Slept:
                     self._megatron("reference", forward_only=True)
             self._megatron("forward", forward_only=False)
             return
-        from megadpo.pipeline.fill import policy_alone, proportions, with_reference
-        from megadpo.pipeline.run_schedule import run
-        from megadpo.pipeline.schedule import forward_only
+        from megadpo.pipeline.fill import policy_schedule, rough_costs, with_reference
+        from megadpo.pipeline.operations import run_schedule
+        from megadpo.pipeline.schedule import all_forwards
 
-        costs = proportions(is_zero_bubble=arm.zero_bubble)
-        policy = policy_alone(stages, count, is_zero_bubble=arm.zero_bubble)
+        costs = rough_costs(is_zero_bubble=arm.zero_bubble)
+        policy = policy_schedule(stages, count, is_zero_bubble=arm.zero_bubble)
         if arm.reference == "before":
-            run(forward_only(stages, count), costs, self)
+            run_schedule(all_forwards(stages, count), costs, self)
         if arm.reference != "interleaved":
-            run(policy, costs, self)
+            run_schedule(policy, costs, self)
             return
         schedule, self.done = with_reference(policy, self.done, 0 if is_last else count, costs)
-        unread = run(schedule, costs, self, self.held)
+        unread = run_schedule(schedule, costs, self, self.held)
         self.held = {op._replace(kind="reference"): tensor for op, tensor in unread.items()}
 
-    def do(self, op: Any, received: Any) -> Any:
+    def run(self, op: Any, received: Any) -> Any:
         self._sleep(op.kind)
         return self.message()
 
-    def empty(self, op: Any) -> Any:
+    def empty_message(self, op: Any) -> Any:
         return self.message()
 
     def _sleep(self, kind: str) -> None:
@@ -265,7 +265,7 @@ class _Computed:
                 parameter.register_post_accumulate_grad_hook(_into_main_grad)
         fuse_gradients(self.policy.models, "torch")
         self.micro_batches = [_stream(point, number) for number in range(point["micro_batches"])]
-        self.beside: Any = None
+        self.schedule: Any = None
 
     def message(self) -> Any:
         import torch
@@ -273,33 +273,28 @@ class _Computed:
         return torch.zeros(len(self.micro_batches[0].tokens_T), 1, self.point["hidden"])
 
     def start(self, arm: Arm) -> None:
-        from megadpo.pipeline.interleaved_reference import ReferenceBeside
+        from megadpo.pipeline.interleaved_reference import InterleavedReference
+        from megadpo.pipeline.megatron_schedule import MegatronSchedule
+        from megadpo.pipeline.own_schedule import OwnSchedule
 
-        self.beside = ReferenceBeside(self.reference.models, None)
+        interleaved = InterleavedReference(self.reference.models, None) if arm.reference == "interleaved" else None
+        self.schedule = OwnSchedule(arm.zero_bubble, interleaved) if arm.is_ours else MegatronSchedule()
 
     def step(self, arm: Arm, is_last: bool) -> None:
         import torch
-
-        from megadpo.pipeline import megatron_schedule as schedule
-        from megadpo.pipeline import run_schedule as own_schedule
 
         def ones(number: int, sums_RS: torch.Tensor) -> torch.Tensor:
             return torch.ones(len(sums_RS), 1, dtype=torch.float64)
 
         for model in self.policy.models:
             model.zero_grad(set_to_none=False)
-        passes: Any = own_schedule if arm.is_ours else schedule
         if arm.reference == "before":
-            passes.forward_only(self.reference.models, self.micro_batches)
-        if not arm.is_ours:
-            passes.forward_backward(self.policy.models, self.micro_batches, ones)
-            return
-        beside = self.beside if arm.reference == "interleaved" else None
-        if beside is not None:
-            beside.begin(self.micro_batches)
+            self.schedule.forward_only(self.reference.models, self.micro_batches)
+        if arm.reference == "interleaved":
+            self.schedule.reference.begin(self.micro_batches)
             if not is_last:
-                beside.run_ahead(self.micro_batches)
-        passes.forward_backward(self.policy.models, self.micro_batches, ones, beside=beside, is_zero_bubble=arm.zero_bubble)
+                self.schedule.reference.run_ahead(self.micro_batches)
+        self.schedule.forward_backward(self.policy.models, self.micro_batches, ones)
 
 
 def _into_main_grad(parameter: Any) -> None:
@@ -311,7 +306,7 @@ def _into_main_grad(parameter: Any) -> None:
 def _stream(point: dict[str, Any], seed: int) -> Any:
     import numpy as np
 
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.data.groups import Group
 
     random, half = np.random.default_rng(seed), point["tokens"] // 4
@@ -319,4 +314,4 @@ def _stream(point: dict[str, Any], seed: int) -> Any:
     def ids(count: int) -> np.ndarray:
         return random.integers(0, point["vocabulary"], count).astype(np.int32)
 
-    return lay_out([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])
+    return collate_groups([Group((ids(2 * half),), (ids(half), ids(half)), seed)], [seed])

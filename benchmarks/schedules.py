@@ -1,9 +1,9 @@
-"""Idle share of pipeline stages: ``python -m benchmarks.schedules [--json FILE]``.
+"""Idle share of pipeline stages under Megatron's schedules and ours, measured and simulated.
 
 Arms take turns. With a resident reference: Megatron's schedules with the reference's pass before the policy's 1F1B, our
 executor in the same order, and our executor with the reference's forwards in the policy's bubbles, some of them a step
-ahead, under 1F1B and with weight gradients put off. Without one: Megatron's 1F1B, ours, and ours with weight gradients put
-off. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
+ahead, under 1F1B and with weight gradients delayed. Without one: Megatron's 1F1B, ours, and ours with these
+delayed. A stage is idle when it is in no operation between the barriers around a step; the share is the mean over stages and
 steps. Real models on as many processes as there are cores, one thread each; and, for more stages than cores, operations
 that sleep for a known time, which shows the executor alone. Beside each of ours: what the simulator says for the seconds
 that were measured in that arm: of each operation, the mean of a message (from the end of an operation to the beginning
@@ -20,46 +20,34 @@ import math
 import multiprocessing
 import socket
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, machine, print_table, write_json
+from benchmarks.common import add_shared, print_table
 from benchmarks.schedule_point import ARMS, Arm, measure
 
 
-def main() -> None:
-    options = _options()
-    equal_start(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.schedules " + " ".join(sys.argv[1:])}
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     shared = {**vars(options), "chunks": 1}
     points = [{**shared, "operations": "slept", "stages": stages} for stages in options.slept]
     points += [{**shared, "operations": "computed", "stages": stages} for stages in options.computed]
     report["points"] = [_point(point) for point in points]
-    report["machine"] = machine()
     for point in report["points"]:
         _print(point)
-    write_json(options.json, report)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=2, hidden=512, layers=4, vocabulary=512)
     parser.add_argument("--slept", type=int, nargs="*", default=[2, 4], help="stages of the points whose operations sleep")
     parser.add_argument("--computed", type=int, nargs="*", default=[2], help="stages of those with real models")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step")
     parser.add_argument("--steps", type=int, default=6, help="in a row, of which the first and the last are not steady")
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--forward", type=float, default=0.02, help="seconds that a slept forward takes")
     parser.add_argument("--backward", type=float, default=0.04)
     parser.add_argument("--reference", type=float, default=0.02)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch")
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    return parser.parse_args()
+    parser.set_defaults(threads=1)
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
@@ -145,19 +133,19 @@ def _simulated(
     arm: Arm, by_rank: list[list[dict[str, Any]]], message: float, between: float, point: dict[str, Any]
 ) -> list[tuple[int, float, float]]:
     """(number in its run, idle share, seconds) of every step; what lies between two operations is idle too."""
-    from megadpo.pipeline.fill import policy_alone, proportions, reference_before, with_reference
+    from megadpo.pipeline.fill import policy_schedule, rough_costs, with_reference, with_reference_before
     from megadpo.pipeline.simulate import Costs, simulate
 
     count, done, steps = point["micro_batches"], None, []
-    policy = policy_alone(point["stages"], count, is_zero_bubble=arm.zero_bubble)
+    policy = policy_schedule(point["stages"], count, is_zero_bubble=arm.zero_bubble)
     for records in zip(*by_rank, strict=True):
         step, schedule = records[0]["step"], policy
         if arm.reference == "interleaved":
             ahead = 0 if step == point["steps"] - 1 else count
-            costs = proportions(is_zero_bubble=arm.zero_bubble)
+            costs = rough_costs(is_zero_bubble=arm.zero_bubble)
             schedule, done = with_reference(policy, done if step else None, ahead, costs)
         elif arm.reference == "before":
-            schedule = reference_before(policy)
+            schedule = with_reference_before(policy)
         took = [[end - begin + between for *_, begin, end in record["times"]] for record in records]
         seconds = simulate(schedule, Costs(message=max(0.0, message - between)), took).seconds
         busy = statistics.mean(record["busy"] for record in records)
@@ -176,7 +164,3 @@ def _print(point: dict[str, Any]) -> None:
     rows = [[name, *(arm[key] for key in names)] for name, arm in point["arms"].items()]
     sizes = f"{point['stages']} stages, {point['micro_batches']} micro-batches a step, {point['steps']} steps"
     print_table(f"Operations {what}, {sizes}", columns, rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What prompt sharing pays on preference rows: ``python -m benchmarks.sharing [--json FILE]``.
+"""What prompt sharing pays on preference rows: tokens and seconds.
 
 Tokens: every usable row under an 8k byte-level BPE trained on the rows. Time: whole optimizer steps of the trainer
 (`megadpo.training.trainer.training_step`), with and without sharing in turns, on the same pairs in the same order, fp32.
@@ -11,38 +11,34 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import equal_start, interleaved, machine, median_ratio, print_table, step_options, write_json
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 
 
-def main() -> None:
-    options = step_options(__doc__)
-    equal_start(options.threads)
-    import torch
-
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.material import preference_file
-    from benchmarks.runs import prepared_plan
+    from benchmarks.runs import prepared_setup
 
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"command": "python -m benchmarks.sharing " + " ".join(sys.argv[1:]), "machine": machine()}
     with tempfile.TemporaryDirectory() as directory:
-        plan, report["model"] = prepared_plan(
+        setup, report["model"] = prepared_setup(
             Path(directory), options.vocabulary, options.tiny, options.pairs, options.capacity
         )
         report |= {
             "data": preference_file(Path(directory))[1],
-            "rows": plan.reports["train"].to_dict(),
+            "rows": setup.reports["train"].to_dict(),
             "pairs_per_step": options.pairs,
             "tokens_per_micro_batch": options.capacity,
         }
-        report["tokens"] = _tokens(plan.train.groups)
-        report["times"] = [_times(plan, mode, options) for mode in ("resident", "none")]
+        report["tokens"] = _tokens(setup.train.groups)
+        report["times"] = [_times(setup, mode, options) for mode in ("resident", "none")]
     _print(report)
-    write_json(options.json, report)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, rounds=7, warm_up=2, pairs=16, capacity=4096, vocabulary=8192, tiny=False)
 
 
 def _tokens(groups: Any, numbers: Any = slice(None)) -> dict[str, float]:
@@ -57,37 +53,39 @@ def _tokens(groups: Any, numbers: Any = slice(None)) -> dict[str, float]:
     }
 
 
-def _times(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
+def _times(setup: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of interleaved steps, with a resident reference or with none to compute."""
     from megadpo.parallel.world import joined_world
 
-    with joined_world(plan.layout, plan.config.train.seed):
-        return _times_in_world(plan, reference, options)
+    with joined_world(setup.layout, setup.config.train.seed):
+        return _times_in_world(setup, reference, options)
 
 
-def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
+def _times_in_world(setup: Any, reference: str, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from megadpo.training.reference import References, precomputed
+    from megadpo.training.reference import PrecomputedReference, References
+    from megadpo.training.run import Callbacks, Run
     from megadpo.training.setup import data_packing
-    from megadpo.training.trainer import Callbacks, Run, build, training_step
+    from megadpo.training.trainer import build, training_step
 
-    run = build(plan, Callbacks())
+    run = build(setup, Callbacks())
     if reference == "none":
-        run.references = References(precomputed(np.zeros(plan.train.groups.num_responses), plan.train.groups), None)
-    unshared_config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, share_prompts=False))
+        zeros = PrecomputedReference(np.zeros(setup.train.groups.num_responses), setup.train.groups)
+        run.references = References(zeros, None)
+    unshared_config = dataclasses.replace(setup.config, data=dataclasses.replace(setup.config.data, share_prompts=False))
     unshared_packing = data_packing(
-        unshared_config, plan.train.groups, plan.layout, plan.policy.config, options.capacity, "--capacity"
+        unshared_config, setup.train.groups, setup.layout, setup.policy.shape, options.capacity, "--capacity"
     )
-    unshared = dataclasses.replace(run, plan=dataclasses.replace(plan, config=unshared_config, train=unshared_packing))
+    unshared = dataclasses.replace(run, setup=dataclasses.replace(setup, config=unshared_config, train=unshared_packing))
 
     def step(which: Run, number: int) -> None:
         training_step(which, number % options.rounds)  # warm-up rounds (-1, -2, …) see the last rounds' pairs
 
     arms = {"unshared": lambda number: step(unshared, number), "shared": lambda number: step(run, number)}
     seconds = interleaved(arms, options.rounds, options.warm_up)
-    numbers = np.concatenate([plan.batches.at(number) for number in range(options.rounds)])
-    tokens = _tokens(plan.train.groups, numbers)
+    numbers = np.concatenate([setup.batches.group_ids(number) for number in range(options.rounds)])
+    tokens = _tokens(setup.train.groups, numbers)
     ratio, gain = (median_ratio(seconds[a], seconds[b]) for a, b in (("shared", "unshared"), ("unshared", "shared")))
     return {
         "reference": reference,
@@ -103,7 +101,7 @@ def _times_in_world(plan: Any, reference: str, options: argparse.Namespace) -> d
 
 def _print(report: dict[str, Any]) -> None:
     tokens, model = report["tokens"], report["model"]
-    print(f"{report['data']}; {report['machine']}")
+    print(report["data"])
     print_table(
         "Tokens through the model a pair, all usable rows",
         ["pairs", "without sharing", "with sharing", "ratio"],
@@ -128,7 +126,3 @@ def _print(report: dict[str, Any]) -> None:
         ["reference", "without sharing", "with sharing", "time ratio", "token ratio", "gain", "bound", "gain / bound"],
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What fills the bubbles of a pipeline? Simulated idle shares: ``python -m benchmarks.simulated``; nothing is trained.
+"""Simulated idle shares: what fills the bubbles of a pipeline (nothing is trained).
 
 With a resident reference in a run of 8 steps: before 1F1B, and interleaved with it. Then without a reference (or with one
 that is precomputed): 1F1B, 1F1B in halves (`schedule.split_pairs`, if both halves cost the same), and ZB-H1
@@ -9,9 +9,10 @@ either part of a backward and reference forwards cost 1 each, a message that som
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from benchmarks.common import print_table
-from megadpo.pipeline.fill import Progress, proportions, reference_before, with_reference
+from megadpo.pipeline.fill import Progress, rough_costs, with_reference, with_reference_before
 from megadpo.pipeline.schedule import Schedule, one_forward_one_backward, zero_bubble
 from megadpo.pipeline.simulate import Costs, Timing, simulate
 
@@ -19,19 +20,23 @@ SIZES = ((2, 4), (2, 8), (2, 16), (4, 8), (4, 16), (4, 32), (8, 32), (16, 64))
 NUM_STEPS = 8
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    report["reference"] = [reference_row(*size) for size in SIZES]
+    report["filled"] = [row(*size) for size in SIZES]
     columns = ["stages", "micro-batches", "reference before 1F1B", "interleaved, steady", "ratio", "interleaved, all steps"]
-    rows = [reference_row(*size) for size in SIZES]
-    print_table(f"Idle share of {NUM_STEPS} steps with a resident reference", [*columns, "ratio"], rows)
+    print_table(f"Idle share of {NUM_STEPS} steps with a resident reference", [*columns, "ratio"], report["reference"])
     columns = ["stages", "micro-batches", "1F1B", "in halves", "zero-bubble", "1F1B + reference", "zero-bubble + reference"]
-    print_table("Idle share of a step without and with a reference", columns, [row(*size) for size in SIZES])
+    print_table("Idle share of a step without and with a reference", columns, report["filled"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
 
 
 def reference_row(stages: int, count: int) -> list[float]:
     """A line of the first table."""
-    policy, costs = one_forward_one_backward(stages, count), proportions()
-    before = simulate(reference_before(policy), costs).idle_share
+    policy, costs = one_forward_one_backward(stages, count), rough_costs()
+    before = simulate(with_reference_before(policy), costs).idle_share
     steps = _interleaved(policy, costs)
     steady, all_steps = _idle_share(steps[1:-1]), _idle_share(steps)
     return [stages, count, before, steady, steady / before, all_steps, all_steps / before]
@@ -39,7 +44,7 @@ def reference_row(stages: int, count: int) -> list[float]:
 
 def row(stages: int, count: int) -> list[float]:
     """A line of the second table."""
-    whole, apart = proportions(), proportions(is_zero_bubble=True)
+    whole, apart = rough_costs(), rough_costs(is_zero_bubble=True)
     policy, in_parts = one_forward_one_backward(stages, count), zero_bubble(stages, count)
     halves = one_forward_one_backward(stages, count, num_halves=2)
     alone = [(policy, whole), (halves, whole.in_halves()), (in_parts, apart)]
@@ -62,7 +67,3 @@ def _interleaved(policy: Schedule, costs: Costs) -> list[Timing]:
 def _idle_share(steps: list[Timing]) -> float:
     """Of the steps' whole time."""
     return sum(step.idle_share * step.seconds for step in steps) / sum(step.seconds for step in steps)
-
-
-if __name__ == "__main__":
-    main()

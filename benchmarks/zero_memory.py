@@ -1,6 +1,6 @@
 """Bytes a rank holds of parameters, gradients and optimizer state under each ZeRO stage, against the formula.
 
-    torchrun --nproc-per-node 4 -m benchmarks.zero_memory --model DIRECTORY
+    torchrun --nproc-per-node 4 -m benchmarks zero_memory --model DIRECTORY
 
 Counted are the storages of all tensors that are alive once a step's gradients are reduced, when moments exist already, less
 those that were alive before the engine. In fp32 with N replicas and P parameters the formula is: stage 0 16 P (weights,
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import print_table
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -34,18 +36,18 @@ def formula(stage: int, num_parameters: int, num_replicas: int) -> float:
 def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | None = None) -> tuple[int, dict[int, int]]:
     """Number of parameters, and this rank's bytes under each stage; every process is a replica."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.parallel.world import joined_world
 
     layout, found, num_parameters = Layout(data=dist.get_world_size()), {}, 0
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=256,
-        setting="tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=256,
+            setting="tokens_per_micro_batch",
+            num_data_parallel=layout.data,
+            hidden_size=64,
+        ),
     )
     micro_batches = None
     for stage in range(4):
@@ -79,26 +81,26 @@ def _storages() -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def main() -> None:
-    """Print a table."""
+def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.material import MIXES, synthetic_groups
     from megadpo.checkpoint.hf import read_hf_config
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--deepspeed-config", metavar="FILE", help="as parallel.deepspeed_config")
-    arguments = parser.parse_args()
     dist.init_process_group()
-    vocab_size = read_hf_config(arguments.model).vocab_size
+    vocab_size = read_hf_config(options.model).vocab_size
     groups = synthetic_groups(next(iter(MIXES)), 16, vocab_size, shrink=32)
-    num_parameters, found = bytes_by_stage(arguments.model, groups, arguments.deepspeed_config)
+    num_parameters, found = bytes_by_stage(options.model, groups, options.deepspeed_config)
     if dist.get_rank() == 0:
-        print(f"{num_parameters:,} parameters on {dist.get_world_size()} replicas")
-        for stage, size in found.items():
-            expected = formula(stage, num_parameters, dist.get_world_size())
-            print(f"ZeRO-{stage}: {size / 2**20:8.1f} MiB, formula {expected / 2**20:8.1f}, of ZeRO-0 {size / found[0]:.3f}")
+        report |= {"parameters": num_parameters, "replicas": dist.get_world_size(), "bytes": found}
+        expected = {stage: formula(stage, num_parameters, dist.get_world_size()) for stage in found}
+        print_table(
+            f"{num_parameters:,} parameters on {dist.get_world_size()} replicas",
+            ["ZeRO stage", "MiB a rank", "formula", "of stage 0"],
+            [[stage, size / 2**20, expected[stage] / 2**20, size / found[0]] for stage, size in found.items()],
+        )
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--deepspeed-config", metavar="FILE", help="as parallel.deepspeed_config")
+    parser.set_defaults(threads=1)

@@ -18,7 +18,7 @@ from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 
 if TYPE_CHECKING:
-    from megadpo.training.trainer import Callbacks, Result
+    from megadpo.training.run import Callbacks, Result
 
 __version__ = "0.1.0"
 __all__ = ["Callbacks", "Config", "Result", "UserError", "__version__", "load_config", "train"]
@@ -52,5 +52,5 @@ def train(
 def __getattr__(name: str) -> Any:
     """`megadpo.Callbacks` and `megadpo.Result`, which need torch, when they are asked for."""
     if name in ("Callbacks", "Result"):
-        return getattr(importlib.import_module("megadpo.training.trainer"), name)
+        return getattr(importlib.import_module("megadpo.training.run"), name)
     raise AttributeError(f"module 'megadpo' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and why something else failed, in a few words."""
 
 
 class UserError(Exception):
@@ -6,3 +6,18 @@ class UserError(Exception):
 
     The command line prints it as ``megadpo: error: …`` and exits with status 2, without a traceback.
     """
+
+
+def reason(error: BaseException, limit: int | None = 200) -> str:
+    """The message of an exception on one line, or its type where it has none.
+
+    Args:
+        limit: the most characters; None: all.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, where the rest is a trace of another program; its type if it has none."""
+    message = str(error).strip()
+    return message.splitlines()[0][:200] if message else type(error).__name__

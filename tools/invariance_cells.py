@@ -1,4 +1,4 @@
-"""Lists the layouts that tests hold to a single process, from those tests' own cases, in docs/parallelism.md:
+"""Lists the layouts that tests hold to a single process, from those tests' own cases, in docs/tested_layouts.md:
 ``python -m tools.invariance_cells --write`` (a test compares)."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.parity import test_deepspeed, test_pipeline
 from tests.parity import test_layouts as test_parity
 from tests.parity import test_mixtures as test_experts
 
-PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
+PAGE = Path(__file__).parents[1] / "docs" / "tested_layouts.md"
 BEGIN = "<!-- Between these marks: made by tools/invariance_cells.py from the tests' cases. -->\n"
 END = "<!-- end of the cells -->\n"
 COLUMNS = (

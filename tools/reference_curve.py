@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.models import DATA, save_model, write_hh
+from tests.helpers.runs import train_run
 from tests.helpers.worlds import run_world
-from tests.parity.zero_worker import train_run
 
 CURVE = Path(__file__).parents[1] / "tests" / "parity" / "reference_curve.json"
 ROWS = DATA / "hh-rlhf-harmless-test.jsonl.gz"

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 from megadpo.model.families import TensorSource, family_of, shape_of
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # transformers' validators raise several kinds
-        raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file}: transformers refuses it: {reason(error, limit=None)}") from error
     return config
 
 

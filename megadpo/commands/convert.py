@@ -1,108 +1,55 @@
-"""Hugging Face directory to checkpoint and back: offline, without process groups, one tensor at a time."""
+"""`megadpo convert import HF_DIR OUT tensor=N …` and `megadpo convert export CHECKPOINT OUT`."""
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterator
-from pathlib import Path
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
-from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file, writer_name
-from megadpo.checkpoint.staging import abandon, begin, refuse_existing
+from megadpo.commands.parsing import report_written
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard, TensorSource, check_tensors, shape_of, shard_parameters
-from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard
-from megadpo.parallel.layout import Layout
-from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
+
+if TYPE_CHECKING:
+    from megadpo.parallel.layout import Layout
+
+HELP = "Hugging Face directory to checkpoint and back"
 
 
-def import_hf(
-    hf_dir: str | Path,
-    out: str | Path,
-    num_tensor: int = 1,
-    num_pipeline: int = 1,
-    stage_layers: tuple[int, ...] | None = None,
-) -> None:
-    """Write a Hugging Face model as a checkpoint at step 0, in one part for each tensor rank and pipeline stage.
-
-    Tensors keep their types. Any layout can read the result; the one given here only decides how files are cut.
-
-    Args:
-        stage_layers: layers of each pipeline stage; None: as even as possible.
-
-    Raises:
-        UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
-    """
-    out = Path(os.path.abspath(out))
-    layout = Layout(tensor=num_tensor, pipeline=num_pipeline, sequence=num_tensor > 1, chunk_layers=stage_layers)
-    if is_checkpoint(hf_dir):
-        raise UserError(f"{hf_dir} is a checkpoint already; import takes a Hugging Face directory")
-    refuse_existing(out)
-    shape = shape_of(read_hf_config(hf_dir))
-    check_layout(layout, shape)
-    source = open_hf(hf_dir)
-    check_tensors(shape, source)
-    begin(out)
-    try:
-        manifests = [
-            write_shard_file(out, writer_name(stage, rank), _shards(shape, source, layout, stage, rank))
-            for stage in range(num_pipeline)
-            for rank in range(num_tensor)
-        ]
-        commit(out, manifests, {"step": 0}, hf_dir)
-    except BaseException:
-        abandon(out)
-        raise
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(title="directions", metavar="DIRECTION", required=True, dest="direction")
+    into = directions.add_parser("import", help="Hugging Face directory to a sharded checkpoint")
+    into.add_argument("hf_dir", metavar="HF_DIR")
+    into.add_argument("out", metavar="OUT")
+    into.add_argument("layout", metavar="tensor=N pipeline=N pipeline_layout=N,N,…", nargs="*", help="how many shards")
+    back = directions.add_parser("export", help="a checkpoint to a Hugging Face directory")
+    back.add_argument("checkpoint", metavar="CHECKPOINT")
+    back.add_argument("out", metavar="OUT")
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint's weights as a Hugging Face directory.
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    if arguments.direction == "import":
+        layout = _layout(arguments.layout)
+        from megadpo.checkpoint.convert import import_hf
 
-    In the type that the state's ``dtype`` names (training saves fp32 master weights), or as stored where it names none.
+        import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
+    else:
+        from megadpo.checkpoint.convert import export_checkpoint
 
-    Raises:
-        UserError: no checkpoint, a damaged one, or `out` is not empty.
-    """
-    out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint)
-    refuse_existing(out)
-    config, source = read_hf_config(checkpoint), opened.source("weights")
-    check_tensors(shape_of(config), source)
-    named = opened.state.get("dtype")
-    dtype = getattr(torch, named, None) if isinstance(named, str) else None
-    if named is not None and not isinstance(dtype, torch.dtype):
-        raise UserError(f"{checkpoint}: its state has dtype {named!r}, which is no torch dtype; it is damaged")
-    plan = plan_export(config, dtype or {name: source.dtype(name) for name in source.names()})
-    begin(out)
-    try:
-        write_export_files(plan, out, ((name, source.read(name, 0, 0, size[0])) for name, size in plan.shapes.items()))
-        finish_export(plan, out, checkpoint)
-    except BaseException:
-        abandon(out)
-        raise
+        export_checkpoint(arguments.checkpoint, arguments.out)
+    report_written(arguments.out)
+    return 0
 
 
-def _shards(
-    shape: ModelShape, source: TensorSource, layout: Layout, stage: int, rank: int
-) -> Iterator[tuple[str, ParameterShard, Tensor]]:
-    """Every primary shard of a rank, filled."""
-    shards = shard_parameters(
-        shape,
-        tensor_rank=rank,
-        num_tensor=layout.tensor,
-        layers=layout.layers_of_stage(shape.num_layers, stage),
-        has_embedding=stage == 0,
-        has_head=stage == layout.pipeline - 1,
-    )
-    for shard in shards:
-        if shard.is_primary and shard.pieces:
-            # Fused projections may differ in type: the widest holds them all exactly.
-            dtype = functools.reduce(torch.promote_types, [source.dtype(piece.logical_name) for piece in shard.pieces])
-            tensor = torch.empty(shard.shape, dtype=dtype)
-            fill_shard(shard, source, tensor)
-            yield "weights", shard, tensor
+def _layout(overrides: Sequence[str]) -> Layout:
+    """tensor=N, pipeline=N and pipeline_layout=N,N,…, checked as the options of the same name under `parallel`."""
+    for override in overrides:
+        if override.partition("=")[0] not in ("tensor", "pipeline", "pipeline_layout"):
+            raise UserError(
+                f"unknown layout {override!r}; convert import takes tensor=N, pipeline=N and pipeline_layout=N,N,…"
+            )
+    from megadpo.parallel.layout import choose_layout
+
+    parallel = load_config(Config(), [f"parallel.{override}" for override in overrides]).parallel
+    return choose_layout(parallel, parallel.tensor * parallel.pipeline)

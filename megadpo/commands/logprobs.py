@@ -1,79 +1,35 @@
-"""`megadpo logprobs`: sequence log-probs of a data set's pairs under one model, a JSON line a pair."""
+"""`megadpo logprobs --model DIR --data FILE --out FILE`: the log-probs of chosen and rejected, a JSON line a pair."""
 
 from __future__ import annotations
 
-import json
-import os
+import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
 
+from megadpo.commands.parsing import add_nproc, add_overrides, report_written
 from megadpo.config.schema import Config
-from megadpo.data.groups import TokenIds
-from megadpo.data.rows.dataset import prepare_groups
-from megadpo.errors import UserError
-from megadpo.parallel.layout import choose_layout
-from megadpo.parallel.world import joined_world, rank, world_size
-from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
-from megadpo.validation.layout import check_layout
+from megadpo.launch.launchers import Request, start_processes
+from megadpo.validation.load import load_config
+
+HELP = "write the log-probs of chosen and rejected, a line a pair"
+
+DEFAULTS = ("reference.mode=precomputed",)
+"""The command is the precomputed reference on its own, so its options (larger micro-batches) apply."""
 
 
-def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
-    """Write `out`: index, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens of each pair, in the data's order.
-
-    Args:
-        model: a Hugging Face directory or one of our checkpoints.
-        data: whatever `data.train` accepts.
-        config: layout, data options and dtype; `reference.tokens_per_micro_batch` sets the micro-batches.
-
-    Raises:
-        UserError: whatever cannot work, before anything is written.
-    """
-    layout = choose_layout(config.parallel, world_size())
-    files = open_model(model, "--model", config)
-    check_layout(layout, files.shape)
-    check_modules(config, files.shape)
-    path = Path(out)
-    if path.is_dir():
-        raise UserError(f"--out: {out} is a directory; give a file name")
-    groups = prepare_groups(config.data, data, str(files.huggingface)).groups
-    check_token_ids(groups, files)
-    packing = scoring_packing(config, groups, layout, files.shape)
-    with joined_world(layout, config.train.seed):
-        from megadpo.model.heads.kernels import choose_kernels
-        from megadpo.training.reference import frozen_stage
-        from megadpo.training.score import response_logps
-
-        choose_kernels(config.model.kernels, compute_device())
-        dtype = resolve_dtype(config.model.dtype)
-        stage = frozen_stage(files.shape, layout, dtype, files.source, config.model)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        lines = _open(partial) if rank() == 0 else None
-        for numbers, logps_R in response_logps(stage, packing):
-            for number, logps_K in zip(numbers, logps_R.reshape(-1, 2).tolist(), strict=True):
-                if lines is not None:
-                    lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
-        if lines is not None:
-            lines.close()
-            partial.replace(path)
-    return path
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write")
+    add_overrides(parser)
+    add_nproc(parser)
 
 
-def _line(row: int, logps_K: Sequence[float], responses: Sequence[TokenIds]) -> dict[str, float]:
-    (chosen_logp, rejected_logp), (chosen, rejected) = logps_K, responses
-    return {
-        "index": row,
-        "chosen_logp": float(chosen_logp),
-        "rejected_logp": float(rejected_logp),
-        "chosen_tokens": len(chosen),
-        "rejected_tokens": len(rejected),
-    }
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    config = load_config(Config(), [*DEFAULTS, *arguments.override])
+    status = start_processes(Request(nproc=arguments.nproc), argv)
+    if status is not None:
+        return status
+    from megadpo.training.logprobs import run_logprobs
 
-
-def _open(path: Path) -> IO[str]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error
+    report_written(run_logprobs(arguments.model, arguments.data, arguments.out, config))
+    return 0

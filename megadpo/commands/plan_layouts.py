@@ -40,7 +40,7 @@ class Fit:
     parameters: int
 
 
-def run_plan(config: Config, counts: Sequence[int] = ()) -> str:
+def list_layouts(config: Config, counts: Sequence[int] = ()) -> str:
     """What `megadpo plan --layouts` prints.
 
     Raises:
@@ -105,10 +105,10 @@ def _candidates(config: Config, num_layers: int, num_processes: int) -> Iterator
         if num_processes % prod(spread):
             continue
         sizes = dict(zip(SPREAD, spread, strict=True))
-        pipeline, asked = sizes["pipeline"], config.parallel.virtual_pipeline
+        pipeline, configured = sizes["pipeline"], config.parallel.virtual_pipeline
         yield sizes | {"virtual_pipeline": 1}
         for virtual in range(2, num_layers // pipeline + 1 if pipeline > 1 else 0):
-            if virtual == asked or num_layers % (pipeline * virtual) == 0:
+            if virtual == configured or num_layers % (pipeline * virtual) == 0:
                 yield sizes | {"virtual_pipeline": virtual}
 
 
@@ -117,10 +117,10 @@ def _layout(
 ) -> Layout:
     """The layout of these sizes, or UserError as a run would raise it."""
     candidate = copy_config(config)
-    asked = (config.parallel.pipeline, config.parallel.virtual_pipeline)
+    configured = (config.parallel.pipeline, config.parallel.virtual_pipeline)
     for name, size in sizes.items():
         setattr(candidate.parallel, name, size)
-    if asked != (sizes["pipeline"], sizes["virtual_pipeline"]):
+    if configured != (sizes["pipeline"], sizes["virtual_pipeline"]):
         candidate.parallel.pipeline_layout = None  # made for the sizes that the configuration names
     validate(candidate)
     layout = choose_layout(candidate.parallel, num_processes)

@@ -15,13 +15,13 @@ from megadpo.model.families import shape_of, shard_parameters
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.pipeline.draw import svg
-from megadpo.pipeline.fill import MESSAGE, policy_alone, proportions, reference_before, with_reference
+from megadpo.pipeline.fill import MESSAGE_COST, policy_schedule, rough_costs, with_reference, with_reference_before
 from megadpo.pipeline.schedule import Schedule
 from megadpo.pipeline.simulate import Costs, Timing, peak_activations, simulate
 from megadpo.validation.layout import check_layout
 
 
-def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) -> str:
+def draw_schedule(config: Config, path: str, num_micro_batches: int | None) -> str:
     """Draw to `path`; what is printed.
 
     Args:
@@ -46,7 +46,7 @@ def run_schedule_plan(config: Config, path: str, num_micro_batches: int | None) 
     if config.schedule.split_pairs:
         costs = costs.in_halves()
     if config.schedule.zero_bubble:
-        costs = costs.with_weights_apart()
+        costs = costs.with_separate_weight_gradients()
     panels = [(name, simulate(schedule, costs)) for name, schedule in _steps(config, layout, count)]
     try:
         Path(path).write_text(svg([(_title(name, timing), timing) for name, timing in panels]), encoding="utf-8")
@@ -69,7 +69,7 @@ def stage_costs(shape: ModelShape, layout: Layout, recompute: str) -> Costs:
     mean = sum(sizes) / len(sizes)
     forward = tuple(size / mean for size in sizes)
     factor = 3.0 if recompute == "full" else 2.0
-    message = MESSAGE if layout.pipeline > 1 else 0.0
+    message = MESSAGE_COST if layout.pipeline > 1 else 0.0
     return Costs(forward, tuple(factor * cost for cost in forward), forward, message)
 
 
@@ -91,12 +91,12 @@ def _matrix_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
 
 def _steps(config: Config, layout: Layout, count: int) -> list[tuple[str, Schedule]]:
     schedule = config.schedule
-    policy = policy_alone(layout.pipeline, count, layout.virtual, 2 if schedule.split_pairs else 1, schedule.zero_bubble)
+    policy = policy_schedule(layout.pipeline, count, layout.virtual, 2 if schedule.split_pairs else 1, schedule.zero_bubble)
     if config.reference.mode != "resident":
         return [("every step", policy)]
     if schedule.reference == "before":
-        return [("every step", reference_before(policy))]
-    steps, done, costs = [], None, proportions(config.train.recompute == "full", schedule.zero_bubble)
+        return [("every step", with_reference_before(policy))]
+    steps, done, costs = [], None, rough_costs(config.train.recompute == "full", schedule.zero_bubble)
     for name, ahead in (("first step", count), ("second step", count), ("last step", 0)):
         whole, done = with_reference(policy, done, ahead, costs)
         steps.append((name, whole))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from megadpo.config import strict
+from megadpo.config.sources import is_dataset
 from megadpo.errors import UserError
 
 
@@ -21,7 +20,7 @@ class ModelConfig:
     """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
-    fp32 on CPU."""
+    fp32 on CPU. `float32`, `torch.float32`, `bfloat16` and `torch.bfloat16` are read as these."""
     kernels: str = "auto"
     """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
     `torch`, or `auto`: native where it is to be had."""
@@ -184,8 +183,8 @@ class ParallelConfig:
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
     overlap: bool | None = None
-    """With `engine: megatron`: sum gradients and gather updated parameters over data-parallel ranks beside computing; null =
-    on CUDA."""
+    """With `engine: megatron`: overlap summing gradients and gathering updated parameters over data-parallel ranks with
+    computation; null = on CUDA."""
     gradient_accumulation_fusion: bool | None = None
     """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
     extension where that is installed, else by torch) instead of one by one; null = on CUDA, and with
@@ -195,9 +194,9 @@ class ParallelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class PipelineScheduleConfig:
     name: str = "megatron"
-    """Who carries micro-batches through the pipeline: `megatron`'s schedules, or our own `1f1b` (over the chunks of
+    """Which schedule runs micro-batches through the pipeline's stages: `megatron`'s, or our own `1f1b` (over the chunks of
     `parallel.virtual_pipeline` too): the same order and the same numbers; messages are asynchronous."""
     reference: str = "before"
     """When a resident reference runs: `before` the policy, or `interleaved` (with `name: 1f1b`): its forwards fill the
@@ -238,7 +237,7 @@ class TrainConfig:
     """AdamW's epsilon."""
     moments_dtype: str = "fp32"
     """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
-    rounding is right on average over the steps). With `engine: megatron`."""
+    rounding is right on average over the steps), in any spelling of `model.dtype`. With `engine: megatron`."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     recompute: str = "none"
@@ -300,7 +299,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -340,59 +339,6 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, in the order of this file."""
         return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
-
-
-@dataclass
-class SourceConfig:
-    """One entry of `data.train` or `data.eval` that is written as a mapping."""
-
-    path: str
-    weight: float = 1.0
-    split: str | None = None
-    subset: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-
-
-def check_sources(value: Any, name: str) -> Any:
-    """`data.train` or `data.eval` after checking: None, a text, a Dataset, or a list of texts, dicts and Datasets."""
-    if value is None or is_dataset(value):
-        return value
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise UserError(f"{name} is an empty list; name at least one source")
-        return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    source = _check_source(value, name)
-    return [source] if isinstance(source, dict) else source
-
-
-def _check_source(value: Any, name: str) -> Any:
-    if is_dataset(value):
-        return value
-    if isinstance(value, Mapping):
-        if "path" not in value:
-            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}")
-        for key in value:
-            if key not in strict.all_keys(SourceConfig):
-                guess = strict.closest(str(key), strict.all_keys(SourceConfig))
-                raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
-        hints = strict.field_types(SourceConfig)
-        source = {
-            key: item if key == "path" and is_dataset(item) else strict.convert(hints[key], item, f"{name}.{key}", {})
-            for key, item in value.items()
-        }
-        if not 0 < source.get("weight", 1.0) < float("inf"):
-            raise UserError(f"{name}.weight must be greater than 0, got {source['weight']!r}")
-        return source
-    text = strict.convert(str | None, value, name, {})
-    if not text:
-        raise UserError(f"{name} is empty; give a file, a directory or a Hugging Face dataset id")
-    return text
-
-
-def is_dataset(value: Any) -> bool:
-    """True for a `datasets.Dataset`, without importing datasets."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(value, datasets.Dataset)
 
 
 def copy_config(config: Config) -> Config:

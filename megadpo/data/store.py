@@ -1,4 +1,4 @@
-"""All groups of a run on memory-mapped flat arrays: any number of rows, shared between processes by the page cache."""
+"""All groups of a run in memory-mapped flat arrays, which processes share through the page cache."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ _ARRAYS = ("tokens_T", "segment_offsets_S", "group_segments_G", "num_prompts_G",
 class GroupColumns:
     """Groups as flat arrays.
 
-    Group g owns segments group_segments_G[g] to group_segments_G[g + 1] - 1: its prompts, then its responses.
+    A segment is a prompt or a response. Group g owns the segments from group_segments_G[g] to group_segments_G[g + 1] - 1:
+    its prompts, then its responses.
     Axes: T tokens, S segments, G groups, R responses of all groups.
 
     Attributes:
-        tokens_T: int32, every token of every segment, one after the other.
-        segment_offsets_S: int64 [S + 1], where each segment starts in `tokens_T`, and the end.
-        group_segments_G: int64 [G + 1], where each group starts among the segments, and the end.
+        tokens_T: int32, the tokens of all segments, concatenated.
+        segment_offsets_S: int64 [S + 1], where each segment starts in `tokens_T`; the last is T.
+        group_segments_G: int64 [G + 1], each group's first segment; the last is S.
         num_prompts_G: int32 [G], 1 or the number of responses.
-        rows_G: int64 [G], position of the row in the sources.
-        sources_G: int32 [G], number of the source.
-        numbers: name -> float64 [R], what the rows say of each response of all groups, in order.
+        rows_G: int64 [G], position of the group's row in the sources.
+        sources_G: int32 [G], index of the source.
+        row_values: name -> float64 [R], a value for each response of all groups, in order.
 
     Raises:
-        ValueError: where one of `numbers` is not float64 [R] or its name cannot be a file's.
+        ValueError: one of `row_values` is not float64 [R], or its name is no identifier (it becomes a file name).
     """
 
     tokens_T: npt.NDArray[np.int32]
@@ -48,27 +49,27 @@ class GroupColumns:
     num_prompts_G: npt.NDArray[np.int32]
     rows_G: npt.NDArray[np.int64]
     sources_G: npt.NDArray[np.int32]
-    numbers: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    row_values: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (int(self.group_segments_G[-1]) - int(self.num_prompts_G.sum()),)
-        for name, number_R in self.numbers.items():
+        for name, values_R in self.row_values.items():
             if not name.isidentifier():
-                raise ValueError(f"numbers cannot be named {name!r}")
-            if number_R.dtype != np.float64 or number_R.shape != shape:
-                raise ValueError(f"{name} is {number_R.dtype} {list(number_R.shape)}, expected float64 {list(shape)}")
+                raise ValueError(f"row values cannot be named {name!r}")
+            if values_R.dtype != np.float64 or values_R.shape != shape:
+                raise ValueError(f"{name} is {values_R.dtype} {list(values_R.shape)}, expected float64 {list(shape)}")
 
     @staticmethod
     def of(groups: Iterable[Group], sources: Sequence[int] | None = None) -> GroupColumns:
-        """Columns of groups in memory; `sources` gives each its source number (0 where left out).
+        """Columns of groups in memory; `sources` are their source indices, 0 where left out.
 
         Raises:
-            ValueError: where groups differ in the names of their numbers.
+            ValueError: where groups differ in the names of their row values.
         """
         groups = list(groups)
-        names = sorted(groups[0].numbers) if groups else []
-        if any(sorted(group.numbers) != names for group in groups):
-            raise ValueError(f"some groups have other numbers than {', '.join(names) or 'none'}")
+        names = sorted(groups[0].row_values) if groups else []
+        if any(sorted(group.row_values) != names for group in groups):
+            raise ValueError(f"some groups have other row values than {', '.join(names) or 'none'}")
         segments = [segment for group in groups for segment in (*group.prompts, *group.responses)]
         return GroupColumns(
             tokens_T=np.concatenate([np.zeros(0, np.int32), *segments]).astype(np.int32, copy=False),
@@ -77,8 +78,8 @@ class GroupColumns:
             num_prompts_G=np.array([len(group.prompts) for group in groups], np.int32),
             rows_G=np.array([group.row for group in groups], np.int64),
             sources_G=np.array(sources if sources is not None else [0] * len(groups), np.int32),
-            numbers={
-                name: np.array([value for group in groups for value in group.numbers[name]], np.float64) for name in names
+            row_values={
+                name: np.array([value for group in groups for value in group.row_values[name]], np.float64) for name in names
             },
         )
 
@@ -87,7 +88,7 @@ class GroupColumns:
         """The groups of all parts, in order.
 
         Raises:
-            ValueError: where parts that are not empty differ in the names of their numbers.
+            ValueError: where parts that are not empty differ in the names of their row values.
         """
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])
@@ -96,11 +97,11 @@ class GroupColumns:
         segments = offsets_of(np.concatenate([np.diff(part.segment_offsets_S) for part in parts]))
         groups = offsets_of(np.concatenate([np.diff(part.group_segments_G) for part in parts]))
         filled = [part for part in parts if len(part.rows_G)]
-        names = sorted(filled[0].numbers) if filled else []
-        if any(sorted(part.numbers) != names for part in filled):
-            raise ValueError(f"some parts have other numbers than {', '.join(names) or 'none'}")
-        numbers = {name: np.concatenate([part.numbers[name] for part in filled]) for name in names}
-        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, numbers=numbers, **joined)
+        names = sorted(filled[0].row_values) if filled else []
+        if any(sorted(part.row_values) != names for part in filled):
+            raise ValueError(f"some parts have other row values than {', '.join(names) or 'none'}")
+        row_values = {name: np.concatenate([part.row_values[name] for part in filled]) for name in names}
+        return GroupColumns(segment_offsets_S=segments, group_segments_G=groups, row_values=row_values, **joined)
 
     def first(self, count: int) -> GroupColumns:
         """Views of the first `count` groups (0 <= count <= G)."""
@@ -114,17 +115,17 @@ class GroupColumns:
             num_prompts_G=self.num_prompts_G[:count],
             rows_G=self.rows_G[:count],
             sources_G=self.sources_G[:count],
-            numbers={name: number_R[:num_responses] for name, number_R in self.numbers.items()},
+            row_values={name: values_R[:num_responses] for name, values_R in self.row_values.items()},
         )
 
     def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Every array by a name of its own, numbers last (as "numbers.margin"), whatever the order they came in."""
-        numbers = {f"numbers.{name}": self.numbers[name] for name in sorted(self.numbers)}
-        return {name: getattr(self, name) for name in _ARRAYS} | numbers
+        """Every array under its file name; row values last, as "numbers.margin", in alphabetical order."""
+        row_values = {f"numbers.{name}": self.row_values[name] for name in sorted(self.row_values)}
+        return {name: getattr(self, name) for name in _ARRAYS} | row_values
 
 
 def offsets_of(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """int64 [n + 1]: where each of n things of these lengths begins when they are put in a row, and the end."""
+    """int64 [n + 1]: where each of n items of these lengths begins when they are concatenated; the last is the total."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))])
 
 
@@ -155,9 +156,9 @@ class GroupStore(Sequence[Group]):
         return GroupStore(GroupColumns.of(groups))
 
     def first(self, count: int) -> GroupStore:
-        """The first `count` groups (all, where there are no more) with their numbers, sources and weights."""
+        """The first `count` groups (all, where there are no more) with their row values, sources and weights."""
         if count < 0:
-            raise ValueError(f"{count} groups were asked for")
+            raise ValueError(f"{count} groups were requested")
         if count >= len(self):
             return self
         return GroupStore(self.columns.first(count), self.source_names, self.source_weights.tolist())
@@ -172,56 +173,56 @@ class GroupStore(Sequence[Group]):
     def __getitem__(self, index: int | slice) -> Group | list[Group]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        number = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= number < len(self):
+        group_id = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= group_id < len(self):
             raise IndexError(f"group {index} of {len(self)}")
         columns = self.columns
-        first, end = (int(value) for value in columns.group_segments_G[number : number + 2])
+        first, end = (int(value) for value in columns.group_segments_G[group_id : group_id + 2])
         bounds = columns.segment_offsets_S[first : end + 1]
         segments = tuple(np.asarray(columns.tokens_T[bounds[i] : bounds[i + 1]]) for i in range(end - first))
-        num_prompts = int(columns.num_prompts_G[number])
-        start, stop = (int(value) for value in self.response_offsets_G[number : number + 2])
-        numbers = {name: tuple(number_R[start:stop].tolist()) for name, number_R in columns.numbers.items()}
-        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[number]), numbers)
+        num_prompts = int(columns.num_prompts_G[group_id])
+        start, stop = (int(value) for value in self.response_offsets_G[group_id : group_id + 2])
+        row_values = {name: tuple(values_R[start:stop].tolist()) for name, values_R in columns.row_values.items()}
+        return Group(segments[:num_prompts], segments[num_prompts:], int(columns.rows_G[group_id]), row_values)
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
-        """int64 [G]: each group's row."""
+        """int64 [G]: position of each group's row in the sources."""
         return self.columns.rows_G
 
     @property
     def sources(self) -> npt.NDArray[np.int32]:
-        """int32 [G]: each group's source number."""
+        """int32 [G]: each group's source index."""
         return self.columns.sources_G
 
     @property
-    def numbers(self) -> Mapping[str, npt.NDArray[np.float64]]:
-        """Name -> float64 [R]: what the rows say of each response of all groups, in order."""
-        return self.columns.numbers
+    def row_values(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """Name -> float64 [R]: a value for each response of all groups, in order."""
+        return self.columns.row_values
 
     @cached_property
     def response_offsets_G(self) -> npt.NDArray[np.int64]:
-        """int64 [G + 1]: group g's responses are those from [g] up to [g + 1] - 1 among the responses of all groups."""
+        """int64 [G + 1]: the ids of group g's responses are [g] to [g + 1] - 1."""
         return np.asarray(self.columns.group_segments_G) - offsets_of(self.columns.num_prompts_G)
 
     @property
     def num_responses(self) -> int:
-        """R: responses of all groups."""
+        """R, the number of responses of all groups."""
         return int(self.response_offsets_G[-1])
 
-    def response_offsets_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64 [N + 1]: where the responses of each of the N groups `numbers` begin when those are put in a row."""
-        return offsets_of(np.diff(self.response_offsets_G)[np.asarray(numbers, np.int64)])
+    def response_offsets_of(self, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [N + 1]: where the responses of each of the N groups begin when these groups are concatenated."""
+        return offsets_of(np.diff(self.response_offsets_G)[np.asarray(group_ids, np.int64)])
 
-    def responses_of(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64: the places of the groups' responses among the responses of all groups, group after group."""
-        offsets_N = self.response_offsets_of(numbers)
-        shifts_N = self.response_offsets_G[np.asarray(numbers, np.int64)] - offsets_N[:-1]
+    def response_ids_of(self, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64: the ids of the groups' responses (positions among the responses of all groups), group after group."""
+        offsets_N = self.response_offsets_of(group_ids)
+        shifts_N = self.response_offsets_G[np.asarray(group_ids, np.int64)] - offsets_N[:-1]
         return np.arange(offsets_N[-1]) + np.repeat(shifts_N, np.diff(offsets_N))
 
     @cached_property
     def digest(self) -> str:
-        """blake2b over every array (not over names and weights), in hexadecimal."""
+        """blake2b over every array (not over source names and weights), in hexadecimal."""
         if self._digest is not None:
             return self._digest
         hasher = hashlib.blake2b(digest_size=20)
@@ -232,27 +233,27 @@ class GroupStore(Sequence[Group]):
         return hasher.hexdigest()
 
     def max_token_id(self) -> int:
-        """The largest id in use: it must lie below the model's vocabulary size. Reads every token."""
+        """The largest token id, which must be below the model's vocabulary size. Reads every token."""
         return int(self.columns.tokens_T.max(initial=0))
 
     def segment_lengths(self) -> npt.NDArray[np.int64]:
         """int64 [S]: tokens of every segment."""
         return np.diff(self.columns.segment_offsets_S)
 
-    def chosen_lengths(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of the groups `numbers`, two int64 arrays: tokens of the first response, and of the prompt before it."""
-        first = np.asarray(self.columns.group_segments_G[numbers])
-        response = first + self.columns.num_prompts_G[numbers]
+    def chosen_lengths(self, group_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of each of the groups, int64: tokens of its first response; tokens of that response's prompt."""
+        first = np.asarray(self.columns.group_segments_G[group_ids])
+        response = first + self.columns.num_prompts_G[group_ids]
         ends = self.columns.segment_offsets_S
         return ends[response + 1] - ends[response], ends[first + 1] - ends[first]
 
     def longest_mismatch(self) -> int:
-        """Tokens of the longest prompt and the longest first response together, whatever their groups; 0 without groups."""
+        """The longest prompt plus the longest first response of all groups, in tokens; 0 without groups."""
         responses, prompts = self.chosen_lengths(np.arange(len(self)))
         return int(responses.max(initial=0)) + int(prompts.max(initial=0))
 
     def num_tokens(self, share_prompts: bool) -> npt.NDArray[np.int64]:
-        """int64 [G]: tokens each group puts into the model's stream, as `Group.num_stream_tokens`."""
+        """int64 [G]: tokens of each group in a micro-batch's stream, as `Group.num_stream_tokens`."""
         columns = self.columns
         starts = np.asarray(columns.segment_offsets_S)[columns.group_segments_G]
         total = np.diff(starts)
@@ -264,9 +265,9 @@ class GroupStore(Sequence[Group]):
         return total + np.where(columns.num_prompts_G == 1, num_copies * prompt_lengths, 0)
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
-        """Write .npy files and a store.json, which holds `extra` too; the directory appears whole or not at all.
+        """Write .npy files and a store.json, which holds `extra` too. The directory is written atomically.
 
-        A directory that is there already is left as it is.
+        A directory that exists is left as it is.
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +281,7 @@ class GroupStore(Sequence[Group]):
             about = {
                 "format_version": FORMAT_VERSION,
                 "num_groups": len(self),
-                "numbers": sorted(self.numbers),
+                "numbers": sorted(self.row_values),
                 "digest": self.digest,
                 "source_names": self.source_names,
                 "source_weights": self.source_weights.tolist(),
@@ -313,7 +314,7 @@ class GroupStore(Sequence[Group]):
 
         columns = GroupColumns(
             **{name: read(name) for name in _ARRAYS},
-            numbers={name: read(f"numbers.{name}") for name in about["numbers"]},
+            row_values={name: read(f"numbers.{name}") for name in about["numbers"]},
         )
         store = GroupStore(columns, about["source_names"], about["source_weights"], about["digest"])
         if len(store) != about["num_groups"]:

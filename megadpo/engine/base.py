@@ -1,4 +1,4 @@
-"""What training asks of an engine: carry a loss's gradient into the model, finish the gradients, take a step."""
+"""What training asks of an engine: forward and backward passes, gradients summed over ranks, optimizer steps, state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
-    from megadpo.pipeline.interleaved_reference import ReferenceBeside
 
 
 class Engine(Protocol):
@@ -29,13 +28,8 @@ class Engine(Protocol):
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
-        """Forward and backward of every micro-batch through all stages, gradients added up on each rank.
-
-        Args:
-            beside: the reference whose forwards run among the policy's (`schedule.reference: interleaved`).
-        """
+        """Forward and backward of every micro-batch through all stages, gradients added up on each rank."""
         ...
 
     def finish_gradients(self) -> None:
@@ -59,8 +53,8 @@ class Engine(Protocol):
         """
         ...
 
-    def settle(self) -> None:
-        """Have the last step's parameters in `stage` on every replica, where they may still be on their way; collective."""
+    def wait_for_parameters(self) -> None:
+        """Wait until `stage` has the last step's parameters, whose gather over replicas may still be running; collective."""
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -76,9 +70,9 @@ class Engine(Protocol):
         ...
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
-        """Set what `state` gives out: `read(kind, global parameter name)` after `num_steps` optimizer steps."""
+        """Set what `state` yields: `read(kind, global parameter name)` after `num_steps` optimizer steps."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen here, for the console."""
+        """The engine, its optimizer and options that were chosen on this machine: name -> value, for the console."""
         ...

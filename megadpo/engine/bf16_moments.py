@@ -1,10 +1,11 @@
-"""AdamW whose moments wait for the next step in bfloat16: half of their memory. The arithmetic is float32's.
+"""AdamW whose moments are stored in bfloat16, which halves their memory; the arithmetic is float32.
 
 A step moves exp_avg_sq by 1 - beta2 of the difference, at beta2 = 0.999 less than half of bfloat16's last place: rounded to
-the nearest it would never fall. So a moment is rounded up as often as its remainder is large: something between nothing and
-the last place is added, and what is beyond is cut off. What is added follows from element and step, by a low-discrepancy
-sequence over both (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/): the mean over steps
-comes close to the value, no random numbers are drawn, and a resumed run has the same bits.
+the nearest it would never fall. So moments are rounded stochastically, with a probability of rounding up proportional to
+the remainder: a number below one unit in the last place is added, then the lower bits are cut off. In place of a random
+number it is a function of element and step, a low-discrepancy sequence over both
+(https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/): the mean over steps comes close to the
+value, and a resumed run has the same bits.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements whose moments are in float32 at once."""
+"""Elements that are updated at once: their moments are in float32 meanwhile."""
 
-PLACE_STRIDE, STEP_STRIDE = 37345, 49471
-"""How far the addend moves on from element to element, and from step to step, in 2^-16 of the last place."""
+ELEMENT_STRIDE, STEP_STRIDE = 37345, 49471
+"""How far the addend advances from element to element, and from step to step, in 2^-16 units in the last place."""
 
 
-class NarrowAdamW(torch.optim.AdamW):
+class AdamWWithBf16Moments(torch.optim.AdamW):
     """State of a parameter: `step`, and MOMENTS in bfloat16. Parameters are flat, float32, with float32 gradients."""
 
     @classmethod
-    def in_place_of(cls, optimizer: torch.optim.Optimizer) -> NarrowAdamW:
-        """One that takes over the groups of another, whose parameters may be pieces of others (no leaves) by now."""
-        narrow = cls([torch.empty(0)])
-        narrow.param_groups = optimizer.param_groups
-        return narrow
+    def with_groups_of(cls, optimizer: torch.optim.Optimizer) -> AdamWWithBf16Moments:
+        """One with the parameter groups of another, whose parameters may be views (no leaves) by now."""
+        new = cls([torch.empty(0)])
+        new.param_groups = optimizer.param_groups
+        return new
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -75,4 +76,4 @@ class NarrowAdamW(torch.optim.AdamW):
 def _addend(length: int, step: Tensor) -> Tensor:
     """[length], int32: what is added to the bits of a tile's values before the lower 16 are cut off, in [0, 2^16)."""
     places = torch.arange(length, device=step.device)
-    return places.mul_(PLACE_STRIDE).add_(step.long() * STEP_STRIDE).bitwise_and_((1 << 16) - 1).int()
+    return places.mul_(ELEMENT_STRIDE).add_(step.long() * STEP_STRIDE).bitwise_and_((1 << 16) - 1).int()

@@ -16,14 +16,14 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megadpo.config.schema import ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.bf16_moments import NarrowAdamW
+from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.model.build import Stage
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
@@ -42,89 +42,55 @@ class MegatronEngine:
         stage: Stage,
         train: TrainConfig,
         parallel: ParallelConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        schedule: PipelineSchedule | None = None,
     ) -> None:
-        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults."""
+        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults, and
+        Megatron's schedule."""
         parallel = ParallelConfig() if parallel is None else parallel
-        schedule = ScheduleConfig() if schedule is None else schedule
-        self.passes = passes_by(schedule)
-        self.stage = stage
-        self.train = train
+        self.stage, self.train = stage, train
+        self.schedule = pipeline_schedule() if schedule is None else schedule
         self.overlap = torch.cuda.is_available() if parallel.overlap is None else parallel.overlap
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=self.overlap,
-            overlap_param_gather=self.overlap,
-            bucket_size=BUCKET_ELEMENTS,
-        )
-        self.models = [DistributedDataParallel(model.config, ddp, model) for model in stage.models]
-        if not self.overlap:
-            _send_nothing_to_oneself(self.models)
-        stage.configure_head(gradient_buffer=self.gradient_buffer)
-        params_dtype = stage.models[0].config.params_dtype
-        requested = True if schedule.zero_bubble else parallel.gradient_accumulation_fusion
-        self.fusion = choose_fusion(requested, compute_device(), params_dtype, stage.layers.kind)
-        fuse_gradients(stage.models, self.fusion)
-        if self.overlap:
-            # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
-            waits = [model.no_sync for model in self.models]
-            stage.models[0].config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=train.learning_rate,
-            weight_decay=train.weight_decay,
-            adam_beta1=train.betas[0],
-            adam_beta2=train.betas[1],
-            adam_eps=train.eps,
-            clip_grad=train.clip_norm,
-            bf16=params_dtype is torch.bfloat16,
-            params_dtype=params_dtype,
-            use_distributed_optimizer=True,
-            overlap_param_gather=self.overlap,
-            optimizer_cpu_offload=parallel.offload == "cpu",
-            optimizer_offload_fraction=1.0,
-            overlap_cpu_optimizer_d2h_h2d=True,
-        )
-        with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.optimizer = get_megatron_optimizer(config, self.models, use_gloo_process_groups=False)
+        self.models = _data_parallel(stage, self.overlap)
+        self.fusion = self._fuse_weight_gradients(parallel.gradient_accumulation_fusion)
+        self.optimizer = _distributed_optimizer(self.models, train, self.overlap, parallel.offload == "cpu")
         # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
         # are fewer: either may be missing on a stage.
-        self.shards = list(self.optimizer.chained_optimizers)
+        self.optimizers = list(self.optimizer.chained_optimizers)
         self.watch: RouterWatch | None = None
-        if train.moments_dtype == "bf16":
-            for shards in self.shards:
-                shards.optimizer = NarrowAdamW.in_place_of(shards.optimizer)
-        elif isinstance(self.shards[0].optimizer, torch.optim.AdamW):
-            # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
         self._clear_gradients()
 
+    def _fuse_weight_gradients(self, requested: bool | None) -> str:
+        """Have products of head and linear layers add to `main_grad`; which ones do in the linear layers."""
+        self.stage.configure_head(gradient_buffer=self.gradient_buffer)
+        if self.schedule.delays_weight_gradients:
+            requested = True
+        params_dtype = self.stage.models[0].config.params_dtype
+        fusion = choose_fusion(requested, compute_device(), params_dtype, self.stage.layers.kind)
+        fuse_gradients(self.stage.models, fusion)
+        return fusion
+
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.passes.forward_only(self.models, micro_batches, ld_alpha)
+        return self.schedule.forward_only(self.models, micro_batches, ld_alpha)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
         self.watch = self._new_watch()
         if self.watch is not None and self.train.router_aux_coef > 0:
             counting = self._new_watch()
-            self.passes.forward_only(self.models, micro_batches, ld_alpha, counting)
+            self.schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
             assert counting is not None
             self.watch.whole = counting.load()
-        self.passes.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch, beside)
+        self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
-        """Megatron's `main_grad`, float32. Its hook adds on what autograd brings besides (a tied embedding's part)."""
+        """Megatron's `main_grad`, float32. Its hook also adds what autograd gives (a tied embedding's part)."""
         if self.overlap and not getattr(parameter, "zero_out_wgrad", False):
-            # The hook that starts the reduction wants to see a gradient, and a mark that it is added already. Where an
-            # embedding on this stage is tied to it (Megatron marks that so), that one brings a gradient.
+            # The hook that starts the reduction expects a gradient, and a mark that it has been added already. Where an
+            # embedding on this stage is tied to the head (`zero_out_wgrad`), the embedding's backward gives one.
             parameter.grad = parameter.new_zeros(()).expand_as(parameter)
             parameter.grad_added_to_main_grad = True
         return parameter.main_grad
@@ -158,8 +124,8 @@ class MegatronEngine:
             if not math.isfinite(norm):
                 raise ArithmeticError(f"the gradient norm is {norm}")
             if self.train.clip_norm > 0:
-                for shards in self.shards:
-                    clip_grad_by_total_norm_fp32(shards.get_parameters(), self.train.clip_norm, norm)
+                for optimizer in self.optimizers:
+                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.train.clip_norm, norm)
             self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
@@ -169,74 +135,136 @@ class MegatronEngine:
         for model in self.models:
             model.zero_grad_buffer()
 
-    def settle(self) -> None:
+    def wait_for_parameters(self) -> None:
         if self.overlap:  # else a step ends when they are there
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
-            piece = self._piece(parameter)
-            own = None if piece is None else getattr(parameter, "main_grad").view(-1)[piece]  # noqa: B009
-            yield name, _join_over_data(parameter, piece, own)
+            owned = self._owned_range(parameter)
+            own = None if owned is None else getattr(parameter, "main_grad").view(-1)[owned]  # noqa: B009
+            yield name, _join_over_data(parameter, owned, own)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        self.settle()
+        self.wait_for_parameters()
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, parameter.data
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
-            piece = self._piece(parameter)
-            tensors = {} if piece is None else self._main_state(parameter)
+            owned = self._owned_range(parameter)
+            tensors = {} if owned is None else self._main_state(parameter)
             for kind in STATE_KINDS:
-                yield kind, name, _join_over_data(parameter, piece, tensors.get(kind))
+                yield kind, name, _join_over_data(parameter, owned, tensors.get(kind))
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         with torch.no_grad():
             for name, (parameter, _) in self.stage.parameters.items():
                 weights = read("weights", name)
                 parameter.data.copy_(weights)
-                piece = self._piece(parameter)
-                if piece is None:
+                owned = self._owned_range(parameter)
+                if owned is None:
                     continue
                 main = self._main_parameter(parameter)
-                main.data.copy_(weights.view(-1)[piece])
-                moments = {kind: read(kind, name).view(-1)[piece].to(main.device) for kind in STATE_KINDS[1:]}
-                optimizer = self._shards_of(parameter).optimizer
+                main.data.copy_(weights.view(-1)[owned])
+                moments = {kind: read(kind, name).view(-1)[owned].to(main.device) for kind in STATE_KINDS[1:]}
+                optimizer = self._optimizer_of(parameter).optimizer
                 _set_moments(optimizer, main, {kind: moment.clone() for kind, moment in moments.items()}, num_steps)
 
     def describe(self) -> dict[str, Any]:
-        optimizer = self.shards[0].optimizer
+        optimizer = self.optimizers[0].optimizer
         return {
             "engine": "megatron",
             "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
             "gradient accumulation fusion": self.fusion,
         }
 
-    def _piece(self, parameter: torch.nn.Parameter) -> slice | None:
-        """The part of the flattened parameter whose optimizer state lies on this data-parallel rank."""
-        shards = self._shards_of(parameter)
-        if shards is None:
+    def _owned_range(self, parameter: torch.nn.Parameter) -> slice | None:
+        """The part of the flattened parameter whose optimizer state is on this data-parallel rank; None: nothing is."""
+        optimizer = self._optimizer_of(parameter)
+        if optimizer is None:
             return None
-        owned = shards._get_model_param_range_map(parameter)["param"]
+        owned = optimizer._get_model_param_range_map(parameter)["param"]
         return slice(owned.start, owned.end)
 
-    def _shards_of(self, parameter: torch.nn.Parameter) -> Any:
-        """The distributed optimizer that has a piece of the parameter on this rank; None where others have all of it."""
-        return next((shards for shards in self.shards if parameter in shards.model_param_group_index_map), None)
+    def _optimizer_of(self, parameter: torch.nn.Parameter) -> Any:
+        """The distributed optimizer that owns a part of the parameter on this rank; None where others own all of it."""
+        return next((each for each in self.optimizers if parameter in each.model_param_group_index_map), None)
 
     def _main_parameter(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        shards = self._shards_of(parameter)
-        group, order = shards.model_param_group_index_map[parameter]
-        return shards.optimizer.param_groups[group]["params"][order]
+        optimizer = self._optimizer_of(parameter)
+        group, order = optimizer.model_param_group_index_map[parameter]
+        return optimizer.optimizer.param_groups[group]["params"][order]
 
     def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-        """The owned piece of fp32 weights and moments; the moments are zeros before the first step."""
+        """The owned part of fp32 weights and moments; the moments are zeros before the first step."""
         main = self._main_parameter(parameter)
-        moments = self._shards_of(parameter).optimizer.state.get(main, {})
+        moments = self._optimizer_of(parameter).optimizer.state.get(main, {})
         zeros = torch.zeros_like(main, dtype=torch.float32)
         return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in STATE_KINDS[1:]}}
+
+
+def _data_parallel(stage: Stage, overlap: bool) -> list[DistributedDataParallel]:
+    """The stage's chunks with buffers for float32 gradients, which are reduced over replicas.
+
+    Args:
+        overlap: reduce gradients, and gather updated parameters, while other operations run.
+    """
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        bucket_size=BUCKET_ELEMENTS,
+    )
+    models = [DistributedDataParallel(model.config, options, model) for model in stage.models]
+    if overlap:
+        # How the schedules say which micro-batch is the last one, in whose backward pass gradients are finished.
+        no_sync = [model.no_sync for model in models]
+        stage.models[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    else:
+        _skip_collectives_of_one_rank(models)
+    return models
+
+
+def _distributed_optimizer(
+    models: list[DistributedDataParallel], train: TrainConfig, overlap: bool, offload_to_cpu: bool
+) -> Any:
+    """Megatron's ZeRO-1 AdamW (`ChainedOptimizer` of `DistributedOptimizer`s), with the AdamW that `train` asks for."""
+    params_dtype = models[0].config.params_dtype
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_eps=train.eps,
+        clip_grad=train.clip_norm,
+        bf16=params_dtype is torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
+        optimizer_cpu_offload=offload_to_cpu,
+        optimizer_offload_fraction=1.0,
+        overlap_cpu_optimizer_d2h_h2d=True,
+    )
+    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = get_megatron_optimizer(options, models, use_gloo_process_groups=False)
+    _choose_adamw(optimizer, train.moments_dtype)
+    return optimizer
+
+
+def _choose_adamw(optimizer: Any, moments_dtype: str) -> None:
+    """Replace torch's AdamW by ours where moments are bfloat16, else by torch's fused one."""
+    if moments_dtype == "bf16":
+        for part in optimizer.chained_optimizers:
+            part.optimizer = AdamWWithBf16Moments.with_groups_of(part.optimizer)
+    elif isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
+        # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
@@ -244,7 +272,7 @@ def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Te
     if isinstance(optimizer, HybridDeviceOptimizer):
         _set_offloaded(optimizer, main, moments, num_steps)
     elif isinstance(optimizer, torch.optim.AdamW):
-        dtype = torch.bfloat16 if isinstance(optimizer, NarrowAdamW) else torch.float32
+        dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
         stored = {kind: moment.to(dtype) for kind, moment in moments.items()}
         optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
@@ -276,8 +304,8 @@ def is_first_replica(parameter: torch.nn.Parameter) -> bool:
     return dist.get_rank(replicas_of(parameter)) == 0
 
 
-def _send_nothing_to_oneself(models: Sequence[DistributedDataParallel]) -> None:
-    """No collectives over a single replica: in gloo each copies the whole buffer, the weights' through fresh memory."""
+def _skip_collectives_of_one_rank(models: Sequence[DistributedDataParallel]) -> None:
+    """No collectives where a buffer has one replica: gloo would copy the whole buffer, the weights' through new memory."""
     for group in (group for model in models for group in model.bucket_groups + model.expert_parallel_bucket_groups):
         if group.intra_distributed_optimizer_instance_size == 1:
             group.start_param_sync = lambda force_sync=False: None
@@ -285,11 +313,11 @@ def _send_nothing_to_oneself(models: Sequence[DistributedDataParallel]) -> None:
                 group.start_grad_sync = lambda force_all_reduce=False: None
 
 
-def _join_over_data(parameter: torch.nn.Parameter, piece: slice | None, own: Tensor | None) -> Tensor:
-    """A parameter-shaped fp32 tensor from the pieces on the data-parallel ranks, bit for bit."""
+def _join_over_data(parameter: torch.nn.Parameter, owned: slice | None, own: Tensor | None) -> Tensor:
+    """A parameter-shaped fp32 tensor from the parts on the data-parallel ranks, bit for bit."""
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if piece is not None and own is not None:
-        whole[piece] = own
+    if owned is not None and own is not None:
+        whole[owned] = own
     group = replicas_of(parameter)
     if dist.get_world_size(group) > 1:
         # Each element is set on one rank only; added as integers, even the sign of a zero survives.

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from megadpo.errors import UserError
 from megadpo.launch.hostfile import Host, number_of_this_machine, read_hostfile
-from megadpo.launch.supervisor import DEFAULT_PORT, Node, threads_per_process
+from megadpo.launch.supervisor import DEFAULT_PORT, Node, is_distributed, start_workers, threads_per_process
 
 LAUNCHERS = ("megadpo", "torchrun", "deepspeed", "mpirun", "srun")
 
@@ -48,6 +48,45 @@ class Machines:
     nproc: int
     hosts: tuple[Host, ...] = ()
     hostfile: Path | None = None
+
+
+def start_processes(request: Request, worker: Sequence[str]) -> int | None:
+    """Starts the processes that a request asks for, each as ``megadpo *worker``, and waits for those of this machine.
+
+    Returns:
+        Their exit status; None where nothing is to be started, and this process does the work: it is one of torchrun's, or
+        the only one. With another launcher than our own this never returns: the launcher takes this process's place.
+
+    Raises:
+        UserError: options that contradict each other, or a launcher that is not there.
+    """
+    if not request.names() or is_worker(request):
+        return None
+    found = machines(request)
+    if request.launcher not in (None, "megadpo"):
+        become(request.launcher, found, worker)
+    if found.nproc * found.node.count == 1:
+        return None
+    return start_workers(found.nproc, [sys.executable, "-m", "megadpo", *worker], found.node)
+
+
+def is_worker(request: Request) -> bool:
+    """True in a process that torchrun, srun, … has started, whose options may repeat how many there are.
+
+    Raises:
+        UserError: they ask for something else.
+    """
+    if not is_distributed(os.environ):
+        return False
+    world_size, names = os.environ["WORLD_SIZE"], request.names()
+    repeats = {"--nproc", "--nnodes", "--node-rank", "--master"}.issuperset(names)
+    if not repeats or world_size != str((request.nproc or 1) * (request.nnodes or 1)):
+        given = " and ".join(f"{name} {getattr(request, name[2:].replace('-', '_'))}" for name in names)
+        raise UserError(
+            f"{given} is given, but this process is already one of {world_size} (started by torchrun, srun, …); "
+            f"leave {' and '.join(names)} out"
+        )
+    return True
 
 
 def machines(request: Request) -> Machines:

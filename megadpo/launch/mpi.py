@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, first_line
 from megadpo.launch.supervisor import free_port
 
 
@@ -74,10 +74,10 @@ def _communicator(names: Names, rank: int, size: int) -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"mpirun gives no address where the processes meet, and mpi4py, which would tell it, does not work here "
-            f"({reason}); install MPI and mpi4py, or set MASTER_ADDR, MASTER_PORT and LOCAL_RANK, or use --launcher mpirun"
+            f"({first_line(error)}); install MPI and mpi4py, or set MASTER_ADDR, MASTER_PORT and LOCAL_RANK, or use "
+            "--launcher mpirun"
         ) from error
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (rank, size):

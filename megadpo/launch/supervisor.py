@@ -4,7 +4,7 @@
     megadpo train run.yaml --nproc 4 --nnodes 2 --node-rank 0 --master HOST    # … and as many on each other machine
     torchrun --nproc-per-node 4 -m megadpo train run.yaml
     srun -n 4 megadpo train run.yaml        # adopt_slurm_environment: SLURM's variables become RANK, WORLD_SIZE, …
-    deepspeed --module megadpo train run.yaml    # adopt_deepspeed_arguments; mpirun: platform/mpi.py
+    deepspeed --module megadpo train run.yaml    # adopt_deepspeed_arguments; mpirun: launch/mpi.py
 
 Every worker's main goes through `run_as_one`, whoever started it. The first worker of a node to fail claims the right
 to speak by creating a file that must not exist yet; the others stay silent. A worker that only notices that its peers
@@ -69,7 +69,7 @@ def run_as_one(main: Callable[[], int]) -> int:
     except UserError as error:
         status = EXIT_USER_ERROR
         prefix = f"[rank {_rank()}] " if _world_size() > 1 else ""
-        _tell_once(status, f"{prefix}megadpo: error: {error}")
+        _print_once(status, f"{prefix}megadpo: error: {error}")
     except Exception as error:
         status = 1
         who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
@@ -77,14 +77,14 @@ def run_as_one(main: Callable[[], int]) -> int:
         if _world_size() > 1 and blames_peer(error):
             time.sleep(SECONDS_BEFORE_BLAMING_PEERS)
             message += f"\nmegadpo: rank {_rank()} lost another rank of the run; what that one's machine printed says why"
-        _tell_once(status, message)
+        _print_once(status, message)
     if _world_size() > 1:
         _leave_now(status)
     return status
 
 
 def blames_peer(error: BaseException) -> bool:
-    """True where an exception tells that another process is gone, which is a consequence and not the reason."""
+    """True where an exception says that another process is gone, which is a consequence and not the reason."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ConnectionError) or type(seen).__name__ in ("DistBackendError", "DistNetworkError"):
@@ -112,8 +112,8 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _tell_once(status: int, message: str) -> None:
-    """Prints `message` if no other worker has failed before. The file is created first, and filled once told."""
+def _print_once(status: int, message: str) -> None:
+    """Prints `message` if no other worker has failed before. The file is created before printing and filled after it."""
     if _world_size() == 1:
         print(message, file=sys.stderr, flush=True)
         return
@@ -209,7 +209,7 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
     """Runs `command` as this machine's `nproc` ranks and waits; returns 0, or the status of the first failure.
 
     The workers' output goes straight to this process's stdout and stderr. When one fails, the others are stopped within
-    10 seconds. Only what no worker can tell itself is printed here: that one was killed by a signal, or left silently.
+    10 seconds. Only what no worker can print itself is printed here: that one was killed by a signal, or left silently.
     """
     node = node or Node()
     node.require_free_port()
@@ -290,7 +290,7 @@ def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]], signals: Seque
 
 
 def _report(rank: int, code: int, failure_file: Path) -> int:
-    """Prints what no worker has told and returns the run's exit status."""
+    """Prints what no worker has printed itself and returns the run's exit status."""
     if first := _first_failure(failure_file):
         return first["status"]
     if code == EXIT_INTERRUPTED:

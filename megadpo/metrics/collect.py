@@ -16,7 +16,7 @@ Of lists, "chosen" is the best response and "rejected" the mean of the others; o
 desirable and over the undesirable ones (TRL's KTOTrainer). What an objective has no number for has no metric.
 
 Legend of the axis suffixes: R = responses, G = groups, U = units (see objectives/evaluate.py), M = metrics in the order
-of `slots`.
+of `Objective.metric_names`.
 """
 
 from __future__ import annotations
@@ -26,31 +26,12 @@ import math
 import torch
 from torch import Tensor
 
-from megadpo.config.schema import ObjectiveConfig
 from megadpo.objectives.evaluate import Evaluated
-from megadpo.objectives.specs import has_reward_head, kind_of, measures_kl, runs_delta
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics
 
-_REWARDS = ("rewards/chosen", "rewards/rejected")
-_COMPARED = ("rewards/accuracies", "rewards/margins")
-_TEXT = ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 
-
-def slots(options: ObjectiveConfig) -> tuple[str, ...]:
-    """The metrics of an objective; of several losses, each has its own "loss/NAME"."""
-    kind = kind_of(options.loss_types)
-    names: tuple[str, ...]
-    if has_reward_head(options.loss_types):
-        names = ("loss", *_REWARDS, *_COMPARED)
-    elif kind == "examples":
-        names = ("loss", *(name for name in _TEXT if not name.endswith("rejected")))
-    else:
-        names = ("loss", *_REWARDS, *(() if kind == "labels" else _COMPARED), *_TEXT)
-    names += ("kl",) * measures_kl(options.loss_types) + ("delta",) * runs_delta(options)
-    return names + (tuple(f"loss/{name}" for name in options.terms) if len(options.terms) > 1 else ())
-
-
-def sum_vector(statistics: ResponseStatistics, evaluated: Evaluated, options: ObjectiveConfig) -> Tensor:
+def sum_vector(statistics: ResponseStatistics, evaluated: Evaluated, objective: Objective) -> Tensor:
     """Numerators and denominators of all metrics for the groups at hand, without waiting for the device.
 
     Args:
@@ -64,17 +45,17 @@ def sum_vector(statistics: ResponseStatistics, evaluated: Evaluated, options: Ob
     ones_U = torch.ones_like(evaluated.losses_U)
     values: dict[str, tuple[Tensor, Tensor]] = {"loss": (evaluated.losses_U, ones_U)}
     values |= {f"loss/{name}": (term_U, ones_U) for name, term_U in evaluated.term_losses.items()}
-    for side, is_on_side_R, weight_R in _sides(s, kind_of(options.loss_types)):
+    for side, is_on_side_R, weight_R in _sides(s, objective.kind):
         values[f"rewards/{side}"] = (evaluated.rewards_R * weight_R, weight_R)
         values[f"logps/{side}"] = (s.logps_R * weight_R, weight_R)
         values[f"logits/{side}"] = (s.mean_logit_R * is_on_side_R, s.num_tokens_R * is_on_side_R)
         if side == "chosen":
             values["mean_token_accuracy"] = (s.num_correct_R * is_on_side_R, s.num_tokens_R * is_on_side_R)
     values["entropy"] = (s.entropy_R, s.num_tokens_R)
-    if "rewards/margins" in slots(options):
+    if "rewards/margins" in objective.metric_names:
         values |= _compared(s, evaluated.rewards_R)
     nothing = torch.zeros(1, dtype=torch.float64, device=s.logps_R.device)
-    parts = [values.get(name, (nothing, nothing))[part] for part in (0, 1) for name in slots(options)]
+    parts = [values.get(name, (nothing, nothing))[part] for part in (0, 1) for name in objective.metric_names]
     return torch.stack([part.detach().double().sum() for part in parts])
 
 
@@ -103,24 +84,25 @@ def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tenso
     }
 
 
-def add_fixed(totals: Tensor, name: str, value: Tensor | float, options: ObjectiveConfig) -> None:
-    """Add one observation of a scalar of the whole batch ("kl", "delta") to a vector of sums."""
-    names = slots(options)
-    totals[names.index(name)] += value
-    totals[len(names) + names.index(name)] += 1
+def scalar_sums(name: str, value: Tensor | float, objective: Objective, device: torch.device | str) -> Tensor:
+    """The vector of one observation of a scalar of the whole batch ("kl", "delta")."""
+    vector, place = empty_vector(device, objective), objective.metric_names.index(name)
+    vector[place] = value
+    vector[len(objective.metric_names) + place] = 1
+    return vector
 
 
-def empty_vector(device: torch.device | str, options: ObjectiveConfig) -> Tensor:
+def empty_vector(device: torch.device | str, objective: Objective) -> Tensor:
     """The vector of no groups, float64 [2 M]: what a rank without the model's last stage brings to the all-reduce."""
-    return torch.zeros(2 * len(slots(options)), dtype=torch.float64, device=device)
+    return torch.zeros(2 * len(objective.metric_names), dtype=torch.float64, device=device)
 
 
-def reduce(vector: Tensor, options: ObjectiveConfig, prefix: str = "") -> dict[str, float]:
+def reduce(vector: Tensor, objective: Objective, prefix: str = "") -> dict[str, float]:
     """The metrics: numerator / denominator, each name behind `prefix` ("eval_" for held-out rows, as in TRL).
 
     A metric over nothing at all is nan: there is no honest number for it.
     """
-    values, names = vector.tolist(), slots(options)
+    values, names = vector.tolist(), objective.metric_names
     pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
     metrics = {name: numerator / denominator if denominator else math.nan for name, numerator, denominator in pairs}
     if "rewards/rejected" in metrics and "rewards/margins" not in metrics:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megadpo.errors import UserError
+from megadpo.files import replacing
 from megadpo.metrics.progress import ProgressSink
 
 Record = Mapping[str, float | int]
@@ -103,12 +104,10 @@ def drop_later_steps(path: Path, last_step: int) -> None:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
     if num_broken:
         logger.warning("%s: dropped %d line(s) that are not whole records", path, num_broken)
-    replacement = path.with_name(path.name + ".tmp")
-    with replacement.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    replacement.replace(path)
 
 
 def step_of(line: bytes) -> int | None:

@@ -40,6 +40,7 @@ from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.rope import PositionRope
 from megadpo.model.shape import ModelShape
 from megadpo.model.swiglu import SwiGLU
+from megadpo.model.weight_gradients import use_own_linear_layers
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
@@ -294,6 +295,8 @@ def _layer_spec(config: TransformerConfig, kind: str, core_attention: Callable[.
         layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.mlp.submodules.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
+    if kind == "local":
+        use_own_linear_layers(layer.submodules.mlp.submodules, attention)
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

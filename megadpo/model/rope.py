@@ -26,7 +26,7 @@ class PositionRope(torch.nn.Module):
     def forward(self, stream: StreamParams, **unused: Any) -> Tensor:
         """Rotation angles in float32, as Megatron's unfused rope wants them."""
         assert stream.micro_batch is not None
-        positions_T = stream.micro_batch.held.positions_T
+        positions_T = stream.micro_batch.local.positions_T
         self.inverse_frequencies = self.inverse_frequencies.to(positions_T.device)
         angles = torch.outer(positions_T.float(), self.inverse_frequencies)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]

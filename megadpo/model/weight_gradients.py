@@ -1,11 +1,13 @@
-"""Weight gradients of Megatron's parallel linear layers, added by one product to where the engine keeps them.
+"""Weight gradients of the tensor-parallel linear layers, added by one product to where the engine keeps them.
 
-Megatron leaves such a gradient to autograd, as a tensor of its own, which a hook adds to `main_grad`. With its
-`gradient_accumulation_fusion` the product itself adds to `main_grad`, by Apex's extension; where that is missing, torch's
-products do it here. Norms, biases, embeddings and routers stay with autograd; the log-prob head has its own way
-(`Engine.gradient_buffer`).
+Megatron leaves such a gradient to autograd, as a tensor of its own, which a hook adds to the parameter's `main_grad`. With
+its `gradient_accumulation_fusion` the product itself adds to `main_grad`, by Apex's extension. The layers here do that too,
+by Apex's extension or, where it is missing, by torch's products. Norms, biases, embeddings and routers stay with autograd;
+the log-prob head has its own way (`Engine.gradient_buffer`).
 
-Such a product is read by nobody before the end of the step, so it can also be put off (`schedule.zero_bubble`).
+Nothing reads these gradients before the end of the step, so their products can also be delayed (`schedule.zero_bubble`).
+
+Axes: T tokens, I input and O output columns on this rank.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -26,6 +29,9 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor
 
 from megadpo.model.heads.logprob import add_product, adds_in_one_call
+
+AddWeightGradient = Callable[[Tensor, Tensor, Tensor], None]
+"""(input [T, I], gradient of the output [T, O], main_grad [O, I] in float32, which gradient.t() @ input is added to)."""
 
 
 def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dtype, layers: str = "local") -> str:
@@ -45,25 +51,37 @@ def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dty
 
 
 def fuse_gradients(models: Iterable[Any], way: str) -> None:
-    """Have the linear layers of `models` add their weights' gradients up by `way`, as `choose_fusion` gave it.
+    """Have the linear layers of `models` add their weights' gradients by `way`, as `choose_fusion` gave it.
 
     Call when every parameter has its `main_grad`.
     """
     if way == "off":
         return
-    if way == "torch":
-        tensor_parallel_layers.fused_weight_gradient_mlp_cuda = _TorchProducts
-    tensor_parallel_layers.LinearWithGradAccumulationAndAsyncCommunication = _IntoMainGrad
     for model in models:
         for module in model.modules():
-            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                module.gradient_accumulation_fusion = True
+            if isinstance(module, _AddsWeightGradient):
+                module.add_weight_gradient = _add_by_apex if way == "apex" else _add_by_torch
             elif hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's
                 module.fuse_wgrad_accumulation = True
 
 
+def use_own_linear_layers(mlp: Any, attention: Any = None) -> None:
+    """Put the layers of this file into the submodules of a Megatron layer's spec."""
+    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
+    if attention is not None:
+        attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+
+
+def _add_by_torch(input_TI: Tensor, gradient_TO: Tensor, main_grad_OI: Tensor) -> None:
+    add_product(main_grad_OI, gradient_TO.t(), input_TI)
+
+
+def _add_by_apex(input_TI: Tensor, gradient_TO: Tensor, main_grad_OI: Tensor) -> None:
+    tensor_parallel_layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(input_TI, gradient_TO, main_grad_OI)
+
+
 class Products:
-    """Products of weight gradients that a backward has left for later; each keeps its operands."""
+    """Delayed products of weight gradients, each with its operands."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
@@ -73,83 +91,124 @@ class Products:
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """Do them, in the order of the backward."""
+        """Compute them, in the order of the backward."""
         while self._waiting:
             self._waiting.popleft()()
 
 
-_open: Products | None = None
+_delayed: Products | None = None
 
 
 @contextmanager
-def put_off() -> Iterator[Products]:
-    """Within it, backwards of linear layers under `fuse_gradients` leave their products of weight gradients in what this
-    gives."""
-    global _open
-    _open = Products()
+def delay_products() -> Iterator[Products]:
+    """Within it, backwards of linear layers under `fuse_gradients` append their weight gradients' products to it."""
+    global _delayed
+    _delayed = Products()
     try:
-        yield _open
+        yield _delayed
     finally:
-        _open = None
+        _delayed = None
 
 
-class _TorchProducts:
-    """What Megatron calls of Apex's `fused_weight_gradient_mlp_cuda`."""
+class _AddsWeightGradient:
+    """A linear layer whose backward adds the weight's gradient to `main_grad` where `add_weight_gradient` says how."""
 
-    @staticmethod
-    def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-        """main_grad [O, I], float32, += grad_output [T, O].t() @ total_input [T, I]."""
-        add_product(main_grad, grad_output.t(), total_input)
+    add_weight_gradient: AddWeightGradient | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        if self.add_weight_gradient is None or not weight.requires_grad:
+            return super()._forward_impl(input, weight, **options)  # type: ignore[misc]
+        return _LinearIntoMainGrad.apply(
+            input,
+            weight,
+            options["bias"],
+            options["allreduce_dgrad"],
+            options["sequence_parallel"],
+            options["tp_group"],
+            self.add_weight_gradient,
+        )
 
 
-class _IntoMainGrad(LinearWithGradAccumulationAndAsyncCommunication):
-    """Megatron's linear layer, whose weight is marked also where it is not what autograd saved of it; and whose weight
-    gradient can be put off.
+class ColumnLinear(_AddsWeightGradient, ColumnParallelLinear):
+    """Megatron's linear layer whose output columns are split over the tensor ranks."""
 
-    Megatron marks the saved tensor, which under hooks (offloaded activations) is another one, and there hands no gradient to
-    the hook that starts the reduction. As otherwise, that gets a stand-in, which nobody reads: so that on CUDA it runs on
-    the thread of all others, and reductions start in the same order on every rank.
+
+class RowLinear(_AddsWeightGradient, RowParallelLinear):
+    """Megatron's linear layer whose input columns are split over the tensor ranks."""
+
+
+class _LinearIntoMainGrad(torch.autograd.Function):
+    """Megatron's `LinearWithGradAccumulationAndAsyncCommunication`, with any product for the weight, now or delayed.
+
+    `ctx.weight` is the parameter also under hooks on saved tensors (offloaded activations), where Megatron would mark the
+    tensor that autograd gives back. The hook that starts the reduction of a parameter's gradient wants to see a gradient:
+    it gets a stand-in, which nobody reads, so that on CUDA it runs on the thread of all others, and reductions start in the
+    same order on every rank.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        ctx.weight = weight
-        return LinearWithGradAccumulationAndAsyncCommunication.forward(ctx, input, weight, *rest)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        group: dist.ProcessGroup | None,
+        add_weight_gradient: AddWeightGradient,
+    ) -> Tensor:
+        ctx.weight, ctx.add_weight_gradient = weight, add_weight_gradient
+        return LinearWithGradAccumulationAndAsyncCommunication.forward(
+            ctx, input, weight, bias, True, allreduce_dgrad, sequence_parallel, None, None, group
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.gradient_accumulation_fusion:
-            return LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
-        if _open is not None:
-            results = _without_weights(ctx, gradients[0], _open)
-        else:
-            results = LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, *gradients)
-        if results[1] is not None:
-            return results
-        ctx.weight.grad_added_to_main_grad = True
-        return results[0], torch.empty_like(ctx.weight), *results[2:]
-
-
-def _without_weights(ctx: Any, gradient: Tensor, products: Products) -> tuple[Tensor | None, ...]:
-    """Megatron's backward of a linear layer, whose product for the weight goes to `products`."""
-    input, weight = ctx.saved_tensors
-    group, main_grad = ctx.tp_group, ctx.weight.main_grad
-    below = gradient.matmul(weight)
-    if ctx.allreduce_dgrad:
-        dist.all_reduce(below, group=group)
-    if ctx.sequence_parallel:
-        whole, below = below, torch.empty_like(input)
-        dist.reduce_scatter_tensor(below, whole.contiguous(), group=group)
-
-    def product() -> None:
-        read = input
+        # As in Megatron's, collectives run during the products after them, for which CUDA_DEVICE_MAX_CONNECTIONS is 1.
+        (gradient,), (input, weight) = gradients, ctx.saved_tensors
+        delayed, main_grad, group, add = _delayed, ctx.weight.main_grad, ctx.tp_group, ctx.add_weight_gradient
+        collective, whole_input = None, input
+        if ctx.sequence_parallel and delayed is None:
+            whole_input = _gather_buffer(input, group)
+            collective = dist.all_gather_into_tensor(whole_input, input, group=group, async_op=True)
+        input_gradient = gradient.matmul(weight)
+        if collective is not None:
+            collective.wait()
+            collective = None
+        if ctx.allreduce_dgrad:
+            collective = dist.all_reduce(input_gradient, group=group, async_op=True)
         if ctx.sequence_parallel:
-            read = input.new_empty((input.shape[0] * dist.get_world_size(group), *input.shape[1:]))
-            dist.all_gather_into_tensor(read, input.contiguous(), group=group)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        add = tensor_parallel_layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32
-        add(read.reshape(-1, read.shape[-1]), rows, main_grad)
+            whole_gradient, input_gradient = input_gradient, torch.empty_like(input)
+            collective = dist.reduce_scatter_tensor(input_gradient, whole_gradient, group=group, async_op=True)
+        if delayed is None:
+            add(_rows(whole_input), _rows(gradient), main_grad)
+        else:
+            sequence_group = group if ctx.sequence_parallel else None
+            delayed.append(lambda: _add_later(add, input, gradient, main_grad, sequence_group))
+        bias_gradient = _rows(gradient).sum(dim=0) if ctx.use_bias else None
+        if collective is not None:
+            collective.wait()
+        ctx.weight.grad_added_to_main_grad = True
+        return input_gradient, torch.empty_like(ctx.weight), bias_gradient, None, None, None, None
 
-    products.append(product)
-    bias = gradient.flatten(0, -2).sum(dim=0) if ctx.use_bias else None
-    return below, None, bias, *(None,) * 6
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., columns] -> contiguous [rows, columns]."""
+    return tensor.contiguous().flatten(0, -2)
+
+
+def _gather_buffer(input: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Megatron's shared buffer for the inputs of all tensor ranks."""
+    shape = [input.shape[0] * dist.get_world_size(group), *input.shape[1:]]
+    return parallel_state.get_global_memory_buffer().get_tensor(shape, input.dtype, "mpu")
+
+
+def _add_later(
+    add: AddWeightGradient, input: Tensor, gradient: Tensor, main_grad: Tensor, sequence_group: dist.ProcessGroup | None
+) -> None:
+    """A delayed product; under sequence parallelism, of the inputs of the group's ranks."""
+    if sequence_group is not None:
+        own = input
+        input = own.new_empty((own.shape[0] * dist.get_world_size(sequence_group), *own.shape[1:]))
+        dist.all_gather_into_tensor(input, own.contiguous(), group=sequence_group)
+    add(_rows(input), _rows(gradient), main_grad)

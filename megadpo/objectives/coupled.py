@@ -24,7 +24,7 @@ def aot_unpaired(pairs: Pairs, normalisers: Normalisers) -> Tensor:
     return smoothed(pairs.options.beta * (chosen_P - rejected_P), pairs.options.label_smoothing)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunningMean:
     """BCO's delta: the mean over steps of the global batch's mean reward, the step at hand included.
 
@@ -34,11 +34,9 @@ class RunningMean:
     total: float = 0.0
     count: int = 0
 
-    def add(self, value: float) -> float:
-        """Take a step's mean reward in; the running mean with it."""
-        self.total += value
-        self.count += 1
-        return self.mean
+    def including(self, value: float) -> RunningMean:
+        """With a step's mean reward taken in."""
+        return RunningMean(self.total + value, self.count + 1)
 
     @property
     def mean(self) -> float:

@@ -1,4 +1,7 @@
-"""What each objective is and what it combines with: plain data, read by the option check, the documentation and the loop."""
+"""What each loss is and what it combines with: plain data, read by the option check and the documentation without torch.
+
+The training loop reads an `Objective` (objective.py), which is made of this once.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ class Spec:
 
     Attributes:
         paper: where it comes from.
+        file: the file of this folder that has its function, which is called as the loss.
         needs_reference: whether it reads the reference's log-probs.
         divergences: whether f-divergences other than reverse_kl are defined for it.
         weighting: whether WPO weights are defined for it.
@@ -25,14 +29,17 @@ class Spec:
         scores_prompt: whether the log-probs of the prompt's own tokens are needed.
         couples_batch: whether a unit's loss depends on others of the global batch: then a forward-only pass collects all
             statistics first.
-        reads: the kind of rows, see `data.formats.Reading`; "any" stands beside losses of any kind.
+        reads: the kind of rows, see `data.formats.Reading`; "any" goes with losses of any kind.
         reads_scores: whether it reads the pairs' given scores.
         measures_kl: whether it is measured against the KL of mismatched answers (KTO).
         runs_delta: whether it always shifts rewards by their running mean (BCO).
         reward_head: whether it trains a scalar head.
+        reward: what `rewards/*` show where no loss reads a reference: beta times the "log_prob" or "mean_log_prob" of a
+            response, or what the "head" gives; with a reference it is beta times the "log_ratio".
     """
 
     paper: str
+    file: str = "pairwise"
     needs_reference: bool = True
     divergences: bool = False
     weighting: bool = True
@@ -44,6 +51,7 @@ class Spec:
     measures_kl: bool = False
     runs_delta: bool = False
     reward_head: bool = False
+    reward: str = "log_ratio"
 
     @property
     def lengths_weighted(self) -> bool:
@@ -80,17 +88,31 @@ SPECS: dict[str, Spec] = {
     "nca_pair": _spec("NCA, arXiv:2402.05369"),
     "bco_pair": _spec("BCO, arXiv:2404.04656", "bco_running_delta"),
     "sppo_hard": _spec("SPPO, arXiv:2405.00675"),
-    "aot": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
-    "aot_unpaired": _spec("AOT, arXiv:2406.05882", "label_smoothing", weighting=False, couples_batch=True),
+    "aot": _spec("AOT, arXiv:2406.05882", "label_smoothing", file="coupled", weighting=False, couples_batch=True),
+    "aot_unpaired": _spec("AOT, arXiv:2406.05882", "label_smoothing", file="coupled", weighting=False, couples_batch=True),
     "apo_zero": _spec("APO, arXiv:2408.06266, eq. 7"),
     "apo_down": _spec("APO, arXiv:2408.06266, eq. 8"),
     "discopop": _spec("DiscoPOP, arXiv:2406.08414, eq. 5", "discopop_tau", *LOGIT_TERMS, divergences=True),
     "rpo_bwd_kl": _spec("RPO, arXiv:2406.11704, section 3.3.2", "rpo_eta", reads_scores=True),
     "rpo_fwd_kl": _spec("RPO, forward KL", "rpo_eta", reads_scores=True),
     "rpo_sq": _spec("RPO, squared distance", "rpo_eta", reads_scores=True),
-    "sft": _spec("supervised fine-tuning", needs_reference=False, weighting=False, reads="any"),
+    "sft": _spec(
+        "supervised fine-tuning",
+        file="supervised",
+        needs_reference=False,
+        weighting=False,
+        reads="any",
+        reward="log_prob",
+    ),
     "cpo": _spec(
-        "CPO, arXiv:2401.08417", "label_smoothing", "soft_labels", "alphapo_alpha", needs_reference=False, weighting=False
+        "CPO, arXiv:2401.08417",
+        "label_smoothing",
+        "soft_labels",
+        "alphapo_alpha",
+        file="reference_free",
+        needs_reference=False,
+        weighting=False,
+        reward="log_prob",
     ),
     "simpo": _spec(
         "SimPO, arXiv:2405.14734; AlphaPO, arXiv:2501.03884",
@@ -98,16 +120,29 @@ SPECS: dict[str, Spec] = {
         "soft_labels",
         "simpo_gamma",
         "alphapo_alpha",
+        file="reference_free",
         needs_reference=False,
         weighting=False,
+        reward="mean_log_prob",
     ),
-    "orpo": _spec("ORPO, arXiv:2403.07691", needs_reference=False, weighting=False, scores_prompt=True),
-    "kto": _spec("KTO, arXiv:2402.01306, eq. 7", *LABEL_WEIGHTS, reads="labels", weighting=False, measures_kl=True),
-    "apo_zero_unpaired": _spec("APO, arXiv:2408.06266, unpaired", *LABEL_WEIGHTS, reads="labels", weighting=False),
-    "bco": _spec("BCO, arXiv:2404.04656", *LABEL_WEIGHTS, reads="labels", weighting=False, runs_delta=True),
-    "plackett_luce": _spec("DPO, arXiv:2305.18290, A.3", reads="lists", weighting=False),
-    "all_pairs": _spec("LiPO, arXiv:2402.01878", "list_weights", reads="lists", weighting=False),
-    "best_vs_rest": _spec("S-DPO, arXiv:2406.09215", reads="lists", weighting=False),
+    "orpo": _spec(
+        "ORPO, arXiv:2403.07691",
+        file="reference_free",
+        needs_reference=False,
+        weighting=False,
+        scores_prompt=True,
+        reward="mean_log_prob",
+    ),
+    "kto": _spec(
+        "KTO, arXiv:2402.01306, eq. 7", *LABEL_WEIGHTS, file="unpaired", reads="labels", weighting=False, measures_kl=True
+    ),
+    "apo_zero_unpaired": _spec(
+        "APO, arXiv:2408.06266, unpaired", *LABEL_WEIGHTS, file="unpaired", reads="labels", weighting=False
+    ),
+    "bco": _spec("BCO, arXiv:2404.04656", *LABEL_WEIGHTS, file="unpaired", reads="labels", weighting=False, runs_delta=True),
+    "plackett_luce": _spec("DPO, arXiv:2305.18290, A.3", file="listwise", reads="lists", weighting=False),
+    "all_pairs": _spec("LiPO, arXiv:2402.01878", "list_weights", file="listwise", reads="lists", weighting=False),
+    "best_vs_rest": _spec("S-DPO, arXiv:2406.09215", file="listwise", reads="lists", weighting=False),
     "reward": _spec(
         "Bradley-Terry reward model, arXiv:2204.05862",
         "label_smoothing",
@@ -117,8 +152,9 @@ SPECS: dict[str, Spec] = {
         needs_reference=False,
         weighting=False,
         reward_head=True,
+        reward="head",
     ),
-    "custom": _spec("the user's own function", "module", *LOGIT_TERMS, "label_smoothing", divergences=True),
+    "custom": _spec("the user's own function", "module", *LOGIT_TERMS, "label_smoothing", file="custom", divergences=True),
 }
 """Every `objective.loss_type`."""
 
@@ -181,14 +217,14 @@ def kind_of(loss_types: list[str]) -> str:
 
 
 def reading_of(options: ObjectiveConfig) -> Reading:
-    """What the rows are and which of their numbers are read."""
-    asked = {
+    """The kind of rows, and which of their values are read."""
+    is_read = {
         "margin": options.margins,
         "weight": options.row_weights,
         "label_probability": options.soft_labels,
         "score": any(SPECS[name].reads_scores for name in options.loss_types),
     }
-    return Reading(kind_of(options.loss_types), frozenset(name for name, is_asked in asked.items() if is_asked))
+    return Reading(kind_of(options.loss_types), frozenset(name for name, on in is_read.items() if on))
 
 
 def scores_prompt(loss_types: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What an objective and the metrics know of the responses of a micro-batch: a few numbers a response, no tokens.
+"""Statistics of the responses of a micro-batch, a few numbers each: all that objectives and metrics read of it.
 
 Legend of the axis suffixes: R = the responses of all groups at hand, G = those groups, P = preference pairs.
 """
@@ -25,7 +25,7 @@ GIVEN = {
     "margin": ("margin_R", 0.0),
     "label_probability": ("label_probability_R", 1.0),
 }
-"""What rows may say of their responses (`Group.numbers`): the statistic, and what it is where they do not."""
+"""What rows may say of their responses (`Group.row_values`): the statistic, and what it is where they do not."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def response_statistics(sums_RS: Tensor, reference_logps_R: Tensor | None, micro
     """
     column = dict(zip(RESPONSE_SUMS, sums_RS.unbind(dim=-1), strict=True))
     given = {
-        statistic: micro_batch.numbers.get(name, torch.full_like(column["logps"], default))
+        statistic: micro_batch.row_values.get(name, torch.full_like(column["logps"], default))
         for name, (statistic, default) in GIVEN.items()
     }
     return ResponseStatistics(

@@ -1,4 +1,4 @@
-"""The supervised loss, alone (SFT) or beside a preference loss: on the chosen, best, desirable or only response."""
+"""The supervised loss, alone (SFT) or added to a preference loss: on the chosen, best, desirable or only response."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megadpo.objectives.terms import Normalisers, Responses
 
 
 def sft(responses: Responses, normalisers: Normalisers) -> Tensor:
-    """Every response's part of the mean negative log-prob over all supervised completion tokens of the global batch: [R].
+    """Every unit's part of the mean negative log-prob over all supervised completion tokens of the global batch: [U].
 
-    Supervised is the first response of a group, unless it is labelled undesirable; the others have 0.
+    Supervised is the first response of a group, unless it is labelled undesirable; the others add 0.
     """
     s = responses.statistics
     supervised_R = torch.zeros_like(s.token_logps_R)
     supervised_R[s.first_G] = (s.label_R[s.first_G] > 0).to(supervised_R.dtype)
     share = normalisers.num_units / max(1, normalisers.num_chosen_tokens)
-    return -share * supervised_R * s.token_logps_R
+    return responses.of_units(-share * supervised_R * s.token_logps_R)

@@ -43,13 +43,13 @@ class Normalisers:
     delta: Tensor | float = 0.0
 
 
-def normalisers_of(groups: GroupStore, numbers: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
-    """The normalisers of a global batch of the groups `numbers`."""
-    chosen = np.asarray(numbers, np.int64)
+def normalisers_of(groups: GroupStore, group_ids: Sequence[int] | npt.NDArray[np.int64]) -> Normalisers:
+    """The normalisers of a global batch of the groups `group_ids`."""
+    chosen = np.asarray(group_ids, np.int64)
     responses, prompts = groups.chosen_lengths(chosen)
     scored = responses - (prompts == 0)
     num_units = len(chosen)
-    label_R = groups.numbers.get("label")
+    label_R = groups.row_values.get("label")
     if label_R is not None:
         offsets_G = groups.response_offsets_G
         num_units = int((offsets_G[chosen + 1] - offsets_G[chosen]).sum())
@@ -87,9 +87,22 @@ class Responses:
         """Mean log-prob of every response's scored completion tokens."""
         return self.statistics.token_logps_R / self.statistics.num_tokens_R.clamp(min=1)
 
+    def of_units(self, values_R: Tensor) -> Tensor:
+        """[U]: the values of each unit's first response."""
+        return values_R[self.statistics.first_G]
+
     def per_token(self, values_R: Tensor) -> Tensor:
         """Values divided by the number of completion tokens."""
         return values_R / self.statistics.num_completion_tokens_R.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Answers(Responses):
+    """Labelled answers, each of which is a unit by itself."""
+
+    def of_units(self, values_R: Tensor) -> Tensor:
+        """The values themselves."""
+        return values_R
 
 
 @dataclass(frozen=True)

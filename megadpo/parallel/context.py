@@ -1,7 +1,7 @@
-"""Context parallelism: the ranks that share a micro-batch's stream, and what they tell each other.
+"""Context parallelism: the ranks that share a micro-batch's stream, and their collectives.
 
-Every rank holds a part of the stream (data/cut.py) for embeddings, norms, projections, MLPs and head. Attention needs the
-keys of other ranks, in one of two ways:
+Every rank holds a shard of the stream (data/batches/context_shard.py) for embeddings, norms, projections, MLPs and head.
+Attention needs the keys of other ranks, in one of two ways:
 
 * "ulysses": by all-to-all each rank gets the whole stream for its share of the heads, and afterwards gives the outputs back;
 * "allgather": each rank gets all keys and values and attends with its own queries.
@@ -23,20 +23,20 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megadpo.data.batches.bin_packing import IntArray
-from megadpo.data.batches.context_shard import with_part
-from megadpo.data.batches.micro_batch import MicroBatch, Part
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.context_shard import with_context_shard
+from megadpo.data.batches.micro_batch import MicroBatch, StreamShard
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.platform.device import compute_device
 
 
-def local_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
-    """This replica's micro-batches out of a step with the groups `numbers`, with this rank's parts, on its device."""
-    return on_device(host_micro_batches(packing, numbers))
+def local_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
+    """This replica's micro-batches out of a step with the groups `group_ids`, with this rank's shards, on its device."""
+    return on_device(host_micro_batches(packing, group_ids))
 
 
-def host_micro_batches(packing: Packing, numbers: Sequence[int] | IntArray) -> list[MicroBatch]:
-    """The same in this process's memory, from where a device can fetch them; for any thread."""
-    micro_batches = [with_own_part(m) for m in packing.micro_batches(numbers, parallel_state.get_data_parallel_rank())]
+def host_micro_batches(packing: PackedDataset, group_ids: Sequence[int] | IntArray) -> list[MicroBatch]:
+    """The same in host memory, pinned where there is a CUDA device; may run on any thread."""
+    micro_batches = [with_own_shard(m) for m in packing.micro_batches(group_ids, parallel_state.get_data_parallel_rank())]
     return [micro_batch.pinned() for micro_batch in micro_batches] if compute_device().type == "cuda" else micro_batches
 
 
@@ -45,48 +45,50 @@ def on_device(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return [micro_batch.to(compute_device()) for micro_batch in micro_batches]
 
 
-def with_own_part(micro_batch: MicroBatch) -> MicroBatch:
-    """The micro-batch with what this rank holds of it."""
-    num_parts = parallel_state.get_context_parallel_world_size()
-    return with_part(micro_batch, num_parts, parallel_state.get_context_parallel_rank()) if num_parts > 1 else micro_batch
+def with_own_shard(micro_batch: MicroBatch) -> MicroBatch:
+    """The micro-batch with this rank's context shard; itself without context parallelism."""
+    num_shards = parallel_state.get_context_parallel_world_size()
+    if num_shards == 1:
+        return micro_batch
+    return with_context_shard(micro_batch, num_shards, parallel_state.get_context_parallel_rank())
 
 
-def is_teller() -> bool:
-    """Whether this rank speaks for those that have the same numbers: the other tensor and context ranks of its replica."""
+def is_first_rank_of_stage() -> bool:
+    """Whether this is the first of the tensor and context ranks of its stage and replica, which all have the same sums."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 
 def all_scored(token_statistics: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The head's statistics [1, N held, S] at all N scored positions of the micro-batch, zeros where others hold them."""
-    if micro_batch.part is None:
+    if micro_batch.shard is None:
         return token_statistics
     everywhere = token_statistics.new_zeros(1, len(micro_batch.scored_N), token_statistics.shape[-1])
-    return everywhere.index_copy(1, micro_batch.part.numbers_N, token_statistics)
+    return everywhere.index_copy(1, micro_batch.shard.scored_index_N, token_statistics)
 
 
 def sum_over_context(values: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The sum over the ranks that hold the micro-batch; each rank's own terms get the gradient of the sum, once."""
-    return values if micro_batch.part is None else _Sum.apply(values)
+    return values if micro_batch.shard is None else _Sum.apply(values)
 
 
-def stream_of_heads(heads_LHD: Tensor, part: Part) -> Tensor:
+def stream_of_heads(heads_LHD: Tensor, shard: StreamShard) -> Tensor:
     """[L, H, D] of the tokens held -> [T, H / C, D] of the whole stream, in its order, for this rank's H / C heads."""
     num_ranks = parallel_state.get_context_parallel_world_size()
     sent_CLHD = heads_LHD.unflatten(1, (num_ranks, -1)).transpose(0, 1)
-    return _AllToAll.apply(sent_CLHD).flatten(0, 1).index_select(0, part.order)
+    return _AllToAll.apply(sent_CLHD).flatten(0, 1).index_select(0, shard.order)
 
 
-def heads_of_stream(heads_THD: Tensor, part: Part) -> Tensor:
-    """The way back: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
+def heads_of_stream(heads_THD: Tensor, shard: StreamShard) -> Tensor:
+    """The inverse: [T, H / C, D] of the whole stream -> [L, H, D] of the tokens held."""
     num_ranks = parallel_state.get_context_parallel_world_size()
-    by_rank_THD = torch.empty_like(heads_THD).index_copy(0, part.order, heads_THD)
+    by_rank_THD = torch.empty_like(heads_THD).index_copy(0, shard.order, heads_THD)
     sent_CLHD = by_rank_THD.unflatten(0, (num_ranks, -1))
     return _AllToAll.apply(sent_CLHD).transpose(0, 1).flatten(1, 2)
 
 
-def gathered_stream(values_LHD: Tensor, part: Part) -> Tensor:
+def gathered_stream(values_LHD: Tensor, shard: StreamShard) -> Tensor:
     """[L, H, D] of the tokens held -> [T, H, D] of the whole stream, in its order."""
-    return _AllGather.apply(values_LHD).index_select(0, part.order)
+    return _AllGather.apply(values_LHD).index_select(0, shard.order)
 
 
 class _Sum(torch.autograd.Function):
@@ -104,7 +106,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """[C, …]: entry c goes to rank c, whose entry for this rank takes its place; its own adjoint."""
+    """[C, …]: entry c is exchanged with rank c's entry for this rank; its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def _all_to_all(sent: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """[L, …] of every rank one after the other; on the way back each rank's part is summed over all that read it."""
+    """[L, …] of every rank, concatenated; the gradient of each rank's part is summed over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend, compute_device, seed_everything
 from megadpo.platform.megatron_cpu import prepare_megatron
+from megadpo.platform.patches import patches_undone
 from megadpo.platform.rendezvous import meet
 
 
@@ -29,11 +30,20 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iterator[None]:
-    """Join the processes of the run and make Megatron's groups for `layout`; on leaving, undo what was made here.
+    """Join the processes of the run and make Megatron's groups for `layout`; on leaving, undo what was made here, and
+    whatever `patches.patch` has replaced within.
 
     A process group that the caller has already made is used and left standing.
     """
-    prepare_megatron()
+    with patches_undone():
+        prepare_megatron()
+        with _joined(layout, seed, timeout_minutes):
+            yield
+
+
+@contextlib.contextmanager
+def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]:
+    """The process group and Megatron's groups."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

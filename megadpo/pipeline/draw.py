@@ -1,4 +1,4 @@
-"""A schedule as a picture: a row for each stage, a box for each operation, as wide as it takes."""
+"""Draws schedules as SVG: a row for each stage, a box for each operation, as wide as its duration."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What a step does: the policy's operations, and a resident reference's forwards before them, or beside them where a
-stage would otherwise wait.
+"""The schedule of a whole step: the policy's operations, and a resident reference's forwards before them or in the
+pipeline's bubbles (interleaved).
 
-Within one step there is nothing to gain: the last stage cannot begin before something has come through all stages, nor
-be the last to end. But the reference of the *next* step's micro-batches does not depend on this step's update. So a step
-begins with what the one before has left of this step's reference forwards (stages at the end of the pipeline do
-them while the policy's first forwards are on their way), and fills its gaps with the next step's (the first stages
-while they wait for the first backward, the last ones while the last backwards go back). What is left over is again a
-wave front for the next step's beginning. Where the reference moves between two steps, nothing is run ahead.
+Within one step interleaving gains nothing: the last stage cannot begin before a micro-batch has come through all stages,
+nor can it be the last to end. But the reference of the *next* step's micro-batches does not depend on this step's update.
+So a step begins with those reference forwards of its own that the step before has not done (the last stages run them while
+they wait for the policy's first forwards), and fills its bubbles with the next step's (the first stages while they wait for
+the first backward, the last ones while the last backwards go back). The stages end a step at different points in the next
+step's forwards, each further than the one after it, and that step begins there. Where the reference is updated between two
+steps, nothing is run ahead.
 
 A reference forward keeps no activations, so the peak memory stays that of the policy alone.
 """
@@ -24,7 +25,7 @@ from megadpo.pipeline.schedule import (
     REFERENCE,
     Op,
     Schedule,
-    forward_only,
+    all_forwards,
     one_forward_one_backward,
     source_of,
     target_of,
@@ -33,38 +34,38 @@ from megadpo.pipeline.schedule import (
 from megadpo.pipeline.simulate import Costs, simulate
 
 Progress = tuple[int, ...]
-"""Of each stage: how many of a step's reference forwards it has done, in the order of `schedule.forward_only`."""
+"""Of each stage: how many of a step's reference forwards it has done, in the order of `schedule.all_forwards`."""
+
+MESSAGE_COST = 0.02
+"""The time of a message between two stages, in forwards of a mean chunk."""
 
 
-MESSAGE = 0.02
-"""A message, in forwards of a mean chunk."""
-
-
-def proportions(recomputes: bool = False, is_zero_bubble: bool = False) -> Costs:
-    """What operations and messages roughly cost, in forwards: the same on all ranks, so that all place the reference alike.
+def rough_costs(recomputes: bool = False, is_zero_bubble: bool = False) -> Costs:
+    """Estimated durations, in forwards; the same on all ranks, so that all of them make the same schedule.
 
     Args:
-        recomputes: whether a backward does its forward again.
+        recomputes: whether a backward runs its forward again (full activation recomputation).
+        is_zero_bubble: whether weight gradients are operations of their own.
     """
-    costs = Costs(backward=3.0 if recomputes else 2.0, message=MESSAGE)
-    return costs.with_weights_apart() if is_zero_bubble else costs
+    costs = Costs(backward=3.0 if recomputes else 2.0, message=MESSAGE_COST)
+    return costs.with_separate_weight_gradients() if is_zero_bubble else costs
 
 
 @functools.lru_cache(maxsize=64)
-def policy_alone(
+def policy_schedule(
     num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1, is_zero_bubble: bool = False
 ) -> Schedule:
-    """The policy's operations, made once for each size of a step: 1F1B, or `schedule.zero_bubble` of whole micro-batches."""
+    """The policy's operations: 1F1B, or `schedule.zero_bubble` of whole micro-batches. Cached for each size of a step."""
     if is_zero_bubble:
         assert num_chunks == num_halves == 1, "whole micro-batches through one chunk a stage"
         return zero_bubble(num_stages, num_micro_batches)
     return one_forward_one_backward(num_stages, num_micro_batches, num_chunks, num_halves)
 
 
-def reference_before(policy: Schedule) -> Schedule:
+def with_reference_before(policy: Schedule) -> Schedule:
     """All of the reference's forwards, then the policy's operations."""
     sizes = policy.num_stages, policy.num_micro_batches, policy.num_chunks
-    pairs = zip(forward_only(*sizes, REFERENCE, policy.num_halves).stages, policy.stages, strict=True)
+    pairs = zip(all_forwards(*sizes, REFERENCE, policy.num_halves).stages, policy.stages, strict=True)
     return replace(policy, stages=tuple(first + then for first, then in pairs))
 
 
@@ -72,20 +73,20 @@ def reference_before(policy: Schedule) -> Schedule:
 def with_reference(
     policy: Schedule, done: Progress | None = None, num_ahead: int = 0, costs: Costs | None = None
 ) -> tuple[Schedule, Progress]:
-    """The policy's operations with the reference's forwards of this step that are not `done`, and with some of the next
+    """The policy's operations, interleaved with this step's reference forwards that are not `done` and with some of the next
     step's.
 
     Args:
-        done: of this step's reference forwards, what is; None: nothing.
+        done: how many of this step's reference forwards each stage has done already; None: none.
         num_ahead: micro-batches of the next step; 0: nothing is run ahead.
-        costs: what operations and messages roughly cost.
+        costs: estimated durations; None: `Costs()`.
 
     Returns:
-        The schedule, and what of the next step's reference forwards is done after it.
+        The schedule, and how many of the next step's reference forwards each stage has done after it.
     """
     costs, num_stages = costs or Costs(), policy.num_stages
-    own = forward_only(num_stages, policy.num_micro_batches, policy.num_chunks, REFERENCE, policy.num_halves)
-    ahead = forward_only(num_stages, num_ahead, policy.num_chunks, AHEAD, policy.num_halves)
+    own = all_forwards(num_stages, policy.num_micro_batches, policy.num_chunks, REFERENCE, policy.num_halves)
+    ahead = all_forwards(num_stages, num_ahead, policy.num_chunks, AHEAD, policy.num_halves)
     left = [order[start:] for order, start in zip(own.stages, done or (0,) * num_stages, strict=True)]
     timing = simulate(policy, costs)
     gaps = timing.ends[0][-1] - sum(costs.of(0, op.kind) for op in policy.stages[0]) if policy.stages[0] else 0.0
@@ -97,8 +98,8 @@ def with_reference(
 
 
 class _Filler:
-    """Plays the pipeline through, event by event: a stage that is free does its next policy operation if that is ready,
-    else its next reference forward if that is."""
+    """Simulates the pipeline event by event: a stage that is free runs its next policy operation if its input has arrived,
+    else its next reference forward if that one's has."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class _Filler:
         ahead: Sequence[Sequence[Op]],
         costs: Costs,
     ) -> None:
-        """`leads`: reference forwards of each stage that come before its first policy operation."""
+        """`leads`: how many reference forwards each stage runs before its first policy operation."""
         self.policy, self.leads, self.costs = policy, leads, costs
         self.references = [[*first, *then] for first, then in zip(left, ahead, strict=True)]
         self.is_left = [frozenset(ops) for ops in left]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.model.attention.prompt_kv import PromptKeys
-from megadpo.pipeline.fill import Progress
-from megadpo.pipeline.schedule import Op
+from megadpo.pipeline import fill
+from megadpo.pipeline.operations import (
+    CombinedOperations,
+    ForwardOperations,
+    PolicyOperations,
+    num_halves,
+    num_stages,
+    run_schedule,
+)
+from megadpo.pipeline.schedule import REFERENCE, Op, Schedule, all_forwards
+from megadpo.pipeline.simulate import Costs
 
 
 @dataclass
@@ -20,48 +28,70 @@ class ReferencePass:
 
     Attributes:
         logps: of each micro-batch on the last stage once its forward is done there, [R] float64; else None.
+        operations: what its forwards do on this stage.
         received: what has arrived for operations that this stage has not done.
         done: how far each stage is.
-        prompt_keys, outputs: by micro-batch, what was made of its first half and is needed for its second.
     """
 
     micro_batches: Sequence[MicroBatch]
     logps: list[Tensor | None]
+    operations: ForwardOperations
     received: dict[Op, Tensor] = field(default_factory=dict)
-    done: Progress | None = None
-    prompt_keys: dict[int, PromptKeys] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, micro_batches: Sequence[MicroBatch]) -> ReferencePass:
-        """Not begun."""
-        return cls(micro_batches, [None] * len(micro_batches))
+    done: fill.Progress | None = None
 
 
-class ReferenceBeside:
-    """What the engine's forward_backward is given to do beside the policy.
+class InterleavedReference:
+    """Made for a training run and given to its `OwnSchedule`; each step begins it, and may say what the next one has.
 
-    Attributes:
-        models: this stage's chunks of the reference.
-        this_step: the pass of the step's micro-batches.
-        next_step: the pass of the step after it; None: nothing is to be run ahead.
+    `models` are this stage's chunks of the reference.
     """
 
     def __init__(self, models: Sequence[Any], ld_alpha: float | None) -> None:
         self.models, self.ld_alpha = models, ld_alpha
-        self.this_step = ReferencePass.of([])
-        self.next_step: ReferencePass | None = None
+        self._this_step = self._not_begun([])
+        self._next_step: ReferencePass | None = None
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """A step begins; the reference log-probs of its micro-batches, which are there when the policy needs them."""
-        ahead, self.next_step = self.next_step, None
-        rows = [micro_batch.rows for micro_batch in micro_batches]
-        if ahead is not None and rows == [micro_batch.rows for micro_batch in ahead.micro_batches]:
-            self.this_step = ahead
+        ahead, self._next_step = self._next_step, None
+        rows = [micro_batch.group_ids for micro_batch in micro_batches]
+        if ahead is not None and rows == [micro_batch.group_ids for micro_batch in ahead.micro_batches]:
+            self._this_step = ahead
         else:
-            self.this_step = ReferencePass.of(micro_batches)
-        return self.this_step.logps
+            self._this_step = self._not_begun(micro_batches)
+        return self._this_step.logps
+
+    def complete(self) -> None:
+        """Do now what is left of this step's forwards; collective over the pipeline."""
+        current = self._this_step
+        size = num_stages(), len(current.micro_batches), len(self.models)
+        whole = all_forwards(*size, REFERENCE, num_halves(current.micro_batches))
+        done = current.done or (0,) * whole.num_stages
+        left = tuple(order[start:] for order, start in zip(whole.stages, done, strict=True))
+        run_schedule(replace(whole, stages=left), Costs(), current.operations, current.received)
+        current.done, current.received = tuple(map(len, whole.stages)), {}
 
     def run_ahead(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The step after this one has these micro-batches, and the reference does not move before it."""
-        self.next_step = ReferencePass.of(micro_batches)
+        self._next_step = self._not_begun(micro_batches)
+
+    def run_among(self, policy: Schedule, costs: Costs, operations: PolicyOperations) -> None:
+        """Run the policy's operations, with this step's forwards that are not done, and some of the next step's."""
+        current, ahead = self._this_step, self._next_step
+        assert len(current.micro_batches) == policy.num_micro_batches, "the step has begun"
+        num_ahead = 0 if ahead is None else len(ahead.micro_batches)
+        filled, progress = fill.with_reference(policy, current.done, num_ahead, costs)
+        combined = CombinedOperations(operations, current.operations, None if ahead is None else ahead.operations)
+        unread = run_schedule(filled, costs, combined, current.received)
+        current.received = {}
+        if ahead is not None:
+            ahead.done = progress
+            ahead.received = {op._replace(kind=REFERENCE): tensor for op, tensor in unread.items()}
+
+    def _not_begun(self, micro_batches: Sequence[MicroBatch]) -> ReferencePass:
+        logps: list[Tensor | None] = [None] * len(micro_batches)
+
+        def keep(number: int, sums_RS: Tensor) -> None:
+            logps[number] = sums_RS[:, 0]
+
+        return ReferencePass(micro_batches, logps, ForwardOperations(self.models, micro_batches, self.ld_alpha, keep))

@@ -14,57 +14,59 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.moe.load import RouterWatch
 from megadpo.pipeline.stage_ops import ResponseGradient, stage_forward, sums_of, surrogate
 
-
-def forward_only(
-    models: Sequence[Any],
-    micro_batches: Sequence[MicroBatch],
-    ld_alpha: float | None = None,
-    watch: RouterWatch | None = None,
-) -> list[Tensor]:
-    """Response sums [R, S] of each micro-batch on the last stage (elsewhere an empty list), without gradients.
-
-    Args:
-        models: this stage's chunks.
-        watch: told what the routers of a mixture of experts do.
-    """
-    with torch.no_grad():
-        outputs = _run(models, micro_batches, lambda number, micro_batch: None, forward_only=True, watch=watch)
-        return [
-            sums_of(models[-1], output, micro_batch, ld_alpha)
-            for output, micro_batch in zip(outputs, micro_batches, strict=False)
-        ]
+Loss = Callable[[Tensor], tuple[Tensor, Tensor, None]]
+"""A micro-batch's output -> (the scalar that goes backward, its number of tokens, what Megatron would report)."""
 
 
-def forward_backward(
-    models: Sequence[Any],
-    micro_batches: Sequence[MicroBatch],
-    response_gradient: ResponseGradient,
-    ld_alpha: float | None = None,
-    watch: RouterWatch | None = None,
-    beside: None = None,
-) -> None:
-    """Forward and backward of every micro-batch; `beside` is for own_schedule.py alone."""
+class MegatronSchedule:
+    """See `megadpo.pipeline.base.PipelineSchedule`."""
 
-    def loss_of(number: int, micro_batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
-        def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            scalar = surrogate(models[-1], output, number, micro_batch, response_gradient, ld_alpha)
-            return scalar, torch.zeros((), dtype=torch.int, device=output.device), None
+    delays_weight_gradients = False
 
-        return loss
+    def forward_only(
+        self,
+        models: Sequence[Any],
+        micro_batches: Sequence[MicroBatch],
+        ld_alpha: float | None = None,
+        watch: RouterWatch | None = None,
+    ) -> list[Tensor]:
+        with torch.no_grad():
+            outputs = _run(models, micro_batches, None, watch)
+            return [
+                sums_of(models[-1], output, micro_batch, ld_alpha)
+                for output, micro_batch in zip(outputs, micro_batches, strict=False)
+            ]
 
-    _run(models, micro_batches, loss_of, forward_only=False, watch=watch)
+    def forward_backward(
+        self,
+        models: Sequence[Any],
+        micro_batches: Sequence[MicroBatch],
+        response_gradient: ResponseGradient,
+        ld_alpha: float | None = None,
+        watch: RouterWatch | None = None,
+    ) -> None:
+        def loss_of(number: int, micro_batch: MicroBatch) -> Loss:
+            def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+                scalar = surrogate(models[-1], output, number, micro_batch, response_gradient, ld_alpha)
+                return scalar, torch.zeros((), dtype=torch.int, device=output.device), None
+
+            return loss
+
+        _run(models, micro_batches, loss_of, watch)
 
 
 def _run(
     models: Sequence[Any],
     micro_batches: Sequence[MicroBatch],
-    loss_of: Any,
-    forward_only: bool,
+    loss_of: Callable[[int, MicroBatch], Loss] | None,
     watch: RouterWatch | None,
 ) -> list[Any]:
-    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
+    """Megatron's schedule for these chunks; without `loss_of` forward only, and the outputs of the last stage."""
+
+    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Loss | None]:
         number, micro_batch = next(numbered)
-        return stage_forward(model, micro_batch, number, watch), loss_of(number, micro_batch)
+        loss = None if loss_of is None else loss_of(number, micro_batch)
+        return stage_forward(model, micro_batch, number, watch), loss
 
     longest = max(len(micro_batch.tokens_T) for micro_batch in micro_batches)
     # Every chunk goes through all micro-batches; a lone one is given alone.
@@ -77,5 +79,5 @@ def _run(
         seq_length=longest,
         micro_batch_size=1,
         decoder_seq_length=longest,
-        forward_only=forward_only,
+        forward_only=loss_of is None,
     )

@@ -1,12 +1,12 @@
-"""From a schedule to what each stage does, messages included, in an order that cannot dead-lock.
+"""From a simulated schedule to each stage's program: operations, sends and receives in an order that cannot dead-lock.
 
-All operations and messages of all stages get one place in time: an operation where it ends, a message right after the
-operation that makes it, what happens at once by the number of the stage. A stage's program is what concerns it of that
-one list. So even if nothing were buffered and a send waited until its receive were posted, the earliest entry that is
-not done could always be done: both sides have everything before it behind them. Sends that do not wait only make that
-easier, and so do receives that are posted earlier, where a receive that waits holds up nothing else.
+All operations and messages of all stages are sorted into one list: an operation by its end, a message right after the
+operation whose result it sends, simultaneous entries by stage. A stage's program is its own entries of that list. Even if
+no send were buffered (each blocking until its receive is posted), the earliest entry that is not done could always be
+done, since both of its sides have finished everything before it. Asynchronous sends can only help, and so can receives
+that are posted earlier, provided that a pending receive blocks nothing else.
 
-Messages from one stage to another are received in the order in which they are sent, so they need no names.
+Messages from one stage to another are received in the order in which they are sent, so they need no tags.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megadpo.pipeline.simulate import Timing
 
 
 class Send(NamedTuple):
-    """What the operation before it has made goes to stage `to`, for its operation `op`."""
+    """Send the result of the operation before this instruction to stage `to`, for its operation `op`."""
 
     to: int
     op: Op
 
 
 class Receive(NamedTuple):
-    """Be ready for what this stage's operation `op` reads, from stage `source`."""
+    """Post the receive of what this stage's operation `op` reads, from stage `source`."""
 
     source: int
     op: Op
@@ -35,12 +35,12 @@ Instruction = Op | Send | Receive
 Program = tuple[Instruction, ...]
 
 
-def program(timing: Timing, stage: int, receives_early: bool) -> Program:
-    """What `stage` does.
+def make_program(timing: Timing, stage: int, receives_early: bool) -> Program:
+    """The program of `stage`.
 
     Args:
-        receives_early: be ready for a message that comes at the end of an operation before that operation, also where
-            two stages would thus wait for each other if a posted receive held up what comes after it.
+        receives_early: post the receive of a message that arrives while this stage runs an operation before that operation.
+            Only where a posted receive does not block what comes after it: else two stages could wait for each other.
     """
     schedule = timing.schedule
     entries: list[tuple[tuple[float, int, int], Instruction]] = []

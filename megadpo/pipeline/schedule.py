@@ -1,15 +1,15 @@
-"""A pipeline schedule as plain data: for each stage, the operations in the order in which it does them.
+"""A pipeline schedule as plain data: for each stage, its operations in order.
 
-Everything here is a pure function of a few numbers, so every rank makes the same schedule without a word. What happens
-when is simulate.py's, what is sent when program.py's, and executor.py carries it out.
+Everything here is a pure function of a few sizes, so all ranks make the same schedule without communicating. simulate.py
+computes when each operation runs, program.py adds the messages, and executor.py executes the result.
 
 Chunk c of stage s is the model's part number c x stages + s, as everywhere.
 
 A micro-batch of pairs may travel as two halves: half 0 has the prompts and the chosen answers, half 1 the rejected ones. On
 every stage half 0 goes forward first, since half 1 reads its prompts' keys, and backward last, since half 1's backward
-gives these their gradients. The loss is formed on the last stage before half 1's backward.
+adds to these keys' gradients. The loss is computed on the last stage before half 1's backward.
 
-A backward may leave the gradients of weights, which no other stage waits for, to an operation of their own.
+The weight gradients of a backward, which no other stage waits for, may be an operation of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FORWARD, BACKWARD, REFERENCE, AHEAD, WEIGHTS = "forward", "backward", "reference", "ahead", "weights"
-"""Kinds of operations: the policy's forward and backward, the reference's forward of this step's micro-batch, and of the
-next step's; and what a backward has left of a micro-batch's gradients of weights."""
+"""Kinds of operations: the policy's forward and backward; the reference's forward of a micro-batch of this step, and of the
+next step; and a micro-batch's weight gradients, where its backward has delayed them."""
 KINDS = (FORWARD, BACKWARD, REFERENCE, AHEAD, WEIGHTS)
 
 
@@ -31,7 +31,7 @@ class Op(NamedTuple):
         kind: one of KINDS.
         micro_batch: its number in its step.
         chunk: which of the stage's chunks.
-        half: which half of it; 0 where micro-batches travel whole.
+        half: which half of the micro-batch; 0 where micro-batches travel whole.
     """
 
     kind: str
@@ -41,15 +41,15 @@ class Op(NamedTuple):
 
 
 Order = tuple[Op, ...]
-"""What one stage does, one after the other."""
+"""The operations of one stage, in order."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every stage does.
+    """The operations of every stage.
 
     Attributes:
-        stages: the order of each.
+        stages: the order of each stage.
         num_chunks: chunks of each stage.
         num_halves: 2 where micro-batches travel in halves, else 1.
     """
@@ -65,7 +65,7 @@ class Schedule:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of the policy, else of the reference."""
+        """Micro-batches of the step."""
         return 1 + max((op.micro_batch for op in self.stages[0] if op.kind != AHEAD), default=-1)
 
     def ops(self) -> Iterator[tuple[int, Op]]:
@@ -74,7 +74,7 @@ class Schedule:
 
 
 def source_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
-    """The (stage, operation) whose outcome `op` on `stage` reads; None: it begins, or turns around, here."""
+    """The (stage, operation) whose result `op` on `stage` reads; None: it reads the batch, or the loss's gradient."""
     if op.kind == WEIGHTS:
         return None
     if op.kind != BACKWARD:
@@ -87,7 +87,7 @@ def source_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int
 
 
 def target_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int, Op] | None:
-    """The (stage, operation) that reads the outcome of `op` on `stage`; None: it ends here."""
+    """The (stage, operation) that reads the result of `op` on `stage`; None: there is none."""
     if op.kind == WEIGHTS:
         return None
     if op.kind == BACKWARD:
@@ -99,10 +99,11 @@ def target_of(stage: int, op: Op, num_stages: int, num_chunks: int) -> tuple[int
     return (0, op._replace(chunk=op.chunk + 1)) if op.chunk < num_chunks - 1 else None
 
 
-def forward_only(
+def all_forwards(
     num_stages: int, num_micro_batches: int, num_chunks: int = 1, kind: str = FORWARD, num_halves: int = 1
 ) -> Schedule:
-    """Every micro-batch through all parts, without a backward: in rounds of as many as there are stages."""
+    """A forward of every micro-batch through all chunks, without a backward; with several chunks in rounds of as many
+    micro-batches as there are stages."""
     rounds = _rounds(num_stages, num_micro_batches, num_chunks)
     order = tuple(Op(kind, *entry, half) for entry in rounds for half in range(num_halves))
     return Schedule((order,) * num_stages, num_chunks, num_halves)
@@ -111,7 +112,7 @@ def forward_only(
 def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks: int = 1, num_halves: int = 1) -> Schedule:
     """1F1B (arXiv:2006.15704), interleaved over the chunks (arXiv:2104.04473): the order of Megatron's schedules.
 
-    A stage goes forward until its first backward can arrive, then one forward and one backward in turns. With halves, the
+    A stage runs forwards until its first backward can arrive, then one forward and one backward in turns. With halves, the
     first backward is that of a half 1, which has one more forward before it.
     """
     assert num_halves == 1 or num_chunks == 1, "several chunks take turns by whole micro-batches"
@@ -132,10 +133,10 @@ def one_forward_one_backward(num_stages: int, num_micro_batches: int, num_chunks
 
 
 def zero_bubble(num_stages: int, num_micro_batches: int) -> Schedule:
-    """ZB-H1 (arXiv:2401.10241): 1F1B whose backwards leave the gradients of weights to operations of their own.
+    """ZB-H1 (arXiv:2401.10241): 1F1B whose weight gradients are operations of their own.
 
-    Stage s does these s micro-batches later, so that what other stages wait for goes first, and they fill its last gaps. No
-    stage keeps more than `num_stages` micro-batches, as 1F1B's first one does.
+    Stage s delays them by s micro-batches, so that what other stages wait for runs first and they fill its last bubbles. No
+    stage keeps the activations of more than `num_stages` micro-batches, as 1F1B's first stage.
     """
     stages = []
     for stage, order in enumerate(one_forward_one_backward(num_stages, num_micro_batches).stages):
@@ -150,7 +151,8 @@ def zero_bubble(num_stages: int, num_micro_batches: int) -> Schedule:
 
 
 def _rounds(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[tuple[int, int]]:
-    """(micro-batch, chunk) as interleaved schedules go: a round of micro-batches through one chunk, then the next chunk."""
+    """(micro-batch, chunk) in the order of interleaved schedules: a round of micro-batches through one chunk, then
+    through the next one."""
     round_of = num_stages if num_chunks > 1 else max(num_micro_batches, 1)
     return [
         (micro_batch, chunk)

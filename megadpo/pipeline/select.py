@@ -1,26 +1,24 @@
-"""Who carries micro-batches through the pipeline: Megatron's schedules, or ours."""
+"""Which schedule brings micro-batches through the pipeline: Megatron's, or ours."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from megadpo.config.schema import ScheduleConfig
-from megadpo.pipeline import megatron_schedule as schedule
-from megadpo.pipeline import run_schedule as own_schedule
+from megadpo.config.schema import PipelineScheduleConfig
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.megatron_schedule import MegatronSchedule
+from megadpo.pipeline.own_schedule import OwnSchedule
 
 
-class Passes(NamedTuple):
-    """As in schedule.py."""
+def pipeline_schedule(
+    options: PipelineScheduleConfig | None = None, reference: InterleavedReference | None = None
+) -> PipelineSchedule:
+    """The schedule that the options name; None: the defaults.
 
-    forward_only: Callable[..., Any]
-    forward_backward: Callable[..., Any]
-
-
-def passes_by(options: ScheduleConfig) -> Passes:
-    """What does as the options say."""
+    Args:
+        reference: the reference whose forwards run among the policy's operations (`schedule.reference: interleaved`).
+    """
+    options = PipelineScheduleConfig() if options is None else options
     if options.name == "megatron":
-        return Passes(schedule.forward_only, schedule.forward_backward)
-    forward_backward = functools.partial(own_schedule.forward_backward, is_zero_bubble=options.zero_bubble)
-    return Passes(own_schedule.forward_only, forward_backward)
+        assert reference is None and not options.zero_bubble, "refused when the configuration is checked"
+        return MegatronSchedule()
+    return OwnSchedule(options.zero_bubble, reference)

@@ -1,7 +1,7 @@
-"""When everything in a schedule happens, given what operations and messages cost: step time, idle shares, memory.
+"""Simulates a schedule with given durations of operations and messages: step time, idle shares, peak activations.
 
-One pass over the operations, so tens of thousands of micro-batches on dozens of stages take seconds. A schedule in which
-every operation gets its turn here cannot dead-lock: see program.py for what is sent when.
+One pass over the operations, so tens of thousands of micro-batches on dozens of stages take seconds. A schedule whose
+simulation finishes cannot dead-lock: see program.py for the order of messages.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _PENDING = -1.0
 
 
 class ScheduleError(Exception):
-    """A schedule that nobody can carry out: an operation waits for what never comes."""
+    """A schedule that cannot be executed: an operation waits for a message that is never sent."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, or any other unit.
+    """Durations of operations, in seconds or any other unit.
 
     Attributes:
         forward, backward, reference: of a micro-batch, or of a half of one, on one chunk; the same on every stage, or one
             for each.
-        weights: what a backward leaves of it where the gradients of weights are an operation of their own.
-        message: from the end of an operation to where another stage can use its outcome.
+        weights: of a micro-batch's weight gradients, where they are an operation of their own.
+        message: from the end of an operation until another stage can use its result.
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -39,17 +39,17 @@ class Costs:
     message: float = 0.0
 
     def in_halves(self) -> Costs:
-        """From the costs of micro-batches those of their halves, as if both had the same."""
+        """The costs of half micro-batches from those of whole ones; both halves cost the same."""
         return replace(self, forward=_half(self.forward), backward=_half(self.backward), reference=_half(self.reference))
 
-    def with_weights_apart(self) -> Costs:
-        """The same where a backward leaves the gradients of weights, which have as many products as a forward."""
+    def with_separate_weight_gradients(self) -> Costs:
+        """The costs with weight gradients as operations of their own: they cost a forward, which the backward saves."""
         num_stages = max(len(cost) if isinstance(cost, tuple) else 1 for cost in (self.forward, self.backward))
         rest = tuple(self.of(stage, BACKWARD) - self.of(stage, FORWARD) for stage in range(num_stages))
         return replace(self, backward=rest if num_stages > 1 else rest[0], weights=self.forward)
 
     def of(self, stage: int, kind: str) -> float:
-        """What an operation of this kind costs there."""
+        """The cost of an operation of this kind on a stage."""
         cost = {FORWARD: self.forward, BACKWARD: self.backward, WEIGHTS: self.weights}.get(kind, self.reference)
         return cost[stage] if isinstance(cost, tuple) else cost
 
@@ -60,7 +60,7 @@ def _half(cost: float | tuple[float, ...]) -> float | tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Timing:
-    """A schedule with the time at which each operation begins and ends, in the order of its stages."""
+    """A schedule with the times at which each operation begins and ends: by stage, in the order of its operations."""
 
     schedule: Schedule
     starts: tuple[tuple[float, ...], ...]
@@ -68,16 +68,16 @@ class Timing:
 
     @property
     def seconds(self) -> float:
-        """From the first beginning, 0, to the last end."""
+        """The end of the last operation; the first one begins at 0."""
         return max((ends[-1] for ends in self.ends if ends), default=0.0)
 
     def idle_shares(self) -> list[float]:
-        """Of each stage: the part of the whole time in which it does nothing."""
+        """Of each stage: the share of the whole time in which it runs no operation."""
         return [1 - sum(ends) / self.seconds + sum(starts) / self.seconds for starts, ends in _pairs(self)]
 
     @property
     def idle_share(self) -> float:
-        """Mean over the stages."""
+        """`idle_shares`, mean over the stages."""
         shares = self.idle_shares()
         return sum(shares) / len(shares)
 
@@ -107,15 +107,15 @@ def peak_activations(schedule: Schedule) -> list[int]:
 
 
 def simulate(schedule: Schedule, costs: Costs, durations: Sequence[Sequence[float]] | None = None) -> Timing:
-    """Every stage does its operations in their order, each as soon as what it reads has arrived.
+    """Every stage runs its operations in their order, each as soon as its input has arrived.
 
     A reference forward whose source is not in the schedule reads what arrived in the step before.
 
     Args:
-        durations: of each operation of each stage, where they were measured one by one; None: by `costs`.
+        durations: measured, of each operation of each stage, in place of `costs`.
 
     Raises:
-        ScheduleError: an operation waits for ever, comes before its forward, or reads what nobody makes.
+        ScheduleError: an operation waits for ever, comes before its forward, or reads what no operation gives.
     """
     num_stages = schedule.num_stages
     places, reads, size = _numbered(schedule)
@@ -155,8 +155,8 @@ def simulate(schedule: Schedule, costs: Costs, durations: Sequence[Sequence[floa
 
 
 def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int]:
-    """A number for the outcome of each operation, the number of the outcome that it reads (-1: none on another stage),
-    and how many there are."""
+    """An index for the result of each operation, the index of the result that it reads (-1: of no other stage), and the
+    number of indices."""
     num_stages, num_chunks, num_halves = schedule.num_stages, schedule.num_chunks, schedule.num_halves
     span = num_halves * (1 + max((op.micro_batch for order in schedule.stages for op in order), default=0))
     part = num_chunks * span
@@ -194,11 +194,11 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
 def _check_places(
     schedule: Schedule, stage: int, own: np.ndarray, order_of: np.ndarray, backwards: np.ndarray, turns: np.ndarray
 ) -> None:
-    """What an operation needs from its own stage comes before it there.
+    """Check that what an operation reads on its own stage comes before it.
 
     Args:
-        own: int64, the number of each of the stage's operations.
-        order_of: int64, the place of each number on this stage; -1: not there.
+        own: int64, the index of each of the stage's operations.
+        order_of: int64, the position of each index on this stage; -1: not there.
         backwards, turns: bool, which operations are backwards, and which of these begin with the loss.
     """
     part = len(order_of) // len(KINDS)

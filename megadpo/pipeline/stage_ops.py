@@ -1,4 +1,4 @@
-"""What one operation of a schedule does to this stage's model: a forward, and the scalar that goes backward."""
+"""What a schedule runs on this stage's model: a forward of a micro-batch, and the scalar whose backward gives gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megadpo.parallel.context import all_scored, sum_over_context
 
 ResponseGradient = Callable[[int, Tensor], Tensor]
 """(micro-batch number, its response sums [R, S], detached) -> d loss / d statistic [R, D] for the sums' first D columns
-(statistics.DIFFERENTIABLE); asked on the last stage only."""
+(statistics.DIFFERENTIABLE); called on the last stage only."""
 
 
 def surrogate(
@@ -30,21 +30,21 @@ def surrogate(
     response_gradient: ResponseGradient,
     ld_alpha: float | None,
 ) -> Tensor:
-    """The scalar that goes backward, sum(d loss / d statistic, held fixed, x statistic): its gradient is the loss's."""
+    """The scalar to call backward on: sum(statistic x d loss / d statistic, held constant), whose gradient is the loss's."""
     sums_RS = sums_of(model, output, micro_batch, ld_alpha)
     gradient_RD = response_gradient(number, sums_RS.detach())
     return (sums_RS[:, : gradient_RD.shape[1]] * gradient_RD).sum()
 
 
 def sums_of(model: Any, output: Tensor, micro_batch: MicroBatch, ld_alpha: float | None) -> Tensor:
-    """Response sums [R, S] from what the last stage's model gives."""
+    """Response sums [R, S] from the output of the last stage's model."""
     if isinstance(_unwrapped(model).output_layer, RewardHead):
         return sum_over_context(reward_sums(output, micro_batch), micro_batch)
     return sum_over_context(response_sums(all_scored(output, micro_batch), micro_batch, ld_alpha), micro_batch)
 
 
-def joined(model: Any, outputs: Sequence[Tensor], micro_batch: MicroBatch) -> Tensor:
-    """What the last stage's model would give for the whole micro-batch, from what it gives for its halves."""
+def join_halves(model: Any, outputs: Sequence[Tensor], micro_batch: MicroBatch) -> Tensor:
+    """The output of the last stage's model for a whole micro-batch from its outputs for the two halves."""
     if isinstance(_unwrapped(model).output_layer, RewardHead):
         return torch.stack(list(outputs)).sum(0)  # zeros for the other half's answers
     halves = [all_scored(output, micro_batch.half(number)) for number, output in enumerate(outputs)]
@@ -62,8 +62,14 @@ def stage_forward(
     watch: RouterWatch | None,
     prompt_keys: PromptKeys | None = None,
 ) -> Tensor:
-    """What this stage's model makes of a micro-batch; its input tensor is set."""
-    stage, held = _unwrapped(model), micro_batch.held
+    """The output of this stage's model for a micro-batch; its input tensor has been set.
+
+    Args:
+        number: of the micro-batch in its step.
+        watch: told what the routers of a mixture of experts do.
+        prompt_keys: where the two halves of a micro-batch share the prompts' keys and values.
+    """
+    stage, local = _unwrapped(model), micro_batch.local
     stream = StreamParams(micro_batch=micro_batch, number=number, watch=watch, prompt_keys=prompt_keys)
     with stage.output_layer.reading(micro_batch) if stage.post_process else contextlib.nullcontext():
-        return model(held.tokens_T[None], held.positions_T[None], None, packed_seq_params=stream)
+        return model(local.tokens_T[None], local.positions_T[None], None, packed_seq_params=stream)

@@ -2,8 +2,9 @@
 
 Megatron names CUDA in its factory calls (``device="cuda"``, ``torch.cuda.current_device()``, streams, events). Where
 there is no accelerator, `prepare_megatron` gives each imported megatron module a stand-in for its global name ``torch``
-that answers those few names for the CPU, cuts the collectives to what gloo can do, and passes everything else on. torch
-itself stays as it is.
+that answers those few names for the CPU, cuts the collectives to what gloo can do, and passes everything else on: for as
+long as the scope of `patches.patches_undone` in which it is called, which is that of the joined world. torch itself stays
+as it is.
 
 Two things cannot be reached so, methods of torch.Tensor: the distributed optimizer compares ``tensor.type()`` with CUDA
 names, and a tied head is moved with ``tensor.cuda()``. `cpu_tensors_pass_for_cuda` redirects both for the length of a
@@ -23,6 +24,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from megadpo.platform.patches import patch
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "rand")
@@ -168,13 +171,22 @@ def _as_moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = 
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
+def _get_cpu_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
 _stand_in = _Torch()
 
 
 def prepare_megatron() -> None:
     """Import the megatron modules that are used and, without an accelerator, redirect their CUDA names to the CPU.
 
-    Call before anything of megatron is used; a second call also covers modules imported since the first.
+    Call before anything of megatron is used; a second call also covers modules imported since the first. Within
+    `patches.patches_undone` the redirections end with it.
     """
     # With tensor or pipeline parallelism Megatron relies on kernels being launched in program order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -185,14 +197,25 @@ def prepare_megatron() -> None:
                 importlib.import_module(name)
     if torch.cuda.is_available():
         return
+    jit = importlib.import_module("megatron.core.jit")
+    if jit.jit_fuser is _uncompiled:
+        jit.enable_jit_fuser()
+    patch(jit, "jit_fuser", jit.noop_decorator)  # for modules that are imported from here on
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.") and getattr(module, "torch", None) is torch:
-            module.torch = _stand_in  # type: ignore[attr-defined]
+        if name.startswith("megatron."):
+            if getattr(module, "torch", None) is torch:
+                patch(module, "torch", _stand_in)
+            if getattr(module, "jit_fuser", None) is _uncompiled:
+                module.jit_fuser = jit.noop_decorator  # type: ignore[attr-defined]
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    dispatcher.maybe_move_tensor_to_cpu = _as_moved_to_cpu  # type: ignore[attr-defined]
+    patch(dispatcher, "maybe_move_tensor_to_cpu", _as_moved_to_cpu)
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    patch(random, "_get_cuda_rng_state", _get_cpu_rng_state)
+    patch(random, "_set_cuda_rng_state", _set_cpu_rng_state)
+
+
+def _uncompiled(function: Any) -> Any:
+    return function
 
 
 @contextlib.contextmanager
@@ -202,7 +225,7 @@ def _nothing_compiled() -> Iterator[None]:
     None of them is worth a compiler's minute on a CPU, and the compiler alone takes two seconds to import.
     """
     original = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = _uncompiled  # type: ignore[assignment]
     try:
         yield
     finally:

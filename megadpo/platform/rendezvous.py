@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, first_line
 
 TIMEOUT_VARIABLE = "MEGADPO_RENDEZVOUS_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -122,7 +122,7 @@ def _open_store(host: str, port: int, rank: int, size: int, seconds: float) -> d
     except (RuntimeError, ValueError) as error:
         if is_server:
             raise UserError(
-                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}); is another run using the port? "
+                f"rank 0 cannot listen on {host}:{port} ({first_line(error)}); is another run using the port? "
                 "choose another with --port or MASTER_PORT, the same on every machine"
             ) from error
         raise _no_answer(host, port, rank, seconds, error) from error
@@ -143,7 +143,7 @@ def _wait_for_listener(host: str, port: int, rank: int, seconds: float) -> None:
 
 def _no_answer(host: str, port: int, rank: int, seconds: float, error: Exception) -> UserError:
     return UserError(
-        f"rank {rank}: no answer from rank 0 at {host}:{port} within {seconds:g} s ({_first_line(error)}); is it "
+        f"rank {rank}: no answer from rank 0 at {host}:{port} within {seconds:g} s ({first_line(error)}); is it "
         f"started, and is {host} the address that this machine reaches it by?"
     )
 
@@ -155,7 +155,7 @@ def _wait(store: dist.Store, keys: Sequence[str], deadline: float) -> list[int]:
         try:
             missing = [number for number in missing if not store.check([keys[number]])]
         except RuntimeError as error:
-            raise UserError(f"rank 0 left while the processes were meeting ({_first_line(error)})") from error
+            raise UserError(f"rank 0 left while the processes were meeting ({first_line(error)})") from error
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -167,7 +167,3 @@ def _ranks(numbers: Sequence[int]) -> str:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     nodes = sorted({number // local for number in numbers}) if local else []
     return text + (f" (node {', '.join(map(str, nodes))})" if nodes else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

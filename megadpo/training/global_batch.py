@@ -1,4 +1,4 @@
-"""Between forward and backward: the objective on the responses of a global batch, its gradient and its metrics.
+"""The objective on a global batch that is spread over micro-batches and replicas: its gradient and its metrics' sums.
 
 Most objectives are sums over groups: each micro-batch is evaluated by itself, with normalisers that are known from the data.
 
@@ -11,7 +11,7 @@ of the batch, its KL: a forward-only pass of its mismatched answers alone, under
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -20,130 +20,130 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
-from megadpo.objectives.evaluate import Evaluated, evaluate, responses_of
-from megadpo.objectives.specs import couples_batch, measures_kl, runs_delta
+from megadpo.objectives.coupled import RunningMean
+from megadpo.objectives.evaluate import evaluate
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
-from megadpo.objectives.terms import Normalisers
+from megadpo.objectives.terms import Normalisers, normalisers_of
 from megadpo.parallel.context import host_micro_batches, on_device
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.run_schedule import complete
-from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
-from megadpo.training.reference import Reference
 
 COLUMNS = tuple(item.name for item in fields(ResponseStatistics) if item.name.endswith("_R"))
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A global batch as this rank has it.
+class GlobalBatch:
+    """A global batch as this rank computes it.
 
     Attributes:
+        group_ids: int64, its groups as places in the data set, those of all replicas.
+        normalisers: what the losses are divided by.
         response_offsets_G: int64 [groups of the whole batch + 1], where each group's responses begin among all of them.
-        micro_batches: this replica's.
-        reference_logps: [R] for each of them (None: no reference); asked for on last stages only.
-        totals: sums of metrics, see metrics/collect.py; added to.
-        delta_of: the batch's mean reward -> BCO's delta.
-    """
-
-    options: ObjectiveConfig
-    normalisers: Normalisers
-    response_offsets_G: Tensor
-    micro_batches: Sequence[MicroBatch]
-    reference_logps: Sequence[Tensor | None]
-    totals: Tensor
-    delta_of: Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """What this rank computes of a global batch, in the processor's memory.
-
-    Attributes:
         micro_batches: this replica's.
         mismatched: those of KTO's mismatched prompts and answers; empty without KTO.
     """
 
+    group_ids: IntArray
+    normalisers: Normalisers
+    response_offsets_G: Tensor
     micro_batches: Sequence[MicroBatch]
     mismatched: Sequence[MicroBatch] = ()
 
-
-def streams_of(packing: Packing, numbers: IntArray, options: ObjectiveConfig) -> Streams:
-    """The groups `numbers`, packed for this rank. Pure but for asking which rank this is: any thread may do it ahead."""
-    mismatched: list[MicroBatch] = []
-    if measures_kl(options.loss_types):
-        mismatched = host_micro_batches(packing.mismatched(numbers), np.arange(len(numbers)))
-    return Streams(host_micro_batches(packing, numbers), mismatched)
+    def on_device(self) -> GlobalBatch:
+        """The same batch with its micro-batches on this rank's device."""
+        return replace(self, micro_batches=on_device(self.micro_batches), mismatched=on_device(self.mismatched))
 
 
-def global_batch(
-    engine: Engine,
-    packing: Packing,
-    reference: Reference,
-    numbers: IntArray,
-    normalisers: Normalisers,
-    options: ObjectiveConfig,
-    delta_of: Callable[[float], float],
-    streams: Streams | None = None,
-    beside: ReferenceBeside | None = None,
-) -> Batch:
-    """The groups `numbers`, packed for this rank, with the reference's log-probs and KTO's KL where it is needed.
+def pack_global_batch(
+    packing: PackedDataset, group_ids: IntArray, objective: Objective, normalisers: Normalisers | None = None
+) -> GlobalBatch:
+    """The groups `group_ids` of a data set, packed for this rank, in the processor's memory.
 
-    Collective.
+    Pure but for asking which rank this is: any thread may do it.
 
     Args:
-        streams: what `streams_of` gives, where it was made ahead.
-        beside: where the reference of these groups runs among the policy's operations.
+        normalisers: None: those of these groups.
     """
-    streams = streams or streams_of(packing, numbers, options)
-    micro_batches = on_device(streams.micro_batches)
-    totals = collect.empty_vector(compute_device(), options)
-    if measures_kl(options.loss_types):
-        others = on_device(streams.mismatched)
-        normalisers = replace(normalisers, kl=mismatch_kl(engine, others, reference(others), len(numbers)))
-        if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
-            collect.add_fixed(totals, "kl", normalisers.kl, options)
-    offsets_G = torch.from_numpy(packing.groups.response_offsets_of(numbers))
-    reference_logps = reference(micro_batches) if beside is None else beside.begin(micro_batches)
-    if beside is not None and couples_batch(options):
-        complete(beside)  # the whole batch is evaluated before anything goes backward
-    return Batch(options, normalisers, offsets_G, micro_batches, reference_logps, totals, delta_of)
+    mismatched: list[MicroBatch] = []
+    if objective.measures_kl:
+        mismatched = host_micro_batches(packing.mismatched(group_ids), np.arange(len(group_ids)))
+    return GlobalBatch(
+        group_ids,
+        normalisers or normalisers_of(packing.groups, group_ids),
+        torch.from_numpy(packing.groups.response_offsets_of(group_ids)),
+        host_micro_batches(packing, group_ids),
+        mismatched,
+    )
 
 
-def response_gradient(batch: Batch, engine: Engine) -> ResponseGradient:
-    """What the engine asks on last stages: d loss / d statistic of a micro-batch's responses."""
-    if couples_batch(batch.options):
-        gradients = evaluate_batch(batch, engine.forward(batch.micro_batches, batch.options.ld_alpha))
-        return lambda number, sums_RS: gradients[number]
-    return lambda number, sums_RS: _evaluate_one(batch, number, sums_RS)
+def evaluate_micro_batch(
+    objective: Objective,
+    normalisers: Normalisers,
+    micro_batch: MicroBatch,
+    sums_RS: Tensor,
+    reference_logps_R: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The objective on one micro-batch of a last stage.
 
+    Args:
+        sums_RS: its response sums under the policy.
 
-def evaluate_batch(batch: Batch, sums: Sequence[Tensor]) -> list[Tensor]:
-    """The objective on the response sums of all micro-batches: the gradient [R, D] of each; metrics go to `totals`.
-
-    On stages without the head there are no sums and nothing is done. Collective over replicas for coupled objectives.
+    Returns:
+        d loss / d statistic [R, D], and the metrics' sums [2 M] of its groups; float64.
     """
+    return _evaluate(objective, normalisers, response_statistics(sums_RS, reference_logps_R, micro_batch))
+
+
+@dataclass(frozen=True)
+class CoupledEvaluation:
+    """An objective on a whole global batch.
+
+    Attributes:
+        gradients: d loss / d statistic [R, D] of each micro-batch of this replica; empty on stages without the head.
+        metric_sums: [2 M], those of the whole batch on one replica, zeros on the others.
+        running_mean: of the rewards, the batch's included when it is trained on; as before on stages without the head.
+    """
+
+    gradients: list[Tensor]
+    metric_sums: Tensor
+    running_mean: RunningMean
+
+
+def evaluate_coupled(
+    objective: Objective,
+    normalisers: Normalisers,
+    batch: GlobalBatch,
+    sums: Sequence[Tensor],
+    reference_logps: Sequence[Tensor | None],
+    running_mean: RunningMean,
+    is_training: bool,
+) -> CoupledEvaluation:
+    """The objective on all responses of a global batch at once. Collective over the replicas of last stages.
+
+    Args:
+        sums: response sums [R, S] of each micro-batch under the policy, on last stages.
+        is_training: whether the running mean takes the batch's mean reward in; else it is used as it is.
+    """
+    metric_sums = collect.empty_vector(compute_device(), objective)
     if not parallel_state.is_pipeline_last_stage():
-        return []
-    if not couples_batch(batch.options):
-        return [_evaluate_one(batch, number, sums_RS) for number, sums_RS in enumerate(sums)]
-    statistics, normalisers = _gather(batch, sums), batch.normalisers
-    is_teller = parallel_state.get_data_parallel_rank() == 0  # all replicas have the same: one of them tells
-    if runs_delta(batch.options):
-        mean_reward = responses_of(statistics, batch.options).reward_R.mean()
-        normalisers = replace(normalisers, delta=batch.delta_of(float(mean_reward)))
-        if is_teller:
-            collect.add_fixed(batch.totals, "delta", normalisers.delta, batch.options)
-    evaluated = evaluate(statistics, normalisers, batch.options)
-    if is_teller:
-        batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
-    return [evaluated.gradient_RD[_numbers_in_batch(batch, micro_batch)] for micro_batch in batch.micro_batches]
+        return CoupledEvaluation([], metric_sums, running_mean)
+    statistics = _gather(batch, sums, reference_logps)
+    if objective.runs_delta:
+        if is_training:
+            running_mean = running_mean.including(float(objective.responses(statistics).reward_R.mean()))
+        normalisers = replace(normalisers, delta=running_mean.mean)
+    gradient_RD, all_sums = _evaluate(objective, normalisers, statistics)
+    if parallel_state.get_data_parallel_rank() == 0:  # all replicas have the same
+        if objective.runs_delta:
+            metric_sums += collect.scalar_sums("delta", running_mean.mean, objective, compute_device())
+        metric_sums += all_sums
+    gradients = [gradient_RD[_places_in_batch(batch, micro_batch)] for micro_batch in batch.micro_batches]
+    return CoupledEvaluation(gradients, metric_sums, running_mean)
 
 
 def mismatch_kl(
@@ -163,29 +163,34 @@ def mismatch_kl(
     return (total / num_groups).clamp(min=0)
 
 
-def _evaluate_one(batch: Batch, number: int, sums_RS: Tensor) -> Tensor:
-    statistics = response_statistics(sums_RS, batch.reference_logps[number], batch.micro_batches[number])
-    evaluated: Evaluated = evaluate(statistics, batch.normalisers, batch.options)
-    batch.totals.add_(collect.sum_vector(statistics, evaluated, batch.options))
-    return evaluated.gradient_RD
+def kl_sums(kl: Tensor, objective: Objective) -> Tensor:
+    """The metrics' sums [2 M] of KTO's KL: on the last stage of one replica, zeros elsewhere."""
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_data_parallel_rank() == 0:
+        return collect.scalar_sums("kl", kl, objective, compute_device())
+    return collect.empty_vector(compute_device(), objective)
 
 
-def _gather(batch: Batch, sums: Sequence[Tensor]) -> ResponseStatistics:
+def _evaluate(objective: Objective, normalisers: Normalisers, statistics: ResponseStatistics) -> tuple[Tensor, Tensor]:
+    evaluated = evaluate(statistics, normalisers, objective)
+    return evaluated.gradient_RD, collect.sum_vector(statistics, evaluated, objective)
+
+
+def _gather(batch: GlobalBatch, sums: Sequence[Tensor], reference_logps: Sequence[Tensor | None]) -> ResponseStatistics:
     """The statistics of the whole batch in the order of its groups, the same on every replica."""
     num_responses = int(batch.response_offsets_G[-1])
     table_RC = torch.zeros(num_responses, len(COLUMNS), dtype=torch.float64, device=compute_device())
-    for sums_RS, reference_R, micro_batch in zip(sums, batch.reference_logps, batch.micro_batches, strict=True):
+    for sums_RS, reference_R, micro_batch in zip(sums, reference_logps, batch.micro_batches, strict=True):
         statistics = response_statistics(sums_RS, reference_R, micro_batch)
         columns_RC = torch.stack([getattr(statistics, name) for name in COLUMNS], dim=-1)
-        table_RC[_numbers_in_batch(batch, micro_batch)] = columns_RC
+        table_RC[_places_in_batch(batch, micro_batch)] = columns_RC
     # Each response stands on one replica; the others add zeros.
     dist.all_reduce(table_RC, group=parallel_state.get_data_parallel_group())
     values = dict(zip(COLUMNS, table_RC.unbind(dim=-1), strict=True))
     return ResponseStatistics(**values, first_G=batch.response_offsets_G[:-1].to(table_RC.device))
 
 
-def _numbers_in_batch(batch: Batch, micro_batch: MicroBatch) -> Tensor:
-    """int64 [R]: the number in the whole batch of each response of a micro-batch."""
-    offsets_G = batch.response_offsets_G[list(micro_batch.places)].to(micro_batch.group_R.device)
+def _places_in_batch(batch: GlobalBatch, micro_batch: MicroBatch) -> Tensor:
+    """int64 [R]: the place in the whole batch of each response of a micro-batch."""
+    offsets_G = batch.response_offsets_G[list(micro_batch.batch_positions)].to(micro_batch.group_R.device)
     within_R = torch.arange(micro_batch.num_responses, device=offsets_G.device) - micro_batch.first_G[micro_batch.group_R]
     return offsets_G[micro_batch.group_R] + within_R

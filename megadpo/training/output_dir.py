@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint
+from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint
 from megadpo.config.schema import Config
+from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
+from megadpo.files import make_writable_directory, replacing
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
@@ -57,27 +58,41 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
     return chosen
 
 
+def check_resumable(checkpoint: Path, data_digest: str, num_steps: int) -> None:
+    """Refuse a checkpoint that a run with this data and so many steps cannot go on from.
+
+    Raises:
+        UserError: no training state in it, other data, or it is beyond the last step.
+    """
+    opened = open_checkpoint(checkpoint)
+    step, digest = opened.state.get("step"), opened.state.get("data_digest")
+    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
+        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
+    if digest != data_digest:
+        raise UserError(
+            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
+            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+        )
+    if step > num_steps:
+        planned = counted(num_steps, "step")
+        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
+
+
 def make_output_dir(directory: Path) -> None:
     """Make the directory, once everything else about the run is known to be right.
 
     Raises:
         UserError: it cannot be made or written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {directory} cannot be made: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: {directory} cannot be written; choose another directory")
+    make_writable_directory(directory, "output_dir")
 
 
 def write_config(directory: Path, config: Config) -> None:
     """Write the resolved configuration as `config.yaml`, whole or not at all."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f"config.yaml.{os.getpid()}.tmp"
-        partial.write_text(config.to_yaml(), encoding="utf-8")
-        partial.replace(directory / "config.yaml")
+        with replacing(directory / "config.yaml") as partial:
+            partial.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {directory} cannot be written: {error.strerror}") from error
 

@@ -1,5 +1,5 @@
-"""The frozen reference: a second model run beside the policy, or its log-probs computed once and kept on disk, or both:
-run beside the policy until every log-prob is on disk."""
+"""The frozen reference: a second model that is resident with the policy, or its log-probs computed once and kept on disk, or
+both: resident until every log-prob is on disk."""
 
 from __future__ import annotations
 
@@ -17,129 +17,223 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ScheduleConfig
+from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.data.batches.packed_dataset import Packing
+from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import TensorSource
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import load_weights
+from megadpo.parallel.context import on_device
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
+from megadpo.training.console import log
+from megadpo.training.global_batch import GlobalBatch
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
-from megadpo.training.setup import ModelFiles, Plan, scoring_packing
-
-Reference = Callable[[Sequence[MicroBatch]], Sequence[Tensor | None]]
-"""Micro-batches -> reference log-probs [R] of each, float64, on the last stage (elsewhere it may be empty); None: none."""
+from megadpo.training.setup import ModelFiles, RunSetup, scoring_packing
 
 CACHE_VERSION = 3
 
 
-@dataclass
-class References:
-    """The reference for the training pairs and for the held-out ones, and its model where it is resident.
+class Reference:
+    """The frozen reference of a data set: gives each step its log-probs. The classes below are the kinds of it.
+
+    Each list of log-probs has one entry a micro-batch: [R] in float64 on last stages (elsewhere the list may be empty), None
+    where there is no reference.
 
     Attributes:
-        table: where the model's log-probs of the training pairs are kept, until all are; the model goes then.
-        beside: what runs the reference of the training pairs among the policy's operations; None: `train` does, before.
+        stage: the reference's model on this rank while it is resident; else None.
+        interleaved: what the engine's schedule runs among the policy's operations; else None.
     """
 
-    train: Reference
-    eval: Reference | None
     stage: Stage | None = None
-    beside: ReferenceBeside | None = None
-    table: LogpTable | None = None
+    interleaved: InterleavedReference | None = None
 
-    def train_for(self, numbers: IntArray) -> Reference:
-        """The reference for a step of the training groups `numbers`: looked up where all of them are known."""
-        if self.table is not None and self.table.knows(numbers):
-            return precomputed(self.table.logps_R, self.table.groups)
-        return self.train
+    def logps(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
+        """Log-probs of micro-batches, at once. Collective."""
+        raise NotImplementedError
 
-    def remember(self, numbers: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
-        """After a step: keep what the model has computed, and let it go when nothing is left to compute; collective."""
-        if self.table is None or self.table.knows(numbers):
+    def begin(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
+        """Log-probs for a step on the groups `group_ids`, of which `micro_batches` are this replica's. Collective.
+
+        An interleaved reference fills the list while the policy runs: each entry is there when the policy's log-probs of
+        the micro-batch are.
+        """
+        return self.logps(micro_batches)
+
+    def complete(self) -> None:
+        """Have the whole list there now; collective."""
+
+    def run_ahead(self, following: Callable[[], GlobalBatch]) -> None:
+        """After `begin`: forwards for the step after this one, whose batch `following` gives, may run in this one."""
+
+    def finish(self) -> None:
+        """The step is done; collective."""
+
+    def write(self) -> None:
+        """Put on disk what is kept in memory only."""
+
+
+class NoReference(Reference):
+    """For objectives that read none."""
+
+    def logps(self, micro_batches: Sequence[MicroBatch]) -> list[None]:
+        return [None] * len(micro_batches)
+
+
+class ResidentReference(Reference):
+    """Runs through the same layers, layout and micro-batches as the policy: equal weights give bit-equal log-probs."""
+
+    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
+        self.stage: Stage = stage
+        self._ld_alpha, self._schedule = ld_alpha, pipeline_schedule(schedule)
+
+    def logps(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
+        return [sums_RS[:, 0] for sums_RS in sums]
+
+
+class ResidentInterleavedReference(ResidentReference):
+    """A resident reference whose forwards run among the policy's operations, some of them a step ahead.
+
+    The engine's schedule has to be given its `interleaved`.
+    """
+
+    interleaved: InterleavedReference
+
+    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
+        super().__init__(stage, ld_alpha, schedule)
+        self.interleaved = InterleavedReference(stage.models, ld_alpha)
+
+    def begin(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+        return self.interleaved.begin(micro_batches)
+
+    def complete(self) -> None:
+        self.interleaved.complete()
+
+    def run_ahead(self, following: Callable[[], GlobalBatch]) -> None:
+        self.interleaved.run_ahead(on_device(following().micro_batches))
+
+
+class PrecomputedReference(Reference):
+    """Looks up what was computed before.
+
+    Args:
+        logps_R: float64, of every response of `groups`, in order.
+    """
+
+    def __init__(self, logps_R: np.ndarray, groups: GroupStore) -> None:
+        self._table_R, self._groups = torch.from_numpy(logps_R).to(compute_device()), groups
+
+    def logps(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        responses = [torch.from_numpy(self._groups.response_ids_of(micro_batch.group_ids)) for micro_batch in micro_batches]
+        return [self._table_R[responses_R.to(self._table_R.device)] for responses_R in responses]
+
+
+class CachedReference(Reference):
+    """Resident until it has computed every response; then its model goes, and log-probs are looked up."""
+
+    def __init__(self, resident: ResidentReference, table: LogpTable) -> None:
+        self.stage = resident.stage
+        self._resident: ResidentReference | None = resident
+        self._table = table
+        self._known: PrecomputedReference | None = None
+        self._computed: tuple[IntArray, Sequence[MicroBatch], Sequence[Tensor | None]] | None = None
+
+    def begin(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
+        self._computed = None
+        if self._resident is None or self._table.knows(group_ids):
+            known = self._known or PrecomputedReference(self._table.logps_R, self._table.groups)
+            return known.logps(micro_batches)
+        logps = self._resident.logps(micro_batches)
+        self._computed = group_ids, micro_batches, logps
+        return logps
+
+    def finish(self) -> None:
+        if self._computed is None:
             return
-        self.table.add(numbers, micro_batches, logps)
-        if self.table.is_whole:
-            self.train, self.stage = precomputed(self.table.logps_R, self.table.groups), None
-            self.table = None
+        self._table.add(*self._computed)
+        self._computed = None
+        if self._table.is_whole:
+            self._known, self._resident = PrecomputedReference(self._table.logps_R, self._table.groups), None
+            self.stage = None
             gc.collect()  # modules refer to each other in circles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def write(self) -> None:
-        """Put on disk what is kept in memory only."""
-        if self.table is not None:
-            self.table.write()
+        self._table.write()
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference for the training groups and for the held-out ones (None: there are none)."""
+
+    train: Reference
+    eval: Reference | None
 
     def move(self, policy: Stage, alpha: float) -> None:
         """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
-        assert self.stage is not None
+        assert self.train.stage is not None
         with torch.no_grad():
-            for name, (parameter, _) in self.stage.parameters.items():
+            for name, (parameter, _) in self.train.stage.parameters.items():
                 own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
-def build_references(plan: Plan, say: Callable[[str], None]) -> References:
-    """What the configuration asks for, ready to be asked.
+def build_references(setup: RunSetup) -> References:
+    """The references of `reference.mode`; collective."""
+    mode, ld_alpha, schedule = setup.config.reference.mode, setup.config.objective.ld_alpha, setup.config.schedule
+    options = setup.config.model
 
-    Args:
-        say: tells the user a sentence.
-    """
-    mode, ld_alpha = plan.config.reference.mode, plan.config.objective.ld_alpha
-    options = plan.config.model
-
-    @functools.cache  # training and held-out pairs may both need it
+    @functools.cache  # training and held-out groups may both need it
     def frozen() -> Stage:
-        if plan.config.parallel.engine == "deepspeed" and plan.config.parallel.zero_stage == 3:
+        if setup.config.parallel.engine == "deepspeed" and setup.config.parallel.zero_stage == 3:
             from megadpo.engine.deepspeed.engine import frozen_sharded_stage
 
             return frozen_sharded_stage(
-                plan.reference.shape, plan.reference.source, plan.layout, plan.dtype, plan.config.parallel, options
+                setup.reference.shape, setup.reference.source, setup.layout, setup.dtype, setup.config.parallel, options
             )
-        return frozen_stage(plan.reference.shape, plan.layout, plan.dtype, plan.reference.source, options)
+        return frozen_stage(setup.reference.shape, setup.layout, setup.dtype, setup.reference.source, options)
 
     if mode == "none":
-        return References(absent, absent)
+        return References(NoReference(), NoReference())
     if mode == "resident":
-        stage, schedule = frozen(), plan.config.schedule
-        reference = resident(stage, ld_alpha, schedule)
-        beside = ReferenceBeside(stage.models, ld_alpha) if schedule.reference == "interleaved" else None
-        return References(reference, reference, stage, beside)
+        kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
+        reference = kind(frozen(), ld_alpha, schedule)
+        return References(reference, reference)
     if mode == "precomputed":
-        train = _precomputed_for(plan, plan.train, frozen, say)
-        return References(train, None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say))
-    # The model goes with the first epoch, so that held-out pairs are scored before it.
-    held_out = None if plan.eval is None else _precomputed_for(plan, plan.eval, frozen, say)
-    table = LogpTable(_cache_path(plan, plan.train), plan.train.groups, say)
+        train = _precomputed_for(setup, setup.train, frozen)
+        return References(train, None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen))
+    # The model goes with the first epoch, so that held-out groups are scored before it.
+    held_out = None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen)
+    table = LogpTable(_cache_path(setup, setup.train), setup.train.groups, log)
     num_responses = len(table.logps_R)
-    say(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
+    log(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
     if table.is_whole:
-        return References(precomputed(table.logps_R, table.groups), held_out)
-    return References(resident(frozen(), ld_alpha, plan.config.schedule), held_out, frozen(), table=table)
+        return References(PrecomputedReference(table.logps_R, table.groups), held_out)
+    return References(CachedReference(ResidentReference(frozen(), ld_alpha, schedule), table), held_out)
 
 
-def _cache_path(plan: Plan, packing: Packing) -> Path:
-    arithmetic = f"{plan.dtype}, FP8" if plan.config.model.fp8 else str(plan.dtype)
-    key = cache_key(model_digest(plan.reference), packing.groups.digest, arithmetic, plan.config.objective.ld_alpha)
-    return cache_root(plan.config.data.cache_dir) / "reference" / f"{key}.safetensors"
+def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:
+    arithmetic = f"{setup.dtype}, FP8" if setup.config.model.fp8 else str(setup.dtype)
+    key = cache_key(model_digest(setup.reference), packing.groups.digest, arithmetic, setup.config.objective.ld_alpha)
+    return cache_root(setup.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
-def _precomputed_for(plan: Plan, packing: Packing, frozen: Callable[[], Stage], say: Callable[[str], None]) -> Reference:
+def _precomputed_for(setup: RunSetup, packing: PackedDataset, frozen: Callable[[], Stage]) -> PrecomputedReference:
     """Reference log-probs of a data set, from the cache or computed now in larger micro-batches."""
-    config = plan.config
-    larger = scoring_packing(config, packing.groups, plan.layout, plan.reference.shape)
-    logps_R, from_cache = cached_logps(_cache_path(plan, packing), larger, frozen, config.objective.ld_alpha)
-    say(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
-    return precomputed(logps_R, packing.groups)
+    config = setup.config
+    larger = scoring_packing(config, packing.groups, setup.layout, setup.reference.shape)
+    logps_R, from_cache = cached_logps(_cache_path(setup, packing), larger, frozen, config.objective.ld_alpha)
+    log(f"reference log-probs of {len(packing.groups):,} rows {'read from the cache' if from_cache else 'computed'}")
+    return PrecomputedReference(logps_R, packing.groups)
 
 
 def frozen_stage(
@@ -153,29 +247,6 @@ def frozen_stage(
         model.eval()
     stage.configure_head(statistics=("logp",))
     return stage
-
-
-def absent(micro_batches: Sequence[MicroBatch]) -> list[None]:
-    """The reference of objectives that read none."""
-    return [None] * len(micro_batches)
-
-
-def resident(stage: Stage, ld_alpha: float | None = None, schedule: ScheduleConfig | None = None) -> Reference:
-    """A reference that runs through the same layers, layout and micro-batches as the policy: equal weights give
-    bit-equal log-probs."""
-    forward_only = passes_by(schedule or ScheduleConfig()).forward_only
-    return lambda micro_batches: [sums_RS[:, 0] for sums_RS in forward_only(stage.models, micro_batches, ld_alpha)]
-
-
-def precomputed(logps_R: np.ndarray, groups: GroupStore) -> Reference:
-    """A reference that looks up what was computed before; `logps_R` has every response of `groups`, in order."""
-    table_R = torch.from_numpy(logps_R).to(compute_device())
-
-    def look_up(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        numbers = [torch.from_numpy(groups.responses_of(micro_batch.rows)) for micro_batch in micro_batches]
-        return [table_R[numbers_R.to(table_R.device)] for numbers_R in numbers]
-
-    return look_up
 
 
 def model_digest(model: ModelFiles) -> str:
@@ -200,7 +271,7 @@ def cache_key(model_digest: str, groups_digest: str, arithmetic: str, ld_alpha: 
 
 
 def cached_logps(
-    path: Path, packing: Packing, build: Callable[[], Stage], ld_alpha: float | None = None
+    path: Path, packing: PackedDataset, build: Callable[[], Stage], ld_alpha: float | None = None
 ) -> tuple[np.ndarray, bool]:
     """Reference log-probs [R] of all responses of `packing` from the cache, or computed and cached; collective.
 
@@ -223,8 +294,8 @@ def cached_logps(
         shared = torch.from_numpy(logps_R).to(compute_device())
         dist.broadcast(shared, 0)
         return shared.cpu().numpy(), True
-    for numbers, values in response_logps(build(), packing, ld_alpha):
-        first, end = packing.groups.response_offsets_G[[numbers.start, numbers.stop]]
+    for group_ids, values in response_logps(build(), packing, ld_alpha):
+        first, end = packing.groups.response_offsets_G[[group_ids.start, group_ids.stop]]
         logps_R[first:end] = values
     if dist.get_rank() == 0:
         write_logps(path, {"logps_R": logps_R})

@@ -7,7 +7,6 @@ each other's when they start.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -25,7 +24,8 @@ from megadpo.data.batches.bin_packing import FloatArray, IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.parallel.context import is_teller
+from megadpo.files import replacing
+from megadpo.parallel.context import is_first_rank_of_stage
 from megadpo.platform.device import compute_device
 
 SECONDS_BETWEEN_SHARDS = 60.0
@@ -36,20 +36,20 @@ class LogpTable:
 
     Args:
         path: of the whole cache.
-        say: tells the user a sentence.
+        log: shows the user a line.
 
     Attributes:
         logps_R: float64, of every response of `groups`; nan where it is not known.
         num_unknown: of them.
     """
 
-    def __init__(self, path: Path, groups: GroupStore, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, groups: GroupStore, log: Callable[[str], None]) -> None:
         """Reads what is on disk; collective. Rank 0 reads and writes, the values reach the others over the process group.
 
         Raises:
             UserError: a file of the cache is damaged.
         """
-        self.path, self.groups, self._say = path, groups, say
+        self.path, self.groups, self._log = path, groups, log
         found_R = _read_all(path, groups.num_responses) if dist.get_rank() == 0 else np.zeros(groups.num_responses)
         shared = torch.from_numpy(found_R).to(compute_device())
         dist.broadcast(shared, 0)
@@ -64,23 +64,23 @@ class LogpTable:
         """Whether every response is known."""
         return self.num_unknown == 0
 
-    def knows(self, numbers: IntArray) -> bool:
-        """Whether all responses of the groups `numbers` are known."""
-        return not np.isnan(self.logps_R[self.groups.responses_of(numbers)]).any()
+    def knows(self, group_ids: IntArray) -> bool:
+        """Whether all responses of the groups `group_ids` are known."""
+        return not np.isnan(self.logps_R[self.groups.response_ids_of(group_ids)]).any()
 
-    def add(self, numbers: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
-        """Take in what was computed of a global batch of the groups `numbers`; collective.
+    def add(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch], logps: Sequence[Tensor | None]) -> None:
+        """Take in what was computed of a global batch of the groups `group_ids`; collective.
 
         Args:
             micro_batches: this replica's.
             logps: [R] of each of them, on last stages; elsewhere it may be empty.
         """
-        responses = np.unique(self.groups.responses_of(numbers))
+        responses = np.unique(self.groups.response_ids_of(group_ids))
         values = torch.full((len(responses),), -torch.inf, dtype=torch.float64, device=compute_device())
-        if is_teller():
+        if is_first_rank_of_stage():
             for micro_batch, logps_R in zip(micro_batches, logps, strict=False):
                 assert logps_R is not None
-                places = np.searchsorted(responses, self.groups.responses_of(micro_batch.rows))
+                places = np.searchsorted(responses, self.groups.response_ids_of(micro_batch.group_ids))
                 values[torch.from_numpy(places).to(values.device)] = logps_R
         # One rank of each replica brings each value; a group that the batch has twice counts once.
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -106,7 +106,7 @@ class LogpTable:
             self._num_shards += 1
         except OSError as error:
             # The run does not need it: another run, or this one when it is resumed, would compute it again.
-            self._say(f"warning: the reference cache {self.path} cannot be written ({error}); going on without")
+            self._log(f"warning: the reference cache {self.path} cannot be written ({error}); going on without")
 
 
 def parts_of(path: Path) -> Path:
@@ -129,9 +129,8 @@ def read_logps(path: Path, num_responses: int) -> FloatArray:
 def write_logps(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """A file of the cache, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(arrays, partial)
 
 
 def _read_all(path: Path, num_responses: int) -> FloatArray:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,15 +35,14 @@ from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
-
-if TYPE_CHECKING:
-    from megadpo.training.trainer import Run
+from megadpo.training.console import log
+from megadpo.training.run import Run
 
 
 def save(run: Run, step: int) -> Path:
     """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
-    run.references.write()  # a resumed run finds what this one has seen of it
-    plan, root = run.plan, run.plan.output_dir / "checkpoints"
+    run.references.train.write()  # a resumed run finds what this one has seen of it
+    setup, root = run.setup, run.setup.output_dir / "checkpoints"
     directory = step_directory(root, step)
     if dist.get_rank() == 0:
         begin(directory)
@@ -63,19 +62,19 @@ def save(run: Run, step: int) -> Path:
     if dist.get_rank() == 0:
         state = {
             "step": step,
-            "num_steps": plan.num_steps,
-            "num_samples": step * plan.config.train.pairs_per_step,
+            "num_steps": setup.num_steps,
+            "num_samples": step * setup.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
             "delta": delta,
             "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "data_digest": plan.train.groups.digest,
-            "config": plan.config.to_dict(),
+            "dtype": str(setup.dtype).removeprefix("torch."),
+            "data_digest": setup.train.groups.digest,
+            "config": setup.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        commit(directory, manifests, state, plan.policy.huggingface, plan.policy.config)
+        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
-        for old in earlier[: -plan.config.checkpoint.keep]:
+        for old in earlier[: -setup.config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return directory
@@ -83,7 +82,7 @@ def save(run: Run, step: int) -> Path:
 
 def _last_stage_delta(run: Run) -> list[float]:
     """BCO's running mean as [sum, count], of the last stage, which alone sees rewards; on every rank."""
-    delta = torch.tensor([run.delta.total, run.delta.count], dtype=torch.float64, device=compute_device())
+    delta = torch.tensor([run.running_mean.total, run.running_mean.count], dtype=torch.float64, device=compute_device())
     dist.broadcast(delta, dist.get_world_size() - 1)  # Megatron numbers ranks stage by stage
     return delta.tolist()
 
@@ -94,27 +93,27 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
         parameter, shard = run.engine.stage.parameters[name]
         if is_first_replica(parameter):
             yield kind, shard, tensor
-    if run.plan.config.reference.sync_every:
-        assert run.references.stage is not None
-        for parameter, shard in run.references.stage.parameters.values():
+    if run.setup.config.reference.sync_every:
+        assert run.references.train.stage is not None
+        for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
                 yield "reference", shard, values
 
 
 def resume(run: Run) -> int:
-    """Load weights, optimizer and position from the checkpoint that the plan names (and has checked); the steps done.
+    """Load weights, optimizer and position from the checkpoint that the set-up names (and has checked); the steps done.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    assert run.plan.resume is not None
-    checkpoint = open_checkpoint(run.plan.resume)
+    assert run.setup.resume is not None
+    checkpoint = open_checkpoint(run.setup.resume)
     state = checkpoint.state
     step = int(state["step"])
-    if state["num_steps"] != run.plan.num_steps:
-        run.say(
-            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.plan.num_steps}: "
+    if state["num_steps"] != run.setup.num_steps:
+        log(
+            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
     sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
@@ -126,12 +125,12 @@ def resume(run: Run) -> int:
         return tensor
 
     run.engine.load_state(read, step)
-    if run.plan.config.reference.sync_every:
-        assert run.references.stage is not None
-        load_weights(run.references.stage, checkpoint.source("reference"))
+    if run.setup.config.reference.sync_every:
+        assert run.references.train.stage is not None
+        load_weights(run.references.train.stage, checkpoint.source("reference"))
     run.num_tokens_seen = int(state["num_tokens"])
     total, count = state.get("delta", (0.0, 0))
-    run.delta = RunningMean(float(total), int(count))
+    run.running_mean = RunningMean(float(total), int(count))
     run.metrics = dict(state["metrics"])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     return step
@@ -149,9 +148,9 @@ def set_aside_later(root: Path, step: int) -> None:
 
 def export_policy(run: Run) -> Path:
     """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
-    plan, directory = run.plan, run.plan.output_dir / "hf"
-    config, layout = plan.policy.config, plan.layout
-    export = plan_export(config, plan.dtype, layout.layers_of_chunks(plan.policy.shape.num_layers))
+    setup, directory = run.setup, run.setup.output_dir / "hf"
+    config, layout = setup.policy.config, setup.layout
+    export = plan_export(config, setup.dtype, layout.layers_of_chunks(setup.policy.shape.num_layers))
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
@@ -163,7 +162,7 @@ def export_policy(run: Run) -> Path:
             pass
     dist.barrier()
     if dist.get_rank() == 0:
-        finish_export(export, directory, plan.policy.huggingface)
+        finish_export(export, directory, setup.policy.huggingface)
     dist.barrier()
     return directory
 
@@ -181,12 +180,12 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
 
     Experts are gathered from the ranks that share them, all else from the tensor ranks of the first replica.
     """
-    layout, stage = run.plan.layout, run.engine.stage
+    layout, stage = run.setup.layout, run.engine.stage
 
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
-        numbers = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.plan.policy.shape, layout, *numbers)}
+        ranks = (tensor_rank, expert_rank, expert_tensor_rank)
+        return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks)}
 
     for name, values in run.engine.parameters():
         parameter, shard = stage.parameters[name]
@@ -210,5 +209,5 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
             dist.gather(values.contiguous(), tensors or None, group_dst=0, group=group)
         if _is_writer():
             for first, ranks in zip(range(0, len(tensors), count), holders, strict=True):
-                shards = [shards_of(*numbers)[held] for held, numbers in ranks]
+                shards = [shards_of(*holder)[held] for held, holder in ranks]
                 yield from join_tensor_ranks(list(zip(shards, tensors[first : first + count], strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,11 @@ import torch
 
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
-from megadpo.checkpoint.sharded import open_checkpoint, open_weights
+from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config
-from megadpo.data.batches.packed_dataset import Packing, prepare_packing
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, prepare_groups
-from megadpo.data.rows.report import counted
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
@@ -24,14 +24,17 @@ from megadpo.model.families import TensorSource, check_tensors, shape_of
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.custom import load_custom
-from megadpo.objectives.specs import has_reward_head, measures_kl, reading_of, scores_prompt
+from megadpo.objectives.objective import Objective
+from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.output_dir import claim_output_dir, make_output_dir
-from megadpo.validation import memory as memory_options
-from megadpo.validation.deepspeed import check_machine
+from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir
+from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
+from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
+from megadpo.validation.memory import check_memory_machine, check_recompute_layers
+from megadpo.validation.model import check_experts, check_same_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,10 +59,14 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSetup:
     """A run that was checked and can start.
 
     Attributes:
+        config: resolved.
+        train: the training groups, ready to be packed.
+        eval: the held-out groups, where there are any.
+        reports: what became of the rows of "train" and "eval".
         batches: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
@@ -70,16 +77,21 @@ class Plan:
     dtype: torch.dtype
     policy: ModelFiles
     reference: ModelFiles
-    train: Packing
-    eval: Packing | None
+    train: PackedDataset
+    eval: PackedDataset | None
     reports: dict[str, DataReport]
-    batches: Batches
+    batches: StepSampler
     num_steps: int
     output_dir: Path
     resume: Path | None
 
+    @cached_property
+    def objective(self) -> Objective:
+        """What is trained for, from `config.objective`."""
+        return Objective.of(self.config.objective)
 
-def prepare(config: Config) -> Plan:
+
+def prepare(config: Config) -> RunSetup:
     """Check everything and make the data ready, before any process group exists.
 
     Raises:
@@ -87,66 +99,59 @@ def prepare(config: Config) -> Plan:
     """
     config.require_for_training()
     config = config.resolved()
-    if config.objective.module is not None:
-        load_custom(config.objective.module)
-    check_machine(config.parallel, resolve_dtype(config.model.dtype))
-    memory_options.check_machine(config)
+    _check_surroundings(config)
     layout = choose_layout(config.parallel, world_size())
-    policy = open_model(config.model.path, "model.path", config)
-    reference = policy
-    if config.reference.path not in (None, config.model.path):
-        assert config.reference.path is not None
-        reference = open_model(config.reference.path, "reference.path", config)
-        _check_same_vocabulary(policy, reference)
-        check_layout(layout, reference.shape)
-        check_modules(config, reference.shape)
-    check_layout(layout, policy.shape, config.train.pairs_per_step)
-    check_modules(config, policy.shape)
-    memory_options.check_layers(config.train, layout, policy.shape.num_layers)
-    if config.train.router_aux_coef and policy.shape.experts is None:
-        raise UserError(
-            f"train.router_aux_coef is {config.train.router_aux_coef!r}, but {policy.path} has no experts; remove it"
-        )
-    if config.parallel.engine != "megatron" and policy.shape.experts is not None:
-        raise UserError(
-            f"parallel.engine is {config.parallel.engine}, but {config.model.path} has experts, which are built for engine "
-            "megatron only; use that"
-        )
+    policy, reference = _open_models(config, layout)
     output_dir = Path(config.output_dir)
     resume = claim_output_dir(output_dir, config)
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
-    batches = Batches(
-        train.groups.sources,
-        train.groups.source_weights,
-        config.train.pairs_per_step,
-        config.train.seed,
-        config.data.shuffle,
-        config.train.epochs,
-        train.num_tokens_G,
-        config.data.step_tokens_multiple_of,
-    )
-    _check_steps_can_fill(config, train, batches.samples_per_epoch)
+    batches = _batches(config, train)
     num_steps = config.train.steps or batches.num_steps
     assert num_steps is not None
     if resume is not None:
-        _check_resume(resume, train.groups, num_steps)
+        check_resumable(resume, train.groups.digest, num_steps)
     make_output_dir(output_dir)
-    return Plan(
-        config,
-        layout,
-        resolve_dtype(config.model.dtype),
-        policy,
-        reference,
-        train,
-        held_out,
-        reports,
-        batches,
-        num_steps,
-        output_dir,
-        resume,
+    return RunSetup(
+        config=config,
+        layout=layout,
+        dtype=resolve_dtype(config.model.dtype),
+        policy=policy,
+        reference=reference,
+        train=train,
+        eval=held_out,
+        reports=reports,
+        batches=batches,
+        num_steps=num_steps,
+        output_dir=output_dir,
+        resume=resume,
     )
+
+
+def _check_surroundings(config: Config) -> None:
+    """What the options name outside of models and data is here: a loss function, packages, devices, directories."""
+    if config.objective.module is not None:
+        load_custom(config.objective.module)
+    check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
+    check_memory_machine(config)
+
+
+def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
+    """Policy and reference (which may be the same files), checked against the layout, the options and each other."""
+    policy = open_model(config.model.path, "model.path", config)
+    reference = policy
+    if config.reference.path not in (None, config.model.path):
+        assert config.reference.path is not None
+        reference = open_model(config.reference.path, "reference.path", config)
+        check_same_vocabulary(reference.path, reference.shape, policy.shape)
+        check_layout(layout, reference.shape)
+        check_modules(config, reference.shape)
+    check_layout(layout, policy.shape, config.train.pairs_per_step)
+    check_modules(config, policy.shape)
+    check_recompute_layers(config.train, layout, policy.shape.num_layers)
+    check_experts(config, policy.shape)
+    return policy, reference
 
 
 def open_model(path: str, setting: str, config: Config) -> ModelFiles:
@@ -189,21 +194,23 @@ def data_packing(
     tokens_per_micro_batch: int,
     setting: str,
     split_pairs: bool = False,
-) -> Packing:
+) -> PackedDataset:
     """`groups` measured for packing in this layout, for a model of this shape."""
-    return prepare_packing(
+    return PackedDataset.of(
         groups,
-        share_prompts=config.data.share_prompts,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        setting=setting,
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
-        hidden_size=shape.hidden_size,
-        max_length=config.data.max_length,
-        score_prompts=scores_prompt(config.objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(shape),
-        split_pairs=split_pairs,
+        PackingOptions(
+            share_prompts=config.data.share_prompts,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            setting=setting,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (FP8_STREAM_MULTIPLE if config.model.fp8 else 1),
+            hidden_size=shape.hidden_size,
+            max_length=config.data.max_length,
+            score_prompts=scores_prompt(config.objective.loss_types),
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+            head_work=0.0 if has_reward_head(config.objective.loss_types) else head_work(shape),
+            split_pairs=split_pairs,
+        ),
     )
 
 
@@ -217,7 +224,7 @@ def head_work(shape: ModelShape) -> float:
     return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)
 
 
-def scoring_packing(config: Config, groups: GroupStore, layout: Layout, shape: ModelShape) -> Packing:
+def scoring_packing(config: Config, groups: GroupStore, layout: Layout, shape: ModelShape) -> PackedDataset:
     """`groups` measured for forward passes without a backward, in micro-batches that may be larger than training's."""
     own = config.reference.tokens_per_micro_batch
     setting = "reference.tokens_per_micro_batch" if own else "train.tokens_per_micro_batch"
@@ -239,14 +246,13 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
 
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
-) -> Packing:
+) -> PackedDataset:
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if which == "eval" and config.eval.pairs is not None:
         groups = groups.first(config.eval.pairs)
-    if measures_kl(config.objective.loss_types):
-        _check_mismatched_fit(config, groups)
+    check_mismatched_fit(config, groups)
     reports[which] = prepared.report
     return data_packing(
         config,
@@ -259,55 +265,17 @@ def _packing(
     )
 
 
-def _check_steps_can_fill(config: Config, train: Packing, samples_per_epoch: int) -> None:
-    """Refuse a multiple that no step reaches, and a data set that is no two steps long: nothing could be exchanged."""
-    multiple, size = config.data.step_tokens_multiple_of, config.train.pairs_per_step
-    if multiple is None:
-        return
-    mean = float(train.num_tokens_G.mean()) * size
-    if mean < multiple:
-        raise UserError(
-            f"data.step_tokens_multiple_of is {multiple}, but a step of {size} pairs has {mean:.0f} tokens on average; "
-            "lower it to at most that, raise train.pairs_per_step, or remove it"
-        )
-    if samples_per_epoch < 2 * size:
-        raise UserError(
-            f"data.step_tokens_multiple_of exchanges pairs between the steps of an epoch, but an epoch of "
-            f"{samples_per_epoch} pairs has no two steps of {size}; remove it or lower train.pairs_per_step"
-        )
-
-
-def _check_mismatched_fit(config: Config, groups: GroupStore) -> None:
-    """KTO puts any prompt before any answer: what that can come to must fit, so that its KL never depends on packing."""
-    longest = groups.longest_mismatch()
-    if config.data.max_length is not None:
-        longest = min(longest, config.data.max_length)
-    if longest > config.train.tokens_per_micro_batch:
-        raise UserError(
-            f"train.tokens_per_micro_batch is {config.train.tokens_per_micro_batch}, but kto may put a prompt before "
-            f"another row's answer, {longest} tokens together; raise it or lower data.max_length"
-        )
-
-
-def _check_resume(checkpoint: Path, groups: GroupStore, num_steps: int) -> None:
-    """Refuse a checkpoint that this run cannot go on from."""
-    opened = open_checkpoint(checkpoint)
-    step, digest = opened.state.get("step"), opened.state.get("data_digest")
-    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
-        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
-    if digest != groups.digest:
-        raise UserError(
-            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
-            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
-        )
-    if step > num_steps:
-        planned = counted(num_steps, "step")
-        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
-
-
-def _check_same_vocabulary(policy: ModelFiles, reference: ModelFiles) -> None:
-    if policy.shape.vocab_size != reference.shape.vocab_size:
-        raise UserError(
-            f"reference.path: {reference.path} has {reference.shape.vocab_size} vocabulary rows and the policy "
-            f"{policy.shape.vocab_size}; both must read the same tokens"
-        )
+def _batches(config: Config, train: PackedDataset) -> StepSampler:
+    """Which training groups each step sees."""
+    batches = StepSampler(
+        train.groups.sources,
+        train.groups.source_weights,
+        config.train.pairs_per_step,
+        config.train.seed,
+        shuffle=config.data.shuffle,
+        epochs=config.train.epochs,
+        lengths_G=train.num_tokens_G,
+        tokens_multiple_of=config.data.step_tokens_multiple_of,
+    )
+    check_steps_can_fill(config, train.num_tokens_G, batches.samples_per_epoch)
+    return batches

@@ -119,7 +119,10 @@ FEATURES: tuple[Feature, ...] = (
     ),
 )
 
-NOT_PAIRS = "it sends the two answers of pairs apart, and objective.loss_type reads rows that are no pairs; set it to false"
+NOT_PAIRS = (
+    "it sends the two answers of a pair one after the other, and objective.loss_type reads rows that are no pairs; "
+    "set it to false"
+)
 
 EXCLUDED: tuple[Rule, ...] = (
     Rule("DeepSpeed", "context", "context parallelism is built for engine megatron only; use that or leave context at 1"),
@@ -156,24 +159,24 @@ EXCLUDED: tuple[Rule, ...] = (
         "several chunks of a stage take turns by whole micro-batches; leave parallel.virtual_pipeline at 1",
     ),
     Rule("split pairs", "kto", NOT_PAIRS),
-    Rule("zero bubble", "DeepSpeed", "weight gradients are put off by engine megatron only; use that or set it to false"),
-    Rule("zero bubble", "TransformerEngine", "only local layers put weight gradients off; use those or set it to false"),
+    Rule("zero bubble", "DeepSpeed", "weight gradients are delayed by engine megatron only; use that or set it to false"),
+    Rule("zero bubble", "TransformerEngine", "only local layers delay weight gradients; use those or set it to false"),
     Rule(
         "zero bubble",
         "virtual pipeline",
-        "weight gradients are put off with one chunk a stage only; leave parallel.virtual_pipeline at 1",
+        "weight gradients are delayed with one chunk a stage only; leave parallel.virtual_pipeline at 1",
     ),
     Rule(
         "zero bubble",
         "recomputation",
-        "products that are put off keep what recomputing activations would free; set one of them to its default",
+        "delayed products keep what recomputing activations would free; set one of them to its default",
     ),
     Rule(
         "zero bubble",
         "offloaded activations",
-        "products that are put off keep what offloading activations would move away; set one of them to its default",
+        "delayed products keep what offloading activations would move away; set one of them to its default",
     ),
-    Rule("zero bubble", "split pairs", "weight gradients are put off for whole micro-batches only; set one to false"),
+    Rule("zero bubble", "split pairs", "weight gradients are delayed for whole micro-batches only; set one to false"),
 )
 
 NEEDS: tuple[Rule, ...] = (
@@ -184,7 +187,7 @@ NEEDS: tuple[Rule, ...] = (
         "chunks take turns over several stages, which needs parallel.pipeline > 1; raise that or leave it at 1",
     ),
     Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
-    Rule("split pairs", "own schedule", "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
+    Rule("split pairs", "own schedule", "Megatron's schedules run whole micro-batches; set schedule.name to 1f1b"),
     Rule("interleaved reference", "pipeline", "without pipeline stages there are no bubbles to fill; leave it at before"),
     Rule("zero bubble", "own schedule", "Megatron's schedules do a backward in one; set schedule.name to 1f1b"),
     Rule("zero bubble", "pipeline", "without pipeline stages there is no bubble to fill; set it to false"),

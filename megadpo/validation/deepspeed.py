@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
+from megadpo.files import make_directory
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +112,8 @@ def _set(config: dict[str, Any], keys: dict[str, str], prefix: str = "") -> Iter
     return ((prefix + key, reason) for key, reason in keys.items() if config.get(key) not in (None, "auto"))
 
 
-def check_options(config: Any) -> None:
-    """What the `parallel` options of a Config ask of DeepSpeed is possible, as far as files and packages say.
+def check_deepspeed_options(config: Any) -> None:
+    """Refuse `parallel` options that DeepSpeed cannot honour or that contradict each other or its JSON file.
 
     Raises:
         UserError: in one sentence.
@@ -155,7 +156,7 @@ def _refuse_without_engine(parallel: Any) -> None:
             )
 
 
-def check_machine(parallel: Any, dtype: torch.dtype) -> None:
+def check_deepspeed_machine(parallel: Any, dtype: torch.dtype) -> None:
     """DeepSpeed is installed here, trains in `dtype`, and the directory to offload to can be written.
 
     Raises:
@@ -175,10 +176,7 @@ def check_machine(parallel: Any, dtype: torch.dtype) -> None:
         )
     if parallel.offload_dir is not None:
         directory = Path(parallel.offload_dir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"parallel.offload_dir: {directory} cannot be made: {error.strerror}") from error
+        make_directory(directory, "parallel.offload_dir")
         _try_direct_write(directory)
 
 
@@ -188,10 +186,10 @@ def _try_direct_write(directory: Path) -> None:
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0), 0o600))
     except OSError as error:
-        told = f"parallel.offload_dir: {directory} cannot be written"
+        problem = f"parallel.offload_dir: {directory} cannot be written"
         if error.errno == errno.EINVAL:
-            told += " without the system's cache (O_DIRECT), as on tmpfs"
-        raise UserError(f"{told}: {error.strerror}; choose a directory on a local NVMe disk") from error
+            problem += " without the system's cache (O_DIRECT), as on tmpfs"
+        raise UserError(f"{problem}: {error.strerror}; choose a directory on a local NVMe disk") from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()

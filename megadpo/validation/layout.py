@@ -1,4 +1,4 @@
-"""What a model, a batch and a layout ask of each other: refused here, before anything starts."""
+"""Layouts that a model or a batch cannot be spread over: refused here, before anything starts."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.config import strict
-from megadpo.config.schema import Config, check_sources
-from megadpo.validation.values import validate
+from megadpo.config.schema import Config
+from megadpo.config.sources import check_sources
+from megadpo.validation.values import replace_spellings, validate
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -38,6 +39,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
     for name in ("train", "eval"):
         setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    replace_spellings(config)
     validate(config)
     return config
 

@@ -1,20 +1,21 @@
-"""What the options of activation memory ask is possible: as far as options, machine and model say."""
+"""Options that save memory (recomputation, offload, bf16 moments): refused where they contradict each other, the machine or
+the model."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
+from megadpo.files import make_writable_directory
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, TrainConfig
     from megadpo.parallel.layout import Layout
 
 
-def check_options(config: Config) -> None:
-    """No option that says how to recompute or offload is without effect.
+def check_memory_options(config: Config) -> None:
+    """Refuse options of recomputation and offload that contradict each other or would have no effect.
 
     Raises:
         UserError: in one sentence.
@@ -83,8 +84,8 @@ def _check_engine(config: Config) -> None:
         )
 
 
-def check_machine(config: Config) -> None:
-    """There is a place to offload to on this machine.
+def check_memory_machine(config: Config) -> None:
+    """Refuse offload that this machine has no device or directory for.
 
     Raises:
         UserError: in one sentence.
@@ -103,32 +104,26 @@ def check_machine(config: Config) -> None:
             "use none"
         )
     if train.activation_offload_dir is not None:
-        directory = Path(train.activation_offload_dir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"train.activation_offload_dir: {directory} cannot be made: {error.strerror}") from error
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UserError(f"train.activation_offload_dir: {directory} cannot be written; choose another directory")
+        make_writable_directory(Path(train.activation_offload_dir), "train.activation_offload_dir")
 
 
-def check_layers(train: TrainConfig, layout: Layout, num_layers: int) -> None:
+def check_recompute_layers(train: TrainConfig, layout: Layout, num_layers: int) -> None:
     """`train.recompute_num_layers` fits the chunks of the model.
 
     Raises:
         UserError: in one sentence.
     """
-    asked = train.recompute_num_layers
-    if asked is None:
+    given = train.recompute_num_layers
+    if given is None:
         return
     sizes = [len(layers) for layers in layout.layers_of_chunks(num_layers)]
-    if train.recompute_method == "block" and asked > max(sizes):
+    if train.recompute_method == "block" and given > max(sizes):
         raise UserError(
-            f"train.recompute_num_layers is {asked}, but no pipeline stage (or chunk of one) has more than {max(sizes)} "
+            f"train.recompute_num_layers is {given}, but no pipeline stage (or chunk of one) has more than {max(sizes)} "
             "layers; lower it, or use recompute_method uniform"
         )
-    if train.recompute_method == "uniform" and (uneven := [size for size in sizes if size % asked]):
+    if train.recompute_method == "uniform" and (uneven := [size for size in sizes if size % given]):
         raise UserError(
-            f"train.recompute_num_layers is {asked}, which does not divide the {uneven[0]} layers of a pipeline stage (or "
+            f"train.recompute_num_layers is {given}, which does not divide the {uneven[0]} layers of a pipeline stage (or "
             "chunk of one); choose a divisor, or recompute_method block"
         )

@@ -11,9 +11,9 @@ from megadpo.config import strict
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
-from megadpo.validation import memory as memory_options
 from megadpo.validation.combinations import check_combinations
-from megadpo.validation.deepspeed import check_options
+from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.memory import check_memory_options
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig
@@ -41,11 +41,21 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The values each option may have in this version."""
 
+DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch.bfloat16": "bf16"}
+SPELLINGS: dict[str, dict[str, str]] = {"model.dtype": DTYPES, "train.moments_dtype": DTYPES}
+"""Other spellings that an option takes, and the choice that each stands for: the resolved configuration has the choice."""
+
+HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "reference.mode": ("adapter",),
     "parallel.context_method": ("ring",),
+    "model.dtype": HALF,
+    "train.moments_dtype": HALF,
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
+
+NEAREST = dict.fromkeys(HALF, "bf16")
+"""What to use in place of a well-known value, where its spelling does not lead there."""
 
 AT_LEAST: dict[str, int] = {
     "reference.tokens_per_micro_batch": 1,
@@ -85,6 +95,14 @@ AT_LEAST: dict[str, int] = {
 ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "objective.rpo_eta", "train.epochs", "train.eps")
 
 
+def replace_spellings(config: Config) -> None:
+    """Puts the choice in place of another spelling of it (`torch.bfloat16` becomes `bf16`)."""
+    for dotted, spellings in SPELLINGS.items():
+        section, name = dotted.split(".")
+        value = _value(config, dotted)
+        setattr(getattr(config, section), name, spellings.get(value, value))
+
+
 def validate(config: Config) -> None:
     """Raises UserError for the first value that this version cannot honour."""
     _check_choices(config)
@@ -92,8 +110,8 @@ def validate(config: Config) -> None:
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
-    check_options(config)
-    memory_options.check_options(config)
+    check_deepspeed_options(config)
+    check_memory_options(config)
     check_combinations(config)
 
 
@@ -192,12 +210,20 @@ def _check_choices(config: Config) -> None:
             continue
         allowed = f"choose one of: {', '.join(choices)}" if len(choices) > 1 else f"use {choices[0]!r}"
         if value in NOT_BUILT.get(dotted, ()):
+            allowed = f"use {NEAREST[value]}" if value in NEAREST else allowed
             raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
-        section, guess = dotted.partition(".")[0], strict.closest(str(value), choices)
+        section, guess = dotted.partition(".")[0], _choice_meant(dotted, str(value))
         hint = f" (did you mean {guess!r}?)" if guess else ""
         if isinstance(getattr(getattr(config, section), str(value), None), bool):
             hint = f" ({section}.{value} is an option of its own, true or false)"
         raise UserError(f"{dotted}: {value!r} is not known; {allowed}{hint}")
+
+
+def _choice_meant(dotted: str, value: str) -> str | None:
+    """The choice that a misspelt value was probably meant to be."""
+    spellings = {choice: choice for choice in CHOICES[dotted]} | SPELLINGS.get(dotted, {})
+    guess = strict.closest(value.lower(), spellings)
+    return None if guess is None else spellings[guess]
 
 
 def _check_ranges(config: Config) -> None:

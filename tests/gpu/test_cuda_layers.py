@@ -11,8 +11,8 @@ from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.gpu.machine import on
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -145,16 +145,16 @@ def random_groups(
         size = {"pairs": 2, "lists": 2 + row % 3, "labels": 1 + row % 3 // 2, "examples": 1}[kind]
         prompts = tuple(ids(1, longest) for _ in range(size if row % 5 == 4 else 1))
         responses = tuple(ids(1, longest // 2) for _ in range(size))
-        numbers: dict[str, tuple[float, ...]] = {}
+        row_values: dict[str, tuple[float, ...]] = {}
         if kind == "labels":
-            numbers["label"] = (float(row % 2),) if size == 1 else (1.0, 0.0)
+            row_values["label"] = (float(row % 2),) if size == 1 else (1.0, 0.0)
         if kind == "lists" or numbered:
-            numbers["score"] = tuple(1.5 * (size - place) + row % 2 for place in range(size))
+            row_values["score"] = tuple(1.5 * (size - place) + row % 2 for place in range(size))
         if numbered:
-            numbers["weight"] = (0.5 + row % 4 / 4,) * size
-            numbers["margin"] = (row % 3 / 2,) * size
-            numbers["label_probability"] = (1 - row % 4 / 10,) * size
-        groups.append(Group(prompts, responses, row, numbers))
+            row_values["weight"] = (0.5 + row % 4 / 4,) * size
+            row_values["margin"] = (row % 3 / 2,) * size
+            row_values["label_probability"] = (1 - row % 4 / 10,) * size
+        groups.append(Group(prompts, responses, row, row_values))
     return groups
 
 
@@ -176,3 +176,23 @@ def groups_of_file(path: Path, tokenizer: Path, max_length: int | None = None, r
         return [
             replace(g, prompts=tuple(map(np.array, g.prompts)), responses=tuple(map(np.array, g.responses))) for g in store
         ]
+
+
+def save_reward_model(directory: Path, family: str = "llama", tokenizer: bool = True, **changes: Any) -> Path:
+    """A random ...ForSequenceClassification with one label, as transformers saves it; its padding token is `</s>`."""
+    import transformers
+
+    language_model = save_model(directory / "language-model", family, tokenizer=False, **changes)
+    config = transformers.AutoConfig.from_pretrained(language_model, num_labels=1)
+    config.pad_token_id = changes.get("pad_token_id", config.eos_token_id)
+    torch.manual_seed(1)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        language_model, config=config, output_loading_info=True
+    )
+    assert list(report["missing_keys"]) == ["score.weight"]
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(directory)
+    if tokenizer:
+        save_tokenizer(directory)
+    return directory

@@ -16,8 +16,9 @@ prepare_megatron()
 # What every rank of a run imports, one by one.
 for name in (
     "megadpo.training.trainer",
+    "megadpo.training.step",
     "megadpo.training.setup",
-    "megadpo.commands.logprobs",
+    "megadpo.training.logprobs",
     "megadpo.engine.megatron",
     "megadpo.model.build",
 ):

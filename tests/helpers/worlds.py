@@ -23,7 +23,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.preload"])
 
 
-def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """Run `function(*arguments)` on `num_processes` ranks with torchrun's environment; results in rank order.
 
     `function` must be importable (a module's function); arguments and results must pickle.

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from megadpo.config.schema import ObjectiveConfig
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -22,7 +23,7 @@ NUM_STEPS, MOVES_AFTER = 3, 1
 """The reference may move halfway to the policy after the second of three steps."""
 
 
-MEGATRONS, OURS = ScheduleConfig(), ScheduleConfig("1f1b")
+MEGATRONS, OURS = PipelineScheduleConfig(), PipelineScheduleConfig("1f1b")
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def compared(model: Path, reference: Path, groups: Sequence[Group], cases: Seque
     return results
 
 
-def put_off(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
-    """Every case under our 1F1B with weight gradients added by one product, and with these put off, the reference before and
+def delayed(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence[Case]) -> list[Compared]:
+    """Every case under our 1F1B with weight gradients added by one product, and with these delayed, the reference before and
     interleaved; and, within 1e-6, the first step's gradients under Megatron's schedule, which autograd adds up."""
     from megadpo.parallel.world import joined_world
 
@@ -158,7 +159,7 @@ def apart(model: Path, reference: Path, groups: Sequence[Group], cases: Sequence
         with joined_world(case.layout, seed=1):
             whole = _steps(model, reference, groups, case, MEGATRONS)
             arms = ("before", "interleaved") if case.moves else ("interleaved" if case.layout.pipeline > 1 else "before",)
-            apart_by = [ScheduleConfig("1f1b", arm, split_pairs=True) for arm in arms]
+            apart_by = [PipelineScheduleConfig("1f1b", arm, split_pairs=True) for arm in arms]
             halves = [_steps(model, reference, groups, case, schedule) for schedule in apart_by]
         first = [zip(steps.policy_logps[0], steps.reference_logps[0], strict=True) for steps in halves]
         margins = [a - b for pairs in first for a, b in pairs]
@@ -214,75 +215,72 @@ def _steps(
     reference: Path,
     groups: Sequence[Group],
     case: Case,
-    schedule: ScheduleConfig,
+    schedule: PipelineScheduleConfig,
     fusion: bool | None = None,
 ) -> Steps:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.terms import normalisers_of
-    from megadpo.parallel.context import local_micro_batches
-    from megadpo.pipeline.interleaved_reference import ReferenceBeside
-    from megadpo.pipeline.select import passes_by
-    from megadpo.training.global_batch import global_batch, response_gradient
-    from megadpo.training.reference import References, resident
+    from megadpo.objectives.objective import Objective
+    from megadpo.pipeline.select import pipeline_schedule
+    from megadpo.training.global_batch import pack_global_batch
+    from megadpo.training.reference import References, ResidentInterleavedReference, ResidentReference
+    from megadpo.training.step import optimizer_step
 
     layout, hf_config = case.layout, read_hf_config(model)
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple,
-        hidden_size=64,
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
-        split_pairs=schedule.split_pairs,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple,
+            hidden_size=64,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+            split_pairs=schedule.split_pairs,
+        ),
     )
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
     )
     frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
+    objective = Objective.of(case.objective)
+    kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
+    references = References(kind(frozen, objective.ld_alpha, schedule), None)
+    passes = pipeline_schedule(schedule, references.train.interleaved)
     engine: Any
     if case.zero_stage is None:
         stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)
-        engine = MegatronEngine(stage, train, parallel, schedule)
+        engine = MegatronEngine(stage, train, parallel, passes)
     else:
         engine = zero_worker.make_engine(built, hf_config, open_hf(model))
-        engine.passes = passes_by(schedule)
+        engine.schedule = passes
     engine.stage.train()
-    run_reference = resident(frozen, case.objective.ld_alpha, schedule)
-    references = References(run_reference, None, frozen)
-    beside = ReferenceBeside(frozen.models, case.objective.ld_alpha) if schedule.reference == "interleaved" else None
-    steps, delta = Steps(), RunningMean()
-    lots = np.array_split(np.arange(len(groups)), NUM_STEPS)
-    for step, numbers in enumerate(lots):
-        normalisers = normalisers_of(packing.groups, numbers)
-        batch = global_batch(engine, packing, run_reference, numbers, normalisers, case.objective, delta.add, beside=beside)
-        moves = case.moves and step == MOVES_AFTER
-        if beside is not None and step + 1 < NUM_STEPS and not moves:
-            beside.run_ahead(local_micro_batches(packing, lots[step + 1]))
-        gradient_of, found = response_gradient(batch, engine), {}
+    steps, running_mean = Steps(), RunningMean()
+    batches = [pack_global_batch(packing, lot, objective) for lot in np.array_split(np.arange(len(groups)), NUM_STEPS)]
 
-        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
-            found[number] = sums_RS[:, 0]
-            return gradient_of(number, sums_RS)
-
-        engine.forward_backward(batch.micro_batches, noted, case.objective.ld_alpha, beside)
-        engine.finish_gradients()
+    def keep_gradients() -> None:
         steps.gradients.append({name: tensor.clone() for name, tensor in engine.gradients()})
-        steps.totals.append(batch.totals)
-        steps.policy_logps.append(list(found.values()))
-        steps.reference_logps.append([batch.reference_logps[number] for number in found])
-        steps.norms.append(engine.step(case.learning_rate))
+
+    for step, batch in enumerate(batches):
+        moves = case.moves and step == MOVES_AFTER
+        following = None if moves or step + 1 == NUM_STEPS else functools.partial(batches.__getitem__, step + 1)
+        result = optimizer_step(
+            engine, references.train, batch, objective, running_mean, case.learning_rate, following, keep_gradients
+        )
+        running_mean = result.running_mean
+        steps.totals.append(result.metric_sums)
+        steps.policy_logps.append([sums_RS[:, 0] for sums_RS in result.response_sums])
+        steps.reference_logps.append(result.reference_logps[: len(result.response_sums)])
+        steps.norms.append(result.grad_norm)
         if moves:
             references.move(engine.stage, 0.5)
     return steps

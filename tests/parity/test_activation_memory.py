@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.config.schema import ScheduleConfig
+from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle, zero_worker
+from tests.parity import zero_worker
 from tests.parity.worker import Case, outcomes
 
 NUM_LAYERS = 8
@@ -33,7 +34,7 @@ def files(tmp_path_factory):
     return policy, save_model(directory / "reference", "qwen3", seed=1, **changes), random_groups(7, seed=3)
 
 
-MEGATRONS, OURS = ScheduleConfig(), ScheduleConfig("1f1b")
+MEGATRONS, OURS = PipelineScheduleConfig(), PipelineScheduleConfig("1f1b")
 CASES = {
     1: [(Layout(), MEGATRONS, [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
     2: [
@@ -47,8 +48,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("num_processes", CASES)
+@pytest.mark.slow
 def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes, tmp_path):
-    def case(layout: Layout, schedule: ScheduleConfig, way: Activations | str) -> Case:
+    def case(layout: Layout, schedule: PipelineScheduleConfig, way: Activations | str) -> Case:
         memory = away(tmp_path, way) if isinstance(way, str) else way
         return Case(layout, tokens_per_micro_batch=SMALL, memory=memory, schedule=schedule)
 

@@ -10,6 +10,8 @@ from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, outcomes
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 4
 LAYOUTS = {1: [Layout()], 2: [Layout(tensor=2, sequence=True), Layout(pipeline=2)]}
 

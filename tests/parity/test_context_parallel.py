@@ -8,9 +8,9 @@ import torch
 
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import material_of_every_kind, trained_outcomes
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
 
@@ -47,6 +47,7 @@ def trained(tmp_path_factory):
     return trained_outcomes(tmp_path_factory.mktemp("context"), changes, CASES)
 
 
+@pytest.mark.slow
 def test_log_probs_loss_and_gradients_are_those_of_one_process(trained):
     _, found = trained
     base = found[0][1]
@@ -58,6 +59,7 @@ def test_log_probs_loss_and_gradients_are_those_of_one_process(trained):
         assert torch.allclose(outcome.logps, base.logps, rtol=0, atol=1e-4), str(case)
 
 
+@pytest.mark.slow
 def test_weights_after_three_steps_too(trained):
     before, found = trained
     base = found[0][1].weights
@@ -75,6 +77,7 @@ def test_weights_after_three_steps_too(trained):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     ],
 )
+@pytest.mark.slow
 def test_sliding_windows_look_over_the_cuts(tmp_path, family, changes):
     policy = save_model(tmp_path / "policy", family, num_hidden_layers=2, **changes)
     reference = save_model(tmp_path / "reference", family, seed=1, num_hidden_layers=2, **changes)
@@ -131,6 +134,7 @@ def by_objective(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVES)), ids=[str(options) for options in OBJECTIVES])
+@pytest.mark.slow
 def test_objectives_of_any_kind_read_whole_responses(by_objective, number):
     base, found = by_objective[0][number], by_objective[1]
     for case, of_case in found:

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.zero_memory import formula
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
-from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_machine, engine_config
+from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_deepspeed_machine, engine_config
 from megadpo.validation.load import load_config
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
-from tests.parity.zero_worker import Case, Outcome, outcomes, train_run
+from tests.parity.zero_worker import Case, Outcome, outcomes
 
 pytest.importorskip("deepspeed")
 
@@ -89,6 +89,7 @@ def trained(request, tmp_path_factory):
     return before, found[0][1], found[1:]
 
 
+@pytest.mark.slow
 def test_loss_gradients_and_norm_are_those_of_megatrons_engine(trained):
     _, base, found = trained
     assert base.grad_norm > 1, "nothing would be clipped"
@@ -99,12 +100,14 @@ def test_loss_gradients_and_norm_are_those_of_megatrons_engine(trained):
         assert outcome.loss == pytest.approx(base.loss, rel=1e-6), str(case)
 
 
+@pytest.mark.slow
 def test_weights_after_three_clipped_steps_are_too(trained):
     before, base, found = trained
     for case, outcome in found:
         assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
 
 
+@pytest.mark.slow
 def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(tmp_path):
     policy, groups, json_file = save_model(tmp_path / "policy", tokenizer=False), random_groups(12), _small_pieces(tmp_path)
     for size, layouts in {2: (DATA, SEQUENCE, PIPELINE), 4: FOUR[:2]}.items():
@@ -117,6 +120,7 @@ def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(t
             assert len(outcome.margins) >= 12 and not outcome.margins.any(), str(case)
 
 
+@pytest.mark.slow
 def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
     policy, groups = save_model(tmp_path / "policy", tokenizer=False, pad_token_id=1), random_groups(12)
     (base,) = run_world(1, outcomes, policy, policy, groups, [Case(Layout(), objective="reward")])[0]
@@ -127,6 +131,7 @@ def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)
 
 
+@pytest.mark.slow
 def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_path):
     policy = save_model(tmp_path / "policy", tokenizer=False)
     reference = save_model(tmp_path / "reference", seed=1, tokenizer=False)
@@ -140,6 +145,7 @@ def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_p
 
 
 @pytest.mark.parametrize("cpu_adam", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["AdamW", "DeepSpeedCPUAdam"])
+@pytest.mark.slow
 def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
     """DeepSpeedCPUAdam is compiled at its first use, which takes minutes."""
     policy = save_model(tmp_path / "policy", tokenizer=False)
@@ -210,19 +216,8 @@ def files(tmp_path_factory) -> Path:
 
 
 def _settings(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": {"path": str(files / "model"), "dtype": "fp32"},
-        "data": {"train": str(files / "train.jsonl"), "max_length": 128, "cache_dir": str(files / "cache")},
-        "train": {"steps": 4, "pairs_per_step": 8, "tokens_per_micro_batch": 512, "learning_rate": 1e-3},
-        "checkpoint": {"every": 2, "keep": 1},
-        "logging": {"tensorboard": False},
-        "output_dir": str(output_dir),
-    }
-    return settings | {section: settings.get(section, {}) | values for section, values in changes.items()}
-
-
-def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted((output_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
+    own = {"train": {"steps": 4, "warmup_steps": 0}, "checkpoint": {"every": 2, "keep": 1}}
+    return run_settings(files, output_dir, **own | changes)
 
 
 @pytest.mark.parametrize(
@@ -242,18 +237,16 @@ def _weights(output_dir: Path) -> dict[str, torch.Tensor]:
         "ZeRO-0 x tensor 2",
     ],
 )
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, parallel, dtype, moving):
     def settings(name: str) -> dict[str, Any]:
         reference = {"sync_every": 1, "mixup_alpha": 0.5} if moving else {}
         parallel_section = {"engine": "deepspeed", **parallel}
         return _settings(files, tmp_path / name, parallel=parallel_section, model={"dtype": dtype}, reference=reference)
 
-    whole = run_world(2, train_run, settings("whole"))[0]
-    run_world(2, train_run, settings("broken"), 3)
-    resumed = run_world(2, train_run, settings("broken"))[0]
+    resumed, whole = resumed_and_whole(2, settings, 3)
     assert resumed == whole and [record["step"] for record in resumed] == [1, 2, 3, 4]
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -272,10 +265,10 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     whole = run_world(2, train_run, settings("whole", offload="cpu"))[0]
     run_world(2, train_run, to_files("broken"), 3)
     assert run_world(2, train_run, to_files("broken"))[0] == whole, "the same optimizer, in memory and never broken off"
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_moving_reference_goes_on_under_the_other_engine(files, tmp_path):
     def settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
         moving = {"sync_every": 1, "mixup_alpha": 0.5}
@@ -341,12 +334,12 @@ def test_without_the_package_or_a_directory_to_write_the_machine_is_refused(tmp_
     (tmp_path / "file").touch()
     nvme = parallel(zero_stage=3, offload="nvme", offload_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"offload_dir: .* cannot be made: Not a directory"):
-        check_machine(nvme, torch.float32)
+        check_deepspeed_machine(nvme, torch.float32)
     with pytest.raises(UserError, match="no fp32 master weights"):
-        check_machine(parallel(zero_stage=0), torch.bfloat16)
+        check_deepspeed_machine(parallel(zero_stage=0), torch.bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the package deepspeed is not installed; install it \(pip install deepspeed;"):
-        check_machine(parallel(), torch.float32)
+        check_deepspeed_machine(parallel(), torch.float32)
 
 
 def test_a_users_json_is_joined_with_ours(tmp_path):
@@ -369,6 +362,7 @@ def _bytes_by_stage(model: Path, json_file: str) -> tuple[int, dict[int, int]]:
     return bytes_by_stage(model, random_groups(16), json_file)
 
 
+@pytest.mark.slow
 def test_what_a_rank_holds_follows_the_formula(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     model = save_model(tmp_path / "model", tokenizer=False, **sizes)

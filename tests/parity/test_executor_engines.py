@@ -7,8 +7,10 @@ import pytest
 from megadpo.parallel.layout import Layout
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
+from tests.parity.bit_for_bit import check
 from tests.parity.schedule_worker import Case, compared
-from tests.parity.test_executor import check
+
+pytestmark = pytest.mark.slow
 
 ZERO = {
     2: [Case(Layout(pipeline=2), zero_stage, moves=zero_stage == 1) for zero_stage in (0, 1, 2, 3)],

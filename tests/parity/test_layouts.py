@@ -10,9 +10,9 @@ import torch
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import trained_outcomes
 from tests.parity.worker import Case, outcomes
 
@@ -49,12 +49,12 @@ BETA = 0.1
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def measured(request, tmp_path_factory):
-    """A policy, a reference and 32 real pairs: what transformers says, and what every case says."""
+    """A policy, a reference and 16 real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)
     family = request.param.split("-")[0]
     policy = save_model(directory / "policy", family, **FAMILIES[request.param])
     reference = save_model(directory / "reference", family, seed=1, **FAMILIES[request.param])
-    groups = hh_groups(32, policy, max_length=160)
+    groups = hh_groups(16, policy, max_length=160)
     objective = ObjectiveConfig(beta=BETA, label_smoothing=0.1)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
@@ -69,6 +69,7 @@ def measured(request, tmp_path_factory):
     return expected, list(zip(cases, found, strict=True))
 
 
+@pytest.mark.slow
 def test_response_log_probs_equal_transformers(measured):
     (logps, _, _), found = measured
     for case, outcome in found:
@@ -76,12 +77,14 @@ def test_response_log_probs_equal_transformers(measured):
         assert worst <= 1e-4, f"{case}: {worst}"
 
 
+@pytest.mark.slow
 def test_the_loss_equals_plain_transformers(measured):
     (_, loss, _), found = measured
     for case, outcome in found:
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
 
 
+@pytest.mark.slow
 def test_every_gradient_equals_plain_transformers(measured):
     (_, _, gradients), found = measured
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
@@ -91,6 +94,7 @@ def test_every_gradient_equals_plain_transformers(measured):
         assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
 
 
+@pytest.mark.slow
 def test_a_gradient_off_by_one_percent_is_noticed(measured):
     (_, _, gradients), found = measured
     for name in gradients:
@@ -141,6 +145,7 @@ def trained(request, tmp_path_factory):
     return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, INVARIANCE)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_layout_micro_batches_or_sharing(trained):
     _, found = trained
     base = found[0][1]
@@ -157,6 +162,7 @@ def _difference_of_updates(a: dict, b: dict, before: dict) -> float:
     return float(apart / moved)
 
 
+@pytest.mark.slow
 def test_weights_after_three_steps_do_not_depend_on_them_either(trained):
     before, found = trained
     base = found[0][1].weights
@@ -165,6 +171,7 @@ def test_weights_after_three_steps_do_not_depend_on_them_either(trained):
         assert difference <= 1e-4, f"{case}: {difference}"
 
 
+@pytest.mark.slow
 def test_an_update_of_nothing_is_noticed(trained):
     before, found = trained
     assert _difference_of_updates(before, found[0][1].weights, before) > 0.9

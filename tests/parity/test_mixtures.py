@@ -11,9 +11,9 @@ from transformers import MixtralConfig
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes, outcomes_of_objectives
 
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False)]}
@@ -72,6 +72,7 @@ def found_in(some_cases, policy, reference, groups, num_steps) -> list[tuple[Cas
     return list(zip(cases, found, strict=True))
 
 
+@pytest.mark.slow
 def test_response_log_probs_equal_transformers(measured):
     (logps, _, _), found = measured
     for case, outcome in found:
@@ -79,6 +80,7 @@ def test_response_log_probs_equal_transformers(measured):
         assert worst <= 1e-4, f"{case}: {worst}"
 
 
+@pytest.mark.slow
 def test_loss_and_every_gradient_equal_transformers_routers_and_experts_included(measured):
     (_, loss, gradients), found = measured
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
@@ -89,6 +91,7 @@ def test_loss_and_every_gradient_equal_transformers_routers_and_experts_included
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
 
 
+@pytest.mark.slow
 def test_weights_after_three_steps_and_router_metrics_do_not_depend_on_the_layout(tmp_path):
     # Few tokens: of many, some sooner or later have two experts tied to the last digits, and then rounding chooses.
     policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
@@ -124,6 +127,7 @@ BALANCED = {
 }
 
 
+@pytest.mark.slow
 def test_the_load_balancing_loss_of_the_global_batch_has_the_formula_s_gradient_in_every_layout(tmp_path):
     changes = {"mlp_only_layers": [2], "norm_topk_prob": True}
     policy = save_model(tmp_path / "policy", "qwen3_moe", tokenizer=False, **changes)
@@ -178,6 +182,7 @@ def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, 
         assert len(outcome.margins) >= 8 and not outcome.margins.any(), str(case)
 
 
+@pytest.mark.slow
 def test_objectives_that_look_ahead_and_reward_models_are_exact_under_expert_parallelism(tmp_path):
     policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
     reference = save_model(tmp_path / "reference", "mixtral", seed=1, tokenizer=False)

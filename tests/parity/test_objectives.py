@@ -9,10 +9,12 @@ import torch
 
 from megadpo.objectives.specs import SPECS
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.measure import material_of_every_kind
 from tests.parity.worker import Case, outcomes_of_objectives
+
+pytestmark = pytest.mark.slow
 
 OBJECTIVES: list[dict[str, Any]] = [
     *({"loss_type": name, **({"label_smoothing": 0.1} if name == "exo_pair" else {})} for name in SPECS if name != "custom"),

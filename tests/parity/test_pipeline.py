@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, outcomes, outcomes_of_objectives
+
+pytestmark = pytest.mark.slow
 
 FOUR_STAGES = [
     Case(Layout(pipeline=4, virtual=2), tokens_per_micro_batch=90),
@@ -70,22 +70,6 @@ def test_empty_micro_batches_that_fill_a_round_add_nothing_to_any_objective(tmp_
         assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5), objective.loss_types
 
 
-def _train(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
-    import megadpo
-
-    def stop(step: int, metrics: dict[str, float]) -> None:
-        if step == stop_after:
-            raise RuntimeError("Connection closed by peer")
-
-    try:
-        megadpo.train(settings, megadpo.Callbacks(on_step_end=stop))
-    except RuntimeError as error:
-        assert stop_after is not None and "onnection" in str(error), error
-    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    clock = ("seconds", "per_second", "peak_memory")
-    return [{k: v for k, v in json.loads(line).items() if not any(word in k for word in clock)} for line in lines]
-
-
 PARALLEL = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "2,1,1,1"}
 
 
@@ -106,14 +90,10 @@ def test_a_run_with_a_precomputed_reference_evaluates_resumes_bit_for_bit_and_ex
             "output_dir": str(tmp_path / name),
         }
 
-    alone = run_world(1, _train, settings("alone", {}))[0]
-    whole = run_world(2, _train, settings("whole", PARALLEL))[0]
-    run_world(2, _train, settings("broken", PARALLEL), 3)
-    resumed = run_world(2, _train, settings("broken", PARALLEL))[0]
+    alone = run_world(1, train_run, settings("alone", {}))[0]
+    resumed, whole = resumed_and_whole(2, lambda name: settings(name, PARALLEL), 3)
     assert resumed == whole and len(whole) == 4 and "eval_loss" in whole[-1]
     for ours, theirs in zip(whole, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    exported = {name: t for file in (tmp_path / "whole" / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
-    again = {name: t for file in (tmp_path / "broken" / "hf").glob("*.safetensors") for name, t in load_file(file).items()}
-    assert exported.keys() == again.keys() and all(torch.equal(exported[name], again[name]) for name in exported)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
     oracle.load(tmp_path / "whole" / "hf")

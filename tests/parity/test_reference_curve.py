@@ -17,12 +17,14 @@ def curves(tmp_path_factory):
     return {name: train(directory, parallel) for name, parallel in RUNS.items()}
 
 
+@pytest.mark.slow
 def test_every_run_follows_the_committed_curve(curves):
     """Within 1e-4 of each loss, gradient norm and margin (1e-6 where that is less)."""
     for name, curve in curves.items():
         assert worst_error(curve, committed()) <= 1, name
 
 
+@pytest.mark.slow
 def test_both_engines_follow_each_other(curves):
     megatron, *rest = curves.values()
     for name, curve in zip(list(RUNS)[1:], rest, strict=True):

@@ -10,6 +10,8 @@ from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.schedule_worker import Apart, Case, apart
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     2: [
         Case(Layout(pipeline=2), moves=True),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.models import save_model
+from tests.helpers.marks import all_but_the_first_slow
+from tests.helpers.models import save_model, save_reward_model
 from tests.parity.trl_runs import (
     KTO_METRICS,
     LABELS_MAX_LENGTH,
@@ -17,7 +18,6 @@ from tests.parity.trl_runs import (
     our_history,
     trl_history,
 )
-from tests.unit.model.reward_worker import save_reward_model
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 FREE = {"reference": {"mode": "none"}, "metrics": PAIR_METRICS}
@@ -104,18 +104,20 @@ def theirs(model, tmp_path_factory):
     return history
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", all_but_the_first_slow(RUNS))
 def test_twenty_steps_equal_trl(model, theirs, tmp_path, name):
     assert_same_course(RUNS[name], our_history(RUNS[name], model, tmp_path), theirs(name))
 
 
 @pytest.mark.parametrize(("name", "layout"), [*IN_LAYOUTS, ("sigmoid", "tensor 2 x pipeline 2")])
+@pytest.mark.slow
 def test_twenty_steps_equal_trl_on_several_processes(model, theirs, tmp_path, name, layout):
     num_processes, parallel, data = LAYOUTS[layout]
     ours = our_history(RUNS[name], model, tmp_path, num_processes, parallel, **data)
     assert_same_course(RUNS[name], ours, theirs(name))
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_a_reward_model_equal_trl(tmp_path):
     run = Run(
         "reward",
@@ -129,6 +131,7 @@ def test_twenty_steps_of_a_reward_model_equal_trl(tmp_path):
     assert_same_course(run, our_history(run, model, tmp_path / "ours"), trl_history(run, model, tmp_path / "theirs"))
 
 
+@pytest.mark.slow
 def test_another_option_is_noticed(model, theirs, tmp_path):
     """A tenth of label smoothing more, which TRL's run has not."""
     run = RUNS["sigmoid"]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import ScheduleConfig
+from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
 
 NUM_LAYERS = 2
@@ -59,11 +59,12 @@ def assert_same(cases: Sequence[Case], found: Sequence[Outcome]) -> None:
 
 
 @pytest.mark.parametrize("num_processes", LAYOUTS)
+@pytest.mark.slow
 def test_gradients_are_the_same_in_every_layout(files, num_processes, tmp_path):
     away = Activations(offload="disk", offload_dir=tmp_path, offload_window_mib=0)
     ways = [Case(layout, tokens_per_micro_batch=SMALL) for layout in LAYOUTS[num_processes]]
     ways += [replace(ways[-1], overlap=True), replace(ways[-1], overlap=True, memory=away)]
-    ways += [replace(ways[num_processes - 1], schedule=ScheduleConfig("1f1b"), recompute="full")]
+    ways += [replace(ways[num_processes - 1], schedule=PipelineScheduleConfig("1f1b"), recompute="full")]
     cases = [replace(case, fusion=fusion) for case in ways for fusion in (False, True)]
     found, count = run_world(num_processes, counted_outcomes, *files, cases)[0]
     assert_same(cases, found)

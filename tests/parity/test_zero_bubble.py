@@ -1,4 +1,4 @@
-"""Weight gradients that are put off (`schedule.zero_bubble`): the bits of those that are not."""
+"""Weight gradients that are delayed (`schedule.zero_bubble`): the bits of those that are not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from megadpo.config.schema import ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity.schedule_worker import Case, put_off
-from tests.parity.test_executor import check
+from tests.parity.bit_for_bit import check
+from tests.parity.schedule_worker import Case, delayed
 
 CASES = {
     2: [
@@ -27,21 +27,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("size", CASES)
+@pytest.mark.slow
 def test_gradients_are_those_of_1f1b_bit_for_bit(tmp_path, size):
     policy = save_model(tmp_path / "policy", num_hidden_layers=4, tie_word_embeddings=True, tokenizer=False)
-    check(run_world(size, put_off, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
+    check(run_world(size, delayed, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
 
 
+@pytest.mark.slow
 def test_experts_and_biases_too(tmp_path):
     for family, case in (
         ("mixtral", Case(Layout(pipeline=2), router_aux_coef=0.01)),
         ("qwen2", Case(Layout(pipeline=2))),
     ):
         policy = save_model(tmp_path / family, family, tokenizer=False)
-        check(run_world(2, put_off, policy, policy, random_groups(18, seed=3), [case]), [case])
+        check(run_world(2, delayed, policy, policy, random_groups(18, seed=3), [case]), [case])
 
 
 def test_bf16_too(tmp_path):
     case = Case(Layout(pipeline=2), dtype=pytest.importorskip("torch").bfloat16)
     policy = save_model(tmp_path / "policy", tokenizer=False)
-    check(run_world(2, put_off, policy, policy, random_groups(18, seed=3), [case]), [case])
+    check(run_world(2, delayed, policy, policy, random_groups(18, seed=3), [case]), [case])

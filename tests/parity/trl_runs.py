@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.models import hh_rows
+from tests.helpers.runs import train_run
 from tests.helpers.worlds import run_world
 
 NUM_STEPS, UNITS_PER_STEP, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 20, 8, 1e-3, 5, 0.01
@@ -204,14 +205,7 @@ def our_history(
         },
         "output_dir": str(directory / "run"),
     }
-    return run_world(num_processes, _train, settings)[0]
-
-
-def _train(settings: dict[str, Any]) -> list[dict[str, float]]:
-    import megadpo
-
-    result = megadpo.train(settings)
-    return [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return run_world(num_processes, train_run, settings)[0]
 
 
 def worst_errors(

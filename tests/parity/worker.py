@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -39,7 +38,7 @@ class Case:
     moments_dtype: str = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
 
     @property
     def activations(self) -> Activations:
@@ -113,7 +112,7 @@ def outcomes_of_objectives(
 
     def read_by(objective: ObjectiveConfig) -> Sequence[Group]:
         reading = reading_of(objective)
-        return groups["numbered" if reading.numbers else reading.kind]
+        return groups["numbered" if reading.row_values else reading.kind]
 
     from megadpo.parallel.world import joined_world
 
@@ -134,82 +133,78 @@ def _outcome(
     case: Case,
     num_steps: int,
     dtype: torch.dtype,
-    objective: ObjectiveConfig,
+    options: ObjectiveConfig,
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.specs import has_reward_head, kind_of, needs_reference, scores_prompt
-    from megadpo.objectives.terms import normalisers_of
-    from megadpo.training.global_batch import global_batch, response_gradient
-    from megadpo.training.reference import Reference, absent, frozen_stage, resident
+    from megadpo.objectives.objective import Objective
+    from megadpo.pipeline.select import pipeline_schedule
+    from megadpo.training.global_batch import pack_global_batch
+    from megadpo.training.reference import NoReference, Reference, ResidentReference, frozen_stage
     from megadpo.training.score import response_logps
-    from megadpo.training.trainer import reduce_metrics
+    from megadpo.training.step import optimizer_step, reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
-    if has_reward_head(objective.loss_types):
+    objective = Objective.of(options)
+    if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=case.share_prompts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.stream_multiple * (16 if case.model.fp8 else 1),
-        hidden_size=64,
-        score_prompts=scores_prompt(objective.loss_types),
-        micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        PackingOptions(
+            share_prompts=case.share_prompts,
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.stream_multiple * (16 if case.model.fp8 else 1),
+            hidden_size=64,
+            score_prompts=objective.scores_prompt,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
+        ),
     )
     stage = build_stage(shape_of(hf_config), layout, dtype, case.activations, options=case.model)
     load_weights(stage, source)
     outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
-    normalisers = normalisers_of(packing.groups, range(len(groups)))
-    run_reference: Reference = absent
-    if needs_reference(objective.loss_types):
+    run_reference: Reference = NoReference()
+    if objective.needs_reference:
         frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
-        run_reference = resident(frozen, objective.ld_alpha)
+        run_reference = ResidentReference(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
     parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
-    engine = MegatronEngine(stage, train, parallel, case.schedule)
-    delta = RunningMean()
+    engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
+    running_mean, gradients = RunningMean(), {}
+
+    def keep_gradients() -> None:
+        gradients.update({name: tensor.clone() for name, tensor in engine.gradients()})
+
     for step in range(max(1, num_steps)):
-        numbers = np.arange(len(groups))
-        batch = global_batch(engine, packing, run_reference, numbers, normalisers, objective, delta.add)
-        found: dict[int, Tensor] = {}
-        gradient_of = response_gradient(batch, engine)
-
-        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
-            found[number] = sums_RS
-            return gradient_of(number, sums_RS)
-
-        engine.forward_backward(batch.micro_batches, noted, objective.ld_alpha)
-        engine.finish_gradients()
-        gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
-        grad_norm = engine.step(1e-3)
-        outcome.losses.append(reduce_metrics(batch.totals, objective)["loss"])
+        batch = pack_global_batch(packing, np.arange(len(groups)), objective)
+        keep = keep_gradients if step == 0 else None
+        result = optimizer_step(engine, run_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
+        running_mean = result.running_mean
+        outcome.losses.append(reduce_metrics(result.metric_sums, objective)["loss"])
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
-            outcome.grad_norm = grad_norm
+            outcome.grad_norm = result.grad_norm
             outcome.router = engine.router_metrics()
             outcome.loss = outcome.losses[0]
-            if kind_of(objective.loss_types) == "pairs":
-                margins = [_margins(sums_RS, batch.reference_logps[number]) for number, sums_RS in found.items()]
+            if objective.kind == "pairs":
+                margins = [_margins(*both) for both in zip(result.response_sums, result.reference_logps, strict=False)]
                 outcome.margins = torch.cat(margins or [torch.empty(0)])
     if num_steps:
         weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
         outcome.weights = whole_tensors(hf_config, stage, weights, layout)
         as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
         outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
-    states = [state for shards in engine.shards for state in shards.optimizer.state.values()]
+    states = [state for part in engine.optimizers for state in part.optimizer.state.values()]
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megadpo.config.schema import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
@@ -35,7 +34,7 @@ class Case:
 
     layout: Layout
     zero_stage: int | None = None
-    tokens_per_micro_batch: int = 90
+    tokens_per_micro_batch: int = 160
     recompute: str = "none"
     offload: str = "none"
     offload_dir: str | None = None
@@ -89,55 +88,48 @@ def outcomes(
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.specs import has_reward_head, needs_reference
-    from megadpo.objectives.terms import normalisers_of
-    from megadpo.training.global_batch import global_batch, response_gradient
-    from megadpo.training.reference import Reference, absent, resident
-    from megadpo.training.trainer import reduce_metrics
+    from megadpo.objectives.objective import Objective
+    from megadpo.training.global_batch import pack_global_batch
+    from megadpo.training.reference import NoReference, Reference, ResidentReference
+    from megadpo.training.step import optimizer_step, reduce_metrics
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
-    objective = ObjectiveConfig(loss_type=case.objective)
-    if has_reward_head(objective.loss_types):
+    objective = Objective.of(ObjectiveConfig(loss_type=case.objective))
+    if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
         hf_config, source = with_head.config, with_head.source
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=layout.tensor if layout.sequence else 1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=case.tokens_per_micro_batch,
+            num_data_parallel=layout.data,
+            stream_multiple=layout.tensor if layout.sequence else 1,
+            hidden_size=64,
+        ),
     )
-    run_reference: Reference = absent
-    if needs_reference(objective.loss_types):
-        run_reference = resident(frozen(case, read_hf_config(reference), open_hf(reference)))
+    run_reference: Reference = NoReference()
+    if objective.needs_reference:
+        run_reference = ResidentReference(frozen(case, read_hf_config(reference), open_hf(reference)))
     engine = make_engine(case, hf_config, source)
     engine.stage.model.train()
-    outcome, delta = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean()
-    normalisers = normalisers_of(packing.groups, range(len(groups)))
+    outcome, running_mean, gradients = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean(), {}
+
+    def keep_gradients() -> None:
+        gradients.update({name: tensor.clone() for name, tensor in engine.gradients()})
+
     for step in range(num_steps):
-        batch = global_batch(engine, packing, run_reference, np.arange(len(groups)), normalisers, objective, delta.add)
-        found: dict[int, Tensor] = {}
-        gradient_of = response_gradient(batch, engine)
-
-        def noted(number: int, sums_RS: Tensor, gradient_of: Any = gradient_of, found: dict = found) -> Tensor:
-            found[number] = sums_RS
-            return gradient_of(number, sums_RS)
-
-        engine.forward_backward(batch.micro_batches, noted, None)
-        engine.finish_gradients()
-        gradients = {name: tensor.clone() for name, tensor in engine.gradients()} if step == 0 else {}
-        grad_norm = engine.step(1e-3)
+        batch = pack_global_batch(packing, np.arange(len(groups)), objective)
+        keep = keep_gradients if step == 0 else None
+        result = optimizer_step(engine, run_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
+        running_mean = result.running_mean
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, engine.stage, gradients, layout)
-            outcome.grad_norm = grad_norm
-            outcome.loss = reduce_metrics(batch.totals, objective)["loss"]
-            ratios = [
-                sums_RS[:, 0] - batch.reference_logps[n] for n, sums_RS in found.items() if run_reference is not absent
-            ]
+            outcome.grad_norm = result.grad_norm
+            outcome.loss = reduce_metrics(result.metric_sums, objective)["loss"]
+            both = zip(result.response_sums, result.reference_logps, strict=False)
+            ratios = [sums_RS[:, 0] - reference_R for sums_RS, reference_R in both if reference_R is not None]
             outcome.margins = torch.cat([ratio_R[::2] - ratio_R[1::2] for ratio_R in ratios] or [torch.empty(0)])
     weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
     outcome.weights = whole_tensors(hf_config, engine.stage, weights, layout)
@@ -183,28 +175,3 @@ def frozen(case: Case, hf_config: Any, source: Any) -> Any:
 
         return frozen_sharded_stage(shape_of(hf_config), source, case.layout, case.dtype, case.parallel)
     return frozen_stage(shape_of(hf_config), case.layout, case.dtype, source)
-
-
-def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[dict[str, float]]:
-    """Train as a user does; every metrics line but the clock's. The run breaks off after step `stop_after`, as if killed."""
-    import json
-
-    import megadpo
-    from megadpo.training.trainer import Callbacks
-
-    class Interrupted(Exception):
-        pass
-
-    def stop(step: int, metrics: dict[str, float]) -> None:
-        if step == stop_after:
-            raise Interrupted
-
-    try:
-        megadpo.train(settings, Callbacks(on_step_end=stop))
-    except Exception as error:
-        # The other ranks notice only that rank 0 has gone.
-        if stop_after is None or not (isinstance(error, Interrupted) or "onnect" in str(error)):
-            raise
-    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    clock = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
-    return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]

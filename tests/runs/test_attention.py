@@ -11,8 +11,8 @@ import pytest
 
 from megadpo.errors import UserError
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import read_metrics, run_settings
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, read_metrics
 
 
 def _train(settings: dict[str, Any]) -> tuple[str, list[dict[str, float]]]:
@@ -29,7 +29,7 @@ def test_every_kernel_of_this_machine_trains_alike_and_is_told(tmp_path):
     write_hh(tmp_path / "train.jsonl", 40)
     records = {}
     for asked, used in (("auto", "cpu_flash"), ("sdpa", "sdpa")):
-        settings = _settings(tmp_path, tmp_path / asked, train={"steps": 3})
+        settings = run_settings(tmp_path, tmp_path / asked, train={"steps": 3})
         settings["model"]["attention"] = asked
         ((told, records[used]),) = run_world(1, _train, settings)
         assert f", attention {used}," in told
@@ -44,7 +44,7 @@ def test_a_kernel_for_another_machine_is_refused_before_anything_is_loaded(tmp_p
 
     save_model(tmp_path / "model", num_hidden_layers=1)
     write_hh(tmp_path / "train.jsonl", 10)
-    settings = _settings(tmp_path, tmp_path / "run")
+    settings = run_settings(tmp_path, tmp_path / "run")
     settings["model"]["attention"] = "flash_attn"
     with pytest.raises(UserError, match=r"^model\.attention is flash_attn, but that needs a CUDA device.*; set it to auto$"):
         prepare(load_config(settings))

@@ -12,18 +12,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def _report(tool: str, directory: Path, *options: str) -> dict:
     path = directory / f"{tool}.json"
-    command = [sys.executable, "-m", f"benchmarks.{tool}", "--threads", "1", "--json", str(path), *options]
+    command = [sys.executable, "-m", "benchmarks", tool, "--threads", "1", "--json", str(path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| --- |" in done.stdout, "a table is printed"
     report = json.loads(path.read_text())
-    assert report["command"].startswith(f"python -m benchmarks.{tool}")
+    assert report["command"].startswith(f"python -m benchmarks {tool} ")
     assert report["machine"]["threads"] == 1
     return report
+
+
+def test_the_list_has_every_benchmark_and_a_line_on_each():
+    from benchmarks.__main__ import BENCHMARKS, summary
+
+    files = (ROOT / "benchmarks").glob("*.py")
+    assert {file.stem for file in files if "def add_arguments(" in file.read_text(encoding="utf-8")} == set(BENCHMARKS)
+    listed = subprocess.run([sys.executable, "-m", "benchmarks", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f"{name:20}{summary(name)}" in listed and len(summary(name)) > 20 for name in BENCHMARKS)
+
+
+def test_a_benchmark_that_is_none_is_named_with_those_that_are():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no benchmark 'speed'; there are against_trl, " in done.stderr
 
 
 def test_sharing_prompts_saves_tokens_and_the_report_has_tokens_times_and_bound(tmp_path):
@@ -67,6 +82,7 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
         assert point["pairs_over_mean"] < 1.05
 
 
+@pytest.mark.alone
 def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
     sizes = ("--micro-batches", "4", "--steps", "3", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
     seconds = ("--forward", "0.005", "--backward", "0.01", "--reference", "0.005")
@@ -113,7 +129,7 @@ def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path)
 def test_simulated_idle_shares_are_those_of_the_documentation():
     from benchmarks import simulated
 
-    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    lines = (ROOT / "benchmarks" / "results.md").read_text().splitlines()
     documented = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d+ \| \d+ \| 0\.", line)]
 
     def says(cell: str, number: float) -> bool:

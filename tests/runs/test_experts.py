@@ -17,8 +17,8 @@ from megadpo.training.setup import prepare
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import assert_same_weights, exported_weights, resumed_and_whole, run_settings, train_run, weights_in
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train, _weights
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def files(tmp_path_factory) -> Path:
 
 
 def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: str = "fp32") -> dict[str, Any]:
-    return _settings(
+    return run_settings(
         files,
         output_dir,
         model={"dtype": dtype},
@@ -41,24 +41,24 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: 
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
-    settings = {name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16") for name in ("whole", "broken")}
-    whole = run_world(2, _train, settings["whole"])[0]
-    assert len(run_world(2, _train, settings["broken"], 3)[0]) == 3
-    resumed = run_world(2, _train, settings["broken"])[0]
+    resumed, whole = resumed_and_whole(2, lambda name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16"), 3)
     assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files, tmp_path):
-    whole = run_world(1, _train, settings_of(files, tmp_path / "whole", {}))[0]
-    run_world(2, _train, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)
-    moved = run_world(4, _train, settings_of(files, tmp_path / "moved", {"tensor": 2, "expert": 2, "expert_tensor": 2}))[0]
+    whole = run_world(1, train_run, settings_of(files, tmp_path / "whole", {}))[0]
+    run_world(2, train_run, settings_of(files, tmp_path / "moved", {"pipeline": 2}), 3)
+    moved = run_world(4, train_run, settings_of(files, tmp_path / "moved", {"tensor": 2, "expert": 2, "expert_tensor": 2}))[
+        0
+    ]
     for ours, theirs in zip(moved, whole, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    before = _weights_of(files / "model")
-    ours, theirs = _weights(tmp_path / "moved"), _weights(tmp_path / "whole")
+    before = weights_in(files / "model")
+    ours, theirs = exported_weights(tmp_path / "moved"), exported_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys() == before.keys()
     distance = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
     assert distance <= 1e-3 * torch.stack([(theirs[name] - before[name]).norm() for name in ours]).norm()
@@ -67,12 +67,6 @@ def test_a_run_goes_on_in_another_layout_and_transformers_loads_its_export(files
     gate_up = dict(model.named_parameters())["model.layers.2.mlp.experts.gate_up_proj"]
     assert torch.equal(gate_up[5, :48], ours["model.layers.2.mlp.experts.5.gate_proj.weight"])
     assert torch.equal(gate_up[5, 48:], ours["model.layers.2.mlp.experts.5.up_proj.weight"])
-
-
-def _weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
 
 
 MIXTRAL = MixtralConfig(
@@ -111,6 +105,6 @@ def test_the_dense_mlp_s_columns_matter_only_where_a_layer_has_one():
 def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
     save_model(tmp_path / "model", "llama")
     write_hh(tmp_path / "train.jsonl", 12)
-    settings = _settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
+    settings = run_settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
     with pytest.raises(UserError, match=r"train.router_aux_coef is 0.01, but .*model has no experts; remove it"):
         prepare(load_config(settings))

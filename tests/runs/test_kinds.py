@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megadpo.errors import UserError
 from tests.helpers.models import hh_rows, save_model
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train, _weights
 
 ASSISTANT = "\n\nAssistant:"
 
@@ -52,7 +51,7 @@ def _pair(row: dict[str, str]) -> dict[str, str] | None:
 
 
 def _of_kind(files: Path, output: Path, rows: str, objective: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    settings = _settings(files, output, **{"train": {"steps": 3, "warmup_steps": 0}, "objective": objective, **changes})
+    settings = run_settings(files, output, **{"train": {"steps": 3, "warmup_steps": 0}, "objective": objective, **changes})
     settings["data"] |= {"train": str(files / f"{rows}.jsonl")}
     return settings
 
@@ -67,20 +66,27 @@ OBJECTIVES = {"kto": "labelled", "bco": "labelled", "plackett_luce": "lists", "s
 
 
 @pytest.mark.parametrize(("loss", "rows"), OBJECTIVES.items())
+@pytest.mark.slow
 def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
     without = {"reference": {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}}
     without["model"] = {"path": str(files / "other")}
-    base = run_world(1, _train, _of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without))[0]
-    names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
-    assert all(abs(base[-1][name]) > 1e-4 for name in names)
+    runs: dict[int, list[dict[str, Any]]] = {1: [_of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without)]}
     for number, (num_processes, changes) in enumerate(WAYS):
         changes = without | changes | {"data": changes.get("data", {})}
         settings = _of_kind(files, tmp_path / str(number), rows, {"loss_type": loss}, **changes)
-        for ours, theirs in zip(run_world(num_processes, _train, settings)[0], base, strict=True):
+        runs.setdefault(num_processes, []).append(settings)
+    base, *found = [
+        records for num_processes, some in runs.items() for records in run_world(num_processes, train_each, some)[0]
+    ]
+    names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
+    assert all(abs(base[-1][name]) > 1e-4 for name in names)
+    for (_, changes), records in zip(WAYS, found, strict=True):
+        for ours, theirs in zip(records, base, strict=True):
             for name in ("loss", "grad_norm", *names):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (changes, ours["step"], name)
 
 
+@pytest.mark.slow
 def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
     objective = {"loss_type": "apo_zero_unpaired", "undesirable_weight": 1.5}
     order = {"shuffle": False, "max_length": None}
@@ -88,18 +94,18 @@ def test_pairs_count_as_their_two_labelled_answers(files, tmp_path):
     from_labels = _of_kind(files, tmp_path / "labelled", "labelled", objective, data=order)
     from_pairs["train"]["pairs_per_step"], from_labels["train"]["pairs_per_step"] = 4, 8
     from_pairs["train"]["tokens_per_micro_batch"] = from_labels["train"]["tokens_per_micro_batch"] = 1024
-    ours, theirs = (run_world(1, _train, settings)[0] for settings in (from_pairs, from_labels))
+    ours, theirs = run_world(1, train_each, [from_pairs, from_labels])[0]
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/rejected"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files, tmp_path):
     objective = {"loss_type": "all_pairs", "list_weights": "score"}
-    resident, ahead = (
-        run_world(2, _train, _of_kind(files, tmp_path / mode, "lists", objective, reference={"mode": mode}))[0]
-        for mode in ("resident", "precomputed")
-    )
+    modes = ("resident", "precomputed")
+    runs = [_of_kind(files, tmp_path / mode, "lists", objective, reference={"mode": mode}) for mode in modes]
+    resident, ahead = run_world(2, train_each, runs)[0]
     for a, b in zip(resident, ahead, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
@@ -107,26 +113,25 @@ def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files
 @pytest.mark.parametrize(
     ("loss", "rows", "extra"), [("bco", "labelled", {}), ("bco_pair", "pairs", {"bco_running_delta": True})]
 )
+@pytest.mark.slow
 def test_delta_is_the_running_mean_of_rewards_and_outlives_a_restart(files, tmp_path, loss, rows, extra):
     def settings(name: str) -> dict[str, Any]:
         changes = {"train": {"steps": 6, "warmup_steps": 0}, "checkpoint": {"every": 2}, "parallel": {"pipeline": 2}}
         return _of_kind(files, tmp_path / name, rows, {"loss_type": loss, **extra}, **changes)
 
-    whole = run_world(2, _train, settings("whole"))[0]
+    resumed, whole = resumed_and_whole(2, settings, 3)
     assert whole[0]["delta"] == 0 and abs(whole[-1]["delta"]) > 1e-3
     if loss == "bco_pair":  # equal numbers on both sides: the mean of both is the mean of all
         means = [(record["rewards/chosen"] + record["rewards/rejected"]) / 2 for record in whole]
         assert [record["delta"] for record in whole] == pytest.approx(
             [sum(means[: i + 1]) / (i + 1) for i in range(6)], rel=1e-6, abs=1e-9
         )
-    run_world(2, _train, settings("broken"), 3)
-    assert run_world(2, _train, settings("broken"))[0] == whole
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed == whole
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_equal_models_give_kto_one_half_and_no_kl(files, tmp_path):
-    first = run_world(2, _train, _of_kind(files, tmp_path / "run", "labelled", {"loss_type": "kto"}))[0][0]
+    first = run_world(2, train_run, _of_kind(files, tmp_path / "run", "labelled", {"loss_type": "kto"}))[0][0]
     assert first["kl"] == 0.0 and first["loss"] == 0.5 and first["rewards/margins"] == 0.0
 
 

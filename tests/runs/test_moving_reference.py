@@ -10,10 +10,10 @@ import torch
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
+from tests.helpers import oracle
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
-from tests.runs.test_train import _settings, _train, _weights
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def files(tmp_path_factory):
 
 def _moving(files: Any, output: Any, **changes: Any) -> dict[str, Any]:
     reference = {"sync_every": 2, "mixup_alpha": 0.6}
-    return _settings(files, output, reference=reference, **changes)
+    return run_settings(files, output, reference=reference, **changes)
 
 
 NO_WARM_UP = {"steps": 5, "warmup_steps": 0}
@@ -34,15 +34,15 @@ NO_WARM_UP = {"steps": 5, "warmup_steps": 0}
 
 def test_margins_after_a_full_move_are_exactly_zero(files, tmp_path):
     reference = {"sync_every": 2, "mixup_alpha": 1.0}
-    settings = _settings(files, tmp_path / "run", reference=reference, parallel={"tensor": 2}, train=NO_WARM_UP)
-    margins = {record["step"]: record["rewards/margins"] for record in run_world(2, _train, settings)[0]}
+    settings = run_settings(files, tmp_path / "run", reference=reference, parallel={"tensor": 2}, train=NO_WARM_UP)
+    margins = {record["step"]: record["rewards/margins"] for record in run_world(2, train_run, settings)[0]}
     # steps 1, 3 and 5 are the first after the start or a move: policy and reference are one
     assert margins[1] == margins[3] == margins[5] == 0.0 and margins[2] != 0.0 and margins[4] != 0.0
 
 
 def test_a_part_move_is_the_mixture_of_both(files, tmp_path):
     changes = {"train": NO_WARM_UP | {"steps": 2}, "checkpoint": {"every": 2}, "parallel": {"tensor": 2}}
-    run_world(2, _train, _moving(files, tmp_path / "run", **changes))
+    run_world(2, train_run, _moving(files, tmp_path / "run", **changes))
     checkpoint = open_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002")
     start = dict(oracle.load(files / "model").named_parameters())
     policy, reference = checkpoint.source("weights"), checkpoint.source("reference")
@@ -56,21 +56,20 @@ def test_a_part_move_is_the_mixture_of_both(files, tmp_path):
 
 
 @pytest.mark.parametrize(("num_processes", "parallel"), [(2, {"tensor": 2}), (2, {"pipeline": 2})])
+@pytest.mark.slow
 def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, parallel):
     def settings(name: str) -> dict[str, Any]:
         return _moving(files, tmp_path / name, parallel=parallel, train={"steps": 6}, checkpoint={"every": 3})
 
-    whole = run_world(num_processes, _train, settings("whole"))[0]
-    run_world(num_processes, _train, settings("broken"), 4)
-    resumed = run_world(num_processes, _train, settings("broken"))[0]
+    resumed, whole = resumed_and_whole(num_processes, settings, 4)
     assert resumed == whole
-    ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_moving_reference_does_not_depend_on_the_layout(files, tmp_path):
-    one = run_world(1, _train, _moving(files, tmp_path / "one"))[0]
-    four = run_world(4, _train, _moving(files, tmp_path / "four", parallel={"tensor": 2, "pipeline": 2}))[0]
+    one = run_world(1, train_run, _moving(files, tmp_path / "one"))[0]
+    four = run_world(4, train_run, _moving(files, tmp_path / "four", parallel={"tensor": 2, "pipeline": 2}))[0]
     for a, b in zip(one, four, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 

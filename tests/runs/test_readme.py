@@ -1,8 +1,14 @@
-"""The README's commands are run as they stand, on a small model, with only the processes and steps cut down."""
+"""What README, CONTRIBUTING and the pages say can be done can be done.
 
+The README's commands are run as they stand, on a small model, with only the processes and steps cut down; the others' are
+held to what the tools they name take. Links and paths lead somewhere.
+"""
+
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +80,7 @@ def test_the_train_command_leaves_a_model_that_transformers_loads(workplace: Pat
     AutoModelForCausalLM.from_pretrained(output / "hf")
 
 
+@pytest.mark.slow
 def test_the_python_example_trains_and_reports(workplace: Path) -> None:
     code = blocks("python")[0]
     overrides = f", overrides={SMALLER.split()!r})\nprint("
@@ -82,6 +89,7 @@ def test_the_python_example_trains_and_reports(workplace: Path) -> None:
     assert "runs/py/hf" in output
 
 
+@pytest.mark.slow
 def test_the_logprobs_and_convert_commands_work_one_after_the_other(workplace: Path) -> None:
     block = next(block for block in blocks("bash") if "megadpo logprobs" in block)
     for line in block.splitlines():
@@ -103,6 +111,70 @@ def test_the_plan_command_draws_the_schedule(workplace: Path) -> None:
     assert (workplace / command.split()[-1]).read_text().startswith("<svg")
 
 
-def test_every_page_that_the_readme_points_to_exists() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets and all((ROOT / target).is_file() for target in targets)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "csrc" / "README.md", ROOT / "benchmarks" / "results.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+FOLDERS = ("megadpo", "tests", "tools", "benchmarks", "docs", "csrc", "examples", "configs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for target, _, section in links:
+        file = page.parent / target if target else page
+        assert file.is_file(), target
+        if section:
+            assert section in sections(file), f"{target}#{section}"
+    for path in re.findall(r"`([a-z]+/[\w./-]*)`", text):
+        is_ours = path.partition("/")[0] in FOLDERS or path.endswith(".py")
+        if is_ours and not re.search("NAME|FOLDER|FILE", path):
+            # The list of every file names those of a folder as they are inside it.
+            found = [ROOT / path, ROOT / "megadpo" / path, *(ROOT / "megadpo").glob(f"*/{path}")]
+            assert any(file.exists() for file in found), path
+
+
+def sections(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def shell_lines(page: Path) -> list[str]:
+    found = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [line.partition(" #")[0].strip() for block in found for line in block.splitlines() if line]
+
+
+def test_the_commands_of_contributing_are_known_to_launch_sh_or_write_a_page() -> None:
+    for line in shell_lines(ROOT / "CONTRIBUTING.md"):
+        words = shlex.split(line)
+        if words[0] == "./launch.sh":
+            environment = {**os.environ, "MEGADPO_DRY_RUN": "1"}
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0 and (words[1] == "install" or words[-1] in done.stdout.replace("\\", "")), line
+        else:
+            assert words[:2] == ["python", "-m"] and words[3:] == ["--write"], line
+            assert "--write" in (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8"), line
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results.md"], ids=lambda p: p.name
+)
+def test_the_benchmarks_take_the_options_that_the_pages_give_them(page: Path) -> None:
+    from benchmarks.__main__ import BENCHMARKS, parser_of
+
+    lines = [shlex.split(line) for line in shell_lines(page)]
+    named = [words for words in lines if words[:3] == ["python", "-m", "benchmarks"] and words[3] != "--list"]
+    assert named
+    for words in named:
+        assert words[3] in BENCHMARKS
+        parser_of(words[3], importlib.import_module(f"benchmarks.{words[3]}")).parse_args(words[4:])
+
+
+def test_pre_commit_runs_what_ci_runs_before_the_tests() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "nothing is fetched"
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    checks = [line for line in lines if line.startswith("./launch.sh exec")]
+    assert checks == [hook["entry"] for hook in hooks[0]["hooks"]]
+    contributing = shell_lines(ROOT / "CONTRIBUTING.md")
+    assert set(checks) <= set(contributing)

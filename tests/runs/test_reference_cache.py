@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import resumed_and_whole, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train
 
 NO_WARM_UP = {"steps": None, "epochs": 2.0, "warmup_steps": 0, "pairs_per_step": 8}
 STEPS_OF_FIRST_EPOCH = 3  # of 29 usable rows; step 4 goes into the second one
@@ -31,13 +31,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _of(files: Path, directory: Path, name: str, mode: str = "cached", **changes: Any) -> dict[str, Any]:
     data = {"cache_dir": str(directory / "cache"), **changes.pop("data", {})}
-    return _settings(
+    return run_settings(
         files, directory / name, reference={"mode": mode}, data=data, train=changes.pop("train", NO_WARM_UP), **changes
     )
-
-
-def _train_all(settings: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
-    return [_train(one) for one in settings]
 
 
 def _files_of(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -62,7 +58,7 @@ def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding
     changes: dict[str, Any] = {"objective": {"loss_type": loss}, "eval": {"every": 4}}
     changes["data"] = {"eval": str(files / "eval.jsonl")}
     both = [_of(files, tmp_path, mode, mode, **changes) for mode in ("resident", "cached")]
-    resident, cached = run_world(1, _train_all, both)[0]
+    resident, cached = run_world(1, train_each, both)[0]
     assert cached[:STEPS_OF_FIRST_EPOCH] == resident[:STEPS_OF_FIRST_EPOCH]
     assert cached[0]["rewards/margins"] == 0.0
     _close(cached, resident)
@@ -73,14 +69,15 @@ def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding
 def _watch(settings: dict[str, Any]) -> list[bool]:
     """After every step, whether the reference's stage is alive."""
     from megadpo.parallel.world import joined_world
+    from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
-    from megadpo.training.trainer import Callbacks, build, training_step
+    from megadpo.training.trainer import build, training_step
 
-    plan, alive = prepare(load_config(settings)), []
-    with joined_world(plan.layout, 1):
-        run = build(plan, Callbacks())
-        model = weakref.ref(run.references.stage.model)
-        for step in range(plan.num_steps):
+    setup, alive = prepare(load_config(settings)), []
+    with joined_world(setup.layout, 1):
+        run = build(setup, Callbacks())
+        model = weakref.ref(run.references.train.stage.model)
+        for step in range(setup.num_steps):
             training_step(run, step)
             alive.append(model() is not None)
         run.close()
@@ -92,6 +89,7 @@ def test_the_reference_is_let_go_with_the_last_pair_of_the_first_epoch(files: Pa
     assert alive == [True] * STEPS_OF_FIRST_EPOCH + [False] * (len(alive) - STEPS_OF_FIRST_EPOCH) and not alive[-1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_epoch_goes_on_bit_for_bit_and_others_read_what_it_left(
     files: Path, tmp_path: Path
 ) -> None:
@@ -99,32 +97,32 @@ def test_a_run_killed_in_its_first_epoch_goes_on_bit_for_bit_and_others_read_wha
         (tmp_path / name).mkdir(exist_ok=True)
         return _of(files, tmp_path / name, "run", checkpoint={"every": 1})
 
-    whole = run_world(2, _train, settings("whole"))[0]
-    run_world(2, _train, settings("broken"), 2)
+    whole = run_world(2, train_run, settings("whole"))[0]
+    run_world(2, train_run, settings("broken"), 2)
     (_, shards) = _files_of(tmp_path / "broken")
     left = np.concatenate([load_file(shard)["responses"] for shard in shards])
     assert len(left) == len(set(left)) == 2 * 8 * 2, "both responses of the pairs of two steps, each written once"
     other = _of(files, tmp_path / "broken", "other", train=NO_WARM_UP | {"seed": 7})
-    run_world(1, _train, other)
+    run_world(1, train_run, other)
     assert len(_files_of(tmp_path / "broken")[0]) == 1 and not _files_of(tmp_path / "broken")[1]
     first = load_file(_files_of(tmp_path / "whole")[0][0])["logps_R"]
     np.testing.assert_allclose(load_file(_files_of(tmp_path / "broken")[0][0])["logps_R"], first, rtol=1e-5)
-    _close(run_world(2, _train, settings("broken"))[0], whole)
+    _close(run_world(2, train_run, settings("broken"))[0], whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files: Path, tmp_path: Path) -> None:
     def settings(name: str) -> dict[str, Any]:
         (tmp_path / name).mkdir(exist_ok=True)
         return _of(files, tmp_path / name, "run", checkpoint={"every": 2}, parallel={"pipeline": 2})
 
-    whole = run_world(2, _train, settings("whole"))[0]
-    run_world(2, _train, settings("broken"), 3)
-    assert run_world(2, _train, settings("broken"))[0] == whole
+    resumed, whole = resumed_and_whole(2, settings, 3)
+    assert resumed == whole
 
 
 def test_precomputed_and_cached_share_their_cache(files: Path, tmp_path: Path) -> None:
     names = [("first", "cached"), ("second", "precomputed"), ("third", "cached")]
-    first, second, third = run_world(1, _train_all, [_of(files, tmp_path, name, mode) for name, mode in names])[0]
+    first, second, third = run_world(1, train_each, [_of(files, tmp_path, name, mode) for name, mode in names])[0]
     assert second == third, "both look up what the first one wrote"
     _close(second, first)
     assert len(_files_of(tmp_path)[0]) == 1

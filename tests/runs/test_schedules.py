@@ -11,8 +11,8 @@ import torch
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
+from tests.helpers.runs import exported_weights, run_settings, train_each, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train, _weights
 
 INTERLEAVED = {"name": "1f1b", "reference": "interleaved"}
 SPLIT = ("schedule.name=1f1b", "schedule.split_pairs=true", "parallel.pipeline=2")
@@ -27,9 +27,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(files: Path, tmp_path: Path) -> None:
     def settings(name: str, schedule: dict[str, str]) -> dict[str, Any]:
-        return _settings(
+        return run_settings(
             files,
             tmp_path / name,
             schedule=schedule,
@@ -41,22 +42,22 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
             checkpoint={"every": 2},
         )
 
-    theirs = run_world(2, _train, settings("theirs", {}))[0]
-    run_world(2, _train, settings("ours", INTERLEAVED), 3)
-    ours = run_world(2, _train, settings("ours", INTERLEAVED))[0]
+    theirs = run_world(2, train_run, settings("theirs", {}))[0]
+    run_world(2, train_run, settings("ours", INTERLEAVED), 3)
+    runs = [settings("ours", INTERLEAVED), settings("apart", INTERLEAVED | {"split_pairs": True})]
+    runs.append(settings("delayed", INTERLEAVED | {"zero_bubble": True}))
+    ours, apart, delayed = run_world(2, train_each, runs)[0]
     assert ours == theirs and "eval_loss" in ours[1] and ours[0]["rewards/margins"] == 0.0
-    weights, others = _weights(tmp_path / "ours"), _weights(tmp_path / "theirs")
+    weights, others = exported_weights(tmp_path / "ours"), exported_weights(tmp_path / "theirs")
     assert all(torch.equal(weights[name], others[name]) for name in others)
-    apart = run_world(2, _train, settings("apart", INTERLEAVED | {"split_pairs": True}))[0]
-    put_off = run_world(2, _train, settings("put_off", INTERLEAVED | {"zero_bubble": True}))[0]
-    assert apart[0]["rewards/margins"] == put_off[0]["rewards/margins"] == 0.0
-    for record, whole in zip((*apart, *put_off), (*theirs, *theirs), strict=True):
+    assert apart[0]["rewards/margins"] == delayed[0]["rewards/margins"] == 0.0
+    for record, whole in zip((*apart, *delayed), (*theirs, *theirs), strict=True):
         assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
 
 
 def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path: Path) -> None:
     def settings(name: str, schedule: dict[str, str]) -> dict[str, Any]:
-        return _settings(
+        return run_settings(
             files,
             tmp_path / name,
             schedule=schedule,
@@ -65,15 +66,15 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
             train={"steps": 3, "warmup_steps": 0, "tokens_per_micro_batch": 600},
         )
 
-    theirs = run_world(2, _train, settings("theirs", {}))[0]
-    assert run_world(2, _train, settings("ours", INTERLEAVED))[0] == theirs
+    theirs, ours = run_world(2, train_each, [settings("theirs", {}), settings("ours", INTERLEAVED)])[0]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (SPLIT[:2], "without pipeline stages there is no bubble to shorten; set it to false"),
-        (["schedule.split_pairs=true"], "Megatron's schedules carry whole micro-batches; set schedule.name to 1f1b"),
+        (["schedule.split_pairs=true"], "Megatron's schedules run whole micro-batches; set schedule.name to 1f1b"),
         (
             [*SPLIT, "objective.loss_type=plackett_luce"],
             "schedule.split_pairs is true, but it sends the two answers of pairs",

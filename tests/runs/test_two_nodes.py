@@ -21,6 +21,8 @@ import pytest
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import path_with_mpirun
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HOSTS = ("10.203.77.1", "10.203.77.2")
 LIMIT_SECONDS = 30
@@ -204,6 +206,7 @@ def test_so_does_mpirun_which_is_started_once_and_reaches_the_other_machine_itse
     check([start(nodes[0], command, PATH=path, **{shell: str(remote)}, **root)], files / kind, alone)
 
 
+@pytest.mark.alone
 def test_when_a_machine_dies_the_other_stops_and_says_so(nodes, files, config):
     survivor, victim = on_both(nodes, config, overrides(files, "dying", **{"train.steps": 100000}))
     records, deadline = files / "dying" / "metrics.jsonl", time.monotonic() + 200

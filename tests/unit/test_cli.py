@@ -11,7 +11,7 @@ import pytest
 
 from megadpo import __version__, cli
 from megadpo.errors import UserError
-from megadpo.launch.launchers import Request
+from megadpo.launch.launchers import Request, is_worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +38,7 @@ def megadpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         ),
         (["plan", "c.yaml"], "--layouts or --schedule is missing; for example megadpo plan run.yaml --layouts 4 8"),
         (["plan", "--layouts", "4"], "plan needs the configuration file CONFIG"),
+        (["plan", "--schedule"], "plan needs the configuration file CONFIG"),
         (["plan", "--layouts", "4", "no.yaml", "8"], "configuration file 'no.yaml' does not exist"),
         (["plan", str(ROOT / "configs/dpo.yaml"), "--layouts", "two"], "--layouts takes numbers of processes, got 'two'"),
         (["inspect"], "the command 'inspect' is not available in this version"),
@@ -63,14 +64,14 @@ def test_a_wrong_configuration_is_refused_before_any_worker_starts() -> None:
 def test_nproc_inside_torchrun_has_to_agree_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli._is_worker(Request(nproc=2))
+    assert is_worker(Request(nproc=2))
     for request in (Request(nproc=4), Request("torchrun", nproc=2)):
         with pytest.raises(UserError, match="already one of 2"):
-            cli._is_worker(request)
+            is_worker(request)
 
 
 def test_overrides_may_stand_on_both_sides_of_nproc() -> None:
-    parse = cli._parser().parse_args
+    parse = cli.parser().parse_args
     for line in ("train c.yaml a=1 b=2 --nproc 2", "train --nproc 2 c.yaml a=1 b=2", "train c.yaml a=1 --nproc 2 b=2"):
         arguments = parse(line.split())
         assert (arguments.config, arguments.override, arguments.nproc) == ("c.yaml", ["a=1", "b=2"], 2)
@@ -82,6 +83,12 @@ def test_help_and_version_answer_without_importing_torch() -> None:
         assert megadpo(*command).returncode == 0
     code = "import sys, megadpo, megadpo.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_command_says_what_it_is() -> None:
+    page = megadpo("--help").stdout
+    for name, command in cli.COMMANDS.items():
+        assert f"    {name} " in page and command.HELP in " ".join(page.split())
 
 
 def test_megadpo_train_is_a_function_even_after_its_module_is_imported() -> None:
@@ -106,7 +113,7 @@ def launch_sh(*arguments: str, **environment: str) -> subprocess.CompletedProces
     ("arguments", "command"),
     [
         ("quickstart", "python {root}/examples/quickstart/run.py"),
-        ("test -k name", "python -m pytest -q -k name"),
+        ("test -k name", "python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -k name"),
         ("train c.yaml a=1", "python -m megadpo train c.yaml a=1"),
         (
             "train --nproc 4 c.yaml a=1",
@@ -191,6 +198,7 @@ def test_slurm_template_starts_one_task_per_gpu_through_launch_sh(tmp_path: Path
     assert command == "--kill-on-bad-exit=1 --cpus-per-task=12 /p/launch.sh train c.yaml a=1"
 
 
+@pytest.mark.alone
 def test_the_command_line_starts_fast() -> None:
     start = time.monotonic()
     megadpo("--help")

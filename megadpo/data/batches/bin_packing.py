@@ -1,4 +1,4 @@
-"""Packs a step's groups into micro-batches and deals them to the data-parallel ranks. Pure and deterministic."""
+"""Bin packing: a step's groups into micro-batches, and these onto the data-parallel ranks. Pure and deterministic."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megadpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-_MAX_LEVEL_ROUNDS = 2000
-_LEVEL_ENOUGH = 0.01  # of the mean cost, between the costliest and the cheapest micro-batch
-_MOST_FULL_BINS = 64  # looked past for one with room
-_MOST_SUMS = 20_000  # groups x bins for which sums are made: milliseconds
+_MAX_BALANCING_ROUNDS = 2000
+_BALANCED = 0.01  # spread of the micro-batches' costs, as a share of their mean, below which balancing stops
+_MAX_FULL_BINS = 64  # bins without room that are tried before giving up
+_MAX_SUBSET_SUMS = 20_000  # groups x bins up to which subset sums are computed, which then takes milliseconds
 
 
-def plan_micro_batches(
+def pack_micro_batches(
     num_tokens: npt.ArrayLike,
     costs: npt.ArrayLike,
     tokens_per_micro_batch: int,
     num_data_parallel: int,
     multiple_of: int = 1,
 ) -> list[list[list[int]]]:
-    """Pack the groups of a step: no micro-batch above its capacity, all ranks with the same number of near-equal work.
+    """Pack the groups of a step into micro-batches within capacity: as many for each rank, of near-equal work.
 
     The number of micro-batches is that of best-fit-decreasing, rounded up to a multiple of the ranks (and, on each rank,
-    of `multiple_of`). The groups are then spread over that many by cost; where the capacity does not allow it, best-fit's
-    own bins are levelled.
+    of `multiple_of`); packing by subset sums is tried too where it could save some. The groups are then spread over that
+    many bins by cost; where the capacity does not allow that, the costs of the packed bins are balanced.
 
     Args:
         num_tokens: int [N], tokens of each group in the stream.
@@ -52,20 +52,20 @@ def plan_micro_batches(
     check_groups_fit(tokens_N, None, tokens_per_micro_batch)
     packed = best_fit_decreasing(tokens_N, tokens_per_micro_batch)
     unit = num_data_parallel * multiple_of
-    num_bins = _in_units(len(packed), unit)
-    fewest = _in_units(-(-int(tokens_N.sum()) // tokens_per_micro_batch), unit)
-    if fewest < num_bins and len(tokens_N) * len(packed) <= _MOST_SUMS:
-        tighter = fill_one_by_one(tokens_N, tokens_per_micro_batch)
+    num_bins = _round_up(len(packed), unit)
+    fewest = _round_up(-(-int(tokens_N.sum()) // tokens_per_micro_batch), unit)
+    if fewest < num_bins and len(tokens_N) * len(packed) <= _MAX_SUBSET_SUMS:
+        tighter = pack_by_subset_sums(tokens_N, tokens_per_micro_batch)
         if len(tighter) < len(packed):
-            packed, num_bins = tighter, _in_units(len(tighter), unit)
+            packed, num_bins = tighter, _round_up(len(tighter), unit)
     bins = _spread_by_cost(tokens_N, costs_N, tokens_per_micro_batch, num_bins)
     if bins is None:
         bins = packed + [[] for _ in range(num_bins - len(packed))]
-    _level(bins, tokens_N, costs_N, tokens_per_micro_batch)
-    return _deal(bins, costs_N, num_data_parallel)
+    _balance(bins, tokens_N, costs_N, tokens_per_micro_batch)
+    return _assign_to_ranks(bins, costs_N, num_data_parallel)
 
 
-def _in_units(num_bins: int, unit: int) -> int:
+def _round_up(num_bins: int, unit: int) -> int:
     return max(-(-num_bins // unit), 1) * unit
 
 
@@ -75,11 +75,11 @@ def check_groups_fit(
     tokens_per_micro_batch: int,
     setting: str = "train.tokens_per_micro_batch",
 ) -> None:
-    """Refuse groups that no micro-batch holds; call it on all groups before training.
+    """Refuse groups that are longer than a micro-batch; call it on all groups before training.
 
     Args:
         num_tokens: int [N], tokens of each group in the stream.
-        rows: int [N], their rows; None to name positions instead.
+        rows: int [N], their rows, which the message names; None: their positions.
         tokens_per_micro_batch: the capacity.
         setting: the configuration key to name.
 
@@ -102,29 +102,30 @@ def check_groups_fit(
 def group_costs(
     groups: GroupStore, share_prompts: bool, hidden_size: int, head_work: float = 0.0, score_prompts: bool = False
 ) -> FloatArray:
-    """Work of each group in tokens' worth of dense layers: its tokens, its rows of the head, attention's query-key pairs.
+    """Work of each group: its tokens, its scored positions, and attention's query-key pairs.
 
+    The unit is the work of one token in the dense layers.
     A token costs about 24 x hidden_size^2 in a layer's projections and MLP, a query-key pair 4 x hidden_size.
 
     Args:
-        head_work: of a row of the head, which every scored token has.
+        head_work: work of one scored position in the head, in that unit.
         score_prompts: whether the tokens of prompts are scored too.
 
     Returns:
         float64 [G].
     """
     group_R, lengths_R, prompts_R = _response_lengths(groups)
-    num_rows_R = lengths_R - (prompts_R == 0)
+    num_scored_R = lengths_R - (prompts_R == 0)
     if score_prompts:
         is_first_R = np.diff(group_R, prepend=-1) > 0
-        num_rows_R = num_rows_R + np.where(is_first_R, np.maximum(prompts_R - 1, 0), 0)
-    num_rows_G = np.bincount(group_R, num_rows_R, minlength=len(groups))
+        num_scored_R = num_scored_R + np.where(is_first_R, np.maximum(prompts_R - 1, 0), 0)
+    num_scored_G = np.bincount(group_R, num_scored_R, minlength=len(groups))
     pairs_G = attention_pairs(groups, share_prompts)
-    return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size) + head_work * num_rows_G
+    return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size) + head_work * num_scored_G
 
 
 def attention_pairs(groups: GroupStore, share_prompts: bool) -> FloatArray:
-    """float64 [G]: query-key pairs of a group's causal attention: responses see their prompt and themselves."""
+    """float64 [G]: query-key pairs of each group's causal attention; a response attends to its prompt and itself."""
     group_R, lengths_R, prompts_R = _response_lengths(groups)
     is_first_R = np.diff(group_R, prepend=-1) > 0
     shared_R = (groups.columns.num_prompts_G[group_R] == 1) & share_prompts
@@ -134,7 +135,7 @@ def attention_pairs(groups: GroupStore, share_prompts: bool) -> FloatArray:
 
 
 def _response_lengths(groups: GroupStore) -> tuple[IntArray, IntArray, IntArray]:
-    """Of every response of all groups, int64 [R]: its group, its tokens, and those of its prompt."""
+    """Of every response, int64 [R]: its group, its number of tokens, and its prompt's."""
     columns, lengths_S = groups.columns, groups.segment_lengths()
     num_prompts_G = np.asarray(columns.num_prompts_G, np.int64)
     group_R = np.repeat(np.arange(len(groups)), np.diff(groups.response_offsets_G))
@@ -145,10 +146,13 @@ def _response_lengths(groups: GroupStore) -> tuple[IntArray, IntArray, IntArray]
 
 
 def best_fit_decreasing(tokens_N: IntArray, capacity: int) -> list[list[int]]:
-    """Each group, longest first, into the fullest bin that still has room: positions among the N groups, bin by bin.
+    """Best-fit-decreasing: each group, longest first, into the fullest bin that still has room.
 
-    Rooms are whole numbers up to the capacity, so the bin is found in one look at a bit mask of the rooms there are, and
-    groups of one length go into it together as long as they fit: a million groups take seconds.
+    A bit mask of the room that bins have finds the bin in one operation, and groups of equal length are placed together
+    as long as they fit: a million groups take seconds.
+
+    Returns:
+        The bins, each a list of positions among the N groups.
     """
     order = np.argsort(-tokens_N, kind="stable")
     starts_L = np.flatnonzero(np.diff(tokens_N[order], prepend=-1))
@@ -176,10 +180,11 @@ def best_fit_decreasing(tokens_N: IntArray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def fill_one_by_one(tokens_N: IntArray, capacity: int) -> list[list[int]]:
-    """The longest group that is left, with those of the others that fill its bin best: slower than best-fit, and tighter.
+def pack_by_subset_sums(tokens_N: IntArray, capacity: int) -> list[list[int]]:
+    """Fill one bin after the other: the longest group left, and the subset of the others that fills the bin best.
 
-    Which sums can be made is a bit mask: bit s is set where some of the groups add up to s.
+    Slower than best-fit-decreasing, and tighter. The possible sums are a bit mask: bit s is set where some of the groups
+    add up to s. Returns bins as `best_fit_decreasing` does.
     """
     left = np.argsort(-tokens_N, kind="stable").tolist()
     tokens = tokens_N.tolist()
@@ -194,7 +199,7 @@ def fill_one_by_one(tokens_N: IntArray, capacity: int) -> list[list[int]]:
         rest = sums[-1].bit_length() - 1
         chosen = [first]
         for place in range(len(others) - 1, -1, -1):
-            # Whatever can be made of longer groups is: the short ones are worth more to the bins to come.
+            # Longer groups are preferred: short ones fit more easily into later bins.
             if not sums[place] >> rest & 1:
                 chosen.append(others[place])
                 rest -= tokens[others[place]]
@@ -205,14 +210,14 @@ def fill_one_by_one(tokens_N: IntArray, capacity: int) -> list[list[int]]:
 
 
 def _spread_by_cost(tokens_N: IntArray, costs_N: FloatArray, capacity: int, num_bins: int) -> list[list[int]] | None:
-    """Each group, costliest first, into the cheapest bin with room; None where one finds no room."""
+    """Each group, costliest first, into the cheapest bin with room; None where no bin has room for one."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     room = [capacity] * num_bins
     cheapest = [(0.0, number) for number in range(num_bins)]
     tokens, costs = tokens_N.tolist(), costs_N.tolist()
     for position in np.argsort(-costs_N, kind="stable").tolist():
         full: list[tuple[float, int]] = []
-        while cheapest and room[cheapest[0][1]] < tokens[position] and len(full) < _MOST_FULL_BINS:
+        while cheapest and room[cheapest[0][1]] < tokens[position] and len(full) < _MAX_FULL_BINS:
             full.append(heapq.heappop(cheapest))
         if not cheapest or room[cheapest[0][1]] < tokens[position]:
             return None
@@ -225,15 +230,18 @@ def _spread_by_cost(tokens_N: IntArray, costs_N: FloatArray, capacity: int, num_
     return bins
 
 
-def _level(bins: list[list[int]], tokens_N: IntArray, costs_N: FloatArray, capacity: int) -> None:
-    """Move groups from costly bins to cheap ones, or exchange two, while that brings them nearer; empty bins come first."""
+def _balance(bins: list[list[int]], tokens_N: IntArray, costs_N: FloatArray, capacity: int) -> None:
+    """Balance the bins' costs in place: move a group from a costly bin to the cheapest, or swap two, while that helps.
+
+    Empty bins are filled first.
+    """
     bin_costs = np.array([costs_N[members].sum() for members in bins])
     room = np.array([capacity - int(tokens_N[members].sum()) for members in bins])
-    for _ in range(min(_MAX_LEVEL_ROUNDS, 8 * len(bins))):
+    for _ in range(min(_MAX_BALANCING_ROUNDS, 8 * len(bins))):
         taker = int(bin_costs.argmin())
-        if bins[taker] and bin_costs.max() - bin_costs[taker] <= _LEVEL_ENOUGH * bin_costs.mean():
+        if bins[taker] and bin_costs.max() - bin_costs[taker] <= _BALANCED * bin_costs.mean():
             return
-        change = _best_change(bins, taker, bin_costs, room, tokens_N, costs_N)
+        change = _best_move(bins, taker, bin_costs, room, tokens_N, costs_N)
         if change is None:
             return
         giver, given, taken = change
@@ -247,10 +255,10 @@ def _level(bins: list[list[int]], tokens_N: IntArray, costs_N: FloatArray, capac
                 room[number] -= sign * tokens_N[position]
 
 
-def _best_change(
+def _best_move(
     bins: list[list[int]], taker: int, bin_costs: FloatArray, room: IntArray, tokens_N: IntArray, costs_N: FloatArray
 ) -> tuple[int, int, int | None] | None:
-    """(giver, the group it gives, the group it takes back or None) that brings a costly bin nearest to the cheapest one."""
+    """The move (giver, group given, group taken back or None) that best balances a costly bin with the bin `taker`."""
     if not bins[taker]:
         givers = [number for number in np.argsort(-bin_costs, kind="stable").tolist() if len(bins[number]) > 1][:1]
     else:
@@ -277,8 +285,8 @@ def _best_change(
     return None
 
 
-def _deal(bins: list[list[int]], costs_N: FloatArray, num_ranks: int) -> list[list[list[int]]]:
-    """The k-th costliest `num_ranks` bins are the ranks' k-th micro-batches, the costliest for the idlest rank."""
+def _assign_to_ranks(bins: list[list[int]], costs_N: FloatArray, num_ranks: int) -> list[list[list[int]]]:
+    """Assign bins to ranks in rounds of `num_ranks`, costliest first; in a round, the costliest to the least loaded rank."""
     by_cost = sorted((-float(costs_N[members].sum()), members) for members in bins)
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     totals = [0.0] * num_ranks

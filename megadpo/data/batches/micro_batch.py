@@ -1,7 +1,6 @@
-"""A micro-batch: groups laid out as one flat token stream, with what attention and the head need to know of it.
+"""A micro-batch: groups collated into one flat token stream, with what attention and the head need to know of it.
 
-Axes: T tokens of the stream, N scored positions, R responses of the micro-batch, P pairs, G groups, U runs (a prompt or a
-response where it stands in the stream).
+Axes: T tokens of the stream, L tokens of a shard, N scored positions, R responses of the micro-batch, P pairs, G groups.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Consecutive stream tokens that attend alike: causally to themselves, and wholly to a shared prompt before them.
+    """Consecutive tokens of the stream with one attention pattern: causal among themselves, full over a shared prompt.
 
     Attributes:
         start, end: the tokens [start, end) of the stream, which are queries and keys.
-        prompt_start, prompt_end: further keys, all of them visible; empty (equal) where the segment stands alone.
+        prompt_start, prompt_end: the shared prompt's tokens in the stream, further keys that every query sees; equal (no
+            token) where the segment has no shared prompt.
     """
 
     start: int
@@ -29,18 +29,20 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> slice:
-        """The stream tokens that are its own keys."""
+        """The keys of the segment itself, in the stream."""
         return slice(self.start, self.end)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of a Part that attend alike, as part of a segment.
+class ShardSegment:
+    """Consecutive tokens of a shard that belong to one segment of the stream.
 
     Attributes:
-        start, end: the queries, as places among the part's tokens.
-        keys_start, keys_end: their own keys in the stream; the last query sees all of them, each one before one key less.
-        prompt_start, prompt_end: further keys in the stream, all of them visible.
+        start, end: the queries [start, end), counted in the shard.
+        keys_start, keys_end: their keys of the same segment, counted in the keys that the shard attends to (under context
+            parallelism the whole stream): the last query sees all of them, each query before it one key less.
+        prompt_start, prompt_end: further keys that every query sees (the shared prompt), counted likewise; equal where
+            there are none.
     """
 
     start: int
@@ -52,42 +54,44 @@ class Piece:
 
     @property
     def keys(self) -> slice:
-        """The stream tokens that are its own keys."""
+        """The keys of the segment itself."""
         return slice(self.keys_start, self.keys_end)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one context-parallel rank holds of a micro-batch, see data/cut.py; every part has the same number of tokens.
-    Or one of two halves, see data/halves.py.
+class StreamShard:
+    """The tokens of a micro-batch's stream that one forward pass computes, where that is not all of them.
+
+    Either one context-parallel rank's shard (see data/batches/context_shard.py; all shards have the same length), or one
+    half of the pairs (see data/batches/halves.py).
 
     Attributes:
-        tokens_T, positions_T: as in MicroBatch, of the tokens held.
-        scored_N: int64 places among the tokens held whose next-token distribution is read.
-        targets_N: int64 the token that follows there, wherever it lies.
-        numbers_N: int64 which of the micro-batch's scored positions these are.
-        pieces: covers the tokens held without gaps, in order.
-        order: int64 [the stream's tokens]: where each stands when all parts are put one after the other.
-        first: where this part begins there.
+        tokens_T, positions_T: int64 [L], as in MicroBatch, of the shard's tokens.
+        scored_N: int64, scored positions that lie in the shard, counted in the shard.
+        targets_N: int64, the token that follows each of them, in whichever shard it lies.
+        scored_index_N: int64, which of the micro-batch's scored positions these are.
+        segments: covers the shard without gaps, in order.
+        order: int64 [T], where each token of the stream is when all shards are concatenated.
+        first: where this shard begins in that concatenation.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     scored_N: Tensor
     targets_N: Tensor
-    numbers_N: Tensor
-    pieces: tuple[Piece, ...]
+    scored_index_N: Tensor
+    segments: tuple[ShardSegment, ...]
     order: Tensor
     first: int
 
-    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Part:
-        """The same part with its tensors changed."""
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> StreamShard:
+        """The same shard with its tensors changed."""
         return replace(self, **_changed_tensors(self, change))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One flat stream for one forward pass.
+    """One flat stream of tokens.
 
     Attributes:
         tokens_T: int64 token ids, padding included.
@@ -96,17 +100,18 @@ class MicroBatch:
         scored_N: int64 stream positions whose next-token distribution is read (a shared prompt's end is read K times).
         targets_N: int64 the token that follows there.
         response_N: int64 the response, 0..R-1, that the target belongs to.
-        place_N: int64 the target's place in its completion, from 1; 0 for a token of the prompt (see data/layout.py).
+        place_N: int64 the target's place in its completion, from 1; 0 for a token of the prompt (see
+            data/batches/collate.py).
         num_completion_tokens_R: int64 tokens of each response, scored or not.
         last_R: int64 stream position of each response's last token.
         group_R: int64 the group, 0..G-1, of each response.
-        rows: the group numbers in the store, one a group.
-        places: each group's place in the step's batch.
+        group_ids: each group's position in the store.
+        batch_positions: each group's position in the step's batch.
         num_padding: stream tokens that belong to no group.
-        numbers: float64 [R] by name: what the rows say of their responses, see `Group`.
-        part: what this rank holds of the stream under context parallelism, or computes at once of halves; None: all of it.
-        halves: the two streams as which the chosen and the rejected answers of pairs travel, see data/halves.py; empty:
-            together.
+        row_values: float64 [R] by name: what the rows say of their responses, see `Group`.
+        shard: the tokens that this rank computes under context parallelism, or the half that is computed; None: all.
+        halves: the shards with the prompts and chosen answers, and with the rejected answers, where these go through the
+            pipeline one after the other (see data/batches/halves.py); empty: together.
     """
 
     tokens_T: Tensor
@@ -119,21 +124,21 @@ class MicroBatch:
     num_completion_tokens_R: Tensor
     last_R: Tensor
     group_R: Tensor
-    rows: tuple[int, ...]
-    places: tuple[int, ...]
+    group_ids: tuple[int, ...]
+    batch_positions: tuple[int, ...]
     num_padding: int
-    numbers: Mapping[str, Tensor] = field(default_factory=dict)
-    part: Part | None = None
-    halves: tuple[Part, ...] = ()
+    row_values: Mapping[str, Tensor] = field(default_factory=dict)
+    shard: StreamShard | None = None
+    halves: tuple[StreamShard, ...] = ()
 
     def half(self, number: int) -> MicroBatch:
-        """The same micro-batch, of which one of its halves is computed; itself where it has none."""
-        return replace(self, part=self.halves[number], halves=()) if self.halves else self
+        """The same micro-batch with one of its halves as the shard to compute; itself where it has no halves."""
+        return replace(self, shard=self.halves[number], halves=()) if self.halves else self
 
     @property
-    def held(self) -> MicroBatch | Part:
-        """What this rank computes: its `tokens_T`, `positions_T`, `scored_N` and `targets_N`."""
-        return self if self.part is None else self.part
+    def local(self) -> MicroBatch | StreamShard:
+        """What this rank computes: has `tokens_T`, `positions_T`, `scored_N` and `targets_N`."""
+        return self if self.shard is None else self.shard
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +153,7 @@ class MicroBatch:
     @property
     def first_G(self) -> Tensor:
         """int64, each group's first response."""
-        num_responses_G = torch.bincount(self.group_R, minlength=len(self.rows))
+        num_responses_G = torch.bincount(self.group_R, minlength=len(self.group_ids))
         return num_responses_G.cumsum(0) - num_responses_G
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -156,16 +161,16 @@ class MicroBatch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """The same micro-batch in memory from which a GPU copies without the processor waiting."""
+        """The same micro-batch in pinned memory, from which copies to a GPU are asynchronous."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        numbers = {name: change(numbers_R) for name, numbers_R in self.numbers.items()}
-        part = None if self.part is None else self.part.with_tensors(change)
+        row_values = {name: change(values_R) for name, values_R in self.row_values.items()}
+        shard = None if self.shard is None else self.shard.with_tensors(change)
         halves = tuple(half.with_tensors(change) for half in self.halves)
-        return replace(self, numbers=numbers, part=part, halves=halves, **_changed_tensors(self, change))
+        return replace(self, row_values=row_values, shard=shard, halves=halves, **_changed_tensors(self, change))
 
 
-def _changed_tensors(item: MicroBatch | Part, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _changed_tensors(item: MicroBatch | StreamShard, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     tensors = {f.name: getattr(item, f.name) for f in fields(item) if isinstance(getattr(item, f.name), Tensor)}
     return {name: change(tensor) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What the next step reads, made ready on a thread while this one computes."""
+"""Prefetching: the next step's data is made on a thread while this step computes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """``make(step)`` for one step after the other, each made while the one before it is in use.
+class Prefetcher(Generic[T]):
+    """``make(step)`` for one step after the other; step + 1 is made while step is in use.
 
-    Everything is made on one thread, in order, and only by `make`: what comes out is what `make` gives, and an error of it
-    is raised by `at`. A step that is asked for out of turn is made when it is asked for.
+    All calls of `make` are on one thread, in the order of the requests. An error that `make` raises for a step is raised
+    by `get` of that step. A step that was not prefetched is made when it is requested.
 
     Args:
-        make: pure; must not communicate with other processes.
-        num_steps: steps from this number on are never made ahead.
+        make: from a step's number to its data; pure, and without communication between processes.
+        num_steps: the first step that is never prefetched.
 
     Attributes:
-        seconds_waited: how long the last `at` waited.
+        seconds_waited: how long the last `get` waited.
     """
 
     def __init__(self, make: Callable[[int], T], num_steps: int) -> None:
@@ -31,8 +31,8 @@ class Ahead(Generic[T]):
         self._pool = ThreadPoolExecutor(1, "megadpo-data")
         self._next: tuple[int, Future[T]] | None = None
 
-    def at(self, step: int) -> T:
-        """What `make` gives for the step; that of the next one is begun."""
+    def get(self, step: int) -> T:
+        """`make(step)`, waited for; starts prefetching the next step. Raises what `make` raises."""
         started = time.perf_counter()
         if self._next is None or self._next[0] != step:
             self._next = (step, self._pool.submit(self._make, step))
@@ -41,16 +41,16 @@ class Ahead(Generic[T]):
         self._next = (step + 1, self._pool.submit(self._make, step + 1)) if step + 1 < self._num_steps else None
         return value
 
-    def following(self) -> T:
-        """What `make` gives for the step after the one last asked for, of which there must be one."""
+    def get_next(self) -> T:
+        """`make(step + 1)` after `get(step)`, waited for; that step must be below `num_steps`."""
         assert self._next is not None
         return self._next[1].result()
 
     def close(self) -> None:
-        """Ends the thread; what it is making is made to its end and thrown away."""
+        """End the thread: a call of `make` that is running is finished and its result dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

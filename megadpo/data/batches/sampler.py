@@ -1,10 +1,10 @@
-"""Which groups a step sees: a pure function of (seed, step), so that resuming anywhere needs no state.
+"""The sampler: which groups a step sees, a pure function of (seed, step), so that resuming needs no state.
 
-Where steps are to fill a number of tokens, the groups of nearby steps are exchanged (`compose`): then it is a function of
-that number and the groups' lengths too, and still of no layout.
+With `data.step_tokens_multiple_of`, groups of nearby steps are exchanged (`compose_steps`): then it is a function of that
+number and of the groups' lengths too, but never of the layout.
 
-Sample number s of a run lies in epoch s // samples_per_epoch, at place s % samples_per_epoch of that epoch's order.
-Epochs follow each other without a gap: a step may end one and begin the next.
+Sample s of a run is in epoch s // samples_per_epoch, at position s % samples_per_epoch of that epoch's order. A step may end
+one epoch and begin the next.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.data.batches.compose import STEPS_AT_ONCE, compose
+from megadpo.data.batches.compose import STEPS_AT_ONCE, compose_steps
 
 IntArray = npt.NDArray[np.int64]
 
-# What a random stream is for; part of its seed, so that no two purposes share numbers.
+# The purpose of a random stream: part of its seed, so that no two purposes share random numbers.
 _ORDER, _SUBSET = 0, 1
 
 
@@ -31,7 +31,7 @@ def samples_per_epoch(sources: int | npt.ArrayLike, weights: Sequence[float] | n
         weights: float [num_sources], how many times an epoch sees each group of a source.
     """
     members = _members(sources, weights)
-    return sum(_num_samples(len(rows), weight) for rows, weight in members)
+    return sum(_num_samples(len(group_ids), weight) for group_ids, weight in members)
 
 
 def num_steps(num_samples_an_epoch: int, pairs_per_step: int, epochs: float) -> int:
@@ -53,12 +53,12 @@ def step_batch(
     shuffle: bool = True,
     epochs: float | None = None,
 ) -> IntArray:
-    """The groups of a step.
+    """The groups of one step; `StepSampler` for many.
 
     Args:
         sources: the number of groups (of one source), or int [G]: each group's source number.
         weights: float [num_sources], how many times an epoch sees each group of a source; of a fractional part it sees
-            another window of the source's groups every epoch, so that all are seen equally often in the long run.
+            another window of the source's groups every epoch, so that all are seen equally often over many epochs.
         step: from 0.
         pairs_per_step: groups of a full step.
         seed: of the run.
@@ -66,13 +66,13 @@ def step_batch(
         epochs: where a run of so many epochs ends; its last step is smaller, later ones are empty. None: it never ends.
 
     Returns:
-        int64 [at most pairs_per_step]: group numbers.
+        int64 [at most pairs_per_step]: group ids (positions in the store).
     """
-    return Batches(sources, weights, pairs_per_step, seed, shuffle, epochs).at(step)
+    return StepSampler(sources, weights, pairs_per_step, seed, shuffle, epochs).group_ids(step)
 
 
-class Batches:
-    """`step_batch` for many steps of one run: the order of the epoch at hand is kept, nothing else is remembered.
+class StepSampler:
+    """The groups of every step of a run. Caches the current epoch's order; has no other state.
 
     Attributes:
         samples_per_epoch: groups an epoch sees.
@@ -94,7 +94,7 @@ class Batches:
 
         Args:
             lengths_G: int64, tokens of each group; read only with `tokens_multiple_of`.
-            tokens_multiple_of: what the tokens of a step are to come close to a multiple of; None: whatever they are.
+            tokens_multiple_of: groups are exchanged until a step's tokens come close to a multiple of it; None: never.
         """
         assert pairs_per_step >= 1 and (tokens_multiple_of is None or lengths_G is not None)
         self._data = (sources, weights)
@@ -108,7 +108,7 @@ class Batches:
         self._lengths_G, self._multiple_of = lengths_G, tokens_multiple_of
         self._stretch: tuple[tuple[int, int], IntArray] | None = None
 
-    def at(self, step: int) -> IntArray:
+    def group_ids(self, step: int) -> IntArray:
         """int64 [at most pairs_per_step]: the groups of a step."""
         assert step >= 0
         sample, end = step * self._pairs_per_step, (step + 1) * self._pairs_per_step
@@ -116,19 +116,19 @@ class Batches:
             end = min(end, self._num_samples)
         parts = [np.zeros(0, np.int64)]
         while sample < end:
-            epoch, place = divmod(sample, self.samples_per_epoch)
-            part = self._part_of(epoch, place)[: end - sample]
+            epoch, position = divmod(sample, self.samples_per_epoch)
+            part = self._groups_at(epoch, position)[: end - sample]
             parts.append(part)
             sample += len(part)
         return np.concatenate(parts)
 
-    def _part_of(self, epoch: int, place: int) -> IntArray:
-        """What an epoch has for the step that comes to its place `place`: pairs_per_step groups, or less at its end."""
+    def _groups_at(self, epoch: int, position: int) -> IntArray:
+        """The groups of an epoch from `position` to the end of that step or epoch: at most pairs_per_step."""
         size = self._pairs_per_step
-        first = -epoch * self.samples_per_epoch % size  # the rest of a step that the epoch before began
-        number, within = divmod(place - first, size)
-        if self._multiple_of is None or within or place + size > self.samples_per_epoch:
-            return self._order_of(epoch)[place : place + (size if place >= first else first)]
+        first = -epoch * self.samples_per_epoch % size  # ends the step that the previous epoch began
+        number, within = divmod(position - first, size)
+        if self._multiple_of is None or within or position + size > self.samples_per_epoch:
+            return self._order_of(epoch)[position : position + (size if position >= first else first)]
         stretch, number = divmod(number, STEPS_AT_ONCE)
         return self._stretch_of(epoch, stretch)[number]
 
@@ -141,8 +141,8 @@ class Batches:
             num_steps = min((self.samples_per_epoch - first) // size - stretch * STEPS_AT_ONCE, STEPS_AT_ONCE)
             start = first + stretch * STEPS_AT_ONCE * size
             groups_N = self._order_of(epoch)[start : start + num_steps * size]
-            places = compose(self._lengths_G[groups_N], num_steps, self._multiple_of)
-            self._stretch = ((epoch, stretch), groups_N[places])
+            positions = compose_steps(self._lengths_G[groups_N], num_steps, self._multiple_of)
+            self._stretch = ((epoch, stretch), groups_N[positions])
         return self._stretch[1]
 
     def _order_of(self, epoch: int) -> IntArray:
@@ -154,22 +154,22 @@ class Batches:
 def epoch_order(
     sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike, epoch: int, seed: int, shuffle: bool = True
 ) -> IntArray:
-    """int64 [samples_per_epoch]: an epoch's group numbers in the order they are seen. Pure."""
+    """int64 [samples_per_epoch]: an epoch's group ids in the order they are seen. Pure."""
     parts = []
-    for number, (rows, weight) in enumerate(_members(sources, weights)):
-        whole, extra = divmod(_num_samples(len(rows), weight), max(len(rows), 1))
-        parts += [rows] * whole
+    for number, (group_ids, weight) in enumerate(_members(sources, weights)):
+        whole, extra = divmod(_num_samples(len(group_ids), weight), max(len(group_ids), 1))
+        parts += [group_ids] * whole
         if extra:
-            # A window that moves on by its own length every epoch: no row twice in an epoch, none left behind for long.
-            window = (np.arange(extra) + epoch * extra) % len(rows)
-            chosen = _permutation(len(rows), seed, _SUBSET, number) if shuffle else np.arange(len(rows))
-            parts.append(rows[np.sort(chosen[window])])
+            # A window that moves by its own length every epoch: no group twice in an epoch, all equally often over many.
+            window = (np.arange(extra) + epoch * extra) % len(group_ids)
+            chosen = _permutation(len(group_ids), seed, _SUBSET, number) if shuffle else np.arange(len(group_ids))
+            parts.append(group_ids[np.sort(chosen[window])])
     order = np.concatenate(parts)
     return order[_permutation(len(order), seed, _ORDER, epoch)] if shuffle else order
 
 
 def _members(sources: int | npt.ArrayLike, weights: Sequence[float] | npt.ArrayLike) -> list[tuple[IntArray, float]]:
-    """Each source's group numbers, ascending, and its weight."""
+    """Each source's group ids, ascending, and its weight."""
     weights_list = [float(weight) for weight in np.asarray(weights, np.float64)]
     if isinstance(sources, int | np.integer):
         assert len(weights_list) == 1

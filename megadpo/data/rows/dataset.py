@@ -1,4 +1,4 @@
-"""From configuration to groups: read, recognise, tokenise and truncate every row once, in parallel, cached on disk."""
+"""From sources to groups: every row is read, recognised, tokenised and truncated once, in parallel, and cached on disk."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megadpo.config.sources import Source, parse_sources
 from megadpo.data.groups import Group
 from megadpo.data.rows.formats import PAIRS, Reading, Row, recognise
 from megadpo.data.rows.report import DataReport
-from megadpo.data.rows.sources import Source, iter_rows, load_dataset, parse_sources, source_files
+from megadpo.data.rows.sources import iter_rows, load_dataset, source_files
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
 from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
 from megadpo.errors import UserError
 
-# Raise it when the same rows, tokenizer and options would give other groups than before.
+# Increase it when the same rows, tokenizer and options give other groups than before.
 CODE_VERSION = 3
-# A worker needs seconds to start: fewer rows than this are tokenised sooner without.
+# Workers take seconds to start: fewer rows than this are tokenised faster in this process.
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
 
@@ -41,7 +42,7 @@ LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, r
 
 
 class DataOptions(Protocol):
-    """The part of the configuration's `data` section that decides what a row becomes."""
+    """The options of the `data` section that rows are read and tokenised by."""
 
     max_length: int | None
     truncation: str
@@ -61,7 +62,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TokeniseJob:
-    """All that turns rows into groups; small, as every worker receives it."""
+    """What `make_groups` needs besides the rows. Small, because it is sent to every worker."""
 
     tokenizer_path: str
     chat_template: str | None
@@ -73,7 +74,7 @@ class TokeniseJob:
 def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS) -> Prepared:
     """Read and tokenise the sources, or load them from the cache. Call it before process groups are made.
 
-    Any number of processes may call it at once: one does the work, the others wait for it and read the cache.
+    Any number of processes may call it at once: one does the work while the others wait, and then read the cache.
 
     Args:
         data: the configuration's `data` section.
@@ -138,7 +139,7 @@ def _load(directory: Path) -> tuple[GroupStore, DataReport] | None:
 
 
 def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
-    """A hexadecimal key of everything that changes the groups: contents, never times or weights."""
+    """A hexadecimal key of everything that the groups depend on: contents of files, never their times; not weights."""
     import tokenizers
     import transformers
 
@@ -148,7 +149,7 @@ def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
         "chat_template": job.chat_template,
         "max_length": job.max_length,
         "truncation": job.truncation,
-        "reading": [job.reading.kind, sorted(job.reading.numbers)],
+        "reading": [job.reading.kind, sorted(job.reading.row_values)],
         "columns": [sorted(source.columns.items()) for source in sources],
         "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
         "sources": [_source_digest(source) for source in sources],
@@ -191,7 +192,7 @@ class _HashSink:
         return len(content)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: there is no buffer."""
 
 
 def _file_digest(file: Path) -> str:
@@ -250,20 +251,20 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
             dropped[tokens] += 1
             continue
         prompts, responses = (tuple(np.array(ids, np.int32) for ids in side) for side in (tokens.prompts, tokens.responses))
-        groups.append(Group(prompts, responses, number, row.numbers))
+        groups.append(Group(prompts, responses, number, row.row_values))
         group_sources.append(source)
         report.num_unshared += len(prompts) > 1
         report.num_truncated += tokens.truncated
         report.num_moved_boundaries += tokens.moved_boundary
-        report.num_desirable += row.numbers.get("label", ()).count(1.0)
-        report.num_undesirable += row.numbers.get("label", ()).count(0.0)
+        report.num_desirable += row.row_values.get("label", ()).count(1.0)
+        report.num_undesirable += row.row_values.get("label", ()).count(0.0)
     return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
 
 
 def _truncate(row: Row, tokens: GroupTokens, job: TokeniseJob, tokenizer: Any, location: str) -> GroupTokens | str:
     protected = [1]
     if job.truncation == "prompt_left" and job.max_length is not None:
-        longest = max(len(prompt) + len(response) for prompt, response in tokens.sides())
+        longest = max(len(prompt) + len(response) for prompt, response in tokens.sequences())
         if longest > job.max_length:
             protected = last_turn_lengths(row, tokens, tokenizer, location)
     return truncate(tokens, job.max_length, job.truncation, protected)
@@ -286,10 +287,10 @@ def _process_in_worker(chunk: list[LocatedRow]) -> tuple[GroupColumns, DataRepor
 def _in_workers(
     chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int
 ) -> Iterator[tuple[GroupColumns, DataReport]]:
-    """Results in the chunks' order; only a few chunks are held at a time."""
-    load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are better raised here than in a worker's start
+    """Results in the chunks' order; at most 4 chunks a worker are in memory."""
+    load_tokenizer(job.tokenizer_path, job.chat_template)  # so that its errors are raised here, not while a worker starts
     with (
-        _main_module_stays_out(),
+        _without_main_module(),
         ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
     ):
         waiting: deque[Future[tuple[GroupColumns, DataReport]]] = deque()
@@ -310,8 +311,8 @@ def _in_workers(
 
 
 @contextlib.contextmanager
-def _main_module_stays_out() -> Iterator[None]:
-    """Keep spawned workers from importing the caller's script again, which need not be written for that."""
+def _without_main_module() -> Iterator[None]:
+    """Keeps spawned workers from importing the caller's script, which may lack an `if __name__ == "__main__"`."""
     main: Mapping[str, Any] = vars(sys.modules["__main__"])
     saved = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     for name in saved:

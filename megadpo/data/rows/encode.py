@@ -1,4 +1,4 @@
-"""Texts -> token ids, many at once."""
+"""Texts -> token ids, in batches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """What ``tokenizer(texts, add_special_tokens=…)["input_ids"]`` is, without the masks that come with it.
+    """``tokenizer(texts, add_special_tokens=…)["input_ids"]``, faster.
 
-    That call also keeps every token's text and the characters it came from. Where transformers only hands the texts to the
-    tokenizers library, they are handed to the library's call that leaves these out.
+    The tokenizer's call also makes masks, every token's text and its character offsets. Where transformers only passes the
+    texts on to the tokenizers library, the library's batch call without these is used instead.
     """
     if not texts:
         return []
@@ -26,7 +26,7 @@ def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True
         options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "return_token_type_ids": False}
         ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
         return ids
-    # One text goes the ordinary way, which sets the library's options (truncation, padding, special tokens).
+    # An ordinary call for one text sets the library's options (truncation, padding, special tokens).
     tokenizer(texts[0], add_special_tokens=add_special_tokens)
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
     return [encoding.ids for encoding in encodings]

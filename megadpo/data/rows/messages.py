@@ -1,4 +1,4 @@
-"""Texts and messages of a row: read, checked, brought to {"role", "content"}, with what the row tells its template."""
+"""Texts and messages of a row, checked and converted to {"role", "content"}, and its template arguments."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ROLES = {
 }
 
 
-def read_side(value: object, name: str, location: str) -> Content:
-    """Text as it is, messages and ShareGPT turns as {"role", "content"} messages.
+def read_content(value: object, name: str, location: str) -> Content:
+    """The content of a field: text as it is, messages and ShareGPT turns as {"role", "content"} messages.
 
     Args:
-        value: what the row has in its field `name`.
+        value: of the row's field `name`.
         location: for error messages, such as "pairs.jsonl:17".
 
     Raises:
@@ -46,20 +46,20 @@ def read_side(value: object, name: str, location: str) -> Content:
     return [_read_message(turn, name, location) for turn in turns]
 
 
-def as_messages(side: Content) -> list[Message]:
-    """A completion as messages: text is what the assistant says."""
-    return [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+def as_messages(content: Content) -> list[Message]:
+    """A completion as messages: text becomes an assistant message."""
+    return [{"role": "assistant", "content": content}] if isinstance(content, str) else content
 
 
-def is_empty(side: Content) -> bool:
+def is_empty(content: Content) -> bool:
     """True where a completion has nothing but white space."""
-    if isinstance(side, str):
-        return not side.strip()
-    return all(not message.get("tool_calls") and not _text_of(message.get("content")) for message in side)
+    if isinstance(content, str):
+        return not content.strip()
+    return all(not message.get("tool_calls") and not _text_of(message.get("content")) for message in content)
 
 
 def read_template_kwargs(row: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """What the template sees of a row beside its messages: `tools` and all of `chat_template_kwargs`.
+    """The template's arguments other than the messages: `tools` and all of `chat_template_kwargs`.
 
     Both may be JSON text; so may each tool be.
 
@@ -87,7 +87,7 @@ def read_template_kwargs(row: Mapping[str, Any], location: str) -> dict[str, Any
 
 @cache
 def _reserved_names() -> frozenset[str]:
-    """What the tokenizer and its renderer take themselves: a row sets what its template sees, not how it is tokenised."""
+    """Parameters of the tokenizer and its renderer, which rows may not set: they would change how rows are tokenised."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -117,7 +117,7 @@ def _read_message(turn: object, name: str, location: str) -> Message:
 
 
 def _read_tool_calls(value: object, name: str, location: str) -> list[Any]:
-    """The calls as the template is to see them: arguments stay what they are, be it an object or JSON text."""
+    """The calls as the template gets them; their arguments are left as they are, an object or JSON text."""
     calls = _decoded(value, f"tool_calls` of `{name}", location)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{location}: `tool_calls` of a message of `{name}` must be a list of objects, it is {calls!r:.60}")
@@ -125,7 +125,7 @@ def _read_tool_calls(value: object, name: str, location: str) -> list[Any]:
 
 
 def _decoded(value: object, name: str, location: str) -> Any:
-    """A value that may have come as JSON text; blank text is no value."""
+    """A value, decoded where it is JSON text; None for blank text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -152,12 +152,12 @@ def _text_of(content: object) -> str:
     return str(content or "").strip()
 
 
-def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
-    """Number of leading items (characters, messages, ids) that both sequences have."""
+def common_prefix_length(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """Length of the longest common prefix of two sequences (of characters, messages or ids)."""
     same, end = 0, min(len(ours), len(theirs))
     if ours[:end] == theirs[:end]:
         return end
-    # By halves: slices are compared much faster than their items are one by one.
+    # Binary search: comparing slices is much faster than comparing items one by one.
     while end - same > 1:
         middle = (same + end) // 2
         if ours[same:middle] == theirs[same:middle]:

@@ -1,4 +1,4 @@
-"""What became of the rows of a data set, counted."""
+"""How many rows of a data set were kept, dropped or truncated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass
 class DataReport:
-    """What became of the rows.
+    """Counts of a data set's rows.
 
     Attributes:
         kind: what the rows were read as (`Reading.kind`).
@@ -45,15 +45,15 @@ class DataReport:
     num_undesirable: int = 0
 
     def add(self, other: DataReport) -> None:
-        """Count another part's rows in."""
+        """Add the counts of another part of the rows."""
         self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
         for name in (item.name for item in fields(self) if item.name.startswith("num_")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def noun(self) -> str:
-        """What a row is called."""
-        # A pair that is read as labelled answers is two of them.
+        """What one row of this kind is called, in messages."""
+        # A pair that is read as labelled answers counts as two.
         are_pairs = self.kind == "labels" and self.num_desirable + self.num_undesirable > self.num_kept
         return "row" if are_pairs else _NOUNS[self.kind]
 
@@ -69,7 +69,7 @@ class DataReport:
         return ", ".join(parts)
 
     def check(self, sources: Sequence[str]) -> None:
-        """Refuse a data set of which nothing can be learned.
+        """Refuse a data set that is useless for training.
 
         Raises:
             UserError: where no group is left, or where all labels are the same.

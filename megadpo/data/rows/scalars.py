@@ -1,4 +1,4 @@
-"""What rows say in numbers: weights, margins, probabilities, scores, ranks and labels."""
+"""Numbers in rows: weights, margins, probabilities, scores, ranks and labels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SPELLINGS = {
     "responses": ("responses", "completions"),
     "scores": ("scores", "ranks"),
 }
-"""Fields that files know by several names (`ranks` says of itself what it is), each with all of them."""
+"""Fields that files spell in several ways, each with all its spellings (`scores` and `ranks` are told apart later)."""
 
 NAMES = frozenset({"margin", "weight", "label_probability", "score"})
-"""What `Reading.numbers` may ask for."""
+"""The names that `Reading.row_values` may have."""
 
 _RANGES = {
     "weight": (0.0, math.inf, "a finite number of at least 0"),
@@ -31,28 +31,28 @@ _RANGES = {
 }
 
 
-def read_numbers(row: Mapping[str, Any], names: Collection[str], num_responses: int, location: str) -> dict[str, Any]:
-    """Those numbers of a row that were asked for, `num_responses` floats each.
+def read_row_values(row: Mapping[str, Any], names: Collection[str], num_responses: int, location: str) -> dict[str, Any]:
+    """The values `names` of a row, each as `num_responses` floats.
 
     Raises:
         UserError: where the row lacks one, or has no finite number in its range there.
     """
-    numbers = {}
+    values = {}
     for name in sorted(names):
         if name == "score":
-            numbers[name] = tuple(_required(row, side, location) for side in ("chosen_score", "rejected_score"))
+            values[name] = tuple(_required(row, side, location) for side in ("chosen_score", "rejected_score"))
         else:
-            numbers[name] = (_required(row, name, location),) * num_responses
-    return numbers
+            values[name] = (_required(row, name, location),) * num_responses
+    return values
 
 
 def pair_scores(row: Mapping[str, Any], location: str) -> tuple[float, float]:
-    """The scores of a pair that is read as a list: its own where it has them, else 1 and 0.
+    """The scores of a pair that is read as a list: those of the row where it has them, else 1 and 0.
 
     Raises:
         UserError: for half of them, for no finite numbers, or where the rejected answer has the higher one.
     """
-    if all(spelled(row, side) is None for side in ("chosen_score", "rejected_score")):
+    if all(find_spelling(row, side) is None for side in ("chosen_score", "rejected_score")):
         return 1.0, 0.0
     chosen, rejected = (_required(row, side, location) for side in ("chosen_score", "rejected_score"))
     if chosen < rejected:
@@ -69,7 +69,7 @@ def list_scores(row: Mapping[str, Any], num_responses: int, location: str) -> tu
     Raises:
         UserError: where neither or both are there, of another length than the responses, or not finite.
     """
-    name = spelled(row, "scores")
+    name = find_spelling(row, "scores")
     if name is None:
         has = ", ".join(row)
         raise UserError(
@@ -85,8 +85,8 @@ def list_scores(row: Mapping[str, Any], num_responses: int, location: str) -> tu
     if not isinstance(values, list | tuple) or len(values) != num_responses:
         length = f"{len(values)} values" if isinstance(values, list | tuple) else f"{values!r:.40}"
         raise UserError(f"{location}: `{name}` has {length} for {num_responses} responses; give each response one number")
-    numbers = tuple(_number(value, name, f"{name}[{place}]", location) for place, value in enumerate(values))
-    return numbers if name == "scores" else tuple(-number for number in numbers)
+    scores = tuple(_number(value, name, f"{name}[{place}]", location) for place, value in enumerate(values))
+    return scores if name == "scores" else tuple(-rank for rank in scores)
 
 
 def read_label(row: Mapping[str, Any], location: str) -> float:
@@ -101,8 +101,8 @@ def read_label(row: Mapping[str, Any], location: str) -> float:
     raise UserError(f"{location}: `label` is {label!r:.40}; it must be true (a desirable answer) or false")
 
 
-def spelled(row: Mapping[str, Any], name: str) -> str | None:
-    """Under which of its names the row has a field; null is the same as no field."""
+def find_spelling(row: Mapping[str, Any], name: str) -> str | None:
+    """The spelling under which the row has the field, or None; a field that is null does not count."""
     return next((spelling for spelling in SPELLINGS[name] if row.get(spelling) is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: json, jsonl and parquet files (also .gz), directories of them, and Hugging Face datasets."""
+"""Rows of a source: json, jsonl and parquet files (also .gz), directories of them, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -7,101 +7,19 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from megadpo.config.sources import Source
 from megadpo.data.rows.scalars import SPELLINGS
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 
 if TYPE_CHECKING:
     import datasets
 
 Fields = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".parquet.gz")
-_SOURCE_KEYS = ("path", "weight", "split", "subset", "columns")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of `data.train` or `data.eval`.
-
-    Attributes:
-        path: a file, a directory (of files, or written by `save_to_disk`), a Hub id, or a `datasets.Dataset`.
-        weight: how many times an epoch sees each of its rows.
-        split: of a Hugging Face dataset; None means "train".
-        subset: the configuration name of a dataset on the Hub.
-        columns: our field name -> the field's name in the file.
-    """
-
-    path: str | datasets.Dataset
-    weight: float = 1.0
-    split: str | None = None
-    subset: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The path, or a description of a dataset that was handed over in memory."""
-        return self.path if isinstance(self.path, str) else "datasets.Dataset"
-
-
-def parse_sources(value: object, columns: Mapping[str, str] | None = None) -> list[Source]:
-    """Turn the value of `data.train` or `data.eval` into sources.
-
-    Args:
-        value: a path, a Hub id, a `datasets.Dataset`, a {path, weight, split, subset, columns} mapping, or a list.
-        columns: renames for every source; a source's own renames win.
-
-    Raises:
-        UserError: for an empty list, an unknown key, or a value of the wrong type.
-    """
-    entries = value if isinstance(value, list | tuple) else [value]
-    if not entries:
-        raise UserError("data: the list of sources is empty; give at least one file, directory or dataset")
-    return [_parse_source(entry, dict(columns or {})) for entry in entries]
-
-
-def _parse_source(entry: object, columns: dict[str, str]) -> Source:
-    if not isinstance(entry, Mapping) or _is_dataset(entry):
-        return Source(path=_checked_path(entry), columns=columns)
-    unknown = [key for key in entry if key not in _SOURCE_KEYS]
-    if unknown:
-        raise UserError(f"data: unknown key {unknown[0]!r} of a source; known keys: {', '.join(_SOURCE_KEYS)}")
-    if "path" not in entry:
-        raise UserError(f"data: a source has no `path`; it has {', '.join(map(str, entry)) or 'nothing'}")
-    weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"data: weight of source {entry['path']} is {weight!r}; it must be a number above 0")
-    for key in ("split", "subset"):
-        if not isinstance(entry.get(key), str | None):
-            raise UserError(f"data: {key} of source {entry['path']} is {entry[key]!r}; it must be a string")
-    own = entry.get("columns") or {}
-    if not isinstance(own, Mapping) or not all(isinstance(item, str) for pair in own.items() for item in pair):
-        raise UserError(f"data: columns of source {entry['path']} must map our field names to the file's, got {own!r}")
-    return Source(
-        path=_checked_path(entry["path"]),
-        weight=float(weight),
-        split=entry.get("split"),
-        subset=entry.get("subset"),
-        columns={**columns, **own},
-    )
-
-
-def _checked_path(value: object) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if (isinstance(value, str) and value.strip()) or _is_dataset(value):
-        return value
-    raise UserError(
-        f"data: a source must be a path, a Hub id, a datasets.Dataset or a mapping with `path`, got {value!r:.80}"
-    )
-
-
-def _is_dataset(value: object) -> bool:
-    """True for the map-style datasets of the `datasets` library, without importing it for every string."""
-    return type(value).__module__.partition(".")[0] == "datasets"
 
 
 def source_files(source: Source) -> list[Path] | None:
@@ -116,7 +34,7 @@ def source_files(source: Source) -> list[Path] | None:
     if path.is_dir() and _is_saved_dataset(path):
         return None
     if not path.exists():
-        # "data/pairs" beside a folder data/ is a mistyped path: no reason to ask the network.
+        # "data/pairs", where there is a folder data/, is a mistyped path: the Hub is not asked for it.
         meant_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
         if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not meant_here:
             return None
@@ -158,9 +76,8 @@ def load_dataset(source: Source) -> datasets.Dataset:
             else:
                 loaded = datasets.load_dataset(source.path, source.subset, split=source.split or "train")
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             where = "as a saved dataset" if path.exists() else "is no file here and could not be loaded from the Hub"
-            raise UserError(f"data: {source.path} {where}: {reason}") from error
+            raise UserError(f"data: {source.path} {where}: {reason(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         split = source.split or "train"
         if split not in loaded:
@@ -181,21 +98,21 @@ def iter_rows(source: Source) -> Iterator[tuple[str, Fields]]:
     located = _dataset_rows(source) if files is None else (item for file in files for item in _file_rows(file))
     for location, row in located:
         if not isinstance(row, dict):
-            raise UserError(f"{location}: a row must be a JSON object, this one is {_kind(row)}")
+            raise UserError(f"{location}: a row must be a JSON object, this one is {_json_type(row)}")
         yield location, _rename(row, source.columns)
 
 
 def _rename(row: Fields, columns: Mapping[str, str]) -> Fields:
     if not columns:
         return row
-    # Two fields must never be mixed into one column: where one is named, its other spellings do not count.
+    # A column must not be mixed from two fields: where one spelling is named, the others are left out.
     meant = [spellings for spellings in SPELLINGS.values() if not columns.keys().isdisjoint(spellings)]
     left_out = {*columns.values()}.union(*meant)
     renamed = {key: value for key, value in row.items() if key not in left_out}
     return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
@@ -276,7 +193,7 @@ def _parquet_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
                 yield f"{file}: row {number}", row
                 number += 1
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"data: {file} is no readable parquet file: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"data: {file} is no readable parquet file: {reason(error)}") from error
 
 
 def _arrow_rows(batch: Any) -> Iterator[Fields]:
@@ -289,8 +206,8 @@ def _arrow_rows(batch: Any) -> Iterator[Fields]:
 def _as_json(value: Any, kind: Any) -> Any:
     """An Arrow value without the nulls that Arrow fills in for keys which only other rows have, JSON columns decoded.
 
-    A key that is null and one that is not there are the same in Arrow. Only a message's content is kept as null: beside
-    tool calls, that is how it is written.
+    Arrow cannot tell a key that is null from one that is missing. Only a message's content is kept as null, which is how
+    messages with tool calls are written.
     """
     import pyarrow
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.data.rows.encode import encode
-from megadpo.data.rows.messages import Message, first_difference
-from megadpo.errors import UserError
+from megadpo.data.rows.messages import Message, common_prefix_length
+from megadpo.errors import UserError, reason
 
 
 def read_template(value: str | None) -> str | None:
@@ -48,7 +48,7 @@ class Conversation:
 
     Attributes:
         location: of their row, for error messages.
-        kwargs: what the template sees beside the messages (`Row.template_kwargs`).
+        kwargs: the template's other arguments (`Row.template_kwargs`).
         is_prompt: whether the template is to end with the beginning of an answer.
     """
 
@@ -66,7 +66,7 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
     from transformers import PreTrainedTokenizerBase
 
     one_by_one = [(c.messages, c.location, c.kwargs, c.is_prompt) for c in conversations]
-    # A tokenizer with a way of its own (Mistral's) keeps it.
+    # A tokenizer that overrides apply_chat_template (Mistral's) is called as it is.
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
     try:
@@ -76,7 +76,7 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
 
 
 def _render_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
-    """Every conversation as the template writes it; those of which it sees the messages alone are rendered together."""
+    """Every conversation as rendered text; those without further template arguments are rendered together."""
     together: dict[bool, list[int]] = {True: [], False: []}
     texts = []
     for place, c in enumerate(conversations):
@@ -99,7 +99,7 @@ def render_ids(
     """Token ids of a conversation; the template alone places BOS and EOS.
 
     Args:
-        kwargs: what the template sees beside the messages (`Row.template_kwargs`).
+        kwargs: the template's other arguments (`Row.template_kwargs`).
         is_prompt: whether the template is to end with the beginning of an answer.
 
     Raises:
@@ -138,7 +138,7 @@ def check_prompt_survives(
     """
     alone = render_text(tokenizer, prompt, location, kwargs, is_prompt=True)
     whole = render_text(tokenizer, prompt + completion, location, kwargs)
-    common = first_difference(alone, whole)
+    common = common_prefix_length(alone, whole)
     content = prompt[-1].get("content")
     text = content.strip() if isinstance(content, str) else ""
     start = alone.rfind(text) if text else -1
@@ -165,5 +165,4 @@ def last_turn_ids(tokenizer: Any, prompt: list[Message], location: str, kwargs: 
 
 
 def _refused(error: Exception, location: str) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{location}: the chat template refuses the row: {reason}")
+    return UserError(f"{location}: the chat template refuses the row: {reason(error)}")

@@ -14,8 +14,8 @@ from typing import Any
 from megadpo.data.rows import templates
 from megadpo.data.rows.encode import encode
 from megadpo.data.rows.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
-from megadpo.data.rows.messages import Content, as_messages, first_difference
-from megadpo.errors import UserError
+from megadpo.data.rows.messages import Content, as_messages, common_prefix_length
+from megadpo.errors import UserError, reason
 
 TRUNCATED_AWAY = "completion truncated away"
 IDENTICAL_TRUNCATED = "identical after truncation"
@@ -31,8 +31,8 @@ class GroupTokens:
     Attributes:
         prompts: one list of ids for all completions, or K where the prompts differ.
         responses: ids of the completions.
-        moved_boundary: True where the tokenised prompt was no prefix of the tokenised whole.
-        truncated: True where tokens were cut.
+        moved_boundary: whether the tokenised prompt is no prefix of the tokenised prompt + completion.
+        truncated: whether tokens were cut.
     """
 
     prompts: tuple[list[int], ...]
@@ -40,7 +40,7 @@ class GroupTokens:
     moved_boundary: bool = False
     truncated: bool = False
 
-    def sides(self) -> list[tuple[list[int], list[int]]]:
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, completion) of every response."""
         prompts = self.prompts if len(self.prompts) > 1 else self.prompts * len(self.responses)
         return list(zip(prompts, self.responses, strict=True))
@@ -60,13 +60,12 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         num_ids = len(tokenizer("a")["input_ids"]) + len(tokenizer)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"model.path: no tokenizer could be loaded from {path}: {reason}") from error
+        raise UserError(f"model.path: no tokenizer could be loaded from {path}: {reason(error)}") from error
     if num_ids == 0:
         raise UserError(
             f"model.path: the tokenizer of {path} has no vocabulary; tokenizer.json or tokenizer.model is missing"
         )
-    # Rows may be longer than the model's context before they are truncated; that is no reason to warn.
+    # No warning about rows that are longer than the model's context: they are truncated later.
     tokenizer.model_max_length = 1 << 60
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -98,68 +97,68 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
         prompts = [next(ids) for _ in row.prompts]
         wholes = [next(ids) for _ in row.completions]
         own = prompts if len(prompts) > 1 else prompts * len(wholes)
-        cuts = [first_difference(prompt, whole) for prompt, whole in zip(own, wholes, strict=True)]
+        boundaries = [common_prefix_length(prompt, whole) for prompt, whole in zip(own, wholes, strict=True)]
         if row.conversational:
-            _check_prompts_survive(row, own, cuts, tokenizer, location)
-        tokenised.append(_split(prompts, wholes, cuts))
+            _check_prompts_survive(row, own, boundaries, tokenizer, location)
+        tokenised.append(_split(prompts, wholes, boundaries))
     in_order = iter(tokenised)
     return [reason or next(in_order) for reason in results]
 
 
 def _texts_of(row: Row, tokenizer: Any, location: str) -> list[str]:
-    """The prompts, then every completion with its prompt before it and the end of sequence behind it."""
+    """The prompts, then every prompt + completion + end-of-sequence token."""
     eos = tokenizer.eos_token
     if eos is None:
         raise UserError(f"{location}: the tokenizer has no end-of-sequence token (eos_token); rows of text need one")
     wholes = []
-    for prompt, completion in _sides_of(row):
+    for prompt, completion in _sequences_of(row):
         assert isinstance(prompt, str) and isinstance(completion, str)
         wholes.append(prompt + (completion if completion.endswith(eos) else completion + eos))
     return [str(prompt) for prompt in row.prompts] + wholes
 
 
-def _sides_of(row: Row) -> list[tuple[Content, Content]]:
+def _sequences_of(row: Row) -> list[tuple[Content, Content]]:
     prompts = row.prompts if len(row.prompts) > 1 else row.prompts * len(row.completions)
     return list(zip(prompts, row.completions, strict=True))
 
 
 def _conversations_of(row: Row, tokenizer: Any, location: str) -> list[templates.Conversation]:
-    """The prompts, then every completion with its prompt before it."""
+    """The prompts, then every prompt + completion."""
     templates.check_template(tokenizer, location)
     kwargs = row.template_kwargs
     conversations = [templates.Conversation(as_messages(prompt), location, kwargs, True) for prompt in row.prompts]
-    for prompt, completion in _sides_of(row):
+    for prompt, completion in _sequences_of(row):
         assert isinstance(prompt, list) and isinstance(completion, list)
         conversations.append(templates.Conversation(prompt + completion, location, kwargs))
     return conversations
 
 
-def _check_prompts_survive(row: Row, prompts: list[list[int]], cuts: list[int], tokenizer: Any, location: str) -> None:
-    """Of a prompt that is no prefix of the whole, see `templates.check_prompt_survives`."""
-    for (prompt, completion), alone, cut in zip(_sides_of(row), prompts, cuts, strict=True):
+def _check_prompts_survive(row: Row, prompts: list[list[int]], boundaries: list[int], tokenizer: Any, location: str) -> None:
+    """Run `templates.check_prompt_survives` where a tokenised prompt is no prefix of prompt + completion."""
+    for (prompt, completion), alone, boundary in zip(_sequences_of(row), prompts, boundaries, strict=True):
         assert isinstance(prompt, list) and isinstance(completion, list)
-        if cut < len(alone):
+        if boundary < len(alone):
             templates.check_prompt_survives(tokenizer, prompt, completion, location, row.template_kwargs)
 
 
-def _split(prompts: list[list[int]], wholes: list[list[int]], cuts: list[int]) -> GroupTokens | str:
-    """Cut a shared prompt where its shortest common prefix with any whole ends, prompts of their own each with its own."""
+def _split(prompts: list[list[int]], wholes: list[list[int]], boundaries: list[int]) -> GroupTokens | str:
+    """Split every prompt + completion at its boundary; those of a shared prompt all at the smallest of theirs."""
     if len(prompts) == 1:
-        cuts = [min(cuts)] * len(wholes)
+        boundaries = [min(boundaries)] * len(wholes)
     tokens = GroupTokens(
-        prompts=tuple(prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=False)),
-        responses=tuple(whole[cut:] for whole, cut in zip(wholes, cuts, strict=True)),
-        moved_boundary=any(cut < len(prompt) for prompt, cut in zip(prompts, cuts, strict=False)),
+        prompts=tuple(prompt[:boundary] for prompt, boundary in zip(prompts, boundaries, strict=False)),
+        responses=tuple(whole[boundary:] for whole, boundary in zip(wholes, boundaries, strict=True)),
+        moved_boundary=any(boundary < len(prompt) for prompt, boundary in zip(prompts, boundaries, strict=False)),
     )
     if not all(tokens.responses):
         return EMPTY
-    if _all_same(tokens.sides()):
+    if _all_same(tokens.sequences()):
         return IDENTICAL if len(wholes) == 2 else IDENTICAL_LIST
     return tokens
 
 
-def _all_same(sides: Sequence[tuple[list[int], list[int]]]) -> bool:
-    return len(sides) > 1 and all(side == sides[0] for side in sides)
+def _all_same(sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
+    return len(sequences) > 1 and all(sequence == sequences[0] for sequence in sequences)
 
 
 def truncate(
@@ -178,28 +177,32 @@ def truncate(
         num_protected: with "prompt_left", tokens at the end of each prompt (its last user turn) that are kept before
             the completions' ends are, up to half of `max_length`.
     """
-    sides = tokens.sides()
-    longest = max(len(prompt) + len(response) for prompt, response in sides)
+    sequences = tokens.sequences()
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
     truncated = max_length is not None and longest > max_length
     if truncated:
         assert max_length is not None
         if truncation == "prompt_left":
-            sides = _cut_prompt_left(tokens, max_length, num_protected)
+            sequences = _cut_prompt_left(tokens, max_length, num_protected)
         elif truncation == "keep_start":
-            sides = [(prompt[:max_length], response[: max(max_length - len(prompt), 0)]) for prompt, response in sides]
+            sequences = [_cut_keep_start(prompt, response, max_length) for prompt, response in sequences]
         else:
-            sides = [_cut_keep_end(prompt, response, max_length) for prompt, response in sides]
-    if not all(response for _, response in sides):
+            sequences = [_cut_keep_end(prompt, response, max_length) for prompt, response in sequences]
+    if not all(response for _, response in sequences):
         return TRUNCATED_AWAY
-    if _all_same(sides):
+    if _all_same(sequences):
         return IDENTICAL_TRUNCATED
-    sides = [(prompt, response) if prompt else (response[:1], response[1:]) for prompt, response in sides]
-    if not all(response for _, response in sides):
+    sequences = [(prompt, response) if prompt else (response[:1], response[1:]) for prompt, response in sequences]
+    if not all(response for _, response in sequences):
         return TRUNCATED_AWAY
-    prompts, responses = zip(*sides, strict=True)
+    prompts, responses = zip(*sequences, strict=True)
     if all(prompt == prompts[0] for prompt in prompts):
         prompts = prompts[:1]
     return replace(tokens, prompts=prompts, responses=responses, truncated=truncated)
+
+
+def _cut_keep_start(prompt: list[int], response: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    return prompt[:max_length], response[: max(max_length - len(prompt), 0)]
 
 
 def _cut_keep_end(prompt: list[int], response: list[int], max_length: int) -> tuple[list[int], list[int]]:
@@ -210,19 +213,19 @@ def _cut_keep_end(prompt: list[int], response: list[int], max_length: int) -> tu
 def _cut_prompt_left(
     tokens: GroupTokens, max_length: int, num_protected: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """One cut for a shared prompt, so that it stays shared; each side its own where the prompts differ."""
-    sides = tokens.sides()
+    """A shared prompt is cut once, so that it stays shared; prompts that differ are cut each by itself."""
+    sequences = tokens.sequences()
     if len(tokens.prompts) == 1:
         longest = max(len(response) for response in tokens.responses)
-        num_kept = [_num_prompt_kept(len(tokens.prompts[0]), longest, max_length, num_protected[0])] * len(sides)
+        num_kept = [_num_prompt_kept(len(tokens.prompts[0]), longest, max_length, num_protected[0])] * len(sequences)
     else:
         num_kept = [
             _num_prompt_kept(len(prompt), len(response), max_length, num_protected[min(i, len(num_protected) - 1)])
-            for i, (prompt, response) in enumerate(sides)
+            for i, (prompt, response) in enumerate(sequences)
         ]
     return [
         (prompt[len(prompt) - kept :], response[: max_length - kept])
-        for (prompt, response), kept in zip(sides, num_kept, strict=True)
+        for (prompt, response), kept in zip(sequences, num_kept, strict=True)
     ]
 
 
@@ -240,5 +243,5 @@ def last_turn_lengths(row: Row, tokens: GroupTokens, tokenizer: Any, location: s
             ids = templates.last_turn_ids(tokenizer, prompt, location, row.template_kwargs)
         elif isinstance(prompt, str) and _LAST_TURN in prompt:
             ids = tokenizer(prompt[prompt.rindex(_LAST_TURN) :], add_special_tokens=False)["input_ids"]
-        lengths.append(max(1, first_difference(ids[::-1], prompt_ids[::-1])))
+        lengths.append(max(1, common_prefix_length(ids[::-1], prompt_ids[::-1])))
     return lengths

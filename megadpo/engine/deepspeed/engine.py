@@ -1,10 +1,10 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 under Megatron's schedules, with tensor, sequence and pipeline parallelism.
 
-DeepSpeed reduces and shards over the replicas, and steps. What it does not know of is done here on the reduced gradients,
-since all of it is linear: sequence-parallel norms are summed over tensor ranks, tied embeddings over the first and the last
-stage; then the norm, in which what is replicated counts once; then the clipping.
+DeepSpeed reduces gradients over the replicas, shards over them, and steps. What it does not know of is done here on the
+reduced gradients: those of sequence-parallel norms are summed over tensor ranks, those of tied embeddings over the first and
+the last stage; then comes the global norm, in which what is replicated counts once, and the clipping.
 
-Replicas of the same rank have the same part of a tied embedding on both stages because it is a parameter group of its own.
+A tied embedding is a parameter group of its own, so that both stages partition it over the replicas in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megadpo.config.schema import ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
@@ -29,7 +29,7 @@ from megadpo.engine.deepspeed.offload import (
     require_async_io,
     require_lockable,
 )
-from megadpo.engine.deepspeed.partitions import MOMENTS, Run, Whole, partitions_of
+from megadpo.engine.deepspeed.partitions import MOMENTS, Partition, Unpartitioned, partitions_of
 from megadpo.engine.deepspeed.runtime import (
     Runtime,
     data_parallel_group,
@@ -45,8 +45,8 @@ from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import whole
-from megadpo.pipeline.interleaved_reference import ReferenceBeside
-from megadpo.pipeline.select import passes_by
+from megadpo.pipeline.base import PipelineSchedule
+from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
@@ -58,33 +58,32 @@ class ZeroEngine:
     """See `megadpo.engine.base.Engine`."""
 
     def __init__(
-        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: ScheduleConfig | None = None
+        self, stage: Stage, train: TrainConfig, parallel: ParallelConfig, schedule: PipelineSchedule | None = None
     ) -> None:
-        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`."""
+        """`stage` is loaded; for ZeRO stage 3 by `sharded_stage`. No `schedule`: Megatron's."""
         prepare_deepspeed()
         self.stage, self.train, self.parallel = stage, train, parallel
-        self.passes = passes_by(schedule or ScheduleConfig())
+        self.schedule = pipeline_schedule() if schedule is None else schedule
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
         self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
         stage.configure_head(gradient_buffer=self.gradient_buffer)
-        self.model = _Driven(self.runtime, runs_hooks=parallel.zero_stage > 0)
+        self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.passes.forward_only([_Driven(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
-        beside: ReferenceBeside | None = None,
     ) -> None:
         self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
-        self.passes.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, None, beside)
+        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()
@@ -102,13 +101,13 @@ class ZeroEngine:
         return {}
 
     def finish_gradients(self) -> None:
-        runs = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
-        partial = [run[1] for name, run in runs.items() if run is not None and self._is_partial_over_tensor_ranks(name)]
+        owned = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
+        partial = [part[1] for name, part in owned.items() if part is not None and self._is_partial_over_tensor_ranks(name)]
         _all_reduce_together(partial, parallel_state.get_tensor_model_parallel_group())
         for name, (parameter, _) in self.stage.parameters.items():
-            run = runs[name]
-            if getattr(parameter, "shared_embedding", False) and run is not None:
-                dist.all_reduce(run[1], group=parallel_state.get_embedding_group())
+            part = owned[name]
+            if getattr(parameter, "shared_embedding", False) and part is not None:
+                dist.all_reduce(part[1], group=parallel_state.get_embedding_group())
 
     def step(self, learning_rate: float) -> float:
         norm = self._norm()
@@ -116,9 +115,9 @@ class ZeroEngine:
             raise ArithmeticError(f"the gradient norm is {norm}")
         if self.train.clip_norm > 0 and (factor := self.train.clip_norm / (norm + 1e-6)) < 1:
             for parameter, _ in self.stage.parameters.values():
-                run = self.partitions.gradient(parameter)
-                if run is not None:
-                    run[1].mul_(factor)
+                part = self.partitions.gradient(parameter)
+                if part is not None:
+                    part[1].mul_(factor)
         for group in self.runtime.optimizer.param_groups:
             group["lr"] = learning_rate
         self.runtime.use_norm(norm)
@@ -127,8 +126,8 @@ class ZeroEngine:
         self.runtime.step()
         return norm
 
-    def settle(self) -> None:
-        """Nothing: a step ends when the parameters are there."""
+    def wait_for_parameters(self) -> None:
+        """Nothing to wait for: a step ends with the gather."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
@@ -171,23 +170,23 @@ class ZeroEngine:
     def _norm(self) -> float:
         """Global norm: over tensor and pipeline ranks and replicas, replicated parameters counted once."""
         total = torch.zeros((), dtype=torch.float32, device=compute_device())
-        if not isinstance(self.partitions, Whole) or self.partitions.counts:
+        if not isinstance(self.partitions, Unpartitioned) or self.partitions.counts:
             for parameter, _ in self.stage.parameters.values():
-                run = self.partitions.gradient(parameter)
+                part = self.partitions.gradient(parameter)
                 is_copy = getattr(parameter, "shared", False)
-                if run is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
-                    total += torch.linalg.vector_norm(run[1].float()).to(total.device) ** 2
+                if part is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
+                    total += torch.linalg.vector_norm(part[1].float()).to(total.device) ** 2
         dist.all_reduce(total)
         return math.sqrt(float(total))
 
-    def _join(self, name: str, run: Run | None) -> Tensor:
-        """A shard-shaped fp32 tensor from the runs on the replicas, bit for bit."""
-        if isinstance(self.partitions, Whole):
-            assert run is not None
-            return run[1].detach().clone().view(self._shapes[name])
+    def _join(self, name: str, part: Partition | None) -> Tensor:
+        """A shard-shaped fp32 tensor from the partitions on the replicas, bit for bit."""
+        if isinstance(self.partitions, Unpartitioned):
+            assert part is not None
+            return part[1].detach().clone().view(self._shapes[name])
         joined = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=compute_device())
-        if run is not None:
-            start, values = run
+        if part is not None:
+            start, values = part
             joined[start : start + values.numel()] = values.detach()
         # Each element is set on one rank only; added as integers, even the sign of a zero survives.
         dist.all_reduce(joined.view(torch.int32), group=data_parallel_group())
@@ -271,11 +270,11 @@ def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn
                 module._parameters[name] = new
 
 
-class _Driven:
-    """What Megatron's schedules ask of a model, around DeepSpeed's engine."""
+class _ScheduledModel:
+    """DeepSpeed's engine with the attributes of a model that pipeline schedules read."""
 
     def __init__(self, runtime: Runtime, runs_hooks: bool) -> None:
-        """`runs_hooks`: let DeepSpeed see the forward, and by it the backward; stage 0 has nothing to see."""
+        """`runs_hooks`: call DeepSpeed's engine, whose hooks then see the backward too; ZeRO stage 0 needs none."""
         self.module = runtime.module
         self.config, self.model_type = self.module.config, getattr(self.module, "model_type", None)
         self._run = runtime if runs_hooks else self.module
@@ -323,7 +322,8 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> Non
         tensor.copy_(summed)
 
 
-def _write(run: Run | None, whole_values: Tensor) -> None:
-    if run is not None:
-        start, values = run
+def _write(part: Partition | None, whole_values: Tensor) -> None:
+    """Set a partition from the values of the whole parameter."""
+    if part is not None:
+        start, values = part
         values.copy_(whole_values.reshape(-1)[start : start + values.numel()])

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import cpp_extension
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, first_line
 
 _held: dict[Path, TextIO] = {}
 
@@ -85,8 +85,9 @@ def require_async_io() -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{NEEDED_FOR_NVME}, which does not build here ({reason}); use parallel.offload cpu") from error
+        raise UserError(
+            f"{NEEDED_FOR_NVME}, which does not build here ({first_line(error)}); use parallel.offload cpu"
+        ) from error
 
 
 def require_lockable(num_bytes: int) -> None:

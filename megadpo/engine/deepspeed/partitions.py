@@ -1,7 +1,7 @@
 """Where each ZeRO stage keeps a parameter's gradient, fp32 weights and moments on this rank.
 
-A *run* is (start, values): `values` is a flat view of this rank's part of a parameter, which begins at element `start` of
-the flattened shard. Runs are views: what is written to them is what the optimizer sees.
+A *partition* is (start, values): `values` is a flat view of this rank's part of a parameter, which begins at element `start`
+of the flattened shard. What is written to it is what the optimizer reads.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from torch import Tensor
 
 from megadpo.engine.deepspeed.runtime import Runtime, data_parallel_group
 
-Run = tuple[int, Tensor]
+Partition = tuple[int, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Partitions(Protocol):
-    """What our engine asks of a ZeRO stage. None: this rank has nothing of the parameter."""
+    """What the engine asks of a ZeRO stage: this rank's partition of a parameter, None where it has nothing of it."""
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         """After all backwards: the gradient summed over replicas."""
         ...
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         """fp32 weights."""
         ...
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
-        """One of AdamW's moments; zeros, not connected to anything, before the first step."""
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
+        """One of AdamW's moments; before the first step zeros that the optimizer does not read."""
         ...
 
     def make_moments(self, num_steps: int) -> None:
-        """Give the optimizer the moments and the count that it has after `num_steps` steps, to be written to."""
+        """Allocate the optimizer's moments, to be written to, and set its count of steps."""
         ...
 
     def publish_weights(self) -> None:
-        """Bring the fp32 weights into the model; collective."""
+        """Copy the fp32 weights to the model; collective."""
         ...
 
     def before_step(self) -> None:
-        """The gradients are final: let the optimizer have them."""
+        """Called before a step, when the gradients are final."""
         ...
 
 
@@ -50,10 +50,10 @@ def partitions_of(runtime: Runtime) -> Partitions:
     """The partitions of the runtime's ZeRO stage."""
     stage = runtime.zero_optimization_stage()
     if stage == 0:
-        return Whole(runtime)
+        return Unpartitioned(runtime)
     if stage < 3:
-        return Flat(runtime)
-    return Swapped(runtime) if runtime.optimizer.swap_optimizer else Cut(runtime)
+        return FlatGroupPartitions(runtime)
+    return NvmeParameterPartitions(runtime) if runtime.optimizer.swap_optimizer else ParameterPartitions(runtime)
 
 
 def _make_moments(optimizer: Any, keys: list[Tensor], num_steps: int) -> None:
@@ -68,24 +68,24 @@ def _moment(optimizer: Any, key: Tensor, kind: str) -> Tensor:
     return torch.zeros_like(key.data) if found is None else found
 
 
-class Whole:
-    """Stage 0: every replica has everything; of the sum over replicas each holds the whole, and one counts."""
+class Unpartitioned:
+    """Stage 0: every replica has all gradients and moments; in sums over the world one replica counts."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.optimizer = runtime.optimizer
         self.counts = dist.get_rank(data_parallel_group()) == 0
 
-    def _run(self, values: Tensor) -> Run | None:
+    def _partition(self, values: Tensor) -> Partition | None:
         return 0, values.view(-1)
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
-        return None if parameter.grad is None else self._run(parameter.grad)
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
+        return None if parameter.grad is None else self._partition(parameter.grad)
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
-        return self._run(parameter.data)
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
+        return self._partition(parameter.data)
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
-        return self._run(_moment(self.optimizer, parameter, kind))
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
+        return self._partition(_moment(self.optimizer, parameter, kind))
 
     def make_moments(self, num_steps: int) -> None:
         _make_moments(self.optimizer, [p for group in self.optimizer.param_groups for p in group["params"]], num_steps)
@@ -97,8 +97,8 @@ class Whole:
         pass
 
 
-class Flat:
-    """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal parts over the replicas."""
+class FlatGroupPartitions:
+    """Stages 1 and 2: each parameter group is one flat tensor, partitioned evenly over the replicas."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.zero = runtime.optimizer
@@ -108,7 +108,7 @@ class Flat:
         ):
             self.places |= {parameter: (group, offset) for parameter, offset in zip(parameters, offsets, strict=True)}
 
-    def _run(self, parameter: torch.nn.Parameter, flats: list[Tensor]) -> Run | None:
+    def _partition(self, parameter: torch.nn.Parameter, flats: list[Tensor]) -> Partition | None:
         group, offset = self.places[parameter]
         size = int(self.zero.partition_size[group])
         first = dist.get_rank(self.zero.real_dp_process_group[group]) * size
@@ -129,17 +129,17 @@ class Flat:
             flats.append(parts[0].view(-1))
         return flats
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
-        return self._run(parameter, self._gradient_flats())
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
+        return self._partition(parameter, self._gradient_flats())
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
-        return self._run(parameter, [flat.data for flat in self.zero.single_partition_of_fp32_groups])
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
+        return self._partition(parameter, [flat.data for flat in self.zero.single_partition_of_fp32_groups])
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         group, _ = self.places[parameter]
         flats: list[Any] = [None] * len(self.zero.bit16_groups)
         flats[group] = _moment(self.zero.optimizer, self.zero.single_partition_of_fp32_groups[group], kind)
-        return self._run(parameter, flats)
+        return self._partition(parameter, flats)
 
     def make_moments(self, num_steps: int) -> None:
         _make_moments(self.zero.optimizer, self.zero.single_partition_of_fp32_groups, num_steps)
@@ -151,33 +151,33 @@ class Flat:
         pass
 
 
-class Cut:
-    """Stage 3: each parameter is cut into equal parts over the replicas."""
+class ParameterPartitions:
+    """Stage 3: each parameter is partitioned evenly over the replicas."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.zero = runtime.optimizer
 
-    def _run(self, parameter: Any, part: Tensor) -> Run | None:
+    def _partition(self, parameter: Any, part: Tensor) -> Partition | None:
         """`part` without the padding that the last replicas have."""
         start = dist.get_rank(parameter.ds_process_group) * part.numel()
         length = min(part.numel(), parameter.ds_numel - start)
         return None if length <= 0 else (start, part[:length])
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         part, _ = self.zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)
-        return self._run(parameter, part)
+        return self._partition(parameter, part)
 
     def _place(self, parameter: torch.nn.Parameter) -> tuple[Tensor, slice]:
         group, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[group], slice(offset, offset + length)
 
-    def weights(self, parameter: torch.nn.Parameter) -> Run | None:
+    def weights(self, parameter: torch.nn.Parameter) -> Partition | None:
         flat, place = self._place(parameter)
-        return self._run(parameter, flat.data[place])
+        return self._partition(parameter, flat.data[place])
 
-    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Run | None:
+    def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
         flat, place = self._place(parameter)
-        return self._run(parameter, _moment(self.zero.optimizer, flat, kind)[place])
+        return self._partition(parameter, _moment(self.zero.optimizer, flat, kind)[place])
 
     def make_moments(self, num_steps: int) -> None:
         _make_moments(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat, num_steps)
@@ -196,61 +196,61 @@ class Cut:
         pass
 
 
-class Swapped(Cut):
-    """Stage 3 with weights and moments in files, a sub-group of parameters at a time in memory.
+class NvmeParameterPartitions(ParameterPartitions):
+    """Stage 3 with weights and moments in files (offload to NVMe), a sub-group of parameters at a time in memory.
 
-    A run stays what it is until one of another sub-group is asked for. Gradients stay in memory, where micro-batches are
+    A partition is valid until one of another sub-group is asked for. Gradients stay in memory, where micro-batches are
     added up, until the step.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
         self._runtime = runtime
-        self._here: int | None = None
+        self._in_memory: int | None = None
         self._is_written = False
 
-    def gradient(self, parameter: torch.nn.Parameter) -> Run | None:
+    def gradient(self, parameter: torch.nn.Parameter) -> Partition | None:
         sums = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        return self._run(parameter, sums[parameter.ds_id])  # type: ignore[attr-defined]
+        return self._partition(parameter, sums[parameter.ds_id])  # type: ignore[attr-defined]
 
     def _place(self, parameter: torch.nn.Parameter) -> tuple[Tensor, slice]:
-        self._bring(self.zero.grad_position[self.zero.get_param_id(parameter)][0])
+        self._swap_in(self.zero.grad_position[self.zero.get_param_id(parameter)][0])
         return super()._place(parameter)
 
     def make_moments(self, num_steps: int) -> None:
         self._is_written = True
         for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
-            self._bring(group)
+            self._swap_in(group)
             _make_moments(self.zero.optimizer, [flat], num_steps)
-            self._put_back()
+            self._swap_out()
 
     def publish_weights(self) -> None:
-        self._put_back()
+        self._swap_out()
         self._is_written = False
         super().publish_weights()
-        self._put_back()
+        self._swap_out()
 
     def _publish(self, group: int) -> None:
-        self._bring(group)
+        self._swap_in(group)
         super()._publish(group)
 
     def before_step(self) -> None:
-        self._put_back()
+        self._swap_out()
         self.zero._finalize_offload_gradient_accumulation()
         self._runtime.set_gradient_accumulation_boundary(True)
 
-    def _bring(self, group: int) -> None:
-        if group == self._here:
+    def _swap_in(self, group: int) -> None:
+        if group == self._in_memory:
             return
-        self._put_back()
+        self._swap_out()
         if self.zero._swappable_optimizer_subgroup(group):  # a small one is always in memory
             self.zero._optimizer_states_and_gradient_swap_in(group)
-            self._here = group
+            self._in_memory = group
 
-    def _put_back(self) -> None:
-        if self._here is not None:
+    def _swap_out(self) -> None:
+        if self._in_memory is not None:
             if self._is_written:
-                self.zero._optimizer_states_and_gradient_swap_out(self._here)
+                self.zero._optimizer_states_and_gradient_swap_out(self._in_memory)
             else:
-                self.zero._release_swap_buffers(self._here)
-            self._here = None
+                self.zero._release_swap_buffers(self._in_memory)
+            self._in_memory = None

@@ -1,16 +1,17 @@
 """DeepSpeed's engine as Megatron's schedule can drive it: everything that reaches into deepspeed 0.19 by name.
 
-Only what chose this engine imports this module. Three things of deepspeed are replaced, each because it is wrong with
-pipeline stages, and one because it compiles for minutes, and only here:
+Only what chose this engine imports this module. Four things of deepspeed are changed, all of them here: three because they
+are wrong with pipeline stages, one because it compiles for minutes.
 
-* `assert_ints_same_as_other_ranks` compares the whole world; stages hold different parameters. Ours compares replicas.
-* The post-backward state is cleared at a forward only; 1F1B has backwards without a forward between. Ours clears it
-  before each backward.
+* `assert_ints_same_as_other_ranks` compares the whole world, but stages hold different parameters. Ours compares replicas;
+  it is patched in until the joined world is left.
+* The post-backward state is cleared at a forward only, but 1F1B has backwards without a forward between. `Runtime`, a
+  subclass of DeepSpeed's engine, clears it before each backward.
 * The boundary of accumulation is counted in micro-batches that DeepSpeed must not know of (it would divide by their number
-  once a stage). Ours is True during the last micro-batch's backward.
-* On CPUs its communication builds a shared-memory kernel when it starts; gloo does without.
+  once a stage). `Runtime` sets it for the last micro-batch's backward.
+* On CPUs its communication builds a shared-memory kernel when it starts, which gloo does not need: patched out meanwhile.
 
-The norm is computed by our engine (deepspeed.py), since DeepSpeed's makes one collective over the model-parallel ranks for
+The norm is computed by our engine (engine.py), since DeepSpeed's makes one collective over the model-parallel ranks for
 each group of parameters, and stages may have different numbers of groups.
 """
 
@@ -36,9 +37,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3  # noqa: E402
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megadpo.errors import UserError  # noqa: E402
+from megadpo.platform.patches import patch, patches_undone  # noqa: E402
 
 TESTED = "0.19"
 """What is replaced below was read in this version."""
@@ -96,7 +99,8 @@ def data_parallel_group() -> dist.ProcessGroup:
 
 
 def prepare_deepspeed() -> None:
-    """Take over torch's process group and put our comparison of replicas in place of the one of the world.
+    """Take over torch's process group and put our comparison of replicas in place of the one of the world, until the joined
+    world is left.
 
     Raises:
         UserError: a deepspeed whose insides were not looked at.
@@ -106,11 +110,17 @@ def prepare_deepspeed() -> None:
             f"deepspeed {deepspeed.__version__} is installed, but this version of megadpo works with deepspeed {TESTED}; "
             f"install it with pip install 'deepspeed=={TESTED}.*'"
         )
-    # By name: as an attribute of the package, "torch" is torch itself.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    with patches_undone():
+        # By name: as an attribute of the package, "torch" is torch itself.
+        patch(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", _build_nothing)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
-        module.assert_ints_same_as_other_ranks = _assert_same_in_replicas
+        patch(module, "assert_ints_same_as_other_ranks", _assert_same_in_replicas)
+    patch(groups, "mpu", ModelParallelUnit)  # as DeepSpeed's engine does, but for good
+
+
+def _build_nothing() -> None:
+    """In place of a function that builds a kernel."""
 
 
 def _assert_same_in_replicas(numbers: list[int]) -> None:

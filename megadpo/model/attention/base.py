@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AttentionBackend(Protocol):
         """Why it cannot be used, as the second half of "model.attention is NAME, but …"; None: it can."""
         ...
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Any:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Any:
         """What `attend` needs to know of a stream, made once for all layers with this window.
 
         Args:

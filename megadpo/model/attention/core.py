@@ -21,8 +21,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megadpo.data.batches.halves import Half
-from megadpo.data.batches.micro_batch import MicroBatch, Part, Piece, Segment
+from megadpo.data.batches.halves import PairHalf
+from megadpo.data.batches.micro_batch import MicroBatch, Segment, ShardSegment, StreamShard
 from megadpo.model.attention.base import AttentionBackend
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.moe.load import RouterWatch, token_weights
@@ -102,23 +102,23 @@ class GroupAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
-        if micro_batch.part is None:
+        if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
-        elif isinstance(micro_batch.part, Half):
+        elif isinstance(micro_batch.shard, PairHalf):
             assert packed_seq_params.prompt_keys is not None
-            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.part, key, value)
-            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+            key, value = packed_seq_params.prompt_keys.passed(self.layer_number, micro_batch.shard, key, value)
+            output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params)
         elif self.context_method == "ulysses":
-            query, key, value = self._own_heads(query, key, value, micro_batch.part)
+            query, key, value = self._own_heads(query, key, value, micro_batch.shard)
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
-            output = heads_of_stream(output, micro_batch.part)
+            output = heads_of_stream(output, micro_batch.shard)
         else:
             assert self.context_method == "allgather"
-            key, value = gathered_stream(torch.cat([key, value], dim=1), micro_batch.part).chunk(2, dim=1)
-            output = self._attend(query, key, value, micro_batch.part.pieces, packed_seq_params)
+            key, value = gathered_stream(torch.cat([key, value], dim=1), micro_batch.shard).chunk(2, dim=1)
+            output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params)
         return output.flatten(1).unsqueeze(1)
 
-    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> list[Tensor]:
+    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: StreamShard) -> list[Tensor]:
         """This context rank's share of the heads, over the whole stream; where key-value heads are too few for a share,
         each rank gets the one that its query heads read."""
         num_ranks = parallel_state.get_context_parallel_world_size()
@@ -129,7 +129,7 @@ class GroupAttention(MegatronModule):
         return list(heads.split([x.shape[2] for x in by_rank], dim=1))
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | Piece], stream: StreamParams
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment | ShardSegment], stream: StreamParams
     ) -> Tensor:
         """[T, A, D], from query [T, A, D], key and value [stream tokens, K, D]."""
         prepared = stream.once(self.window, lambda: self.backend.prepare(segments, self.window, key))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 
 Range = tuple[int, int]
 
@@ -91,7 +91,7 @@ class Blocks:
     blocks: tuple[Block, ...]
 
 
-def blocks_of(segments: Sequence[Segment | Piece], window: int | None, dtype: torch.dtype) -> Blocks:
+def blocks_of(segments: Sequence[Segment | ShardSegment], window: int | None, dtype: torch.dtype) -> Blocks:
     """The blocks and batches of a stream whose segments have these queries and keys.
 
     Args:
@@ -114,9 +114,9 @@ def blocks_of(segments: Sequence[Segment | Piece], window: int | None, dtype: to
     return Blocks(_batches(units, window, dtype), (*squares, *rectangles))
 
 
-def _families(segments: Sequence[Segment | Piece]) -> Iterable[list[Segment | Piece]]:
+def _families(segments: Sequence[Segment | ShardSegment]) -> Iterable[list[Segment | ShardSegment]]:
     """Runs of consecutive segments that share a prompt, the prompt's own segment included."""
-    family: list[Segment | Piece] = []
+    family: list[Segment | ShardSegment] = []
     common: int | None = None
     for segment in segments:
         if segment.end == segment.start:
@@ -131,7 +131,7 @@ def _families(segments: Sequence[Segment | Piece]) -> Iterable[list[Segment | Pi
         yield family
 
 
-def _num_keys(segment: Segment | Piece) -> int:
+def _num_keys(segment: Segment | ShardSegment) -> int:
     return segment.keys.stop - segment.keys.start + segment.prompt_end - segment.prompt_start
 
 
@@ -148,7 +148,7 @@ def _joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(joined)
 
 
-def _add_unwindowed(segment: Segment | Piece, squares: list[Block], rectangles: list[Block]) -> None:
+def _add_unwindowed(segment: Segment | ShardSegment, squares: list[Block], rectangles: list[Block]) -> None:
     """A causal square over the segment's own tokens, and rectangles over the keys before them."""
     queries = (segment.start, segment.end)
     own = segment.keys.stop - (segment.end - segment.start)
@@ -161,7 +161,7 @@ def _add_unwindowed(segment: Segment | Piece, squares: list[Block], rectangles: 
             rectangles.append(Block(queries, (keys,), is_first=False))
 
 
-def _windowed(segment: Segment | Piece, window: int, dtype: torch.dtype) -> list[Block]:
+def _windowed(segment: Segment | ShardSegment, window: int, dtype: torch.dtype) -> list[Block]:
     """Runs of queries with the keys that their windows reach; counted from the prompt's start, or the segment's own."""
     num_keys, num_prompt = _num_keys(segment), segment.prompt_end - segment.prompt_start
     before = num_keys - (segment.end - segment.start)
@@ -197,7 +197,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class _Unit:
     """Consecutive segments that go into one entry of a batch."""
 
-    segments: tuple[Segment | Piece, ...]
+    segments: tuple[Segment | ShardSegment, ...]
     keys: tuple[Range, ...]
 
     @property
@@ -212,7 +212,7 @@ class _Unit:
         return len(self.segments) == 1 and self.num_keys == self.num_queries and (window is None or self.num_keys <= window)
 
 
-def _unit(family: Sequence[Segment | Piece]) -> _Unit:
+def _unit(family: Sequence[Segment | ShardSegment]) -> _Unit:
     ranges = [(s.prompt_start, s.prompt_end) for s in family] + [(s.keys.start, s.keys.stop) for s in family]
     return _Unit(tuple(family), _joined(ranges))
 
@@ -276,7 +276,7 @@ def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int 
     return torch.from_numpy(visible)
 
 
-def _visible_ranges(segment: Segment | Piece) -> np.ndarray:
+def _visible_ranges(segment: Segment | ShardSegment) -> np.ndarray:
     """int64 [queries, 4]: the ranges of prompt and own keys that each query sees, windows left aside."""
     num_queries = segment.end - segment.start
     own_end = np.arange(segment.keys.stop - num_queries, segment.keys.stop) + 1

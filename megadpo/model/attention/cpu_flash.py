@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import Block, Blocks, Padded, PaddedBatch, Range, blocks_of
 
@@ -38,7 +38,7 @@ class CpuFlashBackend:
         has_kernel = _forward is not None and _backward is not None
         return None if has_kernel else f"torch {torch.__version__} does not have that kernel"
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Blocks:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Blocks:
         """See `blocks_of`."""
         return blocks_of(segments, window, key.dtype)
 

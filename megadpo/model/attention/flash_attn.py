@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
 
@@ -25,7 +25,7 @@ class FlashAttnBackend:
         """Without a GPU, or where the library is not installed or too old."""
         return why_not_on_this_gpu(needs) or _why_not_installed()
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Sequences:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 

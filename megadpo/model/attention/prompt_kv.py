@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.halves import Half
+from megadpo.data.batches.halves import PairHalf
 
 
 class PromptKeys:
@@ -23,7 +23,7 @@ class PromptKeys:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
-    def passed(self, layer: int, half: Half, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
+    def passed(self, layer: int, half: PairHalf, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
         """What a layer attends to, given its keys and its values [T, K, D] of a half; of the second half [Q + T, K, D]."""
         if not len(half.prompts_Q):
             return keys_and_values

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import additive, window_mask
 
@@ -31,7 +31,7 @@ class MaskedSegments:
         masks: by numbers of queries and keys, made when first needed and kept for further layers; None: causal square.
     """
 
-    segments: Sequence[Segment | Piece]
+    segments: Sequence[Segment | ShardSegment]
     window: int | None
     masks: Masks = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class SdpaBackend:
         """It can always be used."""
         return None
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> MaskedSegments:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> MaskedSegments:
         """Masks are made by the first layer."""
         return MaskedSegments(segments, window)
 
@@ -69,7 +69,7 @@ class SdpaBackend:
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _with_prompt(rows_KSD: Tensor, segment: Segment | Piece) -> Tensor:
+def _with_prompt(rows_KSD: Tensor, segment: Segment | ShardSegment) -> Tensor:
     own = rows_KSD[:, segment.keys]
     if segment.prompt_end == segment.prompt_start:
         return own

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionNeeds
 
 
@@ -46,7 +46,9 @@ class Sequences:
         return key.index_select(0, self.keys_G), value.index_select(0, self.keys_G)
 
 
-def sequences_of(segments: Sequence[Segment | Piece], window: int | None, num_keys: int, device: torch.device) -> Sequences:
+def sequences_of(
+    segments: Sequence[Segment | ShardSegment], window: int | None, num_keys: int, device: torch.device
+) -> Sequences:
     """The sequences of a stream that has `num_keys` keys; segments without tokens are left out."""
     there = [segment for segment in segments if segment.end > segment.start]
     keys = [np.concatenate([np.arange(s.prompt_start, s.prompt_end), np.arange(s.keys.start, s.keys.stop)]) for s in there]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
 
@@ -27,7 +27,7 @@ class TransformerEngineBackend:
         """Without a GPU, or where the library is not installed or has other arguments."""
         return why_not_on_this_gpu(needs) or _why_not_installed()
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Sequences:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import Piece, Segment
+from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
 
@@ -26,7 +26,7 @@ class VarlenBackend:
         """Without a GPU, or where this torch's function has other arguments."""
         return why_not_on_this_gpu(needs) or _why_not_this_torch()
 
-    def prepare(self, segments: Sequence[Segment | Piece], window: int | None, key: Tensor) -> Sequences:
+    def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 

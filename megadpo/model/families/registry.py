@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megadpo.errors import UserError
+from megadpo.errors import UserError, reason
 from megadpo.model.families.common import Family
 from megadpo.model.families.llama import LLAMA
 from megadpo.model.families.mistral import MISTRAL
@@ -54,4 +54,4 @@ def as_config(hf_config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
         settings = {key: value for key, value in hf_config.items() if key != "model_type"}
         return AutoConfig.for_model(family.name, **settings)
     except Exception as error:  # transformers' validators raise several kinds
-        raise UserError(f"transformers refuses the model's config: {' '.join(str(error).split())}") from error
+        raise UserError(f"transformers refuses the model's config: {reason(error, limit=None)}") from error

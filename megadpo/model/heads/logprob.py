@@ -83,7 +83,7 @@ class LogProbHead(StreamHead):
             hidden = gather_from_sequence_parallel_region(hidden)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        held = self.micro_batch.held
+        held = self.micro_batch.local
         scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
         matrix_VH = self.weight if weight is None else weight
         assert matrix_VH is not None

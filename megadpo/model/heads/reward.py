@@ -37,7 +37,7 @@ class RewardHead(StreamHead):
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         micro_batch = self.micro_batch
-        places_R, part = reward_positions(micro_batch, self.padding_token), micro_batch.part
+        places_R, part = reward_positions(micro_batch, self.padding_token), micro_batch.shard
         if part is not None:
             places_R = part.order[places_R] - part.first
             is_held_R = (places_R >= 0) & (places_R < len(part.tokens_T))

@@ -21,6 +21,7 @@ from megadpo.model.attention.core import StreamParams
 from megadpo.model.moe.load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
+from megadpo.model.weight_gradients import use_own_linear_layers
 from megadpo.platform.device import compute_device
 
 
@@ -86,6 +87,7 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts) -> ModuleSpec:
     """The layer `dense` with experts in place of its MLP."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
     mixture.submodules.experts.submodules.activation_func = SwiGLU
+    use_own_linear_layers(mixture.submodules.experts.submodules)
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture
     return dense

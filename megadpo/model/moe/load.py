@@ -100,7 +100,7 @@ def token_weights(micro_batch: MicroBatch) -> Tensor:
             weight_T[segment.start : segment.end] += 1
         weight_T[segment.prompt_start : segment.prompt_end] += 1
     weight_T[len(weight_T) - micro_batch.num_padding :] = 0
-    weight_T, part = weight_T.to(micro_batch.tokens_T.device), micro_batch.part
+    weight_T, part = weight_T.to(micro_batch.tokens_T.device), micro_batch.shard
     if part is None:
         return weight_T
     places_T = part.order - part.first

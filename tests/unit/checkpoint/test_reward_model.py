@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
+from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import hf_directory, open_hf, read_hf_config
 from megadpo.checkpoint.reward_model import RewardModel, as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, write_shard_file
-from megadpo.commands.convert import export_checkpoint, import_hf
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, head_of, logical_shapes, shape_of, shard_parameters
 from megadpo.model.weights import fill_shard
-from tests.helpers.models import hh_rows, save_model, save_tokenizer
-from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
-from tests.unit.model.reward_worker import save_reward_model
-from tests.unit.model.test_families import DictSource
+from tests.helpers.checkpoints import assert_same, load_reward_model, tensors_of
+from tests.helpers.families import WIDE, DictSource
+from tests.helpers.models import hh_rows, save_model, save_reward_model, save_tokenizer
 
-WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},
@@ -33,14 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3 tied": {"tie_word_embeddings": True},
     "mistral": {"head_dim": 16},
 }
-
-
-def load(directory: Path) -> Any:
-    """The classifier, refusing a directory that holds more or less than it."""
-    model, report = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    assert model.config.num_labels == 1
-    return model
 
 
 def opened(directory: Path, seed: int = 0) -> RewardModel:
@@ -73,7 +63,7 @@ def test_a_reward_model_goes_through_a_checkpoint_bit_for_bit(name: str, layout:
     assert len(open_checkpoint(tmp_path / "checkpoint").tensors["weights"]["score.weight"]["pieces"]) == 1
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(model))
-    before, after, tokens = load(model), load(tmp_path / "hf"), torch.arange(7)[None]
+    before, after, tokens = load_reward_model(model), load_reward_model(tmp_path / "hf"), torch.arange(7)[None]
     assert after.config.to_dict() == before.config.to_dict() | {"_name_or_path": after.config._name_or_path}
     assert torch.equal(after(tokens).logits, before(tokens).logits)
 
@@ -86,7 +76,7 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family:
     assert reward_model.has_new_head and head_of(reward_model.config) == "reward"
     assert set(reward_model.source.names()) == set(logical_shapes(shape_of(reward_model.config)))
     exported = export(reward_model, tmp_path / "hf", model)
-    loaded, body = load(exported), load_file(model / "model.safetensors")
+    loaded, body = load_reward_model(exported), load_file(model / "model.safetensors")
     assert type(loaded).__name__.endswith("ForSequenceClassification")
     for name, tensor in loaded.state_dict().items():
         expected = reward_model.source.read(name, 0, 0, 1) if name == "score.weight" else body[name]
@@ -100,7 +90,7 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family:
 def test_a_batch_of_real_rows_padded_by_the_tokenizer_gives_each_rows_own_reward(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     exported = export(opened(model), tmp_path / "hf", model)
-    loaded, tokenizer = load(exported), AutoTokenizer.from_pretrained(exported)
+    loaded, tokenizer = load_reward_model(exported), AutoTokenizer.from_pretrained(exported)
     texts = [row["chosen"][:200] + ending for row, ending in zip(hh_rows(4), ("", "</s>", "", "</s>"), strict=True)]
     with torch.no_grad():
         batch = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits
@@ -141,7 +131,7 @@ def test_training_state_of_a_reward_model_made_of_a_language_model_stands_alone(
     again = opened(directory)
     assert not again.has_new_head and again.config.num_labels == 1 and again.config.pad_token_id == 1
     export_checkpoint(directory, tmp_path / "hf")
-    assert_same(load(tmp_path / "hf").state_dict(), state["weights"].tensors)
+    assert_same(load_reward_model(tmp_path / "hf").state_dict(), state["weights"].tensors)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token == "</s>"
 
 
@@ -176,7 +166,7 @@ def test_the_padding_token_is_the_tokenizers_if_the_model_has_a_row_for_it_else_
     tokenizer.save_pretrained(model)
     reward_model = opened(model)
     assert reward_model.config.pad_token_id == expected
-    load(export(reward_model, tmp_path / "hf", model))
+    load_reward_model(export(reward_model, tmp_path / "hf", model))
 
 
 def test_without_a_tokenizer_the_configs_tokens_decide(tmp_path: Path) -> None:

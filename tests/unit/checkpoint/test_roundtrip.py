@@ -13,24 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import begin, commit, latest_checkpoint, open_checkpoint, open_weights, write_shard_file
-from megadpo.commands.convert import export_checkpoint, import_hf
 from megadpo.errors import UserError
 from megadpo.model.families import logical_shapes, shape_of, shard_parameters
 from megadpo.model.weights import fill_shard
+from tests.helpers.checkpoints import assert_same, tensors_of
+from tests.helpers.families import LLAMA3, WIDE
 from tests.helpers.models import save_model
 
-WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama3.1 tied": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
@@ -59,17 +52,6 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def llama(model_dirs: dict[str, Path]) -> Path:
     return model_dirs["llama"]
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    source = open_weights(path)
-    return {name: source.read(name, 0, 0, source.shape(name)[0]) for name in source.names()}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("num_pipeline", [1, 2])

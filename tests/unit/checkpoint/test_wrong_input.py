@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
-from megadpo.commands.convert import export_checkpoint, import_hf
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, shape_of
 from tests.helpers.models import save_model

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megadpo import cli
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.commands.plan_layouts import layouts, most_parameters, run_plan
+from megadpo.commands.plan_layouts import layouts, list_layouts, most_parameters
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
@@ -74,18 +74,18 @@ def test_the_parameters_are_those_of_the_process_that_has_most(model: Path) -> N
 
 
 def test_stages_that_the_configuration_cuts_itself_are_kept_where_they_fit(model: Path) -> None:
-    page = run_plan(configured(model, pipeline=2, virtual_pipeline=2, pipeline_layout="1,2,2,1"), [2])
+    page = list_layouts(configured(model, pipeline=2, virtual_pipeline=2, pipeline_layout="1,2,2,1"), [2])
     assert "1+2 2+1" in page and "3 x 2" in page
 
 
 def test_too_few_pairs_for_the_replicas_is_a_reason_told_once(model: Path) -> None:
-    page = run_plan(load_config(configured(model), ["train.pairs_per_step=2"]), [8])
+    page = list_layouts(load_config(configured(model), ["train.pairs_per_step=2"]), [8])
     assert page.count("is less than the 4 data-parallel replicas") == 1 and page.count("is less than the 8") == 1
 
 
 def test_a_reference_that_does_not_fit_rules_a_layout_out_too(model: Path, tmp_path: Path) -> None:
     small = save_model(tmp_path / "small", tokenizer=False, num_hidden_layers=1)
-    page = run_plan(load_config(configured(model), [f"reference.path={small}"]), [2])
+    page = list_layouts(load_config(configured(model), [f"reference.path={small}"]), [2])
     assert "2 processes: 3 layouts" in page and page.count("more than the model's 1 layers") == 2
 
 
@@ -108,4 +108,4 @@ def test_the_command_prints_a_table_for_each_number_and_joins_no_processes(
 )
 def test_what_cannot_be_planned_is_one_sentence(model: Path, path: str | None, counts: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run_plan(configured(Path(path) if path else model), counts)
+        list_layouts(configured(Path(path) if path else model), counts)

@@ -65,7 +65,7 @@ def test_halves_of_pairs_are_boxes_of_their_own(files, tmp_path, capsys):
     assert "most halves of micro-batches kept for their backward, by stage: [5, 4, 3, 2]" in capsys.readouterr().out
 
 
-def test_weight_gradients_that_are_put_off_are_boxes_too(files, tmp_path, capsys):
+def test_delayed_weight_gradients_are_boxes_too(files, tmp_path, capsys):
     path = tmp_path / "zero.svg"
     arguments = ["schedule.name=1f1b", "schedule.zero_bubble=true", "--schedule", str(path), "--micro-batches", "8"]
     alone = ["reference.mode=none", "objective.loss_type=simpo"]

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from megadpo.config.schema import DataConfig
+from megadpo.data.rows.dataset import prepare_groups
+from megadpo.data.store import GroupStore
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -159,6 +161,16 @@ def _saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def hh_pairs(
+    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path_factory: pytest.TempPathFactory, write_jsonl: Any
+) -> GroupStore:
+    """The groups of all hh-rlhf rows by the default options, made once."""
+    folder = tmp_path_factory.mktemp("hh")
+    options = DataConfig(cache_dir=str(folder / "cache"), num_workers=1)
+    return prepare_groups(options, write_jsonl(folder / "hh.jsonl", hh_rows), bpe_dir).groups
 
 
 @pytest.fixture

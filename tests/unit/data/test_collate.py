@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.collate import lay_out, lay_out_step
+from megadpo.data.batches.collate import collate_groups, collate_step
 from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -26,14 +26,14 @@ UNSHARED = Group((ids(1, 2), ids(3)), (ids(4, 5), ids(6)), row=1)
 
 
 def test_a_shared_prompt_stands_once_and_both_responses_go_on_from_its_end():
-    batch = lay_out([SHARED], [0])
+    batch = collate_groups([SHARED], [0])
     assert batch.tokens_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
     assert batch.segments == (Segment(0, 3), Segment(3, 5, 0, 3), Segment(5, 8, 0, 3))
 
 
 def test_the_end_of_a_shared_prompt_predicts_the_first_token_of_both_responses():
-    batch = lay_out([SHARED], [0])
+    batch = collate_groups([SHARED], [0])
     assert batch.scored_N.tolist() == [2, 3, 2, 5, 6]
     assert batch.targets_N.tolist() == [4, 5, 6, 7, 8]
     assert batch.response_N.tolist() == [0, 0, 1, 1, 1]
@@ -41,32 +41,32 @@ def test_the_end_of_a_shared_prompt_predicts_the_first_token_of_both_responses()
 
 
 def test_without_sharing_each_response_has_its_own_prompt():
-    batch = lay_out([SHARED], [0], share_prompts=False)
+    batch = collate_groups([SHARED], [0], share_prompts=False)
     assert batch.tokens_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
     assert batch.segments == (Segment(0, 5), Segment(5, 11)) and batch.scored_N.tolist() == [2, 3, 7, 8, 9]
 
 
 def test_different_prompts_are_laid_out_unshared():
-    batch = lay_out([UNSHARED], [7])
+    batch = collate_groups([UNSHARED], [7])
     assert batch.tokens_T.tolist() == [1, 2, 4, 5, 3, 6] and batch.segments == (Segment(0, 4), Segment(4, 6))
-    assert batch.rows == (7,)
+    assert batch.group_ids == (7,)
 
 
 def test_without_a_prompt_the_first_token_has_no_log_prob():
-    batch = lay_out([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0])
+    batch = collate_groups([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0])
     assert batch.scored_N.tolist() == [0] and batch.targets_N.tolist() == [5] and batch.response_N.tolist() == [0]
     assert batch.num_responses == 2
 
 
 def test_padding_attends_to_itself_and_is_never_scored():
-    batch = lay_out([SHARED], [0], multiple_of=3)
+    batch = collate_groups([SHARED], [0], multiple_of=3)
     assert len(batch.tokens_T) == 9 and batch.num_padding == 1 and batch.num_tokens == 8
     assert batch.segments[-1] == Segment(8, 9) and 8 not in batch.scored_N
 
 
 def test_no_groups_make_a_stream_of_padding_with_nothing_to_score():
-    batch = lay_out([], [], multiple_of=2)
+    batch = collate_groups([], [], multiple_of=2)
     assert len(batch.tokens_T) == 2 and batch.num_responses == 0 and len(batch.scored_N) == 0
 
 
@@ -81,7 +81,7 @@ def test_segments_cover_the_stream_and_every_completion_token_is_scored_once(siz
     for row, (prompt, chosen, rejected, same) in enumerate(sizes):
         prompts = (np.arange(prompt, dtype=np.int32),) * (1 if same else 2)
         groups.append(Group(prompts, (np.arange(chosen, dtype=np.int32), np.arange(rejected, dtype=np.int32)), row))
-    batch = lay_out(groups, range(len(groups)), share, multiple_of)
+    batch = collate_groups(groups, range(len(groups)), share, multiple_of)
     ends = [0] + [segment.end for segment in batch.segments]
     assert [segment.start for segment in batch.segments] == ends[:-1] and ends[-1] == len(batch.tokens_T)
     assert len(batch.tokens_T) % multiple_of == 0
@@ -101,13 +101,13 @@ def test_a_group_needs_responses_that_are_not_empty():
 
 
 def test_places_count_a_completion_s_tokens_from_one():
-    assert lay_out([SHARED], [0]).place_N.tolist() == [1, 2, 1, 2, 3]
-    assert lay_out([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0]).place_N.tolist() == [2]
+    assert collate_groups([SHARED], [0]).place_N.tolist() == [1, 2, 1, 2, 3]
+    assert collate_groups([Group((ids(),), (ids(4, 5), ids(6)), 0)], [0]).place_N.tolist() == [2]
 
 
 def test_scored_prompts_belong_to_the_first_response_at_place_zero():
     for share in (True, False):
-        batch = lay_out([SHARED, UNSHARED], [0, 1], share, score_prompts=True)
+        batch = collate_groups([SHARED, UNSHARED], [0, 1], share, score_prompts=True)
         assert batch.targets_N.tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 4, 5, 6]
         assert batch.response_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
         assert batch.place_N.tolist() == [0, 0, 1, 2, 1, 2, 3, 0, 1, 2, 1]
@@ -123,13 +123,13 @@ def test_scored_prompts_belong_to_the_first_response_at_place_zero():
     st.booleans(),
     st.booleans(),
 )
-def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers, share, score_prompts):
-    groups = random_groups(12, seed=len(numbers), longest=9, kind=kind, numbered=True)
-    everything = [list(range(len(numbers)))]
-    (batch,) = lay_out_step(GroupStore.of(groups), numbers, everything, share, score_prompts=score_prompts)
+def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, group_ids, share, score_prompts):
+    groups = random_groups(12, seed=len(group_ids), longest=9, kind=kind, numbered=True)
+    everything = [list(range(len(group_ids)))]
+    (batch,) = collate_step(GroupStore.of(groups), group_ids, everything, share, score_prompts=score_prompts)
     tokens = num_responses = num_scored = 0
-    for number in numbers:
-        one = lay_out([groups[number]], [number], share, score_prompts=score_prompts)
+    for number in group_ids:
+        one = collate_groups([groups[number]], [number], share, score_prompts=score_prompts)
         end, scored_end = tokens + len(one.tokens_T), num_scored + len(one.scored_N)
         assert torch.equal(batch.tokens_T[tokens:end], one.tokens_T)
         assert torch.equal(batch.positions_T[tokens:end], one.positions_T)
@@ -139,9 +139,9 @@ def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers
         assert torch.equal(batch.response_N[num_scored:scored_end] - num_responses, one.response_N)
         responses = slice(num_responses, num_responses + one.num_responses)
         assert torch.equal(batch.last_R[responses] - tokens, one.last_R)
-        assert all(torch.equal(batch.numbers[name][responses], values) for name, values in one.numbers.items())
+        assert all(torch.equal(batch.row_values[name][responses], values) for name, values in one.row_values.items())
         tokens, num_scored, num_responses = end, scored_end, responses.stop
-    assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.rows == tuple(numbers)
+    assert (tokens, num_scored) == (len(batch.tokens_T), len(batch.scored_N)) and batch.group_ids == tuple(group_ids)
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,19 +154,19 @@ def test_groups_are_laid_out_from_the_store_as_they_are_one_by_one(kind, numbers
 )
 def test_the_micro_batches_of_a_step_are_those_that_its_groups_make_alone(kind, chosen, share, score_prompts, multiple_of):
     store = GroupStore.of(random_groups(20, seed=len(chosen), longest=9, kind=kind, numbered=True))
-    numbers = np.random.default_rng(len(chosen)).permutation(20)[: len(chosen)]
+    group_ids = np.random.default_rng(len(chosen)).permutation(20)[: len(chosen)]
     # Group `place` goes into micro-batch chosen[place]; some have none.
     members = [[place for place, batch in enumerate(chosen) if batch == number] for number in range(4)]
-    together = lay_out_step(store, numbers, members, share, multiple_of, score_prompts=score_prompts)
-    assert [batch.places for batch in together] == [tuple(places) for places in members]
+    together = collate_step(store, group_ids, members, share, multiple_of, score_prompts=score_prompts)
+    assert [batch.batch_positions for batch in together] == [tuple(places) for places in members]
     for batch, places in zip(together, members, strict=True):
-        groups, rows = [store[int(numbers[place])] for place in places], numbers[places]
-        alone = lay_out(groups, rows, share, multiple_of, score_prompts=score_prompts)
+        groups, own_ids = [store[int(group_ids[place])] for place in places], group_ids[places]
+        alone = collate_groups(groups, own_ids, share, multiple_of, score_prompts=score_prompts)
         for field in fields(batch):
             ours, theirs = getattr(batch, field.name), getattr(alone, field.name)
             if isinstance(ours, torch.Tensor):
                 assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), field.name
-            elif field.name == "numbers":
+            elif field.name == "row_values":
                 assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-            elif field.name != "places":
+            elif field.name != "batch_positions":
                 assert ours == theirs, field.name

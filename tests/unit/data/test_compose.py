@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.bin_packing import plan_micro_batches
-from megadpo.data.batches.compose import FILL, compose
-from megadpo.data.batches.packed_dataset import prepare_packing
-from megadpo.data.batches.sampler import Batches
+from megadpo.data.batches.bin_packing import pack_micro_batches
+from megadpo.data.batches.compose import FILL, compose_steps
+from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
+from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.training.setup import _check_steps_can_fill
+from megadpo.validation.data import check_steps_can_fill
 from megadpo.validation.load import load_config
 from tests.helpers.models import random_groups
 
@@ -27,7 +27,7 @@ def preference_lengths(num: int, seed: int = 0) -> np.ndarray:
 def test_every_group_is_in_one_step_and_steps_have_equal_numbers(
     num_steps: int, size: int, multiple_of: int, seed: int
 ) -> None:
-    steps = compose(preference_lengths(num_steps * size, seed), num_steps, multiple_of)
+    steps = compose_steps(preference_lengths(num_steps * size, seed), num_steps, multiple_of)
     assert steps.shape == (num_steps, size)
     assert sorted(steps.ravel().tolist()) == list(range(num_steps * size))
     assert (np.diff(steps, axis=1) > 0).all()
@@ -37,7 +37,7 @@ def test_every_group_is_in_one_step_and_steps_have_equal_numbers(
 def test_steps_end_just_below_a_multiple_and_fill_their_micro_batches(size: int, capacity: int) -> None:
     lengths = preference_lengths(64 * size)
     drawn, composed = [], []
-    for step, places in enumerate(compose(lengths, 64, capacity)):
+    for step, places in enumerate(compose_steps(lengths, 64, capacity)):
         multiples = lengths[places].sum() / capacity
         assert 0.97 * FILL < multiples / np.ceil(multiples) <= FILL + 0.01
         composed.append(_num_micro_batches(lengths[places], capacity))
@@ -47,7 +47,7 @@ def test_steps_end_just_below_a_multiple_and_fill_their_micro_batches(size: int,
 
 
 def _num_micro_batches(lengths: np.ndarray, capacity: int) -> int:
-    return len(plan_micro_batches(lengths, lengths, capacity, 1)[0])
+    return len(pack_micro_batches(lengths, lengths, capacity, 1)[0])
 
 
 sizes = st.integers(2, 300)
@@ -59,7 +59,7 @@ def test_epochs_of_composed_steps_see_each_group_once(
     num_groups: int, size: int, seed: int, shuffle: bool, epochs: float
 ) -> None:
     batches = _composed(num_groups, size, seed, shuffle, epochs)
-    steps = [batches.at(step) for step in range(batches.num_steps or 0)]
+    steps = [batches.group_ids(step) for step in range(batches.num_steps or 0)]
     assert all(len(step) == size for step in steps[:-1]) and len(steps[-1]) > 0
     seen = np.concatenate(steps)
     assert len(seen) == max(round(num_groups * epochs), 1)
@@ -75,19 +75,19 @@ def test_a_composed_step_does_not_depend_on_the_steps_before_it(
 ) -> None:
     batches = _composed(num_groups, size, seed)
     for step in [*others, 7]:
-        assert np.array_equal(batches.at(step), _composed(num_groups, size, seed).at(step))
+        assert np.array_equal(batches.group_ids(step), _composed(num_groups, size, seed).group_ids(step))
 
 
-def _composed(num_groups: int, size: int, seed: int, shuffle: bool = True, epochs: float | None = None) -> Batches:
+def _composed(num_groups: int, size: int, seed: int, shuffle: bool = True, epochs: float | None = None) -> StepSampler:
     lengths = preference_lengths(num_groups, 1)
-    return Batches(num_groups, (1.0,), size, seed, shuffle, epochs, lengths, max(int(lengths.mean() * size), 1))
+    return StepSampler(num_groups, (1.0,), size, seed, shuffle, epochs, lengths, max(int(lengths.mean() * size), 1))
 
 
 def test_groups_move_by_less_than_a_stretch_of_steps() -> None:
     lengths = preference_lengths(1000 * 8)
-    batches = Batches(len(lengths), (1.0,), 8, 0, False, None, lengths, 4096)
+    batches = StepSampler(len(lengths), (1.0,), 8, 0, False, None, lengths, 4096)
     for step in range(1000):
-        assert (np.abs(batches.at(step) - step * 8) < 65 * 8).all()
+        assert (np.abs(batches.group_ids(step) - step * 8) < 65 * 8).all()
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,7 @@ def test_groups_move_by_less_than_a_stretch_of_steps() -> None:
     ],
 )
 def test_a_multiple_that_can_have_no_effect_is_refused(multiple: int, samples: int, message: str) -> None:
-    packing = prepare_packing(
-        GroupStore.of(random_groups(40)),
-        share_prompts=True,
-        tokens_per_micro_batch=1000,
-        setting="-",
-        num_data_parallel=1,
-        multiple_of=1,
-        hidden_size=8,
-    )
+    packing = PackedDataset.of(GroupStore.of(random_groups(40)), PackingOptions(tokens_per_micro_batch=1000, hidden_size=8))
     config = load_config({"data": {"step_tokens_multiple_of": multiple}, "train": {"pairs_per_step": 8}})
     with pytest.raises(UserError, match=f"data.step_tokens_multiple_of .*{message}"):
-        _check_steps_can_fill(config, packing, samples)
+        check_steps_can_fill(config, packing.num_tokens_G, samples)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.collate import lay_out
-from megadpo.data.batches.context_shard import cut, token_costs, with_part
+from megadpo.data.batches.collate import collate_groups
+from megadpo.data.batches.context_shard import shard_stream, token_costs, with_context_shard
 from megadpo.data.batches.micro_batch import MicroBatch, Segment
 from tests.helpers.models import random_groups
 
 
-def parts_of(micro_batch: MicroBatch, num_parts: int) -> list[MicroBatch]:
-    return [with_part(micro_batch, num_parts, number) for number in range(num_parts)]
+def shards_of(micro_batch: MicroBatch, num_parts: int) -> list[MicroBatch]:
+    return [with_context_shard(micro_batch, num_parts, number) for number in range(num_parts)]
 
 
 def costs_of(parts: list[list[range]], costs: np.ndarray) -> list[float]:
@@ -27,7 +27,7 @@ def test_a_token_costs_the_keys_it_sees():
 
 
 def test_one_long_segment_is_cut_in_a_zig_zag():
-    assert cut(token_costs([Segment(0, 64)]), 2) == [[range(16), range(48, 64)], [range(16, 48)]]
+    assert shard_stream(token_costs([Segment(0, 64)]), 2) == [[range(16), range(48, 64)], [range(16, 48)]]
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 4, 8])
@@ -42,7 +42,7 @@ def test_attention_is_balanced_where_equal_tokens_in_order_are_not(num_parts):
         for chunk in (range(i * len(costs) // num_parts, (i + 1) * len(costs) // num_parts) for i in range(num_parts))
     ]
     assert max(costs_of(in_order, costs)) > 1.3 * costs.sum() / num_parts
-    assert max(costs_of(cut(costs, num_parts), costs)) <= 1.05 * costs.sum() / num_parts
+    assert max(costs_of(shard_stream(costs, num_parts), costs)) <= 1.05 * costs.sum() / num_parts
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,24 +55,24 @@ def test_attention_is_balanced_where_equal_tokens_in_order_are_not(num_parts):
 )
 def test_the_parts_together_are_the_micro_batch(seed, num_groups, longest, num_parts, share_prompts):
     groups = random_groups(num_groups, seed, longest + 2)
-    whole = lay_out(groups, range(num_groups), share_prompts, multiple_of=num_parts)
-    parts = [part for batch in parts_of(whole, num_parts) if (part := batch.part) is not None]
+    whole = collate_groups(groups, range(num_groups), share_prompts, multiple_of=num_parts)
+    parts = [part for batch in shards_of(whole, num_parts) if (part := batch.shard) is not None]
     assert {len(part.tokens_T) for part in parts} == {len(whole.tokens_T) // num_parts}
     order = parts[0].order
     assert torch.equal(torch.cat([part.tokens_T for part in parts])[order], whole.tokens_T)
     assert torch.equal(torch.cat([part.positions_T for part in parts])[order], whole.positions_T)
-    numbers = torch.cat([part.numbers_N for part in parts])
-    assert sorted(numbers.tolist()) == list(range(len(whole.scored_N)))
-    assert torch.equal(torch.cat([part.targets_N for part in parts]), whole.targets_N[numbers])
+    index = torch.cat([part.scored_index_N for part in parts])
+    assert sorted(index.tolist()) == list(range(len(whole.scored_N)))
+    assert torch.equal(torch.cat([part.targets_N for part in parts]), whole.targets_N[index])
     in_stream = torch.empty_like(order)
     in_stream[order] = torch.arange(len(order))
-    assert torch.equal(in_stream[torch.cat([part.scored_N + part.first for part in parts])], whole.scored_N[numbers])
+    assert torch.equal(in_stream[torch.cat([part.scored_N + part.first for part in parts])], whole.scored_N[index])
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), num_parts=st.sampled_from([2, 3, 4]), share_prompts=st.booleans())
 def test_every_token_sees_the_keys_it_saw_before_the_cut(seed, num_parts, share_prompts):
-    whole = lay_out(random_groups(3, seed, 30), range(3), share_prompts, multiple_of=num_parts)
+    whole = collate_groups(random_groups(3, seed, 30), range(3), share_prompts, multiple_of=num_parts)
 
     def keys_seen(segment, offset):  # of the query `offset` into the segment or piece
         own = range(segment.keys.start, segment.keys.stop - (segment.end - segment.start - 1 - offset))
@@ -80,9 +80,9 @@ def test_every_token_sees_the_keys_it_saw_before_the_cut(seed, num_parts, share_
 
     expected = {s.start + i: keys_seen(s, i) for s in whole.segments for i in range(s.end - s.start)}
     found = {}
-    for batch in parts_of(whole, num_parts):
-        assert batch.part is not None
-        held = {place - batch.part.first: token for token, place in enumerate(batch.part.order.tolist())}
-        assert [piece.start for piece in batch.part.pieces[1:]] == [piece.end for piece in batch.part.pieces[:-1]]
-        found |= {held[p.start + i]: keys_seen(p, i) for p in batch.part.pieces for i in range(p.end - p.start)}
+    for batch in shards_of(whole, num_parts):
+        assert batch.shard is not None
+        held = {place - batch.shard.first: token for token, place in enumerate(batch.shard.order.tolist())}
+        assert [piece.start for piece in batch.shard.segments[1:]] == [piece.end for piece in batch.shard.segments[:-1]]
+        found |= {held[p.start + i]: keys_seen(p, i) for p in batch.shard.segments for i in range(p.end - p.start)}
     assert found == expected

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from megadpo.config.schema import DataConfig
+from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
 from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
-from megadpo.data.rows.sources import parse_sources
 from megadpo.errors import UserError
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
@@ -42,13 +42,11 @@ def test_raw_hh_rows_become_groups_and_odd_ones_are_counted(
     assert set(range(2312)) - set(groups.rows.tolist()) == dropped
 
 
-def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(
-    options: DataConfig, hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
-) -> None:
-    groups = prepare_groups(options, write_jsonl(tmp_path / "hh.jsonl", hh_rows), bpe_dir).groups
-    assert 0.5 < groups.num_tokens(True).sum() / groups.num_tokens(False).sum() < 0.7
+def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -> None:
+    assert 0.5 < hh_pairs.num_tokens(True).sum() / hh_pairs.num_tokens(False).sum() < 0.7
 
 
+@pytest.mark.slow
 def test_processes_give_the_groups_that_one_process_gives(
     hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:
@@ -60,6 +58,7 @@ def test_processes_give_the_groups_that_one_process_gives(
     assert sys.modules["__main__"].__spec__ is not None  # put back after the workers were started
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2001)
     lines = [
@@ -77,6 +76,7 @@ def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: P
     assert run.stdout == "kept 2001\n", run.stderr
 
 
+@pytest.mark.slow
 def test_the_cache_is_read_the_second_time_and_by_processes_that_waited(
     options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:
@@ -214,6 +214,7 @@ def test_user_mistakes_leave_nothing_in_the_cache(
     assert [path for path in Path(str(options.cache_dir)).rglob("*") if path.suffix != ".lock" and path.is_file()] == []
 
 
+@pytest.mark.slow
 def test_errors_in_a_worker_reach_the_user_as_they_are(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
     refused = {"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"}
     template = "{% if messages[0]['content'] == 'x' %}{{ raise_exception('no x') }}{% endif %}"

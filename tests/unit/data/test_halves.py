@@ -6,8 +6,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.collate import lay_out
-from megadpo.data.batches.halves import Half, with_halves
+from megadpo.data.batches.collate import collate_groups
+from megadpo.data.batches.halves import PairHalf, with_halves
 from megadpo.data.batches.micro_batch import MicroBatch
 from tests.helpers.models import random_groups
 
@@ -20,11 +20,11 @@ arguments = given(
 )
 
 
-def split(seed: int, num_groups: int, multiple_of: int, share_prompts: bool) -> tuple[MicroBatch, tuple[Half, Half]]:
+def split(seed: int, num_groups: int, multiple_of: int, share_prompts: bool) -> tuple[MicroBatch, tuple[PairHalf, PairHalf]]:
     groups = random_groups(num_groups, seed, 12)
-    whole = with_halves(lay_out(groups, range(num_groups), share_prompts, multiple_of), multiple_of)
+    whole = with_halves(collate_groups(groups, range(num_groups), share_prompts, multiple_of), multiple_of)
     first, second = whole.halves
-    assert isinstance(first, Half) and isinstance(second, Half)
+    assert isinstance(first, PairHalf) and isinstance(second, PairHalf)
     return whole, (first, second)
 
 
@@ -38,11 +38,11 @@ def test_the_halves_together_are_the_micro_batch(seed, num_groups, multiple_of, 
     places = first.order[:num_real]
     assert torch.equal(torch.cat([first.tokens_T, second.tokens_T])[places], whole.tokens_T[:num_real])
     assert torch.equal(torch.cat([first.positions_T, second.positions_T])[places], whole.positions_T[:num_real])
-    numbers = torch.cat([first.numbers_N, second.numbers_N])
-    assert sorted(numbers.tolist()) == list(range(len(whole.scored_N)))
-    assert torch.equal(torch.cat([first.targets_N, second.targets_N]), whole.targets_N[numbers])
+    index = torch.cat([first.scored_index_N, second.scored_index_N])
+    assert sorted(index.tolist()) == list(range(len(whole.scored_N)))
+    assert torch.equal(torch.cat([first.targets_N, second.targets_N]), whole.targets_N[index])
     scored = torch.cat([first.scored_N, second.scored_N + second.first])
-    assert torch.equal(scored, whole.halves[0].order[whole.scored_N[numbers]])
+    assert torch.equal(scored, whole.halves[0].order[whole.scored_N[index]])
 
 
 @cases
@@ -52,7 +52,7 @@ def test_chosen_answers_are_in_the_first_half_and_rejected_ones_in_the_second(se
     is_second_R = whole.halves[0].order[whole.last_R] >= second.first
     assert is_second_R.tolist() == [False, True] * num_groups
     num_rejected = int(whole.num_completion_tokens_R[1::2].sum())
-    num_held = sum(piece.end - piece.start for piece in second.pieces[:num_groups])
+    num_held = sum(piece.end - piece.start for piece in second.segments[:num_groups])
     assert num_held >= num_rejected
     if share_prompts and num_groups < 5:  # every fifth pair has two prompts
         assert num_held == num_rejected
@@ -76,10 +76,12 @@ def test_every_token_sees_the_keys_it_saw_in_the_whole(seed, num_groups, multipl
     }
     found = {}
     for half in halves:
-        assert [piece.start for piece in half.pieces[1:]] == [piece.end for piece in half.pieces[:-1]]
+        assert [piece.start for piece in half.segments[1:]] == [piece.end for piece in half.segments[:-1]]
         kept = [] if half.is_first else half.prompts_Q.tolist()
         keys = [*kept, *range(half.first, half.first + len(half.tokens_T))]
         found |= {
-            half.first + p.start + i: {keys[k] for k in keys_seen(p, i)} for p in half.pieces for i in range(p.end - p.start)
+            half.first + p.start + i: {keys[k] for k in keys_seen(p, i)}
+            for p in half.segments
+            for i in range(p.end - p.start)
         }
     assert {query: found.get(query) for query in expected} == expected

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megadpo.data.batches.prefetch import Ahead
+from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.errors import UserError
 
 
@@ -16,8 +16,8 @@ def _data_threads() -> list[threading.Thread]:
 
 
 def test_every_step_gets_its_own_in_whatever_order_they_are_asked_for() -> None:
-    with Ahead(lambda step: step * step, 10) as ahead:
-        assert [ahead.at(step) for step in (0, 1, 2, 5, 6, 6, 3, 9, 0)] == [0, 1, 4, 25, 36, 36, 9, 81, 0]
+    with Prefetcher(lambda step: step * step, 10) as ahead:
+        assert [ahead.get(step) for step in (0, 1, 2, 5, 6, 6, 3, 9, 0)] == [0, 1, 4, 25, 36, 36, 9, 81, 0]
     assert not _data_threads()
 
 
@@ -31,10 +31,10 @@ def test_the_next_step_is_made_while_this_one_is_in_use_and_none_beyond_the_last
             is_made.set()
         return step
 
-    with Ahead(make, 2) as ahead:
-        ahead.at(0)
+    with Prefetcher(make, 2) as ahead:
+        ahead.get(0)
         assert is_made.wait(10), "without anybody asking for it"
-        ahead.at(1)
+        ahead.get(1)
     assert made == [0, 1]
 
 
@@ -46,11 +46,11 @@ def test_what_was_waited_for_is_measured() -> None:
         may_end.wait(10)
         return step
 
-    with Ahead(make, 1) as ahead:
+    with Prefetcher(make, 1) as ahead:
         threading.Thread(target=lambda: (started.wait(10), time.sleep(0.05), may_end.set())).start()
-        ahead.at(0)
+        ahead.get(0)
         assert ahead.seconds_waited >= 0.05
-        ahead.at(0)
+        ahead.get(0)
         assert ahead.seconds_waited < 10
 
 
@@ -60,15 +60,15 @@ def test_an_error_is_raised_where_its_step_is_asked_for() -> None:
             raise UserError("row 7 is wrong")
         return step
 
-    with Ahead(make, 3) as ahead:
-        assert ahead.at(0) == 0
+    with Prefetcher(make, 3) as ahead:
+        assert ahead.get(0) == 0
         with pytest.raises(UserError, match="row 7 is wrong"):
-            ahead.at(1)
+            ahead.get(1)
     assert not _data_threads()
 
 
 def test_leaving_early_leaves_no_thread() -> None:
-    with pytest.raises(KeyboardInterrupt), Ahead(lambda step: time.sleep(0.01), 100) as ahead:
-        ahead.at(0)
+    with pytest.raises(KeyboardInterrupt), Prefetcher(lambda step: time.sleep(0.01), 100) as ahead:
+        ahead.get(0)
         raise KeyboardInterrupt
     assert not _data_threads()

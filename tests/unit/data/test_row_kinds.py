@@ -32,7 +32,7 @@ def refusal(row: dict[str, Any], reading: Reading) -> str:
 @pytest.mark.parametrize(("label", "number"), [(True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0)])
 def test_an_answer_and_its_label(label: object, number: float) -> None:
     row = recognise({"prompt": "Sky?", "completion": " Blue.", "label": label}, "f:1", LABELS)
-    assert row == Row(("Sky?",), (" Blue.",), conversational=False, numbers={"label": (number,)})
+    assert row == Row(("Sky?",), (" Blue.",), conversational=False, row_values={"label": (number,)})
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_answer_and_its_label(label: object, number: float) -> None:
 def test_every_form_of_a_conversation_is_the_same_answer(row: dict[str, Any], reading: Reading) -> None:
     recognised = recognise(row | {"label": False}, "f:1", reading)
     assert (recognised.prompts, recognised.completions, recognised.conversational) == (([USER],), ([BLUE],), True)
-    assert recognised.numbers == ({"label": (0.0,)} if reading is LABELS else {})
+    assert recognised.row_values == ({"label": (0.0,)} if reading is LABELS else {})
 
 
 def test_of_a_longer_conversation_the_last_turn_is_the_answer_and_a_system_column_comes_first() -> None:
@@ -64,7 +64,7 @@ def test_of_a_longer_conversation_the_last_turn_is_the_answer_and_a_system_colum
 
 def test_a_pair_is_a_desirable_and_an_undesirable_answer_to_one_prompt() -> None:
     row = recognise(TEXT_PAIR | {"label": "stray"}, "f:1", LABELS)
-    assert row == Row(("Sky?",), (" Blue.", " Green."), conversational=False, numbers={"label": (1.0, 0.0)})
+    assert row == Row(("Sky?",), (" Blue.", " Green."), conversational=False, row_values={"label": (1.0, 0.0)})
 
 
 @pytest.mark.parametrize("label", ["true", "desirable", 2, -1, 0.5, float("nan"), [True], {}])
@@ -113,7 +113,7 @@ def test_a_completion_without_a_prompt_is_refused() -> None:
 def test_responses_are_sorted_best_first_and_ranks_become_scores(said: dict[str, Any], scores: tuple[float, ...]) -> None:
     row = recognise(LISTED | said, "f:1", LISTS)
     best, *others = row.completions
-    assert row.prompts == ("Sky?",) and best == " Blue." and row.numbers == {"score": scores}
+    assert row.prompts == ("Sky?",) and best == " Blue." and row.row_values == {"score": scores}
     assert others == ([" Green.", " Red."] if scores[1] > scores[2] else [" Red.", " Green."])  # ties keep their order
 
 
@@ -125,12 +125,12 @@ def test_lists_may_be_conversations_and_are_also_called_completions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "scores"),
+    ("fields", "scores"),
     [({}, (1.0, 0.0)), ({"score_chosen": 8, "rejected_rating": 2.5}, (8.0, 2.5)), ({"chosen_score": None}, (1.0, 0.0))],
 )
-def test_a_pair_is_a_list_of_two(numbers: dict[str, Any], scores: tuple[float, ...]) -> None:
-    row = recognise(TEXT_PAIR | numbers, "f:1", LISTS)
-    assert row.completions == (" Blue.", " Green.") and row.numbers == {"score": scores}
+def test_a_pair_is_a_list_of_two(fields: dict[str, Any], scores: tuple[float, ...]) -> None:
+    row = recognise(TEXT_PAIR | fields, "f:1", LISTS)
+    assert row.completions == (" Blue.", " Green.") and row.row_values == {"score": scores}
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,18 @@ def test_a_row_of_another_kind_is_told_what_it_is_and_who_reads_it(row: dict[str
 
 @pytest.mark.parametrize("kind", ["pairs", "labels", "lists", "examples"])
 def test_real_hh_pairs_are_read_in_every_kind(
-    kind: str, options: DataConfig, hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
+    kind: str,
+    options: DataConfig,
+    hh_rows: list[dict[str, str]],
+    hh_pairs: Any,
+    bpe_dir: str,
+    tmp_path: Path,
+    write_jsonl: Any,
 ) -> None:
-    file = write_jsonl(tmp_path / "hh.jsonl", hh_rows)
-    pairs = prepare_groups(options, file, bpe_dir).groups
+    file, pairs = write_jsonl(tmp_path / "hh.jsonl", hh_rows), hh_pairs
     prepared = prepare_groups(options, file, bpe_dir, Reading(kind))
     groups, report = prepared.groups, prepared.report
-    assert set(groups.numbers) == {"pairs": set(), "labels": {"label"}, "lists": {"score"}, "examples": set()}[kind]
+    assert set(groups.row_values) == {"pairs": set(), "labels": {"label"}, "lists": {"score"}, "examples": set()}[kind]
     if kind == "examples":
         assert {len(group.responses) for group in groups} == {1} and len(groups) >= len(pairs)
         by_row = {group.row: group for group in groups}
@@ -260,8 +265,8 @@ def test_real_hh_pairs_are_read_in_every_kind(
     if kind == "labels":
         assert report.sentence().startswith("2,308 of 2,312 rows kept, 2,308 desirable, 2,308 undesirable, 4 dropped (empty")
     if kind != "pairs":
-        (numbers,) = groups.numbers.values()
-        assert numbers.tolist() == [1.0, 0.0] * 2308
+        (labels,) = groups.row_values.values()
+        assert labels.tolist() == [1.0, 0.0] * 2308
 
 
 def test_real_chinese_pairs_are_read_in_every_kind(
@@ -284,7 +289,7 @@ def test_real_labelled_conversations_are_read_as_they_are(
     file = write_jsonl(tmp_path / "kto.jsonl", labelled_rows)
     prepared = prepare_groups(options, file, bpe_dir, LABELS)
     assert prepared.report.sentence() == "300 of 300 labelled answers kept, 150 desirable, 150 undesirable"
-    assert prepared.groups.numbers["label"].tolist() == [float(row["label"]) for row in labelled_rows]
+    assert prepared.groups.row_values["label"].tolist() == [float(row["label"]) for row in labelled_rows]
     tokenizer = load_tokenizer(bpe_dir)
     examples = prepare_groups(options, file, bpe_dir, EXAMPLES).groups
     for row, group, example in zip(labelled_rows, prepared.groups, examples, strict=True):
@@ -320,7 +325,7 @@ def test_lists_of_any_length_become_groups_with_their_scores(
     groups, tokenizer = prepared.groups, load_tokenizer(bpe_dir)
     assert prepared.report.sentence() == "3 of 4 lists kept, 1 dropped (all scores equal)"
     assert groups.response_offsets_G.tolist() == [0, 3, 5, 9] and all(group.shares_prompt for group in groups)
-    assert groups.numbers["score"].tolist() == [3, 2, 1, 1, 0, -1, -2, -3, -4]
+    assert groups.row_values["score"].tolist() == [3, 2, 1, 1, 0, -1, -2, -3, -4]
     answers = [tokenizer.decode(response) for group in groups for response in group.responses]
     letters = "".join(answer[1] for answer in answers)
     assert letters == "BGRBGBADC" and all(answer.endswith("</s>") for answer in answers)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.batches.sampler import Batches, epoch_order, num_steps, samples_per_epoch, step_batch
+from megadpo.data.batches.sampler import StepSampler, epoch_order, num_steps, samples_per_epoch, step_batch
 
 sizes = st.integers(1, 40)
 steps = st.integers(1, 17)
@@ -34,9 +34,9 @@ def test_batches_put_end_to_end_are_whole_epochs_each_a_permutation(
 def test_a_batch_does_not_depend_on_the_steps_before_it(
     num_groups: int, pairs_per_step: int, seed: int, others: list[int]
 ) -> None:
-    batches = Batches(num_groups, [1.0], pairs_per_step, seed)
+    batches = StepSampler(num_groups, [1.0], pairs_per_step, seed)
     for step in [*others, 7]:
-        assert np.array_equal(batches.at(step), step_batch(num_groups, [1.0], step, pairs_per_step, seed))
+        assert np.array_equal(batches.group_ids(step), step_batch(num_groups, [1.0], step, pairs_per_step, seed))
 
 
 @settings(deadline=None)

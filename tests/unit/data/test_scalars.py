@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from megadpo.config.schema import DataConfig
+from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
 from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
 from megadpo.data.rows.formats import Reading, recognise
-from megadpo.data.rows.sources import parse_sources
 from megadpo.errors import UserError
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
@@ -36,15 +36,15 @@ def refusal(row: dict[str, Any], reading: Reading) -> str:
 
 @pytest.mark.parametrize("pair", [PAIR, TALK], ids=["text", "conversation"])
 def test_numbers_are_read_beside_any_format_once_for_each_response(pair: dict[str, Any]) -> None:
-    numbers = {"margin": 0, "weight": 2, "chosen_score": -8.5, "rejected_score": 1e-3, "label_probability": Decimal("0.75")}
-    row = recognise(pair | numbers, "f:1", Reading("pairs", ALL))
-    assert row.numbers == {
+    fields = {"margin": 0, "weight": 2, "chosen_score": -8.5, "rejected_score": 1e-3, "label_probability": Decimal("0.75")}
+    row = recognise(pair | fields, "f:1", Reading("pairs", ALL))
+    assert row.row_values == {
         "margin": (0.0, 0.0),
         "weight": (2.0, 2.0),
         "score": (-8.5, 1e-3),
         "label_probability": (0.75, 0.75),
     }
-    assert all(type(value) is float for values in row.numbers.values() for value in values)
+    assert all(type(value) is float for values in row.row_values.values() for value in values)
 
 
 @pytest.mark.parametrize("value", ["heavy", None, float("nan"), -3, [1]])
@@ -65,7 +65,9 @@ def test_numbers_that_were_not_asked_for_are_not_looked_at(value: object, kind: 
     ],
 )
 def test_a_weight_stands_beside_rows_of_every_kind(kind: str, row: dict[str, Any], num_responses: int) -> None:
-    assert recognise(row | {"weight": 0.5}, "f:1", asking("weight", kind=kind)).numbers["weight"] == (0.5,) * num_responses
+    assert (
+        recognise(row | {"weight": 0.5}, "f:1", asking("weight", kind=kind)).row_values["weight"] == (0.5,) * num_responses
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_weight_stands_beside_rows_of_every_kind(kind: str, row: dict[str, Any
     ],
 )
 def test_scores_have_three_spellings(spelled: dict[str, Any]) -> None:
-    assert recognise(PAIR | spelled, "f:1", asking("score")).numbers == {"score": (3.0, 1.0)}
+    assert recognise(PAIR | spelled, "f:1", asking("score")).row_values == {"score": (3.0, 1.0)}
 
 
 def test_spellings_that_disagree_are_refused() -> None:
@@ -138,10 +140,10 @@ def test_numbers_follow_their_rows_past_dropped_ones_and_through_the_cache(
     file = write_jsonl(tmp_path / "hh.jsonl.gz", rows)
     for _ in range(2):
         groups = prepare_groups(options, file, bpe_dir, asking("margin", "score")).groups
-        assert len(groups) == 299 and sorted(groups.numbers) == ["margin", "score"]
-        assert np.array_equal(groups.numbers["margin"], np.repeat(groups.rows / 7, 2))
-        assert np.array_equal(groups.numbers["score"], np.stack([-groups.rows, groups.rows], axis=1).ravel())
-        assert groups[200].numbers["score"] == (-groups.rows[200], groups.rows[200])
+        assert len(groups) == 299 and sorted(groups.row_values) == ["margin", "score"]
+        assert np.array_equal(groups.row_values["margin"], np.repeat(groups.rows / 7, 2))
+        assert np.array_equal(groups.row_values["score"], np.stack([-groups.rows, groups.rows], axis=1).ravel())
+        assert groups[200].row_values["score"] == (-groups.rows[200], groups.rows[200])
         monkeypatch.setattr(prepare, "make_groups", None)
 
 
@@ -154,7 +156,7 @@ def test_processes_give_the_numbers_that_one_process_gives(
     alone, alone_report = make_groups(sources, job, num_workers=1)
     many, many_report = make_groups(sources, job, num_workers=2)
     assert many.digest == alone.digest and many_report == alone_report
-    assert np.array_equal(many.numbers["weight"], np.repeat(many.rows, np.diff(many.response_offsets_G)))
+    assert np.array_equal(many.row_values["weight"], np.repeat(many.rows, np.diff(many.response_offsets_G)))
 
 
 def test_the_cache_is_of_one_reading(options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
@@ -165,8 +167,8 @@ def test_the_cache_is_of_one_reading(options: DataConfig, bpe_dir: str, tmp_path
     for reading in readings:
         job = prepare.TokeniseJob(bpe_dir, None, 64, "prompt_left", reading)
         keys.add(cache_key(parse_sources(file), job))
-        names = set(prepare_groups(options, file, bpe_dir, reading).groups.numbers)
-        assert names - {"label", "score"} == reading.numbers
+        names = set(prepare_groups(options, file, bpe_dir, reading).groups.row_values)
+        assert names - {"label", "score"} == reading.row_values
     assert len(keys) == len(readings)
 
 
@@ -188,7 +190,7 @@ def test_sources_may_spell_the_same_numbers_differently(
     own = write_jsonl(tmp_path / "own.jsonl", [PAIR | {"good": 0.5, "rejected_score": 0.25, "score_chosen": "n/a"}])
     renamed = {"path": own, "columns": {"chosen_score": "good"}}
     groups = prepare_groups(options, [trl, rated, renamed], bpe_dir, asking("score")).groups
-    assert groups.numbers["score"].tolist() == [8.5, 3.0, 8.5, 3.0, 5.0, 4.0, 0.5, 0.25]
+    assert groups.row_values["score"].tolist() == [8.5, 3.0, 8.5, 3.0, 5.0, 4.0, 0.5, 0.25]
 
 
 def test_naming_another_field_for_a_number_reads_that_one(
@@ -197,7 +199,7 @@ def test_naming_another_field_for_a_number_reads_that_one(
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR | {"margin": 1, "gap": 2}])
     for columns, margin in (({}, 1.0), ({"margin": "gap"}, 2.0)):
         groups = prepare_groups(replace(options, columns=columns), file, bpe_dir, asking("margin")).groups
-        assert groups.numbers["margin"].tolist() == [margin, margin]
+        assert groups.row_values["margin"].tolist() == [margin, margin]
 
 
 def test_parquet_numbers_of_any_width_are_read_and_its_nulls_are_lacking(
@@ -216,5 +218,5 @@ def test_parquet_numbers_of_any_width_are_read_and_its_nulls_are_lacking(
                 with pytest.raises(UserError, match=rf"{kind.id}.parquet: row 1: the row lacks `margin`"):
                     prepare_groups(options, str(file), bpe_dir, asking("margin"))
             else:
-                numbers = prepare_groups(options, str(file), bpe_dir, asking("margin")).groups.numbers
-                assert numbers["margin"].tolist() == [2.0, 2.0, 3.0, 3.0]
+                row_values = prepare_groups(options, str(file), bpe_dir, asking("margin")).groups.row_values
+                assert row_values["margin"].tolist() == [2.0, 2.0, 3.0, 3.0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megadpo.data.rows.sources import Source, iter_rows, parse_sources
+from megadpo.config.sources import Source, parse_sources
+from megadpo.data.rows.sources import iter_rows
 from megadpo.errors import UserError
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"c{n} – é", "rejected": f"r{n}"} for n in range(5)]
@@ -134,18 +136,21 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "list of sources is empty"),
-        (7, "a source must be a path"),
-        ({"weight": 1}, "a source has no `path`; it has weight"),
-        ({"path": "a", "wieght": 1}, "unknown key 'wieght'"),
-        ({"path": "a", "weight": 0}, "weight of source a is 0; it must be a number above 0"),
-        ({"path": "a", "weight": True}, "weight of source a is True"),
-        ({"path": "a", "split": 1}, "split of source a is 1; it must be a string"),
-        ({"path": "a", "columns": {"chosen": 1}}, "columns of source a must map"),
+        ([], "data is an empty list; name at least one source"),
+        (None, "data is empty; give a file, a directory or a Hugging Face dataset id"),
+        (" ", "data is empty; give a file"),
+        ({"path": " "}, "data.path is empty; give a file"),
+        (7, "data must be text or null, got the number 7"),
+        ({"weight": 1}, "data has no path; a source is a path or {path, weight, split, subset, columns}"),
+        (["a", {"path": "a", "wieght": 1}], "unknown key data[1].wieght; did you mean data[1].weight?"),
+        ({"path": "a", "weight": 0}, "data.weight must be greater than 0, got 0.0"),
+        ({"path": "a", "weight": True}, "data.weight must be a number, got true"),
+        ({"path": "a", "split": 1}, "data.split must be text or null, got the number 1"),
+        ({"path": "a", "columns": {"chosen": 1}}, "data.columns must be a mapping from text to text, got a mapping"),
     ],
 )
 def test_wrong_source_values_are_refused(value: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         parse_sources(value)
 
 

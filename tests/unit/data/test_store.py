@@ -22,19 +22,19 @@ def groups(draw: st.DrawFn) -> Group:
     num_prompts = draw(st.sampled_from([1, len(responses)]))
     scores = tuple(draw(st.floats(-1e9, 1e9)) for _ in responses)
     prompts = tuple(draw(ids) for _ in range(num_prompts))
-    return Group(prompts, responses, row=draw(st.integers(0, 10**12)), numbers={"score": scores})
+    return Group(prompts, responses, row=draw(st.integers(0, 10**12)), row_values={"score": scores})
 
 
 def same(one: Group, other: Group) -> bool:
-    return (one.row, one.numbers) == (other.row, other.numbers) and all(
+    return (one.row, one.row_values) == (other.row, other.row_values) and all(
         len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
         for ours, theirs in ((one.prompts, other.prompts), (one.responses, other.responses))
     )
 
 
-def pair(prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0, **numbers: tuple[float, float]) -> Group:
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], row: int = 0, **values: tuple[float, float]) -> Group:
     responses = (np.array(chosen, np.int32), np.array(rejected, np.int32))
-    return Group((np.array(prompt, np.int32),), responses, row, numbers)
+    return Group((np.array(prompt, np.int32),), responses, row, values)
 
 
 @settings(deadline=None)
@@ -51,12 +51,12 @@ def test_groups_of_any_shape_come_back_and_their_tokens_are_counted(given_groups
 @given(st.lists(groups(), min_size=1, max_size=8), st.data())
 def test_responses_of_any_groups_are_found_among_all_of_them(given_groups: list[Group], data: st.DataObject) -> None:
     store = GroupStore.of(given_groups)
-    numbers = data.draw(st.lists(st.integers(0, len(store) - 1), max_size=9))
-    found, offsets = store.responses_of(numbers), store.response_offsets_of(numbers)
-    scores = store.numbers["score"]
+    row_values = data.draw(st.lists(st.integers(0, len(store) - 1), max_size=9))
+    found, offsets = store.response_ids_of(row_values), store.response_offsets_of(row_values)
+    scores = store.row_values["score"]
     assert scores.dtype == np.float64 and len(scores) == store.num_responses
-    for place, number in enumerate(numbers):
-        own = given_groups[number].numbers["score"]
+    for place, number in enumerate(row_values):
+        own = given_groups[number].row_values["score"]
         assert tuple(scores[found[offsets[place] : offsets[place + 1]]]) == own
         assert tuple(scores[store.response_offsets_G[number] : store.response_offsets_G[number + 1]]) == own
 
@@ -121,11 +121,11 @@ def test_numbers_are_saved_memory_mapped_and_loaded_bit_for_bit(tmp_path: Path) 
     store = GroupStore.of([pair([1], [2], [3], 0, weight=(1 / 3, 0.0), margin=(1e300, 5e-324))])
     store.save(tmp_path / "store")
     loaded = GroupStore.load(tmp_path / "store")
-    assert {name: values.tolist() for name, values in loaded.numbers.items()} == {
+    assert {name: values.tolist() for name, values in loaded.row_values.items()} == {
         "margin": [1e300, 5e-324],
         "weight": [1 / 3, 0.0],
     }
-    assert isinstance(loaded.numbers["margin"], np.memmap)
+    assert isinstance(loaded.row_values["margin"], np.memmap)
     assert loaded.digest == GroupStore(loaded.columns).digest == store.digest
 
 
@@ -138,8 +138,8 @@ def test_a_store_whose_numbers_do_not_fit_its_groups_is_not_loaded(tmp_path: Pat
 
 def test_the_digest_sees_numbers_and_their_names_but_not_their_order() -> None:
     one, same_numbers, *others = (
-        GroupStore.of([pair([1], [2], [3], **numbers)])
-        for numbers in (
+        GroupStore.of([pair([1], [2], [3], **row_values)])
+        for row_values in (
             {"margin": (1.0, 1.0), "weight": (2.0, 2.0)},
             {"weight": (2.0, 2.0), "margin": (1.0, 1.0)},
             {"margin": (1.0, 1.0), "weight": (2.0, 3.0)},
@@ -158,11 +158,11 @@ def test_the_digest_of_groups_without_numbers_never_changes_as_checkpoints_hold_
 
 def test_groups_that_differ_in_what_numbers_they_have_make_no_store() -> None:
     with_margin, without = [pair([1], [2], [3], margin=(1.0, 1.0))], [pair([1], [2], [3])]
-    with pytest.raises(ValueError, match="some groups have other numbers than margin"):
+    with pytest.raises(ValueError, match="some groups have other row values than margin"):
         GroupStore.of([*with_margin, *without])
-    with pytest.raises(ValueError, match="some parts have other numbers than none"):
+    with pytest.raises(ValueError, match="some parts have other row values than none"):
         GroupColumns.concatenate([GroupColumns.of(without), GroupColumns.of(with_margin)])
-    with pytest.raises(ValueError, match="numbers cannot be named"):
+    with pytest.raises(ValueError, match="row values cannot be named"):
         GroupStore.of([pair([1], [2], [3], **{"../margin": (1.0, 1.0)})])
 
 

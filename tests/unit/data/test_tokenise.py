@@ -190,7 +190,7 @@ def test_single_answers_tokenise_as_trls_kto_and_sft_do(
         # A prompt that ends in the middle of a word, so that tokens may straddle the boundary.
         rows.append({"prompt": row["prompt"][:-3], "completion": row["prompt"][-3:] + row["rejected"], "label": True})
     found = tokenise_rows([("row", recognise(row, "row", Reading(kind))) for row in rows], tokenizer)
-    assert [tokens.sides() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
+    assert [tokens.sequences() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
     assert sum(tokens.moved_boundary for tokens in found) > 50
 
 
@@ -204,7 +204,7 @@ def test_real_labelled_conversations_tokenise_as_trls_kto_and_sft_do(
         {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "label": row["label"]}
         for row in labelled_rows[:80]
     ]
-    assert [tokens.sides() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
+    assert [tokens.sequences() for tokens in found] == [[side] for side in answers_as_trl(rows, tokenizer, kind)]
 
 
 def test_one_of_many_responses_that_merges_moves_the_boundary_of_all(
@@ -232,7 +232,7 @@ def test_differing_prompts_are_kept_as_two(bpe_dir: str) -> None:
     rejected = "\n\nHuman: Hello you\n\nAssistant: Good day."
     (pair,) = ours([{"chosen": chosen, "rejected": rejected}], tokenizer)
     assert isinstance(pair, GroupTokens) and len(pair.prompts) == 2
-    for (prompt, response), text in zip(pair.sides(), (chosen, rejected), strict=True):
+    for (prompt, response), text in zip(pair.sequences(), (chosen, rejected), strict=True):
         assert tokenizer.decode(prompt) == text[: text.rindex(_MARK) + len(_MARK)]
         assert tokenizer.decode(prompt + response) == text + "</s>"
 
@@ -276,7 +276,7 @@ def test_keep_start_and_keep_end_cut_what_trls_collator_cuts(
             continue
         keys = {"prompt_ids": pair.prompts[0], "chosen_ids": pair.responses[0], "rejected_ids": pair.responses[1]}
         batch = collator([keys])
-        for side, (prompt, response) in enumerate(cut.sides()):
+        for side, (prompt, response) in enumerate(cut.sequences()):
             present = batch["attention_mask"][side].bool()
             assert batch["input_ids"][side][present].tolist() == prompt + response
             # A first token is never predicted: TRL shifts its mask away, here it counts as prompt.
@@ -358,7 +358,7 @@ def test_any_number_of_responses_is_cut_as_each_pair_of_the_longest_with_another
     whole = truncate(GroupTokens((prompt,), (longest, *others)), 11, mode)
     pairs = [truncate(GroupTokens((prompt,), (longest, other)), 11, mode) for other in others]
     assert isinstance(whole, GroupTokens) and whole.truncated
-    assert whole.sides() == [pairs[0].sides()[0], *(pair.sides()[1] for pair in pairs)]
+    assert whole.sequences() == [pairs[0].sequences()[0], *(pair.sequences()[1] for pair in pairs)]
     assert len(whole.prompts) == (4 if mode == "keep_end" else 1)
 
 
@@ -367,7 +367,7 @@ def test_a_single_answer_is_cut_as_one_side_of_a_pair_is(mode: str) -> None:
     prompt, answer = list(range(10)), [20, 21, 22]
     pair = truncate(GroupTokens((prompt,), (answer, [30, 31, 32])), 11, mode)
     single = truncate(GroupTokens((prompt,), (answer,)), 11, mode)
-    assert isinstance(single, GroupTokens) and single.sides() == pair.sides()[:1] and single.truncated
+    assert isinstance(single, GroupTokens) and single.sequences() == pair.sequences()[:1] and single.truncated
     assert truncate(GroupTokens((prompt,), (answer,)), 10, "keep_start") == TRUNCATED_AWAY
     assert truncate(GroupTokens(([],), ([7, 8],)), None, mode) == GroupTokens(([7],), ([8],))
 

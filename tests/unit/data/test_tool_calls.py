@@ -108,7 +108,7 @@ def test_prompt_and_answers_are_what_the_tokenizer_makes_of_the_whole_conversati
     for kind, row in rows.items():
         tokens = tokenise(tokenizer, row | said, kind)
         answers = (better, worse) if kind in ("pairs", "lists") else (better,)
-        for (prompt_ids, response_ids), answer in zip(tokens.sides(), answers, strict=True):
+        for (prompt_ids, response_ids), answer in zip(tokens.sequences(), answers, strict=True):
             whole = own(tokenizer, prompt + answer, said)
             assert prompt_ids + response_ids == whole
             alone = own(tokenizer, prompt, said, add_generation_prompt=True)
@@ -121,7 +121,7 @@ def test_a_conversation_with_calls_ends_with_its_answer(case: str, bpe_dir: str)
     prompt, better, _, said = CASES[case]
     row = {"messages": prompt + better, "label": False} | said
     for kind in ("labels", "examples"):
-        (side,) = tokenise(tokenizer, row, kind).sides()
+        (side,) = tokenise(tokenizer, row, kind).sequences()
         assert side[0] + side[1] == own(tokenizer, prompt + better, said)
 
 

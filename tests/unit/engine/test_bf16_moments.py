@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadpo.engine import bf16_moments as narrow_adamw
-from megadpo.engine.bf16_moments import NarrowAdamW
+from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.errors import UserError
 from megadpo.parallel.layout import Layout
 from megadpo.validation.load import load_config
@@ -38,7 +38,7 @@ def test_moments_follow_those_of_fp32_even_where_a_step_is_less_than_a_last_plac
     start = torch.randn(SIZE)
     wide, narrow = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     exact = stepped(torch.optim.AdamW([wide], lr=1e-4), large_then_small)
-    found = stepped(NarrowAdamW([narrow], lr=1e-4), large_then_small)
+    found = stepped(AdamWWithBf16Moments([narrow], lr=1e-4), large_then_small)
     ratio = found["exp_avg_sq"] / exact["exp_avg_sq"]
     assert abs(float(ratio.mean()) - 1) < 0.01 and float((ratio - 1).abs().max()) < 0.1
     assert float((found["exp_avg"] - exact["exp_avg"]).norm() / exact["exp_avg"].norm()) < 0.01
@@ -48,8 +48,8 @@ def test_moments_follow_those_of_fp32_even_where_a_step_is_less_than_a_last_plac
 def test_gone_on_from_its_state_it_takes_the_same_steps():
     start, some = torch.randn(SIZE), gradients(6)
     whole, resumed = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    expected = stepped(NarrowAdamW([whole], weight_decay=0.1), some)
-    first, second = (NarrowAdamW([resumed], weight_decay=0.1) for _ in range(2))
+    expected = stepped(AdamWWithBf16Moments([whole], weight_decay=0.1), some)
+    first, second = (AdamWWithBf16Moments([resumed], weight_decay=0.1) for _ in range(2))
     stepped(first, some[:3])
     second.state[resumed] = {kind: value.clone() for kind, value in first.state[resumed].items()}
     assert all(torch.equal(moment, expected[kind]) for kind, moment in stepped(second, some[3:]).items())
@@ -59,14 +59,15 @@ def test_gone_on_from_its_state_it_takes_the_same_steps():
 def test_tiles_leave_no_element_out(monkeypatch):
     start, some = torch.randn(SIZE), gradients(3)
     whole, tiled = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    expected = stepped(NarrowAdamW([whole]), some)
+    expected = stepped(AdamWWithBf16Moments([whole]), some)
     monkeypatch.setitem(narrow_adamw.TILE_ELEMENTS, "cpu", 192)
-    found = stepped(NarrowAdamW([tiled]), some)
+    found = stepped(AdamWWithBf16Moments([tiled]), some)
     assert all(float((found[kind] - moment).norm() / moment.norm()) < 0.01 for kind, moment in expected.items())
     assert all(bool(moment.all()) for moment in found.values())
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_with_fp32_moments_and_keeps_half_of_their_bytes(tmp_path):
     size = {"num_hidden_layers": 2, "tokenizer": False}
     policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, **size) for seed in (0, 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadpo.errors import UserError
-from megadpo.validation.deepspeed import check_machine
+from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.load import load_config
 from tests.helpers.worlds import run_world
 
@@ -69,7 +69,7 @@ def test_a_directory_in_which_no_file_can_be_made_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^parallel.offload_dir: /proc cannot be written: .*; choose a directory on a local"
     ):
-        check_machine(load_config({"parallel": options}).parallel, torch.float32)
+        check_deepspeed_machine(load_config({"parallel": options}).parallel, torch.float32)
 
 
 def test_a_moving_reference_is_refused_with_files() -> None:

@@ -20,7 +20,7 @@ OVER_REPLICAS = {"reduce_scatter", "all_gather", "allgather"}
 def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
     """Names of those that end a step, in a joined world."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
@@ -29,14 +29,13 @@ def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
     from megadpo.parallel.world import joined_world
 
     groups = random_groups(8)
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=400,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=400,
+            num_data_parallel=layout.data,
+            hidden_size=64,
+        ),
     )
     with joined_world(layout, seed=1):
         stage = build_stage(shape_of(read_hf_config(model)), layout, torch.float32)

@@ -273,6 +273,7 @@ def test_a_local_rank_that_no_launcher_gave_is_refused(argument: str, environ: d
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.slow
 def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str) -> None:
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
@@ -280,11 +281,13 @@ def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str
 
 
 @pytest.mark.parametrize("kind", ["openmpi", "mpich"])
+@pytest.mark.slow
 def test_mpirun_really_trains_on_two_processes(tmp_path: Path, kind: str) -> None:
     path = path_with_mpirun(tmp_path, kind)
     train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", "mpirun", "--nproc", "2"], PATH=path)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_plain_mpirun_meet_through_mpi4py(tmp_path: Path) -> None:
     path = path_with_mpirun(tmp_path, "openmpi")
     probe = [sys.executable, "-c", "from mpi4py import MPI; assert 'Open MPI' in MPI.Get_library_version()"]

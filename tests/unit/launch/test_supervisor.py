@@ -17,7 +17,7 @@ LIMIT_SECONDS = 30
 WORKER = """
 import os, signal, sys, time
 from megadpo.errors import UserError
-from megadpo.launch import run_as_one
+from megadpo.launch.supervisor import run_as_one
 
 rank, case = int(os.environ["RANK"]), sys.argv[1]
 
@@ -108,6 +108,7 @@ def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(worker: Path, ca
     assert seconds < LIMIT_SECONDS
 
 
+@pytest.mark.slow
 def test_a_mistake_that_every_rank_meets_is_told_once(worker: Path) -> None:
     code, output, _ = run(our_launcher(4, worker, "all"))
     assert code == 2
@@ -118,6 +119,7 @@ def test_workers_that_end_well_give_status_0_and_print_nothing_more(worker: Path
     assert run(our_launcher(2, worker, "fine"))[:2] == (0, "")
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_reason_is_told_once_too(worker: Path) -> None:
     code, output, seconds = run(torchrun(2, worker, "user"))
     assert code != 0 and seconds < LIMIT_SECONDS
@@ -125,6 +127,7 @@ def test_under_torchrun_the_reason_is_told_once_too(worker: Path) -> None:
     assert "[rank 0] megadpo" not in output and "rank 0 failed" not in output, output
 
 
+@pytest.mark.slow
 def test_a_second_torchrun_run_is_not_silenced_by_the_failure_of_the_first(worker: Path, tmp_path: Path) -> None:
     for _ in range(2):
         fixed = ["--nproc-per-node=2", "--master-port=29876"]
@@ -133,6 +136,7 @@ def test_a_second_torchrun_run_is_not_silenced_by_the_failure_of_the_first(worke
         assert output.count("megadpo: error: model directory is missing") == 1, output
 
 
+@pytest.mark.slow
 def test_threads_are_shared_out_among_the_workers(worker: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     command = ["env", "-u", "OMP_NUM_THREADS", *our_launcher(2, worker, "omp")]

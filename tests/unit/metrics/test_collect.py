@@ -13,21 +13,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.metrics import collect
-from megadpo.objectives.evaluate import evaluate
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 BETA = 0.3
 DPO = ObjectiveConfig(beta=BETA)
 
 
 def metrics_of(statistics: ResponseStatistics, options: ObjectiveConfig = DPO, prefix: str = "") -> dict[str, float]:
-    return collect.reduce(vector_of(statistics, options), options, prefix)
+    return collect.reduce(vector_of(statistics, options), Objective.of(options), prefix)
 
 
 def vector_of(statistics: ResponseStatistics, options: ObjectiveConfig = DPO) -> torch.Tensor:
-    return collect.sum_vector(statistics, evaluate(statistics, Normalisers(5, 100), options), options)
+    return collect.sum_vector(statistics, evaluate(statistics, Normalisers(5, 100), options), Objective.of(options))
 
 
 def some_groups(statistics: ResponseStatistics, numbers: list[int], size: int = 2) -> ResponseStatistics:
@@ -52,10 +52,10 @@ def some_groups(statistics: ResponseStatistics, numbers: list[int], size: int = 
 )
 def test_metrics_do_not_depend_on_how_a_batch_is_cut(parts: list[list[int]], options: ObjectiveConfig, size: int) -> None:
     whole = random_statistics(5, size=size)
-    total = collect.empty_vector("cpu", options)
+    total = collect.empty_vector("cpu", Objective.of(options))
     for part in parts:
         total += vector_of(some_groups(whole, part, size), options)
-    assert collect.reduce(total, options) == pytest.approx(metrics_of(whole, options), rel=1e-12, nan_ok=True)
+    assert collect.reduce(total, Objective.of(options)) == pytest.approx(metrics_of(whole, options), rel=1e-12, nan_ok=True)
 
 
 def test_an_nan_that_counts_shows() -> None:
@@ -106,8 +106,9 @@ def test_a_batch_of_one_label_has_no_number_for_the_other() -> None:
 
 
 def test_metrics_over_nothing_are_nan() -> None:
-    metrics = collect.reduce(collect.empty_vector("cpu", DPO), DPO, prefix="eval_")
-    assert set(metrics) == {f"eval_{name}" for name in collect.slots(DPO)}
+    objective = Objective.of(DPO)
+    metrics = collect.reduce(collect.empty_vector("cpu", objective), objective, prefix="eval_")
+    assert set(metrics) == {f"eval_{name}" for name in objective.metric_names}
     assert all(math.isnan(value) for value in metrics.values())
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
-from tests.helpers.models import save_model, save_tokenizer
+
+if TYPE_CHECKING:
+    from megadpo.objectives.terms import Normalisers, Pairs
 
 GROUPS_PER_MICRO_BATCH = 3
 
@@ -36,26 +39,6 @@ class Outcome:
     rewards: Tensor
     grad_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
-def save_reward_model(directory: Path, family: str = "llama", tokenizer: bool = True, **changes: Any) -> Path:
-    """A random ...ForSequenceClassification with one label, as transformers saves it; its padding token is `</s>`."""
-    import transformers
-
-    language_model = save_model(directory / "language-model", family, tokenizer=False, **changes)
-    config = transformers.AutoConfig.from_pretrained(language_model, num_labels=1)
-    config.pad_token_id = changes.get("pad_token_id", config.eos_token_id)
-    torch.manual_seed(1)
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        language_model, config=config, output_loading_info=True
-    )
-    assert list(report["missing_keys"]) == ["score.weight"]
-    with torch.no_grad():
-        model.score.weight.normal_()
-    model.save_pretrained(directory)
-    if tokenizer:
-        save_tokenizer(directory)
-    return directory
 
 
 def transformers_outcome(model_dir: Path, groups: Sequence[Group], coefficients: Tensor) -> Outcome:
@@ -94,38 +77,55 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megatron.core import parallel_state
 
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.config.schema import TrainConfig
-    from megadpo.data.batches.collate import lay_out
+    from megadpo.config.schema import ObjectiveConfig, TrainConfig
+    from megadpo.data.batches.collate import collate_groups
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
+    from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.objective import Objective, Term
     from megadpo.objectives.statistics import RESPONSE_SUMS
+    from megadpo.objectives.terms import Normalisers
+    from megadpo.training.global_batch import GlobalBatch
+    from megadpo.training.reference import NoReference
+    from megadpo.training.step import optimizer_step
     from tests.parity.worker import whole_tensors
 
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
     stage = build_stage(shape_of(hf_config), case.layout, torch.float32)
     load_weights(stage, open_hf(model_dir))
     engine = MegatronEngine(stage, TrainConfig(learning_rate=1e-3, clip_norm=0.0))
+    # The coefficients travel as the rows' scores.
+    scored = [replace(g, row_values={"score": tuple(row)}) for g, row in zip(groups, coefficients.tolist(), strict=True)]
     starts = range(0, len(groups), GROUPS_PER_MICRO_BATCH)[parallel_state.get_data_parallel_rank() :: case.layout.data]
-    rows = [range(start, min(start + GROUPS_PER_MICRO_BATCH, len(groups))) for start in starts]
+    members = [range(start, min(start + GROUPS_PER_MICRO_BATCH, len(groups))) for start in starts]
     multiple_of = case.layout.tensor if case.layout.sequence else 1
     micro_batches = [
-        lay_out([groups[row] for row in part], part, case.share_prompts, multiple_of, padding_token=7) for part in rows
+        collate_groups([scored[place] for place in part], part, case.share_prompts, multiple_of, padding_token=7)
+        for part in members
     ]
+    batch = GlobalBatch(np.arange(len(groups)), Normalisers(1), 2 * torch.arange(len(groups) + 1), micro_batches)
+    objective = replace(
+        Objective.of(ObjectiveConfig(loss_type="reward")), terms=(Term("linear", 1.0, scores_times_rewards),)
+    )
+    gradients: dict[str, Tensor] = {}
+
+    def keep_gradients() -> None:
+        gradients.update(whole_tensors(hf_config, stage, dict(engine.gradients()), case.layout))
+
+    result = optimizer_step(engine, NoReference(), batch, objective, RunningMean(), 1e-3, on_gradients=keep_gradients)
     rewards = torch.zeros(len(groups), 2, dtype=torch.float64)
-
-    def gradient_of(number: int, sums_RS: Tensor) -> Tensor:
+    for part, sums_RS in zip(members, result.response_sums, strict=False):
         assert not sums_RS[:, [c for c in range(len(RESPONSE_SUMS)) if c != column]].any()
-        rewards[list(rows[number])] = sums_RS[:, column].view(-1, 2)
-        gradient_RD = torch.zeros(len(sums_RS), column + 1, dtype=torch.float64)
-        gradient_RD[:, column] = coefficients[list(rows[number])].flatten()
-        return gradient_RD
-
-    engine.forward_backward(micro_batches, gradient_of)
-    engine.finish_gradients()
-    gradients = whole_tensors(hf_config, stage, dict(engine.gradients()), case.layout)
+        rewards[list(part)] = sums_RS[:, column].view(-1, 2)
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         rewards.zero_()
     dist.all_reduce(rewards)  # of each reward one rank has the value, the others zero
-    return Outcome(rewards.float(), engine.step(1e-3), gradients)
+    return Outcome(rewards.float(), result.grad_norm, gradients)
+
+
+def scores_times_rewards(pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    """[P]: the sum over a pair's responses of score x reward."""
+    weighted_R = pairs.statistics.given_score_R * pairs.statistics.reward_R
+    return pairs.chosen(weighted_R) + pairs.rejected(weighted_R)

@@ -11,12 +11,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 from transformers.masking_utils import create_sliding_window_causal_mask
 
@@ -32,62 +26,17 @@ from megadpo.model.families import (
     shard_parameters,
 )
 from megadpo.model.weights import fill_shard
+from tests.helpers import oracle
+from tests.helpers.families import LLAMA3, DictSource, config_of
 from tests.helpers.models import save_model
-from tests.parity import oracle
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe")
-WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
-
-
-class DictSource:
-    """Logical tensors in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        return self.tensors[name].narrow(dim, start, length)
 
 
 def random_source(config: Any, dtype: torch.dtype = torch.float32) -> DictSource:
     torch.manual_seed(0)
     return DictSource({name: torch.randn(shape, dtype=dtype) for name, shape in logical_shapes(shape_of(config)).items()})
-
-
-def config_of(family: str, **changes: Any) -> Any:
-    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
-    kinds |= {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}
-    if family == "mixtral":
-        changes = {"num_local_experts": 4} | changes
-    if family == "qwen3_moe":
-        changes = {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
-    sizes: dict[str, Any] = {
-        "vocab_size": 499,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "max_position_embeddings": 2048,
-        **WIDE,
-    }
-    return kinds[family](**{**sizes, **changes})
 
 
 def all_shards(config: Any, num_tensor: int, num_pipeline: int, source: Any) -> list[list[Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config.schema import ParallelConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
@@ -21,26 +21,29 @@ WAYS = ("autograd", "buffer", "buffer, overlapped")
 
 
 def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtype, layout: Layout) -> dict[str, Tensor]:
-    """Of a step's sum of log-probs, in a joined world; the second step's, when the overlap knows the order of gradients."""
+    """Of a step's mean log-prob, in a joined world; the second step's, when the overlap knows the order of gradients."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
-    from megadpo.data.batches.packed_dataset import prepare_packing
+    from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.heads import logprob as head
     from megadpo.model.heads.logprob import through_autograd
     from megadpo.model.weights import load_weights
-    from megadpo.parallel.context import local_micro_batches
+    from megadpo.objectives.coupled import RunningMean
+    from megadpo.objectives.objective import Objective
+    from megadpo.training.global_batch import pack_global_batch
+    from megadpo.training.reference import NoReference
+    from megadpo.training.step import optimizer_step
 
     head.TILE_ROWS = 64
-    packing = prepare_packing(
+    packing = PackedDataset.of(
         GroupStore.of(groups),
-        share_prompts=True,
-        tokens_per_micro_batch=400,
-        setting="train.tokens_per_micro_batch",
-        num_data_parallel=layout.data,
-        multiple_of=1,
-        hidden_size=64,
+        PackingOptions(
+            tokens_per_micro_batch=400,
+            num_data_parallel=layout.data,
+            hidden_size=64,
+        ),
     )
     stage = build_stage(shape_of(read_hf_config(model)), layout, dtype)
     load_weights(stage, open_hf(model))
@@ -48,13 +51,16 @@ def _gradients(model: Path, groups: Sequence[Group], way: str, dtype: torch.dtyp
     engine = MegatronEngine(stage, TrainConfig(), ParallelConfig(overlap=way == "buffer, overlapped"))
     if way == "autograd":
         stage.configure_head(gradient_buffer=through_autograd)
-    micro_batches = local_micro_batches(packing, np.arange(len(groups)))
-    assert len(micro_batches) > 1
+    objective, gradients = Objective.of(ObjectiveConfig(loss_type="sft")), {}
+    batch = pack_global_batch(packing, np.arange(len(groups)), objective)
+    assert len(batch.micro_batches) > 1
+
+    def keep_gradients() -> None:
+        gradients.update({name: tensor.clone() for name, tensor in engine.gradients()})
+
     for _ in range(2):
-        engine._clear_gradients()
-        engine.forward_backward(micro_batches, lambda number, sums_RS: torch.ones(len(sums_RS), 1, dtype=torch.float64))
-        engine.finish_gradients()
-    return {name: tensor.clone() for name, tensor in engine.gradients()}
+        optimizer_step(engine, NoReference(), batch, objective, RunningMean(), 0.0, on_gradients=keep_gradients)
+    return gradients
 
 
 def _all_ways(

@@ -246,6 +246,7 @@ int main() {
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
     compiler = native.find_compiler(native.LIBRARIES["head"])
     source, program = tmp_path / "driver.cpp", tmp_path / "driver"
@@ -260,6 +261,7 @@ def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
     assert (ran.stdout, ran.returncode) == ("clean\n", 0), ran.stderr
 
 
+@pytest.mark.slow
 def test_the_cuda_kernels_compile_for_ampere_and_hopper(tmp_path, monkeypatch):
     try:
         native.find_compiler(native.LIBRARIES["head_cuda"])
@@ -276,6 +278,7 @@ def test_the_cuda_kernels_compile_for_ampere_and_hopper(tmp_path, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_build_at_once_all_get_the_library_and_leave_one_file(tmp_path):
     script = (
         "import ctypes\n"
@@ -292,6 +295,7 @@ def test_processes_that_build_at_once_all_get_the_library_and_leave_one_file(tmp
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_an_installed_library_is_used_unless_its_sources_have_changed_since(tmp_path, monkeypatch):
     library, package = native.LIBRARIES["head"], tmp_path / "megadpo"
     shutil.copytree(native.source_directory(), package / "csrc")
@@ -306,6 +310,7 @@ def test_an_installed_library_is_used_unless_its_sources_have_changed_since(tmp_
     assert str(tmp_path / "cache") in load("head")._name
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_does_it_and_says_so_and_native_is_refused(tmp_path):
     script = (
         "import torch\n"

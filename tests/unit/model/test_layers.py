@@ -18,11 +18,11 @@ from megadpo.model.families import shape_of, shard_parameters
 from megadpo.model.layers import FUSED_NAMES, Layers, choose_layers, local_name
 from megadpo.parallel.layout import Layout
 from megadpo.validation.load import load_config
+from tests.helpers import oracle
+from tests.helpers.families import config_of
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
-from tests.parity import oracle
 from tests.parity.worker import Case, Outcome, outcomes
-from tests.unit.model.test_families import config_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ASKED = ModelConfig(layers="transformer_engine")

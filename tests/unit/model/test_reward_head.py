@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.halves import with_halves
 from megadpo.data.groups import Group
 from megadpo.model.heads.reward import RewardHead, reward_positions, reward_sums
 from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.layout import Layout
-from tests.helpers.models import hh_groups, random_groups
+from tests.helpers.models import hh_groups, random_groups, save_reward_model
+from tests.helpers.oracle import worst_relative_error
 from tests.helpers.worlds import run_world
-from tests.parity.oracle import worst_relative_error
-from tests.unit.model.reward_worker import Case, Outcome, outcomes, save_reward_model, transformers_outcome
+from tests.unit.model.reward_worker import Case, Outcome, outcomes, transformers_outcome
 
 ALONE = [Case(Layout()), Case(Layout(), share_prompts=False)]
 TOGETHER = [
@@ -113,7 +113,7 @@ AWKWARD = [
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("padding_token", [PAD, None])
 def test_the_reward_is_read_where_transformers_reads_it(share_prompts: bool, padding_token: int | None) -> None:
-    micro_batch = lay_out(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7)
+    micro_batch = collate_groups(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7)
     positions = reward_positions(micro_batch, padding_token)
     expected = []
     for group in AWKWARD:
@@ -130,19 +130,20 @@ def test_the_reward_is_read_where_transformers_reads_it(share_prompts: bool, pad
 
 @pytest.mark.parametrize("share_prompts", [True, False])
 def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -> None:
-    whole = with_halves(lay_out(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7), 64)
+    whole = with_halves(collate_groups(AWKWARD, range(len(AWKWARD)), share_prompts, multiple_of=64, padding_token=7), 64)
     head = RewardHead(torch.nn.Parameter(torch.randn(1, 8)), PAD, sequence_parallel=False)
     hidden_TH, order = torch.randn(whole.num_tokens, 8), whole.halves[0].order[: whole.num_tokens]
     in_halves = torch.zeros(sum(len(half.tokens_T) for half in whole.halves), 8).index_copy(0, order, hidden_TH)
     rewards = []
     for held, hidden in ((whole, hidden_TH), *((whole.half(n), in_halves[whole.halves[n].first :]) for n in (0, 1))):
         with head.reading(held):
-            rewards.append(head(hidden[: len(held.held.tokens_T), None])[0])
+            rewards.append(head(hidden[: len(held.local.tokens_T), None])[0])
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 
 def test_a_head_knows_a_micro_batch_only_within_its_pass() -> None:
-    micro_batch, head = lay_out(AWKWARD, range(len(AWKWARD))), RewardHead(torch.nn.Parameter(torch.ones(1, 8)), None, False)
+    micro_batch = collate_groups(AWKWARD, range(len(AWKWARD)))
+    head = RewardHead(torch.nn.Parameter(torch.ones(1, 8)), None, False)
     with pytest.raises(RuntimeError, match="broken"), head.reading(micro_batch):
         assert head.micro_batch is micro_batch
         raise RuntimeError("broken")
@@ -151,13 +152,13 @@ def test_a_head_knows_a_micro_batch_only_within_its_pass() -> None:
 
 
 def test_a_micro_batch_without_responses_has_no_rewards() -> None:
-    micro_batch = lay_out([], [], multiple_of=2)
+    micro_batch = collate_groups([], [], multiple_of=2)
     assert reward_positions(micro_batch, PAD).tolist() == []
     assert reward_sums(torch.zeros(1, 0, 1), micro_batch).shape == (0, len(RESPONSE_SUMS))
 
 
 def test_reward_sums_are_zero_but_for_the_reward_and_pass_its_gradient_on() -> None:
-    micro_batch = lay_out(AWKWARD[:1], [0])
+    micro_batch = collate_groups(AWKWARD[:1], [0])
     output = torch.tensor([[[1.5], [-2.5]]], requires_grad=True)
     sums = reward_sums(output, micro_batch)
     assert sums.dtype is torch.float64

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadpo.commands.convert import export_checkpoint
+from megadpo.checkpoint.convert import export_checkpoint
+from tests.helpers.checkpoints import assert_same, load_reward_model, tensors_of
 from tests.helpers.models import groups_of_file, save_model, write_hh
+from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
-from tests.runs.test_train import _settings, _train
-from tests.unit.checkpoint.test_reward_model import load
-from tests.unit.checkpoint.test_roundtrip import assert_same, tensors_of
+
+pytestmark = pytest.mark.slow
 
 NUM_PAIRS = 16
 
@@ -29,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    settings = _settings(files, output_dir, objective={"loss_type": "reward"}, reference={"mode": "none"})
+    settings = run_settings(files, output_dir, objective={"loss_type": "reward"}, reference={"mode": "none"})
     settings["train"] |= {"pairs_per_step": NUM_PAIRS, "steps": 6, "warmup_steps": 0}
     for section, values in changes.items():
         settings[section] = settings.get(section, {}) | values
@@ -40,7 +41,7 @@ def settings_of(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]
 def alone(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], Path]:
     """Metrics and output directory of the run on one process."""
     output_dir = tmp_path_factory.mktemp("alone") / "run"
-    return run_world(1, _train, settings_of(files, output_dir, checkpoint={"every": 6}))[0], output_dir
+    return run_world(1, train_run, settings_of(files, output_dir, checkpoint={"every": 6}))[0], output_dir
 
 
 def test_training_tells_chosen_from_rejected(alone: tuple[list[dict[str, float]], Path]) -> None:
@@ -53,8 +54,8 @@ def test_what_is_exported_gives_in_transformers_the_rewards_that_training_saw(
     files: Path, alone: tuple[list[dict[str, float]], Path], tmp_path: Path
 ) -> None:
     exported = alone[1] / "hf"
-    (first, *_) = run_world(1, _train, settings_of(files, tmp_path / "on", model={"path": str(exported)}))[0]
-    model = load(exported)
+    (first, *_) = run_world(1, train_run, settings_of(files, tmp_path / "on", model={"path": str(exported)}))[0]
+    model = load_reward_model(exported)
     with torch.no_grad():
         rewards = torch.tensor(
             [
@@ -77,12 +78,12 @@ def test_the_layout_changes_nothing(
     parallel: dict[str, Any], files: Path, alone: tuple[list[dict[str, float]], Path], tmp_path: Path
 ) -> None:
     settings = settings_of(files, tmp_path / "run", parallel=parallel)
-    for ours, theirs in zip(run_world(2, _train, settings)[0], alone[0], strict=True):
+    for ours, theirs in zip(run_world(2, train_run, settings)[0], alone[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     for name, tensor in tensors_of(tmp_path / "run" / "hf").items():
         expected = tensors_of(alone[1] / "hf")[name]
         assert (tensor - expected).norm() < 1e-3 * expected.norm(), name
-    load(tmp_path / "run" / "hf")
+    load_reward_model(tmp_path / "run" / "hf")
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
@@ -90,10 +91,9 @@ def test_a_broken_run_goes_on_bit_for_bit_in_its_layout(parallel: dict[str, Any]
     def settings(name: str) -> dict[str, Any]:
         return settings_of(files, tmp_path / name, parallel=parallel, checkpoint={"every": 3})
 
-    whole = run_world(2, _train, settings("whole"))[0]
-    run_world(2, _train, settings("broken"), 4)
-    assert run_world(2, _train, settings("broken"))[0] == whole
-    assert_same(tensors_of(tmp_path / "broken" / "hf"), tensors_of(tmp_path / "whole" / "hf"))
+    resumed, whole = resumed_and_whole(2, settings, 4)
+    assert resumed == whole
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_checkpoint_of_the_run_exports_to_what_the_run_exported(
@@ -101,6 +101,6 @@ def test_a_checkpoint_of_the_run_exports_to_what_the_run_exported(
 ) -> None:
     export_checkpoint(alone[1] / "checkpoints" / "step_00000006", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(alone[1] / "hf"))
-    assert load(tmp_path / "hf").config.to_diff_dict() | {"_name_or_path": None} == (
-        load(alone[1] / "hf").config.to_diff_dict() | {"_name_or_path": None}
+    assert load_reward_model(tmp_path / "hf").config.to_diff_dict() | {"_name_or_path": None} == (
+        load_reward_model(alone[1] / "hf").config.to_diff_dict() | {"_name_or_path": None}
     )

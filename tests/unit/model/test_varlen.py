@@ -7,7 +7,7 @@ import torch
 
 from megadpo.model.attention.backends import backend_named
 from megadpo.model.attention.base import AttentionNeeds
-from tests.unit.model.test_attention_backends import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
+from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

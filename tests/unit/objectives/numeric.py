@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from megadpo.config.schema import ObjectiveConfig
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import kind_of
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import random_statistics
-from tests.unit.objectives.test_formulas import BETA, CASES, DELTA, KL, NEUTRAL, READS, SIZES, Row
+from tests.helpers.statistics import evaluate, random_statistics
+from tests.unit.objectives.formulas import BETA, CASES, DELTA, KL, NEUTRAL, READS, SIZES, Row
 from tests.unit.objectives.trl_code import Measured
 
 NUM_GROUPS, STEP = 6, 1e-2

@@ -9,11 +9,10 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.errors import UserError
 from megadpo.objectives.custom import load_custom
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.pairwise import sigmoid as smooth  # noqa: F401 - named by test_options.py
 from megadpo.objectives.terms import Normalisers, Pairs
 from megadpo.validation.load import load_config
-from tests.unit.objectives.conftest import random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 EXAMPLE = "examples/custom_objective.py:squared_hinge"
 

@@ -10,11 +10,11 @@ import torch
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.errors import UserError
-from megadpo.objectives.evaluate import LOSSES, evaluate
+from megadpo.objectives.objective import loss_function
 from megadpo.objectives.specs import ALIASES, SPECS, kind_of, needs_reference, reading_of
 from megadpo.objectives.terms import Normalisers
 from megadpo.validation.load import load_config
-from tests.unit.objectives.conftest import random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 CHANGED: dict[str, Any] = {
     "loss_weights": [0.7],
@@ -96,7 +96,7 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
 
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text(encoding="utf-8")
     for name in SPECS:
-        assert callable(LOSSES[name]) and f"| `{name}` |" in page
+        assert callable(loss_function(name)) and f"| `{name}` |" in page
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_what_does_not_fit_together_is_refused_with_the_reason(settings, message
 
 
 def test_rows_are_read_for_what_the_objective_needs_and_no_more():
-    assert reading_of(ObjectiveConfig()).kind == "pairs" and not reading_of(ObjectiveConfig()).numbers
-    assert reading_of(ObjectiveConfig(margins=True, row_weights=True)).numbers == {"margin", "weight"}
-    assert reading_of(ObjectiveConfig(soft_labels=True)).numbers == {"label_probability"}
-    assert reading_of(ObjectiveConfig(loss_type="rpo_sq")).numbers == {"score"}
+    assert reading_of(ObjectiveConfig()).kind == "pairs" and not reading_of(ObjectiveConfig()).row_values
+    assert reading_of(ObjectiveConfig(margins=True, row_weights=True)).row_values == {"margin", "weight"}
+    assert reading_of(ObjectiveConfig(soft_labels=True)).row_values == {"label_probability"}
+    assert reading_of(ObjectiveConfig(loss_type="rpo_sq")).row_values == {"score"}
     assert reading_of(ObjectiveConfig(loss_type=["kto", "sft"])).kind == "labels"
     assert reading_of(ObjectiveConfig(loss_type="all_pairs")).kind == "lists"
     assert reading_of(ObjectiveConfig(loss_type="sft")).kind == "examples"

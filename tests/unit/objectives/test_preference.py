@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadpo.config.schema import ObjectiveConfig
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import DIFFERENTIABLE, ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 statistics = random_statistics
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megadpo.config.schema import ObjectiveConfig
-from megadpo.objectives.evaluate import Evaluated, evaluate
+from megadpo.objectives.evaluate import Evaluated
 from megadpo.objectives.specs import SPECS, kind_of
 from megadpo.objectives.statistics import ResponseStatistics
 from megadpo.objectives.terms import Normalisers
-from tests.unit.objectives.conftest import random_statistics
+from tests.helpers.statistics import evaluate, random_statistics
 
 BETA = 0.1
 NEEDED = {"exo_pair": {"label_smoothing": 0.1}, "custom": {"module": "examples/custom_objective.py:squared_hinge"}}

@@ -125,12 +125,12 @@ def _of_kind(groups: Sequence[Group], options: ObjectiveConfig) -> list[Group]:
     if kind == "pairs":
         if not options.margins:
             return list(groups)
-        return [replace(group, numbers={"margin": (0.1 * i,) * 2}) for i, group in enumerate(groups)]
+        return [replace(group, row_values={"margin": (0.1 * i,) * 2}) for i, group in enumerate(groups)]
     alone = [Group((group.prompt_of(i % 2),), (group.responses[i % 2],), group.row) for i, group in enumerate(groups)]
     if kind == "examples":
         return alone
     assert kind == "labels", kind
-    return [replace(group, numbers={"label": (1.0 - i % 2,)}) for i, group in enumerate(alone)]
+    return [replace(group, row_values={"label": (1.0 - i % 2,)}) for i, group in enumerate(alone)]
 
 
 def on_random_logits(case: Case) -> Measured:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from megadpo.config.schema import ObjectiveConfig
-from megadpo.data.batches.collate import lay_out
+from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
-from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.specs import SPECS, scores_prompt
 from megadpo.objectives.statistics import DIFFERENTIABLE, RESPONSE_SUMS, response_statistics, response_sums
 from megadpo.objectives.terms import normalisers_of
+from tests.helpers.statistics import evaluate
 
 TRAINERS = {
     "DPO": ("trl", "DPOTrainer"),
@@ -201,7 +201,7 @@ def _dpo(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 def _kto(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
     kl = {f"KL_{name}": tensor for name, tensor in _padded(_side(mismatched(groups), 0)).items()}
-    label = torch.tensor([group.numbers["label"][0] > 0 for group in groups])
+    label = torch.tensor([group.row_values["label"][0] > 0 for group in groups])
     return trainer._compute_loss(policy, {**_padded(_side(groups, 0)), **kl, "label": label}, False)
 
 
@@ -224,8 +224,8 @@ def _sft(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
 def _reward(trainer: Any, policy: nn.Module, groups: Sequence[Group]) -> Tensor:
     rows = _padded(_side(groups, 0) + _side(groups, 1))
     inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
-    if "margin" in groups[0].numbers:
-        inputs["margin"] = torch.tensor([group.numbers["margin"][0] for group in groups], dtype=torch.float64)
+    if "margin" in groups[0].row_values:
+        inputs["margin"] = torch.tensor([group.row_values["margin"][0] for group in groups], dtype=torch.float64)
     return trainer.compute_loss(policy, inputs)
 
 
@@ -241,7 +241,7 @@ _INPUTS: dict[str, Callable[[Any, nn.Module, Sequence[Group]], Tensor]] = {
 
 def our_loss(groups: Sequence[Group], policy: nn.Module, reference: nn.Module | None, options: ObjectiveConfig) -> Tensor:
     """The loss by our objectives, differentiable with respect to the policy."""
-    batch = lay_out(groups, range(len(groups)), False, score_prompts=scores_prompt(options.loss_types))
+    batch = collate_groups(groups, range(len(groups)), False, score_prompts=scores_prompt(options.loss_types))
     sums = _sums(policy, groups, batch, options)
     reference_logps = None
     if reference is not None:
@@ -250,7 +250,7 @@ def our_loss(groups: Sequence[Group], policy: nn.Module, reference: nn.Module | 
     if any(SPECS[name].measures_kl for name in options.loss_types):
         assert reference is not None
         others = mismatched(groups)
-        stream = lay_out(others, range(len(others)), False)
+        stream = collate_groups(others, range(len(others)), False)
         kl = (_sums(policy, others, stream, options) - _sums(reference, others, stream, options))[:, 0].mean()
         normalisers = replace(normalisers, kl=float(kl.detach().clamp(min=0)))
     found = evaluate(response_statistics(sums.detach(), reference_logps, batch), normalisers, options)

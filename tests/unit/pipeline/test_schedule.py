@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megadpo.pipeline.fill import reference_before, with_reference
-from megadpo.pipeline.program import Receive, Send, program
+from megadpo.pipeline.fill import with_reference, with_reference_before
+from megadpo.pipeline.program import Receive, Send, make_program
 from megadpo.pipeline.schedule import (
     AHEAD,
     BACKWARD,
@@ -18,7 +18,7 @@ from megadpo.pipeline.schedule import (
     WEIGHTS,
     Op,
     Schedule,
-    forward_only,
+    all_forwards,
     one_forward_one_backward,
     zero_bubble,
 )
@@ -75,7 +75,7 @@ def complete(size: tuple[int, int, int]) -> tuple[int, int, int]:
 def runs_without_buffers(schedule: Schedule, costs: Costs, receives_early: bool = False) -> bool:
     """Whether all programs come to their end if every send waits for its receive and every receive for its send."""
     timing = simulate(schedule, costs)
-    programs = [program(timing, stage, receives_early) for stage in range(schedule.num_stages)]
+    programs = [make_program(timing, stage, receives_early) for stage in range(schedule.num_stages)]
     at = [0] * len(programs)
 
     def entry(stage: int) -> object:
@@ -102,7 +102,7 @@ def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, 
     num_stages, num_micro_batches, num_chunks = complete(size)
     for schedule in (
         one_forward_one_backward(num_stages, num_micro_batches, num_chunks),
-        forward_only(num_stages, num_micro_batches, num_chunks),
+        all_forwards(num_stages, num_micro_batches, num_chunks),
         with_reference(one_forward_one_backward(num_stages, num_micro_batches, num_chunks), None, num_micro_batches)[0],
         one_forward_one_backward(num_stages, num_micro_batches, num_halves=2),
         with_reference(one_forward_one_backward(num_stages, num_micro_batches, 1, 2), None, num_micro_batches)[0],
@@ -126,7 +126,7 @@ def test_every_reference_forward_is_done_once_and_in_time(
         before_it = done or (0,) * num_stages
         policy = one_forward_one_backward(num_stages, own, num_chunks, num_halves)
         schedule, done = with_reference(policy, done, ahead, costs)
-        reference = forward_only(num_stages, own, num_chunks, REFERENCE, num_halves)
+        reference = all_forwards(num_stages, own, num_chunks, REFERENCE, num_halves)
         for stage, order in enumerate(schedule.stages):
             assert tuple(op for op in order if op.kind in (FORWARD, BACKWARD)) == policy.stages[stage]
             left = [op for op in order if op.kind == REFERENCE]
@@ -169,7 +169,7 @@ def test_the_bubble_of_1f1b_is_the_formula_s(num_stages: int, num_micro_batches:
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (2, 16), (4, 12), (4, 32), (8, 32)])
 def test_the_next_step_s_reference_forwards_fill_the_bubbles(num_stages: int, num_micro_batches: int) -> None:
     policy = one_forward_one_backward(num_stages, num_micro_batches)
-    base, done = simulate(reference_before(policy), Costs()).idle_share, None
+    base, done = simulate(with_reference_before(policy), Costs()).idle_share, None
     for step in range(4):
         schedule, done = with_reference(policy, done, num_micro_batches)
         share = simulate(schedule, Costs()).idle_share
@@ -188,7 +188,7 @@ def test_zero_bubble_puts_off_what_no_other_stage_waits_for() -> None:
 @example(64, 100)
 def test_zero_bubble_has_a_third_of_the_bubble_and_keeps_no_more_than_the_first_stage(num_stages: int, more: int) -> None:
     num_micro_batches = num_stages + more
-    timing = simulate(zero_bubble(num_stages, num_micro_batches), Costs().with_weights_apart())
+    timing = simulate(zero_bubble(num_stages, num_micro_batches), Costs().with_separate_weight_gradients())
     assert timing.seconds == 3 * num_micro_batches + num_stages - 1, "ZB-H1: (stages - 1) (forward + backward - weights)"
     assert max(peak_activations(timing.schedule)) <= num_stages
 

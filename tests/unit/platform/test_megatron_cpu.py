@@ -67,6 +67,55 @@ print(json.dumps([changed, added, torch.get_num_threads() == threads, warnings.f
     assert same_threads and not initialized
 
 
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_other_libraries_are_as_they_were_after_training(tmp_path, engine):
+    """Nothing of megadpo's is left in modules of others, nor in their classes, though something was put there meanwhile."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    write_hh(tmp_path / "train.jsonl", 20)
+    options = {"zero_stage": 3} if engine == "deepspeed" else {"gradient_accumulation_fusion": True}
+    settings = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "train.jsonl"), "cache_dir": str(tmp_path / "cache")},
+        "train": {"steps": 1, "pairs_per_step": 4},
+        "parallel": {"engine": engine, **options},
+        "output_dir": str(tmp_path / "run"),
+    }
+    code = f"""
+import inspect, json, sys
+import megadpo
+
+def comes_from_us(value):
+    value = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
+    return str(getattr(value, "__module__", None)).startswith("megadpo")
+
+def patched():
+    found = []
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] not in ("megadpo", "__main__", "__mp_main__"):
+            for name, value in list(getattr(module, "__dict__", {{}}).items()):
+                found += [f"{{module_name}}.{{name}}"] * comes_from_us(value)
+                if inspect.isclass(value) and value.__module__ == module_name:
+                    found += [f"{{module_name}}.{{name}}.{{key}}" for key, item in list(vars(value).items())
+                              if comes_from_us(item)]
+    return sorted(found)
+
+meanwhile = []
+note = megadpo.Callbacks(on_step_end=lambda step, metrics: meanwhile.extend(patched()))
+megadpo.train(json.loads({json.dumps(settings)!r}), note)
+print(json.dumps([meanwhile, patched()]))
+"""
+    import torch
+
+    meanwhile, left = json.loads(_run(code).strip().splitlines()[-1])
+    assert not left
+    if engine == "deepspeed":
+        assert "deepspeed.runtime.zero.stage3.assert_ints_same_as_other_ranks" in meanwhile
+    if not torch.cuda.is_available():
+        assert "megatron.core.pipeline_parallel.schedules.torch" in meanwhile
+
+
 def test_importing_megadpo_imports_neither_torch_nor_megatron():
     code = "import sys, megadpo; print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     assert _run(code).strip() == "[]"

@@ -213,6 +213,31 @@ def test_what_this_version_does_not_have_is_refused_and_not_ignored(override: st
     assert re.search(r"this version of megadpo|is not known", message)
 
 
+@pytest.mark.parametrize("key", ["model.dtype", "train.moments_dtype"])
+@pytest.mark.parametrize(
+    ("spelling", "choice"),
+    [("float32", "fp32"), ("torch.float32", "fp32"), ("bfloat16", "bf16"), ("torch.bfloat16", "bf16"), ("bf16", "bf16")],
+)
+def test_dtypes_are_read_as_torch_spells_them_and_written_as_fp32_and_bf16(key: str, spelling: str, choice: str) -> None:
+    config, (section, name) = load_config({}, [f"{key}={spelling}"]), key.split(".")
+    assert getattr(getattr(config, section), name) == choice
+    assert yaml.safe_load(config.to_yaml())[section][name] == choice
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("fp16", "model.dtype: 'fp16' is not available in this version of megadpo; use bf16"),
+        ("float16", "model.dtype: 'float16' is not available in this version of megadpo; use bf16"),
+        ("torch.half", "model.dtype: 'torch.half' is not available in this version of megadpo; use bf16"),
+        ("bfloat_16", "model.dtype: 'bfloat_16' is not known; choose one of: auto, fp32, bf16 (did you mean 'bf16'?)"),
+        ("FP32", "model.dtype: 'FP32' is not known; choose one of: auto, fp32, bf16 (did you mean 'fp32'?)"),
+    ],
+)
+def test_a_dtype_that_is_not_there_is_refused_with_the_one_to_use(value: str, sentence: str) -> None:
+    assert error_of({}, f"model.dtype={value}") == sentence
+
+
 def test_training_names_the_first_option_that_is_missing() -> None:
     with pytest.raises(UserError, match=r"model\.path is required"):
         load_config({}).require_for_training()

@@ -9,8 +9,8 @@ from megadpo.config.schema import TrainConfig
 from megadpo.errors import UserError
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
-from megadpo.validation import memory as memory_options
 from megadpo.validation.load import load_config
+from megadpo.validation.memory import check_memory_machine, check_recompute_layers
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_zero_stage_3_does_not_offload_activations():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a place to move to")
 def test_moving_to_host_memory_makes_no_sense_where_activations_are_there_already():
     with pytest.raises(UserError, match="no CUDA device here and activations are in host memory already; use disk or none"):
-        memory_options.check_machine(load_config({}, ["train.activation_offload=cpu"]))
+        check_memory_machine(load_config({}, ["train.activation_offload=cpu"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a place to move to")
 def test_so_does_moving_the_optimizer_s_state():
     with pytest.raises(UserError, match="no CUDA device here and the optimizer's state is in host memory already; use none"):
-        memory_options.check_machine(load_config({}, ["parallel.offload=cpu"]))
+        check_memory_machine(load_config({}, ["parallel.offload=cpu"]))
 
 
 @pytest.mark.parametrize("overlap", ["true", "false"])
@@ -65,7 +65,7 @@ def test_deepspeed_has_no_sum_that_a_product_could_add_to(fusion):
         load_config({}, ["parallel.engine=deepspeed", f"parallel.gradient_accumulation_fusion={fusion}"])
 
 
-def test_products_that_are_put_off_are_products_that_add_up():
+def test_delayed_products_are_products_that_add_up():
     overrides = ["schedule={name: 1f1b, zero_bubble: true}", "parallel.pipeline=2"]
     with pytest.raises(UserError, match=r"^parallel\.gradient_accumulation_fusion is false, but schedule\.zero_bubble"):
         load_config({}, [*overrides, "parallel.gradient_accumulation_fusion=false"])
@@ -75,7 +75,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     overrides = ["train.activation_offload=disk", f"train.activation_offload_dir={tmp_path}/file/x"]
     with pytest.raises(UserError, match=r"^train.activation_offload_dir: .*/file/x cannot be made: Not a directory"):
-        memory_options.check_machine(load_config({}, overrides))
+        check_memory_machine(load_config({}, overrides))
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_layers_to_recompute_fit_the_stages(method, asked, sentence):
     train = TrainConfig(recompute="full", recompute_method=method, recompute_num_layers=asked)
     if sentence is None:
-        memory_options.check_layers(train, Layout(pipeline=2), 6)
+        check_recompute_layers(train, Layout(pipeline=2), 6)
         return
     with pytest.raises(UserError) as caught:
-        memory_options.check_layers(train, Layout(pipeline=2), 6)
+        check_recompute_layers(train, Layout(pipeline=2), 6)
     assert sentence in str(caught.value)
 
 

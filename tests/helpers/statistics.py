@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from megadpo.config.schema import ObjectiveConfig
+from megadpo.objectives import evaluate as production
+from megadpo.objectives.evaluate import Evaluated
+from megadpo.objectives.objective import Objective
 from megadpo.objectives.statistics import ResponseStatistics
+from megadpo.objectives.terms import Normalisers
+
+
+def evaluate(statistics: ResponseStatistics, normalisers: Normalisers, options: ObjectiveConfig) -> Evaluated:
+    """The value at `statistics` of the objective that `options` describe."""
+    return production.evaluate(statistics, normalisers, Objective.of(options))
 
 
 def random_statistics(num_groups: int, seed: int = 0, size: int = 2, numbers: bool = False) -> ResponseStatistics:

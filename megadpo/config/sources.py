@@ -1,0 +1,121 @@
+"""Sources of rows as the configuration names them: `data.train` and `data.eval`, read strictly."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megadpo.config import strict
+from megadpo.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data.train` or `data.eval`.
+
+    Attributes:
+        path: a file, a directory (of files, or written by `save_to_disk`), a Hub id, or a `datasets.Dataset`.
+        weight: how many times an epoch sees each of its rows.
+        split: of a Hugging Face dataset; None means "train".
+        subset: the configuration name of a dataset on the Hub.
+        columns: our field name -> the field's name in the file.
+    """
+
+    path: str | datasets.Dataset
+    weight: float = 1.0
+    split: str | None = None
+    subset: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The path, or a description of a dataset that was handed over in memory."""
+        return self.path if isinstance(self.path, str) else "datasets.Dataset"
+
+
+_TYPES: dict[str, Any] = {
+    "path": str,
+    "weight": float,
+    "split": str | None,
+    "subset": str | None,
+    "columns": dict[str, str],
+}
+"""The keys of a source that is written as a mapping, and their types there."""
+
+
+def parse_sources(value: Any, columns: Mapping[str, str] | None = None, name: str = "data") -> list[Source]:
+    """The sources that the value of `data.train` or `data.eval` stands for.
+
+    Args:
+        value: a path, a Hub id, a `datasets.Dataset`, a {path, weight, split, subset, columns} mapping, or a list of those.
+        columns: renames for every source; a source's own renames win.
+        name: the option's name, for error messages.
+
+    Raises:
+        UserError: what `check_sources` raises, or no value at all.
+    """
+    checked = check_sources(value, name)
+    if checked is None:
+        raise UserError(_empty(name))
+    entries = checked if isinstance(checked, list) else [checked]
+    given = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+    return [Source(**{**entry, "columns": {**(columns or {}), **entry.get("columns", {})}}) for entry in given]
+
+
+def check_sources(value: Any, name: str) -> Any:
+    """The value of `data.train` or `data.eval` with its types checked, in the form in which config.yaml shows it.
+
+    Returns:
+        None, a text, a Dataset, or a list of texts, dicts and Datasets.
+
+    Raises:
+        UserError: an empty list or path, an unknown key, or a value of the wrong type or out of range.
+    """
+    if value is None or is_dataset(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise UserError(f"{name} is an empty list; name at least one source")
+        return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    source = _check_source(value, name)
+    return [source] if isinstance(source, dict) else source
+
+
+def _check_source(value: Any, name: str) -> Any:
+    if is_dataset(value):
+        return value
+    if isinstance(value, Mapping):
+        if "path" not in value:
+            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}")
+        for key in value:
+            if key not in _TYPES:
+                guess = strict.closest(str(key), _TYPES)
+                raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
+        source = {
+            key: item if key == "path" and is_dataset(item) else strict.convert(_TYPES[key], item, f"{name}.{key}", {})
+            for key, item in value.items()
+        }
+        if isinstance(source["path"], str) and not source["path"].strip():
+            raise UserError(_empty(f"{name}.path"))
+        if not 0 < source.get("weight", 1.0) < float("inf"):
+            raise UserError(f"{name}.weight must be greater than 0, got {source['weight']!r}")
+        return source
+    text = strict.convert(str | None, value, name, {})
+    if text is None or not text.strip():
+        raise UserError(_empty(name))
+    return text
+
+
+def _empty(name: str) -> str:
+    return f"{name} is empty; give a file, a directory or a Hugging Face dataset id"
+
+
+def is_dataset(value: Any) -> bool:
+    """True for a `datasets.Dataset`, without importing datasets."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(value, datasets.Dataset)

@@ -1,0 +1,69 @@
+"""The lines that a training run writes to stderr, each once, from rank 0."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from megadpo.config.schema import ObjectiveConfig
+from megadpo.data.rows.report import DataReport, counted
+from megadpo.model.activations import KEEP, Activations
+from megadpo.parallel.world import rank
+from megadpo.training.setup import RunSetup
+
+
+def log(line: str) -> None:
+    """A line for the user, from rank 0."""
+    if rank() == 0:
+        print(f"megadpo: {line}", file=sys.stderr, flush=True)
+
+
+def log_setup(setup: RunSetup) -> None:
+    """Data, layout, device and dtype of the run that is about to start."""
+    for which, report in setup.reports.items():
+        log(f"{which}: {report.sentence()}")
+    if setup.reports["train"].kind == "labels":
+        log_balance(setup.config.objective, setup.reports["train"])
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+        if getattr(setup.policy.config, name, 0.0):
+            log(f"the model's {name} {getattr(setup.policy.config, name)} is not used: training runs with dropout 0")
+    experts = setup.policy.shape.experts
+    if experts is not None and setup.config.train.router_aux_coef == 0:
+        log(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
+    if setup.policy.has_new_head:
+        log(f"{setup.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    noun = setup.reports["train"].noun
+    steps, rows = counted(setup.num_steps, "step"), counted(setup.config.train.pairs_per_step, noun)
+    log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
+    if (activations := Activations.of(setup.config.train)) != KEEP:
+        log(f"activations: {activations}")
+    if setup.config.train.warmup_steps >= setup.num_steps > 0 and setup.config.train.warmup_steps > 0:
+        log(
+            f"warning: train.warmup_steps {setup.config.train.warmup_steps} is not below this run's {steps}, "
+            "so the learning rate hardly rises and the model hardly changes; lower it"
+        )
+    if len(setup.train.groups) < setup.config.train.pairs_per_step:
+        log(
+            f"warning: {counted(len(setup.train.groups), noun)} are fewer than train.pairs_per_step "
+            f"{setup.config.train.pairs_per_step}: a step sees some of them several times; lower it"
+        )
+    if setup.eval is not None and len(setup.eval.groups) < setup.reports["eval"].num_kept:
+        log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
+    if setup.resume:
+        log(f"resuming from {setup.resume}")
+    elif (setup.output_dir / "hf").is_dir():
+        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def log_balance(options: ObjectiveConfig, report: DataReport) -> None:
+    """How desirable and undesirable answers weigh against each other; the advice is KTO's (arXiv:2402.01306, 4.2)."""
+    undesirable = options.undesirable_weight * report.num_undesirable
+    ratio = options.desirable_weight * report.num_desirable / undesirable if undesirable else math.inf
+    advice = ""
+    if not 0.99 <= ratio <= 1.34:
+        least = undesirable / report.num_desirable
+        advice = f"; KTO's authors advise 1 to 4/3, as objective.desirable_weight {least:.3g} to {least * 4 / 3:.3g} gives"
+    log(f"desirable answers weigh {ratio:.3g} times what undesirable ones do{advice}")

@@ -1,0 +1,150 @@
+"""An optimizer step on a global batch: the one that the trainer, the tests and the benchmarks take.
+
+The reference's log-probs, forward and backward with the objective between them, gradients finished, the update. Metrics and
+BCO's running mean come back as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.engine.base import Engine
+from megadpo.metrics import collect
+from megadpo.objectives.coupled import RunningMean
+from megadpo.objectives.objective import Objective
+from megadpo.objectives.terms import Normalisers
+from megadpo.parallel.context import is_first_rank_of_stage
+from megadpo.platform.device import compute_device
+from megadpo.training.global_batch import GlobalBatch, evaluate_coupled, evaluate_micro_batch, kl_sums, mismatch_kl
+from megadpo.training.reference import Reference
+
+
+class NonFiniteGradient(ArithmeticError):
+    """The gradient's norm is not finite; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives back, on this rank.
+
+    Attributes:
+        metric_sums: float64 [2 M], this rank's part of the metrics' sums, see metrics/collect.py and `reduce_metrics`.
+        running_mean: of the rewards, this step's included where the objective has one; known on last stages.
+        grad_norm: global gradient norm before clipping.
+        micro_batches: this replica's, on its device.
+        response_sums: [R, S] of each micro-batch on last stages, see `statistics.RESPONSE_SUMS`; elsewhere empty.
+        reference_logps: [R] of each micro-batch on last stages, None without a reference.
+    """
+
+    metric_sums: Tensor
+    running_mean: RunningMean
+    grad_norm: float
+    micro_batches: list[MicroBatch]
+    response_sums: list[Tensor]
+    reference_logps: list[Tensor | None]
+
+
+def optimizer_step(
+    engine: Engine,
+    reference: Reference,
+    batch: GlobalBatch,
+    objective: Objective,
+    running_mean: RunningMean,
+    learning_rate: float,
+    following: Callable[[], GlobalBatch] | None = None,
+    on_gradients: Callable[[], None] | None = None,
+) -> StepResult:
+    """Train on one global batch. Collective.
+
+    Args:
+        running_mean: of the rewards of the steps before (BCO).
+        following: gives the next step's batch, for a reference that runs ahead; None where there is no next step or the
+            reference moves before it.
+        on_gradients: called when `engine.gradients()` are finished, before the update.
+
+    Raises:
+        NonFiniteGradient: the parameters are left as they were.
+    """
+    batch = batch.on_device()
+    normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
+    reference_logps = reference.begin(batch.group_ids, batch.micro_batches)
+    if following is not None:
+        reference.run_ahead(following)
+    gradients: list[Tensor] = []
+    if objective.couples_batch:
+        reference.complete()  # the whole batch is evaluated before anything goes backward
+        sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+        coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=True)
+        gradients, running_mean = coupled.gradients, coupled.running_mean
+        metric_sums += coupled.metric_sums
+    response_sums: dict[int, Tensor] = {}
+
+    def response_gradient(number: int, sums_RS: Tensor) -> Tensor:
+        response_sums[number] = sums_RS
+        if objective.couples_batch:
+            return gradients[number]
+        micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
+        gradient_RD, sums = evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)
+        metric_sums.add_(sums)
+        return gradient_RD
+
+    engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
+    engine.finish_gradients()
+    if on_gradients is not None:
+        on_gradients()
+    try:
+        grad_norm = engine.step(learning_rate)
+    except ArithmeticError as error:
+        raise NonFiniteGradient(str(error)) from error
+    reference.finish()
+    return StepResult(
+        metric_sums,
+        running_mean,
+        grad_norm,
+        list(batch.micro_batches),
+        [response_sums[number] for number in sorted(response_sums)],
+        list(reference_logps),
+    )
+
+
+def evaluate_batch(
+    engine: Engine, reference: Reference, batch: GlobalBatch, objective: Objective, running_mean: RunningMean
+) -> Tensor:
+    """The metrics' sums [2 M] of one global batch, see `StepResult`, without gradients: nothing changes. Collective."""
+    batch = batch.on_device()
+    normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
+    reference_logps = reference.logps(batch.micro_batches)
+    all_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+    if objective.couples_batch:
+        coupled = evaluate_coupled(objective, normalisers, batch, all_sums, reference_logps, running_mean, is_training=False)
+        return metric_sums + coupled.metric_sums
+    for number, sums_RS in enumerate(all_sums):
+        micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
+        metric_sums += evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)[1]
+    return metric_sums
+
+
+def reduce_metrics(metric_sums: Tensor, objective: Objective, prefix: str = "") -> dict[str, float]:
+    """Metrics of the whole world, each name behind `prefix`, the same on every rank. Collective; changes `metric_sums`.
+
+    Of the tensor and context ranks that have the same sums one counts.
+    """
+    if not is_first_rank_of_stage():
+        metric_sums.zero_()
+    dist.all_reduce(metric_sums)
+    return collect.reduce(metric_sums, objective, prefix)
+
+
+def _measure_kl(
+    engine: Engine, reference: Reference, batch: GlobalBatch, objective: Objective
+) -> tuple[Normalisers, Tensor]:
+    """The batch's normalisers, with KTO's KL where it is read, and the metrics' sums with it alone."""
+    if not objective.measures_kl:
+        return batch.normalisers, collect.empty_vector(compute_device(), objective)
+    kl = mismatch_kl(engine, batch.mismatched, reference.logps(batch.mismatched), len(batch.group_ids))
+    return replace(batch.normalisers, kl=kl), kl_sums(kl, objective)

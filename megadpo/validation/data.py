@@ -1,0 +1,58 @@
+"""Options that do not fit the data of a run: refused here, once its groups are tokenised and counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megadpo.errors import UserError
+from megadpo.objectives.specs import measures_kl
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from megadpo.config.schema import Config
+    from megadpo.data.store import GroupStore
+
+
+def check_steps_can_fill(config: Config, num_tokens_G: npt.NDArray[np.int64], samples_per_epoch: int) -> None:
+    """Refuse a multiple that no step reaches, and an epoch of less than two steps: nothing could be exchanged.
+
+    Args:
+        num_tokens_G: of each training group.
+
+    Raises:
+        UserError: naming `data.step_tokens_multiple_of`.
+    """
+    multiple, size = config.data.step_tokens_multiple_of, config.train.pairs_per_step
+    if multiple is None:
+        return
+    mean = float(num_tokens_G.mean()) * size
+    if mean < multiple:
+        raise UserError(
+            f"data.step_tokens_multiple_of is {multiple}, but a step of {size} pairs has {mean:.0f} tokens on average; "
+            "lower it to at most that, raise train.pairs_per_step, or remove it"
+        )
+    if samples_per_epoch < 2 * size:
+        raise UserError(
+            f"data.step_tokens_multiple_of exchanges pairs between the steps of an epoch, but an epoch of "
+            f"{samples_per_epoch} pairs has no two steps of {size}; remove it or lower train.pairs_per_step"
+        )
+
+
+def check_mismatched_fit(config: Config, groups: GroupStore) -> None:
+    """KTO puts any prompt before any answer: the longest of these must fit, so that its KL never depends on packing.
+
+    Raises:
+        UserError: it is longer than a micro-batch.
+    """
+    if not measures_kl(config.objective.loss_types):
+        return
+    longest = groups.longest_mismatch()
+    if config.data.max_length is not None:
+        longest = min(longest, config.data.max_length)
+    if longest > config.train.tokens_per_micro_batch:
+        raise UserError(
+            f"train.tokens_per_micro_batch is {config.train.tokens_per_micro_batch}, but kto may put a prompt before "
+            f"another row's answer, {longest} tokens together; raise it or lower data.max_length"
+        )

@@ -1,0 +1,87 @@
+"""How the tests are spread over processes: a file after the other to each, and a test that measures time alone.
+
+`./launch.sh test` runs ``pytest -n auto --dist loadfile --no-loadscope-reorder``; the hooks here say how many processes that
+is and in which order the files are handed out. Without pytest-xdist nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MOST_PROCESSES = 8
+LONGEST_FIRST = (
+    # Files of a minute and more (`pytest --durations=0` on 2 cores): what is long must not begin last.
+    "parity/test_deepspeed.py",
+    "parity/test_context_parallel.py",
+    "parity/test_layouts.py",
+    "parity/",
+    "runs/",
+    "unit/model/test_reward_training.py",
+)
+
+
+LOCKS = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of ``-n auto``: one a core, and none besides this one where single tests or a single file are asked for."""
+    asked = [argument.partition("::")[0] for argument in config.args]
+    if len(asked) == 1 and Path(asked[0]).is_file():
+        return 0
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first; each file's tests keep their order."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((n for n, part in enumerate(LONGEST_FIRST) if f"tests/{part}" in path), len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_each() -> None:
+    """Where several processes run tests, torch has one thread in each, as in the processes of a world."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """The process that hands out the tests tells the others where their locks are."""
+    if LOCKS not in node.config.stash:
+        directory = tempfile.TemporaryDirectory(prefix="megadpo-tests-")
+        node.config.add_cleanup(directory.cleanup)
+        node.config.stash[LOCKS] = Path(directory.name)
+    node.workerinput["locks"] = str(node.config.stash[LOCKS])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout: waiting is no part of a test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that is marked `alone` waits for the tests of the other processes to end, and they for it."""
+    told = getattr(item.config, "workerinput", {}).get("locks")
+    with _turn(Path(told), item.get_closest_marker("alone") is not None) if told else contextlib.nullcontext():
+        return (yield)
+
+
+@contextlib.contextmanager
+def _turn(locks: Path, alone: bool) -> Iterator[None]:
+    # Whoever wants the room takes the door first: without it, tests that share the room could keep one out that does not.
+    with open(locks / "door", "w") as door, open(locks / "room", "w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield

@@ -18,6 +18,7 @@ from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
 from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend
 from megadpo.model.attention.base import AttentionNeeds
+from megadpo.validation.values import CHOICES
 from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
 
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
@@ -273,6 +274,12 @@ def test_the_arguments_are_those_that_the_installed_torch_takes():
 def on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0)
+
+
+def test_every_name_of_the_tuple_is_a_file_with_the_backend_of_that_name_and_a_choice_of_the_configuration():
+    assert [backend_named(name).name for name in BACKENDS] == list(BACKENDS)
+    assert CHOICES["model.attention"] == ("auto", *BACKENDS)
+    assert backend_named(BACKENDS[-1]).why_not(AttentionNeeds(torch.device("meta"), torch.float64, 3)) is None
 
 
 def test_on_a_cpu_it_is_the_cpu_kernel_and_others_say_why_not():

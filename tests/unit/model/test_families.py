@@ -305,6 +305,16 @@ def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
     assert torch.equal(seen, (key <= query) & (key > query - shape_of(config).windows[0]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "key_value_heads", "head_dim"),
+    [({}, 4, 8), ({"num_key_value_heads": None}, 8, 8), ({"head_dim": 24}, 4, 24), ({"head_dim": None}, 4, 8)],
+)
+def test_heads_and_their_size_are_worked_out_where_the_config_leaves_them_open(changes, key_value_heads, head_dim) -> None:
+    shape = shape_of(config_of("llama", **changes))
+    assert (shape.num_heads, shape.num_key_value_heads, shape.head_dim) == (8, key_value_heads, head_dim)
+    assert shape.inverse_frequencies.shape == (head_dim // 2,)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformer_config_arguments(family: str) -> None:
     kwargs = shape_of(config_of(family, rms_norm_eps=1e-4, head_dim=24)).megatron_options()

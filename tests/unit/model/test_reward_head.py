@@ -141,6 +141,16 @@ def test_the_rewards_of_two_halves_are_those_of_the_whole(share_prompts: bool) -
     assert torch.equal(rewards[1] + rewards[2], rewards[0]) and rewards[0].any()
 
 
+def test_a_head_knows_a_micro_batch_only_within_its_pass() -> None:
+    micro_batch = collate_groups(AWKWARD, range(len(AWKWARD)))
+    head = RewardHead(torch.nn.Parameter(torch.ones(1, 8)), None, False)
+    with pytest.raises(RuntimeError, match="broken"), head.reading(micro_batch):
+        assert head.micro_batch is micro_batch
+        raise RuntimeError("broken")
+    with pytest.raises(AssertionError, match=r"head\.reading"):
+        head(torch.zeros(len(micro_batch.tokens_T), 1, 8))
+
+
 def test_a_micro_batch_without_responses_has_no_rewards() -> None:
     micro_batch = collate_groups([], [], multiple_of=2)
     assert reward_positions(micro_batch, PAD).tolist() == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,3 +80,12 @@ def worst_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         errors[name] = float((ours[name].double() - b.double()).norm()) / (size if size > 1e-4 * largest else largest)
     name = max(errors, key=lambda name: errors[name])
     return errors[name], name
+
+
+def assert_same_step(case: Any, ours: Any, theirs: Any) -> None:
+    """Two outcomes of a global batch agree: every gradient within 1e-5 of its norm, the whole norm within 1e-5, the loss
+    within 1e-6."""
+    worst, name = worst_relative_error(ours.gradients, theirs.gradients)
+    assert worst <= 1e-5, f"{case}: {name} {worst}"
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5), str(case)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6), str(case)

@@ -8,10 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadpo.parallel.layout import Layout
-from tests.parity import test_context_parallel as test_context
-from tests.parity import test_deepspeed, test_pipeline
-from tests.parity import test_layouts as test_parity
-from tests.parity import test_mixtures as test_experts
+from tests.parity import test_context_parallel, test_deepspeed, test_layouts, test_mixtures, test_pipeline
 
 PAGE = Path(__file__).parents[1] / "docs" / "tested_layouts.md"
 BEGIN = "<!-- Between these marks: made by tools/invariance_cells.py from the tests' cases. -->\n"
@@ -49,15 +46,17 @@ def cells() -> dict[Cell, dict[str, bool]]:
 
 def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
     """Layout, engine columns, model and whether three steps are compared, of every case of every test."""
-    for model in test_parity.FAMILIES:
-        yield from ((case.layout, MEGATRON, model, False) for some in test_parity.CASES.values() for case in some)
-    for case in (case for some in test_parity.INVARIANCE.values() for case in some):
+    for model in test_layouts.FAMILIES:
+        yield from ((case.layout, MEGATRON, model, False) for some in test_layouts.CASES.values() for case in some)
+    for case in (case for some in test_layouts.INVARIANCE.values() for case in some):
         yield from ((case.layout, MEGATRON, model, True) for model in ("qwen3", "qwen3-tied"))
-    yield from ((case.layout, MEGATRON, "qwen3-tied", True) for some in test_context.CASES.values() for case in some)
+    yield from (
+        (case.layout, MEGATRON, "qwen3-tied", True) for some in test_context_parallel.CASES.values() for case in some
+    )
     yield from ((case.layout, MEGATRON, "llama-tied", True) for case in test_pipeline.FOUR_STAGES)
-    for model, (_, by_size) in test_experts.MODELS.items():
+    for model, (_, by_size) in test_mixtures.MODELS.items():
         yield from ((case.layout, MEGATRON, model, False) for some in by_size.values() for case in some)
-    for by_size in (test_experts.ONE, test_experts.TWO, test_experts.FOUR):
+    for by_size in (test_mixtures.ONE, test_mixtures.TWO, test_mixtures.FOUR):
         yield from ((case.layout, MEGATRON, "mixtral", True) for some in by_size.values() for case in some)
     for model, cases in (("qwen3", test_deepspeed.UNTIED), ("qwen3-tied", test_deepspeed.TIED)):
         for layout, stage in (case for some in cases.values() for case in some):

@@ -16,14 +16,17 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from benchmarks.common import print_table
-from megadpo.config.schema import ParallelConfig, TrainConfig
+from megadpo.config.schema import ObjectiveConfig, ParallelConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import KEEP
+from megadpo.objectives.coupled import RunningMean
+from megadpo.objectives.objective import Objective
 from megadpo.parallel.layout import Layout
 
 
@@ -49,26 +52,31 @@ def bytes_by_stage(model: Path, groups: list[Group], deepspeed_config: str | Non
             hidden_size=64,
         ),
     )
-    micro_batches = None
+    objective = Objective.of(ObjectiveConfig(loss_type="sft"))
     for stage in range(4):
         with joined_world(layout, seed=1):
             from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
             from megadpo.model.families import shape_of
+            from megadpo.training.global_batch import pack_global_batch
+            from megadpo.training.reference import NoReference
+            from megadpo.training.step import optimizer_step
 
-            micro_batches = micro_batches or packing.micro_batches(list(range(len(groups))), dist.get_rank())
+            batch = pack_global_batch(packing, np.arange(len(groups)), objective)
             before = _storages()
             parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, deepspeed_config=deepspeed_config)
             loaded = policy_stage(shape_of(read_hf_config(model)), open_hf(model), layout, torch.float32, KEEP, parallel)
             num_parameters = sum(torch.Size(shard.shape).numel() for _, shard in loaded.parameters.values())
             engine = ZeroEngine(loaded, TrainConfig(), parallel)
-            for step in range(2):
-                engine.forward_backward(micro_batches, lambda number, sums_RS: sums_RS[:, :1] / 100)
-                engine.finish_gradients()
-                if step == 0:
-                    engine.step(1e-4)
-            after = _storages()
+            after: dict[int, int] = {}
+
+            def note_storages(after: dict[int, int] = after) -> None:
+                after.clear()
+                after.update(_storages())
+
+            for _ in range(2):  # moments are there from the second step on
+                optimizer_step(engine, NoReference(), batch, objective, RunningMean(), 1e-4, on_gradients=note_storages)
             found[stage] = sum(size for address, size in after.items() if address not in before)
-            del engine, loaded, after
+            del engine, loaded
             gc.collect()
     return num_parameters, found
 

@@ -38,8 +38,8 @@ class ModelConfig:
 @dataclass
 class ReferenceConfig:
     mode: str = "resident"
-    """`resident`: a frozen second model runs beside the policy. `precomputed`: its log-probs are computed first,
-    cached on disk, and the reference is freed. `cached`: it runs beside the policy in the first epoch, which fills the same
+    """`resident`: a frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first,
+    cached on disk, and the reference is freed. `cached`: it is resident in the first epoch, which fills the same
     cache; then it is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""

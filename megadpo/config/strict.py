@@ -63,11 +63,6 @@ def _note_places(node: yaml.Node | None, prefix: str, path: Path, places: Places
         _note_places(value, f"{dotted}.", path, places)
 
 
-def field_types(tree: type) -> dict[str, Any]:
-    """The type of each field of a dataclass."""
-    return typing.get_type_hints(tree)
-
-
 def yaml_text(value: Any) -> str:
     """A scalar as YAML writes it."""
     return str(yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n..."))

@@ -14,7 +14,7 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.model.router_load import RouterWatch
 from megadpo.pipeline.stage_ops import ResponseGradient, stage_forward, sums_of, surrogate
 
-Loss = Callable[[Tensor], tuple[Tensor, Tensor, None]]
+MegatronLoss = Callable[[Tensor], tuple[Tensor, Tensor, None]]
 """A micro-batch's output -> (the scalar that goes backward, its number of tokens, what Megatron would report)."""
 
 
@@ -45,7 +45,7 @@ class MegatronSchedule:
         ld_alpha: float | None = None,
         watch: RouterWatch | None = None,
     ) -> None:
-        def loss_of(number: int, micro_batch: MicroBatch) -> Loss:
+        def loss_of(number: int, micro_batch: MicroBatch) -> MegatronLoss:
             def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
                 scalar = surrogate(models[-1], output, number, micro_batch, response_gradient, ld_alpha)
                 return scalar, torch.zeros((), dtype=torch.int, device=output.device), None
@@ -58,12 +58,12 @@ class MegatronSchedule:
 def _run(
     models: Sequence[Any],
     micro_batches: Sequence[MicroBatch],
-    loss_of: Callable[[int, MicroBatch], Loss] | None,
+    loss_of: Callable[[int, MicroBatch], MegatronLoss] | None,
     watch: RouterWatch | None,
 ) -> list[Any]:
     """Megatron's schedule for these chunks; without `loss_of` forward only, and the outputs of the last stage."""
 
-    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Loss | None]:
+    def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, MegatronLoss | None]:
         number, micro_batch = next(numbered)
         loss = None if loss_of is None else loss_of(number, micro_batch)
         return stage_forward(model, micro_batch, number, watch), loss

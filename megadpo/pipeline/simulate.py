@@ -165,16 +165,16 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
     backward, reference = start_of[BACKWARD], start_of[REFERENCE]
     order_of = np.full((num_stages, size), -1)
 
-    def number_of(op: Op) -> int:
+    def index_of(op: Op) -> int:
         return start_of[op.kind] + op.chunk * span + op.micro_batch * num_halves + op.half
 
-    numbers = [np.array([number_of(op) for op in order], np.int64) for order in schedule.stages]
-    for stage, own in enumerate(numbers):
+    indices = [np.array([index_of(op) for op in order], np.int64) for order in schedule.stages]
+    for stage, own in enumerate(indices):
         order_of[stage, own] = np.arange(len(own))
         if (order_of[stage] >= 0).sum() < len(own):
             raise ScheduleError(f"stage {stage} does an operation twice")
     reads = []
-    for stage, own in enumerate(numbers):
+    for stage, own in enumerate(indices):
         backwards = (own >= backward) & (own < backward + part)
         chunk = own % part // span
         source_stage = np.where(backwards, stage + 1, stage - 1)
@@ -183,12 +183,11 @@ def _numbered(schedule: Schedule) -> tuple[list[list[int]], list[list[int]], int
         begins |= own >= start_of[WEIGHTS]
         source_stage, source = source_stage % num_stages, np.where(begins, own, source)
         is_made = order_of[source_stage, source] >= 0
-        _check(
-            schedule, stage, begins | is_made | (own >= reference) & (own < reference + part), "nobody makes what it reads"
-        )
+        is_ahead = (own >= reference) & (own < reference + part)
+        _check(schedule, stage, begins | is_made | is_ahead, "no operation makes what it reads")
         _check_places(schedule, stage, own, order_of[stage], backwards, backwards & begins)
         reads.append(np.where(begins | ~is_made, -1, source_stage * size + source).tolist())
-    return [(stage * size + own).tolist() for stage, own in enumerate(numbers)], reads, size * num_stages
+    return [(stage * size + own).tolist() for stage, own in enumerate(indices)], reads, size * num_stages
 
 
 def _check_places(

@@ -55,8 +55,8 @@ class GlobalBatch:
     mismatched: Sequence[MicroBatch] = ()
 
     def on_device(self) -> GlobalBatch:
-        """The same batch with its micro-batches on this rank's device."""
-        return replace(self, micro_batches=on_device(self.micro_batches), mismatched=on_device(self.mismatched))
+        """The same batch with its micro-batches on this rank's device; the mismatched ones stay where they are."""
+        return replace(self, micro_batches=on_device(self.micro_batches))
 
 
 def pack_global_batch(
@@ -96,6 +96,7 @@ def evaluate_micro_batch(
     Returns:
         d loss / d statistic [R, D], and the metrics' sums [2 M] of its groups; float64.
     """
+    assert reference_logps_R is not None or not objective.needs_reference, "the reference has not run: see Reference.begin"
     return _evaluate(objective, normalisers, response_statistics(sums_RS, reference_logps_R, micro_batch))
 
 
@@ -132,6 +133,8 @@ def evaluate_coupled(
     metric_sums = collect.empty_vector(compute_device(), objective)
     if not parallel_state.is_pipeline_last_stage():
         return CoupledEvaluation([], metric_sums, running_mean)
+    is_there = all(logps_R is not None for logps_R in reference_logps)
+    assert is_there or not objective.needs_reference, "the reference has not run: see Reference.complete"
     statistics = _gather(batch, sums, reference_logps)
     if objective.runs_delta:
         if is_training:

@@ -50,10 +50,10 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
         dtype = resolve_dtype(config.model.dtype)
         stage = frozen_stage(files.shape, layout, dtype, files.source, config.model)
         lines = stack.enter_context(_writing(path)) if rank() == 0 else None
-        for numbers, logps_R in response_logps(stage, packing):
-            for number, logps_K in zip(numbers, logps_R.reshape(-1, 2).tolist(), strict=True):
+        for group_ids, logps_R in response_logps(stage, packing):
+            for group_id, logps_K in zip(group_ids, logps_R.reshape(-1, 2).tolist(), strict=True):
                 if lines is not None:
-                    lines.write(json.dumps(_line(int(groups.rows[number]), logps_K, groups[number].responses)) + "\n")
+                    lines.write(json.dumps(_line(int(groups.rows[group_id]), logps_K, groups[group_id].responses)) + "\n")
     return path
 
 

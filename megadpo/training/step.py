@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.terms import Normalisers
-from megadpo.parallel.context import is_first_rank_of_stage
+from megadpo.parallel.context import is_first_rank_of_stage, on_device
 from megadpo.platform.device import compute_device
 from megadpo.training.global_batch import GlobalBatch, evaluate_coupled, evaluate_micro_batch, kl_sums, mismatch_kl
 from megadpo.training.reference import Reference
@@ -36,7 +35,6 @@ class StepResult:
         metric_sums: float64 [2 M], this rank's part of the metrics' sums, see metrics/collect.py and `reduce_metrics`.
         running_mean: of the rewards, this step's included where the objective has one; known on last stages.
         grad_norm: global gradient norm before clipping.
-        micro_batches: this replica's, on its device.
         response_sums: [R, S] of each micro-batch on last stages, see `statistics.RESPONSE_SUMS`; elsewhere empty.
         reference_logps: [R] of each micro-batch on last stages, None without a reference.
     """
@@ -44,7 +42,6 @@ class StepResult:
     metric_sums: Tensor
     running_mean: RunningMean
     grad_norm: float
-    micro_batches: list[MicroBatch]
     response_sums: list[Tensor]
     reference_logps: list[Tensor | None]
 
@@ -78,8 +75,10 @@ def optimizer_step(
     gradients: list[Tensor] = []
     if objective.couples_batch:
         reference.complete()  # the whole batch is evaluated before anything goes backward
-        sums = engine.forward(batch.micro_batches, objective.ld_alpha)
-        coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=True)
+        first_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+        coupled = evaluate_coupled(
+            objective, normalisers, batch, first_sums, reference_logps, running_mean, is_training=True
+        )
         gradients, running_mean = coupled.gradients, coupled.running_mean
         metric_sums += coupled.metric_sums
     response_sums: dict[int, Tensor] = {}
@@ -106,7 +105,6 @@ def optimizer_step(
         metric_sums,
         running_mean,
         grad_norm,
-        list(batch.micro_batches),
         [response_sums[number] for number in sorted(response_sums)],
         list(reference_logps),
     )
@@ -146,5 +144,6 @@ def _measure_kl(
     """The batch's normalisers, with KTO's KL where it is read, and the metrics' sums with it alone."""
     if not objective.measures_kl:
         return batch.normalisers, collect.empty_vector(compute_device(), objective)
-    kl = mismatch_kl(engine, batch.mismatched, reference.logps(batch.mismatched), len(batch.group_ids))
+    mismatched = on_device(batch.mismatched)
+    kl = mismatch_kl(engine, mismatched, reference.logps(mismatched), len(batch.group_ids))
     return replace(batch.normalisers, kl=kl), kl_sums(kl, objective)

@@ -91,9 +91,9 @@ def test_recomputing_and_offloading_change_no_gradient(files):
 
 def test_overlapped_communication_changes_no_weight(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, overlap=overlap) for overlap in (False, True)]
-    after, beside = run("cuda", files, cases)
-    assert oracle.worst_relative_error(beside.gradients, after.gradients)[0] <= 1e-5
-    assert all(torch.equal(beside.model_weights[name], weights) for name, weights in beside.weights.items())
+    after, overlapped = run("cuda", files, cases)
+    assert oracle.worst_relative_error(overlapped.gradients, after.gradients)[0] <= 1e-5
+    assert all(torch.equal(overlapped.model_weights[name], weights) for name, weights in overlapped.weights.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

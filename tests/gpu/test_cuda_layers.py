@@ -29,8 +29,8 @@ def files(tmp_path_factory) -> tuple[Path, Path, list]:
     return policy, reference, random_groups(13, seed=3)
 
 
-def run(files: tuple, asked: ModelConfig, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Outcome:
-    case = Case(Layout(), tokens_per_micro_batch=200, model=asked, **changes)  # type: ignore[arg-type]
+def run(files: tuple, options: ModelConfig, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Outcome:
+    case = Case(Layout(), tokens_per_micro_batch=200, model=options, **changes)  # type: ignore[arg-type]
     return on("cuda", outcomes, *files, [case], 4, dtype)[0]
 
 
@@ -41,17 +41,17 @@ def test_fp32_gives_the_log_probs_gradients_and_weights_of_local_layers(files):
     assert theirs.losses == pytest.approx(local.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize(("asked", "apart"), [(THEIRS, 0.02), (IN_FP8, 0.1)], ids=["bf16", "FP8"])
-def test_half_and_quarter_precision_give_fp32_s_loss_curve(files, asked, apart):
-    skip_without_fp8(asked)
-    assert run(files, asked).losses == pytest.approx(run(files, ModelConfig(), torch.float32).losses, rel=apart)
+@pytest.mark.parametrize(("options", "apart"), [(THEIRS, 0.02), (IN_FP8, 0.1)], ids=["bf16", "FP8"])
+def test_half_and_quarter_precision_give_fp32_s_loss_curve(files, options, apart):
+    skip_without_fp8(options)
+    assert run(files, options).losses == pytest.approx(run(files, ModelConfig(), torch.float32).losses, rel=apart)
 
 
-@pytest.mark.parametrize("asked", [THEIRS, IN_FP8], ids=["bf16", "FP8"])
-def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(files, asked):
-    skip_without_fp8(asked)
+@pytest.mark.parametrize("options", [THEIRS, IN_FP8], ids=["bf16", "FP8"])
+def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(files, options):
+    skip_without_fp8(options)
     policy, _, groups = files
-    outcome = run((policy, policy, groups), asked)
+    outcome = run((policy, policy, groups), options)
     assert len(outcome.margins) == len(groups) and not outcome.margins.any()
 
 
@@ -62,6 +62,6 @@ def test_fused_gradients_and_recomputed_activations_are_those_of_neither(files):
         assert oracle.worst_relative_error(found.gradients, plain.gradients)[0] <= 1e-5, str(changes)
 
 
-def skip_without_fp8(asked: ModelConfig) -> None:
-    if asked.fp8 and torch.cuda.get_device_capability() < (8, 9):
+def skip_without_fp8(options: ModelConfig) -> None:
+    if options.fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")

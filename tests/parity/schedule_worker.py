@@ -252,17 +252,16 @@ def _steps(
     objective = Objective.of(case.objective)
     kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
     references = References(kind(frozen, objective.ld_alpha, schedule), None)
-    passes = pipeline_schedule(schedule, references.train.interleaved)
+    own_schedule = pipeline_schedule(schedule, references.train.interleaved)
     engine: Any
     if case.zero_stage is None:
         stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
         load_weights(stage, open_hf(model))
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)
-        engine = MegatronEngine(stage, train, parallel, passes)
+        engine = MegatronEngine(stage, train, parallel, own_schedule)
     else:
-        engine = zero_worker.make_engine(built, hf_config, open_hf(model))
-        engine.schedule = passes
+        engine = zero_worker.make_engine(built, hf_config, open_hf(model), own_schedule)
     engine.stage.train()
     steps, running_mean = Steps(), RunningMean()
     batches = [pack_global_batch(packing, lot, objective) for lot in np.array_split(np.arange(len(groups)), NUM_STEPS)]

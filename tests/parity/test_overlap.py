@@ -1,4 +1,4 @@
-"""Gradients summed and parameters gathered beside computing are the ones that are summed and gathered afterwards."""
+"""Gradients summed and parameters gathered during computation are the ones that are summed and gathered afterwards."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def test_weights_after_three_steps_are_the_same(which, tmp_path):
     reference = save_model(tmp_path / "reference", **{"family": "qwen3", **changes}, seed=1, tokenizer=False)
     both = [replace(case, overlap=overlap) for case in cases for overlap in (False, True)]
     found = run_world(cases[0].layout.world_size, outcomes, policy, reference, random_groups(11, seed=3), both, 3)[0]
-    for case, after, beside in zip(both[1::2], found[::2], found[1::2], strict=True):
-        assert oracle.worst_relative_error(beside.gradients, after.gradients)[0] <= 1e-6, str(case)
-        worst, name = oracle.worst_relative_error(beside.weights, after.weights)
+    for case, after, overlapped in zip(both[1::2], found[::2], found[1::2], strict=True):
+        assert oracle.worst_relative_error(overlapped.gradients, after.gradients)[0] <= 1e-6, str(case)
+        worst, name = oracle.worst_relative_error(overlapped.weights, after.weights)
         assert worst <= 1e-6, f"{case}: {name} {worst}"
-        assert all(torch.equal(beside.model_weights[name], weight) for name, weight in beside.weights.items()), str(case)
+        assert all(torch.equal(overlapped.model_weights[name], weight) for name, weight in overlapped.weights.items()), str(
+            case
+        )

@@ -37,16 +37,16 @@ def files(tmp_path_factory):
 
 def counted_outcomes(*arguments: Any) -> tuple[list[Outcome] | None, list[int]]:
     """`outcomes` of the arguments, and how many products were added on this rank."""
-    from megadpo.model import weight_gradients as gradient_fusion
+    from megadpo.model import weight_gradients
 
-    count, add_product = [0], gradient_fusion.add_product
+    count, add_product = [0], weight_gradients.add_product
 
     def counted(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         assert total.dtype is torch.float32 and left.shape[1] == right.shape[0]
         count[0] += 1
         add_product(total, left, right)
 
-    gradient_fusion.add_product = counted  # type: ignore[assignment]
+    weight_gradients.add_product = counted  # type: ignore[assignment]
     return outcomes(*arguments), count
 
 

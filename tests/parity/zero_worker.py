@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.parity import worker
 from tests.parity.worker import whole_tensors
+
+if TYPE_CHECKING:
+    from megadpo.pipeline.base import PipelineSchedule
 
 
 @dataclass
@@ -143,8 +146,8 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     return outcome
 
 
-def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
-    """The case's engine on a loaded stage."""
+def make_engine(case: Case, hf_config: Any, source: Any, schedule: PipelineSchedule | None = None) -> Any:
+    """The case's engine on a loaded stage, by Megatron's schedule where none is given."""
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
@@ -155,14 +158,14 @@ def make_engine(case: Case, hf_config: Any, source: Any) -> Any:
 
         stage = build_stage(shape_of(hf_config), case.layout, case.dtype, case.activations)
         load_weights(stage, source)
-        return MegatronEngine(stage, train)
+        return MegatronEngine(stage, train, schedule=schedule)
     from megadpo.engine.deepspeed import engine as deepspeed
     from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
     if not case.cpu_adam:
         deepspeed.cpu_adam = lambda: None  # as where it does not build
     stage = policy_stage(shape_of(hf_config), source, case.layout, case.dtype, case.activations, case.parallel)
-    return ZeroEngine(stage, train, case.parallel)
+    return ZeroEngine(stage, train, case.parallel, schedule)
 
 
 def frozen(case: Case, hf_config: Any, source: Any) -> Any:

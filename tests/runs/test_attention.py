@@ -28,9 +28,9 @@ def test_every_kernel_of_this_machine_trains_alike_and_is_told(tmp_path):
     save_model(tmp_path / "model", "mistral", num_hidden_layers=2)
     write_hh(tmp_path / "train.jsonl", 40)
     records = {}
-    for asked, used in (("auto", "cpu_flash"), ("sdpa", "sdpa")):
-        settings = run_settings(tmp_path, tmp_path / asked, train={"steps": 3})
-        settings["model"]["attention"] = asked
+    for requested, used in (("auto", "cpu_flash"), ("sdpa", "sdpa")):
+        settings = run_settings(tmp_path, tmp_path / requested, train={"steps": 3})
+        settings["model"]["attention"] = requested
         ((told, records[used]),) = run_world(1, _train, settings)
         assert f", attention {used}," in told
         assert records[used][0]["rewards/margins"] == 0

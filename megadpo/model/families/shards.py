@@ -14,7 +14,7 @@ from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ExpertPlace, P
 from megadpo.model.shape import Experts, ModelShape
 
 # (logical name, first element, number of elements) along the dimension at hand.
-Run = tuple[str, int, int]
+NamedRange = tuple[str, int, int]
 
 
 def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -125,7 +125,7 @@ class _Cutter:
         assert size % self.num_ranks == 0, (size, self.num_ranks)
         return size // self.num_ranks
 
-    def rows(self, name: str, runs: list[Run], num_rows: int, *other: int) -> ParameterShard:
+    def rows(self, name: str, runs: list[NamedRange], num_rows: int, *other: int) -> ParameterShard:
         """This rank's rows of the matrix (or vector) that `runs` stack up to."""
         share = self._share(num_rows)
         pieces = _interval(runs, self.rank * share, share)
@@ -148,7 +148,7 @@ class _Cutter:
         return ParameterShard(name, shape, None, (piece,), is_primary=self.rank == 0)
 
 
-def _interval(runs: list[Run], start: int, length: int) -> Iterator[ShardPiece]:
+def _interval(runs: list[NamedRange], start: int, length: int) -> Iterator[ShardPiece]:
     """Pieces of elements ``[start, start + length)`` of the stacked runs."""
     position = 0
     for name, first, count in runs:
@@ -209,7 +209,7 @@ def _mixture_shards(
     return shards
 
 
-def _qkv_runs(shape: ModelShape, attention: str, kind: str) -> list[Run]:
+def _qkv_runs(shape: ModelShape, attention: str, kind: str) -> list[NamedRange]:
     head = shape.head_dim
     heads = shape.num_heads // shape.num_key_value_heads * head
     runs = []

@@ -25,7 +25,7 @@ from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, Outcome, outcomes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ASKED = ModelConfig(layers="transformer_engine")
+THEIRS = ModelConfig(layers="transformer_engine")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
@@ -78,7 +78,7 @@ def test_a_model_with_built_in_norms_loads_trains_and_is_put_together_like_one_w
     size = {"num_hidden_layers": 2, "tokenizer": False}
     policy, reference = (save_model(tmp_path / str(seed), "qwen3", seed=seed, **size) for seed in (0, 1))
     layout = Layout(tensor=2, sequence=True)
-    cases = [Case(layout), Case(layout, model=ASKED)]
+    cases = [Case(layout), Case(layout, model=THEIRS)]
     local, fused = run_world(2, stood_in_for, policy, reference, random_groups(5, seed=3), cases, 2)[0]
     assert oracle.worst_relative_error(fused.gradients, local.gradients)[0] <= 1e-6
     assert oracle.worst_relative_error(fused.weights, local.weights)[0] <= 1e-6
@@ -94,12 +94,12 @@ def test_layers_that_cannot_be_had_are_refused_in_a_sentence(monkeypatch):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert refused(ASKED, CPU).startswith("model.layers is transformer_engine, but that needs a CUDA device")
+    assert refused(THEIRS, CPU).startswith("model.layers is transformer_engine, but that needs a CUDA device")
     monkeypatch.setattr(layers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
-    assert "but TransformerEngine is not installed; set it to local" in refused(ASKED, GPU)
+    assert "but TransformerEngine is not installed; set it to local" in refused(THEIRS, GPU)
     monkeypatch.setattr(layers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
-    assert choose_layers(ASKED, GPU, torch.float32, has_experts=False) == Layers("transformer_engine")
-    assert "but the model has experts" in refused(ASKED, GPU, experts=True)
+    assert choose_layers(THEIRS, GPU, torch.float32, has_experts=False) == Layers("transformer_engine")
+    assert "but the model has experts" in refused(THEIRS, GPU, experts=True)
     in_fp8 = ModelConfig(layers="transformer_engine", fp8=True)
     assert "that goes with bf16 and this run computes in float32" in refused(in_fp8, GPU, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

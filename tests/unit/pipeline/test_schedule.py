@@ -198,7 +198,7 @@ def test_schedules_that_cannot_be_carried_out_are_told() -> None:
     for stages, message in (
         (((forward, backward), (backward, forward)), "its forward does not come before it"),
         (((backward, forward), (forward, backward)), "its forward does not come before it"),
-        (((forward, backward), ()), "nobody makes what it reads"),
+        (((forward, backward), ()), "no operation makes what it reads"),
         (((forward, weights, backward), (forward, backward)), "its backward does not come before it"),
         (((forward, forward), (forward,)), "twice"),
         (((forward, backward), (forward, backward, Op(REFERENCE, 0))), "the reference's forward does not come before it"),

@@ -79,7 +79,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "asked", "sentence"),
+    ("method", "num_layers", "sentence"),
     [
         ("uniform", 4, "is 4, which does not divide the 3 layers"),
         ("uniform", 3, None),
@@ -88,8 +88,8 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
         ("block", 4, "but no pipeline stage (or chunk of one) has more than 3 layers"),
     ],
 )
-def test_layers_to_recompute_fit_the_stages(method, asked, sentence):
-    train = TrainConfig(recompute="full", recompute_method=method, recompute_num_layers=asked)
+def test_layers_to_recompute_fit_the_stages(method, num_layers, sentence):
+    train = TrainConfig(recompute="full", recompute_method=method, recompute_num_layers=num_layers)
     if sentence is None:
         check_recompute_layers(train, Layout(pipeline=2), 6)
         return

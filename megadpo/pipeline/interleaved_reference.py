@@ -54,8 +54,8 @@ class InterleavedReference:
     def begin(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """A step begins; the reference log-probs of its micro-batches, which are there when the policy needs them."""
         ahead, self._next_step = self._next_step, None
-        rows = [micro_batch.group_ids for micro_batch in micro_batches]
-        if ahead is not None and rows == [micro_batch.group_ids for micro_batch in ahead.micro_batches]:
+        group_ids = [micro_batch.group_ids for micro_batch in micro_batches]
+        if ahead is not None and group_ids == [micro_batch.group_ids for micro_batch in ahead.micro_batches]:
             self._this_step = ahead
         else:
             self._this_step = self._not_begun(micro_batches)

@@ -82,7 +82,7 @@ def pairs_of_mix(setup: Any, mix: str, num_steps: int, num_pairs: int, tiny: boo
 
     count = num_steps * num_pairs
     if mix == "hh-rlhf":
-        rows = (setup.train.groups[int(row)] for step in range(1000) for row in setup.batches.group_ids(step))
+        rows = (setup.train.groups[int(row)] for step in range(1000) for row in setup.sampler.group_ids(step))
         most = 150 if tiny else 1024
         usable = (group for group in rows if group.shares_prompt and group.num_stream_tokens(True) <= most)
         groups = [group for group, _ in zip(usable, range(count), strict=False)]

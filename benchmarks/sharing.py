@@ -84,7 +84,7 @@ def _times_in_world(setup: Any, reference: str, options: argparse.Namespace) -> 
 
     arms = {"unshared": lambda number: step(unshared, number), "shared": lambda number: step(run, number)}
     seconds = interleaved(arms, options.rounds, options.warm_up)
-    numbers = np.concatenate([setup.batches.group_ids(number) for number in range(options.rounds)])
+    numbers = np.concatenate([setup.sampler.group_ids(number) for number in range(options.rounds)])
     tokens = _tokens(setup.train.groups, numbers)
     ratio, gain = (median_ratio(seconds[a], seconds[b]) for a, b in (("shared", "unshared"), ("unshared", "shared")))
     return {

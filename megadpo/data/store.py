@@ -26,8 +26,8 @@ _ARRAYS = ("tokens_T", "segment_offsets_S", "group_segments_G", "num_prompts_G",
 class GroupColumns:
     """Groups as flat arrays.
 
-    A segment is a prompt or a response. Group g owns the segments from group_segments_G[g] to group_segments_G[g + 1] - 1:
-    its prompts, then its responses.
+    A segment is here a prompt or a response; attention's are `micro_batch.Segment`. Group g owns the segments from
+    group_segments_G[g] to group_segments_G[g + 1] - 1: its prompts, then its responses.
     Axes: T tokens, S segments, G groups, R responses of all groups.
 
     Attributes:

@@ -42,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def router_metrics(self) -> dict[str, float]:
-        """Of a mixture of experts, how evenly the last global batch was spread (`routing.Load`); collective."""
+        """Of a mixture of experts, how evenly the last global batch was spread (`router_load.Load`); collective."""
         ...
 
     def step(self, learning_rate: float) -> float:

@@ -100,11 +100,11 @@ def token_weights(micro_batch: MicroBatch) -> Tensor:
             weight_T[segment.start : segment.end] += 1
         weight_T[segment.prompt_start : segment.prompt_end] += 1
     weight_T[len(weight_T) - micro_batch.num_padding :] = 0
-    weight_T, part = weight_T.to(micro_batch.tokens_T.device), micro_batch.shard
-    if part is None:
+    weight_T, shard = weight_T.to(micro_batch.tokens_T.device), micro_batch.shard
+    if shard is None:
         return weight_T
-    places_T = part.order - part.first
-    is_held_T = (places_T >= 0) & (places_T < len(part.tokens_T))
-    held_T = weight_T.new_zeros(len(part.tokens_T))
+    places_T = shard.order - shard.first
+    is_held_T = (places_T >= 0) & (places_T < len(shard.tokens_T))
+    held_T = weight_T.new_zeros(len(shard.tokens_T))
     held_T[places_T[is_held_T]] = weight_T[is_held_T]
     return held_T

@@ -20,7 +20,7 @@ class Spec:
 
     Attributes:
         paper: where it comes from.
-        file: the file of this folder that has its function, which is called as the loss.
+        file: the file of this folder that has its function, whose name is the loss's.
         needs_reference: whether it reads the reference's log-probs.
         divergences: whether f-divergences other than reverse_kl are defined for it.
         weighting: whether WPO weights are defined for it.
@@ -29,7 +29,7 @@ class Spec:
         scores_prompt: whether the log-probs of the prompt's own tokens are needed.
         couples_batch: whether a unit's loss depends on others of the global batch: then a forward-only pass collects all
             statistics first.
-        reads: the kind of rows, see `data.formats.Reading`; "any" goes with losses of any kind.
+        reads: the kind of rows, see `Reading` of data/rows/formats.py; "any" goes with losses of any kind.
         reads_scores: whether it reads the pairs' given scores.
         measures_kl: whether it is measured against the KL of mismatched answers (KTO).
         runs_delta: whether it always shifts rewards by their running mean (BCO).

@@ -13,7 +13,8 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import MicroBatch
 
 RESPONSE_SUMS = ("logps", "token_logps", "prompt_logps", "reward", "entropy", "correct", "mean_logit", "log_square")
-"""Columns of `response_sums`; the first four are `DIFFERENTIABLE`."""
+"""Columns of `response_sums`; the first four are `DIFFERENTIABLE`, the others are the log-prob head's
+`TOKEN_STATISTICS` (model/heads/logprob.py) from the second on, in the same order."""
 
 DIFFERENTIABLE = ("logps_R", "token_logps_R", "prompt_logps_R", "reward_R")
 """What an objective can be differentiated with respect to, in the order of `response_sums`' first columns."""
@@ -92,11 +93,11 @@ class ResponseStatistics:
 
 
 def response_sums(token_statistics: Tensor, micro_batch: MicroBatch, ld_alpha: float | None = None) -> Tensor:
-    """Sum the head's token statistics [1, N, S] over each response: [R, len(RESPONSE_SUMS)] in float64, differentiable.
+    """Sum the log-prob head's output [1, N, S] over each response: [R, len(RESPONSE_SUMS)] in float64, differentiable.
 
     Thousands of log-probs are added up here: float64 keeps the sum exact to the rounding of its terms, so that it
-    does not depend on how the tokens were laid out. Segment by segment, because scattered adds on a GPU are not
-    reproducible, and step 0 promises margins of exactly zero.
+    does not depend on how the tokens were laid out. Response by response (their scored positions follow each other), because
+    scattered adds on a GPU are not reproducible, and step 0 promises margins of exactly zero.
 
     Args:
         ld_alpha: LD-DPO (arXiv:2409.06411): weight of a pair's completion tokens beyond its shorter answer; None: 1.

@@ -15,7 +15,8 @@ from megadpo.model.router_load import RouterWatch
 from megadpo.pipeline.stage_ops import ResponseGradient, stage_forward, sums_of, surrogate
 
 MegatronLoss = Callable[[Tensor], tuple[Tensor, Tensor, None]]
-"""A micro-batch's output -> (the scalar that goes backward, its number of tokens, what Megatron would report)."""
+"""A micro-batch's output -> (the scalar that goes backward, a number of tokens, what Megatron would report). By the tokens
+nothing is divided (`calculate_per_token_loss`, model/build.py), so 0 is as good as any; there is nothing to report."""
 
 
 class MegatronSchedule:

@@ -1,4 +1,7 @@
-"""What a schedule runs on this stage's model: a forward of a micro-batch, and the scalar whose backward gives gradients."""
+"""What a schedule runs on this stage's model: a forward of a micro-batch, and the scalar whose backward gives gradients.
+
+Axes: R responses of the micro-batch, S columns of the response sums, D those of them with a gradient.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,8 @@ def stage_forward(
     watch: RouterWatch | None,
     prompt_keys: PromptKeys | None = None,
 ) -> Tensor:
-    """The output of this stage's model for a micro-batch; its input tensor has been set.
+    """The output of this stage's model for a micro-batch. What the stage before it has sent was given to the model
+    by Megatron, which calls this (`set_input_tensor`).
 
     Args:
         number: of the micro-batch in its step.

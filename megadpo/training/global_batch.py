@@ -7,6 +7,9 @@ responses; a few numbers a response are gathered over the replicas; autograd of 
 gives d loss / d statistic of every response. The second pass goes forward and backward with these held fixed, which
 makes any objective of per-response statistics exact in any layout. It costs one more forward. KTO needs a single number
 of the batch, its KL: a forward-only pass of its mismatched answers alone, under policy and reference.
+
+Axes: R responses of a micro-batch (or of the batch, where it is evaluated whole), G groups, S columns of the response sums
+(`statistics.RESPONSE_SUMS`), D those of them with a gradient, M metrics (`Objective.metric_names`).
 """
 
 from __future__ import annotations
@@ -140,11 +143,11 @@ def evaluate_coupled(
         if is_training:
             running_mean = running_mean.including(float(objective.responses(statistics).reward_R.mean()))
         normalisers = replace(normalisers, delta=running_mean.mean)
-    gradient_RD, all_sums = _evaluate(objective, normalisers, statistics)
+    gradient_RD, batch_metric_sums = _evaluate(objective, normalisers, statistics)
     if parallel_state.get_data_parallel_rank() == 0:  # all replicas have the same
         if objective.runs_delta:
             metric_sums += collect.scalar_sums("delta", running_mean.mean, objective, compute_device())
-        metric_sums += all_sums
+        metric_sums += batch_metric_sums
     gradients = [gradient_RD[_places_in_batch(batch, micro_batch)] for micro_batch in batch.micro_batches]
     return CoupledEvaluation(gradients, metric_sums, running_mean)
 

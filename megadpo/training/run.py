@@ -60,7 +60,7 @@ class Run:
         running_mean: of the rewards (BCO).
         num_tokens_seen: stream tokens trained on so far, padding left out.
         metrics: the last ones of every name.
-        batches: the global batch of a step, made ready while the step before it computes.
+        batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
     setup: RunSetup
@@ -79,7 +79,7 @@ class Run:
         setup = self.setup
 
         def pack(step: int) -> GlobalBatch:
-            return pack_global_batch(setup.train, setup.batches.group_ids(step), setup.objective)
+            return pack_global_batch(setup.train, setup.sampler.group_ids(step), setup.objective)
 
         self.batches = Prefetcher(pack, setup.num_steps)
 

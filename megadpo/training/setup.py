@@ -67,7 +67,7 @@ class RunSetup:
         train: the training groups, ready to be packed.
         eval: the held-out groups, where there are any.
         reports: what became of the rows of "train" and "eval".
-        batches: which training groups each step sees.
+        sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
     """
@@ -80,7 +80,7 @@ class RunSetup:
     train: PackedDataset
     eval: PackedDataset | None
     reports: dict[str, DataReport]
-    batches: StepSampler
+    sampler: StepSampler
     num_steps: int
     output_dir: Path
     resume: Path | None
@@ -107,8 +107,8 @@ def prepare(config: Config) -> RunSetup:
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
-    batches = _batches(config, train)
-    num_steps = config.train.steps or batches.num_steps
+    sampler = _sampler(config, train)
+    num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
     if resume is not None:
         check_resumable(resume, train.groups.digest, num_steps)
@@ -122,7 +122,7 @@ def prepare(config: Config) -> RunSetup:
         train=train,
         eval=held_out,
         reports=reports,
-        batches=batches,
+        sampler=sampler,
         num_steps=num_steps,
         output_dir=output_dir,
         resume=resume,
@@ -195,7 +195,7 @@ def data_packing(
     setting: str,
     split_pairs: bool = False,
 ) -> PackedDataset:
-    """`groups` measured for packing in this layout, for a model of this shape."""
+    """`groups`, whose tokens and work are counted here, to be packed in this layout for a model of this shape."""
     return PackedDataset.of(
         groups,
         PackingOptions(
@@ -247,6 +247,10 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
 ) -> PackedDataset:
+    """The groups of `sources`, tokenised or from the cache, checked, and ready to be packed.
+
+    What became of the rows goes into `reports` under the name `which`.
+    """
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
@@ -265,9 +269,9 @@ def _packing(
     )
 
 
-def _batches(config: Config, train: PackedDataset) -> StepSampler:
+def _sampler(config: Config, train: PackedDataset) -> StepSampler:
     """Which training groups each step sees."""
-    batches = StepSampler(
+    sampler = StepSampler(
         train.groups.sources,
         train.groups.source_weights,
         config.train.pairs_per_step,
@@ -277,5 +281,5 @@ def _batches(config: Config, train: PackedDataset) -> StepSampler:
         lengths_G=train.num_tokens_G,
         tokens_multiple_of=config.data.step_tokens_multiple_of,
     )
-    check_steps_can_fill(config, train.num_tokens_G, batches.samples_per_epoch)
-    return batches
+    check_steps_can_fill(config, train.num_tokens_G, sampler.samples_per_epoch)
+    return sampler

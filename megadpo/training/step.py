@@ -2,6 +2,8 @@
 
 The reference's log-probs, forward and backward with the objective between them, gradients finished, the update. Metrics and
 BCO's running mean come back as values.
+
+Axes as in global_batch.py.
 """
 
 from __future__ import annotations
@@ -84,12 +86,13 @@ def optimizer_step(
     response_sums: dict[int, Tensor] = {}
 
     def response_gradient(number: int, sums_RS: Tensor) -> Tensor:
+        """The objective: called on last stages between the forward and the backward of each micro-batch."""
         response_sums[number] = sums_RS
         if objective.couples_batch:
             return gradients[number]
         micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
-        gradient_RD, sums = evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)
-        metric_sums.add_(sums)
+        gradient_RD, own_metric_sums = evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)
+        metric_sums.add_(own_metric_sums)
         return gradient_RD
 
     engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
@@ -117,11 +120,11 @@ def evaluate_batch(
     batch = batch.on_device()
     normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
     reference_logps = reference.logps(batch.micro_batches)
-    all_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+    sums = engine.forward(batch.micro_batches, objective.ld_alpha)
     if objective.couples_batch:
-        coupled = evaluate_coupled(objective, normalisers, batch, all_sums, reference_logps, running_mean, is_training=False)
+        coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=False)
         return metric_sums + coupled.metric_sums
-    for number, sums_RS in enumerate(all_sums):
+    for number, sums_RS in enumerate(sums):
         micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
         metric_sums += evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)[1]
     return metric_sums

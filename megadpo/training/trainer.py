@@ -1,8 +1,8 @@
 """Training, from a configuration to a Hugging Face directory: the story on one page.
 
-prepare  rows -> groups -> tokens, layout and model checked, all before processes are joined (setup.py)
+prepare  rows -> token ids -> groups, layout and model checked, all before processes are joined (setup.py)
 build    this rank's stage of the policy, the reference (reference.py), the engine
-loop     a global batch a step (global_batch.py), made ready on a thread while the step before it computes;
+loop     a global batch a step, packed on a thread while the step before it computes (`Run` in run.py, global_batch.py);
          log-probs -> objective -> gradients -> update (step.py); metrics, evaluation, checkpoint (run_state.py)
 export   the trained model as a Hugging Face directory
 """
@@ -153,7 +153,7 @@ def training_step(run: Run, step: int) -> Metrics:
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
-        "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.batches.samples_per_epoch,
+        "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.sampler.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
         **throughput(time.perf_counter() - started, num_tokens, len(batch.group_ids)),
         "data_wait_seconds": run.batches.seconds_waited,

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa")
 """The values of `model.attention` besides "auto", which are the names of files of this folder, in the order in which "auto"
-looks for one that can be used; the last one always can."""
+looks for one that can be used; the last one always can, so that what stands before it needs a `why_not` that refuses some
+machine, dtype or model: else "auto" never comes to those behind it."""
 
 
 def backend_named(name: str) -> AttentionBackend:

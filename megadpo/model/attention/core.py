@@ -118,14 +118,14 @@ class GroupAttention(MegatronModule):
             output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params)
         return output.flatten(1).unsqueeze(1)
 
-    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, part: StreamShard) -> list[Tensor]:
+    def _own_heads(self, query: Tensor, key: Tensor, value: Tensor, shard: StreamShard) -> list[Tensor]:
         """This context rank's share of the heads, over the whole stream; where key-value heads are too few for a share,
         each rank gets the one that its query heads read."""
         num_ranks = parallel_state.get_context_parallel_world_size()
         if key.shape[1] < num_ranks:
             key, value = (x.repeat_interleave(num_ranks // key.shape[1], dim=1) for x in (key, value))
         by_rank = [x.unflatten(1, (num_ranks, -1)) for x in (query, key, value)]
-        heads = stream_of_heads(torch.cat(by_rank, dim=2).flatten(1, 2), part)
+        heads = stream_of_heads(torch.cat(by_rank, dim=2).flatten(1, 2), shard)
         return list(heads.split([x.shape[2] for x in by_rank], dim=1))
 
     def _attend(

@@ -36,7 +36,8 @@ CUDA_TILE_SHARE = 48
 
 TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
 """Columns of the head's output: log-prob of the target, entropy of the distribution, 1 where the target has the
-largest logit, the mean of the logits over the (unpadded) vocabulary, and the log of the sum of squared probabilities."""
+largest logit, the mean of the logits over the (unpadded) vocabulary, and the log of the sum of squared probabilities.
+From the second on they are the last columns of `statistics.RESPONSE_SUMS`, in the same order."""
 
 GradientBuffer = Callable[[Tensor], Tensor | None]
 """A parameter -> where its gradient may be added up in place (its shape, its dtype or float32), or None: hand it to
@@ -50,6 +51,8 @@ def through_autograd(parameter: Tensor) -> None:
 
 class LogProbHead(StreamHead):
     """GPTModel's output layer: hidden [T, 1, H] -> statistics [N, 1, S], float32; only "logp" carries a gradient.
+
+    GPTModel turns what its output layer gives around: the model's output is [1, N, S].
 
     The only reader of the output matrix, forward and backward; `weight` is None where it is tied to an embedding on
     the same stage, which GPTModel then hands to `forward`.

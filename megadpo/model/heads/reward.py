@@ -37,14 +37,14 @@ class RewardHead(StreamHead):
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         micro_batch = self.micro_batch
-        places_R, part = reward_positions(micro_batch, self.padding_token), micro_batch.shard
-        if part is not None:
-            places_R = part.order[places_R] - part.first
-            is_held_R = (places_R >= 0) & (places_R < len(part.tokens_T))
+        places_R, shard = reward_positions(micro_batch, self.padding_token), micro_batch.shard
+        if shard is not None:
+            places_R = shard.order[places_R] - shard.first
+            is_held_R = (places_R >= 0) & (places_R < len(shard.tokens_T))
             places_R = places_R.where(is_held_R, 0)
         last_RH = hidden.squeeze(1).index_select(0, places_R)
         rewards_R1 = last_RH.float() @ self.weight.float().t()
-        if part is not None:
+        if shard is not None:
             rewards_R1 = rewards_R1 * is_held_R[:, None]
         return rewards_R1.unsqueeze(1), None
 
@@ -58,7 +58,7 @@ def reward_positions(micro_batch: MicroBatch, padding_token: int | None) -> Tens
     if padding_token is None:
         return micro_batch.last_R
     tokens_T = micro_batch.tokens_T
-    bounds = [(part.start, part.end, part.prompt_start, part.prompt_end) for part in micro_batch.segments]
+    bounds = [(segment.start, segment.end, segment.prompt_start, segment.prompt_end) for segment in micro_batch.segments]
     bounds_S4 = torch.tensor(bounds, dtype=torch.int64, device=tokens_T.device)
     segment_R = torch.searchsorted(bounds_S4[:, 1].contiguous(), micro_batch.last_R + 1)
     start_R, end_R, prompt_start_R, prompt_end_R = bounds_S4[segment_R].unbind(dim=1)

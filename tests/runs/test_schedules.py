@@ -77,7 +77,7 @@ def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path:
         (["schedule.split_pairs=true"], "Megatron's schedules run whole micro-batches; set schedule.name to 1f1b"),
         (
             [*SPLIT, "objective.loss_type=plackett_luce"],
-            "schedule.split_pairs is true, but it sends the two answers of pairs",
+            "schedule.split_pairs is true, but it sends the two answers of a pair one after the other",
         ),
         ([*SPLIT, "objective.loss_type=bco"], "objective.loss_type reads rows that are no pairs; set it to false"),
         (["schedule.name=zero-bubble"], "schedule.name: 'zero-bubble' is not known; choose one of: megatron, 1f1b"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,16 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
 
 @pytest.mark.slow
 def test_processes_give_the_groups_that_one_process_gives(
-    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
+    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec = ModuleSpec("started_with_python_m", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     sources = parse_sources(write_jsonl(tmp_path / "hh.jsonl", hh_rows))
     job = prepare.TokeniseJob(bpe_dir, None, 256, "prompt_left")
     alone, alone_report = make_groups(sources, job, num_workers=1)
     many, many_report = make_groups(sources, job, num_workers=2)
     assert many.digest == alone.digest and many_report == alone_report
-    assert sys.modules["__main__"].__spec__ is not None  # put back after the workers were started
+    assert sys.modules["__main__"].__spec__ is spec  # put back after the workers were started
 
 
 @pytest.mark.slow

@@ -1,29 +1,36 @@
 """Rules between options and the models or the data of a run: each is one sentence, before anything starts."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
 from megadpo.config.schema import Config
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.model.families import shape_of
+from megadpo.model.shape import ModelShape
 from megadpo.validation.data import check_mismatched_fit
 from megadpo.validation.load import load_config
 from megadpo.validation.model import check_experts, check_same_vocabulary
 from tests.helpers.models import random_groups
 
+LLAMA = shape_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
+MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
+
 
 @pytest.mark.parametrize(
     ("override", "model", "message"),
     [
-        ("train.router_aux_coef=0.1", LlamaConfig(), "train.router_aux_coef is 0.1, but m has no experts; remove it"),
+        ("train.router_aux_coef=0.1", LLAMA, "train.router_aux_coef is 0.1, but m has no experts; remove it"),
         (
             "parallel.engine=deepspeed",
-            MixtralConfig(),
+            MIXTRAL,
             "parallel.engine is deepspeed, but m has experts, which are",
         ),
     ],
 )
-def test_options_about_experts_are_for_models_that_have_some(override: str, model: object, message: str) -> None:
+def test_options_about_experts_are_for_models_that_have_some(override: str, model: ModelShape, message: str) -> None:
     config = load_config({}, ["model.path=m", override])
     with pytest.raises(UserError, match=message):
         check_experts(config, model)
@@ -31,9 +38,9 @@ def test_options_about_experts_are_for_models_that_have_some(override: str, mode
 
 
 def test_a_reference_reads_the_policy_s_tokens() -> None:
-    check_same_vocabulary("r", LlamaConfig(vocab_size=40), MixtralConfig(vocab_size=40))
+    check_same_vocabulary("r", replace(LLAMA, vocab_size=40), replace(MIXTRAL, vocab_size=40))
     with pytest.raises(UserError, match=r"reference.path: r has 39 vocabulary rows and the policy 40"):
-        check_same_vocabulary("r", LlamaConfig(vocab_size=39), LlamaConfig(vocab_size=40))
+        check_same_vocabulary("r", replace(LLAMA, vocab_size=39), replace(LLAMA, vocab_size=40))
 
 
 def test_every_prompt_fits_before_every_answer_where_kto_puts_it_there() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.config.schema import ObjectiveConfig, TrainConfig
+from megadpo.config.schema import TrainConfig
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
 from tests.helpers.models import random_groups, save_model
@@ -18,19 +18,15 @@ OVER_REPLICAS = {"reduce_scatter", "all_gather", "allgather"}
 
 
 def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
-    """Names of those of a step that reduce or gather, in a joined world."""
+    """Names of those that end a step, in a joined world."""
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
-    from megadpo.objectives.coupled import RunningMean
-    from megadpo.objectives.objective import Objective
+    from megadpo.parallel.context import local_micro_batches
     from megadpo.parallel.world import joined_world
-    from megadpo.training.global_batch import pack_global_batch
-    from megadpo.training.reference import NoReference
-    from megadpo.training.step import optimizer_step
 
     groups = random_groups(8)
     packing = PackedDataset.of(
@@ -46,10 +42,13 @@ def _collectives_over_replicas(model: Path, layout: Layout) -> list[str]:
         load_weights(stage, open_hf(model))
         engine = MegatronEngine(stage, TrainConfig())
         before = {name: tensor.clone() for name, tensor in engine.parameters()}
-        objective = Objective.of(ObjectiveConfig(loss_type="sft"))
-        batch = pack_global_batch(packing, np.arange(len(groups)), objective)
+        engine.forward_backward(
+            local_micro_batches(packing, np.arange(len(groups))),
+            lambda number, sums_RS: torch.ones(len(sums_RS), 1, dtype=torch.float64),
+        )
         with torch.profiler.profile() as profile:
-            optimizer_step(engine, NoReference(), batch, objective, RunningMean(), 1e-3)
+            engine.finish_gradients()
+            engine.step(1e-3)
         assert any(not torch.equal(before[name], tensor) for name, tensor in engine.parameters())
         names = {event.key for event in profile.key_averages()}
         return sorted(name for name in names if any(part in name for part in OVER_REPLICAS))

@@ -1,4 +1,4 @@
-"""An optimizer step on a global batch: the one that the trainer, the tests and the benchmarks take.
+"""An optimizer step on a global batch: the one that the trainer takes, and the tests that look at a step.
 
 The reference's log-probs, forward and backward with the objective between them, gradients finished, the update. Metrics and
 BCO's running mean come back as values.

@@ -49,5 +49,5 @@ def setup_on(setup: RunSetup, groups: Sequence[Group]) -> RunSetup:
     """The same set-up on other pairs, which its steps see in their order."""
     store, train = GroupStore.of(groups), setup.config.train
     packing = data_packing(setup.config, store, setup.layout, setup.policy.shape, train.tokens_per_micro_batch, "--capacity")
-    batches = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
-    return dataclasses.replace(setup, train=packing, batches=batches)
+    sampler = StepSampler(store.sources, store.source_weights, train.pairs_per_step, train.seed, False, None)
+    return dataclasses.replace(setup, train=packing, sampler=sampler)

@@ -27,6 +27,7 @@ from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
+from megadpo.platform.patches import when_undone
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -58,6 +59,15 @@ class MegatronEngine:
         self.optimizers = list(self.optimizer.chained_optimizers)
         self.watch: RouterWatch | None = None
         self._clear_gradients()
+        when_undone(self._break_circles)
+
+    def _break_circles(self) -> None:
+        """Where Python's collector does not see them: in autograd's nodes, which hold hooks that refer to the model, and are held
+        by the optimizer's views of parameters. Without this an ended run would keep its memory, and its groups their threads."""
+        for model in self.models:
+            model.grad_accs.clear()
+        self.optimizers.clear()
+        del self.optimizer
 
     def _fuse_weight_gradients(self, requested: bool | None) -> str:
         """Have products of head and linear layers add to `main_grad`; which ones do in the linear layers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -35,10 +36,13 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
 
     A process group that the caller has already made is used and left standing.
     """
-    with patches_undone():
-        prepare_megatron()
-        with _joined(layout, seed, timeout_minutes):
-            yield
+    try:
+        with patches_undone():
+            prepare_megatron()
+            with _joined(layout, seed, timeout_minutes):
+                yield
+    finally:
+        gc.collect()  # models refer to each other in circles, and through them to groups with threads of their own
 
 
 @contextlib.contextmanager
@@ -70,10 +74,22 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
             warnings.filterwarnings("ignore", message="full scope is deprecated")
             yield
+        if not made_here:
+            dist.barrier()  # nobody closes a connection on which another one still reads
     finally:
+        groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         if made_here:
             dist.destroy_process_group()
+        else:
+            _destroy(groups)
+
+
+def _destroy(groups: list[dist.ProcessGroup | None]) -> None:
+    """Megatron forgets its groups, torch keeps them: with gloo each has three threads, one of which wakes 100 times a second."""
+    for group in groups:
+        if group is not None:  # None is the caller's own
+            dist.destroy_process_group(group)
 
 
 _rendezvous: list[dist.Store] = []

@@ -6,7 +6,7 @@ docs/architecture.md lists them all, with the reason for each.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _scopes: list[contextlib.ExitStack] = []
@@ -31,3 +31,9 @@ def patch(owner: Any, name: str, value: Any) -> None:
     if _scopes:
         _scopes[-1].callback(setattr, owner, name, original)
     setattr(owner, name, value)
+
+
+def when_undone(callback: Callable[[], Any]) -> None:
+    """Call this at the end of the innermost scope; outside of any, never."""
+    if _scopes:
+        _scopes[-1].callback(callback)

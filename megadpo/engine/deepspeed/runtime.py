@@ -36,12 +36,12 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3  # noqa: E402
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION  # noqa: E402
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megadpo.errors import UserError  # noqa: E402
-from megadpo.platform.patches import patch, patches_undone  # noqa: E402
+from megadpo.platform.patches import patch, patches_undone, when_undone  # noqa: E402
 
 TESTED = "0.19"
 """What is replaced below was read in this version."""
@@ -117,6 +117,16 @@ def prepare_deepspeed() -> None:
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         patch(module, "assert_ints_same_as_other_ranks", _assert_same_in_replicas)
     patch(groups, "mpu", ModelParallelUnit)  # as DeepSpeed's engine does, but for good
+    when_undone(_forget_modules)
+
+
+def _forget_modules() -> None:
+    """What would keep the modules of a run that has ended: a list of DeepSpeed's, and a cache with methods' owners as keys."""
+    FWD_MODULE_STACK.clear()
+    cached = partitioned_param_coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():  # it is wrapped once more, and the wrapper does not say in what
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def _build_nothing() -> None:
@@ -153,6 +163,7 @@ class Runtime(DeepSpeedEngine):
             # Its only user divides the sum over replicas by this.
             self.optimizer._gradient_averaging_world_size = lambda *unused: 1
             self._share_fp32_weights()
+        when_undone(self.destroy)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         # bf16 in stage 1 would get another optimizer class, whose state lies elsewhere.
@@ -193,7 +204,7 @@ def sharder(config: dict[str, Any]) -> Any:
 def gather_while_running(module: torch.nn.Module, config: dict[str, Any]) -> DeepSpeedZeRoOffload:
     """Hooks that gather the parameters of a frozen, sharded module around each submodule's forward."""
     zero = DeepSpeedConfig(config, ModelParallelUnit).zero_config
-    return DeepSpeedZeRoOffload(
+    hooks = DeepSpeedZeRoOffload(
         module,
         timers=deepspeed.utils.timer.NoopTimer(),
         ds_config=config,
@@ -205,6 +216,8 @@ def gather_while_running(module: torch.nn.Module, config: dict[str, Any]) -> Dee
         offload_param_config=zero.offload_param,
         mpu=ModelParallelUnit,
     )
+    when_undone(hooks.destroy)
+    return hooks
 
 
 def read_elsewhere(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:

@@ -62,8 +62,8 @@ class MegatronEngine:
         when_undone(self._break_circles)
 
     def _break_circles(self) -> None:
-        """Where Python's collector does not see them: in autograd's nodes, which hold hooks that refer to the model, and are held
-        by the optimizer's views of parameters. Without this an ended run would keep its memory, and its groups their threads."""
+        """Where Python's collector does not see them: in autograd's nodes, whose hooks refer to the model, and which the
+        optimizer's views of parameters hold. An ended run would keep its memory, and its groups their threads."""
         for model in self.models:
             model.grad_accs.clear()
         self.optimizers.clear()

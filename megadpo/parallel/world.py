@@ -86,7 +86,7 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]
 
 
 def _destroy(groups: list[dist.ProcessGroup | None]) -> None:
-    """Megatron forgets its groups, torch keeps them: with gloo each has three threads, one of which wakes 100 times a second."""
+    """Megatron forgets its groups, torch keeps them: with gloo three threads each, one of which wakes 100 times a second."""
     for group in groups:
         if group is not None:  # None is the caller's own
             dist.destroy_process_group(group)

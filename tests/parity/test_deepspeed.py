@@ -33,21 +33,22 @@ UNTIED = {
         *((SEQUENCE, stage) for stage in range(4)),
         *((PIPELINE, stage) for stage in range(4)),
     ],
-    4: [
-        *((layout, 3) for layout in FOUR),
-        *((Layout(pipeline=2, data=2, chunk_layers=(3, 1)), stage) for stage in (1, 3)),
-    ],
+    4: [(layout, 3) for layout in FOUR],
 }
 TIED = {
     1: [(Layout(), 3)],
     2: [*((PIPELINE, stage) for stage in range(4)), (DATA, 3), (SEQUENCE, 2)],
     4: [(layout, stage) for layout in FOUR[:2] for stage in (1, 2, 3)],
 }
+UNEVEN = {1: [], 4: [(Layout(pipeline=2, data=2, chunk_layers=(2, 1)), stage) for stage in (1, 3)]}
+CELLS = {"untied": (2, UNTIED), "tied": (2, TIED), "uneven": (3, UNEVEN)}
+"""The model's layers, and by number of processes what is tried on it."""
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
 NVME = {
     2: [(DATA, "none"), (DATA, "full"), (SEQUENCE, "none"), (PIPELINE, "none")],
     4: [(Layout(pipeline=2, data=2), "none")],
 }
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "tokenizer": False}
 OFFLOADED = [(DATA, 1), (DATA, 2), (DATA, 3), (SEQUENCE, 3), (PIPELINE, 3)]
 
 
@@ -65,18 +66,19 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
+@pytest.fixture(scope="module", params=list(CELLS))
 def trained(request, tmp_path_factory):
     """One process under Megatron's engine, and every cell: three steps, clipped, on the same global batch."""
     directory = tmp_path_factory.mktemp("zero")
-    changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4}
+    num_layers, chosen = CELLS[request.param]
+    changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4, "num_hidden_layers": num_layers}
     policy = save_model(directory / "policy", "qwen3", tokenizer=False, **changes)
     reference = save_model(directory / "reference", "qwen3", seed=1, tokenizer=False, **changes)
     groups, json_file = random_groups(13, seed=3), _small_pieces(directory)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cells = {
         size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some]
-        for size, some in (TIED if request.param == "tied" else UNTIED).items()
+        for size, some in chosen.items()
     }
     if request.param == "untied":
         cells[2] += [Case(layout, stage, recompute=how) for layout, stage, how in RECOMPUTED]
@@ -106,7 +108,7 @@ def test_weights_after_three_clipped_steps_are_too(trained):
 
 @pytest.mark.slow
 def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(tmp_path):
-    policy, groups, json_file = save_model(tmp_path / "policy", tokenizer=False), random_groups(12), _small_pieces(tmp_path)
+    policy, groups, json_file = save_model(tmp_path / "policy", **SMALL), random_groups(12), _small_pieces(tmp_path)
     for size, layouts in {2: (DATA, SEQUENCE, PIPELINE), 4: FOUR[:2]}.items():
         cases = [
             Case(layout, 3, deepspeed_config=json_file, dtype=dtype)
@@ -119,7 +121,7 @@ def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(t
 
 @pytest.mark.slow
 def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
-    policy, groups = save_model(tmp_path / "policy", tokenizer=False, pad_token_id=1), random_groups(12)
+    policy, groups = save_model(tmp_path / "policy", pad_token_id=1, **SMALL), random_groups(12)
     (base,) = run_world(1, outcomes, policy, policy, groups, [Case(Layout(), objective="reward")])[0]
     cases = [Case(layout, stage, objective="reward") for layout in (SEQUENCE, PIPELINE, DATA) for stage in (1, 3)]
     for case, outcome in zip(cases, run_world(2, outcomes, policy, policy, groups, cases)[0], strict=True):
@@ -130,8 +132,8 @@ def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
 
 @pytest.mark.slow
 def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_path):
-    policy = save_model(tmp_path / "policy", tokenizer=False)
-    reference = save_model(tmp_path / "reference", seed=1, tokenizer=False)
+    policy = save_model(tmp_path / "policy", **SMALL)
+    reference = save_model(tmp_path / "reference", seed=1, **SMALL)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cases = [Case(DATA, stage, tokens_per_micro_batch=90, dtype=torch.bfloat16) for stage in (None, 1, 2, 3)]
     base, *rest = run_world(2, outcomes, policy, reference, random_groups(12), cases)[0]
@@ -145,8 +147,8 @@ def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_p
 @pytest.mark.slow
 def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
     """DeepSpeedCPUAdam is compiled at its first use, which takes minutes."""
-    policy = save_model(tmp_path / "policy", tokenizer=False)
-    reference = save_model(tmp_path / "reference", seed=1, tokenizer=False)
+    policy = save_model(tmp_path / "policy", **SMALL)
+    reference = save_model(tmp_path / "reference", seed=1, **SMALL)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cases = [Case(layout, stage, offload="cpu", cpu_adam=cpu_adam) for layout, stage in OFFLOADED]
     (base,) = run_world(1, outcomes, policy, reference, random_groups(7), [Case(Layout())])[0]
@@ -204,7 +206,7 @@ def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("files")
-    save_model(directory / "model", "qwen3", tie_word_embeddings=True)
+    save_model(directory / "model", "qwen3", tie_word_embeddings=True, num_hidden_layers=2)
     write_hh(directory / "train.jsonl", 60)
     return directory
 

@@ -121,10 +121,11 @@ def prepare_deepspeed() -> None:
 
 
 def _forget_modules() -> None:
-    """What would keep the modules of a run that has ended: a list of DeepSpeed's, and a cache with methods' owners as keys."""
+    """What would keep the modules of a run that has ended: a list, and a cache of calls with modules in them."""
     FWD_MODULE_STACK.clear()
-    cached = partitioned_param_coordinator.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in cached.__closure__ or ():  # it is wrapped once more, and the wrapper does not say in what
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = coordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():  # wrapped once more, by a wrapper that does not say what it wraps
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 

@@ -69,7 +69,8 @@ print(json.dumps([changed, added, torch.get_num_threads() == threads, warnings.f
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 def test_other_libraries_are_as_they_were_after_training(tmp_path, engine):
-    """Nothing of megadpo's is left in modules of others, nor in their classes, though something was put there meanwhile."""
+    """Nothing of megadpo's is left in modules of others, nor in their classes, though something was put there meanwhile; and
+    no model, no optimizer and no thread of a process group, of which a process that trains again would have more each time."""
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
     save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
@@ -83,7 +84,7 @@ def test_other_libraries_are_as_they_were_after_training(tmp_path, engine):
         "output_dir": str(tmp_path / "run"),
     }
     code = f"""
-import inspect, json, sys
+import gc, inspect, json, pathlib, sys
 import megadpo
 
 def comes_from_us(value):
@@ -101,15 +102,24 @@ def patched():
                               if comes_from_us(item)]
     return sorted(found)
 
-meanwhile = []
-note = megadpo.Callbacks(on_step_end=lambda step, metrics: meanwhile.extend(patched()))
-megadpo.train(json.loads({json.dumps(settings)!r}), note)
-print(json.dumps([meanwhile, patched()]))
+def kept():
+    gc.collect()
+    kinds = {{type(thing).__name__ for thing in gc.get_objects()}} & {{"TransformerLayer", "DistributedOptimizer", "Runtime"}}
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return sorted(kinds | {{name for name in names if "gloo" in name}})
+
+meanwhile, kept_meanwhile = [], []
+def note(step, metrics):
+    meanwhile.extend(patched())
+    kept_meanwhile.extend(kept())
+
+megadpo.train(json.loads({json.dumps(settings)!r}), megadpo.Callbacks(on_step_end=note))
+print(json.dumps([meanwhile, patched(), kept_meanwhile, kept()]))
 """
     import torch
 
-    meanwhile, left = json.loads(_run(code).strip().splitlines()[-1])
-    assert not left
+    meanwhile, left, kept_meanwhile, kept = json.loads(_run(code).strip().splitlines()[-1])
+    assert not left and not kept and "TransformerLayer" in kept_meanwhile
     if engine == "deepspeed":
         assert "deepspeed.runtime.zero.stage3.assert_ints_same_as_other_ranks" in meanwhile
     if not torch.cuda.is_available():

@@ -48,8 +48,9 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
     """Layout, engine columns, model and whether three steps are compared, of every case of every test."""
     for model in test_layouts.FAMILIES:
         yield from ((case.layout, MEGATRON, model, False) for some in test_layouts.CASES.values() for case in some)
-    for case in (case for some in test_layouts.INVARIANCE.values() for case in some):
-        yield from ((case.layout, MEGATRON, model, True) for model in ("qwen3", "qwen3-tied"))
+    for by_size in (test_layouts.INVARIANCE, test_layouts.MANY_STAGES):
+        for case in (case for some in by_size.values() for case in some):
+            yield from ((case.layout, MEGATRON, model, True) for model in ("qwen3", "qwen3-tied"))
     yield from (
         (case.layout, MEGATRON, "qwen3-tied", True) for some in test_context_parallel.CASES.values() for case in some
     )
@@ -58,7 +59,11 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         yield from ((case.layout, MEGATRON, model, False) for some in by_size.values() for case in some)
     for by_size in (test_mixtures.ONE, test_mixtures.TWO, test_mixtures.FOUR):
         yield from ((case.layout, MEGATRON, "mixtral", True) for some in by_size.values() for case in some)
-    for model, cases in (("qwen3", test_deepspeed.UNTIED), ("qwen3-tied", test_deepspeed.TIED)):
+    for model, cases in (
+        ("qwen3", test_deepspeed.UNTIED),
+        ("qwen3-tied", test_deepspeed.TIED),
+        ("qwen3", test_deepspeed.UNEVEN),
+    ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True
     for layout, stage, _ in test_deepspeed.RECOMPUTED:

@@ -73,7 +73,8 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]
             # Megatron 0.16 calls collectives by names that newer torch calls deprecated, once a call.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
             warnings.filterwarnings("ignore", message="full scope is deprecated")
-            yield
+            with patches_undone():  # while the groups are still there: DeepSpeed asks for the rank as it leaves
+                yield
         if not made_here:
             dist.barrier()  # nobody closes a connection on which another one still reads
     finally:

@@ -34,6 +34,12 @@ def patch(owner: Any, name: str, value: Any) -> None:
 
 
 def when_undone(callback: Callable[[], Any]) -> None:
-    """Call this at the end of the innermost scope; outside of any, never."""
+    """Call this at the end of the innermost scope; outside of any, never. An error that ends the scope stays, also where the
+    callback fails too."""
+
+    def call(kind: type | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+            callback()
+
     if _scopes:
-        _scopes[-1].callback(callback)
+        _scopes[-1].push(call)

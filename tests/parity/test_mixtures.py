@@ -38,7 +38,7 @@ FOUR = {
     ]
 }
 MODELS = {
-    "mixtral": ({"sliding_window": 64}, ONE | TWO),
+    "mixtral": ({"sliding_window": 64, "num_hidden_layers": 2}, ONE | TWO),
     "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ONE | TWO | FOUR),
     # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
     "qwen3_moe-half-dense": (
@@ -175,7 +175,7 @@ def _balance(model: torch.nn.Module, groups: list) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
-    policy: Path = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
+    policy: Path = save_model(tmp_path / "policy", "mixtral", tokenizer=False, num_hidden_layers=2)
     cases = [Case(Layout(data=2, expert=2)), Case(Layout(tensor=2, sequence=True, expert=2), share_prompts=False)]
     found = run_world(2, outcomes, policy, policy, random_groups(8), cases, 0, dtype)[0]
     for case, outcome in zip(cases, found, strict=True):
@@ -184,8 +184,8 @@ def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, 
 
 @pytest.mark.slow
 def test_objectives_that_look_ahead_and_reward_models_are_exact_under_expert_parallelism(tmp_path):
-    policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False)
-    reference = save_model(tmp_path / "reference", "mixtral", seed=1, tokenizer=False)
+    policy = save_model(tmp_path / "policy", "mixtral", tokenizer=False, num_hidden_layers=2)
+    reference = save_model(tmp_path / "reference", "mixtral", seed=1, tokenizer=False, num_hidden_layers=2)
     groups = {kind: random_groups(9, seed=2, kind=kind) for kind in ("pairs", "labels")}
     objectives = [ObjectiveConfig(loss_type=name) for name in ("kto", "aot", "reward")]
     case = Case(Layout(data=2, expert=2), tokens_per_micro_batch=100)

@@ -206,19 +206,19 @@ def _outcome(
         outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
     states = [state for part in engine.optimizers for state in part.optimizer.state.values()]
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
-    outcome.margins = torch.cat(_gathered(outcome.margins.cpu()))
+    outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     return outcome
 
 
 def whole_tensors(hf_config: object, stage: object, local: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Rank-local tensors by Megatron name, put together to whole ones by Hugging Face name (fp32), on every rank."""
+    """On rank 0, rank-local tensors by Megatron name put together to whole ones by Hugging Face name (fp32); else {}."""
     parts = [
         (piece, tensor.narrow(piece.dim, piece.local_start, piece.length).float())
         for name, tensor in local.items()
         for piece in stage.parameters[name][1].pieces  # type: ignore[attr-defined]
     ]
-    everything: list[tuple[object, Tensor]] = [part for rank_parts in _gathered(parts) for part in rank_parts]
+    everything: list[tuple[object, Tensor]] = [part for rank_parts in gathered(parts) for part in rank_parts]
     ends: dict[str, int] = {}
     for piece, _ in everything:
         ends[piece.logical_name] = max(ends.get(piece.logical_name, 0), piece.logical_start + piece.length)
@@ -238,7 +238,8 @@ def _margins(sums_RS: Tensor, reference_R: Tensor | None) -> Tensor:
     return ratio_R[::2] - ratio_R[1::2]
 
 
-def _gathered(value: object) -> list:
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def gathered(value: object) -> list:
+    """Every rank's value, on rank 0; [] elsewhere."""
+    values: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []

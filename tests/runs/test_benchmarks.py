@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,16 +14,44 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.worlds import run_world
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
 def _report(tool: str, directory: Path, *options: str) -> dict:
+    """What the command `python -m benchmarks` reports."""
     path = directory / f"{tool}.json"
     command = [sys.executable, "-m", "benchmarks", tool, "--threads", "1", "--json", str(path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| --- |" in done.stdout, "a table is printed"
+    return _read(tool, path, done.stdout)
+
+
+def _forked_report(tool: str, directory: Path, *options: str) -> dict:
+    """The same in a process that has imported what it needs already: for benchmarks that weigh nothing in it."""
+    path = directory / f"{tool}.json"
+    (printed,) = run_world(1, benchmark, [tool, "--threads", "1", "--json", str(path), *options])
+    return _read(tool, path, printed)
+
+
+def benchmark(arguments: list[str]) -> str:
+    """What a benchmark prints; in a process of its own, as if no launcher had started it."""
+    from benchmarks import __main__ as front
+    from benchmarks.common import MALLOC
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(MALLOC, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # else it starts itself again with them
+    os.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        front.main(arguments)
+    return printed.getvalue()
+
+
+def _read(tool: str, path: Path, printed: str) -> dict:
+    assert "| --- |" in printed, "a table is printed"
     report = json.loads(path.read_text())
     assert report["command"].startswith(f"python -m benchmarks {tool} ")
     assert report["machine"]["threads"] == 1
@@ -43,7 +74,7 @@ def test_a_benchmark_that_is_none_is_named_with_those_that_are():
 
 def test_sharing_prompts_saves_tokens_and_the_report_has_tokens_times_and_bound(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
-    report = _report("sharing", tmp_path, "--tiny", *sizes)
+    report = _forked_report("sharing", tmp_path, "--tiny", *sizes)
     tokens = report["tokens"]
     assert tokens["pairs"] == report["rows"]["num_kept"] > 500
     assert 0.5 < tokens["ratio"] < 1
@@ -101,7 +132,7 @@ def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
 
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
-    report = _report("coupled", tmp_path, "--tiny", *sizes)
+    report = _forked_report("coupled", tmp_path, "--tiny", *sizes)
     assert [times["coupled"] for times in report["times"]] == ["aot", "bco_pair", "kto"]
     assert all(times["time_ratio"] > 0 and len(times["seconds"]["coupled"]) == 2 for times in report["times"])
 
@@ -109,7 +140,7 @@ def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
 def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "2")
-    report = _report("against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    report = _forked_report("against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
     (mix,) = report["mixes"]
     assert set(mix["by_batch_size"]) == {"1", "2"}
     assert all(len(entry["trl"]) == len(entry["megadpo"]) == 2 for entry in mix["by_batch_size"].values())
@@ -120,7 +151,7 @@ def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
 def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "--capacities", "2048")
-    report = _report("memory_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    report = _forked_report("memory_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
     (mix,) = report["mixes"]
     assert mix["trl"]["1"]["extra_mib"] > 0 < mix["megadpo"]["2048"]["extra_mib"]
     assert mix["ratio_of_least"] == mix["megadpo"]["2048"]["extra_mib"] / mix["trl"]["1"]["extra_mib"]
@@ -143,7 +174,7 @@ def test_simulated_idle_shares_are_those_of_the_documentation():
 def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--rounds", "1", "--warm-up", "0", "--steps", "2", "--pairs", "2", "--vocabulary", "1000")
-    report = _report("epoch_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    report = _forked_report("epoch_against_trl", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
     (point,) = report["points"]
     assert point["epochs"] == 1 and all(len(seconds) == 1 for seconds in point["seconds"].values())
     assert point["speedup"] > 0
@@ -159,7 +190,7 @@ def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_proce
 
 def test_attention_is_timed_and_weighed_every_way(tmp_path):
     sizes = ("--pairs", "2", "--lengths", "--heads", "2", "--key-value-heads", "1", "--head-dim", "16")
-    report = _report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
+    report = _forked_report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
     (point,) = report["points"]
     assert set(point["seconds"]) == set(point["mib"]) == {"cpu_flash", "sdpa", "cpu_flash, prompts twice", "padded"}
     assert all(len(seconds) == 2 for seconds in point["seconds"].values())
@@ -192,7 +223,7 @@ def test_recomputing_and_offloading_keep_little_and_the_report_has_memory_and_ti
 
 def test_bf16_and_fp32_steps_take_turns(tmp_path):
     sizes = ("--rounds", "2", "--pairs", "4", "--vocabulary", "2000")
-    report = _report("precision", tmp_path, "--tiny", "--steps-only", *sizes)
+    report = _forked_report("precision", tmp_path, "--tiny", "--steps-only", *sizes)
     assert report["steps"]["time_ratio"] > 0 and len(report["steps"]["seconds"]["bf16"]) == 2
     assert report["steps"]["losses"]["bf16"] == pytest.approx(report["steps"]["losses"]["fp32"], rel=0.02)
 

@@ -19,7 +19,7 @@ from tests.helpers.worlds import run_world
 def files(tmp_path_factory) -> Path:
     """A tied model with a tokenizer, training pairs and held-out pairs."""
     directory = tmp_path_factory.mktemp("files")
-    save_model(directory / "model", "qwen3", tie_word_embeddings=True)
+    save_model(directory / "model", "qwen3", tie_word_embeddings=True, num_hidden_layers=2)
     rows = write_hh(directory / "train.jsonl", 60).read_text().splitlines(keepends=True)
     (directory / "eval.jsonl").write_text("".join(rows[-12:]))
     return directory
@@ -144,7 +144,7 @@ def test_the_reference_cache_is_not_used_for_other_weights(files, tmp_path):
     mode = {"mode": "precomputed"}
     one_step = {"steps": 1, "warmup_steps": 0}
     first = run_settings(files, tmp_path / "first", reference=mode, train=one_step)
-    save_model(tmp_path / "other", "qwen3", seed=7, tie_word_embeddings=True)
+    save_model(tmp_path / "other", "qwen3", seed=7, tie_word_embeddings=True, num_hidden_layers=2)
     changed = run_settings(
         files, tmp_path / "second", reference=mode | {"path": str(tmp_path / "other")}, train={"steps": 1, "warmup_steps": 0}
     )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megadpo.platform.patches import patch, patches_undone
+from megadpo.platform.patches import patch, patches_undone, when_undone
 
 
 def test_what_was_patched_is_put_back_also_after_an_error():
@@ -28,3 +28,18 @@ def test_a_scope_leaves_what_was_patched_before_it():
     with patches_undone():
         patch(library, "name", "ours")
     assert library.name == "ours"
+
+
+def test_what_waits_for_the_end_is_called_there_and_does_not_hide_an_error():
+    called = []
+    with patches_undone():
+        when_undone(lambda: called.append("inner"))
+        assert not called
+    assert called == ["inner"]
+    with pytest.raises(ZeroDivisionError, match="of it"), patches_undone():
+        when_undone(lambda: called.append("after"))
+        when_undone(lambda: called[5])  # an error of its own
+        raise ZeroDivisionError("the reason of it")
+    assert called == ["inner", "after"]
+    with pytest.raises(IndexError), patches_undone():
+        when_undone(lambda: called[5])

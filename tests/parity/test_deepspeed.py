@@ -77,8 +77,7 @@ def trained(request, tmp_path_factory):
     groups, json_file = random_groups(13, seed=3), _small_pieces(directory)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     cells = {
-        size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some]
-        for size, some in chosen.items()
+        size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some] for size, some in chosen.items()
     }
     if request.param == "untied":
         cells[2] += [Case(layout, stage, recompute=how) for layout, stage, how in RECOMPUTED]

@@ -24,8 +24,8 @@ from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition,
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 
 
-def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim)).name
+def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, has_windows: bool = False) -> str:
+    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim, has_windows)).name
 
 
 def attend(name: str, query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:
@@ -184,6 +184,19 @@ def contract_of_torch(
     return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
+def contract_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert query.shape[1] == key.shape[1]
+    return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def contract_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert query.shape[1] == key.shape[1] and is_causal and return_aux is None
+    return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, query.shape[2] ** -0.5, (-1, 0))
+
+
+OLDER_TORCH = {"2.10": contract_of_torch_2_10, "2.11": contract_of_torch_2_11}
+
+
 def contract_of_flash_attn(
     q,
     k,
@@ -254,6 +267,30 @@ def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries
         assert_same(backend, segments, operands(num_queries, num_keys, heads, torch.float32), window)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("version", OLDER_TORCH)
+def test_what_an_older_torch_s_kernel_lacks_is_done_before_the_call(gpu_libraries, monkeypatch, version, heads, shape):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", OLDER_TORCH[version])
+    for share_prompts, part in ((True, None), (False, None), (True, 1)):
+        segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
+        for window in (None,) if version == "2.10" else (None, 1, 6):
+            assert_same("varlen", segments, operands(num_queries, num_keys, heads, torch.float32), window)
+
+
+def test_an_older_torch_s_kernel_gets_the_queries_themselves_where_the_scale_is_its_own(gpu_libraries, monkeypatch):
+    def seen_query(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return query
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", seen_query)
+    segments, num_queries, num_keys = stream(SHAPES["pairs"])
+    query, key, value, _ = operands(num_queries, num_keys, (4, 2), torch.bfloat16)
+    backend = backend_named("varlen")
+    prepared = backend.prepare(segments, None, key)
+    assert backend.attend(query, key, value, prepared, 16**-0.5) is query
+    assert torch.equal(backend.attend(query, key, value, prepared, 0.5), query * 2)
+
+
 def test_keys_are_not_copied_where_no_prompt_is_shared():
     segments, _, num_keys = stream(SHAPES["pairs"], share_prompts=False)
     for name in FOR_SEQUENCES:
@@ -301,9 +338,20 @@ def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on
         chosen("cpu_flash", on_gpu, torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
         chosen("flash_attn", on_gpu, torch.float32, 128)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)
-    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
-    with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take enable_gqa, scale, window_size"):
+
+
+def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_libraries, monkeypatch):
+    for version, function in OLDER_TORCH.items():
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
+        assert chosen("varlen", on_gpu, torch.bfloat16, 128) == "varlen"
+        if version == "2.10":
+            assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flash_attn"
+            with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take the sliding windows"):
+                chosen("varlen", on_gpu, torch.bfloat16, 128, has_windows=True)
+        else:
+            assert chosen("varlen", on_gpu, torch.bfloat16, 128, has_windows=True) == "varlen"
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value: query)
+    with pytest.raises(UserError, match=r"varlen, but that of torch \S+ takes neither window_size nor is_causal"):
         chosen("varlen", on_gpu, torch.bfloat16, 128)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
-from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend
+from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend, slow_on
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.validation.values import CHOICES
 from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
@@ -252,7 +252,7 @@ def gpu_libraries(monkeypatch):
     flash_attn.flash_attn_varlen_func = contract_of_flash_attn
     pytorch.DotProductAttention = ContractOfTransformerEngine
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch)
-    for name, module in (("flash_attn", flash_attn), ("transformer_engine", engine)):
+    for name, module in (("flash_attn", flash_attn), ("transformer_engine", engine), ("triton", ModuleType("triton"))):
         module.__spec__ = importlib.util.spec_from_loader(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
@@ -307,6 +307,16 @@ def test_the_arguments_are_those_that_the_installed_torch_takes():
     assert list(taken)[: len(given_) - 3] == list(given_)[: len(given_) - 3]
 
 
+def test_without_libraries_auto_comes_to_torch_s_kernels_and_to_the_plain_one_last(on_gpu, gpu_libraries, monkeypatch):
+    for library in ("flash_attn", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, library)
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch_2_10)
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flex"
+    monkeypatch.delitem(sys.modules, "triton")
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "sdpa"
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -330,10 +340,11 @@ def test_on_a_cpu_it_is_the_cpu_kernel_and_others_say_why_not():
 
 
 def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on_gpu, gpu_libraries, monkeypatch):
-    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
     assert [chosen(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
-    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 320), (torch.bfloat16, 20)):
-        assert chosen("auto", on_gpu, dtype, head_dim) == "sdpa"
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 20)):
+        assert chosen("auto", on_gpu, dtype, head_dim) == "flex"
+    assert chosen("auto", on_gpu, torch.bfloat16, 320) == "sdpa"
     with pytest.raises(UserError, match=r"model\.attention is cpu_flash, but that is for CPUs"):
         chosen("cpu_flash", on_gpu, torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
@@ -345,7 +356,6 @@ def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_librar
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
         assert chosen("varlen", on_gpu, torch.bfloat16, 128) == "varlen"
         if version == "2.10":
-            assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flash_attn"
             with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take the sliding windows"):
                 chosen("varlen", on_gpu, torch.bfloat16, 128, has_windows=True)
         else:
@@ -353,6 +363,11 @@ def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_librar
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value: query)
     with pytest.raises(UserError, match=r"varlen, but that of torch \S+ takes neither window_size nor is_causal"):
         chosen("varlen", on_gpu, torch.bfloat16, 128)
+
+
+def test_a_gpu_that_is_left_with_the_plain_backend_is_said_to_be_slow_and_what_to_install():
+    assert "20 times" in (slow_on("cuda", "sdpa") or "") and "install flash-attn" in (slow_on("cuda", "sdpa") or "")
+    assert slow_on("cpu", "sdpa") is slow_on("cuda", "flex") is None
 
 
 def test_libraries_that_are_not_installed_are_refused_by_name(on_gpu):

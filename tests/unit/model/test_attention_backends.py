@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
+from megadpo.model.attention import flash_attn
 from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend, slow_on
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.validation.values import CHOICES
@@ -315,6 +316,29 @@ def test_without_libraries_auto_comes_to_torch_s_kernels_and_to_the_plain_one_la
     assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flex"
     monkeypatch.delitem(sys.modules, "triton")
     assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "sdpa"
+
+
+@pytest.mark.parametrize("gives_more", [False, True])
+def test_version_3_of_flash_attn_goes_before_version_2_on_hopper_only(gpu_libraries, monkeypatch, gives_more):
+    def contract_of_version_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert options.keys() == {"softmax_scale", "causal", "window_size"}
+        starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        output = contract_of_flash_attn(q, k, v, *starts, **options)
+        return (output, None) if gives_more else output
+
+    third = ModuleType("flash_attn_interface")
+    third.__spec__ = importlib.util.spec_from_loader("flash_attn_interface", None)
+    third.flash_attn_varlen_func = contract_of_version_3
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", third)
+    for name in ("flash_attn", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(flash_attn, "_has_version_3", flash_attn._has_version_3.__wrapped__)  # not its cache
+    for capability, taken in (((9, 0), "flash_attn"), ((8, 0), "varlen"), ((10, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        assert chosen("auto", torch.device("cuda", 0), torch.bfloat16, 128) == taken
+    monkeypatch.setattr(flash_attn, "_has_version_3", lambda device: True)
+    segments, num_queries, num_keys = stream(SHAPES["pairs"])
+    assert_same("flash_attn", segments, operands(num_queries, num_keys, (4, 2), torch.float32), 6)
 
 
 @pytest.fixture

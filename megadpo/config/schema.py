@@ -25,8 +25,8 @@ class ModelConfig:
     """How log-probs are made of logits: `native` (C++ or CUDA, compiled on first use where the installation did not),
     `torch`, or `auto`: native where it is to be had."""
     attention: str = "auto"
-    """The kernel of attention: `cpu_flash`, `varlen` (torch's), `flash_attn`, `transformer_engine` (these in bf16 on CUDA),
-    `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
+    """The kernel of attention: `cpu_flash`, `flash_attn`, `transformer_engine`, `varlen` (torch's; these in bf16 on CUDA),
+    `flex` (torch's FlexAttention, on CUDA), `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
     layers: str = "local"
     """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
     (`engine: megatron`, no experts, no offloaded activations)."""

@@ -110,7 +110,7 @@ def build_stage(
     options = options or ModelConfig()
     layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
     config = _transformer_config(shape, layout, dtype, activations, layers)
-    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim))
+    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
     models = [_build_chunk(shape, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()

@@ -81,6 +81,11 @@ class ModelShape:
     head: Head
     padding_token: int | None
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer's attention has a sliding window."""
+        return any(window is not None for window in self.windows)
+
     def megatron_options(self) -> dict[str, Any]:
         """Fields of Megatron's TransformerConfig: a pre-norm decoder with RMSNorm and a SiLU-gated MLP.
 

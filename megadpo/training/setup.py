@@ -182,7 +182,7 @@ def check_modules(config: Config, shape: ModelShape) -> None:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim))
+    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
     choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
 
 

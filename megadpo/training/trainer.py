@@ -22,6 +22,7 @@ from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
+from megadpo.model.attention.backends import slow_on
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
@@ -72,6 +73,9 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
     log(", ".join(f"{what} {name}" for what, name in described.items()))
+    warning = slow_on(compute_device().type, engine.stage.attention)
+    if warning is not None:
+        log(warning)
     return Run(setup, engine, references, callbacks)
 
 

@@ -30,11 +30,13 @@ def stream(lengths: list[tuple[int, ...]], share_prompts: bool = True, part: int
     return held.segments, len(held.tokens_T), num_keys
 
 
-def operands(num_queries: int, num_keys: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+def operands(
+    num_queries: int, num_keys: int, heads: tuple[int, int], dtype: torch.dtype, head_dim: int = 16
+) -> list[Tensor]:
     """Query, key, value, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]), (num_queries, heads[0])]
-    return [torch.randn(*shape, 16, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(*shape, head_dim, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:

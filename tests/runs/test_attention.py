@@ -49,5 +49,7 @@ def test_a_kernel_for_another_machine_is_refused_before_anything_is_loaded(tmp_p
     with pytest.raises(UserError, match=r"^model\.attention is flash_attn, but that needs a CUDA device.*; set it to auto$"):
         prepare(load_config(settings))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"model\.attention: 'flash' is not known; choose one of: auto, cpu_flash, varlen"):
+    with pytest.raises(
+        UserError, match=r"model\.attention: 'flash' is not known; choose one of: auto, cpu_flash, flash_attn"
+    ):
         load_config({}, ["model.attention=flash"])

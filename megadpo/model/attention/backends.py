@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Without torch, which the backends' files import: the configuration reads the names.
 
-BACKENDS = ("cpu_flash", "varlen", "flash_attn", "transformer_engine", "sdpa")
+BACKENDS = ("cpu_flash", "flash_attn", "transformer_engine", "varlen", "flex", "sdpa")
 """The values of `model.attention` besides "auto", which are the names of files of this folder, in the order in which "auto"
 looks for one that can be used; the last one always can, so that what stands before it needs a `why_not` that refuses some
 machine, dtype or model: else "auto" never comes to those behind it."""
@@ -38,3 +38,14 @@ def choose_backend(requested: str, needs: AttentionNeeds) -> AttentionBackend:
     if reason is not None:
         raise UserError(f"model.attention is {requested}, but {reason}; set it to auto")
     return backend
+
+
+def slow_on(device_type: str, name: str) -> str | None:
+    """A warning where a GPU is left with the backend that computes segment by segment; None: there is nothing to say."""
+    if device_type != "cuda" or name != "sdpa":
+        return None
+    return (
+        "warning: attention is computed segment by segment (sdpa), by which a step took about 20 times as long on an "
+        "H100 as with a kernel for sequences; install flash-attn, or torch 2.10 or later with Triton, and leave "
+        "model.attention at auto"
+    )

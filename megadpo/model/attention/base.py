@@ -26,11 +26,13 @@ class AttentionNeeds:
         device: where queries, keys and values are.
         dtype: theirs.
         head_dim: D.
+        has_windows: whether any layer's queries see a sliding window of keys only.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
+    has_windows: bool = False
 
 
 class AttentionBackend(Protocol):

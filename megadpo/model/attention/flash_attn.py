@@ -1,14 +1,17 @@
-"""Attention of a packed stream by the library flash-attn (2.3 and later) on CUDA.
+"""Attention of a packed stream by the library flash-attn on CUDA: its version 3 on Hopper where that is installed, else 2.3
+and later.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
@@ -23,7 +26,7 @@ class FlashAttnBackend:
 
     def why_not(self, needs: AttentionNeeds) -> str | None:
         """Without a GPU, or where the library is not installed or too old."""
-        return why_not_on_this_gpu(needs) or _why_not_installed()
+        return why_not_on_this_gpu(needs) or (None if _has_version_3(needs.device) else _why_not_installed())
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
@@ -31,10 +34,13 @@ class FlashAttnBackend:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Sequences, scale: float) -> Tensor:
         """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
-        from flash_attn import flash_attn_varlen_func
+        if _has_version_3(query.device):
+            from flash_attn_interface import flash_attn_varlen_func
+        else:
+            from flash_attn import flash_attn_varlen_func
 
         key, value = prepared.gathered(key, value)
-        output: Tensor = flash_attn_varlen_func(
+        output = flash_attn_varlen_func(
             query,
             key,
             value,
@@ -42,12 +48,20 @@ class FlashAttnBackend:
             cu_seqlens_k=prepared.key_starts,
             max_seqlen_q=prepared.max_queries,
             max_seqlen_k=prepared.max_keys,
-            dropout_p=0.0,
             softmax_scale=scale,
             causal=True,
             window_size=prepared.reach,
         )
-        return output
+        # The first ones of version 3 give the log-sum-exp, too.
+        return output[0] if isinstance(output, tuple) else output
+
+
+@functools.cache
+def _has_version_3(device: torch.device) -> bool:
+    """Whether its kernels, which are for Hopper, can be used; they come as a module of their own."""
+    if device.type != "cuda" or importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _why_not_installed() -> str | None:

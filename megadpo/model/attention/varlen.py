@@ -1,5 +1,8 @@
 """Attention of a packed stream by torch's own kernel for sequences, torch.nn.attention.varlen, on CUDA.
 
+Its function has gained arguments from torch 2.10 to 2.12. What an older one lacks is done before the call: key-value heads
+are repeated, queries scaled; only windows cannot be.
+
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
 """
 
@@ -7,7 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +23,13 @@ from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_o
 
 
 class VarlenBackend:
-    """`varlen_attn`, whose "causal" is a window that ends at the query."""
+    """`varlen_attn`."""
 
     name = "varlen"
 
     def why_not(self, needs: AttentionNeeds) -> str | None:
-        """Without a GPU, or where this torch's function has other arguments."""
-        return why_not_on_this_gpu(needs) or _why_not_this_torch()
+        """Without a GPU, or where this torch does not have the function or it lacks windows that the model has."""
+        return why_not_on_this_gpu(needs) or _why_not_this_torch(needs.has_windows)
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
@@ -34,30 +39,49 @@ class VarlenBackend:
         """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
         from torch.nn.attention.varlen import varlen_attn
 
+        taken = _arguments(varlen_attn)
+        options: dict[str, Any] = {}
+        if "window_size" in taken:
+            options["window_size"] = prepared.reach  # "causal" is a window that ends at the query
+        else:
+            assert prepared.reach == (-1, 0)
+            options["is_causal"] = True
+        if "scale" in taken:
+            options["scale"] = scale
+        else:
+            query = _scaled(query, scale * math.sqrt(query.shape[2]))
         key, value = prepared.gathered(key, value)
-        output = varlen_attn(
-            query,
-            key,
-            value,
-            prepared.query_starts,
-            prepared.key_starts,
-            prepared.max_queries,
-            prepared.max_keys,
-            scale=scale,
-            window_size=prepared.reach,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        num_sharing = query.shape[1] // key.shape[1]
+        if "enable_gqa" in taken:
+            options["enable_gqa"] = num_sharing > 1
+        elif num_sharing > 1:
+            key, value = (x.repeat_interleave(num_sharing, dim=1) for x in (key, value))
+        starts = (prepared.query_starts, prepared.key_starts, prepared.max_queries, prepared.max_keys)
+        output = varlen_attn(query, key, value, *starts, **options)
         assert isinstance(output, Tensor)
         return output
 
 
-def _why_not_this_torch() -> str | None:
+def _scaled(query: Tensor, factor: float) -> Tensor:
+    """For a kernel that multiplies scores by 1 / sqrt(D), whatever is asked; most models ask for just that."""
+    return query if math.isclose(factor, 1.0) else query * factor
+
+
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _why_not_this_torch(has_windows: bool) -> str | None:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} does not have that"
     from torch.nn.attention.varlen import varlen_attn
 
-    missing = {"scale", "window_size", "enable_gqa"} - inspect.signature(varlen_attn).parameters.keys()
-    return f"that of torch {torch.__version__} does not take {', '.join(sorted(missing))}" if missing else None
+    taken = _arguments(varlen_attn)
+    if "window_size" in taken:
+        return None
+    if has_windows:
+        return f"that of torch {torch.__version__} does not take the sliding windows that this model has"
+    return None if "is_causal" in taken else f"that of torch {torch.__version__} takes neither window_size nor is_causal"
 
 
 BACKEND: AttentionBackend = VarlenBackend()

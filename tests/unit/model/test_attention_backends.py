@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.attention import cpu_blocks as attention_blocks
-from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend
+from megadpo.model.attention import flash_attn
+from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend, slow_on
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.validation.values import CHOICES
 from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
@@ -24,8 +25,8 @@ from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition,
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 
 
-def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim)).name
+def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, has_windows: bool = False) -> str:
+    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim, has_windows)).name
 
 
 def attend(name: str, query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:
@@ -184,6 +185,19 @@ def contract_of_torch(
     return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
+def contract_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert query.shape[1] == key.shape[1]
+    return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def contract_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert query.shape[1] == key.shape[1] and is_causal and return_aux is None
+    return varlen_contract(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, query.shape[2] ** -0.5, (-1, 0))
+
+
+OLDER_TORCH = {"2.10": contract_of_torch_2_10, "2.11": contract_of_torch_2_11}
+
+
 def contract_of_flash_attn(
     q,
     k,
@@ -239,7 +253,7 @@ def gpu_libraries(monkeypatch):
     flash_attn.flash_attn_varlen_func = contract_of_flash_attn
     pytorch.DotProductAttention = ContractOfTransformerEngine
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch)
-    for name, module in (("flash_attn", flash_attn), ("transformer_engine", engine)):
+    for name, module in (("flash_attn", flash_attn), ("transformer_engine", engine), ("triton", ModuleType("triton"))):
         module.__spec__ = importlib.util.spec_from_loader(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
@@ -252,6 +266,30 @@ def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries
     for heads, share_prompts, part in (((4, 2), True, None), ((4, 4), False, None), ((6, 2), True, 0), ((4, 2), True, 1)):
         segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
         assert_same(backend, segments, operands(num_queries, num_keys, heads, torch.float32), window)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("version", OLDER_TORCH)
+def test_what_an_older_torch_s_kernel_lacks_is_done_before_the_call(gpu_libraries, monkeypatch, version, heads, shape):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", OLDER_TORCH[version])
+    for share_prompts, part in ((True, None), (False, None), (True, 1)):
+        segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
+        for window in (None,) if version == "2.10" else (None, 1, 6):
+            assert_same("varlen", segments, operands(num_queries, num_keys, heads, torch.float32), window)
+
+
+def test_an_older_torch_s_kernel_gets_the_queries_themselves_where_the_scale_is_its_own(gpu_libraries, monkeypatch):
+    def seen_query(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return query
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", seen_query)
+    segments, num_queries, num_keys = stream(SHAPES["pairs"])
+    query, key, value, _ = operands(num_queries, num_keys, (4, 2), torch.bfloat16)
+    backend = backend_named("varlen")
+    prepared = backend.prepare(segments, None, key)
+    assert backend.attend(query, key, value, prepared, 16**-0.5) is query
+    assert torch.equal(backend.attend(query, key, value, prepared, 0.5), query * 2)
 
 
 def test_keys_are_not_copied_where_no_prompt_is_shared():
@@ -268,6 +306,39 @@ def test_the_arguments_are_those_that_the_installed_torch_takes():
     taken, given_ = (inspect.signature(function).parameters for function in (varlen_attn, contract_of_torch))
     assert {name: taken[name].kind for name in given_} == {name: given_[name].kind for name in given_}
     assert list(taken)[: len(given_) - 3] == list(given_)[: len(given_) - 3]
+
+
+def test_without_libraries_auto_comes_to_torch_s_kernels_and_to_the_plain_one_last(on_gpu, gpu_libraries, monkeypatch):
+    for library in ("flash_attn", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, library)
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch_2_10)
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flex"
+    monkeypatch.delitem(sys.modules, "triton")
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "sdpa"
+
+
+@pytest.mark.parametrize("gives_more", [False, True])
+def test_version_3_of_flash_attn_goes_before_version_2_on_hopper_only(gpu_libraries, monkeypatch, gives_more):
+    def contract_of_version_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert options.keys() == {"softmax_scale", "causal", "window_size"}
+        starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        output = contract_of_flash_attn(q, k, v, *starts, **options)
+        return (output, None) if gives_more else output
+
+    third = ModuleType("flash_attn_interface")
+    third.__spec__ = importlib.util.spec_from_loader("flash_attn_interface", None)
+    third.flash_attn_varlen_func = contract_of_version_3
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", third)
+    for name in ("flash_attn", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(flash_attn, "_has_version_3", flash_attn._has_version_3.__wrapped__)  # not its cache
+    for capability, taken in (((9, 0), "flash_attn"), ((8, 0), "varlen"), ((10, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        assert chosen("auto", torch.device("cuda", 0), torch.bfloat16, 128) == taken
+    monkeypatch.setattr(flash_attn, "_has_version_3", lambda device: True)
+    segments, num_queries, num_keys = stream(SHAPES["pairs"])
+    assert_same("flash_attn", segments, operands(num_queries, num_keys, (4, 2), torch.float32), 6)
 
 
 @pytest.fixture
@@ -293,18 +364,34 @@ def test_on_a_cpu_it_is_the_cpu_kernel_and_others_say_why_not():
 
 
 def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on_gpu, gpu_libraries, monkeypatch):
-    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "varlen"
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
     assert [chosen(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
-    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 320), (torch.bfloat16, 20)):
-        assert chosen("auto", on_gpu, dtype, head_dim) == "sdpa"
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 20)):
+        assert chosen("auto", on_gpu, dtype, head_dim) == "flex"
+    assert chosen("auto", on_gpu, torch.bfloat16, 320) == "sdpa"
     with pytest.raises(UserError, match=r"model\.attention is cpu_flash, but that is for CPUs"):
         chosen("cpu_flash", on_gpu, torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
         chosen("flash_attn", on_gpu, torch.float32, 128)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)
-    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
-    with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take enable_gqa, scale, window_size"):
+
+
+def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_libraries, monkeypatch):
+    for version, function in OLDER_TORCH.items():
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
+        assert chosen("varlen", on_gpu, torch.bfloat16, 128) == "varlen"
+        if version == "2.10":
+            with pytest.raises(UserError, match=r"varlen, but that of torch \S+ does not take the sliding windows"):
+                chosen("varlen", on_gpu, torch.bfloat16, 128, has_windows=True)
+        else:
+            assert chosen("varlen", on_gpu, torch.bfloat16, 128, has_windows=True) == "varlen"
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value: query)
+    with pytest.raises(UserError, match=r"varlen, but that of torch \S+ takes neither window_size nor is_causal"):
         chosen("varlen", on_gpu, torch.bfloat16, 128)
+
+
+def test_a_gpu_that_is_left_with_the_plain_backend_is_said_to_be_slow_and_what_to_install():
+    assert "20 times" in (slow_on("cuda", "sdpa") or "") and "install flash-attn" in (slow_on("cuda", "sdpa") or "")
+    assert slow_on("cpu", "sdpa") is slow_on("cuda", "flex") is None
 
 
 def test_libraries_that_are_not_installed_are_refused_by_name(on_gpu):

@@ -14,14 +14,21 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime import interpreter  # noqa: E402
 
+from megadpo.config.schema import ModelConfig  # noqa: E402
 from megadpo.model.small_ops import rms_norm as rms_norm_file  # noqa: E402
 from megadpo.model.small_ops.rms_norm import rms_norm  # noqa: E402
 from megadpo.model.small_ops.rope import rotate  # noqa: E402
 from megadpo.model.small_ops.swiglu import swiglu  # noqa: E402
+from megadpo.parallel.layout import Layout  # noqa: E402
+from tests.helpers import oracle  # noqa: E402
+from tests.helpers.models import random_groups, save_model  # noqa: E402
+from tests.helpers.worlds import run_world  # noqa: E402
+from tests.parity.worker import Case, outcomes  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_ERROR = 1e-6
+TRITON = ModelConfig(small_ops="triton")
 TORCH_S_ERROR = 1.5
 """How much further from exact numbers than torch's own the kernels' may be in bf16."""
 
@@ -176,3 +183,15 @@ def test_only_inputs_are_kept_for_the_backward_pass_and_a_number_a_row(dtype):
         rms_norm(x, weight, 1e-5), swiglu(x), rotate(query, query, cosine_TN, sine_TN)
     inputs = {tensor.data_ptr() for tensor in (x, weight, cosine_TN, sine_TN)}
     assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in inputs] == [5]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has it")
+def test_a_model_of_these_operations_has_the_log_probs_and_gradients_of_torch_s_and_margins_of_exactly_zero(tmp_path):
+    model, groups = save_model(tmp_path, "qwen3", seed=0, num_hidden_layers=2, tokenizer=False), random_groups(1, seed=3)
+    cases = [Case(Layout()), *(Case(Layout(), model=TRITON, recompute=recompute) for recompute in ("none", "full"))]
+    torch_s, *ours = run_world(1, outcomes, model, model, groups, cases)[0]
+    for found in ours:
+        torch.testing.assert_close(found.logps, torch_s.logps, rtol=1e-6, atol=1e-5)
+        assert oracle.worst_relative_error(found.gradients, torch_s.gradients)[0] <= 1e-5
+        assert len(found.margins) and not found.margins.any()

@@ -85,6 +85,7 @@ setup(
             "psutil>=6",
             "deepspeed>=0.19,<0.20",
             "mpi4py>=4.0",
+            "triton>=3.2; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["megadpo = megadpo.cli:console"]},

@@ -17,6 +17,11 @@ from typing import Any
 import pytest
 
 MOST_PROCESSES = 8
+
+if not Path("/dev/nvidiactl").exists():
+    # Triton's kernels run under its interpreter, which has to be known before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 LONGEST_FIRST = (
     # Files of a minute and more (`pytest --durations=0` on 2 cores): what is long must not begin last.
     "parity/test_deepspeed.py",

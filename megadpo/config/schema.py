@@ -27,6 +27,9 @@ class ModelConfig:
     attention: str = "auto"
     """The kernel of attention: `cpu_flash`, `flash_attn`, `transformer_engine`, `varlen` (torch's; these in bf16 on CUDA),
     `flex` (torch's FlexAttention, on CUDA), `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
+    small_ops: str = "auto"
+    """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
+    where that is installed."""
     layers: str = "local"
     """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
     (`engine: megatron`, no experts, no offloaded activations)."""

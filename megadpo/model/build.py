@@ -35,11 +35,9 @@ from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
-from megadpo.model.norm import RMSNorm
 from megadpo.model.offload import Offloader, offload_activations
-from megadpo.model.rope import PositionRope
 from megadpo.model.shape import ModelShape
-from megadpo.model.swiglu import SwiGLU
+from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.model.weight_gradients import use_own_linear_layers
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.device import compute_device
@@ -56,6 +54,7 @@ class Stage:
             values lie in the Hugging Face tensors.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
+        small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
         offloader: what offloads activations, where `train.activation_offload` says so.
     """
 
@@ -63,6 +62,7 @@ class Stage:
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]]
     attention: str
     layers: Layers
+    small_ops: str
     offloader: Offloader | None = None
 
     @property
@@ -111,7 +111,10 @@ def build_stage(
     layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
     config = _transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
-    models = [_build_chunk(shape, layout, config, chunk, device, backend, layers) for chunk in range(layout.virtual)]
+    small_ops = choose_small_ops(options.small_ops, compute_device())
+    models = [
+        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops) for chunk in range(layout.virtual)
+    ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     expert, expert_tensor = expert_ranks()
     tensor_rank, place = (
@@ -121,7 +124,7 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(shape, layout, chunk).start
         parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend.name, layers, offload_activations(models, activations))
+    return Stage(models, parameters, backend.name, layers, small_ops.name, offload_activations(models, activations))
 
 
 def _build_chunk(
@@ -132,6 +135,7 @@ def _build_chunk(
     device: torch.device | None,
     backend: AttentionBackend,
     layers: Layers,
+    small_ops: SmallOps,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
@@ -150,7 +154,8 @@ def _build_chunk(
             _block_spec(
                 shape,
                 _layers(shape, layout, chunk),
-                functools.partial(_layer_spec, config, layers.kind, attention),
+                functools.partial(_layer_spec, config, layers.kind, attention, small_ops),
+                small_ops,
             ),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
@@ -161,7 +166,7 @@ def _build_chunk(
             position_embedding_type="rope",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
-    model.rotary_pos_emb = PositionRope(shape.inverse_frequencies)
+    model.rotary_pos_emb = small_ops.rope(shape.inverse_frequencies)
     if is_last and has_vocabulary:
         model.output_layer = LogProbHead(model.output_layer.weight, shape.vocab_size, layout.sequence)
     elif is_last:
@@ -277,29 +282,33 @@ def _megatron_layout(shape: ModelShape, layout: Layout) -> list[list[str]]:
     return rows
 
 
-def _block_spec(shape: ModelShape, layers: range, dense: Callable[[], ModuleSpec]) -> TransformerBlockSubmodules:
+def _block_spec(
+    shape: ModelShape, layers: range, dense: Callable[[], ModuleSpec], small_ops: SmallOps
+) -> TransformerBlockSubmodules:
     experts = shape.experts
     if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[dense()] * len(layers), layer_norm=RMSNorm)
-    mixture = expert_layer_spec(dense(), experts)
+        return TransformerBlockSubmodules(layer_specs=[dense()] * len(layers), layer_norm=small_ops.norm)
+    mixture = expert_layer_spec(dense(), experts, small_ops.activation)
     specs = [mixture if layer in experts.layers else dense() for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=small_ops.norm)
 
 
-def _layer_spec(config: TransformerConfig, kind: str, core_attention: Callable[..., GroupAttention]) -> ModuleSpec:
+def _layer_spec(
+    config: TransformerConfig, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
+) -> ModuleSpec:
     if kind == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.mlp.submodules.activation_func = SwiGLU
+        layer.submodules.input_layernorm = small_ops.norm
+        layer.submodules.pre_mlp_layernorm = small_ops.norm
+    layer.submodules.mlp.submodules.activation_func = small_ops.activation
     attention = layer.submodules.self_attention.submodules
     if kind == "local":
         use_own_linear_layers(layer.submodules.mlp.submodules, attention)
     attention.core_attention = core_attention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = small_ops.norm
     return layer
 
 

@@ -25,8 +25,12 @@ class PositionRope(torch.nn.Module):
 
     def forward(self, stream: StreamParams, **unused: Any) -> Tensor:
         """Rotation angles in float32, as Megatron's unfused rope wants them."""
+        angles = self.angles(stream)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+    def angles(self, stream: StreamParams) -> Tensor:
+        """[T, D / 2] in float32."""
         assert stream.micro_batch is not None
         positions_T = stream.micro_batch.local.positions_T
         self.inverse_frequencies = self.inverse_frequencies.to(positions_T.device)
-        angles = torch.outer(positions_T.float(), self.inverse_frequencies)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return torch.outer(positions_T.float(), self.inverse_frequencies)

@@ -23,6 +23,7 @@ from megadpo.model.attention.base import AttentionNeeds
 from megadpo.model.families import TensorSource, check_tensors, shape_of
 from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
 from megadpo.model.shape import ModelShape
+from megadpo.model.small_ops.choice import choose_small_ops
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
@@ -176,13 +177,14 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
 
 
 def check_modules(config: Config, shape: ModelShape) -> None:
-    """Refuse a kernel of attention, and layers, that cannot be used on this machine with this model.
+    """Refuse a kernel of attention, small operations, and layers, that cannot be used on this machine with this model.
 
     Raises:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
     choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    choose_small_ops(config.model.small_ops, compute_device())
     choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
 
 

@@ -69,7 +69,12 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     engine = build_engine(setup, references.train.interleaved)
     statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or setup.config.objective.wpo]
     engine.stage.configure_head(statistics)
-    described = engine.describe() | {"layers": engine.stage.layers, "attention": engine.stage.attention}
+    stage = engine.stage
+    described = engine.describe() | {
+        "layers": stage.layers,
+        "attention": stage.attention,
+        "small operations": stage.small_ops,
+    }
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
     log(", ".join(f"{what} {name}" for what, name in described.items()))

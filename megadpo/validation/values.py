@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
     "model.kernels": ("auto", "torch", "native"),
     "model.attention": ("auto", *BACKENDS),
+    "model.small_ops": ("auto", "torch", "triton"),
     "model.layers": ("local", "transformer_engine"),
     "reference.mode": ("resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),

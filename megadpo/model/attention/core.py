@@ -41,6 +41,7 @@ class StreamParams(PackedSeqParams):
         watch: what records the routers' choices, where the model has experts.
         weights_T: see `token_weights`.
         prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
+        rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, where Megatron has not done it.
     """
 
     micro_batch: MicroBatch | None = None
@@ -49,6 +50,7 @@ class StreamParams(PackedSeqParams):
     watch: RouterWatch | None = None
     weights_T: Tensor | None = None
     prompt_keys: PromptKeys | None = None
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def token_weights(self) -> Tensor:
         """`router_load.token_weights` of the micro-batch, made once for all layers."""
@@ -102,6 +104,8 @@ class GroupAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
+        if packed_seq_params.rotate is not None:
+            query, key = packed_seq_params.rotate(query, key)
         if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
         elif isinstance(micro_batch.shard, PairHalf):

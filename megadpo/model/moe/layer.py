@@ -83,10 +83,10 @@ class ExpertLayer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def expert_layer_spec(dense: ModuleSpec, experts: Experts) -> ModuleSpec:
-    """The layer `dense` with experts in place of its MLP."""
+def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU]) -> ModuleSpec:
+    """The layer `dense` with experts in place of its MLP, with `activation` between their two products."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
-    mixture.submodules.experts.submodules.activation_func = SwiGLU
+    mixture.submodules.experts.submodules.activation_func = activation
     use_own_linear_layers(mixture.submodules.experts.submodules)
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadpo.errors import UserError
 from megadpo.model.norm import RMSNorm
+from megadpo.model.small_ops import choice
+from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.model.swiglu import SwiGLU
 
 ROWS, HIDDEN = 37, 96
@@ -73,3 +76,25 @@ def test_swiglu_and_its_gradient_are_torch_s_to_the_bit(dtype):
     expected, their_gradients, their_kept = results(theirs, x)
     assert torch.equal(output, expected) and torch.equal(gradients[0], their_gradients[0])
     assert kept == 0 and their_kept == expected.nbytes
+
+
+def test_triton_s_operations_are_taken_on_cuda_where_they_can_be_and_else_refused_in_a_sentence(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+
+    def refused(device: torch.device) -> str:
+        with pytest.raises(UserError) as caught:
+            choose_small_ops("triton", device)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert choose_small_ops("auto", cpu) == choose_small_ops("torch", gpu) == SmallOps()
+    monkeypatch.setattr(choice, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    assert choose_small_ops("auto", gpu) == SmallOps()
+    assert refused(gpu) == "model.small_ops is triton, but triton is not installed; set it to auto"
+    monkeypatch.setattr(choice, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "but that needs a CUDA device, of which there is none" in refused(cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    assert choose_small_ops("auto", gpu) == SmallOps()
+    assert "but that needs compute capability 8.0 and T4 has less" in refused(gpu)

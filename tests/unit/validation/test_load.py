@@ -44,7 +44,7 @@ def test_defaults_are_those_that_users_of_trl_know() -> None:
 
 def test_the_contract_has_exactly_these_keys() -> None:
     contract = {
-        "model": "path dtype kernels attention layers fp8",
+        "model": "path dtype kernels attention small_ops layers fp8",
         "reference": "mode path tokens_per_micro_batch sync_every mixup_alpha",
         "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "num_workers cache_dir",

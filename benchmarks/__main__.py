@@ -35,6 +35,7 @@ BENCHMARKS = (
     "scaling",
     "coupled",
     "precision",
+    "gpu",
 )
 OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated")
 """These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind."""

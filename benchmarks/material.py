@@ -93,10 +93,11 @@ MIXES = {
 }
 
 
-def synthetic_groups(mix: str, count: int, vocab_size: int, shrink: float = 1.0) -> list[Group]:
-    """Pairs of random tokens with log-normal lengths; `shrink` divides all lengths."""
+def synthetic_groups(mix: str, count: int, vocab_size: int, shrink: float = 1.0, longest: int | None = None) -> list[Group]:
+    """Pairs of random tokens with log-normal lengths; `shrink` divides all lengths; `longest` in place of the mix's own."""
     random = np.random.default_rng(7)
-    prompt, prompt_spread, completion, completion_spread, longest = MIXES[mix]
+    prompt, prompt_spread, completion, completion_spread, own_longest = MIXES[mix]
+    longest = longest or own_longest
 
     def length(median: float, spread: float, most: float) -> int:
         return int(np.clip(random.lognormal(np.log(median / shrink), spread), 4, most / shrink))

@@ -190,7 +190,7 @@ def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_proce
 
 def test_attention_is_timed_and_weighed_every_way(tmp_path):
     sizes = ("--pairs", "2", "--lengths", "--heads", "2", "--key-value-heads", "1", "--head-dim", "16")
-    report = _forked_report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
+    report = _report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
     (point,) = report["points"]
     assert set(point["seconds"]) == set(point["mib"]) == {"cpu_flash", "sdpa", "cpu_flash, prompts twice", "padded"}
     assert all(len(seconds) == 2 for seconds in point["seconds"].values())

@@ -86,17 +86,17 @@ def _block(num_columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def _forward(
-    x_RH: Any,
-    weight_H: Any,
-    normed_RH: Any,
-    scale_R: Any,
-    num_rows: Any,
-    num_columns: Any,
-    eps: Any,
+def _forward(  # type: ignore[no-untyped-def]
+    x_RH,
+    weight_H,
+    normed_RH,
+    scale_R,
+    num_rows,
+    num_columns,
+    eps,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-) -> None:
+):
     rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_COLUMNS)
     here = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
@@ -110,18 +110,18 @@ def _forward(
 
 
 @triton.jit
-def _backward(
-    x_RH: Any,
-    weight_H: Any,
-    scale_R: Any,
-    gradient_RH: Any,
-    x_gradient_RH: Any,
-    sums_PH: Any,
-    num_rows: Any,
-    num_columns: Any,
+def _backward(  # type: ignore[no-untyped-def]
+    x_RH,
+    weight_H,
+    scale_R,
+    gradient_RH,
+    x_gradient_RH,
+    sums_PH,
+    num_rows,
+    num_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-) -> None:
+):
     columns = tl.arange(0, BLOCK_COLUMNS)
     weight = tl.load(weight_H + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     weight_gradient = tl.zeros([BLOCK_COLUMNS], dtype=tl.float32)

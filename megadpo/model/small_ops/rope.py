@@ -86,24 +86,24 @@ def _turned(query_TAD: Tensor, key_TKD: Tensor, cosine_TN: Tensor, sine_TN: Tens
 
 
 @triton.jit
-def _turn(
-    query: Any,
-    key: Any,
-    turned_query: Any,
-    turned_key: Any,
-    cosine_TN: Any,
-    sine_TN: Any,
-    sign: Any,
-    query_token_stride: Any,
-    query_head_stride: Any,
-    key_token_stride: Any,
-    key_head_stride: Any,
-    num_queries: Any,
-    num_heads: Any,
-    num_pairs: Any,
+def _turn(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    turned_query,
+    turned_key,
+    cosine_TN,
+    sine_TN,
+    sign,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    num_queries,
+    num_heads,
+    num_pairs,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-) -> None:
+):
     """Some heads of one token, queries' counted first; a head is loaded from one of the two tensors, the other is masked."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

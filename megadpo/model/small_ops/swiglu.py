@@ -56,7 +56,7 @@ def _grid(output: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _forward(packed: Any, output: Any, num_columns: Any, BLOCK_COLUMNS: tl.constexpr) -> None:
+def _forward(packed, output, num_columns, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     here = columns < num_columns
@@ -68,7 +68,7 @@ def _forward(packed: Any, output: Any, num_columns: Any, BLOCK_COLUMNS: tl.const
 
 
 @triton.jit
-def _backward(packed: Any, gradients: Any, x_gradient: Any, num_columns: Any, BLOCK_COLUMNS: tl.constexpr) -> None:
+def _backward(packed, gradients, x_gradient, num_columns, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     here = columns < num_columns

@@ -1,9 +1,9 @@
 """Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations.
 
 A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens whose lengths are like UltraFeedback's.
-Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step is
-profiled: milliseconds of its kernels by what they do. MFU is useful FLOP (benchmarks/flop.py) over 989 TFLOP/s, the H100's
-for dense bf16.
+Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step
+is profiled: milliseconds of its kernels by what they do. MFU is useful FLOP (benchmarks/flop.py) over 989 TFLOP/s, the
+H100's for dense bf16.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ def test_sliding_windows_look_over_the_cuts(tmp_path, family, changes):
         assert worst <= 1e-5, f"{case}: {name} {worst}"
 
 
+@pytest.mark.slow
 def test_streams_shorter_than_the_ranks_and_replicas_without_any_group(tmp_path):
     policy = save_model(tmp_path / "policy", "llama", num_hidden_layers=2)
     reference = save_model(tmp_path / "reference", "llama", seed=1, num_hidden_layers=2)

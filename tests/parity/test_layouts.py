@@ -201,6 +201,7 @@ ZERO = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
     policy: Path = save_model(tmp_path / "policy", "llama")
     groups: list[Group] = random_groups(12)

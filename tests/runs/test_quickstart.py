@@ -38,6 +38,7 @@ def test_the_trained_model_prefers_and_gives_right_answers(tmp_path: Path) -> No
     assert len(rows["held_out.jsonl"]) == 512 and not rows["train.jsonl"] & rows["held_out.jsonl"]
 
 
+@pytest.mark.slow
 def test_an_earlier_quickstart_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "dpo").mkdir()
     done = quickstart("--output", tmp_path)

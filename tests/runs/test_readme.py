@@ -99,12 +99,14 @@ def test_the_logprobs_and_convert_commands_work_one_after_the_other(workplace: P
     assert (workplace / "exported" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_plan_command_lists_layouts_for_each_number_of_processes(workplace: Path) -> None:
     command = next(command for command in commands() if command.startswith("megadpo plan"))
     printed = run(command.split(), workplace)
     assert [line.split()[0] for line in printed.splitlines() if " processes: " in line] == command.split()[-2:]
 
 
+@pytest.mark.slow
 def test_the_plan_command_draws_the_schedule(workplace: Path) -> None:
     command = next(command for command in commands() if command.startswith("megadpo plan") and "--schedule" in command)
     assert "idle" in run(command.split(), workplace)

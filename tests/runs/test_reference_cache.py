@@ -120,6 +120,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files: Path, tmp_pat
     assert resumed == whole
 
 
+@pytest.mark.slow
 def test_precomputed_and_cached_share_their_cache(files: Path, tmp_path: Path) -> None:
     names = [("first", "cached"), ("second", "precomputed"), ("third", "cached")]
     first, second, third = run_world(1, train_each, [_of(files, tmp_path, name, mode) for name, mode in names])[0]

@@ -269,6 +269,7 @@ def test_real_hh_pairs_are_read_in_every_kind(
         assert labels.tolist() == [1.0, 0.0] * 2308
 
 
+@pytest.mark.slow
 def test_real_chinese_pairs_are_read_in_every_kind(
     options: DataConfig, sharegpt_rows: list[dict[str, Any]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:

@@ -77,6 +77,7 @@ def _all_ways(
 
 
 @pytest.mark.parametrize("layout", [Layout(data=2), Layout(pipeline=2)], ids=str)
+@pytest.mark.slow
 def test_the_engine_ends_with_the_gradients_that_autograd_would_have_given_it(tmp_path, layout):
     models = [
         save_model(tmp_path / "apart", num_hidden_layers=2, tokenizer=False),

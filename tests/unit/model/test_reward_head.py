@@ -40,6 +40,7 @@ def assert_same(found: Sequence[Outcome], cases: Sequence[Case], expected: Outco
         assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5), str(case)
 
 
+@pytest.mark.slow
 def test_rewards_of_real_rows_and_their_gradients_equal_transformers_in_every_layout(tmp_path: Path) -> None:
     model = save_reward_model(tmp_path)
     groups = hh_groups(8, model)

@@ -98,6 +98,7 @@ def runs_without_buffers(schedule: Schedule, costs: Costs, receives_early: bool 
 
 @settings(max_examples=25, deadline=None)
 @given(sizes, all_costs)
+@pytest.mark.slow
 def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, int, int], costs: Costs) -> None:
     num_stages, num_micro_batches, num_chunks = complete(size)
     for schedule in (

@@ -41,6 +41,7 @@ def _run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_training_in_a_users_process_leaves_torch_as_it_was(tmp_path):
     save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
     write_hh(tmp_path / "train.jsonl", 20)
@@ -68,6 +69,7 @@ print(json.dumps([changed, added, torch.get_num_threads() == threads, warnings.f
 
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+@pytest.mark.slow
 def test_other_libraries_are_as_they_were_after_training(tmp_path, engine):
     """Nothing of megadpo's is left in modules of others, nor in their classes, though something was put there meanwhile; nor
     is a model, an optimizer or a thread of a process group, of which there would be more with each run in a process."""

@@ -68,6 +68,7 @@ def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.slow
 def test_nor_do_those_of_deepspeed_s_engine_change(files, tmp_path, zero_stage):
     pytest.importorskip("deepspeed")
     ways = [None, away(tmp_path), BLOCK]

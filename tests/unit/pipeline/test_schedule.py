@@ -117,6 +117,7 @@ def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, 
 @given(sizes, st.lists(st.integers(1, 40), min_size=1, max_size=4), all_costs, st.integers(1, 2))
 @example((4, 8, 1), [8, 8, 3], Costs(), 1)
 @example((4, 8, 1), [8, 8, 3], Costs(), 2)
+@pytest.mark.slow
 def test_every_reference_forward_is_done_once_and_in_time(
     size: tuple[int, int, int], following: list[int], costs: Costs, num_halves: int
 ) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.common import add_shared, print_table
@@ -131,7 +132,8 @@ def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) 
     measured = seconds[options.warm_up :]
     steps = [groups[n * options.pairs :][: options.pairs] for n in range(options.rounds)]
     model = setup.policy.shape
-    flop = [useful_flop(step, _Shape(model.hidden_size, model.vocab_size, options.layers), num_body, True) for step in steps]
+    shape = SimpleNamespace(hidden_size=model.hidden_size, vocab_size=model.vocab_size, num_hidden_layers=options.layers)
+    flop = [useful_flop(step, shape, num_body, True) for step in steps]
     return {
         "arm": arm,
         "seconds": measured,
@@ -141,13 +143,6 @@ def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) 
         "first_seconds": seconds[0],
         "kernel_ms": kernel_ms,
     }
-
-
-class _Shape:
-    """What `useful_flop` asks of a configuration."""
-
-    def __init__(self, hidden_size: int, vocab_size: int, num_hidden_layers: int) -> None:
-        self.hidden_size, self.vocab_size, self.num_hidden_layers = hidden_size, vocab_size, num_hidden_layers
 
 
 def _steps(setup: Any, options: argparse.Namespace) -> tuple[list[float], dict[str, float]]:

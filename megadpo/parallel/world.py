@@ -77,13 +77,11 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]
                 yield
         if not made_here:
             dist.barrier()  # nobody closes a connection on which another one still reads
+            _destroy(parallel_state._global_process_group_list or [])
     finally:
-        groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         if made_here:
             dist.destroy_process_group()
-        else:
-            _destroy(groups)
 
 
 def _destroy(groups: list[dist.ProcessGroup | None]) -> None:

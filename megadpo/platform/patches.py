@@ -34,11 +34,11 @@ def patch(owner: Any, name: str, value: Any) -> None:
 
 
 def when_undone(callback: Callable[[], Any]) -> None:
-    """Call this at the end of the innermost scope; outside of any, never. An error that ends the scope stays, also where the
-    callback fails too."""
+    """Call this at the end of the innermost scope; outside of any, never, nor where an error ends it: what is tidied up then
+    may wait for a device or a rank that does not answer any more."""
 
     def call(kind: type | None, error: BaseException | None, trace: Any) -> None:
-        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+        if error is None:
             callback()
 
     if _scopes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megadpo.model.attention.core import StreamParams
+if TYPE_CHECKING:  # it imports Megatron-core, for which `prepare_megatron` comes first
+    from megadpo.model.attention.core import StreamParams
 
 
 class PositionRope(torch.nn.Module):

@@ -17,6 +17,7 @@ from megadpo.parallel.layout import Layout
 from tests.gpu.machine import on
 from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
+from tests.parity.optimizer_worker import stepped
 from tests.parity.worker import Case, Outcome, outcomes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -97,15 +98,26 @@ def test_overlapped_communication_changes_no_weight(files):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_optimizer_on_the_host_steps_like_one_on_the_device(files, dtype):
+def test_moments_on_the_host_give_the_weights_of_moments_on_the_device(files, dtype):
+    # With drawn gradients: those of bf16 differ from run to run (kernels add up in any order), and AdamW's first steps
+    # make of the smallest gradient a whole step.
+    before, device = (on("cuda", stepped, files[0], "none", dtype, num_steps) for num_steps in (0, 4))
+    for resumed_at in (None, 2):
+        host = on("cuda", stepped, files[0], "cpu", dtype, 4, resumed_at)
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            names = [name for name in device if name.split()[0] == kind]
+            apart = torch.stack([(host[name] - device[name]).norm() for name in names]).norm()
+            moved = torch.stack([(device[name] - before[name]).norm() for name in names]).norm()
+            assert float(apart / moved) <= 1e-6, kind
+        for name in (name for name in host if name.startswith("model ")):
+            assert torch.equal(host[name], host[name.replace("model ", "weights ")].to(dtype).float())
+
+
+def test_a_run_with_moments_on_the_host_learns_as_without(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, offload=where) for where in ("none", "cpu")]
-    device, host = run("cuda", files, cases, dtype)
-    before = dict(oracle.load(files[0]).named_parameters())
-    apart = torch.stack([(host.weights[name] - device.weights[name]).norm() for name in before]).norm()
-    moved = torch.stack([(device.weights[name] - before[name].detach()).norm() for name in before]).norm()
-    assert float(apart / moved) <= (1e-4 if dtype is torch.float32 else 1e-2)
-    rounded = {name: weights.to(dtype).float() for name, weights in host.weights.items()}
-    assert all(torch.equal(host.model_weights[name], weights) for name, weights in rounded.items())
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.02)):
+        device, host = run("cuda", files, cases, dtype)
+        assert host.losses == pytest.approx(device.losses, rel=tolerance), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

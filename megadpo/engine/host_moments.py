@@ -1,8 +1,8 @@
 """AdamW whose moments are in host memory: tile by tile they come to the device, are updated there, and go back.
 
-The update is the one of moments that never left: torch's fused kernel on the device, where weights and gradients stay. So the
-numbers are the same, and a host's cores, which the ranks of a machine share, have nothing to do with it. Tiles come and go on
-streams of their own, both ways at once, beside the updates; the last ones go while the next step computes.
+The update is the one of moments that never left, by torch's fused kernel on the device, where weights and gradients are: the
+numbers are the same, and a host's cores, which the ranks of a machine share, have nothing to do with it. Tiles come and go
+on streams of their own, both ways at once, beside the updates; the last ones go while the next step computes.
 
 Small parameters share a tile, a large one is spread over several: a tile is one copy each way, and pinned memory is taken in
 equal blocks of a power of two, which is what torch would round any other size up to.

@@ -44,7 +44,7 @@ CASES = {
 def trained(tmp_path_factory):
     """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
     changes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return trained_outcomes(tmp_path_factory.mktemp("context"), changes, CASES)
+    return trained_outcomes(tmp_path_factory.mktemp("context"), changes, CASES, scores=True)
 
 
 @pytest.mark.slow

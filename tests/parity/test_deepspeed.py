@@ -121,9 +121,9 @@ def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(t
 @pytest.mark.slow
 def test_the_scalar_head_counts_once_wherever_it_is(tmp_path):
     policy, groups = save_model(tmp_path / "policy", pad_token_id=1, **SMALL), random_groups(12)
-    (base,) = run_world(1, outcomes, policy, policy, groups, [Case(Layout(), objective="reward")])[0]
+    (base,) = run_world(1, outcomes, policy, policy, groups, [Case(Layout(), objective="reward")], 1)[0]
     cases = [Case(layout, stage, objective="reward") for layout in (SEQUENCE, PIPELINE, DATA) for stage in (1, 3)]
-    for case, outcome in zip(cases, run_world(2, outcomes, policy, policy, groups, cases)[0], strict=True):
+    for case, outcome in zip(cases, run_world(2, outcomes, policy, policy, groups, cases, 1)[0], strict=True):
         worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
         assert outcome.grad_norm == pytest.approx(base.grad_norm, rel=1e-5), str(case)

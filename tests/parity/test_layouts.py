@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,11 @@ def measured(request, tmp_path_factory):
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA, 0.1)
     expected = oracle.all_logps(model, groups), loss, gradients
     cases = [case for cases in CASES.values() for case in cases]
+    measure = functools.partial(outcomes, objective=objective, scores=True)
     found = [
         outcome
         for num_processes, some in CASES.items()
-        for outcome in run_world(num_processes, outcomes, policy, reference, groups, some, 0, torch.float32, objective)[0]
+        for outcome in run_world(num_processes, measure, policy, reference, groups, some)[0]
     ]
     return expected, list(zip(cases, found, strict=True))
 

@@ -57,7 +57,7 @@ def measured(request, tmp_path_factory):
     family, (changes, some_cases) = request.param.split("-")[0], MODELS[request.param]
     policy = save_model(directory / "policy", family, **changes)
     reference = save_model(directory / "reference", family, seed=1, **changes)
-    groups = hh_groups(8, policy, max_length=100)
+    groups = hh_groups(6, policy, max_length=100)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA)

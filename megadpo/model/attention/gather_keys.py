@@ -2,7 +2,7 @@
 
 A prompt's keys are read by each of its responses, and a kernel that knows no grouped heads reads each head several times:
 torch would write the gathered keys, then the repeated ones, and add gradients up in the same two steps, in bf16 and in no
-fixed order. Here a copy is written once, and a gradient is the sum over its readers in float32, in their order, rounded once.
+fixed order. Here a copy is written once, and a gradient is the sum over its readers in float32, in order, rounded once.
 
 Axes: S keys of the stream, G gathered keys, K key-value heads, C copies of each, D head dimension.
 """

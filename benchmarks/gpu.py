@@ -1,4 +1,4 @@
-"""Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations.
+"""Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations, and by options.
 
 A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens whose lengths are like UltraFeedback's.
 Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step
@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         default=["varlen+torch", "varlen+triton", "flex+triton"],
-        metavar="ATTENTION+SMALL_OPS",
-        help="values of model.attention and model.small_ops (default: %(default)s)",
+        metavar="ATTENTION+SMALL_OPS[+OPTION=VALUE…]",
+        help="values of model.attention and model.small_ops, and further options, such as train.recompute=full "
+        "(default: %(default)s)",
     )
 
 
@@ -115,16 +116,16 @@ def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) 
     from megadpo.training.setup import prepare
     from megadpo.validation.load import load_config
 
-    attention, small_ops = arm.split("+")
+    attention, small_ops, *overrides = arm.split("+")
     config: dict[str, Any] = {
         "model": {"path": str(directory / "model"), "dtype": "bf16", "attention": attention, "small_ops": small_ops},
         "data": {"train": str(directory / "model" / "made-up.jsonl"), "num_workers": 1},
         "train": {"steps": 1000, "pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity},
-        "output_dir": str(directory / arm),
+        "output_dir": str(directory / re.sub(r"\W", "_", arm)),
     }
     num_pairs = options.pairs * (options.rounds + 1)
     groups = synthetic_groups("UltraFeedback-like", num_pairs, options.vocabulary, longest=options.longest)
-    setup = setup_on(prepare(load_config(config)), groups)
+    setup = setup_on(prepare(load_config(config, overrides)), groups)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with joined_world(setup.layout, setup.config.train.seed):

@@ -140,14 +140,19 @@ class MegatronEngine:
         return norm
 
     def _gradient_norm(self) -> float:
-        """Over all ranks, in two kernels and one transfer. (Megatron's own, where neither TransformerEngine nor Apex is
-        installed, waits for the device once a parameter.)"""
-        squares = []
+        """Over all ranks, in a few kernels and one transfer. (Megatron's own, which rounds alike, waits for the device once
+        a parameter where neither TransformerEngine nor Apex is installed.)"""
+        gradients: dict[Any, list[Tensor]] = {}
         for optimizer in self.optimizers:
-            own = get_total_norm(optimizer.get_main_grads_for_grad_norm()).to(compute_device(), torch.float32).square()
-            dist.all_reduce(own, group=optimizer.get_grad_stats_parallel_group())
-            squares.append(own)
-        return float(torch.stack(squares).sum().sqrt())
+            gradients.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(
+                optimizer.get_main_grads_for_grad_norm()
+            )
+        squares = []
+        for group, own in gradients.items():
+            squares.append(get_total_norm(own).to(compute_device(), torch.float32).square())
+            dist.all_reduce(squares[-1], group=group)
+        norms = [math.sqrt(square) for square in torch.stack(squares).tolist()]
+        return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
     def _clip_gradients(self, norm: float) -> None:
         """By Megatron's formula; each gradient is read and written once."""

@@ -22,7 +22,7 @@ def trained_outcomes(
     gradients, and weights after three AdamW steps; with `scores` log-probs too."""
     policy = save_model(directory / "policy", "qwen3", **changes)
     reference = save_model(directory / "reference", "qwen3", seed=1, **changes)
-    groups, measure = random_groups(9, seed=3), functools.partial(outcomes, scores=scores)
+    groups, measure = random_groups(13, seed=3), functools.partial(outcomes, scores=scores)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     found = [
         pair

@@ -10,6 +10,7 @@ Axes: T stream tokens, S keys of the stream, G gathered keys, N segments, A quer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionNeeds
+from megadpo.model.recompute import recomputable
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Sequences:
         """[G, K, D] each, from key and value [S, K, D] of the stream."""
         if self.keys_G is None:
             return key, value
-        return key.index_select(0, self.keys_G), value.index_select(0, self.keys_G)
+        # Of other ranks' keys some may be left out: then the copies are smaller than what they are copied from.
+        copy = _rows if len(self.keys_G) < len(key) else functools.partial(recomputable, _rows)
+        return copy(key, self.keys_G), copy(value, self.keys_G)
+
+
+def _rows(rows_SKD: Tensor, index_G: Tensor) -> Tensor:
+    return rows_SKD.index_select(0, index_G)
 
 
 def sequences_of(

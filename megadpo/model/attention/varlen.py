@@ -8,6 +8,7 @@ Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -20,6 +21,7 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
+from megadpo.model.recompute import recomputable
 
 
 class VarlenBackend:
@@ -55,7 +57,8 @@ class VarlenBackend:
         if "enable_gqa" in taken:
             options["enable_gqa"] = num_sharing > 1
         elif num_sharing > 1:
-            key, value = (x.repeat_interleave(num_sharing, dim=1) for x in (key, value))
+            repeated = functools.partial(torch.repeat_interleave, repeats=num_sharing, dim=1)
+            key, value = (recomputable(repeated, x) for x in (key, value))
         starts = (prepared.query_starts, prepared.key_starts, prepared.max_queries, prepared.max_keys)
         output = varlen_attn(query, key, value, *starts, **options)
         assert isinstance(output, Tensor)

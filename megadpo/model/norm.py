@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megadpo.model.recompute import recomputable
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -18,7 +21,14 @@ class RMSNorm(torch.nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute Megatron reads
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = _RMSNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
+        return recomputable(self.normed, x, self.weight)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], from x [..., H] and the norm's weight [H], which may be a copy."""
+        if x.device.type == "cpu":
+            normed = _RMSNorm.apply(x, weight, self.eps)
+        else:
+            normed = F.rms_norm(x, self.normalized_shape, weight, self.eps)
         # The embedding's [T, 1, H] is a transposed view, and elementwise results keep such strides. torch.matmul goes
         # another way through those, not the same with and without gradients: policy and reference would differ by rounding.
         return normed.reshape(-1, x.shape[-1]).view(x.shape)

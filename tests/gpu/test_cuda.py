@@ -23,12 +23,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 NUM_STEPS = 4
 WAYS = [
+    Activations("small"),
     Activations("selective"),
     Activations("full"),
     Activations("full", recompute_num_layers=2),
     Activations("full", "block", 2),
     Activations(offload="cpu", offload_window_mib=0),
     Activations(offload="cpu"),
+    Activations("small", offload="cpu", offload_window_mib=0),
     Activations("full", offload="cpu", offload_window_mib=0),
 ]
 
@@ -146,8 +148,10 @@ def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
 
 def test_recomputing_and_offloading_free_the_memory_of_the_device():
     away = Activations(offload="cpu", offload_window_mib=64)
-    ways = [Activations(), Activations("full"), away, Activations("full", offload="cpu", offload_window_mib=64)]
-    kept, recomputed, moved, both = on("cuda", peaks, ways)
+    both_ways = Activations("full", offload="cpu", offload_window_mib=64)
+    ways = [Activations(), Activations("small"), Activations("full"), away, both_ways]
+    kept, small, recomputed, moved, both = on("cuda", peaks, ways)
+    assert small[0] < 0.7 * kept[0] and small[1] < 0.8 * kept[1]
     assert recomputed[0] < 0.3 * kept[0] and recomputed[1] < 0.5 * kept[1]
     assert moved[0] < 0.3 * kept[0] and moved[1] < 0.5 * kept[1]
     assert both[0] < recomputed[0] and both[1] < recomputed[1]

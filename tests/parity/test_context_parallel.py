@@ -29,6 +29,7 @@ CASES = {
         *(Case(layout(method), share_prompts=False, tokens_per_micro_batch=SMALL) for method in METHODS),
         Case(layout("ulysses"), recompute="full"),
         Case(layout("allgather"), recompute="selective"),
+        *(Case(layout(method), recompute="small") for method in METHODS),
     ],
     3: [Case(layout("allgather", context=3))],
     4: [

@@ -64,6 +64,8 @@ class Outcome:
     model_weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
     num_bytes_moved: int = 0
+    num_recomputed: int = 0
+    """By `train.recompute: small`."""
     num_bytes_of_moments: int = 0
     """On rank 0."""
 
@@ -219,6 +221,7 @@ def _outcome(
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
+    outcome.num_recomputed = 0 if stage.recomputer is None else stage.recomputer.num_recomputed
     return outcome
 
 

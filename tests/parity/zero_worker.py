@@ -143,6 +143,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         own = Path(case.offload_dir) / f"rank{dist.get_rank()}"
         outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
     outcome.num_bytes_moved = 0 if engine.stage.offloader is None else engine.stage.offloader.num_bytes_moved
+    outcome.num_recomputed = 0 if engine.stage.recomputer is None else engine.stage.recomputer.num_recomputed
     outcome.margins = torch.cat(gathered(outcome.margins) or [torch.empty(0)])
     return outcome
 

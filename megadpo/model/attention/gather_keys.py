@@ -1,4 +1,4 @@
-"""Keys and values as a kernel for sequences reads them, in one Triton kernel, and the sum of their gradients in another.
+"""Keys (and values) as a kernel for sequences reads them, in one Triton kernel, and the sum of their gradients in another.
 
 A prompt's keys are read by each of its responses, and a kernel that knows no grouped heads reads each head several times:
 torch would write the gathered keys, then the repeated ones, and add gradients up in the same two steps, in bf16 and in no
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_NUMBERS = 2048
-"""How many numbers of keys, and as many of values, a program has."""
+"""How many numbers of a key's heads a program has."""
 
 
 @dataclass(frozen=True)
@@ -44,52 +44,40 @@ def readers_of(keys_G: np.ndarray[Any, Any], num_keys: int) -> tuple[np.ndarray[
     return places_G, starts_S
 
 
-def gather_keys(key_SKD: Tensor, value_SKD: Tensor, readers: Readers, num_copies: int) -> tuple[Tensor, Tensor]:
-    """[G, K * C, D] each, the copies of a head side by side; contiguous.
+def gather_keys(key_SKD: Tensor, readers: Readers, num_copies: int) -> Tensor:
+    """[G, K * C, D], the copies of a head side by side; contiguous.
 
     Args:
-        key_SKD, value_SKD: views of a packed projection too; only a head's columns must lie side by side, else they are
-            copied.
+        key_SKD: keys or values; a view of a packed projection too, only a head's columns must lie side by side, else they
+            are copied.
     """
-    return _GatherKeys.apply(key_SKD, value_SKD, readers, num_copies)
+    return _GatherKeys.apply(key_SKD, readers, num_copies)
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Keeps nothing of keys and values."""
+    """Keeps nothing of the keys."""
 
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, readers: Readers, num_copies: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, key: Tensor, readers: Readers, num_copies: int) -> Tensor:
         ctx.readers, ctx.num_copies, ctx.shape = readers, num_copies, key.shape
-        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+        key = key if key.stride(-1) == 1 else key.contiguous()
         (_, num_heads, head_dim), num_gathered = key.shape, len(readers.keys_G)
-        gathered = [x.new_empty(num_gathered, num_heads * num_copies, head_dim) for x in (key, value)]
+        gathered = key.new_empty(num_gathered, num_heads * num_copies, head_dim)
         block = _block(num_heads, head_dim)
         if num_gathered:
             _copy[(num_gathered, triton.cdiv(num_heads, block["BLOCK_HEADS"]))](
-                key,
-                value,
-                *gathered,
-                readers.keys_G,
-                *key.stride()[:2],
-                *value.stride()[:2],
-                num_heads,
-                head_dim,
-                NUM_COPIES=num_copies,
-                **block,
+                key, gathered, readers.keys_G, *key.stride()[:2], num_heads, head_dim, NUM_COPIES=num_copies, **block
             )
-        return gathered[0], gathered[1]
+        return gathered
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        num_keys, num_heads, head_dim = ctx.shape
-        key_gradient, value_gradient = (gradient.contiguous() for gradient in gradients)
-        added = [gradient.new_empty(ctx.shape) for gradient in (key_gradient, value_gradient)]
-        block = _block(num_heads, head_dim)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient, (num_keys, num_heads, head_dim) = gradients[0].contiguous(), ctx.shape
+        added, block = gradient.new_empty(ctx.shape), _block(num_heads, head_dim)
         if num_keys:
             _add[(num_keys, triton.cdiv(num_heads, block["BLOCK_HEADS"]))](
-                key_gradient,
-                value_gradient,
-                *added,
+                gradient,
+                added,
                 ctx.readers.places_G,
                 ctx.readers.starts_S,
                 num_heads,
@@ -97,7 +85,7 @@ class _GatherKeys(torch.autograd.Function):
                 NUM_COPIES=ctx.num_copies,
                 **block,
             )
-        return added[0], added[1], None, None
+        return added, None, None
 
 
 def _block(num_heads: int, head_dim: int) -> dict[str, int]:
@@ -109,40 +97,32 @@ def _block(num_heads: int, head_dim: int) -> dict[str, int]:
 @triton.jit
 def _copy(  # type: ignore[no-untyped-def]
     key,
-    value,
-    gathered_key,
-    gathered_value,
+    gathered,
     keys_G,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
+    stride,
+    head_stride,
     num_heads,
     head_dim,
     NUM_COPIES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Some heads of one gathered key and value."""
+    """Some heads of one gathered key."""
     place = tl.program_id(0).to(tl.int64)
     source = tl.load(keys_G + place)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     columns = tl.arange(0, BLOCK_COLUMNS)[None, :]
     here = (heads < num_heads)[:, None] & (columns < head_dim)
-    of_key = tl.load(key + source * key_stride + heads[:, None] * key_head_stride + columns, mask=here)
-    of_value = tl.load(value + source * value_stride + heads[:, None] * value_head_stride + columns, mask=here)
+    numbers = tl.load(key + source * stride + heads[:, None] * head_stride + columns, mask=here)
     to = (place * num_heads + heads[:, None]) * NUM_COPIES * head_dim + columns
     for copy in tl.static_range(NUM_COPIES):
-        tl.store(gathered_key + to + copy * head_dim, of_key, mask=here)
-        tl.store(gathered_value + to + copy * head_dim, of_value, mask=here)
+        tl.store(gathered + to + copy * head_dim, numbers, mask=here)
 
 
 @triton.jit
 def _add(  # type: ignore[no-untyped-def]
-    gathered_key,
-    gathered_value,
-    key,
-    value,
+    gathered,
+    added,
     places_G,
     starts_S,
     num_heads,
@@ -151,19 +131,16 @@ def _add(  # type: ignore[no-untyped-def]
     BLOCK_HEADS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Some heads' gradient of one key and value of the stream."""
+    """Some heads' gradient of one key of the stream."""
     number = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     columns = tl.arange(0, BLOCK_COLUMNS)[None, :]
     here = (heads < num_heads)[:, None] & (columns < head_dim)
-    of_key = tl.zeros([BLOCK_HEADS, BLOCK_COLUMNS], dtype=tl.float32)
-    of_value = tl.zeros([BLOCK_HEADS, BLOCK_COLUMNS], dtype=tl.float32)
+    total = tl.zeros([BLOCK_HEADS, BLOCK_COLUMNS], dtype=tl.float32)
     for reader in range(tl.load(starts_S + number), tl.load(starts_S + number + 1)):
         place = tl.load(places_G + reader).to(tl.int64)
         at = (place * num_heads + heads[:, None]) * NUM_COPIES * head_dim + columns
         for copy in tl.static_range(NUM_COPIES):
-            of_key += tl.load(gathered_key + at + copy * head_dim, mask=here, other=0.0).to(tl.float32)
-            of_value += tl.load(gathered_value + at + copy * head_dim, mask=here, other=0.0).to(tl.float32)
+            total += tl.load(gathered + at + copy * head_dim, mask=here, other=0.0).to(tl.float32)
     to = (number * num_heads + heads[:, None]) * head_dim + columns
-    tl.store(key + to, of_key.to(key.dtype.element_ty), mask=here)
-    tl.store(value + to, of_value.to(value.dtype.element_ty), mask=here)
+    tl.store(added + to, total.to(added.dtype.element_ty), mask=here)

@@ -11,6 +11,7 @@ Axes: T stream tokens, S keys of the stream, G gathered keys, N segments, A quer
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionNeeds
+from megadpo.model.recompute import recomputable
 
 if TYPE_CHECKING:  # it imports Triton
     from megadpo.model.attention.gather_keys import Readers
@@ -49,15 +51,21 @@ class Sequences:
 
     def gathered(self, key: Tensor, value: Tensor, num_copies: int = 1) -> tuple[Tensor, Tensor]:
         """[G, K * num_copies, D] each, copies of a head side by side, from key and value [S, K, D] of the stream."""
+        if self.keys_G is None and num_copies == 1:
+            return key, value
+        copied = functools.partial(self._copied, num_copies=num_copies)
+        # Of other ranks' keys some may be left out: then the copies are smaller than what they are copied from.
+        if self.keys_G is not None and len(self.keys_G) * num_copies < len(key):
+            return copied(key), copied(value)
+        return recomputable(copied, key), recomputable(copied, value)
+
+    def _copied(self, rows_SKD: Tensor, num_copies: int) -> Tensor:
         if self.readers is not None:
             from megadpo.model.attention.gather_keys import gather_keys
 
-            return gather_keys(key, value, self.readers, num_copies)
-        if self.keys_G is not None:
-            key, value = (x.index_select(0, self.keys_G) for x in (key, value))
-        if num_copies > 1:
-            key, value = (x.repeat_interleave(num_copies, dim=1) for x in (key, value))
-        return key, value
+            return gather_keys(rows_SKD, self.readers, num_copies)
+        rows = rows_SKD if self.keys_G is None else rows_SKD.index_select(0, self.keys_G)
+        return rows if num_copies == 1 else rows.repeat_interleave(num_copies, dim=1)
 
 
 def sequences_of(

@@ -13,7 +13,13 @@ from megadpo.model.recompute import recomputable
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, its weight marked so that Megatron sums its gradient over the tensor ranks under
-    sequence parallelism (Megatron's own wrapper of torch's norms refuses that)."""
+    sequence parallelism (Megatron's own wrapper of torch's norms refuses that).
+
+    Attributes:
+        reads_views: whether heads may be given as they lie in a packed projection, uncopied.
+    """
+
+    reads_views = False
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         device = None if config.use_cpu_initialization else torch.cuda.current_device()

@@ -84,8 +84,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _places_of_rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
-    """x or a copy of it, and where its rows are: row (outer, middle, inner) lies at the sum of the three times their strides.
-    What is said is how many there are of the middle and of the inner, and the strides."""
+    """x or a copy of it, and where its rows are: row (outer, middle, inner) lies at the sum of these times their
+    strides. What is said is how many there are of the middle and of the inner, and the strides."""
     places: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:

@@ -26,7 +26,7 @@ ZERO = {
 def test_deepspeed_gives_the_same_bits_under_either_schedule(tmp_path, size):
     pytest.importorskip("deepspeed")
     policy = save_model(tmp_path / "policy", num_hidden_layers=size, tie_word_embeddings=True, tokenizer=False)
-    check(run_world(size, compared, policy, policy, random_groups(12, seed=3), ZERO[size]), ZERO[size])
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), ZERO[size]), ZERO[size])
 
 
 EXPERTS = {
@@ -38,4 +38,4 @@ EXPERTS = {
 @pytest.mark.parametrize("size", EXPERTS)
 def test_experts_and_their_balancing_loss_too(tmp_path, size):
     policy = save_model(tmp_path / "policy", "mixtral", num_hidden_layers=2, tokenizer=False)
-    check(run_world(size, compared, policy, policy, random_groups(12, seed=3), EXPERTS[size]), EXPERTS[size])
+    check(run_world(size, compared, policy, policy, random_groups(18, seed=3), EXPERTS[size]), EXPERTS[size])

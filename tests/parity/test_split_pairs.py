@@ -41,12 +41,12 @@ def check(found: list[list[Apart]], cases: list[Case]) -> None:
 @pytest.mark.parametrize("size", CASES)
 def test_answers_that_travel_apart_give_the_gradients_of_whole_pairs(tmp_path, size):
     policy = save_model(tmp_path / "policy", num_hidden_layers=size, tie_word_embeddings=True, tokenizer=False)
-    check(run_world(size, apart, policy, policy, random_groups(12, seed=3), CASES[size]), CASES[size])
+    check(run_world(size, apart, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
 
 
 def test_deepspeed_and_experts_too(tmp_path):
     pytest.importorskip("deepspeed")
-    groups = random_groups(12, seed=3)
+    groups = random_groups(18, seed=3)
     for family, case in (
         ("mistral", Case(Layout(pipeline=2), zero_stage=3)),
         ("mixtral", Case(Layout(pipeline=2), router_aux_coef=0.01)),

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.slow
 def test_gradients_are_those_of_1f1b_bit_for_bit(tmp_path, size):
     policy = save_model(tmp_path / "policy", num_hidden_layers=size, tie_word_embeddings=True, tokenizer=False)
-    check(run_world(size, delayed, policy, policy, random_groups(12, seed=3), CASES[size]), CASES[size])
+    check(run_world(size, delayed, policy, policy, random_groups(18, seed=3), CASES[size]), CASES[size])
 
 
 @pytest.mark.slow
@@ -41,10 +41,10 @@ def test_experts_and_biases_too(tmp_path):
         ("qwen2", Case(Layout(pipeline=2))),
     ):
         policy = save_model(tmp_path / family, family, num_hidden_layers=2, tokenizer=False)
-        check(run_world(2, delayed, policy, policy, random_groups(12, seed=3), [case]), [case])
+        check(run_world(2, delayed, policy, policy, random_groups(18, seed=3), [case]), [case])
 
 
 def test_bf16_too(tmp_path):
     case = Case(Layout(pipeline=2), dtype=pytest.importorskip("torch").bfloat16)
     policy = save_model(tmp_path / "policy", num_hidden_layers=2, tokenizer=False)
-    check(run_world(2, delayed, policy, policy, random_groups(12, seed=3), [case]), [case])
+    check(run_world(2, delayed, policy, policy, random_groups(18, seed=3), [case]), [case])

@@ -23,7 +23,16 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LONGEST_FIRST = (
-    # Files of a minute and more (`pytest --durations=0` on 2 cores): what is long must not begin last.
+    # Files of a minute and more (`pytest --durations=0` on 2 cores), and of those for a GPU what takes longest there: what
+    # is long must not begin last.
+    "gpu/test_several_ranks.py",
+    "gpu/test_cuda.py::test_fp32",
+    "gpu/test_cuda.py::test_a_run_that_goes_on",
+    "gpu/test_deepspeed.py",
+    "gpu/test_cuda.py::test_megadpo_train",
+    "gpu/test_cuda.py",
+    "gpu/test_small_ops.py::test_a_model",
+    "gpu/test_attention_kernels.py::test_outputs_and_gradients_are_those_of_the_definition[flex",
     "parity/test_deepspeed.py",
     "parity/test_context_parallel.py",
     "parity/test_layouts.py",
@@ -46,11 +55,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first; each file's tests keep their order."""
+    """What takes longest first; each file's tests keep their order."""
 
     def rank(item: pytest.Item) -> int:
-        path = item.path.as_posix()
-        return next((n for n, part in enumerate(LONGEST_FIRST) if f"tests/{part}" in path), len(LONGEST_FIRST))
+        name = f"{item.path.as_posix()}::{item.nodeid.partition('::')[2]}"
+        return next((n for n, part in enumerate(LONGEST_FIRST) if f"tests/{part}" in name), len(LONGEST_FIRST))
 
     items.sort(key=rank)
 

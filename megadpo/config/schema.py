@@ -182,7 +182,7 @@ class ParallelConfig:
     2 = gradients too, 3 = parameters too (the frozen reference's as well)."""
     offload: str = "none"
     """Where optimizer state, and in ZeRO stage 3 parameters, are kept between their uses: `none`, `cpu` (with `engine:
-    megatron` AdamW's moments, updated there; only on CUDA) or, with `engine: deepspeed`, `nvme` (stage 3)."""
+    megatron` AdamW's moments, updated on the device; only on CUDA) or, with `engine: deepspeed`, `nvme` (stage 3)."""
     offload_dir: str | None = None
     """Directory on a local disk for `offload: nvme`."""
     overlap: bool | None = None

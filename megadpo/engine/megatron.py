@@ -12,13 +12,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
+from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.model.build import Stage
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
@@ -201,9 +201,8 @@ class MegatronEngine:
                     continue
                 main = self._main_parameter(parameter)
                 main.data.copy_(weights.view(-1)[owned])
-                moments = {kind: read(kind, name).view(-1)[owned].to(main.device) for kind in STATE_KINDS[1:]}
-                optimizer = self._optimizer_of(parameter).optimizer
-                _set_moments(optimizer, main, {kind: moment.clone() for kind, moment in moments.items()}, num_steps)
+                moments = {kind: read(kind, name).view(-1)[owned] for kind in STATE_KINDS[1:]}
+                _set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
 
     def describe(self) -> dict[str, Any]:
         optimizer = self.optimizers[0].optimizer
@@ -233,7 +232,10 @@ class MegatronEngine:
     def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """The owned part of fp32 weights and moments; the moments are zeros before the first step."""
         main = self._main_parameter(parameter)
-        moments = self._optimizer_of(parameter).optimizer.state.get(main, {})
+        optimizer = self._optimizer_of(parameter).optimizer
+        if isinstance(optimizer, AdamWWithHostMoments):
+            return {"weights": main.detach(), **optimizer.moments(main)}
+        moments = optimizer.state.get(main, {})
         zeros = torch.zeros_like(main, dtype=torch.float32)
         return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in STATE_KINDS[1:]}}
 
@@ -278,20 +280,20 @@ def _distributed_optimizer(
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=overlap,
-        optimizer_cpu_offload=offload_to_cpu,
-        optimizer_offload_fraction=1.0,
-        overlap_cpu_optimizer_d2h_h2d=True,
     )
     with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = get_megatron_optimizer(options, models, use_gloo_process_groups=False)
-    _choose_adamw(optimizer, train.moments_dtype)
+    _choose_adamw(optimizer, train.moments_dtype, offload_to_cpu)
     return optimizer
 
 
-def _choose_adamw(optimizer: Any, moments_dtype: str) -> None:
-    """Replace torch's AdamW by ours where moments are bfloat16, else by torch's fused one."""
-    if moments_dtype == "bf16":
+def _choose_adamw(optimizer: Any, moments_dtype: str, offload_to_cpu: bool) -> None:
+    """Replace torch's AdamW by ours where moments are bfloat16 or in host memory, else by torch's fused one."""
+    if offload_to_cpu:
+        for part in optimizer.chained_optimizers:
+            part.optimizer = AdamWWithHostMoments.with_groups_of(part.optimizer)
+    elif moments_dtype == "bf16":
         for part in optimizer.chained_optimizers:
             part.optimizer = AdamWWithBf16Moments.with_groups_of(part.optimizer)
     elif isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
@@ -302,27 +304,16 @@ def _choose_adamw(optimizer: Any, moments_dtype: str) -> None:
 
 def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
     """`main` has its weights already."""
-    if isinstance(optimizer, HybridDeviceOptimizer):
-        _set_offloaded(optimizer, main, moments, num_steps)
+    if isinstance(optimizer, AdamWWithHostMoments):
+        optimizer.set_moments(main, moments, num_steps)
     elif isinstance(optimizer, torch.optim.AdamW):
         dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
-        stored = {kind: moment.to(dtype) for kind, moment in moments.items()}
+        stored = {kind: moment.to(main.device, dtype, copy=True) for kind, moment in moments.items()}
         optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
     else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
-        optimizer.state[main] = moments
+        optimizer.state[main] = {kind: moment.to(main.device, copy=True) for kind, moment in moments.items()}
         for group in optimizer.param_groups:
             group["step"] = num_steps
-
-
-def _set_offloaded(
-    optimizer: HybridDeviceOptimizer, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int
-) -> None:
-    """The weights and moments that are updated are on the host, each parameter's in an optimizer of its own."""
-    copy = optimizer.gpu_params_map_cpu_copy[main]
-    copy.data.copy_(main.data)
-    (updates,) = (one for one in optimizer.cpu_optimizers if one.param_groups[0]["params"][0] is copy)
-    updates.state[copy] = {"step": torch.tensor(float(num_steps)), **{kind: m.cpu() for kind, m in moments.items()}}
-    optimizer.state[main] = updates.state[copy]
 
 
 def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:

@@ -17,9 +17,15 @@ from megadpo.parallel.layout import Layout
 from tests.gpu.machine import on
 from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model, write_hh
+from tests.parity.optimizer_worker import stepped
 from tests.parity.worker import Case, Outcome, outcomes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FP32, BF16 = pytest.mark.xdist_group("fp32"), pytest.mark.xdist_group("bf16")
+"""Tests of a group share a warm process, in which FlexAttention, the one for fp32, compiles its variants once."""
+
+DTYPES = [pytest.param(torch.float32, id="fp32", marks=FP32), pytest.param(torch.bfloat16, id="bf16", marks=BF16)]
 
 NUM_STEPS = 4
 WAYS = [
@@ -53,6 +59,7 @@ def in_fp32(files) -> tuple[Outcome, Outcome]:
     return run("cpu", files, [case])[0], run("cuda", files, [case])[0]
 
 
+@FP32
 def test_fp32_gives_the_cpu_s_log_probs_loss_gradients_and_weights(in_fp32):
     cpu, cuda = in_fp32
     torch.testing.assert_close(cuda.logps, cpu.logps, rtol=1e-4, atol=1e-3)
@@ -63,6 +70,7 @@ def test_fp32_gives_the_cpu_s_log_probs_loss_gradients_and_weights(in_fp32):
     assert all(torch.equal(cuda.model_weights[name], weights) for name, weights in cuda.weights.items())
 
 
+@FP32
 def test_bf16_gives_fp32_s_loss_curve_and_log_probs_with_master_weights_in_fp32(files, in_fp32):
     (half,) = run("cuda", files, [Case(Layout(), tokens_per_micro_batch=200)], torch.bfloat16)
     full, num_tokens = in_fp32[0], torch.tensor([len(ids) for group in files[2] for ids in group.responses])
@@ -73,7 +81,7 @@ def test_bf16_gives_fp32_s_loss_curve_and_log_probs_with_master_weights_in_fp32(
     assert any(not torch.equal(half.weights[name], weights) for name, weights in rounded.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(files, dtype):
     policy, _, groups = files
     cases = [Case(Layout()), Case(Layout(), share_prompts=False), Case(Layout(), memory=Activations("full"))]
@@ -81,6 +89,7 @@ def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(files, dty
         assert len(outcome.margins) == len(groups) and not outcome.margins.any(), str(case)
 
 
+@FP32
 def test_recomputing_and_offloading_change_no_gradient(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, memory=way) for way in (Activations(), *WAYS)]
     kept, *found = run("cuda", files, cases)
@@ -91,6 +100,7 @@ def test_recomputing_and_offloading_change_no_gradient(files):
         assert (outcome.num_bytes_moved > 0) == (case.memory.offload == "cpu"), str(case)
 
 
+@FP32
 def test_overlapped_communication_changes_no_weight(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, overlap=overlap) for overlap in (False, True)]
     after, overlapped = run("cuda", files, cases)
@@ -99,18 +109,30 @@ def test_overlapped_communication_changes_no_weight(files):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_optimizer_on_the_host_steps_like_one_on_the_device(files, dtype):
+def test_moments_on_the_host_give_the_weights_of_moments_on_the_device(files, dtype):
+    # With drawn gradients: those of bf16 differ from run to run (kernels add up in any order), and AdamW's first steps
+    # make of the smallest gradient a whole step.
+    before, device = (on("cuda", stepped, files[0], "none", dtype, num_steps) for num_steps in (0, 4))
+    for resumed_at in (None, 2):
+        host = on("cuda", stepped, files[0], "cpu", dtype, 4, resumed_at)
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            names = [name for name in device if name.split()[0] == kind]
+            apart = torch.stack([(host[name] - device[name]).norm() for name in names]).norm()
+            moved = torch.stack([(device[name] - before[name]).norm() for name in names]).norm()
+            assert float(apart / moved) <= 1e-6, kind
+        for name in (name for name in host if name.startswith("model ")):
+            assert torch.equal(host[name], host[name.replace("model ", "weights ")].to(dtype).float())
+
+
+@FP32
+def test_a_run_with_moments_on_the_host_learns_as_without(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, offload=where) for where in ("none", "cpu")]
-    device, host = run("cuda", files, cases, dtype)
-    before = dict(oracle.load(files[0]).named_parameters())
-    apart = torch.stack([(host.weights[name] - device.weights[name]).norm() for name in before]).norm()
-    moved = torch.stack([(device.weights[name] - before[name].detach()).norm() for name in before]).norm()
-    assert float(apart / moved) <= (1e-4 if dtype is torch.float32 else 1e-2)
-    rounded = {name: weights.to(dtype).float() for name, weights in host.weights.items()}
-    assert all(torch.equal(host.model_weights[name], weights) for name, weights in rounded.items())
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.02)):
+        device, host = run("cuda", files, cases, dtype)
+        assert host.losses == pytest.approx(device.losses, rel=tolerance), dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_gradients_that_products_add_up_are_those_of_autograd(files, dtype):
     away = Activations(offload="cpu", offload_window_mib=0)
     for memory in (Activations(), away):
@@ -120,6 +142,7 @@ def test_weight_gradients_that_products_add_up_are_those_of_autograd(files, dtyp
         assert worst <= (1e-5 if dtype is torch.float32 else 1e-2), f"{memory}: {name}"
 
 
+@BF16
 def test_moments_in_bf16_learn_as_those_in_fp32_do_in_half_of_their_bytes(files):
     cases = [Case(Layout(), tokens_per_micro_batch=200, moments_dtype=dtype) for dtype in ("fp32", "bf16")]
     wide, narrow = run("cuda", files, cases, torch.bfloat16)

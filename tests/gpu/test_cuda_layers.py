@@ -15,7 +15,10 @@ from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
 from tests.parity.worker import Case, Outcome, outcomes
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.xdist_group("layers"),
+]
 
 THEIRS = ModelConfig(layers="transformer_engine")
 IN_FP8 = ModelConfig(layers="transformer_engine", fp8=True)

@@ -8,7 +8,10 @@ import torch
 from megadpo.model.heads.kernels import PARTS, NativeKernels, TorchKernels
 from megadpo.model.heads.logprob import add_product
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.xdist_group("head"),  # many small ones, and the kernels are built once
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

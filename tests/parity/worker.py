@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ def outcomes(
     objective: ObjectiveConfig | None = None,
     tile_rows: int = 64,
     scores: bool = False,
+    backend: str | None = None,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps.
 
@@ -90,15 +92,17 @@ def outcomes(
     from megadpo.model.heads import logprob as head
     from megadpo.parallel.world import joined_world
 
-    head.TILE_ROWS = tile_rows  # several tiles and a ragged last one, even at these sizes
-    offload.MIN_BYTES = 1 << 10
-    megatron.BUCKET_ELEMENTS = 20_000
-    dist.init_process_group(communication_backend())
+    dist.init_process_group(backend or communication_backend())
     results = []
-    for case in cases:
-        with joined_world(case.layout, seed=1):
-            options = objective or ObjectiveConfig()
-            results.append(_outcome(model, reference, groups, case, num_steps, dtype, options, scores))
+    with (
+        mock.patch.object(head, "TILE_ROWS", tile_rows),  # several tiles and a ragged last one, even at these sizes
+        mock.patch.object(offload, "MIN_BYTES", 1 << 10),
+        mock.patch.object(megatron, "BUCKET_ELEMENTS", 20_000),
+    ):
+        for case in cases:
+            with joined_world(case.layout, seed=1):
+                options = objective or ObjectiveConfig()
+                results.append(_outcome(model, reference, groups, case, num_steps, dtype, options, scores))
     rank = dist.get_rank()
     dist.destroy_process_group()
     return results if rank == 0 else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
+from megadpo.platform.device import communication_backend
 from tests.parity import worker
 from tests.parity.worker import gathered, whole_tensors
 
@@ -73,15 +75,15 @@ def outcomes(
     from megadpo.model.heads import logprob as head
     from megadpo.parallel.world import joined_world
 
-    head.TILE_ROWS, offload.MIN_BYTES = 64, 1 << 10
-    dist.init_process_group("gloo")
+    dist.init_process_group(communication_backend())
     results = []
-    for case in cases:
-        with joined_world(case.layout, seed=1):
-            try:
-                results.append(_outcome(model, reference, groups, case, num_steps))
-            except BaseException as error:
-                raise RuntimeError(str(case)) from error
+    with mock.patch.object(head, "TILE_ROWS", 64), mock.patch.object(offload, "MIN_BYTES", 1 << 10):
+        for case in cases:
+            with joined_world(case.layout, seed=1):
+                try:
+                    results.append(_outcome(model, reference, groups, case, num_steps))
+                except BaseException as error:
+                    raise RuntimeError(str(case)) from error
     rank = dist.get_rank()
     dist.barrier()
     dist.destroy_process_group()
@@ -144,7 +146,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
     outcome.num_bytes_moved = 0 if engine.stage.offloader is None else engine.stage.offloader.num_bytes_moved
     outcome.num_recomputed = 0 if engine.stage.recomputer is None else engine.stage.recomputer.num_recomputed
-    outcome.margins = torch.cat(gathered(outcome.margins) or [torch.empty(0)])
+    outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     return outcome
 
 
@@ -164,10 +166,11 @@ def make_engine(case: Case, hf_config: Any, source: Any, schedule: PipelineSched
     from megadpo.engine.deepspeed import engine as deepspeed
     from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
 
-    if not case.cpu_adam:
-        deepspeed.cpu_adam = lambda: None  # as where it does not build
     stage = policy_stage(shape_of(hf_config), source, case.layout, case.dtype, case.activations, case.parallel)
-    return ZeroEngine(stage, train, case.parallel, schedule)
+    if case.cpu_adam:
+        return ZeroEngine(stage, train, case.parallel, schedule)
+    with mock.patch.object(deepspeed, "cpu_adam", lambda: None):  # as where it does not build
+        return ZeroEngine(stage, train, case.parallel, schedule)
 
 
 def frozen(case: Case, hf_config: Any, source: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megadpo.model.norm import RMSNorm
 from megadpo.model.recompute import is_remembering, recomputable
 
 
@@ -23,7 +24,7 @@ class PackedSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *unused: Any, **options: Any) -> Any:
         """Query [T, 1, A, D], key and value [T, 1, K, D], normed where the model has these norms."""
-        reads_views = self.q_layernorm is not None and self.q_layernorm.reads_views
+        reads_views = isinstance(self.q_layernorm, RMSNorm) and self.q_layernorm.reads_views
         if not (reads_views or is_remembering()) or self.config.num_query_groups < self.world_size:
             return super().get_query_key_value_tensors(hidden_states, *unused, **options)
         assert options.get("split_qkv", True) and not options.get("output_gate", False)

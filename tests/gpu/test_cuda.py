@@ -215,11 +215,12 @@ def test_megadpo_train_learns_in_bf16_reports_its_memory_and_exports_what_transf
     settings: dict[str, Any] = {
         "model": {"path": str(files[0])},
         "data": {
-            "train": str(write_hh(tmp_path / "rows.jsonl", 60)),
+            "train": str(write_hh(tmp_path / "rows.jsonl", 8)),
             "max_length": 128,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "train": {"steps": 6, "pairs_per_step": 8, "tokens_per_micro_batch": 1024, "learning_rate": 1e-3},
+        # Few pairs, each of them several times: what was seen before is learned.
+        "train": {"steps": 6, "pairs_per_step": 4, "tokens_per_micro_batch": 1024, "learning_rate": 1e-3},
         "checkpoint": {"every": 3},
         "logging": {"tensorboard": False},
         "output_dir": str(tmp_path / "run"),

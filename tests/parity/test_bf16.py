@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
@@ -27,8 +25,7 @@ def trained(tmp_path_factory):
     for num_processes, layouts in LAYOUTS.items():
         cases = [Case(layout, tokens_per_micro_batch=200) for layout in layouts]
         for dtype in (torch.float32, torch.bfloat16):
-            measure = functools.partial(outcomes, scores=True)
-            some = run_world(num_processes, measure, policy, reference, groups, cases, NUM_STEPS, dtype)[0]
+            some = run_world(num_processes, outcomes, policy, reference, groups, cases, NUM_STEPS, dtype)[0]
             found |= {(str(layout), dtype): outcome for layout, outcome in zip(layouts, some, strict=True)}
     num_tokens = torch.tensor([len(ids) for group in groups for ids in group.responses])
     layouts = [str(layout) for some in LAYOUTS.values() for layout in some]

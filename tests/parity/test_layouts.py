@@ -63,7 +63,7 @@ def measured(request, tmp_path_factory):
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA, 0.1)
     expected = oracle.all_logps(model, groups), loss, gradients
     cases = [case for cases in CASES.values() for case in cases]
-    measure = functools.partial(outcomes, objective=objective, scores=True)
+    measure = functools.partial(outcomes, objective=objective)
     found = [
         outcome
         for num_processes, some in CASES.items()

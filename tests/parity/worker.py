@@ -80,12 +80,12 @@ def outcomes(
     dtype: torch.dtype = torch.float32,
     objective: ObjectiveConfig | None = None,
     tile_rows: int = 64,
-    scores: bool = False,
+    scores: bool = True,
     backend: str | None = None,
 ) -> list[Outcome] | None:
     """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps.
 
-    With `scores` the log-probs too, as they are scored outside of a step.
+    Without `scores` the log-probs are left out, which are scored outside of a step.
     """
     from megadpo.engine import megatron
     from megadpo.model import offload

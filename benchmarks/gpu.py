@@ -2,8 +2,9 @@
 
 A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens whose lengths are like UltraFeedback's.
 Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step
-is profiled: milliseconds of its kernels by what they do. MFU is useful FLOP (benchmarks/flop.py) over 989 TFLOP/s, the
-H100's for dense bf16.
+is profiled: milliseconds of its kernels by what they do. Arms that begin with "trl" are TRL's DPOTrainer on the same pairs,
+sorted by length within a step, with bf16 weights and the micro-batch and options that they name. MFU is useful FLOP
+(benchmarks/flop.py) over 989 TFLOP/s, the H100's for dense bf16.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["varlen+torch", "varlen+triton", "flex+triton"],
         metavar="ATTENTION+SMALL_OPS[+OPTION=VALUE…]",
-        help="values of model.attention and model.small_ops, and further options, such as train.recompute=full "
+        help="values of model.attention and model.small_ops, and further options, such as train.recompute=full; or "
+        "trl+PAIRS[+OPTION…], TRL's micro-batch and what is set of gradient_checkpointing and use_liger_kernel "
         "(default: %(default)s)",
     )
 
@@ -66,7 +68,8 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
         num_body = _save_model(Path(directory) / "model", options)
         report["body_parameters"], report["arms"] = num_body, []
         for arm in options.arms:
-            report["arms"].append(_arm(arm, Path(directory), num_body, options))
+            measure = _trl_arm if arm.startswith("trl+") else _arm
+            report["arms"].append(measure(arm, Path(directory), num_body, options))
             print(report["arms"][-1], flush=True)
     kinds = [*KINDS, "other"]
     print_table(
@@ -109,7 +112,6 @@ def _save_model(directory: Path, options: argparse.Namespace) -> int:
 def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from benchmarks.flop import useful_flop
     from benchmarks.material import synthetic_groups
     from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
@@ -130,9 +132,60 @@ def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) 
     torch.cuda.reset_peak_memory_stats()
     with joined_world(setup.layout, setup.config.train.seed):
         seconds, kernel_ms = _steps(setup, options)
+    return _summary(arm, seconds, kernel_ms, setup.policy.shape, groups, num_body, options)
+
+
+def _trl_arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, TrainerCallback
+
+    from benchmarks.against_trl import trl_trainer
+    from benchmarks.material import synthetic_groups
+
+    _, batch_size, *switched_on = arm.split("+")
+    num_steps, model = options.warm_up + options.rounds, str(directory / "model")
+    groups = synthetic_groups(
+        "UltraFeedback-like", options.pairs * (options.rounds + 1), options.vocabulary, longest=options.longest
+    )
+    order = [*([options.rounds] * options.warm_up), *range(options.rounds)]
+    steps = [groups[n * options.pairs :][: options.pairs] for n in order]
+    pairs = [group for step in steps for group in sorted(step, key=lambda group: group.num_stream_tokens(False))]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    settings = {"bf16": True, "use_cpu": False, **dict.fromkeys(switched_on, True)}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = trl_trainer(model, pairs, int(batch_size), options.pairs, num_steps, directory, "bfloat16", **settings)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return _summary(arm, seconds, {}, AutoConfig.from_pretrained(model), groups, num_body, options)
+
+
+def _summary(
+    arm: str,
+    seconds: list[float],
+    kernel_ms: dict[str, float],
+    model: Any,
+    groups: list[Any],
+    num_body: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Of an arm, whose model has the sizes `model`; MFU counts what the step has to compute, whoever computes it."""
+    import torch
+
+    from benchmarks.flop import useful_flop
+
     measured = seconds[options.warm_up :]
     steps = [groups[n * options.pairs :][: options.pairs] for n in range(options.rounds)]
-    model = setup.policy.shape
     shape = SimpleNamespace(hidden_size=model.hidden_size, vocab_size=model.vocab_size, num_hidden_layers=options.layers)
     flop = [useful_flop(step, shape, num_body, True) for step in steps]
     return {

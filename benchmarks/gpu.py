@@ -34,7 +34,7 @@ KINDS = {
     "products": r"gemm|nvjet|cutlass|xmma|sm90_|cublas",
     "small operations": r"_forward|_backward|_turn|rms_norm|layer_norm|silu|sigmoid",
     "optimizer": r"adam|multi_tensor",
-    "gather and scatter": r"index|gather|scatter|embedding",
+    "gather and scatter": r"index|gather|scatter|embedding|^_copy$|^_add$",
     "copies": r"memcpy|memset|copy",
     "elementwise": r"elementwise|reduce|cat",
 }

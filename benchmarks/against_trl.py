@@ -125,12 +125,20 @@ def _alternate(
 
 
 def trl_trainer(
-    model: str, groups: Sequence[Any], batch_size: int, num_pairs: int, num_steps: int, directory: Path, **settings: Any
+    model: str,
+    groups: Sequence[Any],
+    batch_size: int,
+    num_pairs: int,
+    num_steps: int,
+    directory: Path,
+    dtype: str = "float32",
+    **settings: Any,
 ) -> Any:
-    """TRL's trainer on the very token ids of `groups`, with a live reference in fp32.
+    """TRL's trainer on the very token ids of `groups`, with a live reference; on a CPU where `settings` say nothing else.
 
     Args:
         batch_size: pairs a micro-batch; `num_pairs` a step.
+        dtype: of both models.
         settings: more of DPOConfig's.
     """
     import torch
@@ -149,23 +157,23 @@ def trl_trainer(
         {name: ids.tolist() for name, ids in zip(names, (group.prompts[0], *group.responses), strict=True)}
         for group in groups
     ]
-    arguments = DPOConfig(
-        output_dir=str(directory / "trl"),
-        max_steps=num_steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=num_pairs // batch_size,
-        max_length=None,
-        train_sampling_strategy="sequential",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        **settings,
-    )
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    common: dict[str, Any] = {
+        "output_dir": str(directory / "trl"),
+        "max_steps": num_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": num_pairs // batch_size,
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    arguments = DPOConfig(**common | settings)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(model)
     return TokenisedTrainer(
         policy, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer

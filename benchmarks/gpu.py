@@ -1,9 +1,10 @@
-"""Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations.
+"""Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations, and by options.
 
 A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens whose lengths are like UltraFeedback's.
 Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step
-is profiled: milliseconds of its kernels by what they do. MFU is useful FLOP (benchmarks/flop.py) over 989 TFLOP/s, the
-H100's for dense bf16.
+is profiled: milliseconds of its kernels by what they do. Arms that begin with "trl" are TRL's DPOTrainer on the same pairs,
+sorted by length within a step, with bf16 weights and the micro-batch and options that they name. MFU is useful FLOP
+(benchmarks/flop.py) over 989 TFLOP/s, the H100's for dense bf16.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KINDS = {
     "products": r"gemm|nvjet|cutlass|xmma|sm90_|cublas",
     "small operations": r"_forward|_backward|_turn|rms_norm|layer_norm|silu|sigmoid",
     "optimizer": r"adam|multi_tensor",
-    "gather and scatter": r"index|gather|scatter|embedding",
+    "gather and scatter": r"index|gather|scatter|embedding|^_copy$|^_add$",
     "copies": r"memcpy|memset|copy",
     "elementwise": r"elementwise|reduce|cat",
 }
@@ -49,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         default=["varlen+torch", "varlen+triton", "flex+triton"],
-        metavar="ATTENTION+SMALL_OPS",
-        help="values of model.attention and model.small_ops (default: %(default)s)",
+        metavar="ATTENTION+SMALL_OPS[+OPTION=VALUE…]",
+        help="values of model.attention and model.small_ops, and further options, such as train.recompute=full; or "
+        "trl+PAIRS[+OPTION…], TRL's micro-batch and what is set of gradient_checkpointing and use_liger_kernel "
+        "(default: %(default)s)",
     )
 
 
@@ -65,7 +68,8 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
         num_body = _save_model(Path(directory) / "model", options)
         report["body_parameters"], report["arms"] = num_body, []
         for arm in options.arms:
-            report["arms"].append(_arm(arm, Path(directory), num_body, options))
+            measure = _trl_arm if arm.startswith("trl+") else _arm
+            report["arms"].append(measure(arm, Path(directory), num_body, options))
             print(report["arms"][-1], flush=True)
     kinds = [*KINDS, "other"]
     print_table(
@@ -108,30 +112,80 @@ def _save_model(directory: Path, options: argparse.Namespace) -> int:
 def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from benchmarks.flop import useful_flop
     from benchmarks.material import synthetic_groups
     from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
     from megadpo.training.setup import prepare
     from megadpo.validation.load import load_config
 
-    attention, small_ops = arm.split("+")
+    attention, small_ops, *overrides = arm.split("+")
     config: dict[str, Any] = {
         "model": {"path": str(directory / "model"), "dtype": "bf16", "attention": attention, "small_ops": small_ops},
         "data": {"train": str(directory / "model" / "made-up.jsonl"), "num_workers": 1},
         "train": {"steps": 1000, "pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity},
-        "output_dir": str(directory / arm),
+        "output_dir": str(directory / re.sub(r"\W", "_", arm)),
     }
     num_pairs = options.pairs * (options.rounds + 1)
     groups = synthetic_groups("UltraFeedback-like", num_pairs, options.vocabulary, longest=options.longest)
-    setup = setup_on(prepare(load_config(config)), groups)
+    setup = setup_on(prepare(load_config(config, overrides)), groups)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with joined_world(setup.layout, setup.config.train.seed):
         seconds, kernel_ms = _steps(setup, options)
+    return _summary(arm, seconds, kernel_ms, setup.policy.shape, groups, num_body, options)
+
+
+def _trl_arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, TrainerCallback
+
+    from benchmarks.against_trl import trl_trainer
+    from benchmarks.material import synthetic_groups
+
+    _, batch_size, *switched_on = arm.split("+")
+    num_steps, model = options.warm_up + options.rounds, str(directory / "model")
+    groups = synthetic_groups(
+        "UltraFeedback-like", options.pairs * (options.rounds + 1), options.vocabulary, longest=options.longest
+    )
+    order = [*([options.rounds] * options.warm_up), *range(options.rounds)]
+    steps = [groups[n * options.pairs :][: options.pairs] for n in order]
+    pairs = [group for step in steps for group in sorted(step, key=lambda group: group.num_stream_tokens(False))]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    settings = {"bf16": True, "use_cpu": False, **dict.fromkeys(switched_on, True)}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = trl_trainer(model, pairs, int(batch_size), options.pairs, num_steps, directory, "bfloat16", **settings)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return _summary(arm, seconds, {}, AutoConfig.from_pretrained(model), groups, num_body, options)
+
+
+def _summary(
+    arm: str,
+    seconds: list[float],
+    kernel_ms: dict[str, float],
+    model: Any,
+    groups: list[Any],
+    num_body: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Of an arm, whose model has the sizes `model`; MFU counts what the step has to compute, whoever computes it."""
+    import torch
+
+    from benchmarks.flop import useful_flop
+
     measured = seconds[options.warm_up :]
     steps = [groups[n * options.pairs :][: options.pairs] for n in range(options.rounds)]
-    model = setup.policy.shape
     shape = SimpleNamespace(hidden_size=model.hidden_size, vocab_size=model.vocab_size, num_hidden_layers=options.layers)
     flop = [useful_flop(step, shape, num_body, True) for step in steps]
     return {

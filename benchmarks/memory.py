@@ -56,11 +56,13 @@ def _ways(settings: dict[str, Any]) -> dict[str, Any]:
     }
     ways = {
         "kept": Activations(),
+        "recompute small": Activations("small"),
         "recompute selective": Activations("selective"),
         f"recompute full, block of {half}": Activations("full", "block", half),
         "recompute full": Activations("full"),
         "recompute full, units of 2": Activations("full", recompute_num_layers=2),
         "offload disk": Activations(**away),
+        "recompute small, offload disk": Activations("small", **away),
         "recompute selective, offload disk": Activations("selective", **away),
         "recompute full, offload disk": Activations("full", **away),
     }

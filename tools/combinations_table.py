@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, rule_between
+from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, are_of_one_option, rule_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 BEGIN = "<!-- Between these marks: made by tools/combinations_table.py from megadpo/validation/combinations.py. -->\n"
@@ -28,6 +28,8 @@ def render() -> str:
 
 
 def _cell(name: str, other: str) -> str:
+    if are_of_one_option(name, other):
+        return "–"
     rule = rule_between(name, other)
     return "yes" if rule is None else str(EXCLUDED.index(rule) + 1)
 

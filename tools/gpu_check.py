@@ -1,7 +1,8 @@
-"""What `tools/gpu_check.sh` writes down while it runs, and the table it prints: ``python -m tools.gpu_check table LOGS``.
+"""What `tools/gpu_check.sh` writes down while it runs, and the table that it prints last.
 
-As a plugin of pytest (``-p tools.gpu_check``, with MEGADPO_GPU_CHECK naming a file) this writes a line of JSON when tests
-are collected and when one starts or ends, so that the table is right even where pytest was ended before its own summary.
+That is ``python -m tools.gpu_check table LOGS``. As a plugin of pytest (``-p tools.gpu_check``, MEGADPO_GPU_CHECK naming a
+file) this writes a line of JSON when tests are collected and when one starts or ends, so that the table is right even where
+pytest was ended before its own summary.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class PipelineScheduleConfig:
     same numbers, and finer fill and drain where prompts are short; slower where they are long. `false` = together."""
     zero_bubble: bool = False
     """Do the products of weight gradients, which no other stage waits for, after what others wait for (ZB-H1, with `name:
-    1f1b` and `engine: megatron`, without recomputed or offloaded activations): less waiting, the numbers of
+    1f1b` and `engine: megatron`, without recomputed layers or offloaded activations): less waiting, the numbers of
     `gradient_accumulation_fusion: true`; every stage keeps as many micro-batches as the first."""
 
 
@@ -244,8 +244,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     recompute: str = "none"
-    """Activations computed again in the backward pass to save memory: `none`, `selective` (attention) or `full`
-    (layers)."""
+    """Activations computed again in the backward pass to save memory: `none`, `small` (results of cheap operations: norms,
+    SwiGLU, rope by Triton's kernels, copied keys and values), `selective` (attention) or `full` (layers)."""
     recompute_method: str = "uniform"
     """With `recompute: full`: `uniform` keeps the input of every unit of `recompute_num_layers` layers; `block` recomputes
     that many layers of each pipeline stage (or chunk of one) and keeps what the others computed."""

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
@@ -130,16 +130,39 @@ class MegatronEngine:
             group["weight_decay"] = self.train.weight_decay * group.get("wd_mult", 1.0)
         with cpu_tensors_pass_for_cuda():
             self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
+            norm = self._gradient_norm()
             if not math.isfinite(norm):
                 raise ArithmeticError(f"the gradient norm is {norm}")
-            if self.train.clip_norm > 0:
-                for optimizer in self.optimizers:
-                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.train.clip_norm, norm)
+            self._clip_gradients(norm)
             self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
         return norm
+
+    def _gradient_norm(self) -> float:
+        """Over all ranks, in a few kernels and one transfer. (Megatron's own, which rounds alike, waits for the device once
+        a parameter where neither TransformerEngine nor Apex is installed.)"""
+        gradients: dict[Any, list[Tensor]] = {}
+        for optimizer in self.optimizers:
+            gradients.setdefault(optimizer.get_grad_stats_parallel_group(), []).extend(
+                optimizer.get_main_grads_for_grad_norm()
+            )
+        squares = []
+        for group, own in gradients.items():
+            squares.append(get_total_norm(own).to(compute_device(), torch.float32).square())
+            dist.all_reduce(squares[-1], group=group)
+        norms = [math.sqrt(square) for square in torch.stack(squares).tolist()]
+        return norms[0] if len(norms) == 1 else math.hypot(*norms)
+
+    def _clip_gradients(self, norm: float) -> None:
+        """By Megatron's formula; each gradient is read and written once."""
+        coefficient = self.train.clip_norm / (norm + 1e-6)
+        if self.train.clip_norm <= 0 or coefficient >= 1:
+            return
+        for optimizer in self.optimizers:
+            gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
 
     def _clear_gradients(self) -> None:
         for model in self.models:

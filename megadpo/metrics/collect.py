@@ -63,17 +63,16 @@ def _sides(s: ResponseStatistics, kind: str) -> list[tuple[str, Tensor, Tensor]]
     """(side, 1 for its responses, their weight in a mean over units) of chosen and rejected."""
     if kind == "labels":
         return [(side, is_R, is_R) for side, is_R in (("chosen", s.label_R), ("rejected", 1 - s.label_R))]
-    first_R = torch.zeros_like(s.logps_R)
-    first_R[s.first_G] = 1.0
+    first_R = torch.zeros_like(s.logps_R).index_fill_(0, s.first_G, 1.0)
     others_G = (s.num_responses_G - 1).clamp(min=1)
-    share_R = (1 - first_R) / others_G.repeat_interleave(s.num_responses_G)
+    share_R = (1 - first_R) / _of_responses(others_G, s)
     return [("chosen", first_R, first_R), ("rejected", 1 - first_R, share_R)]
 
 
 def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Margin of the first response over the mean of the others, and whether it is above all of them."""
     (_, first_R, _), (_, _, share_R) = _sides(s, "pairs")
-    group_R = torch.arange(len(s.first_G), device=rewards_R.device).repeat_interleave(s.num_responses_G)
+    group_R = _of_responses(torch.arange(len(s.first_G), device=rewards_R.device), s)
     lowest = torch.full((len(s.first_G),), -torch.inf, dtype=rewards_R.dtype, device=rewards_R.device)
     others_R = rewards_R.masked_fill(first_R > 0, -torch.inf)
     best_other_G = lowest.scatter_reduce(0, group_R, others_R, "amax")
@@ -82,6 +81,11 @@ def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tenso
         "rewards/accuracies": ((first_G > best_other_G).double(), ones_G),
         "rewards/margins": (first_G.sum() - (rewards_R * share_R).sum(), ones_G),
     }
+
+
+def _of_responses(values_G: Tensor, s: ResponseStatistics) -> Tensor:
+    """[R]: each group's value for each of its responses; their number is said, which a GPU would be waited for else."""
+    return values_G.repeat_interleave(s.num_responses_G, output_size=len(s.logps_R))
 
 
 def scalar_sums(name: str, value: Tensor | float, objective: Objective, device: torch.device | str) -> Tensor:

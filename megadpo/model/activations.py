@@ -35,7 +35,7 @@ class Activations:
 
     def megatron_options(self) -> dict[str, Any]:
         """The fields of TransformerConfig that Megatron's recomputation reads."""
-        if self.recompute == "none":
+        if self.recompute in ("none", "small"):  # the latter is not Megatron's: recompute.py
             return {}
         if self.recompute == "selective":
             return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}

@@ -26,6 +26,7 @@ from megadpo.model.activations import KEEP, Activations
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
+from megadpo.model.attention.packed_projection import PackedSelfAttention
 from megadpo.model.families import (
     ExpertPlace,
     ParameterShard,
@@ -36,6 +37,7 @@ from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
 from megadpo.model.offload import Offloader, offload_activations
+from megadpo.model.recompute import Recomputer, recompute_small
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.model.weight_gradients import use_own_linear_layers
@@ -56,6 +58,7 @@ class Stage:
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
         offloader: what offloads activations, where `train.activation_offload` says so.
+        recomputer: what computes cheap results again, with `train.recompute: small`.
     """
 
     models: list[GPTModel]
@@ -64,6 +67,7 @@ class Stage:
     layers: Layers
     small_ops: str
     offloader: Offloader | None = None
+    recomputer: Recomputer | None = None
 
     @property
     def model(self) -> GPTModel:
@@ -124,7 +128,9 @@ def build_stage(
     for chunk, model in enumerate(models):
         first_layer = _layers(shape, layout, chunk).start
         parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, offload_activations(models, activations))
+    offloader = offload_activations(models, activations)
+    recomputer = recompute_small(models, activations, offloader)
+    return Stage(models, parameters, backend.name, layers, small_ops.name, offloader, recomputer)
 
 
 def _build_chunk(
@@ -306,6 +312,7 @@ def _layer_spec(
     attention = layer.submodules.self_attention.submodules
     if kind == "local":
         use_own_linear_layers(layer.submodules.mlp.submodules, attention)
+        layer.submodules.self_attention.module = PackedSelfAttention
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = small_ops.norm

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megadpo.model.recompute import recomputable
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, its weight marked so that Megatron sums its gradient over the tensor ranks under
-    sequence parallelism (Megatron's own wrapper of torch's norms refuses that)."""
+    sequence parallelism (Megatron's own wrapper of torch's norms refuses that).
+
+    Attributes:
+        reads_views: whether heads may be given as they lie in a packed projection, uncopied.
+    """
+
+    reads_views = False
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
@@ -18,7 +27,14 @@ class RMSNorm(torch.nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute Megatron reads
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = _RMSNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
+        return recomputable(self.normed, x, self.weight)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], from x [..., H] and the norm's weight [H], which may be a copy."""
+        if x.device.type == "cpu":
+            normed = _RMSNorm.apply(x, weight, self.eps)
+        else:
+            normed = F.rms_norm(x, self.normalized_shape, weight, self.eps)
         # The embedding's [T, 1, H] is a transposed view, and elementwise results keep such strides. torch.matmul goes
         # another way through those, not the same with and without gradients: policy and reference would differ by rounding.
         return normed.reshape(-1, x.shape[-1]).view(x.shape)

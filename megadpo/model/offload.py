@@ -139,7 +139,7 @@ class Offloader:
         self._left_alone = {tensor.untyped_storage()._cdata for tensor in stays if tensor is not None}
         self._shelf = []
         self.target.begin_pass()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         self._hooks.__enter__()
 
     def _end_pass(self, *unused: Any) -> None:
@@ -148,7 +148,8 @@ class Offloader:
             self._hooks = None
         self._seen.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _View:
+    def pack(self, tensor: Tensor) -> Tensor | _View:
+        """What autograd is to keep of a tensor that it saves during a pass."""
         storage = tensor.untyped_storage()
         if storage.nbytes() < MIN_BYTES or storage._cdata in self._left_alone:
             return tensor
@@ -175,7 +176,8 @@ class Offloader:
             num_bytes, num_gone = num_bytes - oldest.num_bytes, num_gone + 1
         self._leaving = [weakref.ref(entry) for entry in leaving[num_gone:]]
 
-    def _unpack(self, saved: Tensor | _View) -> Tensor:
+    def unpack(self, saved: Tensor | _View) -> Tensor:
+        """The tensor again, from what `pack` gave."""
         if isinstance(saved, Tensor):
             return saved
         entry = saved.entry

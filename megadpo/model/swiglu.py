@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadpo.model.recompute import recomputable
+
 
 class SwiGLU(torch.nn.Module):
     """[..., 2 F], gate first -> [..., F]."""
@@ -19,7 +21,7 @@ class SwiGLU(torch.nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLU.apply(x)
+        return recomputable(_SwiGLU.apply, x)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.data.batches.micro_batch import MicroBatch, counted
 
 RESPONSE_SUMS = ("logps", "token_logps", "prompt_logps", "reward", "entropy", "correct", "mean_logit", "log_square")
 """Columns of `response_sums`; the first four are `DIFFERENTIABLE`, the others are the log-prob head's
@@ -88,7 +88,7 @@ class ResponseStatistics:
     @property
     def num_responses_G(self) -> Tensor:
         """int64, responses of each group."""
-        end = self.first_G.new_tensor([len(self.logps_R)])
+        end = self.first_G.new_full((1,), len(self.logps_R))
         return torch.diff(self.first_G, append=end)
 
 
@@ -108,7 +108,7 @@ def response_sums(token_statistics: Tensor, micro_batch: MicroBatch, ld_alpha: f
     weighted_N = logp_N * (in_completion_N if ld_alpha is None else _length_weights(micro_batch, ld_alpha))
     columns = [weighted_N, logp_N * in_completion_N, logp_N * (1 - in_completion_N), torch.zeros_like(logp_N)]
     terms_NS = torch.cat([torch.stack(columns, dim=-1), statistics_NS[:, 1:] * in_completion_N[:, None]], dim=-1)
-    lengths_R = torch.bincount(micro_batch.response_N, minlength=micro_batch.num_responses)
+    lengths_R = counted(micro_batch.response_N, micro_batch.num_responses)
     return torch.segment_reduce(terms_NS, "sum", lengths=lengths_R, axis=0, unsafe=True)
 
 
@@ -125,8 +125,7 @@ def _length_weights(micro_batch: MicroBatch, ld_alpha: float) -> Tensor:
 
 def _num_scored(micro_batch: MicroBatch) -> Tensor:
     """int64 [R]: scored completion tokens of each response."""
-    scored_N = micro_batch.response_N[micro_batch.place_N > 0]
-    return torch.bincount(scored_N, minlength=micro_batch.num_responses)
+    return counted(micro_batch.response_N, micro_batch.num_responses, micro_batch.place_N > 0)
 
 
 def response_statistics(sums_RS: Tensor, reference_logps_R: Tensor | None, micro_batch: MicroBatch) -> ResponseStatistics:

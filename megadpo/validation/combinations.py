@@ -1,8 +1,8 @@
 """What combines with what: one table, read by the option check, by `megadpo plan --layouts` and by docs/parallelism.md.
 
-Two features combine unless EXCLUDED or NEEDS says otherwise. A new feature is a line in FEATURES, a new exclusion one in
-EXCLUDED. `python -m tools.combinations_table --write` renews the page; tests/unit/validation/test_combinations.py switches
-on each feature and each pair of them and holds the table to what happens.
+Two features combine unless EXCLUDED or NEEDS says otherwise, or they are values of one option. A new feature is a line in
+FEATURES, a new exclusion one in EXCLUDED. `python -m tools.combinations_table --write` renews the page;
+tests/unit/validation/test_combinations.py switches on each feature and each pair and holds the table to what happens.
 """
 
 from __future__ import annotations
@@ -79,7 +79,13 @@ FEATURES: tuple[Feature, ...] = (
         lambda c: c.train.activation_offload != "none",
         ("train.activation_offload=disk", "train.activation_offload_dir=x"),
     ),
-    Feature("recomputation", "train.recompute", lambda c: c.train.recompute != "none", ("train.recompute=full",)),
+    Feature(
+        "recomputation",
+        "train.recompute",
+        lambda c: c.train.recompute in ("selective", "full"),
+        ("train.recompute=full",),
+    ),
+    Feature("small recomputation", "train.recompute", lambda c: c.train.recompute == "small", ("train.recompute=small",)),
     Feature(
         "precomputed reference",
         "reference.mode",
@@ -134,6 +140,11 @@ EXCLUDED: tuple[Rule, ...] = (
         "TransformerEngine",
         "offloaded activations",
         "what its layers keep for the backward pass is not moved away; use local layers, or recompute activations instead",
+    ),
+    Rule(
+        "small recomputation",
+        "TransformerEngine",
+        "norms are built into TransformerEngine's layers, which keep their results; use local layers, or selective or full",
     ),
     Rule("experts", "context", "experts are not built for context parallelism; leave parallel.context at 1"),
     Rule("experts", "virtual pipeline", "experts are not built for several chunks a stage; leave virtual_pipeline at 1"),
@@ -215,6 +226,12 @@ def check_combinations(config: Config) -> None:
 def rule_between(first: str, second: str) -> Rule | None:
     """The exclusion of two features, in either order."""
     return next((rule for rule in EXCLUDED if {rule.first, rule.second} == {first, second}), None)
+
+
+def are_of_one_option(first: str, second: str) -> bool:
+    """Whether two features are values of the same option, so that there is nothing to combine."""
+    setting, other = (next(feature.setting for feature in FEATURES if feature.name == name) for name in (first, second))
+    return setting == other
 
 
 def _text(value: Any) -> str:

@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.reference": ("before", "interleaved"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.moments_dtype": ("fp32", "bf16"),
-    "train.recompute": ("none", "full", "selective"),
+    "train.recompute": ("none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),
 }

@@ -29,12 +29,14 @@ DTYPES = [pytest.param(torch.float32, id="fp32", marks=FP32), pytest.param(torch
 
 NUM_STEPS = 4
 WAYS = [
+    Activations("small"),
     Activations("selective"),
     Activations("full"),
     Activations("full", recompute_num_layers=2),
     Activations("full", "block", 2),
     Activations(offload="cpu", offload_window_mib=0),
     Activations(offload="cpu"),
+    Activations("small", offload="cpu", offload_window_mib=0),
     Activations("full", offload="cpu", offload_window_mib=0),
 ]
 
@@ -169,8 +171,10 @@ def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
 
 def test_recomputing_and_offloading_free_the_memory_of_the_device():
     away = Activations(offload="cpu", offload_window_mib=64)
-    ways = [Activations(), Activations("full"), away, Activations("full", offload="cpu", offload_window_mib=64)]
-    kept, recomputed, moved, both = on("cuda", peaks, ways)
+    both_ways = Activations("full", offload="cpu", offload_window_mib=64)
+    ways = [Activations(), Activations("small"), Activations("full"), away, both_ways]
+    kept, small, recomputed, moved, both = on("cuda", peaks, ways)
+    assert small[0] < 0.7 * kept[0] and small[1] < 0.8 * kept[1]
     assert recomputed[0] < 0.3 * kept[0] and recomputed[1] < 0.5 * kept[1]
     assert moved[0] < 0.3 * kept[0] and moved[1] < 0.5 * kept[1]
     assert both[0] < recomputed[0] and both[1] < recomputed[1]
@@ -211,11 +215,12 @@ def test_megadpo_train_learns_in_bf16_reports_its_memory_and_exports_what_transf
     settings: dict[str, Any] = {
         "model": {"path": str(files[0])},
         "data": {
-            "train": str(write_hh(tmp_path / "rows.jsonl", 60)),
+            "train": str(write_hh(tmp_path / "rows.jsonl", 8)),
             "max_length": 128,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "train": {"steps": 6, "pairs_per_step": 8, "tokens_per_micro_batch": 1024, "learning_rate": 1e-3},
+        # Few pairs, each of them several times: what was seen before is learned.
+        "train": {"steps": 6, "pairs_per_step": 4, "tokens_per_micro_batch": 1024, "learning_rate": 1e-3},
         "checkpoint": {"every": 3},
         "logging": {"tensorboard": False},
         "output_dir": str(tmp_path / "run"),

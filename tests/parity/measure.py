@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from tests.parity.worker import Case, Outcome, outcomes
 
 
 def trained_outcomes(
-    directory: Path, changes: dict[str, Any], cases: dict[int, list[Case]]
+    directory: Path, changes: dict[str, Any], cases: dict[int, list[Case]], scores: bool = False
 ) -> tuple[dict[str, Tensor], list[tuple[Case, Outcome]]]:
     """A Qwen3 with `changes` in every case (by number of processes): its weights before, and what each case gave:
-    gradients, and weights after three AdamW steps."""
+    gradients, and weights after three AdamW steps; with `scores` log-probs too."""
     policy = save_model(directory / "policy", "qwen3", **changes)
     reference = save_model(directory / "reference", "qwen3", seed=1, **changes)
-    groups = random_groups(13, seed=3)
+    groups, measure = random_groups(13, seed=3), functools.partial(outcomes, scores=scores)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
     found = [
         pair
         for num_processes, some in cases.items()
-        for pair in zip(some, run_world(num_processes, outcomes, policy, reference, groups, some, 3)[0], strict=True)
+        for pair in zip(some, run_world(num_processes, measure, policy, reference, groups, some, 3)[0], strict=True)
     ]
     return before, found
 

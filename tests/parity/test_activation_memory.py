@@ -18,7 +18,7 @@ from tests.parity.worker import Case, outcomes
 NUM_LAYERS = 8
 SMALL = 90
 """Tokens of a micro-batch, so that several, of different lengths and orders of segments, are under way at once."""
-SELECTIVE, FULL = Activations("selective"), Activations("full")
+CHEAP, SELECTIVE, FULL = Activations("small"), Activations("selective"), Activations("full")
 PAIRS, BLOCK = Activations("full", recompute_num_layers=2), Activations("full", "block", 1)
 
 
@@ -36,12 +36,12 @@ def files(tmp_path_factory):
 
 MEGATRONS, OURS = PipelineScheduleConfig(), PipelineScheduleConfig("1f1b")
 CASES = {
-    1: [(Layout(), MEGATRONS, [SELECTIVE, FULL, PAIRS, BLOCK, "none", "full"])],
+    1: [(Layout(), MEGATRONS, [CHEAP, SELECTIVE, FULL, PAIRS, BLOCK, "none", "small", "full"])],
     2: [
-        (Layout(tensor=2, sequence=True), MEGATRONS, [SELECTIVE, BLOCK, "selective"]),
-        (Layout(pipeline=2), MEGATRONS, [PAIRS, BLOCK, "none", "full"]),
-        (Layout(pipeline=2, virtual=2), MEGATRONS, [SELECTIVE, PAIRS, "none"]),
-        (Layout(pipeline=2, virtual=2), OURS, [FULL, "none"]),
+        (Layout(tensor=2, sequence=True), MEGATRONS, [CHEAP, SELECTIVE, BLOCK, "small", "selective"]),
+        (Layout(pipeline=2), MEGATRONS, [CHEAP, PAIRS, BLOCK, "none", "full"]),
+        (Layout(pipeline=2, virtual=2), MEGATRONS, [CHEAP, SELECTIVE, PAIRS, "none"]),
+        (Layout(pipeline=2, virtual=2), OURS, [CHEAP, FULL, "none"]),
     ],
 }
 """A text: offloaded, with that recomputation."""
@@ -65,15 +65,34 @@ def test_gradients_are_those_of_kept_activations_to_the_bit(files, num_processes
         assert (outcome.loss, outcome.grad_norm) == (kept.loss, kept.grad_norm), str(case)
         assert all((outcome.weights[name] == kept.weights[name]).all() for name in kept.weights), str(case)
         assert (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)
+        assert (outcome.num_recomputed > 0) == (case.memory.recompute == "small"), str(case)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+EXPERTS = {1: Layout(), 2: Layout(tensor=2, sequence=True, expert=2)}
+
+
+@pytest.mark.parametrize("num_processes", EXPERTS)
+@pytest.mark.slow
+def test_nor_do_those_of_experts_change_where_cheap_results_are_made_again(tmp_path, num_processes):
+    changes = {"mlp_only_layers": [0], "norm_topk_prob": True, "num_hidden_layers": 3}
+    policy = save_model(tmp_path / "policy", "qwen3_moe", tokenizer=False, **changes)
+    layout = EXPERTS[num_processes]
+    ways = (Activations(), CHEAP, away(tmp_path, "small"))
+    cases = [Case(layout, tokens_per_micro_batch=SMALL, router_aux_coef=0.01, memory=way) for way in ways]
+    kept, *found = run_world(num_processes, outcomes, policy, policy, random_groups(7, seed=3), cases, 1)[0]
+    for case, outcome in zip(cases[1:], found, strict=True):
+        assert oracle.worst_relative_error(outcome.gradients, kept.gradients)[0] == 0, str(case)
+        assert (outcome.loss, outcome.grad_norm) == (kept.loss, kept.grad_norm) and outcome.num_recomputed > 0, str(case)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.slow
 def test_nor_do_those_of_deepspeed_s_engine_change(files, tmp_path, zero_stage):
     pytest.importorskip("deepspeed")
-    ways = [None, away(tmp_path), BLOCK]
+    ways = [None, CHEAP, BLOCK, *([] if zero_stage == 3 else [away(tmp_path), away(tmp_path, "small")])]
     cases = [zero_worker.Case(Layout(), zero_stage, tokens_per_micro_batch=SMALL, memory=way) for way in ways]
     kept, *found = run_world(1, zero_worker.outcomes, *files, cases, 1)[0]
     for case, outcome in zip(cases[1:], found, strict=True):
         assert oracle.worst_relative_error(outcome.gradients, kept.gradients)[0] == 0, str(case)
         assert outcome.loss == kept.loss and (outcome.num_bytes_moved > 0) == (case.memory.offload != "none"), str(case)
+        assert (outcome.num_recomputed > 0) == (case.memory.recompute == "small"), str(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def measured(request, tmp_path_factory):
     family, (changes, some_cases) = request.param.split("-")[0], MODELS[request.param]
     policy = save_model(directory / "policy", family, **changes)
     reference = save_model(directory / "reference", family, seed=1, **changes)
-    groups = hh_groups(8, policy, max_length=100)
+    groups = hh_groups(6, policy, max_length=100)
     model = oracle.load(policy)
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA)
@@ -67,8 +68,8 @@ def measured(request, tmp_path_factory):
 def found_in(some_cases, policy, reference, groups, num_steps) -> list[tuple[Case, Outcome]]:
     cases, found = [case for cases in some_cases.values() for case in cases], []
     for size, some in some_cases.items():
-        objective = ObjectiveConfig(beta=BETA)
-        found += run_world(size, outcomes, policy, reference, groups, some, num_steps, torch.float32, objective)[0]
+        measure = functools.partial(outcomes, objective=ObjectiveConfig(beta=BETA), scores=num_steps == 0)
+        found += run_world(size, measure, policy, reference, groups, some, num_steps)[0]
     return list(zip(cases, found, strict=True))
 
 

@@ -17,6 +17,7 @@ CASES = {
         Case(Layout(pipeline=2), moves=True),
         Case(Layout(pipeline=2), share_prompts=False, tokens_per_micro_batch=150),
         Case(Layout(pipeline=2), recompute="full"),
+        Case(Layout(pipeline=2), recompute="small"),
         Case(Layout(pipeline=2), objective=ObjectiveConfig(loss_type="aot", ld_alpha=0.5)),
         Case(Layout(data=2), recompute="selective"),
     ],

@@ -15,6 +15,7 @@ CASES = {
     2: [
         Case(Layout(pipeline=2), moves=True),
         Case(Layout(pipeline=2), recompute="full", objective=ObjectiveConfig(loss_type="aot", ld_alpha=0.5)),
+        Case(Layout(pipeline=2), recompute="small"),
     ],
     4: [
         Case(Layout(pipeline=4)),

@@ -65,6 +65,8 @@ class Outcome:
     model_weights: dict[str, Tensor] = field(default_factory=dict)
     router: dict[str, float] = field(default_factory=dict)
     num_bytes_moved: int = 0
+    num_recomputed: int = 0
+    """By `train.recompute: small`."""
     num_bytes_of_moments: int = 0
     """On rank 0."""
 
@@ -78,9 +80,13 @@ def outcomes(
     dtype: torch.dtype = torch.float32,
     objective: ObjectiveConfig | None = None,
     tile_rows: int = 64,
+    scores: bool = True,
     backend: str | None = None,
 ) -> list[Outcome] | None:
-    """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps."""
+    """Every case's outcome on rank 0 (None elsewhere): first-step loss and gradients, weights after `num_steps` steps.
+
+    Without `scores` the log-probs are left out, which are scored outside of a step.
+    """
     from megadpo.engine import megatron
     from megadpo.model import offload
     from megadpo.model.heads import logprob as head
@@ -95,7 +101,8 @@ def outcomes(
     ):
         for case in cases:
             with joined_world(case.layout, seed=1):
-                results.append(_outcome(model, reference, groups, case, num_steps, dtype, objective or ObjectiveConfig()))
+                options = objective or ObjectiveConfig()
+                results.append(_outcome(model, reference, groups, case, num_steps, dtype, options, scores))
     rank = dist.get_rank()
     dist.destroy_process_group()
     return results if rank == 0 else None
@@ -138,6 +145,7 @@ def _outcome(
     num_steps: int,
     dtype: torch.dtype,
     options: ObjectiveConfig,
+    scores: bool = False,
 ) -> Outcome:
     from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
@@ -153,6 +161,7 @@ def _outcome(
     from megadpo.training.reference import NoReference, Reference, ResidentReference, frozen_stage
     from megadpo.training.score import response_logps
     from megadpo.training.step import optimizer_step, reduce_metrics
+    from tests.parity.remembered import RememberedReference
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
     objective = Objective.of(options)
@@ -173,7 +182,9 @@ def _outcome(
     )
     stage = build_stage(shape_of(hf_config), layout, dtype, case.activations, options=case.model)
     load_weights(stage, source)
-    outcome = Outcome(logps=torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)]))
+    outcome = Outcome()
+    if scores:
+        outcome.logps = torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)])
     run_reference: Reference = NoReference()
     if objective.needs_reference:
         frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
@@ -189,11 +200,13 @@ def _outcome(
     def keep_gradients() -> None:
         gradients.update({name: tensor.clone() for name, tensor in engine.gradients()})
 
+    step_reference = run_reference
     for step in range(max(1, num_steps)):
         batch = pack_global_batch(packing, np.arange(len(groups)), objective)
         keep = keep_gradients if step == 0 else None
-        result = optimizer_step(engine, run_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
+        result = optimizer_step(engine, step_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
         running_mean = result.running_mean
+        step_reference = RememberedReference(result.reference_logps)
         outcome.losses.append(reduce_metrics(result.metric_sums, objective)["loss"])
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
@@ -212,6 +225,7 @@ def _outcome(
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
+    outcome.num_recomputed = 0 if stage.recomputer is None else stage.recomputer.num_recomputed
     return outcome
 
 

@@ -99,6 +99,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     from megadpo.training.global_batch import pack_global_batch
     from megadpo.training.reference import NoReference, Reference, ResidentReference
     from megadpo.training.step import optimizer_step, reduce_metrics
+    from tests.parity.remembered import RememberedReference
 
     layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
     objective = Objective.of(ObjectiveConfig(loss_type=case.objective))
@@ -124,11 +125,13 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     def keep_gradients() -> None:
         gradients.update({name: tensor.clone() for name, tensor in engine.gradients()})
 
+    step_reference = run_reference
     for step in range(num_steps):
         batch = pack_global_batch(packing, np.arange(len(groups)), objective)
         keep = keep_gradients if step == 0 else None
-        result = optimizer_step(engine, run_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
+        result = optimizer_step(engine, step_reference, batch, objective, running_mean, 1e-3, on_gradients=keep)
         running_mean = result.running_mean
+        step_reference = RememberedReference(result.reference_logps)
         if step == 0:
             outcome.gradients = whole_tensors(hf_config, engine.stage, gradients, layout)
             outcome.grad_norm = result.grad_norm
@@ -142,6 +145,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         own = Path(case.offload_dir) / f"rank{dist.get_rank()}"
         outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
     outcome.num_bytes_moved = 0 if engine.stage.offloader is None else engine.stage.offloader.num_bytes_moved
+    outcome.num_recomputed = 0 if engine.stage.recomputer is None else engine.stage.recomputer.num_recomputed
     outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     return outcome
 

@@ -53,8 +53,8 @@ def card(tmp_path) -> str:
     (programs / "python").write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
-        f'*"-m pytest"*) echo \'{{"event": "collected", "time": 1, "tests": ["a", "b"]}}\' >"${FILE_VARIABLE}"; '
-        "sleep 100;;\n"
+        '*"-m pytest"*) echo \'{"time": 1, "event": "collected", "tests": ["a", "b"]}\' '
+        f'>"${FILE_VARIABLE}"; sleep 100;;\n'
         f'*benchmarks*) sleep 100;; -c*) exit 1;; *) exec {sys.executable} "$@";;\n'
         "esac\n"
     )

@@ -153,7 +153,7 @@ class MicroBatch:
     @property
     def first_G(self) -> Tensor:
         """int64, each group's first response."""
-        num_responses_G = torch.bincount(self.group_R, minlength=len(self.group_ids))
+        num_responses_G = counted(self.group_R, len(self.group_ids))
         return num_responses_G.cumsum(0) - num_responses_G
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -169,6 +169,15 @@ class MicroBatch:
         shard = None if self.shard is None else self.shard.with_tensors(change)
         halves = tuple(half.with_tensors(change) for half in self.halves)
         return replace(self, row_values=row_values, shard=shard, halves=halves, **_changed_tensors(self, change))
+
+
+def counted(numbers: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
+    """int64 [size]: how often each of 0..size-1 is among `numbers`, of those that count.
+
+    As torch.bincount, which on a GPU waits for the largest number.
+    """
+    ones = torch.ones_like(numbers) if counts is None else counts.to(numbers.dtype)
+    return numbers.new_zeros(size).scatter_add_(0, numbers, ones)
 
 
 def _changed_tensors(item: MicroBatch | StreamShard, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -3,15 +3,19 @@ TransformerEngine's `DotProductAttention`.
 
 These kernels take queries and keys of all sequences one after the other, and where each begins; with fewer queries than keys
 the last query sees all keys. So a segment is a sequence whose keys are those of its prompt and its own: they are gathered
-by an index made once a micro-batch, and the gather's backward adds up a prompt's gradients over its responses.
+by an index made once a micro-batch, and the gather's backward adds up a prompt's gradients over its responses. On CUDA with
+Triton one kernel does the one and one the other (gather_keys.py).
 
 Axes: T stream tokens, S keys of the stream, G gathered keys, N segments, A query heads, K key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +23,10 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionNeeds
+from megadpo.model.recompute import recomputable
+
+if TYPE_CHECKING:  # it imports Triton
+    from megadpo.model.attention.gather_keys import Readers
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Sequences:
         query_starts, key_starts: int32 [N + 1], where each sequence begins, and the end of the last.
         max_queries, max_keys: of a sequence.
         reach: how many keys before and after its own a query sees (-1: all).
+        readers: which gathered keys each of the stream's is read as, where Triton's kernels do the gathering; else None.
     """
 
     keys_G: Tensor | None
@@ -38,12 +47,25 @@ class Sequences:
     max_queries: int
     max_keys: int
     reach: tuple[int, int]
+    readers: Readers | None = None
 
-    def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """[G, K, D] each, from key and value [S, K, D] of the stream."""
-        if self.keys_G is None:
+    def gathered(self, key: Tensor, value: Tensor, num_copies: int = 1) -> tuple[Tensor, Tensor]:
+        """[G, K * num_copies, D] each, copies of a head side by side, from key and value [S, K, D] of the stream."""
+        if self.keys_G is None and num_copies == 1:
             return key, value
-        return key.index_select(0, self.keys_G), value.index_select(0, self.keys_G)
+        copied = functools.partial(self._copied, num_copies=num_copies)
+        # Of other ranks' keys some may be left out: then the copies are smaller than what they are copied from.
+        if self.keys_G is not None and len(self.keys_G) * num_copies < len(key):
+            return copied(key), copied(value)
+        return recomputable(copied, key), recomputable(copied, value)
+
+    def _copied(self, rows_SKD: Tensor, num_copies: int) -> Tensor:
+        if self.readers is not None:
+            from megadpo.model.attention.gather_keys import gather_keys
+
+            return gather_keys(rows_SKD, self.readers, num_copies)
+        rows = rows_SKD if self.keys_G is None else rows_SKD.index_select(0, self.keys_G)
+        return rows if num_copies == 1 else rows.repeat_interleave(num_copies, dim=1)
 
 
 def sequences_of(
@@ -53,19 +75,36 @@ def sequences_of(
     there = [segment for segment in segments if segment.end > segment.start]
     keys = [np.concatenate([np.arange(s.prompt_start, s.prompt_end), np.arange(s.keys.start, s.keys.stop)]) for s in there]
     keys_G = np.concatenate(keys)
+    is_gathered = not np.array_equal(keys_G, np.arange(num_keys))
     num_queries_N, num_keys_N = [s.end - s.start for s in there], [len(some) for some in keys]
 
     def starts(lengths: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+        return _on(device, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
+    index_G = _on(device, keys_G) if is_gathered else None
     return Sequences(
-        None if np.array_equal(keys_G, np.arange(num_keys)) else torch.from_numpy(keys_G).to(device),
+        index_G,
         starts(num_queries_N),
         starts(num_keys_N),
         max(num_queries_N),
         max(num_keys_N),
         (-1, 0) if window is None else (window - 1, 0),
+        None if index_G is None else _readers_by_kernel(index_G, keys_G, num_keys),
     )
+
+
+def _readers_by_kernel(index_G: Tensor, keys_G: np.ndarray[Any, Any], num_keys: int) -> Readers | None:
+    if index_G.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from megadpo.model.attention.gather_keys import Readers, readers_of
+
+    return Readers(index_G, *(_on(index_G.device, numbers) for numbers in readers_of(keys_G, num_keys)))
+
+
+def _on(device: torch.device, numbers: np.ndarray[Any, Any]) -> Tensor:
+    """On a GPU by a copy that nothing waits for."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def why_not_on_this_gpu(needs: AttentionNeeds) -> str | None:

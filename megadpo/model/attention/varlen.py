@@ -50,12 +50,11 @@ class VarlenBackend:
             options["scale"] = scale
         else:
             query = _scaled(query, scale * math.sqrt(query.shape[2]))
-        key, value = prepared.gathered(key, value)
         num_sharing = query.shape[1] // key.shape[1]
         if "enable_gqa" in taken:
             options["enable_gqa"] = num_sharing > 1
-        elif num_sharing > 1:
-            key, value = (x.repeat_interleave(num_sharing, dim=1) for x in (key, value))
+            num_sharing = 1
+        key, value = prepared.gathered(key, value, num_copies=num_sharing)
         starts = (prepared.query_starts, prepared.key_starts, prepared.max_queries, prepared.max_keys)
         output = varlen_attn(query, key, value, *starts, **options)
         assert isinstance(output, Tensor)

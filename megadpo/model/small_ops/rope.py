@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
+from megadpo.model.recompute import remember
 from megadpo.model.rope import PositionRope
 
 BLOCK_NUMBERS = 2048
@@ -39,7 +40,10 @@ def rotate(query_TAD: Tensor, key_TKD: Tensor, cosine_TN: Tensor, sine_TN: Tenso
             copied.
         cosine_TN, sine_TN: contiguous, in float32.
     """
-    return _Rotate.apply(query_TAD, key_TKD, cosine_TN, sine_TN)
+    turned = _Rotate.apply(query_TAD, key_TKD, cosine_TN, sine_TN)
+    for result, x in zip(turned, (query_TAD, key_TKD), strict=True):
+        remember(result, _turned_alone, x, cosine_TN, sine_TN)
+    return turned
 
 
 class _Rotate(torch.autograd.Function):
@@ -83,6 +87,10 @@ def _turned(query_TAD: Tensor, key_TKD: Tensor, cosine_TN: Tensor, sine_TN: Tens
             block_pairs,
         )
     return turned_query, turned_key
+
+
+def _turned_alone(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor) -> Tensor:
+    return _turned(x_TAD, x_TAD[:, :0], cosine_TN, sine_TN, sign=1.0)[0]
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megadpo.model.recompute import recomputable
 from megadpo.model.swiglu import SwiGLU
 
 BLOCK_COLUMNS = 1024
@@ -21,7 +22,7 @@ class TritonSwiGLU(SwiGLU):
     """The activation of Megatron's spec by these kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
+        return recomputable(swiglu, x)
 
 
 def swiglu(x: Tensor) -> Tensor:

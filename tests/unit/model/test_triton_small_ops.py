@@ -91,6 +91,22 @@ def test_a_row_s_norm_does_not_depend_on_how_many_rows_there_are(dtype):
     assert torch.equal(rms_norm(x, weight, 1e-5)[65:68], rms_norm(x[65:68], weight, 1e-5))
 
 
+@pytest.mark.parametrize("heads", [lambda x: x[:, :, :, :2], lambda x: x[:, :, :, 2], lambda x: x.transpose(-1, 0)])
+def test_heads_are_normed_where_they_lie_in_a_packed_projection(heads):
+    """Two queries, a key and a value a group; the last ones' columns do not lie side by side."""
+    torch.manual_seed(0)
+    packed = torch.randn(5, 1, 3, 4, 16, device=DEVICE)
+    weight = torch.randn(heads(packed).shape[-1], device=DEVICE)
+    gradient = torch.randn(heads(packed).shape, device=DEVICE)
+    found = []
+    for given in (heads, lambda x: heads(x).contiguous()):
+        leaves = packed.clone().requires_grad_(), weight.clone().requires_grad_()
+        normed = rms_norm(given(leaves[0]), leaves[1], 1e-5)
+        found.append([normed, *torch.autograd.grad(normed, leaves, gradient)])
+        assert normed.is_contiguous()
+    assert all(torch.equal(ours, copied) for ours, copied in zip(*found, strict=True))
+
+
 def packed_twin(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -41,6 +41,14 @@ def _run(code: str) -> str:
     return done.stdout
 
 
+def test_megatron_is_imported_after_it_was_prepared_for():
+    """Imported before, its modules would have torch.compile make something of their functions, whose import alone takes two
+    seconds; Triton's is not needed either."""
+    code = "import sys, megadpo.training.trainer as _; print({name.split('.')[0] for name in sys.modules})"
+    imported = _run(code)
+    assert "'torch'" in imported and "'megatron'" not in imported and "'triton'" not in imported
+
+
 @pytest.mark.slow
 def test_training_in_a_users_process_leaves_torch_as_it_was(tmp_path):
     save_model(tmp_path / "model", "llama", tie_word_embeddings=True)

@@ -18,6 +18,8 @@ from megadpo.validation.memory import check_memory_machine, check_recompute_laye
     [
         (["recompute_method=block"], "train.recompute_method is block, which has no effect with train.recompute none"),
         (["recompute=selective", "recompute_num_layers=2"], "no effect with train.recompute selective; set that to full"),
+        (["recompute=small", "recompute_method=block"], "no effect with train.recompute small; set that to full"),
+        (["recompute=norms"], "'norms' is not known; choose one of: none, small, selective, full"),
         (["recompute=full", "recompute_method=block"], "say in train.recompute_num_layers how many layers are recomputed"),
         (["activation_offload=disk"], "disk needs a directory"),
         (["activation_offload_dir=x"], "nothing else reads one"),
@@ -98,8 +100,8 @@ def test_layers_to_recompute_fit_the_stages(method, num_layers, sentence):
     assert sentence in str(caught.value)
 
 
-def test_the_present_three_words_mean_what_they_meant():
-    assert Activations("none").megatron_options() == {}
+def test_the_present_words_mean_what_they_meant_and_megatron_is_not_told_of_small():
+    assert Activations("none").megatron_options() == Activations("small").megatron_options() == {}
     assert Activations("selective").megatron_options()["recompute_granularity"] == "selective"
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     assert Activations.of(TrainConfig(recompute="full")).megatron_options() == full

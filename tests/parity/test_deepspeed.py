@@ -253,14 +253,14 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     def settings(name: str, **offload: str) -> dict[str, Any]:
         options = {"engine": "deepspeed", "zero_stage": 3, "deepspeed_config": json_file, **layout, **offload}
         # Few pairs: a processor that does not multiply bf16 itself takes minutes for many in models as wide as these.
-        train = {"steps": 4, "warmup_steps": 0, "pairs_per_step": 2}
-        return _settings(files, tmp_path / name, parallel=options, model={"path": str(model), "dtype": dtype}, train=train)
+        own = {"train": {"steps": 3, "warmup_steps": 0, "pairs_per_step": 2}, "checkpoint": {"every": 1, "keep": 1}}
+        return _settings(files, tmp_path / name, parallel=options, model={"path": str(model), "dtype": dtype}, **own)
 
     def to_files(name: str) -> dict[str, Any]:
         return settings(name, offload="nvme", offload_dir=str(tmp_path / "nvme"))
 
     whole = run_world(2, train_run, settings("whole", offload="cpu"))[0]
-    run_world(2, train_run, to_files("broken"), 3)
+    run_world(2, train_run, to_files("broken"), 2)
     assert run_world(2, train_run, to_files("broken"))[0] == whole, "the same optimizer, in memory and never broken off"
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 

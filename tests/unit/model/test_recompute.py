@@ -77,8 +77,8 @@ def test_a_layer_keeps_the_inputs_of_its_norms_and_of_swiglu_and_not_a_bit_chang
 def test_where_a_kernel_of_ours_rotates_queries_and_keys_are_not_kept_either():
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
         pytest.skip("Triton's interpreter is not to be had")
-    # And rope twice, with the norms before it, and before that of the queries their copy.
-    check("triton", [torch.float32], 1, LEFT + NORMS + FFN + QUERY_COPY + ROTATED, LEFT, 9)
+    # And rope twice, with the norms before it, which read the heads where they lie.
+    check("triton", [torch.float32], 1, LEFT + NORMS + FFN + ROTATED, LEFT, 7)
 
 
 class Pass(torch.nn.Module):

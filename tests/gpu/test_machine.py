@@ -37,6 +37,7 @@ def place() -> tuple[str, str, str]:
     return os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]
 
 
+@pytest.mark.slow
 def test_cases_share_a_process_until_one_fails_or_takes_too_long():
     first, _ = on("cpu", remember, "one")
     second, found = on("cpu", remember, "two")
@@ -51,6 +52,7 @@ def test_cases_share_a_process_until_one_fails_or_takes_too_long():
         on("cpu", time.sleep, 100, timeout=0.5)
 
 
+@pytest.mark.slow
 def test_what_a_case_leaves_is_not_there_for_the_next_one():
     assert not on("cpu", leave_a_process_group)
     assert not on("cpu", leave_a_process_group)

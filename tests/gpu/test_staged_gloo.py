@@ -66,6 +66,7 @@ def messages() -> dict[str, bool]:
     return {"came": bool((came == 1 - rank).all()), "not before": untouched, "added up": bool((total == 2).all())}
 
 
+@pytest.mark.slow
 def test_collectives():
     found = on("cpu", collectives)
     assert all(found.values()), found

@@ -101,6 +101,7 @@ def test_streams_shorter_than_the_ranks_and_replicas_without_any_group(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
     policy = save_model(tmp_path / "policy", "llama", num_hidden_layers=2)
     cases = [Case(layout(method)) for method in METHODS]

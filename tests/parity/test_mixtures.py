@@ -175,6 +175,7 @@ def _balance(model: torch.nn.Module, groups: list) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
     policy: Path = save_model(tmp_path / "policy", "mixtral", tokenizer=False, num_hidden_layers=2)
     cases = [Case(Layout(data=2, expert=2)), Case(Layout(tensor=2, sequence=True, expert=2), share_prompts=False)]

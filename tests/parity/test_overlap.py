@@ -32,6 +32,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("which", all_but_the_first_slow(CASES))
+@pytest.mark.slow
 def test_weights_after_three_steps_are_the_same(which, tmp_path):
     changes, cases = CASES[which]
     policy = save_model(tmp_path / "policy", **{"family": "qwen3", **changes}, tokenizer=False)

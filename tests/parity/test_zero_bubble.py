@@ -44,6 +44,7 @@ def test_experts_and_biases_too(tmp_path):
         check(run_world(2, delayed, policy, policy, random_groups(18, seed=3), [case]), [case])
 
 
+@pytest.mark.slow
 def test_bf16_too(tmp_path):
     case = Case(Layout(pipeline=2), dtype=pytest.importorskip("torch").bfloat16)
     policy = save_model(tmp_path / "policy", num_hidden_layers=2, tokenizer=False)

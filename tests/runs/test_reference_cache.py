@@ -52,6 +52,7 @@ def _close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "aot"])
+@pytest.mark.slow
 def test_the_first_epoch_is_the_resident_one_s_and_the_second_agrees_to_rounding(
     files: Path, tmp_path: Path, loss: str
 ) -> None:

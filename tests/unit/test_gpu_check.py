@@ -63,6 +63,7 @@ def card(tmp_path) -> str:
     return f"{programs}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_it_ends_in_time_though_tests_and_benchmark_hang(tmp_path, card):
     started = time.monotonic()
     done = run("--logs", str(tmp_path / "logs"), "--seconds", "22", "--benchmark", "4", PATH=card)
@@ -141,6 +142,7 @@ def test_all_is_well_only_where_every_test_was_reached_and_the_benchmark_ended(t
 
 
 @pytest.mark.parametrize("options", [[], ["-n", "1", "--dist", "loadgroup"]], ids=["one process", "xdist"])
+@pytest.mark.slow
 def test_pytest_writes_down_what_the_table_needs(tmp_path, options):
     if options:
         pytest.importorskip("xdist")

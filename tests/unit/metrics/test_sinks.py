@@ -127,6 +127,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_missing_tensorboard_is_said_in_a_sentence_and_matters_only_when_asked_for(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TENSORBOARD, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -61,6 +61,7 @@ def test_the_map_of_blocks_is_the_one_that_torch_finds_by_asking_for_every_pair(
         assert int(ours.full_kv_num_blocks.sum()) > 0
 
 
+@pytest.mark.slow
 def test_streams_of_other_lengths_are_not_compiled_again_and_each_scale_is_a_constant():
     graphs = []
 

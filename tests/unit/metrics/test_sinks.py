@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import pytest
+
 from megadpo.metrics.progress import MOST_PLAIN_LINES, ProgressSink, describe
 from megadpo.metrics.sinks import JsonlSink, TensorBoardSink, open_sinks
 

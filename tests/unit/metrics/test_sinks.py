@@ -11,9 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megadpo.metrics.progress import MOST_PLAIN_LINES, ProgressSink, describe
 from megadpo.metrics.sinks import JsonlSink, TensorBoardSink, open_sinks

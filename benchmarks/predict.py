@@ -137,6 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    if min(*options.gpus, options.pairs, options.pairs_per_gpu) < 1:
+        raise SystemExit("benchmarks predict needs at least one GPU and one pair")
     rates = Rates(**{each.name: getattr(options, each.name) for each in dataclasses.fields(Rates)})
     report["rates"] = dataclasses.asdict(rates)
     rows = [

@@ -289,7 +289,7 @@ def parameters(plan: Plan, stage: int) -> tuple[float, float]:
 
 
 def rank_gib(plan: Plan, mix: Mix, stage: int, tokens: float, num_under_way: int) -> float:
-    """GiB of a rank: weights, the reference's, fp32 gradients, its share of masters and moments, activations, a tile of logits.
+    """GiB of a rank: both models' weights, fp32 gradients, its share of masters and moments, activations, a tile of logits.
 
     Args:
         num_under_way: forwards of a chunk whose backward has not been (`peak_activations`).

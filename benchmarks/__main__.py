@@ -36,8 +36,9 @@ BENCHMARKS = (
     "coupled",
     "precision",
     "gpu",
+    "predict",
 )
-OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated")
+OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated", "predict")
 """These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind."""
 
 

@@ -25,11 +25,11 @@ def useful_flop(groups: Sequence[Group], config: Any, body_parameters: int, live
     num_scored = sum(len(response) for group in groups for response in group.responses)
     forward = 2 * body_parameters * num_tokens + 2 * config.hidden_size * config.vocab_size * num_scored
     # Scores and weighted values: 2 FLOP each a pair and channel.
-    forward += 4 * config.hidden_size * config.num_hidden_layers * sum(_attention_pairs(group) for group in groups)
+    forward += 4 * config.hidden_size * config.num_hidden_layers * sum(attention_pairs(group) for group in groups)
     return forward * (4 if live_reference else 3)
 
 
-def _attention_pairs(group: Group) -> float:
+def attention_pairs(group: Group) -> float:
     """Query-key pairs of a group whose responses share one prompt."""
     num_prompt = len(group.prompts[0])
     pairs = num_prompt * (num_prompt + 1) / 2

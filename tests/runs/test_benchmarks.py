@@ -130,6 +130,13 @@ def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
             assert zero_bubble["simulated_steady"] < ours["simulated_steady"]
 
 
+def test_a_step_on_many_gpus_is_predicted_and_a_small_machine_refused(tmp_path):
+    report = _report("predict", tmp_path, "--models", "8B", "70B", "--gpus", "8", "--pairs", "64", "--pairs-per-gpu", "16")
+    assert [(step["model"], step["pairs"]) for step in report["steps"]] == [("8B", 64), ("8B", 128)], "70B does not fit"
+    for step in report["steps"]:
+        assert math.isclose(step["seconds"], sum(step["seconds_by"].values())) and 0 < step["mfu"] < 1
+
+
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
     report = _forked_report("coupled", tmp_path, "--tiny", *sizes)

@@ -159,7 +159,9 @@ def test_the_commands_of_contributing_are_known_to_launch_sh_or_write_a_page() -
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results.md"], ids=lambda p: p.name
+    "page",
+    [ROOT / "docs" / "performance.md", ROOT / "docs" / "many_gpus.md", ROOT / "benchmarks" / "results.md"],
+    ids=lambda p: p.name,
 )
 def test_the_benchmarks_take_the_options_that_the_pages_give_them(page: Path) -> None:
     from benchmarks.__main__ import BENCHMARKS, parser_of

@@ -1,0 +1,91 @@
+"""`benchmarks predict`: what one H100 measured is what is predicted for it, sizes are the package's, messages cost time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from benchmarks.predict import MODELS, best_step, one_card
+from benchmarks.step_model import Plan, Rates, mix_of, parameters, predict
+from megadpo.commands.plan_layouts import most_parameters
+from megadpo.model.families import shape_of
+from megadpo.parallel.layout import Layout
+from tools.prediction_table import PAGE, render, written_in
+
+SHAPES = {name: shape_of(config) for name, config in MODELS.items()}
+
+
+def test_one_card_is_predicted_within_a_tenth_of_what_was_measured() -> None:
+    cards = one_card(Rates())
+    assert [(card[0].plan.recompute, card[1:]) for card in cards[:2]] == [("none", (1.237, 67.0)), ("small", (1.252, 51.6))]
+    for step, seconds, gib in cards:
+        assert step.seconds == pytest.approx(seconds, rel=0.1)
+        assert step.gib == pytest.approx(gib, rel=0.1)
+    assert cards[0][0].mfu == pytest.approx(0.48, abs=0.02)
+
+
+def test_its_parts_are_those_of_the_profile() -> None:
+    """Milliseconds of a step's kernels (benchmarks/results.md): norms, SwiGLU, rope 125, adds 28, copies and the other
+    elementwise ones 48, gathered keys 21, head 16, optimizer 26."""
+    step, _, _ = one_card(Rates())[0]
+    measured = {"matrix products": 0.769, "attention": 0.122, "memory-bound kernels": 0.264, "launches and the rest": 0.082}
+    assert step.seconds_by.keys() == measured.keys(), "one card has no messages, bubbles or imbalance"
+    for name, seconds in measured.items():
+        assert step.seconds_by[name] == pytest.approx(seconds, rel=0.15), name
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=4, sequence=True, pipeline=4), Layout(pipeline=2, virtual=2)])
+@pytest.mark.parametrize("name", ["1.7B", "8B", "70B"])
+def test_a_rank_s_parameters_are_those_of_megadpo_plan(name: str, layout: Layout) -> None:
+    shape = SHAPES[name]
+    plan = Plan(shape, layout, 64)
+    counted = max(sum(parameters(plan, stage)) for stage in range(layout.pipeline))
+    assert counted == pytest.approx(most_parameters(layout, shape), rel=1e-12)
+
+
+def test_experts_are_cut_over_their_ranks() -> None:
+    dense, experts = parameters(Plan(SHAPES["235B-A22B"], Layout(), 64), 0)
+    assert dense + experts == pytest.approx(235.1e9, rel=1e-3)
+    cut = Layout(tensor=2, sequence=True, data=8, expert=16)
+    assert parameters(Plan(SHAPES["235B-A22B"], cut, 64), 0)[1] == experts / 16
+
+
+PLANS = {
+    "tensor, pipeline, data over nodes": Plan(SHAPES["70B"], Layout(tensor=4, sequence=True, pipeline=4, data=8), 512),
+    "chunks of stages, recomputed": Plan(SHAPES["70B"], Layout(pipeline=4, virtual=5, data=4), 512, "full"),
+    "ulysses": Plan(SHAPES["8B"], Layout(context=4, data=8), 512, "small"),
+    "keys to all": Plan(SHAPES["8B"], Layout(context=4, context_method="allgather", data=8), 512, "small"),
+    "experts": Plan(SHAPES["235B-A22B"], Layout(tensor=2, sequence=True, pipeline=8, data=16, expert=32), 1024),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_more_communication_never_makes_a_step_faster(name: str) -> None:
+    plan, rates, mix = PLANS[name], Rates(), mix_of(192)
+    usual = predict(plan, mix, rates).seconds
+    slower = [
+        predict(plan, mix, dataclasses.replace(rates, **change)).seconds
+        for change in ({"nvlink": 33e9}, {"network": 4e9}, {"latency": 2e-3}, {"hidden": 0.0}, {"hidden": 0.4})
+    ]
+    assert all(seconds >= usual for seconds in slower) and max(slower) > usual
+    none = predict(plan, mix, dataclasses.replace(rates, nvlink=1e18, network=1e18, latency=0.0))
+    assert none.seconds < usual
+    # What is left of messages: nothing.
+    assert sum(seconds for part, seconds in none.seconds_by.items() if "messages" in part) < 1e-6 * none.seconds
+
+
+def test_the_best_layout_of_a_slower_network_is_no_faster_and_all_fits() -> None:
+    best = [best_step(SHAPES["8B"], 16, 256, Rates(network=network)) for network in (40e9, 10e9, 1e9)]
+    seconds = [step.seconds for step in best if step is not None]
+    assert len(seconds) == 3 and seconds == sorted(seconds)
+    assert all(step is not None and step.gib <= Rates().gib for step in best)
+
+
+def test_what_does_not_fit_is_not_planned() -> None:
+    assert best_step(SHAPES["70B"], 8, 256, Rates()) is None
+
+
+@pytest.mark.slow
+def test_the_page_has_what_the_command_prints() -> None:
+    assert written_in(PAGE.read_text(encoding="utf-8")) == render(), "run: python -m tools.prediction_table --write"

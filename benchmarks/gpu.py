@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +111,6 @@ def _save_model(directory: Path, options: argparse.Namespace) -> int:
 def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from benchmarks.material import synthetic_groups
     from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
     from megadpo.training.setup import prepare
@@ -125,8 +123,7 @@ def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) 
         "train": {"steps": 1000, "pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity},
         "output_dir": str(directory / re.sub(r"\W", "_", arm)),
     }
-    num_pairs = options.pairs * (options.rounds + 1)
-    groups = synthetic_groups("UltraFeedback-like", num_pairs, options.vocabulary, longest=options.longest)
+    groups = _groups(options)
     setup = setup_on(prepare(load_config(config, overrides)), groups)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -140,14 +137,9 @@ def _trl_arm(arm: str, directory: Path, num_body: int, options: argparse.Namespa
     from transformers import AutoConfig, TrainerCallback
 
     from benchmarks.against_trl import trl_trainer
-    from benchmarks.material import synthetic_groups
 
     _, batch_size, *switched_on = arm.split("+")
-    num_steps, model = options.warm_up + options.rounds, str(directory / "model")
-    groups = synthetic_groups(
-        "UltraFeedback-like", options.pairs * (options.rounds + 1), options.vocabulary, longest=options.longest
-    )
-    order = [*([options.rounds] * options.warm_up), *range(options.rounds)]
+    model, groups, order = str(directory / "model"), _groups(options), _order(options)
     steps = [groups[n * options.pairs :][: options.pairs] for n in order]
     pairs = [group for step in steps for group in sorted(step, key=lambda group: group.num_stream_tokens(False))]
     seconds: list[float] = []
@@ -164,10 +156,23 @@ def _trl_arm(arm: str, directory: Path, num_body: int, options: argparse.Namespa
     settings = {"bf16": True, "use_cpu": False, **dict.fromkeys(switched_on, True)}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = trl_trainer(model, pairs, int(batch_size), options.pairs, num_steps, directory, "bfloat16", **settings)
+    trainer = trl_trainer(model, pairs, int(batch_size), options.pairs, len(order), directory, "bfloat16", **settings)
     trainer.add_callback(Clock())
     trainer.train()
     return _summary(arm, seconds, {}, AutoConfig.from_pretrained(model), groups, num_body, options)
+
+
+def _groups(options: argparse.Namespace) -> list[Any]:
+    """The pairs of the measured steps, and of one more, for the steps that are not."""
+    from benchmarks.material import synthetic_groups
+
+    num_pairs = options.pairs * (options.rounds + 1)
+    return synthetic_groups("UltraFeedback-like", num_pairs, options.vocabulary, longest=options.longest)
+
+
+def _order(options: argparse.Namespace) -> list[int]:
+    """Which of the steps' pairs each step is on, those that are not measured first."""
+    return [*([options.rounds] * options.warm_up), *range(options.rounds)]
 
 
 def _summary(
@@ -208,9 +213,8 @@ def _steps(setup: Any, options: argparse.Namespace) -> tuple[list[float], dict[s
 
     run = build(setup, Callbacks())
     seconds = []
-    order: Sequence[int] = [*([options.rounds] * options.warm_up), *range(options.rounds)]
     try:
-        for step in order:
+        for step in _order(options):
             torch.cuda.synchronize()
             started = time.perf_counter()
             training_step(run, step)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from megadpo.validation.combinations import EXCLUDED, FEATURES, NEEDS, are_of_one_option, rule_between
+from tools.generated import Part
 
-PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
-BEGIN = "<!-- Between these marks: made by tools/combinations_table.py from megadpo/validation/combinations.py. -->\n"
-END = "<!-- end of the table -->\n"
+PART = Part(
+    Path(__file__).parents[1] / "docs" / "parallelism.md",
+    "<!-- Between these marks: made by tools/combinations_table.py from megadpo/validation/combinations.py. -->\n",
+    "<!-- end of the table -->\n",
+)
 
 
 def render() -> str:
@@ -34,14 +36,5 @@ def _cell(name: str, other: str) -> str:
     return "yes" if rule is None else str(EXCLUDED.index(rule) + 1)
 
 
-def written_in(page: str) -> str:
-    """What stands between the marks."""
-    return page.partition(BEGIN)[2].partition(END)[0]
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(text.replace(BEGIN + written_in(text) + END, BEGIN + render() + END), encoding="utf-8")
-    else:
-        print(render())
+    PART.main(render)

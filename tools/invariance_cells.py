@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadpo.parallel.layout import Layout
 from tests.parity import test_context_parallel, test_deepspeed, test_layouts, test_mixtures, test_pipeline
+from tools.generated import Part
 
-PAGE = Path(__file__).parents[1] / "docs" / "tested_layouts.md"
-BEGIN = "<!-- Between these marks: made by tools/invariance_cells.py from the tests' cases. -->\n"
-END = "<!-- end of the cells -->\n"
+PART = Part(
+    Path(__file__).parents[1] / "docs" / "tested_layouts.md",
+    "<!-- Between these marks: made by tools/invariance_cells.py from the tests' cases. -->\n",
+    "<!-- end of the cells -->\n",
+)
 COLUMNS = (
     "processes",
     "tensor",
@@ -111,14 +113,5 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
-def written_in(page: str) -> str:
-    """What stands between the marks."""
-    return page.partition(BEGIN)[2].partition(END)[0]
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(text.replace(BEGIN + written_in(text) + END, BEGIN + render() + END), encoding="utf-8")
-    else:
-        print(render())
+    PART.main(render)

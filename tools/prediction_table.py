@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "many_gpus.md"
-BEGIN = "<!-- Between these marks: what `python -m benchmarks predict` prints. -->\n"
-END = "<!-- end of the tables -->\n"
+from tools.generated import Part
+
+PART = Part(
+    Path(__file__).parents[1] / "docs" / "many_gpus.md",
+    "<!-- Between these marks: what `python -m benchmarks predict` prints. -->\n",
+    "<!-- end of the tables -->\n",
+)
 
 
 def render() -> str:
@@ -23,14 +26,5 @@ def render() -> str:
     return printed.getvalue()
 
 
-def written_in(page: str) -> str:
-    """What stands between the marks."""
-    return page.partition(BEGIN)[2].partition(END)[0]
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(text.replace(BEGIN + written_in(text) + END, BEGIN + render() + END), encoding="utf-8")
-    else:
-        print(render())
+    PART.main(render)

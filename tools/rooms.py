@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 from tools.floors import FLOORS, PACKAGE, ROOT, modules, room_of
+from tools.generated import Part
 
-PAGE = ROOT / "docs" / "architecture.md"
-BEGIN = "<!-- Between these marks: made by tools/rooms.py from the docstrings of the package. -->\n"
-END = "<!-- end of the rooms -->\n"
+PART = Part(
+    ROOT / "docs" / "architecture.md",
+    "<!-- Between these marks: made by tools/rooms.py from the docstrings of the package. -->\n",
+    "<!-- end of the rooms -->\n",
+)
 
 
 def render() -> str:
@@ -39,14 +41,5 @@ def first_sentence(path: Path) -> str:
     return text.partition(". ")[0].removesuffix(".") + "." if text else ""
 
 
-def written_in(page: str) -> str:
-    """What stands between the marks."""
-    return page.partition(BEGIN)[2].partition(END)[0]
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(text.replace(BEGIN + written_in(text) + END, BEGIN + render() + END), encoding="utf-8")
-    else:
-        print(render())
+    PART.main(render)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megadpo.engine.fused_adamw import MOMENTS, update
 
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements that are updated at once: their moments are in float32 meanwhile."""
@@ -53,21 +53,8 @@ class AdamWWithBf16Moments(torch.optim.AdamW):
         for start in range(0, parameter.numel(), length):
             tile = slice(start, start + length)
             moments = [state[kind][tile].float() for kind in MOMENTS]
-            torch._fused_adamw_(
-                [parameter[tile]],
-                [parameter.grad[tile]],  # type: ignore[index]
-                [moments[0]],
-                [moments[1]],
-                [],
-                [state["step"]],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+            gradient = parameter.grad[tile]  # type: ignore[index]
+            update([parameter[tile]], [gradient], [[moment] for moment in moments], state["step"], group)
             for kind, values in zip(MOMENTS, moments, strict=True):
                 bits = values.view(torch.int32).add_(addend[: len(values)]).bitwise_and_(-(1 << 16))
                 state[kind][tile] = bits.view(torch.float32)

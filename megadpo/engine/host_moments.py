@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megadpo.engine.fused_adamw import MOMENTS, update
 
 TILE_ELEMENTS = 1 << 22
 """Of each moment; 32 MiB for both."""
@@ -81,20 +81,12 @@ class AdamWWithHostMoments(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             pieces = [piece for piece in tile.pieces if piece.group == number and piece.parameter.grad is not None]
             if pieces:
-                torch._fused_adamw_(
+                update(
                     [piece.parameter[piece.part] for piece in pieces],
                     [piece.parameter.grad[piece.part] for piece in pieces],  # type: ignore[index]
-                    [moments[0, piece.place] for piece in pieces],
-                    [moments[1, piece.place] for piece in pieces],
-                    [],
-                    [self._num_steps] * len(pieces),
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=False,
+                    [[moment[piece.place] for piece in pieces] for moment in moments],
+                    self._num_steps,
+                    group,
                 )
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:

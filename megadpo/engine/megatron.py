@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
+from megadpo.engine.fused_adamw import MOMENTS
 from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.model.build import Stage
 from megadpo.model.router_load import RouterWatch
@@ -29,7 +30,7 @@ from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.patches import when_undone
 
-STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
+STATE_KINDS = ("weights", *MOMENTS)
 
 BUCKET_ELEMENTS: int | None = None
 """Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
@@ -201,7 +202,7 @@ class MegatronEngine:
                     continue
                 main = self._main_parameter(parameter)
                 main.data.copy_(weights.view(-1)[owned])
-                moments = {kind: read(kind, name).view(-1)[owned] for kind in STATE_KINDS[1:]}
+                moments = {kind: read(kind, name).view(-1)[owned] for kind in MOMENTS}
                 _set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
 
     def describe(self) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class MegatronEngine:
             return {"weights": main.detach(), **optimizer.moments(main)}
         moments = optimizer.state.get(main, {})
         zeros = torch.zeros_like(main, dtype=torch.float32)
-        return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in STATE_KINDS[1:]}}
+        return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in MOMENTS}}
 
 
 def _data_parallel(stage: Stage, overlap: bool) -> list[DistributedDataParallel]:

@@ -41,12 +41,11 @@ def on(
         num_ranks: all of them on the one device.
         in_new_processes: for a case that needs processes in which nothing has run, and which nothing runs in afterwards.
     """
-    for _ in range(2):
-        try:
-            return _on(device, function, arguments, timeout, num_ranks, in_new_processes)
-        except AssertionError as error:
-            if "EADDRINUSE" not in str(error):  # the port was free a moment ago
-                raise
+    try:
+        return _on(device, function, arguments, timeout, num_ranks, in_new_processes)
+    except AssertionError as error:
+        if "EADDRINUSE" not in str(error):  # the port was free a moment ago
+            raise
     return _on(device, function, arguments, timeout, num_ranks, in_new_processes)
 
 

@@ -11,7 +11,7 @@ from benchmarks.step_model import Plan, Rates, mix_of, parameters, predict
 from megadpo.commands.plan_layouts import most_parameters
 from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout
-from tools.prediction_table import PAGE, render, written_in
+from tools.prediction_table import PART, render
 
 SHAPES = {name: shape_of(config) for name, config in MODELS.items()}
 
@@ -88,4 +88,4 @@ def test_what_does_not_fit_is_not_planned() -> None:
 
 @pytest.mark.slow
 def test_the_page_has_what_the_command_prints() -> None:
-    assert written_in(PAGE.read_text(encoding="utf-8")) == render(), "run: python -m tools.prediction_table --write"
+    assert PART.written() == render(), "run: python -m tools.prediction_table --write"

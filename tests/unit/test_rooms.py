@@ -1,11 +1,11 @@
 """docs/architecture.md names every file of the package, by what the file says of itself (tools/rooms.py)."""
 
 from tools.floors import PACKAGE, ROOT, modules
-from tools.rooms import PAGE, first_sentence, render, written_in
+from tools.rooms import PART, first_sentence, render
 
 
 def test_the_page_lists_every_file() -> None:
-    assert written_in(PAGE.read_text(encoding="utf-8")) == render(), "run: python -m tools.rooms --write"
+    assert PART.written() == render(), "run: python -m tools.rooms --write"
 
 
 def test_every_file_says_what_it_is() -> None:

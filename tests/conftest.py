@@ -45,6 +45,10 @@ LONGEST_FIRST = (
 LOCKS = pytest.StashKey[Path]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="the attacks of tests/faults in full number, too (an hour)")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of ``-n auto``: one a core, and none besides this one where single tests or a single file are asked for."""
@@ -54,14 +58,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest first; each file's tests keep their order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest first; each file's tests keep their order. Attacks in full number only where they are asked for."""
 
     def rank(item: pytest.Item) -> int:
         name = f"{item.path.as_posix()}::{item.nodeid.partition('::')[2]}"
         return next((n for n, part in enumerate(LONGEST_FIRST) if f"tests/{part}" in name), len(LONGEST_FIRST))
 
     items.sort(key=rank)
+    if not config.getoption("exhaustive"):
+        for item in items:
+            if "exhaustive" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="only with --exhaustive"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,9 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_KINDS = ("weights", *MOMENTS)
+
 
 class Engine(Protocol):
     """Owns the policy's parameters, gradients and optimizer on this rank."""
@@ -65,8 +68,9 @@ class Engine(Protocol):
         """(global parameter name, whole tensor-parallel shard, as the model computes with it); collective over replicas."""
         ...
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq; collective."""
+    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq, or of some of
+        them; collective."""
         ...
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:

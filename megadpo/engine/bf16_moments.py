@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.engine.fused_adamw import MOMENTS, update
+from megadpo.engine.base import MOMENTS
+from megadpo.engine.fused_adamw import update
 
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements that are updated at once: their moments are in float32 meanwhile."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def update(
     parameters: Sequence[Tensor],
@@ -21,7 +19,7 @@ def update(
     """Update parameters and moments, all float32 and of the same device, in place, by the options of a parameter group.
 
     Args:
-        moments: for each of MOMENTS, that of each parameter.
+        moments: for each of `engine.base.MOMENTS`, that of each parameter.
         num_steps: this one included; a tensor of the device.
     """
     torch._fused_adamw_(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.engine.fused_adamw import MOMENTS, update
+from megadpo.engine.base import MOMENTS
+from megadpo.engine.fused_adamw import update
 
 TILE_ELEMENTS = 1 << 22
 """Of each moment; 32 MiB for both."""

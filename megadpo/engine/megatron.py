@@ -17,8 +17,8 @@ from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.engine.base import MOMENTS, STATE_KINDS
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
-from megadpo.engine.fused_adamw import MOMENTS
 from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.model.build import Stage
 from megadpo.model.router_load import RouterWatch
@@ -29,8 +29,6 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.patches import when_undone
-
-STATE_KINDS = ("weights", *MOMENTS)
 
 BUCKET_ELEMENTS: int | None = None
 """Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
@@ -185,11 +183,11 @@ class MegatronEngine:
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, parameter.data
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
             owned = self._owned_range(parameter)
             tensors = {} if owned is None else self._main_state(parameter)
-            for kind in STATE_KINDS:
+            for kind in kinds:
                 yield kind, name, _join_over_data(parameter, owned, tensors.get(kind))
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:

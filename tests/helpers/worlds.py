@@ -6,6 +6,7 @@ a fraction of a second.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -73,10 +74,26 @@ def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable
     )
     torch.set_num_threads(1)
     try:
-        # As bytes: torch would share the memory of tensors, which goes when this process does.
-        results.put((rank, None, pickle.dumps(function(*arguments))))
+        results.put((rank, None, _as_bytes(function(*arguments))))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
+
+
+def _as_bytes(value: Any) -> bytes:
+    """The value pickled, for torch would share the memory of tensors, which goes when this process does; and plain tensors
+    as arrays, which is done in a tenth of the time."""
+    import torch
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, item: Any) -> Any:
+            is_plain = type(item) is torch.Tensor and item.device.type == "cpu" and not item.requires_grad
+            if not is_plain or item.layout != torch.strided or item.dtype == torch.bfloat16:
+                return NotImplemented
+            return torch.from_numpy, (item.numpy(),)
+
+    written = io.BytesIO()
+    Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    return written.getvalue()
 
 
 def _free_port() -> int:

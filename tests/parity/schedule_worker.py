@@ -18,6 +18,7 @@ from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.parallel.layout import Layout
 from tests.parity import zero_worker
+from tests.parity.worker import opened
 
 NUM_STEPS, MOVES_AFTER = 3, 1
 """The reference may move halfway to the policy after the second of three steps."""
@@ -218,7 +219,6 @@ def _steps(
     schedule: PipelineScheduleConfig,
     fusion: bool | None = None,
 ) -> Steps:
-    from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.activations import Activations
@@ -232,7 +232,7 @@ def _steps(
     from megadpo.training.reference import References, ResidentInterleavedReference, ResidentReference
     from megadpo.training.step import optimizer_step
 
-    layout, hf_config = case.layout, read_hf_config(model)
+    layout, (hf_config, source) = case.layout, opened(model)
     packing = PackedDataset.of(
         GroupStore.of(groups),
         PackingOptions(
@@ -248,7 +248,7 @@ def _steps(
     built = zero_worker.Case(
         layout, case.zero_stage, case.tokens_per_micro_batch, case.recompute, dtype=case.dtype, objective="sigmoid"
     )
-    frozen = zero_worker.frozen(built, read_hf_config(reference), open_hf(reference))
+    frozen = zero_worker.frozen(built, *opened(reference))
     objective = Objective.of(case.objective)
     kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
     references = References(kind(frozen, objective.ld_alpha, schedule), None)
@@ -256,12 +256,12 @@ def _steps(
     engine: Any
     if case.zero_stage is None:
         stage = build_stage(shape_of(hf_config), layout, case.dtype, Activations(case.recompute))
-        load_weights(stage, open_hf(model))
+        load_weights(stage, source)
         train = TrainConfig(learning_rate=1e-3, router_aux_coef=case.router_aux_coef)
         parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=fusion)
         engine = MegatronEngine(stage, train, parallel, own_schedule)
     else:
-        engine = zero_worker.make_engine(built, hf_config, open_hf(model), own_schedule)
+        engine = zero_worker.make_engine(built, hf_config, source, own_schedule)
     engine.stage.train()
     steps, running_mean = Steps(), RunningMean()
     batches = [pack_global_batch(packing, lot, objective) for lot in np.array_split(np.arange(len(groups)), NUM_STEPS)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -18,6 +20,10 @@ from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend
+
+if TYPE_CHECKING:
+    from megadpo.model.build import Stage
+    from megadpo.model.families import TensorSource
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,16 @@ class Case:
         return f"{self.layout}, {shared}, {rest}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a rank has of a whole tensor: from `start` on along `axis`, float32."""
+
+    name: str
+    axis: int
+    start: int
+    values: np.ndarray
+
+
 @dataclass
 class Outcome:
     """What a case gave, under Hugging Face names, whole tensors."""
@@ -69,6 +85,8 @@ class Outcome:
     """By `train.recompute: small`."""
     num_bytes_of_moments: int = 0
     """On rank 0."""
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    """What this rank has of a field's tensors, until all cases are done and `completed` puts them together."""
 
 
 def outcomes(
@@ -103,9 +121,9 @@ def outcomes(
             with joined_world(case.layout, seed=1):
                 options = objective or ObjectiveConfig()
                 results.append(_outcome(model, reference, groups, case, num_steps, dtype, options, scores))
-    rank = dist.get_rank()
+    whole = completed(results)
     dist.destroy_process_group()
-    return results if rank == 0 else None
+    return whole
 
 
 def outcomes_of_objectives(
@@ -132,9 +150,18 @@ def outcomes_of_objectives(
     for case in cases:
         with joined_world(case.layout, seed=1):
             results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in objectives])
-    rank = dist.get_rank()
+    whole = completed([outcome for of_case in results for outcome in of_case])
     dist.destroy_process_group()
-    return results if rank == 0 else None
+    num = len(objectives)
+    return [whole[start : start + num] for start in range(0, len(whole), num)] if whole is not None else None
+
+
+@functools.cache
+def opened(model: Path) -> tuple[Any, TensorSource]:
+    """The model's config and tensors; cases share them."""
+    from megadpo.checkpoint.hf import open_hf, read_hf_config
+
+    return read_hf_config(model), open_hf(model)
 
 
 def _outcome(
@@ -147,7 +174,6 @@ def _outcome(
     options: ObjectiveConfig,
     scores: bool = False,
 ) -> Outcome:
-    from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.engine.megatron import MegatronEngine
@@ -163,7 +189,7 @@ def _outcome(
     from megadpo.training.step import optimizer_step, reduce_metrics
     from tests.parity.remembered import RememberedReference
 
-    layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
+    layout, (hf_config, source) = case.layout, opened(model)
     objective = Objective.of(options)
     if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
@@ -187,7 +213,8 @@ def _outcome(
         outcome.logps = torch.cat([torch.from_numpy(lot) for _, lot in response_logps(stage, packing)])
     run_reference: Reference = NoReference()
     if objective.needs_reference:
-        frozen = frozen_stage(shape_of(read_hf_config(reference)), layout, dtype, open_hf(reference), case.model)
+        reference_config, reference_source = opened(reference)
+        frozen = frozen_stage(shape_of(reference_config), layout, dtype, reference_source, case.model)
         run_reference = ResidentReference(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(
@@ -209,7 +236,7 @@ def _outcome(
         step_reference = RememberedReference(result.reference_logps)
         outcome.losses.append(reduce_metrics(result.metric_sums, objective)["loss"])
         if step == 0:
-            outcome.gradients = whole_tensors(hf_config, stage, gradients, layout)
+            outcome.parts["gradients"] = parts_of(stage, gradients)
             outcome.grad_norm = result.grad_norm
             outcome.router = engine.router_metrics()
             outcome.loss = outcome.losses[0]
@@ -217,37 +244,59 @@ def _outcome(
                 margins = [_margins(*both) for both in zip(result.response_sums, result.reference_logps, strict=False)]
                 outcome.margins = torch.cat(margins or [torch.empty(0)])
     if num_steps:
-        weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
-        outcome.weights = whole_tensors(hf_config, stage, weights, layout)
-        as_computed_with = {name: tensor.clone() for name, tensor in engine.parameters()}
-        outcome.model_weights = whole_tensors(hf_config, stage, as_computed_with, layout)
+        outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
+        outcome.parts["model_weights"] = parts_of(stage, dict(engine.parameters()))
     states = [state for part in engine.optimizers for state in part.optimizer.state.values()]
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
-    outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     outcome.num_recomputed = 0 if stage.recomputer is None else stage.recomputer.num_recomputed
     return outcome
 
 
-def whole_tensors(hf_config: object, stage: object, local: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """On rank 0, rank-local tensors by Megatron name put together to whole ones by Hugging Face name (fp32); else {}."""
-    parts = [
-        (piece, tensor.narrow(piece.dim, piece.local_start, piece.length).float())
+def parts_of(stage: Stage, local: dict[str, Tensor]) -> list[Part]:
+    """Copies of rank-local tensors by Megatron name, as parts of whole ones by Hugging Face name."""
+    return [
+        Part(
+            piece.logical_name,
+            piece.dim,
+            piece.logical_start,
+            # As it is now: the engine goes on with its own.
+            tensor.narrow(piece.dim, piece.local_start, piece.length).float().cpu().numpy().copy(),
+        )
         for name, tensor in local.items()
-        for piece in stage.parameters[name][1].pieces  # type: ignore[attr-defined]
+        for piece in stage.parameters[name][1].pieces
     ]
-    everything: list[tuple[object, Tensor]] = [part for rank_parts in gathered(parts) for part in rank_parts]
-    ends: dict[str, int] = {}
-    for piece, _ in everything:
-        ends[piece.logical_name] = max(ends.get(piece.logical_name, 0), piece.logical_start + piece.length)
+
+
+def completed(results: list[Outcome]) -> list[Outcome] | None:
+    """The outcomes with the parts of all ranks put together and the margins of all ranks, on rank 0; None elsewhere.
+
+    Once for all cases: a collective of small tensors costs a world of four milliseconds.
+    """
+    of_ranks = gathered([(outcome.parts, outcome.margins.cpu().numpy()) for outcome in results])
+    if not of_ranks:
+        return None
+    for number, outcome in enumerate(results):
+        for kind in outcome.parts:
+            setattr(outcome, kind, whole_tensors([part for of_rank in of_ranks for part in of_rank[number][0][kind]]))
+        outcome.parts = {}
+        outcome.margins = torch.cat([torch.from_numpy(of_rank[number][1]) for of_rank in of_ranks])
+    return results
+
+
+def whole_tensors(parts: list[Part]) -> dict[str, Tensor]:
+    """Whole tensors by name, float32; nan where no rank has anything."""
+    lengths: dict[str, int] = {}
+    for part in parts:
+        lengths[part.name] = max(lengths.get(part.name, 0), part.start + part.values.shape[part.axis])
     whole: dict[str, Tensor] = {}
-    for piece, tensor in everything:
-        if piece.logical_name not in whole:
-            shape = list(tensor.shape)
-            shape[piece.dim] = ends[piece.logical_name]
-            whole[piece.logical_name] = torch.full(shape, torch.nan)
-        target = whole[piece.logical_name].narrow(piece.dim, piece.logical_start, piece.length)
-        target.copy_(tensor)
+    for part in parts:
+        if part.name not in whole:
+            shape = list(part.values.shape)
+            shape[part.axis] = lengths[part.name]
+            whole[part.name] = torch.full(shape, torch.nan)
+        values = torch.from_numpy(part.values)
+        whole[part.name].narrow(part.axis, part.start, values.shape[part.axis]).copy_(values)
     return whole
 
 

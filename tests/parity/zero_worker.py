@@ -19,7 +19,7 @@ from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend
 from tests.parity import worker
-from tests.parity.worker import gathered, whole_tensors
+from tests.parity.worker import completed, opened, parts_of
 
 if TYPE_CHECKING:
     from megadpo.pipeline.base import PipelineSchedule
@@ -84,14 +84,13 @@ def outcomes(
                     results.append(_outcome(model, reference, groups, case, num_steps))
                 except BaseException as error:
                     raise RuntimeError(str(case)) from error
-    rank = dist.get_rank()
+    whole = completed(results)
     dist.barrier()
     dist.destroy_process_group()
-    return results if rank == 0 else None
+    return whole  # type: ignore[return-value]
 
 
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
-    from megadpo.checkpoint.hf import open_hf, read_hf_config
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.objectives.coupled import RunningMean
@@ -101,7 +100,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     from megadpo.training.step import optimizer_step, reduce_metrics
     from tests.parity.remembered import RememberedReference
 
-    layout, hf_config, source = case.layout, read_hf_config(model), open_hf(model)
+    layout, (hf_config, source) = case.layout, opened(model)
     objective = Objective.of(ObjectiveConfig(loss_type=case.objective))
     if objective.has_reward_head:
         with_head = as_reward_model(hf_config, source, model, seed=3)
@@ -117,7 +116,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
     )
     run_reference: Reference = NoReference()
     if objective.needs_reference:
-        run_reference = ResidentReference(frozen(case, read_hf_config(reference), open_hf(reference)))
+        run_reference = ResidentReference(frozen(case, *opened(reference)))
     engine = make_engine(case, hf_config, source)
     engine.stage.model.train()
     outcome, running_mean, gradients = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean(), {}
@@ -133,20 +132,18 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         running_mean = result.running_mean
         step_reference = RememberedReference(result.reference_logps)
         if step == 0:
-            outcome.gradients = whole_tensors(hf_config, engine.stage, gradients, layout)
+            outcome.parts["gradients"] = parts_of(engine.stage, gradients)
             outcome.grad_norm = result.grad_norm
             outcome.loss = reduce_metrics(result.metric_sums, objective)["loss"]
             both = zip(result.response_sums, result.reference_logps, strict=False)
             ratios = [sums_RS[:, 0] - reference_R for sums_RS, reference_R in both if reference_R is not None]
             outcome.margins = torch.cat([ratio_R[::2] - ratio_R[1::2] for ratio_R in ratios] or [torch.empty(0)])
-    weights = {name: tensor for kind, name, tensor in engine.state() if kind == "weights"}
-    outcome.weights = whole_tensors(hf_config, engine.stage, weights, layout)
+    outcome.parts["weights"] = parts_of(engine.stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
     if case.offload_dir:
         own = Path(case.offload_dir) / f"rank{dist.get_rank()}"
         outcome.num_files = {role: len(list((own / role).rglob("*.swp"))) for role in ("policy", "reference")}
     outcome.num_bytes_moved = 0 if engine.stage.offloader is None else engine.stage.offloader.num_bytes_moved
     outcome.num_recomputed = 0 if engine.stage.recomputer is None else engine.stage.recomputer.num_recomputed
-    outcome.margins = torch.cat(gathered(outcome.margins.cpu()) or [torch.empty(0)])
     return outcome
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megadpo.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.engine.base import MOMENTS, STATE_KINDS
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
     cpu_adam,
@@ -29,7 +30,7 @@ from megadpo.engine.deepspeed.offload import (
     require_async_io,
     require_lockable,
 )
-from megadpo.engine.deepspeed.partitions import MOMENTS, Partition, Unpartitioned, partitions_of
+from megadpo.engine.deepspeed.partitions import Partition, Unpartitioned, partitions_of
 from megadpo.engine.deepspeed.runtime import (
     Runtime,
     data_parallel_group,
@@ -50,8 +51,6 @@ from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
-
-STATE_KINDS = ("weights", *MOMENTS)
 
 
 class ZeroEngine:
@@ -137,11 +136,12 @@ class ZeroEngine:
         for name, (parameter, _) in self.stage.parameters.items():
             yield name, whole(parameter)
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
         for name, (parameter, _) in self.stage.parameters.items():
-            yield "weights", name, self._join(name, self.partitions.weights(parameter))
-            for kind in MOMENTS:
-                yield kind, name, self._join(name, self.partitions.moment(parameter, kind))
+            for kind in kinds:
+                is_moment = kind in MOMENTS
+                part = self.partitions.moment(parameter, kind) if is_moment else self.partitions.weights(parameter)
+                yield kind, name, self._join(name, part)
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         self.partitions.make_moments(num_steps)

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadpo.engine.base import MOMENTS
 from megadpo.engine.deepspeed.runtime import Runtime, data_parallel_group
 
 Partition = tuple[int, Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Partitions(Protocol):

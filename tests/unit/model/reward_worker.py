@@ -90,7 +90,7 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     from megadpo.training.global_batch import GlobalBatch
     from megadpo.training.reference import NoReference
     from megadpo.training.step import optimizer_step
-    from tests.parity.worker import whole_tensors
+    from tests.parity.worker import gathered, parts_of, whole_tensors
 
     hf_config, column = read_hf_config(model_dir), RESPONSE_SUMS.index("reward")
     stage = build_stage(shape_of(hf_config), case.layout, torch.float32)
@@ -112,7 +112,8 @@ def _outcome(model_dir: Path, groups: Sequence[Group], case: Case, coefficients:
     gradients: dict[str, Tensor] = {}
 
     def keep_gradients() -> None:
-        gradients.update(whole_tensors(hf_config, stage, dict(engine.gradients()), case.layout))
+        parts = gathered(parts_of(stage, dict(engine.gradients())))
+        gradients.update(whole_tensors([part for of_rank in parts for part in of_rank]))
 
     result = optimizer_step(engine, NoReference(), batch, objective, RunningMean(), 1e-3, on_gradients=keep_gradients)
     rewards = torch.zeros(len(groups), 2, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -36,18 +37,22 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
 
     A process group that the caller has already made is used and left standing.
     """
+    left_groups: list[dist.ProcessGroup] = []
     try:
         with patches_undone():
             prepare_megatron()
-            with _joined(layout, seed, timeout_minutes):
+            with _joined(layout, seed, timeout_minutes, left_groups):
                 yield
     finally:
         gc.collect()  # models refer to each other in circles, and through them to groups with threads of their own
+        if left_groups:
+            # A gloo group waits 10 milliseconds for its threads as it goes, of which there are dozens.
+            threading.Thread(target=left_groups.clear, name="left process groups").start()
 
 
 @contextlib.contextmanager
-def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]:
-    """The process group and Megatron's groups."""
+def _joined(layout: Layout, seed: int, timeout_minutes: float, left_groups: list[dist.ProcessGroup]) -> Iterator[None]:
+    """The process group and Megatron's groups, which are in `left_groups` afterwards where the process group stays."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -77,18 +82,15 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float) -> Iterator[None]
                 yield
         if not made_here:
             dist.barrier()  # nobody closes a connection on which another one still reads
-            _destroy(parallel_state._global_process_group_list or [])
+            # Megatron forgets its groups, torch keeps them: with gloo three threads each, one of which wakes 100 times a
+            # second. None is the caller's own.
+            left_groups += [group for group in parallel_state._global_process_group_list or [] if group is not None]
+            for group in left_groups:
+                dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
         if made_here:
             dist.destroy_process_group()
-
-
-def _destroy(groups: list[dist.ProcessGroup | None]) -> None:
-    """Megatron forgets its groups, torch keeps them: with gloo three threads each, one of which wakes 100 times a second."""
-    for group in groups:
-        if group is not None:  # None is the caller's own
-            dist.destroy_process_group(group)
 
 
 _rendezvous: list[dist.Store] = []

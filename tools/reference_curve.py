@@ -1,4 +1,4 @@
-"""Trains the reference curve: 30 steps on hh-rlhf under both engines (``python -m tools.reference_curve [--write]``).
+"""Trains the reference curve: 20 steps on hh-rlhf under both engines (``python -m tools.reference_curve [--write]``).
 
 ``--write`` renews tests/parity/reference_curve.json with Megatron's run; without it every run is compared with that file.
 A change of the curve is a change of the training: say in the commit message which.
@@ -30,7 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "TP2 x DP2, DeepSpeed ZeRO-3": {"tensor": 2, "engine": "deepspeed", "zero_stage": 3},
 }
 TRAIN = {
-    "steps": 30,
+    "steps": 20,
     "pairs_per_step": 8,
     "tokens_per_micro_batch": 1024,
     "learning_rate": 1e-3,

@@ -112,7 +112,7 @@ train:
   learning_rate: 2.0e-4
   warmup_steps: {warmup_steps}
   seed: {seed}
-eval: {{every: 60}}
+eval: {{every: 40}}
 output_dir: {output}
 """
 
@@ -124,7 +124,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--train-pairs", type=int, default=8000, help="default 8000")
     parser.add_argument("--held-out-pairs", type=int, default=512, help="default 512")
     parser.add_argument("--warm-up-steps", type=int, default=400, help="at most; default 400")
-    parser.add_argument("--steps", type=int, default=120, help="of DPO; default 120")
+    parser.add_argument("--steps", type=int, default=80, help="of DPO; default 80")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `megadpo` below is not left behind
     if options.output is None:

@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 HH, ZH, KTO = "hh-rlhf-harmless-test.jsonl.gz", "dpo_zh_demo.json", "kto_en_demo.json"
 FILES = {"sft": HH, "dpo": HH, "dpo_zh": ZH, "kto": KTO, "orpo": HH, "listwise": HH, "reward": HH}
 """Recipe -> the file that it cannot do without."""
-NUM_ROWS, NUM_PASSES = 48, 5
+NUM_ROWS, NUM_PASSES = 32, 5
 
 pytestmark = pytest.mark.timeout(600)
 

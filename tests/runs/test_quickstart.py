@@ -30,7 +30,7 @@ def test_the_trained_model_prefers_and_gives_right_answers(tmp_path: Path) -> No
     assert right and float(right[2]) > float(right[1]) + 5, right
     assert "margin before the first update (training pairs): 0.0\n" in done.stdout
     metrics = (tmp_path / "run" / "dpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in metrics] == list(range(1, 121))
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, 81))
     rows = {
         name: {json.loads(line)["prompt"] for line in (tmp_path / "run" / name).read_text(encoding="utf-8").splitlines()}
         for name in ("train.jsonl", "held_out.jsonl")

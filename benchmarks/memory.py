@@ -73,7 +73,7 @@ def _ways(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _in_a_fresh_process(function: str, settings: dict[str, Any]) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.head_point", "transformers", "megadpo.model.build"])
+    context.set_forkserver_preload(["benchmarks.preload"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(function, settings, sender))
     process.start()

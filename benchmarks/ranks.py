@@ -19,7 +19,7 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> l
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.head_point", "transformers", "megadpo.model.build"])
+    context.set_forkserver_preload(["benchmarks.preload"])
     results: Any = context.SimpleQueue()
     processes = [
         context.Process(target=_rank, args=(rank, num_ranks, port, results, function, arguments))

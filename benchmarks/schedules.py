@@ -55,7 +55,7 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.head_point", "transformers", "megadpo.model.build"])
+    context.set_forkserver_preload(["benchmarks.preload"])
     with tempfile.TemporaryDirectory() as directory:
         paths = [f"{directory}/{rank}.json" for rank in range(point["stages"])]
         processes = [context.Process(target=measure, args=(rank, port, point, path)) for rank, path in enumerate(paths)]

@@ -78,6 +78,10 @@ class DataConfig:
     """Compute a prompt once for both of its responses; false = once per response (the numbers are the same)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames: our field name -> the file's field name, for example `{chosen: better, rejected: worse}`."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Fields of the files that are not looked at, for example `[system, images]`; without a word about them."""
+    allow_no_prompt: bool = False
+    """Take two texts without `prompt` and without a common beginning as answers to nothing; false = refuse such rows."""
     num_workers: int | None = None
     """Processes that tokenise; null = one per CPU core."""
     cache_dir: str | None = None

@@ -15,7 +15,7 @@ from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
-from megadpo.data.rows.dataset import DataReport, prepare_groups
+from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
@@ -35,7 +35,7 @@ from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_memory_machine, check_recompute_layers
-from megadpo.validation.model import check_experts, check_same_vocabulary
+from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,6 +105,7 @@ def prepare(config: Config) -> RunSetup:
     policy, reference = _open_models(config, layout)
     output_dir = Path(config.output_dir)
     resume = claim_output_dir(output_dir, config)
+    _look_at_data(config)
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
@@ -146,6 +147,7 @@ def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles
         assert config.reference.path is not None
         reference = open_model(config.reference.path, "reference.path", config)
         check_same_vocabulary(reference.path, reference.shape, policy.shape)
+        check_same_tokenizer(str(reference.huggingface), str(policy.huggingface))
         check_layout(layout, reference.shape)
         check_modules(config, reference.shape)
     check_layout(layout, policy.shape, config.train.pairs_per_step)
@@ -246,6 +248,13 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
         )
 
 
+def _look_at_data(config: Config) -> None:
+    """Sources that cannot be read are said before any of them is tokenised."""
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if sources is not None:
+            look_at(config.data, sources, reading_of(config.objective), held_out=name == "eval")
+
+
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
 ) -> PackedDataset:
@@ -253,7 +262,7 @@ def _packing(
 
     What became of the rows goes into `reports` under the name `which`.
     """
-    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
+    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective), which == "eval")
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if which == "eval" and config.eval.pairs is not None:

@@ -47,6 +47,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "model": "path dtype kernels attention small_ops layers fp8",
         "reference": "mode path tokens_per_micro_batch sync_every mixup_alpha",
         "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
+        "ignore_columns allow_no_prompt "
         "num_workers cache_dir",
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
         "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha row_weights margins soft_labels "

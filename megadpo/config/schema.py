@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from megadpo.config import yaml_core
 from megadpo.config.sources import is_dataset
 from megadpo.errors import UserError
 
@@ -345,7 +344,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, in the order of this file."""
-        return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml_core.dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def copy_config(config: Config) -> Config:

@@ -35,11 +35,13 @@ class Translated:
 
     Attributes:
         row: its fields.
+        question: its prompt, where that came as text under another name than ours.
         unread: columns with text that nothing reads.
         has_no_preference: whether the row says that neither of its two answers is better.
     """
 
     row: Fields
+    question: str | None = None
     unread: tuple[str, ...] = ()
     has_no_preference: bool = field(default=False)
 
@@ -61,10 +63,10 @@ def translate(row: Mapping[str, Any], location: str) -> Translated:
     _sides(ours)
     has_no_preference = _compared(ours, location)
     _responses(ours)
-    _prompt(ours)
+    question = _prompt(ours)
     _answer(ours)
     unread = tuple(name for name, value in ours.items() if name not in _OURS and isinstance(value, str) and value.strip())
-    return Translated(ours, unread, has_no_preference)
+    return Translated(ours, question, unread, has_no_preference)
 
 
 def _system(row: Fields) -> None:
@@ -109,24 +111,29 @@ def _responses(row: Fields) -> None:
         row["scores"] = [item.get("overall_score") for item in listed]
 
 
-def _prompt(row: Fields) -> None:
+def _prompt(row: Fields) -> str | None:
+    """Makes a user's message of the question, which ends without white space before its answer; returns it."""
     name = next((name for name in QUESTIONS if row.get(name) not in (None, "")), None)
     if name is None or any(row.get(ours) is not None for ours in _PROMPTS) or _brings_its_prompt(row):
-        return
+        return None
     question = row[name]
     if not isinstance(question, str | list | tuple) or (name == "context") != isinstance(question, list | tuple):
-        return
+        return None
     del row[name]
     extra = row.get("input")
     if name == "instruction" and isinstance(extra, str):
         del row["input"]
         question = f"{question}\n{extra}" if extra.strip() else question
+    row["prompt"] = question
+    if not isinstance(question, str):
+        return None
     earlier = row.get("history")
-    if isinstance(question, str) and isinstance(earlier, list | tuple) and _is_history(earlier):
+    turns = []
+    if isinstance(earlier, list | tuple) and _is_history(earlier):
         del row["history"]
         turns = [{"role": role, "content": text} for turn in earlier for role, text in zip(_ROLES, turn, strict=True)]
-        question = [*turns, {"role": "user", "content": question}]
-    row["prompt"] = question
+    row["prompt"] = [*turns, {"role": "user", "content": question}]
+    return question
 
 
 _ROLES = ("user", "assistant")

@@ -81,6 +81,8 @@ class Row:
         has_no_preference: whether the row says that no completion is better than the others.
         implicit_prompt: whether the prompt is the common beginning of two texts.
         unread: columns with text that nothing has read.
+        plain: the same as text, for tokenizers without a chat template; only of a question and its answers from columns
+            under other names than ours, which do not say whether they are conversations.
     """
 
     prompts: tuple[Content, ...]
@@ -92,6 +94,7 @@ class Row:
     has_no_preference: bool = False
     implicit_prompt: bool = field(default=False, compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
+    plain: Row | None = field(default=None, compare=False)
 
     def reason_to_drop(self) -> str | None:
         """The reason why the row is useless for training, or None."""
@@ -137,12 +140,24 @@ def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS, a
         _refuse_without_prompt(translated.unread, location)
     missing = reading.row_values - recognised.row_values.keys()
     row_values = read_row_values(row, missing, len(recognised.completions), location)
-    return replace(
+    recognised = replace(
         recognised,
         row_values={**recognised.row_values, **row_values},
         has_no_preference=translated.has_no_preference,
         unread=translated.unread,
     )
+    return replace(recognised, plain=_as_text(recognised, translated.question))
+
+
+def _as_text(row: Row, question: str | None) -> Row | None:
+    """The row with a line for its question and its answers after it, where it is no more than these."""
+    if question is None or row.prompts != ([{"role": "user", "content": question}],):
+        return None
+    answers = [message for answer in row.completions for message in as_messages(answer)]
+    if len(answers) != len(row.completions) or not all(isinstance(answer.get("content"), str) for answer in answers):
+        return None
+    texts = tuple(answer["content"] for answer in answers)
+    return replace(row, prompts=(f"{question}\n",), completions=texts, conversational=False)
 
 
 def _refuse_without_prompt(unread: Sequence[str], location: str) -> NoReturn:

@@ -119,6 +119,8 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
     Raises:
         UserError: for a tokenizer without an end-of-sequence token or template, or a row its template refuses.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        rows = [(location, row.plain or row) for location, row in rows]
     results: list[GroupTokens | str] = [row.reason_to_drop() or "" for _, row in rows]
     kept = [(location, row) for (location, row), reason in zip(rows, results, strict=True) if not reason]
     texts: list[str] = []

@@ -10,6 +10,7 @@ import pytest
 from megadpo.config.schema import DataConfig
 from megadpo.data.rows.dataset import look_at, prepare_groups
 from megadpo.data.rows.formats import NO_PREFERENCE, Reading, Row, recognise
+from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 
 SIDES = {"chosen": "Blue.", "rejected": "Green."}
@@ -39,11 +40,29 @@ BOTH = ([assistant("Blue.")], [assistant("Green.")])
         ({"question": "Which colour?"}, "Which colour?"),
         ({"query": "Which colour?", "prompt": None}, "Which colour?"),
         ({"input": "Which colour?"}, "Which colour?"),
-        ({"prompt": "Which colour?", "instruction": "Be brief."}, "Which colour?"),
     ],
 )
 def test_the_question_is_read_from_the_columns_of_alpaca_and_orca(columns: dict[str, Any], prompt: str) -> None:
-    assert recognise(columns | SIDES, "f:1") == Row((prompt,), ("Blue.", "Green."), conversational=False)
+    row = recognise(columns | SIDES, "f:1")
+    assert row == Row(([user(prompt)],), BOTH, conversational=True)
+    assert row.plain == Row((f"{prompt}\n",), ("Blue.", "Green."), conversational=False)
+
+
+def test_our_own_prompt_wins_and_is_the_text_that_it_is() -> None:
+    row = recognise({"prompt": "Which colour?", "instruction": "Be brief."} | SIDES, "f:1")
+    assert row == Row(("Which colour?",), ("Blue.", "Green."), conversational=False) and row.unread == ("instruction",)
+
+
+def test_a_question_is_a_message_where_there_is_a_template_and_a_line_where_there_is_none(
+    bpe_dir: str, bos_dir: str
+) -> None:
+    row = recognise({"question": "Which colour?", **SIDES}, "f:1")
+    for directory, prompt in ((bpe_dir, "<|user|>Which colour?<|end|>\n<|assistant|>"), (bos_dir, "<s>Which colour?\n")):
+        tokenizer = load_tokenizer(directory)
+        (tokens,) = tokenise_rows([("f:1", row)], tokenizer)
+        assert isinstance(tokens, GroupTokens) and tokenizer.decode(tokens.prompts[0]) == prompt
+    with pytest.raises(UserError, match="f:1: the row is conversational and the tokenizer has no chat template"):
+        tokenise_rows([("f:1", recognise({"question": "Q", "system": "S", **SIDES}, "f:1"))], tokenizer)
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
@@ -85,7 +104,7 @@ def test_alpaca_s_output_and_history_are_read() -> None:
     turns = [user("Hi"), assistant("Hello."), user("Which?\nsky")]
     assert recognise(row, "f:1", Reading("examples")) == Row((turns,), ([assistant("Blue.")],), conversational=True)
     labelled = recognise(row | {"history": [], "label": True}, "f:1", Reading("labels"))
-    assert (labelled.prompts, labelled.completions) == (("Which?\nsky",), ("Blue.",))
+    assert (labelled.prompts, labelled.completions) == (([user("Which?\nsky")],), ([assistant("Blue.")],))
 
 
 def test_ultrafeedback_s_completions_are_a_list_with_scores() -> None:
@@ -93,11 +112,12 @@ def test_ultrafeedback_s_completions_are_a_list_with_scores() -> None:
         {"model": "a", "response": text, "overall_score": score} for text, score in (("B", 1.0), ("A", 7.5), ("C", 0))
     ]
     row = recognise({"instruction": "Q", "completions": answers, "models": ["a"]}, "f:1", Reading("lists"))
-    assert row == Row(("Q",), ("A", "B", "C"), False, row_values={"score": (7.5, 1.0, 0.0)}, ranked=True)
+    expected = tuple([assistant(text)] for text in "ABC")
+    assert row == Row(([user("Q")],), expected, True, row_values={"score": (7.5, 1.0, 0.0)}, ranked=True)
     with pytest.raises(UserError, match=r"f:9: `scores\[1\]` is None"):
         recognise({"instruction": "Q", "completions": [answers[0], {"response": "x"}]}, "f:9", Reading("lists"))
     binarized = {"instruction": "Q", "chosen_response": "a", "rejected_response": "b", "chosen_rating": 4.0}
-    assert recognise(binarized, "f:1") == Row(("Q",), ("a", "b"), conversational=False)
+    assert recognise(binarized, "f:1") == Row(([user("Q")],), ([assistant("a")], [assistant("b")]), conversational=True)
 
 
 @pytest.mark.parametrize(

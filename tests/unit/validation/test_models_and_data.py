@@ -68,9 +68,7 @@ def test_a_reference_with_a_tokenizer_that_gives_other_ids_is_refused(tmp_path: 
     swapped = copy.deepcopy(written)
     vocabulary = swapped["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    with pytest.raises(
-        UserError, match=rf"reference.path: the tokenizer of .*swapped reads token id {vocabulary['b']} as"
-    ):
+    with pytest.raises(UserError, match=rf"reference.path: the tokenizer of .*swapped reads token id {vocabulary['b']} as"):
         check_same_tokenizer(save("swapped", swapped), policy)
     split = copy.deepcopy(written)
     split["model"]["merges"] = split["model"]["merges"][:3]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
@@ -16,6 +17,7 @@ from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
+from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
@@ -71,6 +73,7 @@ class RunSetup:
         sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
+        chat_template: of `data.chat_template`, which goes with the model that is trained with it; None: the tokenizer's own.
     """
 
     config: Config
@@ -85,6 +88,7 @@ class RunSetup:
     num_steps: int
     output_dir: Path
     resume: Path | None
+    chat_template: str | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -128,6 +132,7 @@ def prepare(config: Config) -> RunSetup:
         num_steps=num_steps,
         output_dir=output_dir,
         resume=resume,
+        chat_template=read_template(config.data.chat_template),
     )
 
 
@@ -142,6 +147,7 @@ def _check_surroundings(config: Config) -> None:
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
     """Policy and reference (which may be the same files), checked against the layout, the options and each other."""
     policy = open_model(config.model.path, "model.path", config)
+    companion_files(policy.huggingface)  # what must not be exported is said now, not after the last step
     reference = policy
     if config.reference.path not in (None, config.model.path):
         assert config.reference.path is not None

@@ -63,10 +63,16 @@ def translate(row: Mapping[str, Any], location: str) -> Translated:
     _sides(ours)
     has_no_preference = _compared(ours, location)
     _responses(ours)
-    question = _prompt(ours)
+    question = _prompt(ours, location)
     _answer(ours)
-    unread = tuple(name for name, value in ours.items() if name not in _OURS and isinstance(value, str) and value.strip())
+    unread = tuple(name for name, value in ours.items() if name not in _OURS and _has_text(value))
     return Translated(ours, question, unread, has_no_preference)
+
+
+def _has_text(value: Any, levels: int = 5) -> bool:
+    if isinstance(value, Mapping | list | tuple) and levels:
+        return any(_has_text(item, levels - 1) for item in (value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _system(row: Fields) -> None:
@@ -111,7 +117,7 @@ def _responses(row: Fields) -> None:
         row["scores"] = [item.get("overall_score") for item in listed]
 
 
-def _prompt(row: Fields) -> str | None:
+def _prompt(row: Fields, location: str) -> str | None:
     """Makes a user's message of the question, which ends without white space before its answer; returns it."""
     name = next((name for name in QUESTIONS if row.get(name) not in (None, "")), None)
     if name is None or any(row.get(ours) is not None for ours in _PROMPTS) or _brings_its_prompt(row):
@@ -121,7 +127,9 @@ def _prompt(row: Fields) -> str | None:
         return None
     del row[name]
     extra = row.get("input")
-    if name == "instruction" and isinstance(extra, str):
+    if name == "instruction" and extra not in (None, [], {}):
+        if not isinstance(extra, str):
+            raise UserError(f"{location}: `input` must be text, it is {type(extra).__name__}; correct or drop the row")
         del row["input"]
         question = f"{question}\n{extra}" if extra.strip() else question
     row["prompt"] = question

@@ -21,8 +21,9 @@ import numpy as np
 
 from megadpo.config.sources import Source, parse_sources
 from megadpo.data.groups import Group
-from megadpo.data.rows.formats import PAIRS, Reading, Row, recognise
+from megadpo.data.rows.formats import PAIRS, Reading, recognise
 from megadpo.data.rows.report import DataReport
+from megadpo.data.rows.row import Row
 from megadpo.data.rows.sources import iter_rows, load_dataset, source_files, split_taken
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megadpo.data.rows.columns import translate
@@ -13,23 +13,16 @@ from megadpo.data.rows.messages import (
     as_messages,
     check_answer,
     check_turn,
-    common_prefix_length,
-    is_empty,
     read_content,
     read_template_kwargs,
     read_text,
 )
+from megadpo.data.rows.pairs import message_pair, text_pair, without_repeated_prompt
+from megadpo.data.rows.row import Row
 from megadpo.data.rows.scalars import NAMES, find_spelling, list_scores, pair_scores, read_label, read_row_values
 from megadpo.errors import UserError
 
-EMPTY = "empty completion"
-IDENTICAL = "identical chosen and rejected"
-IDENTICAL_LIST = "identical responses"
-EQUAL_SCORES = "all scores equal"
-NO_PREFERENCE = "neither answer preferred"
-
 _PROMPT_FIELDS = ("prompt", "conversations", "messages")
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _NEEDS = {
     "pairs": "a pair needs `chosen` and `rejected` (and `prompt`, unless they begin with it)",
     "labels": "a labelled answer needs `label` (true or false) and `prompt` with `completion`, or `messages` ending with it",
@@ -65,54 +58,6 @@ class Reading:
 
 
 PAIRS = Reading()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row in its common form: a prompt with K >= 1 completions, whatever the format it came in.
-
-    Attributes:
-        prompts: one for all completions, or one each where they differ; text, or messages where `conversational`.
-        completions: K of the prompts' form; of a pair the chosen one first, of a list the best first.
-        conversational: True for lists of {"role", "content"} messages.
-        template_kwargs: further arguments of the chat template (`tools` and more).
-        row_values: name -> K floats: the values of `Reading.row_values`, and "label" or "score" where the kind has it.
-        ranked: whether the completions are in the order of their scores, so that these must differ.
-        has_no_preference: whether the row says that no completion is better than the others.
-        implicit_prompt: whether the prompt is the common beginning of two texts.
-        unread: columns with text that nothing has read.
-        plain: the same as text, for tokenizers without a chat template; only of a question and its answers from columns
-            under other names than ours, which do not say whether they are conversations.
-    """
-
-    prompts: tuple[Content, ...]
-    completions: tuple[Content, ...]
-    conversational: bool
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    row_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    ranked: bool = False
-    has_no_preference: bool = False
-    implicit_prompt: bool = field(default=False, compare=False)
-    unread: tuple[str, ...] = field(default=(), compare=False)
-    plain: Row | None = field(default=None, compare=False)
-
-    def reason_to_drop(self) -> str | None:
-        """The reason why the row is useless for training, or None."""
-        first, *others = self.completions
-        if any(is_empty(completion) for completion in self.completions):
-            return EMPTY
-        if others and len(self.prompts) == 1 and all(other == first for other in others):
-            return IDENTICAL if len(others) == 1 else IDENTICAL_LIST
-        if self.has_no_preference:
-            return NO_PREFERENCE
-        if self.ranked and len(set(self.row_values["score"])) == 1:
-            return EQUAL_SCORES
-        return None
-
-    @property
-    def has_empty_prompt(self) -> bool:
-        """Whether an answer stands without a prompt."""
-        return not all(self.prompts)
 
 
 def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS, allow_no_prompt: bool = False) -> Row:
@@ -262,92 +207,15 @@ def _pair(row: Mapping[str, Any], location: str) -> Row:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError(f"{location}: `chosen` and `rejected` must both be text or both be messages")
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        return _text_pair(prompt, chosen, rejected)
+        return text_pair(prompt, chosen, rejected, location)
     sides = as_messages(chosen), as_messages(rejected)
-    whole = _message_pair(prompt, *sides, location)
+    whole = message_pair(prompt, *sides, location)
     prompts = tuple(_with_system(row, messages, location) for messages in map(as_messages, whole.prompts))
     if all(whole.completions):
         for name, answer in zip(("chosen", "rejected"), map(as_messages, whole.completions), strict=True):
             check_answer(answer, name, location)
             check_turn(prompts[0 if name == "chosen" else -1], [answer], location)
     return replace(whole, prompts=prompts, template_kwargs=read_template_kwargs(row, location))
-
-
-def _text_pair(prompt: str | None, chosen: str, rejected: str) -> Row:
-    if prompt is not None:
-        return Row((prompt,), (chosen, rejected), conversational=False)
-    if all(_HUMAN in text and _ASSISTANT in text for text in (chosen, rejected)):
-        chosen_boundary, rejected_boundary = (text.rindex(_ASSISTANT) + len(_ASSISTANT) for text in (chosen, rejected))
-        prompt, other = chosen[:chosen_boundary], rejected[:rejected_boundary]
-        prompts = (prompt,) if prompt == other else (prompt, other)
-        return Row(prompts, (chosen[chosen_boundary:], rejected[rejected_boundary:]), conversational=False)
-    boundary = 0 if chosen == rejected else _common_words_length(chosen, rejected)
-    return Row((chosen[:boundary],), (chosen[boundary:], rejected[boundary:]), False, implicit_prompt=True)
-
-
-def _common_words_length(chosen: str, rejected: str) -> int:
-    """Length of the common beginning of two texts, without a word that goes on in one of them and without a last space.
-
-    Of a text that is the beginning of the other all is common: its answer is empty.
-    """
-    end = common_prefix_length(chosen, rejected)
-    if end == min(len(chosen), len(rejected)):
-        return end
-    if _in_word(chosen[end]) or _in_word(rejected[end]):
-        while end and _in_word(chosen[end - 1]):
-            end -= 1
-    return end - (end > 0 and chosen[end - 1] == " ")
-
-
-def _in_word(character: str) -> bool:
-    """Whether the character is of a word in a script that puts spaces between words."""
-    spaced = character < "\u0e00" or "\u1e00" <= character < "\u2000" or "\uac00" <= character < "\ud7b0"
-    return spaced and character.isalnum()
-
-
-def _message_pair(prompt: Content | None, chosen: list[Message], rejected: list[Message], location: str) -> Row:
-    if isinstance(prompt, list) and prompt:
-        return Row((prompt,), _without_repeated_prompt(prompt, [chosen, rejected]), True)
-    if isinstance(prompt, str) and prompt:
-        if not all(side and side[0]["role"] in _ASKING for side in (chosen, rejected)):
-            return Row(([{"role": "user", "content": prompt}],), (chosen, rejected), True)
-        _check_same_question(prompt, chosen, location)
-    same = common_prefix_length(chosen, rejected)
-    if same == min(len(chosen), len(rejected)) and same:
-        # One is the beginning of the other, so its answer is empty; where they are the same they share all but the answer.
-        same -= len(chosen) == len(rejected)
-        return Row((chosen[:same],), (chosen[same:], rejected[same:]), True)
-    cuts = [_answer_start(side, name, location) for name, side in (("chosen", chosen), ("rejected", rejected))]
-    if same >= max(cuts) and same:
-        if chosen[same - 1]["role"] == "assistant" and not chosen[same - 1].get("tool_calls"):
-            raise UserError(
-                f"{location}: `chosen` and `rejected` have two turns of the assistant in a row, of which the first is the "
-                "same; join them in one message or drop the row"
-            )
-        return Row((chosen[:same],), (chosen[same:], rejected[same:]), True)
-    if not all(cuts):
-        raise UserError(f"{location}: no prompt: `chosen` and `rejected` share no leading message; add a `prompt` field")
-    return Row((chosen[: cuts[0]], rejected[: cuts[1]]), (chosen[cuts[0] :], rejected[cuts[1] :]), True)
-
-
-_ASKING = ("user", "system", "developer")
-
-
-def _answer_start(side: list[Message], name: str, location: str) -> int:
-    """Where the answer of a whole conversation begins: after the last turn that is not the assistant's (or a tool's)."""
-    if side and side[-1]["role"] != "assistant":
-        check_answer(side[-1:], name, location)
-    return max((place + 1 for place, message in enumerate(side) if message["role"] in _ASKING), default=0)
-
-
-def _check_same_question(prompt: str, chosen: list[Message], location: str) -> None:
-    """A text prompt beside whole conversations must be what these ask, or it would go unread."""
-    asked = [str(message.get("content") or "").strip() for message in chosen if message["role"] in _ASKING]
-    if not any(prompt.strip() in text or (text and text in prompt) for text in asked):
-        raise UserError(
-            f"{location}: `prompt` is another text than what is asked in `chosen`, which begins with its own prompt; remove "
-            "one of them, or name `prompt` in data.ignore_columns"
-        )
 
 
 def _answer(row: Mapping[str, Any], location: str) -> Row:
@@ -384,7 +252,7 @@ def _with_explicit_prompt(row: Mapping[str, Any], completions: Sequence[Content]
     if not prompt:
         raise UserError(f"{location}: `prompt` is empty; a conversation needs at least one message before its answer")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answers = _without_repeated_prompt(messages, [as_messages(completion) for completion in completions])
+    answers = without_repeated_prompt(messages, [as_messages(completion) for completion in completions])
     for answer in answers:
         check_answer(answer, name, location)
     check_turn(messages, answers, location)
@@ -420,11 +288,3 @@ def _with_system(row: Mapping[str, Any], turns: list[Message], location: str) ->
     if turns[0].get("content") != text:
         raise UserError(f"{location}: `system` is another text than the system message of the conversation; remove one")
     return turns
-
-
-def _without_repeated_prompt(prompt: list[Message], completions: list[list[Message]]) -> tuple[list[Message], ...]:
-    """The completions without the prompt, with or without its system message, which some files repeat in each of them."""
-    for repeated in (prompt, prompt[1:] if prompt[0]["role"] == "system" else []):
-        if repeated and all(completion[: len(repeated)] == repeated for completion in completions):
-            return tuple(completion[len(repeated) :] for completion in completions)
-    return tuple(completions)

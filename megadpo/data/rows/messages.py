@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from megadpo.data.rows.json_text import is_too_deep, parse_json
@@ -34,7 +35,7 @@ _ROLES = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "images", "audio", "audio_url", "input_audio", "video", "video_url", "file")
-_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+_OBJECTS = re.compile(r"\s*(\[\s*)?\{")
 _PRINTED = (("role", "content"), ("from", "value"), ("type", "text"))
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -93,7 +94,7 @@ def _check_length(num_characters: int, name: str, location: str) -> None:
 
 def _encoded_messages(text: str, name: str, location: str) -> list[Any] | None:
     """The messages that a text is the JSON of, as csv files and some columns have them; None for any other text."""
-    if not _LIST_OF_OBJECTS.match(text) or len(text) > MAX_CHARACTERS:
+    if not _OBJECTS.match(text) or len(text) > MAX_CHARACTERS:
         return None
     if any(all(f"'{key}':" in text for key in keys) for keys in _PRINTED) and text.lstrip("[ \n{").startswith("'"):
         raise UserError(
@@ -103,11 +104,12 @@ def _encoded_messages(text: str, name: str, location: str) -> list[Any] | None:
         decoded = parse_json(text)
     except ValueError:
         return None
-    is_messages = isinstance(decoded, list) and all(
+    turns = [decoded] if isinstance(decoded, Mapping) else decoded
+    is_messages = all(
         isinstance(turn, Mapping) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
-        for turn in decoded
+        for turn in turns
     )
-    return decoded if is_messages else None
+    return turns if is_messages else None
 
 
 def as_messages(content: Content) -> list[Message]:
@@ -130,7 +132,7 @@ def check_answer(answer: list[Message], name: str, location: str) -> None:
     """An answer is what the assistant says, and the results of tools that it called in between: all of it is learned.
 
     Raises:
-        UserError: where someone else speaks in it, or it ends with a tool.
+        UserError: where someone else speaks in it, it ends with a tool, or has two turns of the assistant in a row.
     """
     speakers = [message["role"] for message in answer]
     other = next((role for role in speakers if role not in ("assistant", "tool")), None)
@@ -139,6 +141,15 @@ def check_answer(answer: list[Message], name: str, location: str) -> None:
             f"{location}: `{name}` {'ends with' if other is None else 'has'} a turn of {other or 'tool'}, which would be "
             "learned; an answer is the assistant's (and of tools before it); correct or drop the row"
         )
+    _check_turns(answer, name, location)
+
+
+def _check_turns(answer: Sequence[Message], name: str, location: str) -> None:
+    for one, other in pairwise(answer):
+        if is_unfinished([one]) and other["role"] == "assistant":
+            raise UserError(
+                f"{location}: `{name}` has two turns of the assistant in a row; join them in one message or drop the row"
+            )
 
 
 def check_turn(prompt: list[Message], answers: Sequence[list[Message]], location: str) -> None:

@@ -44,7 +44,7 @@ def file_rows(file: Path) -> Iterator[tuple[str, Any]]:
             else:
                 yield from _json_list(file, stream)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data: {file} cannot be read: {error}") from error
+        raise UserError(f"data: {file} cannot be read: {reason(error)}") from error
 
 
 def _open(file: Path) -> BinaryIO:

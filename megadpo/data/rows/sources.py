@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from megadpo.config.sources import Source
+from megadpo.data.rows.columns import COMPARED
 from megadpo.data.rows.json_text import parse_json
 from megadpo.data.rows.row_files import SUFFIXES, Fields, arrow_rows, file_rows
 from megadpo.data.rows.scalars import SPELLINGS
@@ -176,7 +177,11 @@ def _rename(row: Fields, source: Source) -> Fields:
 
 def _numbers_of(row: Fields) -> Fields:
     """A row of a table of text with numbers, labels and lists where they are meant; what is none stays text."""
-    meant = {"label", *(spelling for spellings in SPELLINGS.values() for spelling in spellings)}
+    meant = {
+        "label",
+        *(names[-1] for names in COMPARED),
+        *(spelling for spellings in SPELLINGS.values() for spelling in spellings),
+    }
     return {key: _number_of(value) if key in meant and isinstance(value, str) else value for key, value in row.items()}
 
 

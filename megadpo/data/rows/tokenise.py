@@ -14,8 +14,8 @@ from typing import Any
 
 from megadpo.data.rows import templates
 from megadpo.data.rows.encode import encode
-from megadpo.data.rows.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
 from megadpo.data.rows.messages import Content, as_messages, common_prefix_length, joined
+from megadpo.data.rows.row import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
 from megadpo.errors import UserError, reason
 
 TRUNCATED_AWAY = "completion truncated away"

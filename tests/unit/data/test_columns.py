@@ -9,7 +9,8 @@ import pytest
 
 from megadpo.config.schema import DataConfig
 from megadpo.data.rows.dataset import look_at, prepare_groups
-from megadpo.data.rows.formats import NO_PREFERENCE, Reading, Row, recognise
+from megadpo.data.rows.formats import Reading, recognise
+from megadpo.data.rows.row import NO_PREFERENCE, Row
 from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 
@@ -46,6 +47,11 @@ def test_the_question_is_read_from_the_columns_of_alpaca_and_orca(columns: dict[
     row = recognise(columns | SIDES, "f:1")
     assert row == Row(([user(prompt)],), BOTH, conversational=True)
     assert row.plain == Row((f"{prompt}\n",), ("Blue.", "Green."), conversational=False)
+
+
+def test_an_input_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match="f:9: `input` must be text, it is dict"):
+        recognise({"instruction": "Q", "input": {"text": "a"}, **SIDES}, "f:9")
 
 
 def test_our_own_prompt_wins_and_is_the_text_that_it_is() -> None:
@@ -168,7 +174,7 @@ def test_what_is_no_answer_is_refused_with_what_it_must_be(row: dict[str, Any], 
 def test_columns_that_nothing_reads_are_listed_once(
     options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "Fine?", "chosen": "Yes.", "rejected": "No.", "id": 1},
         {"prompt": "B?", "chosen": "Yes.", "rejected": "No.", "source": "x", "score_chosen": 8.5},
         {"prompt": "C?", "chosen": "Yes.", "rejected": "No.", "source": None, "score_chosen": "9", "meta": {"a": 1}},

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.rows.formats import Row, recognise
+from megadpo.data.rows.formats import recognise
+from megadpo.data.rows.row import Row
 from megadpo.errors import UserError
 
 USER = {"role": "user", "content": "Colour of the sky?"}

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.rows.formats import EMPTY, IDENTICAL, Reading, Row, recognise
+from megadpo.data.rows.formats import Reading, recognise
 from megadpo.data.rows.messages import MAX_CHARACTERS
+from megadpo.data.rows.row import EMPTY, IDENTICAL, Row
 from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
 from megadpo.errors import UserError
 from tests.unit.data.conftest import CHATML
@@ -123,6 +124,8 @@ def test_media_beside_text_are_refused_where_there_are_any(column: str) -> None:
 def test_messages_may_be_json_text_and_not_what_python_prints() -> None:
     encoded = {name: json.dumps(messages) for name, messages in PLAIN.items()}
     assert recognise(encoded, "f:1") == READ
+    singles = {name: json.dumps(messages[0]) for name, messages in PLAIN.items()}
+    assert recognise(singles, "f:1") == READ
     sharegpt = json.dumps([{"from": "human", "value": "Name a fruit."}])
     assert recognise(PLAIN | {"prompt": sharegpt}, "f:1") == READ
     assert "`chosen` holds messages as Python prints them" in refusal(encoded | {"chosen": str(PLAIN["chosen"])})
@@ -188,12 +191,28 @@ def test_an_answer_that_cannot_continue_the_turn_is_refused(prompt: Any, answer:
 
 
 def test_two_turns_of_the_assistant_in_a_row_are_no_prompt_and_answer() -> None:
+    assert "two turns of the assistant in a row" in refusal(PLAIN | {"rejected": [PLANKS, PLANKS]})
     sides = {"chosen": [ASKED, BEGUN, PEARS], "rejected": [ASKED, BEGUN, PLANKS]}
     assert "two turns of the assistant in a row" in refusal(sides)
     assert "two turns of the assistant in a row" in refusal({"messages": sides["chosen"]}, "examples")
 
 
-# Pairs of conversations without a prompt
+# Pairs without a prompt
+
+
+@pytest.mark.parametrize("other", ["Pears.", "\n\nHuman: Hi\n\nAssistan: a", "\n\nAssistant: a"])
+def test_a_dialogue_of_raw_hh_beside_what_is_none_is_refused(other: str) -> None:
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello."
+    for row in ({"chosen": dialogue, "rejected": other}, {"chosen": other, "rejected": dialogue}):
+        assert "f:9: one of `chosen` and `rejected` is a dialogue of" in refusal(row)
+    assert recognise({"chosen": dialogue, "rejected": ""}, "f:1").reason_to_drop() == EMPTY
+
+
+def test_a_dialogue_of_raw_hh_that_ends_with_the_human_is_refused() -> None:
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello."
+    assert "ends with a turn of '\\n\\nHuman:'" in refusal(
+        {"chosen": f"{dialogue}\n\nHuman: Bye", "rejected": f"{dialogue}!"}
+    )
 
 
 def test_conversations_that_part_in_an_earlier_turn_have_prompts_of_their_own() -> None:

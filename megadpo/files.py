@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def make_writable_directory(directory: Path, setting: str) -> None:
     make_directory(directory, setting)
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"{setting}: {directory} cannot be written; choose another directory")
+
+
+def expanded(path: str, setting: str) -> Path:
+    """A path with `~` and `$VARIABLES` replaced; one that is there as it is written stays so.
+
+    Raises:
+        UserError: naming `setting` and a variable that is not set.
+    """
+    if os.path.exists(path):
+        return Path(path)
+    found = os.path.expandvars(os.path.expanduser(path))
+    unset = re.search(r"\$\w+|\$\{[^}]*\}", found)
+    if unset is not None:
+        raise UserError(f"{setting}: {path} names {unset.group()}, which is not set here; set it or write it out")
+    return Path(found)
 
 
 @contextlib.contextmanager

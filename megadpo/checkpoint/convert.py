@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file, writer_name
@@ -48,6 +49,7 @@ def import_hf(
     check_layout(layout, shape)
     source = open_hf(hf_dir)
     check_tensors(shape, source)
+    companion_files(Path(hf_dir))
     begin(out)
     try:
         manifests = [

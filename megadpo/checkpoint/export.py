@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megadpo.checkpoint.companions import companion_files, with_template, write_files
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME, hf_directory, read_json
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.errors import UserError
@@ -29,22 +29,6 @@ from megadpo.model.families import ParameterShard, family_of, head_settings, log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Files that make a model directory usable besides weights and config.json."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +158,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
 
 
-def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path) -> None:
+def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path, chat_template: str | None = None) -> None:
     """Write index and config, copy tokenizer, generation config and chat template, and give the directory its name.
 
     Args:
         hf_source_dir: the model that training began with, or one of our checkpoints.
+        chat_template: the one that was trained with, where it is not the tokenizer's own.
 
     Raises:
         ValueError: a planned file was not written.
@@ -197,18 +182,8 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path) 
     settings |= dict.fromkeys(spellings, plan.config["dtype"])
     settings |= {key: value for key, value in plan.config.items() if key != "dtype"}
     write_json(partial / "config.json", settings)
-    copy_companions(source, partial)
+    write_files(with_template(companion_files(source), chat_template), partial)
     publish(directory)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat templates and licence; links are followed, other files stay."""
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.suffix != ".safetensors":
-                to = target / path.relative_to(source)
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

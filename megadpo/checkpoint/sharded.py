@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megadpo.checkpoint.export import copy_companions, logical_slices, save_tensors, write_json
+from megadpo.checkpoint.companions import companion_files, with_template, write_files
+from megadpo.checkpoint.export import logical_slices, save_tensors, write_json
 from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, hf_directory, open_hf, read_hf_config, read_json
 from megadpo.checkpoint.staging import begin, publish, staging
 from megadpo.errors import UserError
@@ -118,6 +119,7 @@ def commit(
     state: dict[str, Any],
     hf_dir: str | Path,
     hf_config: PretrainedConfig | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
@@ -127,6 +129,7 @@ def commit(
         hf_dir: where config and tokenizer are taken from: a Hugging Face directory or a checkpoint.
         hf_config: the model's config, where it is another than the one in `hf_dir`: a reward model made of a language
             model.
+        chat_template: the one that is trained with, where it is not the tokenizer's own.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
@@ -147,7 +150,7 @@ def commit(
     partial = staging(directory)
     (partial / "huggingface").mkdir()
     write_json(partial / "huggingface" / "config.json", read_json(source / "config.json") | head_settings(hf_config))
-    copy_companions(source, partial / "huggingface")
+    write_files(with_template(companion_files(source), chat_template), partial / "huggingface")
     index = {"format": FORMAT, "version": VERSION, "state": state, "tensors": tensors}
     (partial / INDEX).write_text(json.dumps(index, allow_nan=False) + "\n", encoding="utf-8")
     publish(directory)

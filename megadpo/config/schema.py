@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from megadpo.config import yaml_core
 from megadpo.config.sources import is_dataset
 from megadpo.errors import UserError
 
@@ -78,6 +77,10 @@ class DataConfig:
     """Compute a prompt once for both of its responses; false = once per response (the numbers are the same)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames: our field name -> the file's field name, for example `{chosen: better, rejected: worse}`."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Fields of the files that are not looked at, for example `[system, images]`; without a word about them."""
+    allow_no_prompt: bool = False
+    """Take two texts without `prompt` and without a common beginning as answers to nothing; false = refuse such rows."""
     num_workers: int | None = None
     """Processes that tokenise; null = one per CPU core."""
     cache_dir: str | None = None
@@ -341,7 +344,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, in the order of this file."""
-        return yaml.safe_dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml_core.dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def copy_config(config: Config) -> Config:

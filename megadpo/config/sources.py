@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class Source:
         split: of a Hugging Face dataset; None means "train".
         subset: the configuration name of a dataset on the Hub.
         columns: our field name -> the field's name in the file.
+        ignored: fields of the file that are not looked at.
+        held_out: whether rows are to be evaluated on, so that of a data set with splits the held-out one is meant.
     """
 
     path: str | datasets.Dataset
@@ -31,6 +33,8 @@ class Source:
     split: str | None = None
     subset: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    held_out: bool = False
 
     @property
     def name(self) -> str:
@@ -48,13 +52,20 @@ _TYPES: dict[str, Any] = {
 """The keys of a source that is written as a mapping, and their types there."""
 
 
-def parse_sources(value: Any, columns: Mapping[str, str] | None = None, name: str = "data") -> list[Source]:
+def parse_sources(
+    value: Any,
+    columns: Mapping[str, str] | None = None,
+    name: str = "data",
+    ignored: Sequence[str] = (),
+    held_out: bool = False,
+) -> list[Source]:
     """The sources that the value of `data.train` or `data.eval` stands for.
 
     Args:
         value: a path, a Hub id, a `datasets.Dataset`, a {path, weight, split, subset, columns} mapping, or a list of those.
         columns: renames for every source; a source's own renames win.
         name: the option's name, for error messages.
+        ignored, held_out: of every source.
 
     Raises:
         UserError: what `check_sources` raises, or no value at all.
@@ -64,7 +75,8 @@ def parse_sources(value: Any, columns: Mapping[str, str] | None = None, name: st
         raise UserError(_empty(name))
     entries = checked if isinstance(checked, list) else [checked]
     given = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
-    return [Source(**{**entry, "columns": {**(columns or {}), **entry.get("columns", {})}}) for entry in given]
+    common = {"ignored": tuple(ignored), "held_out": held_out}
+    return [Source(**{**entry, "columns": {**(columns or {}), **entry.get("columns", {})}, **common}) for entry in given]
 
 
 def check_sources(value: Any, name: str) -> Any:
@@ -91,7 +103,11 @@ def _check_source(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Mapping):
         if "path" not in value:
-            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}")
+            rows = "; write rows to a file or hand over datasets.Dataset.from_list(rows)"
+            is_row = not {"chosen", "rejected", "prompt", "messages", "completion", "text"}.isdisjoint(value)
+            raise UserError(
+                f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}{rows if is_row else ''}"
+            )
         for key in value:
             if key not in _TYPES:
                 guess = strict.closest(str(key), _TYPES)

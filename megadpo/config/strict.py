@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megadpo.config import yaml_core
 from megadpo.errors import UserError
 
 Tree = TypeVar("Tree")
@@ -24,6 +25,8 @@ Places = dict[str, str]
 """Where each dotted path was given ("run.yaml, line 7"), for the error messages."""
 
 MISSPELT = object()
+WORDS = {"yes": True, "on": True, "no": False, "off": False}
+"""Booleans to YAML 1.1 and text to YAML 1.2: booleans where an option is one."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
@@ -35,10 +38,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml_core.compose(text)
         places: Places = {}
         _note_places(root, "", path, places)
-        value = yaml.safe_load(text)
+        value = yaml_core.construct(root)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_line_of(error)}: not valid YAML: {_problem_of(error)}") from None
     except (ValueError, RecursionError) as error:
@@ -65,7 +68,7 @@ def _note_places(node: yaml.Node | None, prefix: str, path: Path, places: Places
 
 def yaml_text(value: Any) -> str:
     """A scalar as YAML writes it."""
-    return str(yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n..."))
+    return yaml_core.dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
 def _line_of(error: yaml.YAMLError) -> str:
@@ -88,9 +91,11 @@ def apply_overrides(tree: type, values: Mapping[str, Any], overrides: Sequence[s
         place = "command line"
         hint = _hint_at(tree, dotted, place)
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            value = yaml_core.parse(text)
+        except yaml.YAMLError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: {dotted} is no usable value: {error}") from None
         if value is not None and not isinstance(value, (list, dict)) and _takes_text(hint):
             value = text.strip() if not isinstance(value, str) else value
         *sections, last = dotted.split(".")
@@ -217,16 +222,19 @@ def _converted(hint: Any, value: Any) -> Any:
         return os.fspath(value)
     if hint is float:
         return _float(value)
+    if hint is bool and isinstance(value, str):
+        return WORDS.get(value.lower(), MISSPELT)
     return value if type(value) is hint else MISSPELT
 
 
 def _float(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 (no dot) as a string, so number-like text counts as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    """A number, or one in quotes."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and yaml_core.NUMBER.fullmatch(value)):
         return MISSPELT
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return MISSPELT
 
 

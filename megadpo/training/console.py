@@ -24,8 +24,16 @@ def log_setup(setup: RunSetup) -> None:
     """Data, layout, device and dtype of the run that is about to start."""
     for which, report in setup.reports.items():
         log(f"{which}: {report.sentence()}")
+        for remark in report.remarks():
+            log(f"{which}: {remark}")
     if setup.reports["train"].kind == "labels":
         log_balance(setup.config.objective, setup.reports["train"])
+    positions, longest = setup.policy.shape.max_positions, setup.config.data.max_length
+    if longest is None or longest > positions:
+        log(
+            f"warning: data.max_length is {'null' if longest is None else longest}, the model has {positions} positions "
+            "(max_position_embeddings): it has not seen what is longer; set data.max_length to that or less"
+        )
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(setup.policy.config, name, 0.0):
             log(f"the model's {name} {getattr(setup.policy.config, name)} is not used: training runs with dropout 0")

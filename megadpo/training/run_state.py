@@ -72,7 +72,7 @@ def save(run: Run, step: int) -> Path:
             "config": setup.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config)
+        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config, setup.chat_template)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
         for old in earlier[: -setup.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -162,7 +162,7 @@ def export_policy(run: Run) -> Path:
             pass
     dist.barrier()
     if dist.get_rank() == 0:
-        finish_export(export, directory, setup.policy.huggingface)
+        finish_export(export, directory, setup.policy.huggingface, setup.chat_template)
     dist.barrier()
     return directory
 

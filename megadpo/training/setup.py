@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
-from megadpo.data.rows.dataset import DataReport, prepare_groups
+from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
+from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import choose_backend
@@ -35,7 +37,7 @@ from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_memory_machine, check_recompute_layers
-from megadpo.validation.model import check_experts, check_same_vocabulary
+from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -71,6 +73,7 @@ class RunSetup:
         sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
+        chat_template: of `data.chat_template`, which goes with the model that is trained with it; None: the tokenizer's own.
     """
 
     config: Config
@@ -85,6 +88,7 @@ class RunSetup:
     num_steps: int
     output_dir: Path
     resume: Path | None
+    chat_template: str | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -105,6 +109,7 @@ def prepare(config: Config) -> RunSetup:
     policy, reference = _open_models(config, layout)
     output_dir = Path(config.output_dir)
     resume = claim_output_dir(output_dir, config)
+    _look_at_data(config)
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
@@ -127,6 +132,7 @@ def prepare(config: Config) -> RunSetup:
         num_steps=num_steps,
         output_dir=output_dir,
         resume=resume,
+        chat_template=read_template(config.data.chat_template),
     )
 
 
@@ -141,11 +147,13 @@ def _check_surroundings(config: Config) -> None:
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
     """Policy and reference (which may be the same files), checked against the layout, the options and each other."""
     policy = open_model(config.model.path, "model.path", config)
+    companion_files(policy.huggingface)  # what must not be exported is said now, not after the last step
     reference = policy
     if config.reference.path not in (None, config.model.path):
         assert config.reference.path is not None
         reference = open_model(config.reference.path, "reference.path", config)
         check_same_vocabulary(reference.path, reference.shape, policy.shape)
+        check_same_tokenizer(str(reference.huggingface), str(policy.huggingface))
         check_layout(layout, reference.shape)
         check_modules(config, reference.shape)
     check_layout(layout, policy.shape, config.train.pairs_per_step)
@@ -246,6 +254,13 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
         )
 
 
+def _look_at_data(config: Config) -> None:
+    """Sources that cannot be read are said before any of them is tokenised."""
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if sources is not None:
+            look_at(config.data, sources, reading_of(config.objective), held_out=name == "eval")
+
+
 def _packing(
     config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
 ) -> PackedDataset:
@@ -253,7 +268,7 @@ def _packing(
 
     What became of the rows goes into `reports` under the name `which`.
     """
-    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective))
+    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective), which == "eval")
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if which == "eval" and config.eval.pairs is not None:

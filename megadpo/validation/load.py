@@ -16,6 +16,7 @@ from typing import Any
 from megadpo.config import strict
 from megadpo.config.schema import Config
 from megadpo.config.sources import check_sources
+from megadpo.files import expanded
 from megadpo.validation.values import replace_spellings, validate
 
 
@@ -40,8 +41,25 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     for name in ("train", "eval"):
         setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
     replace_spellings(config)
+    _expand_paths(config)
     validate(config)
     return config
+
+
+PATHS = (
+    *("model.path", "reference.path", "objective.module", "parallel.offload_dir", "parallel.deepspeed_config"),
+    *("train.activation_offload_dir", "checkpoint.resume", "output_dir"),
+)
+"""Options in which `~` and `$VARIABLES` are replaced here; those of `data` are where they are read, as they always were."""
+
+
+def _expand_paths(config: Config) -> None:
+    for dotted in PATHS:
+        *section, name = dotted.split(".")
+        at = getattr(config, section[0]) if section else config
+        value = getattr(at, name)
+        if isinstance(value, str) and ("~" in value or "$" in value):
+            setattr(at, name, str(expanded(value, dotted)))
 
 
 LENGTHS = ("train.steps", "train.epochs")

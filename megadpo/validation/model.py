@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
 from megadpo.model.shape import ModelShape
 
@@ -44,4 +45,21 @@ def check_same_vocabulary(path: str, reference: ModelShape, policy: ModelShape) 
         raise UserError(
             f"reference.path: {path} has {reference.vocab_size} vocabulary rows and the policy "
             f"{policy.vocab_size}; both must read the same tokens"
+        )
+
+
+def check_same_tokenizer(reference: str, policy: str) -> None:
+    """The tokenizer beside the reference, where there is one, gives the policy's token ids: it scores these.
+
+    Args:
+        reference, policy: directories with a tokenizer.
+
+    Raises:
+        UserError: some ids are other tokens there.
+    """
+    difference = tokenizers_differ(policy, reference)
+    if difference is not None:
+        raise UserError(
+            f"reference.path: the tokenizer of {reference} {difference}; a reference scores the policy's token ids: use one "
+            "that was trained with them"
         )

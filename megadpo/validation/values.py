@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo.config import strict
@@ -107,7 +107,9 @@ def replace_spellings(config: Config) -> None:
 def validate(config: Config) -> None:
     """Raises UserError for the first value that this version cannot honour."""
     _check_choices(config)
+    _check_words(config)
     _check_ranges(config)
+    _check_numbers(config)
     _check_objective(config)
     _check_moving_reference(config)
     _check_contradictions(config)
@@ -225,6 +227,32 @@ def _choice_meant(dotted: str, value: str) -> str | None:
     spellings = {choice: choice for choice in CHOICES[dotted]} | SPELLINGS.get(dotted, {})
     guess = strict.closest(value.lower(), spellings)
     return None if guess is None else spellings[guess]
+
+
+def _check_words(config: Config) -> None:
+    """Refuse no, off, yes and on as a text: who writes them means nothing or a boolean, and a path of that name is rare."""
+    for dotted, value in _options(config):
+        if isinstance(value, str) and value.lower() in strict.WORDS:
+            instead = "auto, never or the path of a step directory" if dotted == "checkpoint.resume" else "null for nothing"
+            raise UserError(f"{dotted} is {value!r}, which is no text here; use {instead} (a path of that name: ./{value})")
+
+
+def _check_numbers(config: Config) -> None:
+    """Refuse nan where no range does."""
+    for dotted, value in _options(config):
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{dotted} is nan, which is no number; give one")
+
+
+def _options(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every option's dotted path and value."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        if not dataclasses.is_dataclass(values):
+            yield section.name, values
+            continue
+        for option in dataclasses.fields(values):
+            yield f"{section.name}.{option.name}", getattr(values, option.name)
 
 
 def _check_ranges(config: Config) -> None:

@@ -21,16 +21,18 @@ import numpy as np
 
 from megadpo.config.sources import Source, parse_sources
 from megadpo.data.groups import Group
-from megadpo.data.rows.formats import PAIRS, Reading, Row, recognise
+from megadpo.data.rows.formats import PAIRS, Reading, recognise
 from megadpo.data.rows.report import DataReport
-from megadpo.data.rows.sources import iter_rows, load_dataset, source_files
+from megadpo.data.rows.row import Row
+from megadpo.data.rows.sources import iter_rows, load_dataset, source_files, split_taken
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
 from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
 from megadpo.errors import UserError
+from megadpo.files import expanded
 
 # Increase it when the same rows, tokenizer and options give other groups than before.
-CODE_VERSION = 3
+CODE_VERSION = 4
 # Workers take seconds to start: fewer rows than this are tokenised faster in this process.
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
@@ -48,6 +50,8 @@ class DataOptions(Protocol):
     truncation: str
     chat_template: str | None
     columns: dict[str, str]
+    ignore_columns: list[str]
+    allow_no_prompt: bool
     num_workers: int | None
     cache_dir: str | None
 
@@ -69,9 +73,12 @@ class TokeniseJob:
     max_length: int | None
     truncation: str
     reading: Reading = PAIRS
+    allow_no_prompt: bool = False
 
 
-def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS) -> Prepared:
+def prepare_groups(
+    data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS, held_out: bool = False
+) -> Prepared:
     """Read and tokenise the sources, or load them from the cache. Call it before process groups are made.
 
     Any number of processes may call it at once: one does the work while the others wait, and then read the cache.
@@ -81,6 +88,7 @@ def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str
         sources_value: its `train` or `eval`.
         tokenizer_path: a local directory with a tokenizer that transformers can load.
         reading: what the objective reads of every row.
+        held_out: whether rows to evaluate on are meant, of sources with splits.
 
     Raises:
         UserError: for anything wrong with the files, the rows, the tokenizer or the options, when no row is left, or
@@ -92,20 +100,40 @@ def prepare_groups(data: DataOptions, sources_value: object, tokenizer_path: str
         raise UserError(f"data.max_length is {data.max_length}; a prompt token and a completion token need at least 2")
     if not os.path.isdir(tokenizer_path):
         raise UserError(f"model.path: {tokenizer_path} is not a directory; the tokenizer is read from it")
-    sources = parse_sources(sources_value, data.columns)
-    job = TokeniseJob(tokenizer_path, read_template(data.chat_template), data.max_length, data.truncation, reading)
+    sources = parse_sources(sources_value, data.columns, ignored=data.ignore_columns, held_out=held_out)
+    template = read_template(data.chat_template)
+    job = TokeniseJob(tokenizer_path, template, data.max_length, data.truncation, reading, data.allow_no_prompt)
     directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
     cached = _load(directory)
     if cached is None:
         cached = _make_once(directory, sources, job, data.num_workers)
     store, report = cached
     names, weights = [source.name for source in sources], [source.weight for source in sources]
+    report = replace(report, splits=[line for source in sources if (line := split_taken(source)) is not None])
     return Prepared(GroupStore(store.columns, names, weights, store.digest), report)
+
+
+def look_at(data: DataOptions, sources_value: object, reading: Reading = PAIRS, held_out: bool = False) -> None:
+    """Whether the sources, their first rows and the chat template can be read: what costs minutes begins after this.
+
+    Args: as of `prepare_groups`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    read_template(data.chat_template)
+    for source in parse_sources(sources_value, data.columns, ignored=data.ignore_columns, held_out=held_out):
+        files = source_files(source)
+        # A list is read as a whole, and a dataset may have to be fetched: their rows are looked at in their turn.
+        if files is None or files[0].name.removesuffix(".gz").endswith(".json"):
+            continue
+        for location, row in islice(iter_rows(source), 1):
+            recognise(row, location, reading, data.allow_no_prompt)
 
 
 def cache_root(cache_dir: str | None) -> Path:
     """`data.cache_dir`, else $MEGADPO_CACHE, else ~/.cache/megadpo."""
-    return Path(cache_dir or os.environ.get("MEGADPO_CACHE") or "~/.cache/megadpo").expanduser()
+    return expanded(cache_dir or os.environ.get("MEGADPO_CACHE") or "~/.cache/megadpo", "data.cache_dir")
 
 
 def _make_once(
@@ -150,7 +178,8 @@ def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
         "max_length": job.max_length,
         "truncation": job.truncation,
         "reading": [job.reading.kind, sorted(job.reading.row_values)],
-        "columns": [sorted(source.columns.items()) for source in sources],
+        "columns": [[sorted(source.columns.items()), sorted(source.ignored)] for source in sources],
+        "allow_no_prompt": job.allow_no_prompt,
         "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
         "sources": [_source_digest(source) for source in sources],
     }
@@ -208,7 +237,7 @@ def _file_digest(file: Path) -> str:
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
     """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
-    rows = _located_rows(sources, job.reading)
+    rows = _located_rows(sources, job)
     head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
     chunks = _chunks(chain(head, rows))
@@ -226,11 +255,11 @@ def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | 
     return GroupStore(GroupColumns.concatenate(parts)), report
 
 
-def _located_rows(sources: Sequence[Source], reading: Reading) -> Iterator[LocatedRow]:
+def _located_rows(sources: Sequence[Source], job: TokeniseJob) -> Iterator[LocatedRow]:
     number = 0
     for source_number, source in enumerate(sources):
         for location, row in iter_rows(source):
-            yield number, source_number, location, recognise(row, location, reading)
+            yield number, source_number, location, recognise(row, location, job.reading, job.allow_no_prompt)
             number += 1
 
 
@@ -241,6 +270,7 @@ def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
 
 def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple[GroupColumns, DataReport]:
     report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
+    report.unread = dict(Counter(name for *_, row in chunk for name in row.unread))
     dropped: Counter[str] = Counter()
     groups, group_sources = [], []
     tokenised = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
@@ -255,6 +285,10 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
         group_sources.append(source)
         report.num_unshared += len(prompts) > 1
         report.num_truncated += tokens.truncated
+        report.num_cut_prompts += tokens.cut_prompt
+        report.num_cut_answers += tokens.cut_answer
+        report.num_implicit_prompts += row.implicit_prompt and not row.has_empty_prompt
+        report.num_empty_prompts += row.has_empty_prompt and job.reading.kind != "examples"
         report.num_moved_boundaries += tokens.moved_boundary
         report.num_desirable += row.row_values.get("label", ()).count(1.0)
         report.num_undesirable += row.row_values.get("label", ()).count(0.0)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from megadpo.data.rows.columns import translate
 from megadpo.data.rows.messages import (
     Content,
     Message,
     as_messages,
-    common_prefix_length,
-    is_empty,
+    check_answer,
+    check_turn,
     read_content,
     read_template_kwargs,
+    read_text,
 )
+from megadpo.data.rows.pairs import message_pair, text_pair, without_repeated_prompt
+from megadpo.data.rows.row import Row
 from megadpo.data.rows.scalars import NAMES, find_spelling, list_scores, pair_scores, read_label, read_row_values
 from megadpo.errors import UserError
 
-EMPTY = "empty completion"
-IDENTICAL = "identical chosen and rejected"
-IDENTICAL_LIST = "identical responses"
-EQUAL_SCORES = "all scores equal"
-
 _PROMPT_FIELDS = ("prompt", "conversations", "messages")
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _NEEDS = {
     "pairs": "a pair needs `chosen` and `rejected` (and `prompt`, unless they begin with it)",
     "labels": "a labelled answer needs `label` (true or false) and `prompt` with `completion`, or `messages` ending with it",
@@ -62,57 +60,58 @@ class Reading:
 PAIRS = Reading()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row in its common form: a prompt with K >= 1 completions, whatever the format it came in.
-
-    Attributes:
-        prompts: one for all completions, or one each where they differ; text, or messages where `conversational`.
-        completions: K of the prompts' form; of a pair the chosen one first, of a list the best first.
-        conversational: True for lists of {"role", "content"} messages.
-        template_kwargs: further arguments of the chat template (`tools` and more).
-        row_values: name -> K floats: the values of `Reading.row_values`, and "label" or "score" where the kind has it.
-        ranked: whether the completions are in the order of their scores, so that these must differ.
-    """
-
-    prompts: tuple[Content, ...]
-    completions: tuple[Content, ...]
-    conversational: bool
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    row_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    ranked: bool = False
-
-    def reason_to_drop(self) -> str | None:
-        """The reason why the row is useless for training, or None."""
-        first, *others = self.completions
-        if any(is_empty(completion) for completion in self.completions):
-            return EMPTY
-        if others and len(self.prompts) == 1 and all(other == first for other in others):
-            return IDENTICAL if len(others) == 1 else IDENTICAL_LIST
-        if self.ranked and len(set(self.row_values["score"])) == 1:
-            return EQUAL_SCORES
-        return None
-
-
-def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS) -> Row:
+def recognise(row: Mapping[str, Any], location: str, reading: Reading = PAIRS, allow_no_prompt: bool = False) -> Row:
     """Read a row of any supported format as the kind of row that the objective reads.
 
-    Implicit prompts of pairs follow TRL 1.16's `extract_prompt` and `maybe_extract_prompt`, raw hh-rlhf dialogues
-    excepted: their prompt ends with the last "\\n\\nAssistant:".
+    Without a prompt, that of two texts is their common beginning in whole words, of raw hh-rlhf dialogues all up to the last
+    "\\n\\nAssistant:", and of two conversations their common turns, or each one's own up to its last user turn.
 
     Args:
         row: the row's fields.
         location: for error messages, such as "pairs.jsonl:17".
         reading: the kind of row, and which values it must have.
+        allow_no_prompt: take two texts without prompt and common beginning as answers to nothing.
 
     Raises:
-        UserError: where fields are missing, of the wrong type or of another kind, or a value is no number or out of range.
+        UserError: where fields are missing, of the wrong type or of another kind, a value is no number or out of range, an
+            answer is not the assistant's, or two texts are left without a prompt.
     """
+    translated = translate(row, location)
+    row = translated.row
     read = {"pairs": _read_pair, "labels": _read_labelled, "lists": _read_list, "examples": _read_example}[reading.kind]
     recognised = read(row, location)
+    is_blank = recognised.implicit_prompt and not recognised.prompts[0]
+    if is_blank and not allow_no_prompt and recognised.reason_to_drop() is None:
+        _refuse_without_prompt(translated.unread, location)
     missing = reading.row_values - recognised.row_values.keys()
     row_values = read_row_values(row, missing, len(recognised.completions), location)
-    return replace(recognised, row_values={**recognised.row_values, **row_values}) if row_values else recognised
+    recognised = replace(
+        recognised,
+        row_values={**recognised.row_values, **row_values},
+        has_no_preference=translated.has_no_preference,
+        unread=translated.unread,
+    )
+    return replace(recognised, plain=_as_text(recognised, translated.question))
+
+
+def _as_text(row: Row, question: str | None) -> Row | None:
+    """The row with a line for its question and its answers after it, where it is no more than these."""
+    if question is None or row.prompts != ([{"role": "user", "content": question}],):
+        return None
+    answers = [message for answer in row.completions for message in as_messages(answer)]
+    if len(answers) != len(row.completions) or not all(isinstance(answer.get("content"), str) for answer in answers):
+        return None
+    texts = tuple(answer["content"] for answer in answers)
+    return replace(row, prompts=(f"{question}\n",), completions=texts, conversational=False)
+
+
+def _refuse_without_prompt(unread: Sequence[str], location: str) -> NoReturn:
+    nobody = f"nothing reads {', '.join(f'`{name}`' for name in unread)}" if unread else "there is no other column with text"
+    example = f", such as {{prompt: {unread[0]}}}" if unread else ""
+    raise UserError(
+        f"{location}: the row has no `prompt`, and `chosen` and `rejected` have no common beginning; {nobody}; name the "
+        f"prompt's column in data.columns{example}, or set data.allow_no_prompt: true where there is none"
+    )
 
 
 def _read_pair(row: Mapping[str, Any], location: str) -> Row:
@@ -156,12 +155,12 @@ def _read_example(row: Mapping[str, Any], location: str) -> Row:
         return replace(pair, prompts=pair.prompts[:1], completions=pair.completions[:1])
     if _has_answer(row):
         return _answer(row, location)
-    if row.get("text") is None:
+    text = row.get("text")
+    if text is None:
         _refuse(row, "examples", ("completion",), location)
-    text = read_content(row["text"], "text", location)
     if not isinstance(text, str):
-        raise UserError(f"{location}: `text` must be text, it is {type(row['text']).__name__}; messages go into `messages`")
-    return Row(("",), (text,), conversational=False)
+        raise UserError(f"{location}: `text` must be text, it is {type(text).__name__}; messages go into `messages`")
+    return Row(("",), (read_text(text, "text", location),), conversational=False)
 
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
@@ -208,46 +207,15 @@ def _pair(row: Mapping[str, Any], location: str) -> Row:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError(f"{location}: `chosen` and `rejected` must both be text or both be messages")
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        return _text_pair(prompt, chosen, rejected)
-    return _message_pair(prompt, as_messages(chosen), as_messages(rejected), read_template_kwargs(row, location), location)
-
-
-def _text_pair(prompt: str | None, chosen: str, rejected: str) -> Row:
-    if prompt is not None:
-        return Row((prompt,), (chosen, rejected), conversational=False)
-    if all(_HUMAN in text and _ASSISTANT in text for text in (chosen, rejected)):
-        chosen_boundary, rejected_boundary = (text.rindex(_ASSISTANT) + len(_ASSISTANT) for text in (chosen, rejected))
-        prompt, other = chosen[:chosen_boundary], rejected[:rejected_boundary]
-        prompts = (prompt,) if prompt == other else (prompt, other)
-        return Row(prompts, (chosen[chosen_boundary:], rejected[rejected_boundary:]), conversational=False)
-    boundary = _implicit_prompt_length(chosen, rejected)
-    if (
-        0 < boundary < min(len(chosen), len(rejected))
-        and chosen[boundary - 1] == " "
-        and chosen[boundary] != rejected[boundary]
-    ):
-        boundary -= 1
-    return Row((chosen[:boundary],), (chosen[boundary:], rejected[boundary:]), conversational=False)
-
-
-def _message_pair(
-    prompt: Content | None,
-    chosen: list[Message],
-    rejected: list[Message],
-    template_kwargs: dict[str, Any],
-    location: str,
-) -> Row:
-    if isinstance(prompt, list) and prompt:
-        completions = _without_repeated_prompt(prompt, [chosen, rejected])
-        return Row((prompt,), completions, True, template_kwargs)
-    boundary = _implicit_prompt_length(chosen, rejected)
-    if boundary:
-        return Row((chosen[:boundary],), (chosen[boundary:], rejected[boundary:]), True, template_kwargs)
-    if isinstance(prompt, str) and prompt:
-        return Row(([{"role": "user", "content": prompt}],), (chosen, rejected), True, template_kwargs)
-    if len(chosen) > 1 and len(rejected) > 1:
-        return Row((chosen[:-1], rejected[:-1]), (chosen[-1:], rejected[-1:]), True, template_kwargs)
-    raise UserError(f"{location}: no prompt: `chosen` and `rejected` share no leading message; add a `prompt` field")
+        return text_pair(prompt, chosen, rejected, location)
+    sides = as_messages(chosen), as_messages(rejected)
+    whole = message_pair(prompt, *sides, location)
+    prompts = tuple(_with_system(row, messages, location) for messages in map(as_messages, whole.prompts))
+    if all(whole.completions):
+        for name, answer in zip(("chosen", "rejected"), map(as_messages, whole.completions), strict=True):
+            check_answer(answer, name, location)
+            check_turn(prompts[0 if name == "chosen" else -1], [answer], location)
+    return replace(whole, prompts=prompts, template_kwargs=read_template_kwargs(row, location))
 
 
 def _answer(row: Mapping[str, Any], location: str) -> Row:
@@ -263,6 +231,10 @@ def _answer(row: Mapping[str, Any], location: str) -> Row:
         raise UserError(
             f"{location}: `{name}` {problem}; its last turn must be the assistant's answer to the turns before it; "
             "correct or drop the row"
+        )
+    if turns[-2]["role"] == "assistant" and not turns[-2].get("tool_calls"):
+        raise UserError(
+            f"{location}: `{name}` ends with two turns of the assistant in a row; join them in one message or drop the row"
         )
     return Row((turns[:-1],), (turns[-1:],), True, read_template_kwargs(row, location))
 
@@ -280,7 +252,10 @@ def _with_explicit_prompt(row: Mapping[str, Any], completions: Sequence[Content]
     if not prompt:
         raise UserError(f"{location}: `prompt` is empty; a conversation needs at least one message before its answer")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answers = _without_repeated_prompt(messages, [as_messages(completion) for completion in completions])
+    answers = without_repeated_prompt(messages, [as_messages(completion) for completion in completions])
+    for answer in answers:
+        check_answer(answer, name, location)
+    check_turn(messages, answers, location)
     return Row((messages,), answers, True, read_template_kwargs(row, location))
 
 
@@ -290,20 +265,26 @@ def _read_prompt(row: Mapping[str, Any], location: str) -> Content | None:
 
 
 def _read_conversation(row: Mapping[str, Any], name: str, location: str) -> Content:
-    """A field of text or messages; the `system` column of a ShareGPT row becomes the first message."""
+    """A field of text or messages; a `system` column becomes the first message, and the text after it the user's."""
     turns = read_content(row[name], name, location)
-    if name == "conversations" and isinstance(turns, list) and isinstance(row.get("system"), str):
-        turns = [{"role": "system", "content": row["system"]}] * bool(row["system"]) + turns
+    if isinstance(turns, str):
+        # Whether a row has the column decides, not whether it is empty there: all rows of a file are then conversations.
+        if "system" not in row or not turns:
+            return turns
+        turns = [{"role": "user", "content": turns}]
+    return _with_system(row, turns, location)
+
+
+def _with_system(row: Mapping[str, Any], turns: list[Message], location: str) -> list[Message]:
+    """The turns with the row's `system` text before them, unless they begin with it."""
+    text = row.get("system")
+    if text is None or text == "" or not turns:
+        return turns
+    if not isinstance(text, str):
+        raise UserError(f"{location}: `system` must be text, it is {type(text).__name__}")
+    system = {"role": "system", "content": read_text(text, "system", location)}
+    if turns[0]["role"] not in ("system", "developer"):
+        return [system, *turns]
+    if turns[0].get("content") != text:
+        raise UserError(f"{location}: `system` is another text than the system message of the conversation; remove one")
     return turns
-
-
-def _without_repeated_prompt(prompt: list[Message], completions: list[list[Message]]) -> tuple[list[Message], ...]:
-    """The completions without the prompt, which some files repeat in every completion."""
-    if all(completion[: len(prompt)] == prompt for completion in completions):
-        completions = [completion[len(prompt) :] for completion in completions]
-    return tuple(completions)
-
-
-def _implicit_prompt_length(chosen: Content, rejected: Content) -> int:
-    """Length of the common prefix, with at least one item left for each completion (as in TRL's extract_prompt)."""
-    return max(min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1), 0)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megadpo.data.rows.encode import encode
-from megadpo.data.rows.messages import Message, common_prefix_length
+from megadpo.data.rows.messages import MAX_CHARACTERS, Message, common_prefix_length, is_unfinished, joined
+from megadpo.data.rows.time_limit import cpu_limit
 from megadpo.errors import UserError, reason
+from megadpo.files import expanded
+
+SECONDS = 10.0
+"""Of CPU time that a template may take for a conversation: a thousand times what the longest real ones do."""
+SECONDS_MORE = 0.05
+"""For each further conversation that is rendered with it."""
+MAX_RENDERED = 4 * MAX_CHARACTERS
 
 
 def read_template(value: str | None) -> str | None:
@@ -23,7 +30,7 @@ def read_template(value: str | None) -> str | None:
         return None
     if "{" not in value or (len(value) < 255 and os.path.exists(value)):
         try:
-            return Path(value).expanduser().read_text(encoding="utf-8")
+            return expanded(value, "data.chat_template").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template: {value} is neither a readable file nor a template: {error}") from error
     return value
@@ -49,7 +56,7 @@ class Conversation:
     Attributes:
         location: of their row, for error messages.
         kwargs: the template's other arguments (`Row.template_kwargs`).
-        is_prompt: whether the template is to end with the beginning of an answer.
+        is_prompt: whether the template is to end with the beginning of an answer, or within one that the messages begin.
     """
 
     messages: list[Message]
@@ -63,11 +70,8 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
 
     transformers renders a conversation to text and tokenises that: here they are rendered and tokenised together.
     """
-    from transformers import PreTrainedTokenizerBase
-
     one_by_one = [(c.messages, c.location, c.kwargs, c.is_prompt) for c in conversations]
-    # A tokenizer that overrides apply_chat_template (Mistral's) is called as it is.
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+    if not _renders_text(tokenizer):
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
     try:
         return encode(tokenizer, _render_texts(tokenizer, conversations), add_special_tokens=False)
@@ -75,21 +79,29 @@ def render_all(tokenizer: Any, conversations: Sequence[Conversation]) -> list[li
         return [render_ids(tokenizer, *conversation) for conversation in one_by_one]
 
 
+def _renders_text(tokenizer: Any) -> bool:
+    """False for a tokenizer that overrides apply_chat_template (Mistral's): it is called as it is."""
+    from transformers import PreTrainedTokenizerBase
+
+    return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
+
 def _render_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     """Every conversation as rendered text; those without further template arguments are rendered together."""
     together: dict[bool, list[int]] = {True: [], False: []}
     texts = []
     for place, c in enumerate(conversations):
-        is_alone = bool(c.kwargs) or not c.messages
+        is_alone = bool(c.kwargs) or not c.messages or (c.is_prompt and is_unfinished(c.messages))
         texts.append(render_text(tokenizer, c.messages, c.location, c.kwargs, c.is_prompt) if is_alone else "")
         if not is_alone:
             together[c.is_prompt].append(place)
     for is_prompt, places in together.items():
         if places:
             messages = [conversations[place].messages for place in places]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+            with cpu_limit(SECONDS + SECONDS_MORE * len(places)):
+                rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
             for place, text in zip(places, rendered, strict=True):
-                texts[place] = str(text)
+                texts[place] = _checked_length(str(text))
     return texts
 
 
@@ -100,14 +112,21 @@ def render_ids(
 
     Args:
         kwargs: the template's other arguments (`Row.template_kwargs`).
-        is_prompt: whether the template is to end with the beginning of an answer.
+        is_prompt: whether the template is to end with the beginning of an answer; one that the messages have begun stays
+            open, as by transformers' `continue_final_message`.
 
     Raises:
         UserError: where the template refuses the messages (roles out of order, …).
     """
+    if _renders_text(tokenizer):
+        text = render_text(tokenizer, messages, location, kwargs, is_prompt)
+        try:
+            return encode(tokenizer, [text], add_special_tokens=False)[0]
+        except Exception as error:
+            raise _refused(error, location) from error
     try:
         output = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=is_prompt, **kwargs
+            messages, tokenize=True, return_dict=True, **_ending(messages, is_prompt), **kwargs
         )
     except Exception as error:
         raise _refused(error, location) from error
@@ -119,9 +138,23 @@ def render_text(
 ) -> str:
     """The conversation as the template writes it, before tokenisation; raises what `render_ids` raises."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt, **kwargs))
+        with cpu_limit(SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **_ending(messages, is_prompt), **kwargs)
+        return _checked_length(str(text))
     except Exception as error:
         raise _refused(error, location) from error
+
+
+def _checked_length(text: str) -> str:
+    if len(text) > MAX_RENDERED:
+        raise ValueError(f"what it writes has {len(text):,} characters")
+    return text
+
+
+def _ending(messages: list[Message], is_prompt: bool) -> dict[str, bool]:
+    if is_prompt and is_unfinished(messages):
+        return {"continue_final_message": True}
+    return {"add_generation_prompt": is_prompt}
 
 
 def check_prompt_survives(
@@ -137,7 +170,7 @@ def check_prompt_survives(
         UserError: for such a row.
     """
     alone = render_text(tokenizer, prompt, location, kwargs, is_prompt=True)
-    whole = render_text(tokenizer, prompt + completion, location, kwargs)
+    whole = render_text(tokenizer, joined(prompt, completion), location, kwargs)
     common = common_prefix_length(alone, whole)
     content = prompt[-1].get("content")
     text = content.strip() if isinstance(content, str) else ""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from megadpo.data.rows import templates
 from megadpo.data.rows.encode import encode
-from megadpo.data.rows.formats import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
-from megadpo.data.rows.messages import Content, as_messages, common_prefix_length
+from megadpo.data.rows.messages import Content, as_messages, common_prefix_length, joined
+from megadpo.data.rows.row import EMPTY, IDENTICAL, IDENTICAL_LIST, Row
 from megadpo.errors import UserError, reason
 
 TRUNCATED_AWAY = "completion truncated away"
@@ -33,12 +34,16 @@ class GroupTokens:
         responses: ids of the completions.
         moved_boundary: whether the tokenised prompt is no prefix of the tokenised prompt + completion.
         truncated: whether tokens were cut.
+        cut_prompt: whether some were a prompt's.
+        cut_answer: whether some were a completion's.
     """
 
     prompts: tuple[list[int], ...]
     responses: tuple[list[int], ...]
     moved_boundary: bool = False
     truncated: bool = False
+    cut_prompt: bool = field(default=False, compare=False)
+    cut_answer: bool = field(default=False, compare=False)
 
     def sequences(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, completion) of every response."""
@@ -72,6 +77,40 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+PROBES = (
+    "The quick brown fox can't jump over 3,141.59 dogs…  twice!\n\tdef f(x): return x**2  # ok",
+    "Übergrößenträger naïve façade Ελληνικά Русский текст עברית العربية हिन्दी ไทย 中文字符，日本語かな 한국어",
+    '<|im_start|>user\n[INST] </s><eos> {"a": [1, 2]} 😀👩‍🚀 \u00a0\r\n',
+)
+"""Texts on which two tokenizers with the same vocabulary and other merges or other splits differ."""
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+
+
+def tokenizers_differ(path: str, other: str) -> str | None:
+    """How the tokenizer at `other` reads other ids than the one at `path`; None where it does not, or is not there.
+
+    Ids that only one of them has are no difference.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    ours, theirs = (
+        {name: file.read_bytes() for name in _VOCABULARIES if (file := Path(folder) / name).is_file()}
+        for folder in (path, other)
+    )
+    if not theirs or ours == theirs:
+        return None
+    one, two = load_tokenizer(path), load_tokenizer(other)
+    tokens = {number: token for token, number in two.get_vocab().items()}
+    for token, number in sorted(one.get_vocab().items(), key=lambda item: item[1]):
+        if tokens.get(number, token) != token:
+            return f"reads token id {number} as {tokens[number]!r:.40}, the policy's as {token!r:.40}"
+    for text in PROBES:
+        if encode(one, [text], add_special_tokens=False) != encode(two, [text], add_special_tokens=False):
+            return f"has the same tokens but splits text in another way, such as {text[:20]!r}…"
+    return None
+
+
 def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[GroupTokens | str]:
     """Tokenise located rows; a string in the result is the reason why the row is dropped.
 
@@ -80,6 +119,8 @@ def tokenise_rows(rows: Sequence[tuple[str, Row]], tokenizer: Any) -> list[Group
     Raises:
         UserError: for a tokenizer without an end-of-sequence token or template, or a row its template refuses.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        rows = [(location, row.plain or row) for location, row in rows]
     results: list[GroupTokens | str] = [row.reason_to_drop() or "" for _, row in rows]
     kept = [(location, row) for (location, row), reason in zip(rows, results, strict=True) if not reason]
     texts: list[str] = []
@@ -129,7 +170,7 @@ def _conversations_of(row: Row, tokenizer: Any, location: str) -> list[templates
     conversations = [templates.Conversation(as_messages(prompt), location, kwargs, True) for prompt in row.prompts]
     for prompt, completion in _sequences_of(row):
         assert isinstance(prompt, list) and isinstance(completion, list)
-        conversations.append(templates.Conversation(prompt + completion, location, kwargs))
+        conversations.append(templates.Conversation(joined(prompt, completion), location, kwargs))
     return conversations
 
 
@@ -177,7 +218,7 @@ def truncate(
         num_protected: with "prompt_left", tokens at the end of each prompt (its last user turn) that are kept before
             the completions' ends are, up to half of `max_length`.
     """
-    sequences = tokens.sequences()
+    sequences = whole = tokens.sequences()
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     truncated = max_length is not None and longest > max_length
     if truncated:
@@ -192,13 +233,16 @@ def truncate(
         return TRUNCATED_AWAY
     if _all_same(sequences):
         return IDENTICAL_TRUNCATED
+    cut_prompt, cut_answer = (any(len(a[i]) < len(b[i]) for a, b in zip(sequences, whole, strict=True)) for i in (0, 1))
     sequences = [(prompt, response) if prompt else (response[:1], response[1:]) for prompt, response in sequences]
     if not all(response for _, response in sequences):
         return TRUNCATED_AWAY
     prompts, responses = zip(*sequences, strict=True)
     if all(prompt == prompts[0] for prompt in prompts):
         prompts = prompts[:1]
-    return replace(tokens, prompts=prompts, responses=responses, truncated=truncated)
+    return replace(
+        tokens, prompts=prompts, responses=responses, truncated=truncated, cut_prompt=cut_prompt, cut_answer=cut_answer
+    )
 
 
 def _cut_keep_start(prompt: list[int], response: list[int], max_length: int) -> tuple[list[int], list[int]]:

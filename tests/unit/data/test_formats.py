@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.rows.formats import Row, recognise
+from megadpo.data.rows.formats import recognise
+from megadpo.data.rows.row import Row
 from megadpo.errors import UserError
 
 USER = {"role": "user", "content": "Colour of the sky?"}
@@ -86,15 +87,50 @@ def test_conversations_that_share_no_message_keep_two_prompts() -> None:
 
 @settings(deadline=None)
 @given(st.text("ab ", min_size=1, max_size=12), st.text("ab ", min_size=1, max_size=12))
-def test_implicit_text_is_split_as_trl_splits_it(chosen: str, rejected: str) -> None:
+def test_the_prompt_of_two_texts_is_their_common_beginning_in_whole_words(chosen: str, rejected: str) -> None:
     from trl import extract_prompt
 
-    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    row = recognise({"chosen": chosen, "rejected": rejected}, "f:1", allow_no_prompt=True)
+    (prompt,), (better, worse) = row.prompts, row.completions
+    assert (prompt + better, prompt + worse) == (chosen, rejected)
+    if better and worse and better[0] != worse[0]:
+        common = extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"]
+        # TRL stops within words, too, and where nothing is common it looks at the last character.
+        assert common.startswith(prompt) or chosen[0] != rejected[0]
+        assert not (prompt and prompt[-1].isalnum() and (better[0].isalnum() or worse[0].isalnum()))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: two plus two? A: four", "Q: two plus two? A: five", "Q: two plus two? A:"),
+        ("Q: which?\nYes", "Q: which?\nNo", "Q: which?\n"),
+        ("The sky is blue", "The sky is blue and vast", "The sky is blue"),
+        ("The sky is blue", "The sky is bluer", "The sky is blue"),
+        ("天空是蓝色", "天空是绿色", "天空是"),
+        ("Небо синее", "Небо серое", "Небо"),
+        ("It is 42.", "It is 48.", "It is"),
+    ],
+)
+def test_a_prompt_ends_before_the_word_in_which_two_texts_part(chosen: str, rejected: str, prompt: str) -> None:
     row = recognise({"chosen": chosen, "rejected": rejected}, "f:1")
-    if chosen[0] == rejected[0]:  # where nothing is common TRL looks at the last character
-        assert dict(zip(("prompt", "chosen", "rejected"), (*row.prompts, *row.completions), strict=True)) == expected
-    else:
-        assert (row.prompts, row.completions) == (("",), (chosen, rejected))
+    assert row == Row((prompt,), (chosen[len(prompt) :], rejected[len(prompt) :]), False) and row.implicit_prompt
+    is_beginning = rejected.startswith(chosen)
+    assert row.reason_to_drop() == ("empty completion" if is_beginning else None)
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("Paris ", "London"), ("a b ", "x"), ("Pears", "Planks")])
+def test_two_texts_without_a_common_beginning_need_a_prompt(chosen: str, rejected: str) -> None:
+    sides = {"chosen": chosen, "rejected": rejected}
+    for row in (sides, sides | {"prompt": None}):
+        with pytest.raises(UserError, match=r"^f:9: the row has no `prompt`, and .* no other column with text; name"):
+            recognise(row, "f:9")
+    with pytest.raises(UserError, match=r"nothing reads `task`, `note`; .* such as {prompt: task}, or set"):
+        recognise(sides | {"task": "Which?", "id": 3, "note": "b"}, "f:9")
+    row = recognise(sides, "f:1", allow_no_prompt=True)
+    assert row == Row(("",), (chosen, rejected), conversational=False) and row.has_empty_prompt
+    assert recognise({"chosen": "", "rejected": "b"}, "f:1").reason_to_drop() == "empty completion"
+    assert recognise({"chosen": "b", "rejected": "b"}, "f:1").reason_to_drop() == "identical chosen and rejected"
 
 
 def test_tools_and_template_arguments_are_passed_on() -> None:

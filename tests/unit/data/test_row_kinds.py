@@ -9,7 +9,8 @@ import pytest
 
 from megadpo.config.schema import DataConfig
 from megadpo.data.rows.dataset import prepare_groups
-from megadpo.data.rows.formats import Reading, Row, recognise
+from megadpo.data.rows.formats import Reading, recognise
+from megadpo.data.rows.row import Row
 from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from megadpo.config.sources import Source, parse_sources
-from megadpo.data.rows.sources import iter_rows
+from megadpo.data.rows.sources import iter_rows, split_taken
 from megadpo.errors import UserError
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"c{n} – é", "rejected": f"r{n}"} for n in range(5)]
@@ -28,6 +29,11 @@ def write(path: Path) -> Path:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif name.endswith(".csv"):
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
     elif name.endswith(".jsonl"):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
     else:
@@ -37,7 +43,7 @@ def write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "parquet.gz"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet", "parquet.gz", "csv", "csv.gz"])
 def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     assert read(write(tmp_path / f"rows.{suffix}")) == ROWS
 
@@ -100,7 +106,16 @@ def test_locations_name_file_and_line(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], r"a.jsonl.gz cannot be read"),
         ("a.parquet", b"no parquet", r"a.parquet is no readable parquet file"),
-        ("a.csv", b"a,b", r"unknown suffix; understood: .jsonl, .jsonl.gz"),
+        ("a.tsv", b"a,b", r"unknown suffix; understood: .jsonl, .jsonl.gz"),
+        ("a.jsonl", b'{"a": 1}\n{"b": 1, "a": 1, "b": 2}\n', r"a.jsonl:2: invalid JSON: the key 'b' is there twice in one"),
+        ("a.json", b'[{"a": {"role": 1, "role": 1}}]', r"a.json: invalid JSON: the key 'role' is there twice"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a.jsonl:1: invalid JSON: a whole number has more than 4,300 digits"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", r"a.json: invalid JSON: a whole number has more than 4,300 digits"),
+        ("a.json", b'{\n "a": 1}', r"a.json:1: invalid JSON: .*; a .json file is a list or a row a line"),
+        ("a.csv", b"a,b\n1,2\n\n3\n", r"a.csv:4: 1 cells for 2 columns; correct or drop the row"),
+        ("a.csv", b"a,a\n1,2\n", r"a.csv:1: the first line must name every column, each once"),
+        ("a.csv", b'a,b\n1,"x"y\n', r"a.csv:2: invalid csv"),
+        ("a.csv", b"a,b\n1,\xff\n", r"a.csv:.* invalid UTF-8"),
     ],
 )
 def test_broken_files_are_named_with_the_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -120,6 +135,8 @@ def test_missing_files_and_directories_without_rows_are_refused(tmp_path: Path, 
         read("empty/pairs")
     with pytest.raises(UserError, match=r"has no usable file; understood suffixes: .jsonl"):
         read(tmp_path / "empty")
+    with pytest.raises(UserError, match="data: no file fits "):
+        read(tmp_path / "empty" / "*.jsonl")
     with pytest.raises(UserError, match="remove its `split`"):
         read(write(tmp_path / "rows.jsonl"), split="train")
 
@@ -141,6 +158,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
         (" ", "data is empty; give a file"),
         ({"path": " "}, "data.path is empty; give a file"),
         (7, "data must be text or null, got the number 7"),
+        ([{"prompt": "p", "chosen": "c", "rejected": "r"}], "write rows to a file or hand over datasets.Dataset.from_list"),
         ({"weight": 1}, "data has no path; a source is a path or {path, weight, split, subset, columns}"),
         (["a", {"path": "a", "wieght": 1}], "unknown key data[1].wieght; did you mean data[1].weight?"),
         ({"path": "a", "weight": 0}, "data.weight must be greater than 0, got 0.0"),
@@ -250,3 +268,114 @@ def test_nulls_of_json_files_are_the_users_own(tmp_path: Path) -> None:
     row = {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"city": None}}]}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     assert [row for _, row in iter_rows(Source(str(tmp_path / "a.jsonl")))] == [row]
+
+
+# Tables of text, patterns, splits
+
+
+def test_a_table_has_numbers_labels_and_lists_where_they_are_meant_and_text_elsewhere(tmp_path: Path) -> None:
+    lines = [
+        "prompt,completion,label,weight,responses,scores,id",
+        'p,4,True,1.5,"[""a"", ""b""]","[1, 2.5]",007',
+        "p,,0,x,,,",
+    ]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(lines))
+    first, second = read(tmp_path / "a.csv")
+    assert first == {"prompt": "p", "completion": "4", "label": True, "weight": 1.5} | {
+        "responses": ["a", "b"],
+        "scores": [1, 2.5],
+        "id": "007",
+    }
+    empty = dict.fromkeys(("completion", "responses", "scores", "id"))
+    assert second == empty | {"prompt": "p", "label": 0, "weight": "x"}
+
+
+def test_a_pattern_gives_the_files_that_fit_it_in_sorted_order(tmp_path: Path) -> None:
+    for name, row in (("b1.jsonl", ROWS[1]), ("a1.jsonl", ROWS[0]), ("a2.jsonl", ROWS[2]), ("train.jsonl", ROWS[3])):
+        (tmp_path / name).write_text(json.dumps(row))
+    assert read(f"{tmp_path}/*1.jsonl") == ROWS[:2]
+    assert read(f"{tmp_path}/[at]*.jsonl") == [ROWS[0], ROWS[2], ROWS[3]]
+
+
+def test_home_and_variables_in_paths_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "rows.jsonl")
+    write(tmp_path / "$ROWS.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    assert read("~/rows.jsonl") == read("$WHERE/rows.jsonl") == read("${WHERE}/rows.jsonl") == ROWS
+    assert read(f"{tmp_path}/$ROWS.jsonl") == ROWS
+    with pytest.raises(
+        UserError, match=r"^data: \$NOWHERE/a.jsonl names \$NOWHERE, which is not set here; set it or write it"
+    ):
+        read("$NOWHERE/a.jsonl")
+
+
+def split_directory(directory: Path, names: str) -> Path:
+    for name in names.split():
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"from": name}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "held_out"),
+    [
+        ("train.jsonl test.jsonl", "train.jsonl", "test.jsonl"),
+        ("train.jsonl test.jsonl valid.jsonl", "train.jsonl", "valid.jsonl"),
+        ("Training-1.jsonl dev_2.json", "Training-1.jsonl", "dev_2.json"),
+        (
+            "d/train-00000-of-00002.jsonl d/train-00001-of-00002.jsonl d/eval-00000-of-00001.jsonl",
+            "d/train-00000-of-00002.jsonl d/train-00001-of-00002.jsonl",
+            "d/eval-00000-of-00001.jsonl",
+        ),
+        ("train/0.jsonl train/1.jsonl validation/0.jsonl", "train/0.jsonl train/1.jsonl", "validation/0.jsonl"),
+        ("train.jsonl other.jsonl test.jsonl", "train.jsonl", "test.jsonl"),
+        ("pairs.jsonl pairs-test.jsonl", "pairs.jsonl", "pairs-test.jsonl"),
+        (
+            "a.jsonl contest.jsonl trainer.jsonl",
+            "a.jsonl contest.jsonl trainer.jsonl",
+            "a.jsonl contest.jsonl trainer.jsonl",
+        ),
+    ],
+)
+def test_a_directory_is_read_by_split(names: str, train: str, held_out: str, tmp_path: Path) -> None:
+    directory = str(split_directory(tmp_path / "data", names))
+    assert [row["from"] for row in read(directory)] == train.split()
+    assert [row["from"] for row in read(directory, held_out=True)] == held_out.split()
+    assert [row["from"] for row in read(directory, split="all")] == sorted(names.split())
+    line = split_taken(Source(directory))
+    assert (line is None) == (train == held_out)
+    assert line is None or line.startswith(f"of {directory} the train split: {Path(train.split()[0]).name}")
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    directory = str(split_directory(tmp_path, "test.jsonl"))
+    with pytest.raises(
+        UserError, match=r"has no train split; it has test; name one as {path: …, split: test}, or `split: all`"
+    ):
+        read(directory)
+    assert len(read(directory, split="test")) == 1
+    directory = str(split_directory(tmp_path / "more", "train.jsonl"))
+    with pytest.raises(
+        UserError, match=r"has no held-out split to evaluate on; it has train; name one as {path: …, split: tr"
+    ):
+        read(directory, held_out=True)
+    with pytest.raises(UserError, match=r"has no test split; it has train"):
+        read(directory, split="test")
+    assert len(read(directory, split="train", held_out=True)) == 1
+
+
+def test_of_a_dataset_with_splits_the_held_out_one_is_evaluated_on(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list(ROWS)
+    DatasetDict(train=dataset.select([0]), test=dataset.select([3])).save_to_disk(str(tmp_path / "both"))
+    assert (read(tmp_path / "both"), read(tmp_path / "both", held_out=True)) == (ROWS[:1], ROWS[3:4])
+    with pytest.raises(UserError, match="has no held-out split to evaluate on; it has train"):
+        read(DatasetDict(train=dataset), held_out=True)
+
+
+def test_ignored_columns_are_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "system": "s", "images": [1]}')
+    assert read(tmp_path / "a.jsonl", ignored=("system", "images")) == [{"prompt": "p"}]

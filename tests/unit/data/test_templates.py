@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megadpo.data.rows import templates
 from megadpo.data.rows.formats import recognise
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import GroupTokens, load_tokenizer, tokenise_rows
@@ -83,3 +86,29 @@ def test_tools_and_template_arguments_reach_the_template(bpe_dir: str) -> None:
     row = {**ROW, "tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "gay"}}
     assert tokenizer.decode(tokenise(tokenizer, row).prompts[0]).startswith("look gay <|user|>")
     assert tokenizer.decode(tokenise(tokenizer).prompts[0]).startswith("none calm <|user|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it took more than 1 seconds"),
+        ("{% for i in range(999) %}{{ 'a' * 50000 }}{% endfor %}", "what it writes has 49,950,000 characters"),
+        ("{{ messages.append }}{{ ''.__class__.__mro__ }}", "f.jsonl:3: the chat template refuses the row: "),
+    ],
+)
+def test_a_template_that_takes_for_ever_or_leaves_its_sandbox_is_refused(
+    template: str, words: str, bpe_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    with pytest.raises(UserError) as caught:
+        tokenise(load_tokenizer(bpe_dir, template))
+    assert str(caught.value).startswith("f.jsonl:3: the chat template refuses the row: ") and words in str(caught.value)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_a_thread_other_than_the_main_one_has_no_limit_and_renders_all_the_same(bpe_dir: str) -> None:
+    tokenizer, found = load_tokenizer(bpe_dir), []
+    thread = threading.Thread(target=lambda: found.append(tokenise(tokenizer)))
+    thread.start()
+    thread.join()
+    assert found == [tokenise(tokenizer)]

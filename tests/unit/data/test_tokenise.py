@@ -101,10 +101,10 @@ def test_one_side_that_merges_moves_the_boundary_of_both(bpe_dir: str) -> None:
     assert any(pair.moved_boundary for pair in pairs)
 
 
-def test_implicit_text_splits_where_trl_splits_it(bpe_dir: str) -> None:
+def test_implicit_text_that_parts_between_words_splits_where_trl_splits_it(bpe_dir: str) -> None:
     rows = [
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-        {"chosen": "One two three", "rejected": "One two"},
+        {"chosen": "One two three", "rejected": "One two four"},
         {"chosen": "I say: yes", "rejected": "I say: no, never"},
     ]
     tokenizer = load_tokenizer(bpe_dir)

@@ -47,6 +47,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "model": "path dtype kernels attention small_ops layers fp8",
         "reference": "mode path tokens_per_micro_batch sync_every mixup_alpha",
         "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
+        "ignore_columns allow_no_prompt "
         "num_workers cache_dir",
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
         "dpop_lambda ipo_normalization discopop_tau simpo_gamma module alphapo_alpha row_weights margins soft_labels "
@@ -99,6 +100,108 @@ def test_an_override_is_read_as_the_type_of_its_field(override: str, value: obje
     for part in override.partition("=")[0].split("."):
         at = getattr(at, part)
     assert at == value and type(at) is type(value)
+
+
+NUMBERS: list[tuple[str, str, object]] = [
+    ("train.learning_rate", "5e-7", 5e-7),
+    ("train.learning_rate", "1E-6", 1e-6),
+    ("train.learning_rate", "'5e-7'", 5e-7),
+    ("train.learning_rate", ".5", 0.5),
+    ("train.steps", "010", 10),
+    ("train.steps", "0x1F", 31),
+    ("train.steps", "0o17", 15),
+    ("train.steps", "8_192", 8192),
+    ("data.shuffle", "no", False),
+    ("data.shuffle", "Off", False),
+    ("data.shuffle", "yes", True),
+    ("data.shuffle", "TRUE", True),
+    ("data.eval", "", None),
+    ("output_dir", "2024-01-01", "2024-01-01"),
+    ("output_dir", "1:30", "1:30"),
+    ("output_dir", "'010'", "010"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), NUMBERS)
+def test_yaml_means_what_a_reader_thinks_in_a_file_and_on_the_command_line(
+    key: str, text: str, value: object, tmp_path: Path
+) -> None:
+    section, _, name = key.partition(".")
+    written = f"{section}: {{{name}: {text}}}\n" if name else f"{section}: {text}\n"
+    for config in (load_config(write(tmp_path / "run.yaml", written)), load_config({}, [f"{key}={text}"])):
+        found = getattr(getattr(config, section), name) if name else getattr(config, section)
+        is_command_line_text = key == "output_dir" and text.startswith("'")
+        assert (found == value and type(found) is type(value)) or is_command_line_text
+        again = load_config(write(tmp_path / "config.yaml", config.to_yaml()))
+        assert again == load_config(write(tmp_path / "config.yaml", again.to_yaml()))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.steps=1:30", "train.steps must be a whole number or null, got the text '1:30'"),
+        ("train.steps=many", "train.steps must be a whole number or null, got the text 'many'"),
+        ("train.steps=2.0", "train.steps must be a whole number or null, got the number 2.0"),
+        ("train.steps=no", "train.steps must be a whole number or null, got the text 'no'"),
+        ("train.learning_rate=.nan", "train.learning_rate must be at least 0, got nan"),
+        ("train.router_aux_coef=.nan", "train.router_aux_coef must be at least 0, got nan"),
+        ("objective.rpo_eta=.nan", "objective.rpo_eta must be greater than 0, got nan"),
+        ("objective.simpo_gamma=.nan", "objective.simpo_gamma is nan, which is no number"),
+        ("train.learning_rate=nan", "train.learning_rate must be a number, got the text 'nan'"),
+        ("train.learning_rate=fast", "train.learning_rate must be a number, got the text 'fast'"),
+        ("train.learning_rate=1:30", "train.learning_rate must be a number, got the text '1:30'"),
+        ("data.shuffle=maybe", "data.shuffle must be true or false, got the text 'maybe'"),
+        ("train.recompute=off", "train.recompute: 'off' is not known; choose one of: none, small, selective, full"),
+        ("checkpoint.resume=no", "checkpoint.resume is 'no', which is no text here; use auto, never or the path of a step"),
+        ("data.eval=off", "data.eval is 'off', which is no text here; use null for nothing (a path of that name: ./off)"),
+        ("reference.path=No", "reference.path is 'No', which is no text here; use null for nothing"),
+        (f"train.steps={'9' * 5000}", "train.steps is no usable value: a whole number has 5,000 digits"),
+        (f"data.train={'[' * 3000}", "data.train is no usable value: lists and mappings are nested too deeply"),
+    ],
+)
+def test_what_is_no_number_or_word_of_an_option_is_refused_in_a_file_and_on_the_command_line(
+    override: str, sentence: str, tmp_path: Path
+) -> None:
+    assert sentence in error_of({}, override)
+    key, _, text = override.partition("=")
+    section, _, name = key.partition(".")
+    path = write(tmp_path / "run.yaml", f"{section}:\n  {name}: {text}\n")
+    said = error_of(path)
+    assert sentence.partition(" is no usable value: ")[2] in said and (sentence in said or "usable" in sentence)
+
+
+def test_aliases_are_written_out_up_to_a_bound(tmp_path: Path) -> None:
+    levels = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]\n" for n in range(1, 9))
+    assert "it has more than 10,000 values, aliases written out" in error_of(
+        write(tmp_path / "bomb.yaml", f"x0: &x0 [a, a]\n{levels}")
+    )
+    assert "a list or mapping contains itself" in error_of(write(tmp_path / "self.yaml", "data: &a {train: [*a]}\n"))
+    merged = "train: &t {steps: 3, seed: 1}\neval: {every: 0}\n"
+    assert load_config(write(tmp_path / "merged.yaml", merged)).train.steps == 3
+    inherited = load_config(write(tmp_path / "in.yaml", "train: {<<: {steps: 3, seed: 1}, seed: 2}\n")).train
+    assert (inherited.steps, inherited.seed) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-6", "0o17", "no", "010", "0x1F", "1:30", "8_192", "5.", "=", "null", "~", "", "2024-01-01"]
+)
+def test_a_text_that_looks_like_something_else_is_written_so_that_both_versions_of_yaml_read_it(text: str) -> None:
+    from megadpo.config import yaml_core
+
+    written = yaml_core.dump({"a": text})
+    assert yaml_core.parse(written) == yaml.safe_load(written) == {"a": text}
+
+
+def test_home_and_variables_in_paths_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    config = load_config({}, ["model.path=~/model", "output_dir=$RUNS/first", "reference.path=${RUNS}/first/hf"])
+    assert (config.model.path, config.output_dir, config.reference.path) == (
+        "/home/me/model",
+        "/runs/first",
+        "/runs/first/hf",
+    )
+    assert "output_dir: $NOWHERE/a names $NOWHERE, which is not set here" in error_of({}, "output_dir=$NOWHERE/a")
 
 
 @pytest.mark.parametrize(

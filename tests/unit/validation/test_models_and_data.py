@@ -1,6 +1,10 @@
 """Rules between options and the models or the data of a run: each is one sentence, before anything starts."""
 
+import copy
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, MixtralConfig
@@ -12,8 +16,8 @@ from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
 from megadpo.validation.data import check_mismatched_fit
 from megadpo.validation.load import load_config
-from megadpo.validation.model import check_experts, check_same_vocabulary
-from tests.helpers.models import random_groups
+from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
+from tests.helpers.models import random_groups, save_tokenizer
 
 LLAMA = shape_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
 MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
@@ -41,6 +45,35 @@ def test_a_reference_reads_the_policy_s_tokens() -> None:
     check_same_vocabulary("r", replace(LLAMA, vocab_size=40), replace(MIXTRAL, vocab_size=40))
     with pytest.raises(UserError, match=r"reference.path: r has 39 vocabulary rows and the policy 40"):
         check_same_vocabulary("r", replace(LLAMA, vocab_size=39), replace(LLAMA, vocab_size=40))
+
+
+def test_a_reference_with_a_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path) -> None:
+    for name in ("policy", "same", "swapped", "split", "longer", "without"):
+        (tmp_path / name).mkdir()
+    policy = str(tmp_path / "policy")
+    tokenizer = save_tokenizer(tmp_path / "policy")
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+
+    def save(name: str, changed: dict[str, Any]) -> str:
+        for file in (tmp_path / "policy").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(changed, indent=1))
+        return str(tmp_path / name)
+
+    check_same_tokenizer(save("same", written), policy)
+    check_same_tokenizer(str(tmp_path / "without"), policy)
+    more = copy.deepcopy(written)
+    more["added_tokens"].append({**more["added_tokens"][-1], "id": len(tokenizer), "content": "<more>"})
+    check_same_tokenizer(save("longer", more), policy)
+    swapped = copy.deepcopy(written)
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    with pytest.raises(UserError, match=rf"reference.path: the tokenizer of .*swapped reads token id {vocabulary['b']} as"):
+        check_same_tokenizer(save("swapped", swapped), policy)
+    split = copy.deepcopy(written)
+    split["model"]["merges"] = split["model"]["merges"][:3]
+    with pytest.raises(UserError, match=r"split has the same tokens but splits text in another way"):
+        check_same_tokenizer(save("split", split), policy)
 
 
 def test_every_prompt_fits_before_every_answer_where_kto_puts_it_there() -> None:

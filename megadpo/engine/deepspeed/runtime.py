@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from typing import Any
 
@@ -192,6 +193,21 @@ class Runtime(DeepSpeedEngine):
             self.optimizer._get_norm_groups = lambda: [value]
         else:
             self.optimizer.scaled_global_norm = lambda *unused: value
+
+    def discard_gradients(self) -> None:
+        """End a step without an update, as DeepSpeed does after an overflow: gradients are cleared, nothing else changes."""
+        stage = self.zero_optimization_stage()
+        if stage == 0:
+            self.zero_grad()
+            return
+        self.use_norm(math.inf)
+        if stage == 3:
+            self.step()
+            return
+        looks_at_norm = self.optimizer.check_grad_overflow  # stages 1 and 2 take any norm for granted in bf16
+        self.optimizer.check_grad_overflow = True
+        self.step()
+        self.optimizer.check_grad_overflow = looks_at_norm
 
 
 def sharder(config: dict[str, Any]) -> Any:

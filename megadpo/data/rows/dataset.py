@@ -122,7 +122,9 @@ def _make_once(
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock", mode=0o666):
-            cached = _load(directory)
+            cached = _load(
+                directory, says_damage=True
+            )  # one of those that wait finds it so; the others read what that makes
             if cached is not None:
                 return cached
             put_away(directory)
@@ -142,8 +144,8 @@ def _make_once(
     return loaded
 
 
-def _load(directory: Path) -> tuple[GroupStore, DataReport] | None:
-    """What is in the cache; None where there is nothing, or nothing that can be trusted.
+def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataReport] | None:
+    """What is in the cache; None where there is nothing, or something damaged.
 
     Raises:
         UserError: it cannot be read.
@@ -155,7 +157,7 @@ def _load(directory: Path) -> tuple[GroupStore, DataReport] | None:
     except PermissionError as error:
         raise UserError(cannot_be_used(CACHE_SETTING, directory, error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if says_damage:
             print(f"megadpo: the token cache {directory} is damaged ({reason(error)}): it is made again", file=sys.stderr)
         return None
 

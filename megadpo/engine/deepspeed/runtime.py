@@ -42,6 +42,7 @@ from deepspeed.utils import groups  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megadpo.errors import UserError  # noqa: E402
+from megadpo.parallel.messages import gathered  # noqa: E402
 from megadpo.platform.patches import patch, patches_undone, when_undone  # noqa: E402
 
 TESTED = "0.19"
@@ -136,13 +137,11 @@ def _build_nothing() -> None:
 
 
 def _assert_same_in_replicas(numbers: list[int]) -> None:
-    group = data_parallel_group()
-    gathered: list[Any] = [None] * dist.get_world_size(group)
     # Ids count on from model to model in a process, and an earlier run may have left replicas with different counts.
     first = min(numbers, default=0)
-    dist.all_gather_object(gathered, [number - first for number in numbers], group=group)
-    if any(other != gathered[0] for other in gathered):
-        raise RuntimeError(f"replicas walk through different parameters: {gathered}")
+    others = gathered([number - first for number in numbers], data_parallel_group())
+    if any(other != others[0] for other in others):
+        raise RuntimeError(f"replicas walk through different parameters: {others}")
 
 
 class Runtime(DeepSpeedEngine):

@@ -8,7 +8,6 @@ lasts is no spike: every finite value counts among the last ones, also that of a
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +61,9 @@ class SpikeWatch:
     def _above(self, name: str, value: float, earlier: list[float]) -> str | None:
         if len(earlier) < FEWEST:
             return None
-        mean = statistics.fmean(earlier)
-        deviation = max(statistics.pstdev(earlier, mean), LEAST_DEVIATION * abs(mean))
+        mean = math.fsum(earlier) / len(earlier)
+        deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in earlier) / len(earlier))
+        deviation = max(deviation, LEAST_DEVIATION * abs(mean))
         if value <= mean + self.deviations * deviation:
             return None
         text = f"the {name} is {value:.4g}, above the mean {mean:.4g} of the last {len(earlier)} steps"

@@ -1,8 +1,8 @@
 """The C++ and CUDA libraries of csrc/: taken from where `pip install` put them, else compiled on first use into the cache.
 
 Code runs in this process with all that its user may do: only what belongs to the user, to root or to whoever owns the
-package is loaded, and only where nobody else can write to it. Where the cache is another user's, this one compiles into a
-directory of its own there.
+package is loaded, and only where nobody else can write to it. Where the cache is open to others, libraries lie in
+~/.cache/megadpo.
 
 Each is a plain C library without torch's or Python's headers: a compiler is all it takes, and without one the callers'
 torch twins do the work. This file imports neither torch nor the rest of megadpo, since setup.py reads it.
@@ -76,7 +76,7 @@ def load(name: str) -> ctypes.CDLL:
     library = LIBRARIES[name]
     key = source_key(library)
     for path in PACKAGE.glob(f"_{name}.*so"):
-        if not is_trusted(path, os.stat(PACKAGE).st_uid):
+        if not is_trusted(path, beside=Path(__file__)):
             continue
         with contextlib.suppress(OSError):  # made for another machine
             installed = ctypes.CDLL(str(path))
@@ -118,33 +118,47 @@ def made_from(library: ctypes.CDLL) -> str:
     return str(library.megadpo_source_key().decode())
 
 
-def is_trusted(path: Path, *other_owners: int) -> bool:
-    """Whether a file or directory belongs to this user, root or one of `other_owners`, and nobody else can write to it.
+def is_trusted(path: Path, beside: Path | None = None) -> bool:
+    """Whether a file or directory belongs to this user or root, and nobody else can write to it.
 
     A directory that others can write to is trusted where they cannot replace what is not theirs (the sticky bit).
+
+    Args:
+        beside: code that runs in this process anyway: its owner, and the group that can write to it, are trusted as well.
     """
     try:
         about = os.stat(path, follow_symlinks=False)
+        other = None if beside is None else os.stat(beside)
     except OSError:
         return False
-    is_sticky = stat.S_ISDIR(about.st_mode) and bool(about.st_mode & stat.S_ISVTX)
-    is_open = bool(about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
-    return about.st_uid in (0, os.geteuid(), *other_owners) and not is_open and not stat.S_ISLNK(about.st_mode)
+    owners, open_to = {0, os.geteuid()}, about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if other is not None:
+        owners.add(other.st_uid)
+        if other.st_gid == about.st_gid:
+            open_to &= ~other.st_mode
+    if stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX:
+        open_to = 0
+    return about.st_uid in owners and not open_to and not stat.S_ISLNK(about.st_mode)
+
+
+def _cache() -> Path:
+    """$MEGADPO_CACHE, unless others could exchange what lies there (they may share the rest); else ~/.cache/megadpo."""
+    home = Path("~/.cache/megadpo").expanduser()
+    chosen = Path(os.environ.get("MEGADPO_CACHE") or home).expanduser()
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen if is_trusted(chosen) else home
 
 
 def _own_directory(cache: Path) -> Path:
-    """Where this user's libraries lie in a cache: `kernels`, or where that cannot be trusted, a directory of this user's."""
+    """Where this user's libraries lie in a cache: `kernels`, or where that is somebody else's, one of this user's."""
     directory = cache / "kernels"
-    if not os.path.lexists(directory) and os.access(cache, os.W_OK):
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o755)
-    if directory.is_dir() and os.stat(directory).st_uid == os.geteuid() and not is_trusted(directory):
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if os.stat(directory).st_uid == os.geteuid() and not is_trusted(directory):
         directory.chmod(0o755)  # of an earlier version, under a umask that lets the group write
     if is_trusted(directory) and os.access(directory, os.W_OK):
         return directory
     own = cache / f"kernels-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        own.mkdir(mode=0o700)
+    own.mkdir(mode=0o700, exist_ok=True)
     return own
 
 
@@ -154,14 +168,13 @@ def built(library: Library, key: str) -> Path:
     Any number of processes may ask at once: one compiles while the others wait, and where locks do not work (some network
     file systems) each compiles and the last one's file, equal to the others', stays.
     """
-    cache = Path(os.environ.get("MEGADPO_CACHE") or "~/.cache/megadpo").expanduser()
     name = f"{library.name}-{key}.so"
-    shared = cache / "kernels" / name
-    if is_trusted(shared.parent) and is_trusted(shared):
-        return shared
-    compiler = find_compiler(library)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache = _cache()
+        shared = cache / "kernels" / name
+        if is_trusted(shared.parent) and is_trusted(shared):
+            return shared
+        compiler = find_compiler(library)
         directory = _own_directory(cache)
         path = directory / name
         if not is_trusted(directory):
@@ -176,7 +189,7 @@ def built(library: Library, key: str) -> Path:
                     partial.chmod(0o755)
                     partial.replace(path)
     except OSError as error:
-        raise Unavailable(f"{cache} cannot be written: {error.strerror}") from error
+        raise Unavailable(f"{error.filename or 'the cache'} cannot be written: {error.strerror}") from error
     return path
 
 

@@ -341,30 +341,36 @@ def _made(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("attack", ["another user's file", "another user's directory", "open to all", "a link"])
+ATTACKS = {
+    "another user's file": lambda cache, file: os.chown(file, 12345, 12345),
+    "another user's directory": lambda cache, file: os.chown(file.parent, 12345, 12345),
+    "another user's cache": lambda cache, file: os.chown(cache, 12345, 12345),
+    "a file open to all": lambda cache, file: file.chmod(0o777),
+    "a file open to the group": lambda cache, file: file.chmod(0o775),
+    "a cache open to the group": lambda cache, file: cache.chmod(0o2775),
+    "a link": lambda cache, file: (file.rename(cache / "x"), file.symlink_to(cache / "x")),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_code_of_strangers_is_never_loaded_but_compiled_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
-    monkeypatch.setenv("MEGADPO_CACHE", str(tmp_path))
+    if "another user" in attack and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MEGADPO_CACHE", str(cache))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(native, "_compile", lambda library, compiler, key, to: to.write_bytes(b"ours"))
     monkeypatch.setattr(native, "find_compiler", lambda library: "compiler")
     library = native.LIBRARIES["head"]
     first = native.built(library, "key")
-    assert first.parent == tmp_path / "kernels" and native.is_trusted(first)
+    assert first.parent == cache / "kernels" and native.is_trusted(first)
     first.write_bytes(b"theirs")
-    if attack == "another user's file":
-        os.chown(first, 12345, 12345)
-    elif attack == "another user's directory":
-        os.chown(first.parent, 12345, 12345)
-    elif attack == "open to all":
-        first.chmod(0o777)
-    else:
-        (tmp_path / "theirs").write_bytes(b"theirs")
-        first.unlink()
-        first.symlink_to(tmp_path / "theirs")
+    ATTACKS[attack](cache, first)
     found = native.built(library, "key")
     assert found.read_bytes() == b"ours" and native.is_trusted(found) and native.is_trusted(found.parent)
+    assert found.is_relative_to(tmp_path / "home" if "cache" in attack else cache)
     assert native.built(library, "key").read_bytes() == b"ours", "and again"
 
 

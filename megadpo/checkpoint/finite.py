@@ -34,7 +34,9 @@ class FiniteWatch:
 
     def suspect(self) -> str | None:
         """The name of the first tensor whose sum is not finite; waits for the device once."""
-        bad = ~torch.stack(self._sums).isfinite() if self._sums else torch.zeros(0, dtype=torch.bool)
+        if not self._sums:
+            return None
+        bad = ~torch.stack([each.to(self._sums[0].device) for each in self._sums]).isfinite()
         return self._names[int(bad.nonzero()[0])] if bool(bad.any()) else None
 
 

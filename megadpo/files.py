@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,59 @@ def expanded(path: str, setting: str) -> Path:
     if unset is not None:
         raise UserError(f"{setting}: {path} names {unset.group()}, which is not set here; set it or write it out")
     return Path(found)
+
+
+def cannot_be_used(setting: str, path: Path, error: OSError) -> str:
+    """Why something that users may share, such as a cache, is of no use here, and what to do."""
+    hint = "have its owner open it to you, or " if isinstance(error, PermissionError) else "make room, or "
+    return (
+        f"{setting}: {path} cannot be read or written ({error.strerror or error}); {hint}set {setting} to another directory"
+    )
+
+
+def put_away(path: Path) -> None:
+    """Remove a file, a link or a directory, if it is there; nobody sees it half removed.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    if not os.path.lexists(path):
+        return
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.damaged")
+    path.rename(aside)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink()
+
+
+def require_new_file(path: Path, setting: str, force: bool) -> Path:
+    """Check, before anything is computed, that a file can be written: where to write it, which is where a link leads.
+
+    Args:
+        setting: how the user named it.
+        force: it may replace a file.
+
+    Raises:
+        UserError: it is a directory, it exists, or its directory cannot be written.
+    """
+    try:
+        target = path.resolve()
+        if target.is_dir():
+            raise UserError(f"{setting}: {path} is a directory; give a file name")
+        if is_special(target):
+            return target
+        if target.exists() and not force:
+            raise UserError(f"{setting}: {path} exists already; choose another file, or add --force to replace it")
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UserError(f"{setting}: {path} cannot be written: {error}") from error
+    make_writable_directory(target.parent, setting)
+    return target
+
+
+def is_special(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a directory: a device, a pipe, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def log_probs(model: Path, pairs: Path, output: Path) -> list[dict[str, float]]:
     """A line a pair from `megadpo logprobs`: chosen_logp, rejected_logp, and more."""
     lines = output / f"logprobs_{model.name}.jsonl"
     options = ("model.dtype=fp32", "data.num_workers=1", f"data.cache_dir={json.dumps(str(output / 'cache'))}")
-    megadpo("logprobs", "--model", model, "--data", pairs, "--out", lines, *options)
+    megadpo("logprobs", "--model", model, "--data", pairs, "--out", lines, "--force", *options)
     return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
 
 

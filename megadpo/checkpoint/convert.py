@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
+from megadpo.checkpoint.finite import finite_only, is_finite
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.sharded import commit, is_checkpoint, open_checkpoint, write_shard_file, writer_name
 from megadpo.checkpoint.staging import abandon, begin, refuse_existing
@@ -82,7 +83,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
     plan = plan_export(config, dtype or {name: source.dtype(name) for name in source.names()})
     begin(out)
     try:
-        write_export_files(plan, out, ((name, source.read(name, 0, 0, size[0])) for name, size in plan.shapes.items()))
+        tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in plan.shapes.items())
+        write_export_files(plan, out, finite_only(tensors, str(checkpoint)))
         finish_export(plan, out, checkpoint)
     except BaseException:
         abandon(out)
@@ -107,4 +109,7 @@ def _shards(
             dtype = functools.reduce(torch.promote_types, [source.dtype(piece.logical_name) for piece in shard.pieces])
             tensor = torch.empty(shard.shape, dtype=dtype)
             fill_shard(shard, source, tensor)
+            if not is_finite(tensor):
+                names = ", ".join(dict.fromkeys(piece.logical_name for piece in shard.pieces))
+                raise UserError(f"the model's {names} is not finite, so nothing was written; get the model again")
             yield "weights", shard, tensor

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write")
+    parser.add_argument("--force", action="store_true", help="replace the file of --out")
     add_overrides(parser)
     add_nproc(parser)
 
@@ -31,5 +32,5 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         return status
     from megadpo.training.logprobs import run_logprobs
 
-    report_written(run_logprobs(arguments.model, arguments.data, arguments.out, config))
+    report_written(run_logprobs(arguments.model, arguments.data, arguments.out, config, arguments.force))
     return 0

@@ -246,6 +246,11 @@ class TrainConfig:
     rounding is right on average over the steps), in any spelling of `model.dtype`. With `engine: megatron`."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    on_spike: str = "warn"
+    """What to do with a step whose loss or gradient norm is not finite, or far above those of the last 128 steps: `warn`
+    (train on it and say so; one that is not finite ends the run), `skip` (update nothing and go on) or `stop`."""
+    spike_deviations: float = 6.0
+    """How far above their mean is far, in standard deviations of the last 128 steps (at least a tenth of the mean each)."""
     recompute: str = "none"
     """Activations computed again in the backward pass to save memory: `none`, `small` (results of cheap operations: norms,
     SwiGLU, rope by Triton's kernels, copied keys and values), `selective` (attention) or `full` (layers)."""
@@ -285,7 +290,10 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint in `output_dir`, if there is one; `never`; or the path of a step
-    directory."""
+    directory to begin with (the same command again goes on from the newest checkpoint that came of it)."""
+    changed_inputs: str = "refuse"
+    """On resuming, where the files of the model or the reference, the tokenizer, the template or the training pairs are not
+    those that the checkpoint was made with: `refuse`, or `accept` (with a warning)."""
 
 
 @dataclass

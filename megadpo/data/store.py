@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +15,21 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megadpo.data.groups import Group
 
-FORMAT_VERSION = 3
-_ARRAYS = ("tokens_T", "segment_offsets_S", "group_segments_G", "num_prompts_G", "rows_G", "sources_G")
+FORMAT_VERSION = 4
+ABOUT = "store.json"
+_DTYPES = {
+    "tokens_T": np.int32,
+    "segment_offsets_S": np.int64,
+    "group_segments_G": np.int64,
+    "num_prompts_G": np.int32,
+    "rows_G": np.int64,
+    "sources_G": np.int32,
+}
+_ARRAYS = tuple(_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -265,21 +275,26 @@ class GroupStore(Sequence[Group]):
         return total + np.where(columns.num_prompts_G == 1, num_copies * prompt_lengths, 0)
 
     def save(self, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
-        """Write .npy files and a store.json, which holds `extra` too. The directory is written atomically.
+        """Write .npy files and a store.json, which holds `extra` and the hash of each file, too, and begins with its own.
 
-        A directory that exists is left as it is.
+        The directory is written atomically; one that exists is left as it is.
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        partial = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+        partial.mkdir()  # open to whom the user lets it be: a cache may be shared
         try:
+            hashes = {}
             for name, array in self.columns.named_arrays().items():
                 with (partial / f"{name}.npy").open("wb") as file:
                     np.save(file, array, allow_pickle=False)
                     file.flush()
                     os.fsync(file.fileno())
+                hashes[name] = _hash_of(partial / f"{name}.npy")
             about = {
                 "format_version": FORMAT_VERSION,
+                "key": directory.name,
+                "hashes": hashes,
                 "num_groups": len(self),
                 "numbers": sorted(self.row_values),
                 "digest": self.digest,
@@ -287,8 +302,8 @@ class GroupStore(Sequence[Group]):
                 "source_weights": self.source_weights.tolist(),
                 "extra": extra or {},
             }
-            with (partial / "store.json").open("w", encoding="utf-8") as file:
-                json.dump(about, file, indent=1)
+            with (partial / ABOUT).open("w", encoding="utf-8") as file:
+                file.write(sealed(about))
                 file.flush()
                 os.fsync(file.fileno())
             if not directory.exists():
@@ -298,17 +313,18 @@ class GroupStore(Sequence[Group]):
 
     @staticmethod
     def load(directory: str | Path) -> GroupStore:
-        """Memory-map a saved store.
+        """Memory-map a saved store, every byte of which is compared with its hash.
 
         Raises:
-            OSError, ValueError, KeyError: where it is not one, or of another format version.
+            OSError: it cannot be read.
+            ValueError, KeyError, TypeError: it is no store, of another format version, or damaged.
         """
         directory = Path(directory)
-        about = json.loads((directory / "store.json").read_text(encoding="utf-8"))
-        if about["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"{directory} has format version {about['format_version']}, expected {FORMAT_VERSION}")
+        about = read_about(directory)
 
         def read(name: str) -> npt.NDArray[Any]:
+            if _hash_of(directory / f"{name}.npy") != about["hashes"][name]:
+                raise ValueError(f"{name}.npy is not what was written")
             array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             return array
 
@@ -316,7 +332,86 @@ class GroupStore(Sequence[Group]):
             **{name: read(name) for name in _ARRAYS},
             row_values={name: read(f"numbers.{name}") for name in about["numbers"]},
         )
+        check_columns(columns, len(about["source_names"]))
         store = GroupStore(columns, about["source_names"], about["source_weights"], about["digest"])
         if len(store) != about["num_groups"]:
-            raise ValueError(f"{directory} holds {len(store)} groups, expected {about['num_groups']}")
+            raise ValueError(f"it holds {len(store)} groups, expected {about['num_groups']}")
         return store
+
+
+def check_columns(columns: GroupColumns, num_sources: int) -> None:
+    """Refuse arrays that do not make up groups, so that nothing is read from outside of them.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    for name, expected in _DTYPES.items():
+        array = getattr(columns, name)
+        if array.dtype != expected or array.ndim != 1:
+            raise ValueError(f"{name} is {array.dtype} of {array.ndim} dimensions, expected {np.dtype(expected)} of 1")
+    segment_offsets, group_segments = columns.segment_offsets_S, columns.group_segments_G
+    for name, offsets, end, least in (
+        ("segment_offsets_S", segment_offsets, len(columns.tokens_T), 0),
+        ("group_segments_G", group_segments, len(segment_offsets) - 1, 2),
+    ):
+        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < least).any():
+            raise ValueError(f"{name} does not lead through the {end} entries that it divides")
+    num_groups = len(group_segments) - 1
+    if not num_groups == len(columns.num_prompts_G) == len(columns.rows_G) == len(columns.sources_G):
+        raise ValueError("its arrays are of different numbers of groups")
+    num_responses = np.diff(group_segments) - columns.num_prompts_G
+    if ((columns.num_prompts_G != 1) & (columns.num_prompts_G != num_responses)).any() or (num_responses < 1).any():
+        raise ValueError("a group has neither one prompt nor one a response")
+    if columns.rows_G.min(initial=0) < 0 or not 0 <= columns.sources_G.min(initial=0) <= columns.sources_G.max(initial=0):
+        raise ValueError("a row or a source has a negative number")
+    if num_groups and columns.sources_G.max() >= num_sources:
+        raise ValueError("a group is of a source that is not there")
+    if columns.tokens_T.min(initial=0) < 0:
+        raise ValueError("a token id is negative")
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What store.json says of a saved store.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, KeyError, TypeError: it is damaged, of another store or of another format version.
+    """
+    about = unsealed((directory / ABOUT).read_text(encoding="utf-8"))
+    if about["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it has format version {about['format_version']}, expected {FORMAT_VERSION}")
+    if about["key"] != directory.name:
+        raise ValueError(f"it was written as {about['key']}")
+    return about
+
+
+SEAL = '{"xxh3_128": "'
+"""What a sealed JSON object begins with; then come the hash of all that follows it, and the rest of the object."""
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON object with its own hash as its first value; `content` is not empty."""
+    rest = '",' + json.dumps(content, indent=1)[1:] + "\n"
+    return SEAL + xxhash.xxh3_128_hexdigest(rest.encode()) + rest
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The object that `sealed` made, its hash included.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    start = len(SEAL) + 32
+    if not text.startswith(SEAL) or xxhash.xxh3_128_hexdigest(text[start:].encode()) != text[len(SEAL) : start]:
+        raise ValueError(f"{ABOUT} is not what was written")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _hash_of(path: Path) -> str:
+    """XXH3 of a file's bytes, in hexadecimal."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()

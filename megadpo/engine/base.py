@@ -12,6 +12,7 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
+    from megadpo.model.families import ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KINDS = ("weights", *MOMENTS)
@@ -48,11 +49,15 @@ class Engine(Protocol):
         """Of a mixture of experts, how evenly the last global batch was spread (`router_load.Load`); collective."""
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> float:
         """Clip, update, clear the gradients; the global gradient norm before clipping.
 
+        Args:
+            accepts: asked with the norm; where it says no, on every rank, gradients are cleared and nothing else changes.
+                None: accepts every norm that is finite.
+
         Raises:
-            ArithmeticError: the norm is not finite; the parameters are left as they were.
+            ArithmeticError: without `accepts`, the norm is not finite; the parameters are left as they were.
         """
         ...
 
@@ -71,6 +76,14 @@ class Engine(Protocol):
     def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq, or of some of
         them; collective."""
+        ...
+
+    def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        """What this rank itself keeps of `state`: (kind, shard, first element in the flattened shard, values)."""
+        ...
+
+    def own_gradients(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        """The same of the gradients, under the kind "gradient"; after `finish_gradients`, before `step` has ended."""
         ...
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:

@@ -21,6 +21,7 @@ from megadpo.engine.base import MOMENTS, STATE_KINDS
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.model.build import Stage
+from megadpo.model.families import ParameterShard
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.base import PipelineSchedule
@@ -123,17 +124,19 @@ class MegatronEngine:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
         finalize_model_grads(self.models, num_tokens=None)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.train.weight_decay * group.get("wd_mult", 1.0)
         with cpu_tensors_pass_for_cuda():
             self.optimizer.prepare_grads()
             norm = self._gradient_norm()
-            if not math.isfinite(norm):
-                raise ArithmeticError(f"the gradient norm is {norm}")
-            self._clip_gradients(norm)
-            self.optimizer.step_with_ready_grads()
+        if accepts is None and not math.isfinite(norm):
+            raise ArithmeticError(f"the gradient norm is {norm}")
+        if accepts is None or accepts(norm):
+            with cpu_tensors_pass_for_cuda():
+                self._clip_gradients(norm)
+                self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
         return norm
@@ -189,6 +192,19 @@ class MegatronEngine:
             tensors = {} if owned is None else self._main_state(parameter)
             for kind in kinds:
                 yield kind, name, _join_over_data(parameter, owned, tensors.get(kind))
+
+    def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        for parameter, shard in self.stage.parameters.values():
+            owned = self._owned_range(parameter)
+            if owned is not None:
+                for kind, values in self._main_state(parameter).items():
+                    yield kind, shard, owned.start, values
+
+    def own_gradients(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        for parameter, shard in self.stage.parameters.values():
+            owned = self._owned_range(parameter)
+            if owned is not None:
+                yield "gradient", shard, owned.start, getattr(parameter, "main_grad").view(-1)[owned]  # noqa: B009
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         with torch.no_grad():

@@ -62,10 +62,10 @@ def run_as_one(main: Callable[[], int]) -> int:
     _die_with_launcher()
     try:
         return main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         status = EXIT_INTERRUPTED
         if _world_size() == 1:
-            print("megadpo: interrupted", file=sys.stderr)
+            print(" ".join(["megadpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
     except UserError as error:
         status = EXIT_USER_ERROR
         prefix = f"[rank {_rank()}] " if _world_size() > 1 else ""
@@ -105,11 +105,17 @@ def _leave_now(status: int) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _count("RANK", 0)
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _count("WORLD_SIZE", 1)
+
+
+def _count(name: str, default: int) -> int:
+    """A variable of the environment; the default, too, where it is no number, which is refused elsewhere."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def _print_once(status: int, message: str) -> None:

@@ -17,17 +17,27 @@ from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend, compute_device, seed_everything
 from megadpo.platform.megatron_cpu import prepare_megatron
 from megadpo.platform.patches import patches_undone
-from megadpo.platform.rendezvous import meet
+from megadpo.platform.rendezvous import check_environment, meet
 
 
 def world_size() -> int:
-    """Number of processes in this run, known before they are joined (torchrun's WORLD_SIZE)."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes in this run, known before they are joined (torchrun's WORLD_SIZE).
+
+    Raises:
+        UserError: the environment's variables make no sense.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    check_environment()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number in the run, known before the processes are joined (torchrun's RANK)."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """This process's number in the run, known before the processes are joined (torchrun's RANK); raises as `world_size`."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    check_environment()
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager

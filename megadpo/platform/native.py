@@ -1,5 +1,9 @@
 """The C++ and CUDA libraries of csrc/: taken from where `pip install` put them, else compiled on first use into the cache.
 
+Code runs in this process with all that its user may do: only what belongs to the user, to root or to whoever owns the
+package is loaded, and only where nobody else can write to it. Where the cache is open to others, libraries lie in
+~/.cache/megadpo.
+
 Each is a plain C library without torch's or Python's headers: a compiler is all it takes, and without one the callers'
 torch twins do the work. This file imports neither torch nor the rest of megadpo, since setup.py reads it.
 """
@@ -13,6 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -71,6 +76,8 @@ def load(name: str) -> ctypes.CDLL:
     library = LIBRARIES[name]
     key = source_key(library)
     for path in PACKAGE.glob(f"_{name}.*so"):
+        if not is_trusted(path, beside=Path(__file__)):
+            continue
         with contextlib.suppress(OSError):  # made for another machine
             installed = ctypes.CDLL(str(path))
             if made_from(installed) == key:
@@ -111,27 +118,78 @@ def made_from(library: ctypes.CDLL) -> str:
     return str(library.megadpo_source_key().decode())
 
 
+def is_trusted(path: Path, beside: Path | None = None) -> bool:
+    """Whether a file or directory belongs to this user or root, and nobody else can write to it.
+
+    A directory that others can write to is trusted where they cannot replace what is not theirs (the sticky bit).
+
+    Args:
+        beside: code that runs in this process anyway: its owner, and the group that can write to it, are trusted as well.
+    """
+    try:
+        about = os.stat(path, follow_symlinks=False)
+        other = None if beside is None else os.stat(beside)
+    except OSError:
+        return False
+    owners, open_to = {0, os.geteuid()}, about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if other is not None:
+        owners.add(other.st_uid)
+        if other.st_gid == about.st_gid:
+            open_to &= ~other.st_mode
+    if stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX:
+        open_to = 0
+    return about.st_uid in owners and not open_to and not stat.S_ISLNK(about.st_mode)
+
+
+def _cache() -> Path:
+    """$MEGADPO_CACHE, unless others could exchange what lies there (they may share the rest); else ~/.cache/megadpo."""
+    home = Path("~/.cache/megadpo").expanduser()
+    chosen = Path(os.environ.get("MEGADPO_CACHE") or home).expanduser()
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen if is_trusted(chosen) else home
+
+
+def _own_directory(cache: Path) -> Path:
+    """Where this user's libraries lie in a cache: `kernels`, or where that is somebody else's, one of this user's."""
+    directory = cache / "kernels"
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if os.stat(directory).st_uid == os.geteuid() and not is_trusted(directory):
+        directory.chmod(0o755)  # of an earlier version, under a umask that lets the group write
+    if is_trusted(directory) and os.access(directory, os.W_OK):
+        return directory
+    own = cache / f"kernels-{os.geteuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    return own
+
+
 def built(library: Library, key: str) -> Path:
     """The compiled library in the cache ($MEGADPO_CACHE, else ~/.cache/megadpo), made now where it is not there.
 
     Any number of processes may ask at once: one compiles while the others wait, and where locks do not work (some network
     file systems) each compiles and the last one's file, equal to the others', stays.
     """
-    directory = Path(os.environ.get("MEGADPO_CACHE") or "~/.cache/megadpo").expanduser() / "kernels"
-    path = directory / f"{library.name}-{key}.so"
-    if path.is_file():
-        return path
-    compiler = find_compiler(library)
+    name = f"{library.name}-{key}.so"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        cache = _cache()
+        shared = cache / "kernels" / name
+        if is_trusted(shared.parent) and is_trusted(shared):
+            return shared
+        compiler = find_compiler(library)
+        directory = _own_directory(cache)
+        path = directory / name
+        if not is_trusted(directory):
+            raise Unavailable(f"{directory} belongs to somebody else, or others can write to it")
+        if os.path.lexists(path) and not is_trusted(path):
+            path.unlink()
         with _locked(path.with_suffix(".lock")):
             if not path.is_file():
                 with tempfile.TemporaryDirectory(dir=directory) as temporary:
                     partial = Path(temporary) / path.name
                     _compile(library, compiler, key, partial)
+                    partial.chmod(0o755)
                     partial.replace(path)
     except OSError as error:
-        raise Unavailable(f"{directory} cannot be written: {error.strerror}") from error
+        raise Unavailable(f"{error.filename or 'the cache'} cannot be written: {error.strerror}") from error
     return path
 
 

@@ -1,4 +1,7 @@
-"""Where the processes of a run meet: a store on rank 0's machine, a time-out that names who is missing."""
+"""Where the processes of a run meet: a store on rank 0's machine, a time-out that names who is missing.
+
+The store asks nobody who he is: where all processes are on one machine, it listens on the loopback alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,6 +22,7 @@ from megadpo.errors import UserError, first_line
 TIMEOUT_VARIABLE = "MEGADPO_RENDEZVOUS_TIMEOUT"
 DEFAULT_TIMEOUT_SECONDS = 300.0
 SECONDS_BETWEEN_LOOKS = 0.2
+LOOPBACK = "127.0.0.1"
 SECONDS_RANK_0_STAYS = 3.0
 """Rank 0 has the store: it goes last, so that the others can tell who is missing too."""
 
@@ -36,6 +41,9 @@ def meet(rank: int, size: int, lifetime: timedelta) -> dist.Store:
     host, port, seconds = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"]), timeout_seconds()
     if spans_machines(size):
         name_network_interface(host)
+    elif is_alone():
+        host = LOOPBACK
+        use_loopback()
     deadline = time.monotonic() + seconds
     store = _open_store(host, port, rank, size, seconds)
     keys = [f"megadpo-here-{number}" for number in range(size)]
@@ -48,6 +56,26 @@ def meet(rank: int, size: int, lifetime: timedelta) -> dist.Store:
         )
     store.set_timeout(lifetime)
     return store
+
+
+def check_environment() -> None:
+    """Refuse variables by which this process would be a rank of no run.
+
+    Raises:
+        UserError: RANK or WORLD_SIZE without the other, or one that is no number in its range.
+    """
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    how = "unset both to train alone, or start with --nproc, see --launcher"
+    if size is None and rank is None:
+        return
+    if size is None or rank is None:
+        given, missing = ("RANK", "WORLD_SIZE") if size is None else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{given} is set to {os.environ[given]!r} but {missing} is not set; {how}")
+    if not size.isdecimal() or not rank.isdecimal() or not int(rank) < int(size):
+        raise UserError(f"RANK is {rank!r} and WORLD_SIZE is {size!r}; give a rank below the number of processes, or {how}")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r}, not a number; {how}")
 
 
 def _port(text: str) -> int:
@@ -76,6 +104,22 @@ def spans_machines(size: int) -> bool:
     """Whether the run has processes elsewhere (torchrun and our launcher say how many are here; SLURM may not)."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     return int(local) < size if local else int(os.environ.get("SLURM_NNODES", "1")) > 1
+
+
+def is_alone() -> bool:
+    """Whether the launcher says that all processes are on this machine, and the store is ours (torchrun has its own)."""
+    local, size = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    return local is not None and local == size and not _has_agent_store()
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def use_loopback() -> None:
+    """Let gloo listen on the loopback alone, unless GLOO_SOCKET_IFNAME says where."""
+    if sys.platform == "linux" and "lo" in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def name_network_interface(host: str) -> None:
@@ -112,20 +156,30 @@ def _address_of(probe: socket.socket, name: str) -> str | None:
 
 
 def _open_store(host: str, port: int, rank: int, size: int, seconds: float) -> dist.Store:
-    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = rank == 0 and not _has_agent_store()
     if not is_server:
         _wait_for_listener(host, port, rank, seconds)
+    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
     try:
-        return dist.TCPStore(
-            host, port, size, is_server, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
-        )
-    except (RuntimeError, ValueError) as error:
+        if is_server and host == LOOPBACK:
+            options["master_listen_fd"] = _listening_on_loopback(port)
+        return dist.TCPStore(host, port, size, is_server, timedelta(seconds=seconds), **options)
+    except (RuntimeError, ValueError, OSError) as error:
         if is_server:
             raise UserError(
                 f"rank 0 cannot listen on {host}:{port} ({first_line(error)}); is another run using the port? "
                 "choose another with --port or MASTER_PORT, the same on every machine"
             ) from error
         raise _no_answer(host, port, rank, seconds, error) from error
+
+
+def _listening_on_loopback(port: int) -> int:
+    """A socket for torch's store, which closes it; by itself that would listen on every interface."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(socket.SOMAXCONN)
+        return listener.detach()
 
 
 def _wait_for_listener(host: str, port: int, rank: int, seconds: float) -> None:

@@ -62,6 +62,8 @@ def log_setup(setup: RunSetup) -> None:
         log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
     if setup.resume:
         log(f"resuming from {setup.resume}")
+        if setup.changed_inputs:
+            log(f"warning: changed since it was made, and accepted: {' and '.join(setup.changed_inputs)}")
     elif (setup.output_dir / "hf").is_dir():
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -12,7 +13,7 @@ from megadpo.config.schema import Config
 from megadpo.data.groups import TokenIds
 from megadpo.data.rows.dataset import prepare_groups
 from megadpo.errors import UserError
-from megadpo.files import replacing
+from megadpo.files import is_special, replacing, require_new_file
 from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
@@ -20,24 +21,24 @@ from megadpo.training.setup import check_modules, check_token_ids, open_model, s
 from megadpo.validation.layout import check_layout
 
 
-def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
+def run_logprobs(model: str, data: str, out: str, config: Config, force: bool = False) -> Path:
     """Write `out`: index, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens of each pair, in the data's order.
 
     Args:
         model: a Hugging Face directory or one of our checkpoints.
         data: whatever `data.train` accepts.
+        out: a file that is not there yet; a device or a pipe is written to as it is.
         config: layout, data options and dtype; `reference.tokens_per_micro_batch` sets the micro-batches.
+        force: replace `out` where it is a file.
 
     Raises:
         UserError: whatever cannot work, before anything is written.
     """
+    path = require_new_file(Path(out), "--out", force)
     layout = choose_layout(config.parallel, world_size())
     files = open_model(model, "--model", config)
     check_layout(layout, files.shape)
     check_modules(config, files.shape)
-    path = Path(out)
-    if path.is_dir():
-        raise UserError(f"--out: {out} is a directory; give a file name")
     groups = prepare_groups(config.data, data, str(files.huggingface)).groups
     check_token_ids(groups, files)
     packing = scoring_packing(config, groups, layout, files.shape)
@@ -54,7 +55,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
             for group_id, logps_K in zip(group_ids, logps_R.reshape(-1, 2).tolist(), strict=True):
                 if lines is not None:
                     lines.write(json.dumps(_line(int(groups.rows[group_id]), logps_K, groups[group_id].responses)) + "\n")
-    return path
+    return Path(out)
 
 
 def _line(row: int, logps_K: Sequence[float], responses: Sequence[TokenIds]) -> dict[str, float]:
@@ -70,12 +71,15 @@ def _line(row: int, logps_K: Sequence[float], responses: Sequence[TokenIds]) -> 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[IO[str]]:
-    """The file to write; it is there whole or not at all."""
-    with replacing(path) as partial:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = partial.open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error
-        with lines:
+    """The file to write; it is there whole or not at all. A device or a pipe gets its lines as they come."""
+    try:
+        if is_special(path):
+            with path.open("w", encoding="utf-8") as lines:
+                yield lines
+            return
+        with replacing(path) as partial, partial.open("x", encoding="utf-8") as lines:
             yield lines
+            lines.flush()
+            os.fsync(lines.fileno())
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from error

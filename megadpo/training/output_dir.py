@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint
+from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint, step_checkpoints
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
@@ -53,26 +53,39 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
     if config.checkpoint.resume == "auto":
         return latest_checkpoint(directory / "checkpoints")
     chosen = Path(config.checkpoint.resume)
+    for own in reversed(step_checkpoints(directory / "checkpoints")):
+        if _began_with(own) == str(chosen.resolve()):
+            return own  # the same command again: `chosen` was where it began, and may be gone by now
     if not is_checkpoint(chosen):
         raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory")
     return chosen
 
 
-def check_resumable(checkpoint: Path, data_digest: str, num_steps: int) -> None:
-    """Refuse a checkpoint that a run with this data and so many steps cannot go on from.
+def resumed_from(option: str, checkpoint: Path | None) -> str | None:
+    """What a run that goes on from `checkpoint` began with: the path that `checkpoint.resume` names, or named once."""
+    if checkpoint is None or option not in ("auto", "never"):
+        return None if checkpoint is None else str(Path(option).resolve())
+    return _began_with(checkpoint)
+
+
+def _began_with(checkpoint: Path) -> str | None:
+    try:
+        began_with = open_checkpoint(checkpoint).state.get("resumed_from")
+    except UserError:
+        return None
+    return began_with if isinstance(began_with, str) else None
+
+
+def check_resumable(checkpoint: Path, num_steps: int) -> None:
+    """Refuse a checkpoint that a run with so many steps cannot go on from.
 
     Raises:
-        UserError: no training state in it, other data, or it is beyond the last step.
+        UserError: no training state in it, or it is beyond the last step.
     """
     opened = open_checkpoint(checkpoint)
-    step, digest = opened.state.get("step"), opened.state.get("data_digest")
-    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
+    step = opened.state.get("step")
+    if not isinstance(step, int) or "data_digest" not in opened.state or "exp_avg" not in opened.kinds:
         raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
-    if digest != data_digest:
-        raise UserError(
-            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
-            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
-        )
     if step > num_steps:
         planned = counted(num_steps, "step")
         raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")

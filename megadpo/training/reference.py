@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
@@ -35,11 +36,12 @@ from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.global_batch import GlobalBatch
+from megadpo.training.non_finite import require_finite_logps
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
 from megadpo.training.setup import ModelFiles, RunSetup, scoring_packing
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 class Reference:
@@ -279,15 +281,15 @@ def cached_logps(
 
     Args:
         path: the cache's file.
-        build: makes the reference's stage; called only where there is no such file.
+        build: makes the reference's stage; called only where there is no such file, or a damaged one.
 
     Returns:
         The log-probs, and whether they came from the cache.
     """
     logps_R = np.zeros(packing.groups.num_responses)
     found = torch.zeros((), dtype=torch.int64, device=compute_device())
-    if dist.get_rank() == 0 and path.is_file():
-        logps_R = read_logps(path, len(logps_R))
+    if dist.get_rank() == 0 and (cached_R := read_logps(path, len(logps_R), log)) is not None:
+        logps_R = cached_R
         found += 1
     dist.broadcast(found, 0)
     if found:
@@ -296,7 +298,11 @@ def cached_logps(
         return shared.cpu().numpy(), True
     for group_ids, values in response_logps(build(), packing, ld_alpha):
         first, end = packing.groups.response_offsets_G[[group_ids.start, group_ids.stop]]
+        require_finite_logps(packing.groups, range(first, end), values)
         logps_R[first:end] = values
     if dist.get_rank() == 0:
-        write_logps(path, {"logps_R": logps_R})
+        try:
+            write_logps(path, {"logps_R": logps_R})
+        except (OSError, SafetensorError) as error:  # this run has them
+            log(f"warning: the reference cache {path} cannot be written ({error}); going on without")
     return logps_R, False

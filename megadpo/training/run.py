@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadpo.data.batches.prefetch import Prefetcher
+from megadpo.errors import UserError
 from megadpo.metrics.sinks import Sink
 from megadpo.objectives.coupled import RunningMean
 from megadpo.training.setup import RunSetup
+from megadpo.training.spikes import SpikeWatch
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -33,6 +35,25 @@ class Callbacks:
     on_step_end: Callable[[int, Metrics], None] | None = None
     on_evaluation: Callable[[int, Metrics], None] | None = None
     on_save: Callable[[int, Path], None] | None = None
+
+    @staticmethod
+    def checked(given: Any) -> Callbacks:
+        """What a user has given as callbacks, None for none.
+
+        Raises:
+            UserError: something else than Callbacks, or than functions in it.
+        """
+        if given is None:
+            return Callbacks()
+        if not isinstance(given, Callbacks):
+            raise UserError(
+                f"callbacks is a {type(given).__name__}; give megadpo.Callbacks(on_step_end=…, on_evaluation=…, on_save=…)"
+            )
+        for item in fields(given):
+            function = getattr(given, item.name)
+            if function is not None and not callable(function):
+                raise UserError(f"callbacks.{item.name} is a {type(function).__name__}, not a function")
+        return given
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,7 @@ class Run:
         running_mean: of the rewards (BCO).
         num_tokens_seen: stream tokens trained on so far, padding left out.
         metrics: the last ones of every name.
+        spikes: the last losses and gradient norms, and how many steps were left out.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
@@ -71,6 +93,7 @@ class Run:
     running_mean: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
+    spikes: SpikeWatch = field(init=False)
     batches: Prefetcher[GlobalBatch] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +104,7 @@ class Run:
         def pack(step: int) -> GlobalBatch:
             return pack_global_batch(setup.train, setup.sampler.group_ids(step), setup.objective)
 
+        self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
 
     def close(self) -> None:

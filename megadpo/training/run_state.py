@@ -6,10 +6,9 @@ import base64
 import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,15 +16,18 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
+from megadpo.checkpoint.finite import FiniteWatch
 from megadpo.checkpoint.sharded import (
     begin,
     commit,
+    latest_checkpoint,
     open_checkpoint,
     step_checkpoints,
     step_directory,
     write_shard_file,
     writer_name,
 )
+from megadpo.checkpoint.staging import abandon
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron import is_first_replica
 from megadpo.model.build import stage_shards
@@ -33,9 +35,11 @@ from megadpo.model.families import ParameterShard
 from megadpo.model.moe.layer import is_expert, moved
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.messages import gathered
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
+from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.run import Run
 
 
@@ -55,10 +59,11 @@ def save(run: Run, step: int) -> Path:
     )
     # Of data-parallel ranks above the first, those that are the first with their experts have something to write.
     name = writer_name(stage, tensor_rank) + (f"-dp{data_rank:02d}" if data_rank else "")
-    manifest = write_shard_file(directory, name, items)
+    watch = FiniteWatch()
+    manifest = write_shard_file(directory, name, _seen(items, watch))
+    require_finite(watch, _own_state(run), f"step {step}", lambda: abandon(directory), _advice(root))
     delta = _last_stage_delta(run)
-    manifests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(manifests, manifest)
+    manifests = gathered(manifest)
     if dist.get_rank() == 0:
         state = {
             "step": step,
@@ -66,9 +71,12 @@ def save(run: Run, step: int) -> Path:
             "num_samples": step * setup.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
             "delta": delta,
+            "spikes": run.spikes.state(),
             "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
             "dtype": str(setup.dtype).removeprefix("torch."),
             "data_digest": setup.train.groups.digest,
+            "inputs": setup.inputs,
+            "resumed_from": setup.resumed_from,
             "config": setup.config.to_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
@@ -101,6 +109,28 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
                 yield "reference", shard, values
 
 
+def _seen(
+    items: Iterable[tuple[str, ParameterShard, Tensor]], watch: FiniteWatch
+) -> Iterator[tuple[str, ParameterShard, Tensor]]:
+    for kind, shard, tensor in items:
+        watch.see(f"{kind} of {shard.name}", tensor)
+        yield kind, shard, tensor
+
+
+def _own_state(run: Run) -> Iterator[Part]:
+    """What this rank itself keeps of what a checkpoint has."""
+    yield from run.engine.own_state()
+    if run.setup.config.reference.sync_every:
+        assert run.references.train.stage is not None
+        yield from own_weights(run.references.train.stage, "reference's weights")
+
+
+def _advice(root: Path) -> str:
+    newest = latest_checkpoint(root)
+    earlier = "there is no earlier checkpoint" if newest is None else f"{newest} is the last intact checkpoint"
+    return f"{earlier}; lower train.learning_rate"
+
+
 def resume(run: Run) -> int:
     """Load weights, optimizer and position from the checkpoint that the set-up names (and has checked); the steps done.
 
@@ -124,7 +154,8 @@ def resume(run: Run) -> int:
         fill_shard(shard, sources[kind], tensor)
         return tensor
 
-    run.engine.load_state(read, step)
+    run.spikes.load(state.get("spikes", {}))
+    run.engine.load_state(read, step - run.spikes.num_left_out)
     if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
         load_weights(run.references.train.stage, checkpoint.source("reference"))
@@ -154,13 +185,15 @@ def export_policy(run: Run) -> Path:
     if dist.get_rank() == 0:
         begin(directory)
     dist.barrier()
-    tensors = _whole_tensors(run)
+    watch = FiniteWatch()
+    tensors = _whole_tensors(run, watch)
     if _is_writer():
         write_export_files(export, directory, tensors)
     else:
         for _ in tensors:  # takes part in gathering them
             pass
-    dist.barrier()
+    advice = _advice(setup.output_dir / "checkpoints")
+    require_finite(watch, own_weights(run.engine.stage), "the trained model", lambda: abandon(directory), advice)
     if dist.get_rank() == 0:
         finish_export(export, directory, setup.policy.huggingface, setup.chat_template)
     dist.barrier()
@@ -175,7 +208,7 @@ def _is_writer() -> bool:
     )
 
 
-def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
+def _whole_tensors(run: Run, watch: FiniteWatch) -> Iterator[tuple[str, Tensor]]:
     """Whole Hugging Face tensors of this stage, put together on its writer; the other ranks yield nothing.
 
     Experts are gathered from the ranks that share them, all else from the tensor ranks of the first replica.
@@ -187,7 +220,7 @@ def _whole_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
         ranks = (tensor_rank, expert_rank, expert_tensor_rank)
         return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks)}
 
-    for name, values in run.engine.parameters():
+    for name, values in watch.passing(run.engine.parameters()):
         parameter, shard = stage.parameters[name]
         if not shard.is_primary or not is_first_replica(parameter):
             continue  # the embedding's stage, or the first replica, gives it

@@ -12,7 +12,7 @@ import torch
 from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
-from megadpo.checkpoint.sharded import open_weights
+from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
@@ -32,7 +32,8 @@ from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir
+from megadpo.training.inputs import changed_inputs, digests, refuse_changed
+from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir, resumed_from
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
@@ -74,6 +75,9 @@ class RunSetup:
         num_steps: optimizer steps of the whole run.
         resume: the step directory to go on from, or None.
         chat_template: of `data.chat_template`, which goes with the model that is trained with it; None: the tokenizer's own.
+        inputs: digests of what the run is made from, see inputs.py.
+        changed_inputs: which of them, in words, have changed since the checkpoint was made, and may have.
+        resumed_from: the step directory outside of this run's own way that it once began with, or None.
     """
 
     config: Config
@@ -88,6 +92,9 @@ class RunSetup:
     num_steps: int
     output_dir: Path
     resume: Path | None
+    inputs: dict[str, str]
+    changed_inputs: list[str]
+    resumed_from: str | None
     chat_template: str | None = None
 
     @cached_property
@@ -116,8 +123,13 @@ def prepare(config: Config) -> RunSetup:
     sampler = _sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
+    changed: list[str] = []
+    inputs = digests(config, policy, reference, train.groups)
     if resume is not None:
-        check_resumable(resume, train.groups.digest, num_steps)
+        check_resumable(resume, num_steps)
+        changed = changed_inputs(open_checkpoint(resume).state, inputs)
+        if config.checkpoint.changed_inputs == "refuse":
+            refuse_changed(resume, changed)
     make_output_dir(output_dir)
     return RunSetup(
         config=config,
@@ -133,6 +145,9 @@ def prepare(config: Config) -> RunSetup:
         output_dir=output_dir,
         resume=resume,
         chat_template=read_template(config.data.chat_template),
+        inputs=inputs,
+        changed_inputs=changed,
+        resumed_from=resumed_from(config.checkpoint.resume, resume),
     )
 
 

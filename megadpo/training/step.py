@@ -8,12 +8,13 @@ Axes as in global_batch.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.coupled import RunningMean
@@ -25,15 +26,12 @@ from megadpo.training.global_batch import GlobalBatch, evaluate_coupled, evaluat
 from megadpo.training.reference import Reference
 
 
-class NonFiniteGradient(ArithmeticError):
-    """The gradient's norm is not finite; nothing was updated."""
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What a step gives back, on this rank.
 
     Attributes:
+        micro_batches: this rank's, on its device.
         metric_sums: float64 [2 M], this rank's part of the metrics' sums, see metrics/collect.py and `reduce_metrics`.
         running_mean: of the rewards, this step's included where the objective has one; known on last stages.
         grad_norm: global gradient norm before clipping.
@@ -41,6 +39,7 @@ class StepResult:
         reference_logps: [R] of each micro-batch on last stages, None without a reference.
     """
 
+    micro_batches: Sequence[MicroBatch]
     metric_sums: Tensor
     running_mean: RunningMean
     grad_norm: float
@@ -57,6 +56,7 @@ def optimizer_step(
     learning_rate: float,
     following: Callable[[], GlobalBatch] | None = None,
     on_gradients: Callable[[], None] | None = None,
+    accepts: Callable[[StepResult], bool] | None = None,
 ) -> StepResult:
     """Train on one global batch. Collective.
 
@@ -65,9 +65,10 @@ def optimizer_step(
         following: gives the next step's batch, for a reference that runs ahead; None where there is no next step or the
             reference moves before it.
         on_gradients: called when `engine.gradients()` are finished, before the update.
+        accepts: asked with what will be given back, before the update; where it says no, on every rank, nothing is updated.
 
     Raises:
-        NonFiniteGradient: the parameters are left as they were.
+        ArithmeticError: without `accepts`, the gradient norm is not finite; the parameters are left as they were.
     """
     batch = batch.on_device()
     normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
@@ -99,18 +100,20 @@ def optimizer_step(
     engine.finish_gradients()
     if on_gradients is not None:
         on_gradients()
-    try:
-        grad_norm = engine.step(learning_rate)
-    except ArithmeticError as error:
-        raise NonFiniteGradient(str(error)) from error
+
+    def result(grad_norm: float) -> StepResult:
+        return StepResult(
+            batch.micro_batches,
+            metric_sums,
+            running_mean,
+            grad_norm,
+            [response_sums[number] for number in sorted(response_sums)],
+            list(reference_logps),
+        )
+
+    grad_norm = engine.step(learning_rate, None if accepts is None else lambda norm: accepts(result(norm)))
     reference.finish()
-    return StepResult(
-        metric_sums,
-        running_mean,
-        grad_norm,
-        [response_sums[number] for number in sorted(response_sums)],
-        list(reference_logps),
-    )
+    return result(grad_norm)
 
 
 def evaluate_batch(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megadpo.config.schema import Config
-from megadpo.errors import UserError
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
@@ -43,12 +42,13 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     """The whole of training; see the head of this file.
 
     Raises:
-        UserError: whatever cannot work, in one sentence, before anything is written.
+        UserError: whatever cannot work, in one sentence, before anything is written; a spike, or a state that is not finite.
     """
+    callbacks = Callbacks.checked(callbacks)
     setup = prepare(config)
     log_setup(setup)
     with joined_world(setup.layout, setup.config.train.seed):
-        run = build(setup, callbacks or Callbacks())
+        run = build(setup, callbacks)
         try:
             metrics = training_loop(run)
         finally:
@@ -108,6 +108,7 @@ def build_engine(setup: RunSetup, interleaved: InterleavedReference | None) -> E
 def training_loop(run: Run) -> Metrics:
     """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with)."""
     from megadpo.training.run_state import resume, save, set_aside_later
+    from megadpo.training.stalls import StallWatch
 
     setup, config = run.setup, run.setup.config
     first_step = resume(run) if setup.resume else 0
@@ -115,9 +116,11 @@ def training_loop(run: Run) -> Metrics:
         set_aside_later(setup.output_dir / "checkpoints", first_step)
         write_config(setup.output_dir, config)
         run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)
+    stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
     for step in range(first_step, setup.num_steps):
         record = training_step(run, step)
         done = step + 1
+        stalls.look(done, record["grad_norm"], record["learning_rate"])
         is_last = done == setup.num_steps
         if reference_moves_after(config, step):
             run.engine.wait_for_parameters()
@@ -138,30 +141,49 @@ def training_loop(run: Run) -> Metrics:
 
 
 def training_step(run: Run, step: int) -> Metrics:
-    """One optimizer step on one global batch; its metrics, the same on every rank."""
-    from megadpo.training.step import NonFiniteGradient, optimizer_step, reduce_metrics
+    """One optimizer step on one global batch; its metrics, the same on every rank.
+
+    Raises:
+        UserError: a spike, as `train.on_spike` says.
+    """
+    from megadpo.training.spike_policy import accept_or_leave_out
+    from megadpo.training.step import StepResult, optimizer_step, reduce_metrics
 
     setup, started = run.setup, time.perf_counter()
     batch = run.batches.get(step)
     learning_rate = learning_rate_at(step, setup.num_steps, setup.config.train)
     following = None if reference_waits_after(setup, step) else run.batches.get_next
-    try:
-        result = optimizer_step(
-            run.engine, run.references.train, batch, setup.objective, run.running_mean, learning_rate, following
-        )
-    except NonFiniteGradient as error:
-        raise UserError(
-            f"step {step + 1}: {error}, so nothing was updated; lower train.learning_rate, or look for broken weights"
-        ) from error
-    run.running_mean = result.running_mean
+    metrics: Metrics = {}
+    is_updated = True
+
+    def accepts(result: StepResult) -> bool:
+        """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""
+        nonlocal is_updated
+        metrics.update(reduce_metrics(result.metric_sums, setup.objective))
+        is_updated = accept_or_leave_out(run, step + 1, metrics["loss"], result)
+        return is_updated
+
+    result = optimizer_step(
+        run.engine,
+        run.references.train,
+        batch,
+        setup.objective,
+        run.running_mean,
+        learning_rate,
+        following,
+        accepts=accepts,
+    )
+    if is_updated:
+        run.running_mean = result.running_mean
     num_tokens = int(setup.train.num_tokens_G[batch.group_ids].sum())
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
-        **reduce_metrics(result.metric_sums, setup.objective),
+        **metrics,
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
+        **({"num_left_out": run.spikes.num_left_out} if setup.config.train.on_spike == "skip" else {}),
         "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.sampler.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
         **throughput(time.perf_counter() - started, num_tokens, len(batch.group_ids)),

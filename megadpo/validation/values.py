@@ -32,10 +32,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto", "ulysses", "allgather"),
     "parallel.offload": ("none", "cpu", "nvme"),
+    "checkpoint.changed_inputs": ("refuse", "accept"),
     "schedule.name": ("megatron", "1f1b"),
     "schedule.reference": ("before", "interleaved"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.moments_dtype": ("fp32", "bf16"),
+    "train.on_spike": ("warn", "skip", "stop"),
     "train.recompute": ("none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),
@@ -93,7 +95,14 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 1,
     "logging.every": 1,
 }
-ABOVE_ZERO: Sequence[str] = ("objective.beta", "objective.discopop_tau", "objective.rpo_eta", "train.epochs", "train.eps")
+ABOVE_ZERO: Sequence[str] = (
+    "objective.beta",
+    "objective.discopop_tau",
+    "objective.rpo_eta",
+    "train.epochs",
+    "train.eps",
+    "train.spike_deviations",
+)
 
 
 def replace_spellings(config: Config) -> None:

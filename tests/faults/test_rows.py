@@ -1,8 +1,8 @@
 """Rows, files and configurations that are not what they seem: refused in one sentence, or read as they are meant.
 
 Each case is drawn from its number alone. It begins with a good row of some format, damages it (a value of another type or
-size, a key renamed, doubled or dropped, another role, a user's words in an answer, a picture) or the bytes of its file, and reads
-it as a run does. Whatever is no UserError is a traceback, and a failure.
+size, a key renamed, doubled or dropped, another role, a user's words in an answer, a picture) or the bytes of its file, and
+reads it as a run does. Whatever is no UserError is a traceback, and a failure.
 
 Nonsense is told by the words. Every word of a row begins with two letters that say what it is: qq of the question, ss of the
 system's text, cc of the chosen (or only) answer, rr of the rejected one, uu of a user inside an answer, xx of columns that

@@ -113,7 +113,13 @@ def test_the_plan_command_draws_the_schedule(workplace: Path) -> None:
     assert (workplace / command.split()[-1]).read_text().startswith("<svg")
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "csrc" / "README.md", ROOT / "benchmarks" / "results.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "csrc" / "README.md",
+    ROOT / "benchmarks" / "results.md",
+]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = ("megadpo", "tests", "tools", "benchmarks", "docs", "csrc", "examples", "configs")
 

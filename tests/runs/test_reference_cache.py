@@ -130,17 +130,17 @@ def test_precomputed_and_cached_share_their_cache(files: Path, tmp_path: Path) -
     assert len(_files_of(tmp_path)[0]) == 1
 
 
-def test_a_damaged_shard_is_named(files: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_told_and_removed(tmp_path: Path) -> None:
     from megadpo.training.reference_cache import _read_all, parts_of, write_logps
 
-    path = tmp_path / "key.safetensors"
-    write_logps(parts_of(path) / "a.safetensors", {"responses": np.array([1, 2]), "logps": np.array([-1.0, -2.0])})
-    assert _read_all(path, 4).tolist()[1:3] == [-1.0, -2.0] and np.isnan(_read_all(path, 4)[[0, 3]]).all()
-    with pytest.raises(UserError, match="is not of this data set; delete it"):
-        _read_all(path, 2)
-    (parts_of(path) / "b.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"b\.safetensors is damaged .*; delete it"):
-        _read_all(path, 4)
+    path, said = tmp_path / "key.safetensors", list[str]()
+    good, bad = parts_of(path) / "a.safetensors", parts_of(path) / "b.safetensors"
+    write_logps(good, {"responses": np.array([1, 2]), "logps": np.array([-1.0, -2.0])}, "key")
+    bad.write_bytes(b"half")
+    found = _read_all(path, 4, said.append)
+    assert found.tolist()[1:3] == [-1.0, -2.0] and np.isnan(found[[0, 3]]).all()
+    assert len(said) == 1 and said[0].startswith(f"the reference cache {bad} is damaged") and not bad.exists()
+    assert np.isnan(_read_all(path, 2, said.append)).all() and "beyond the 2 that there are" in said[1]
 
 
 @pytest.mark.parametrize(

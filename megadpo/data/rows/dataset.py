@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -27,9 +28,9 @@ from megadpo.data.rows.row import Row
 from megadpo.data.rows.sources import iter_rows, load_dataset, source_files, split_taken
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
-from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore
-from megadpo.errors import UserError
-from megadpo.files import expanded
+from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore, read_about
+from megadpo.errors import UserError, reason
+from megadpo.files import cannot_be_used, expanded, put_away
 
 # Increase it when the same rows, tokenizer and options give other groups than before.
 CODE_VERSION = 4
@@ -37,10 +38,13 @@ CODE_VERSION = 4
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
 
+CACHE_SETTING = "data.cache_dir"
+
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "config.json")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
 
 LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, row
+Results = Generator[tuple[GroupColumns, DataReport], None, None]
 
 
 class DataOptions(Protocol):
@@ -139,31 +143,50 @@ def cache_root(cache_dir: str | None) -> Path:
 def _make_once(
     directory: Path, sources: list[Source], job: TokeniseJob, num_workers: int | None
 ) -> tuple[GroupStore, DataReport]:
+    """Make what is not in the cache, or is damaged there, while others that want it wait."""
     from filelock import FileLock
 
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            cached = _load(directory)
+        with FileLock(f"{directory}.lock", mode=0o666):
+            cached = _load(
+                directory, says_damage=True
+            )  # one of those that wait finds it so; the others read what that makes
             if cached is not None:
                 return cached
+            put_away(directory)
             store, report = make_groups(sources, job, num_workers)
             store.save(directory, extra=report.to_dict())
+    except KeyboardInterrupt:
+        names = ", ".join(source.name for source in sources)
+        raise KeyboardInterrupt(
+            f"while {names} was tokenised: of that nothing was kept, what was tokenised before is in {directory.parent}; "
+            "the same command goes on there"
+        ) from None
     except OSError as error:
-        raise UserError(f"data.cache_dir: {directory.parent} cannot be written: {error}") from error
+        raise UserError(cannot_be_used(CACHE_SETTING, directory.parent, error)) from error
     loaded = _load(directory)
-    assert loaded is not None
+    if loaded is None:
+        raise UserError(f"data.cache_dir: {directory} is not what was just written to it; is the disk sound?")
     return loaded
 
 
-def _load(directory: Path) -> tuple[GroupStore, DataReport] | None:
-    if not (directory / "store.json").is_file():
-        return None
+def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataReport] | None:
+    """What is in the cache; None where there is nothing, or something damaged.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        extra = json.loads((directory / "store.json").read_text(encoding="utf-8"))["extra"]
-        return GroupStore.load(directory), DataReport(**extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.cache_dir: {directory} is damaged ({error}); delete it") from error
+        if not os.path.lexists(directory):
+            return None
+        return GroupStore.load(directory), DataReport(**read_about(directory)["extra"])
+    except PermissionError as error:
+        raise UserError(cannot_be_used(CACHE_SETTING, directory, error)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if says_damage:
+            print(f"megadpo: the token cache {directory} is damaged ({reason(error)}): it is made again", file=sys.stderr)
+        return None
 
 
 def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
@@ -180,19 +203,22 @@ def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
         "reading": [job.reading.kind, sorted(job.reading.row_values)],
         "columns": [[sorted(source.columns.items()), sorted(source.ignored)] for source in sources],
         "allow_no_prompt": job.allow_no_prompt,
-        "tokenizer": _tokenizer_digest(Path(job.tokenizer_path)),
+        "tokenizer": [
+            [str(file.relative_to(job.tokenizer_path)), _file_digest(file)]
+            for file in tokenizer_files(Path(job.tokenizer_path))
+        ],
         "sources": [_source_digest(source) for source in sources],
     }
     return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
-def _tokenizer_digest(path: Path) -> list[list[str]]:
-    files = [
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files of a model directory that decide how its tokenizer works."""
+    return [
         file
         for file in sorted(path.rglob("*"))
         if file.is_file() and (file.name.startswith(_TOKENIZER_FILES) or file.name.endswith(_TOKENIZER_SUFFIXES))
     ]
-    return [[str(file.relative_to(path)), _file_digest(file)] for file in files]
 
 
 def _source_digest(source: Source) -> list[Any]:
@@ -243,16 +269,18 @@ def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | 
     chunks = _chunks(chain(head, rows))
     if num_workers <= 1 or len(head) < MIN_ROWS_FOR_WORKERS:
         tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
-        results: Iterable[tuple[GroupColumns, DataReport]] = (_process(chunk, job, tokenizer) for chunk in chunks)
+        results: Results = (_process(chunk, job, tokenizer) for chunk in chunks)
     else:
         results = _in_workers(chunks, job, num_workers)
     report = DataReport(kind=job.reading.kind)
     parts = [GroupColumns.of([])]
-    for columns, part in results:
-        parts.append(columns)
-        report.add(part)
-    report.check([source.name for source in sources])
-    return GroupStore(GroupColumns.concatenate(parts)), report
+    with contextlib.closing(results):  # whose workers end with it
+        for columns, part in results:
+            parts.append(columns)
+            report.add(part)
+    names = [source.name for source in sources]
+    report.check(names)
+    return GroupStore(GroupColumns.concatenate(parts), names), report
 
 
 def _located_rows(sources: Sequence[Source], job: TokeniseJob) -> Iterator[LocatedRow]:
@@ -318,30 +346,47 @@ def _process_in_worker(chunk: list[LocatedRow]) -> tuple[GroupColumns, DataRepor
     return _process(chunk, *_worker)
 
 
-def _in_workers(
-    chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int
-) -> Iterator[tuple[GroupColumns, DataReport]]:
-    """Results in the chunks' order; at most 4 chunks a worker are in memory."""
-    load_tokenizer(job.tokenizer_path, job.chat_template)  # so that its errors are raised here, not while a worker starts
-    with (
-        _without_main_module(),
-        ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,)) as pool,
-    ):
-        waiting: deque[Future[tuple[GroupColumns, DataReport]]] = deque()
-        try:
-            for chunk in chunks:
+def _in_workers(chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int) -> Results:
+    """Results in the chunks' order; at most 4 chunks a worker are in memory. However this ends, the workers have ended."""
+    tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are raised here, not in a worker
+    try:
+        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
+    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores without /dev/shm
+        print(
+            f"megadpo: warning: processes cannot share memory here ({reason(error)}; is /dev/shm there and writable?), so "
+            "that one process tokenises",
+            file=sys.stderr,
+        )
+        yield from (_process(chunk, job, tokenizer) for chunk in chunks)
+        return
+    waiting: deque[Future[tuple[GroupColumns, DataReport]]] = deque()
+    try:
+        for chunk in chunks:
+            with _without_main_module(), _deaf_to_interrupts():
                 waiting.append(pool.submit(_process_in_worker, chunk))
-                if len(waiting) >= 4 * num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
+            if len(waiting) >= 4 * num_workers:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "data: a tokenisation worker died, perhaps for lack of memory; set data.num_workers lower"
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "data: a tokenisation worker died, perhaps for lack of memory; set data.num_workers lower"
+        ) from error
+    finally:
+        if waiting:  # nobody wants the rest
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Within, Ctrl-C waits, and processes that are started here never hear of it: the one that started them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from megadpo.engine.deepspeed.runtime import (
 )
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.build import Stage, build_stage
-from megadpo.model.families import TensorSource
+from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
@@ -108,10 +108,14 @@ class ZeroEngine:
             if getattr(parameter, "shared_embedding", False) and part is not None:
                 dist.all_reduce(part[1], group=parallel_state.get_embedding_group())
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> float:
         norm = self._norm()
-        if not math.isfinite(norm):
+        if accepts is None and not math.isfinite(norm):
             raise ArithmeticError(f"the gradient norm is {norm}")
+        if accepts is not None and not accepts(norm):
+            self.partitions.before_step()
+            self.runtime.discard_gradients()
+            return norm
         if self.train.clip_norm > 0 and (factor := self.train.clip_norm / (norm + 1e-6)) < 1:
             for parameter, _ in self.stage.parameters.values():
                 part = self.partitions.gradient(parameter)
@@ -142,6 +146,19 @@ class ZeroEngine:
                 is_moment = kind in MOMENTS
                 part = self.partitions.moment(parameter, kind) if is_moment else self.partitions.weights(parameter)
                 yield kind, name, self._join(name, part)
+
+    def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        for parameter, shard in self.stage.parameters.values():
+            for kind in STATE_KINDS:
+                part = self.partitions.weights(parameter) if kind == "weights" else self.partitions.moment(parameter, kind)
+                if part is not None:
+                    yield kind, shard, *part
+
+    def own_gradients(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
+        for parameter, shard in self.stage.parameters.values():
+            part = self.partitions.gradient(parameter)
+            if part is not None:
+                yield "gradient", shard, *part
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         self.partitions.make_moments(num_steps)

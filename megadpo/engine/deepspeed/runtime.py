@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from typing import Any
 
@@ -41,6 +42,7 @@ from deepspeed.utils import groups  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megadpo.errors import UserError  # noqa: E402
+from megadpo.parallel.messages import gathered  # noqa: E402
 from megadpo.platform.patches import patch, patches_undone, when_undone  # noqa: E402
 
 TESTED = "0.19"
@@ -135,13 +137,11 @@ def _build_nothing() -> None:
 
 
 def _assert_same_in_replicas(numbers: list[int]) -> None:
-    group = data_parallel_group()
-    gathered: list[Any] = [None] * dist.get_world_size(group)
     # Ids count on from model to model in a process, and an earlier run may have left replicas with different counts.
     first = min(numbers, default=0)
-    dist.all_gather_object(gathered, [number - first for number in numbers], group=group)
-    if any(other != gathered[0] for other in gathered):
-        raise RuntimeError(f"replicas walk through different parameters: {gathered}")
+    others = gathered([number - first for number in numbers], data_parallel_group())
+    if any(other != others[0] for other in others):
+        raise RuntimeError(f"replicas walk through different parameters: {others}")
 
 
 class Runtime(DeepSpeedEngine):
@@ -192,6 +192,21 @@ class Runtime(DeepSpeedEngine):
             self.optimizer._get_norm_groups = lambda: [value]
         else:
             self.optimizer.scaled_global_norm = lambda *unused: value
+
+    def discard_gradients(self) -> None:
+        """End a step without an update, as DeepSpeed does after an overflow: gradients are cleared, nothing else changes."""
+        stage = self.zero_optimization_stage()
+        if stage == 0:
+            self.zero_grad()
+            return
+        self.use_norm(math.inf)
+        if stage == 3:
+            self.step()
+            return
+        looks_at_norm = self.optimizer.check_grad_overflow  # stages 1 and 2 take any norm for granted in bf16
+        self.optimizer.check_grad_overflow = True
+        self.step()
+        self.optimizer.check_grad_overflow = looks_at_norm
 
 
 def sharder(config: dict[str, Any]) -> Any:

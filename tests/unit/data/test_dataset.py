@@ -227,16 +227,18 @@ def test_errors_in_a_worker_reach_the_user_as_they_are(bpe_dir: str, tmp_path: P
         make_groups(sources, job, num_workers=2)
 
 
-def test_a_damaged_or_unwritable_cache_is_one_sentence(
-    options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any
+def test_a_damaged_cache_is_made_again_and_an_unwritable_one_is_one_sentence(
+    options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR])
-    prepare_groups(options, file, bpe_dir)
+    digest = prepare_groups(options, file, bpe_dir).groups.digest
     (store,) = Path(str(options.cache_dir)).glob("groups/*/store.json")
     store.write_text(json.dumps({"format_version": 99, "extra": {}}))
-    with pytest.raises(UserError, match=r"data.cache_dir: .* is damaged .*; delete it"):
-        prepare_groups(options, file, bpe_dir)
-    with pytest.raises(UserError, match=r"data.cache_dir: .* cannot be written"):
+    assert prepare_groups(options, file, bpe_dir).groups.digest == digest
+    assert f"the token cache {store.parent} is damaged (store.json is not what was written)" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"data.cache_dir: .* cannot be read or written \(.*; .*set data.cache_dir to another"
+    ):
         prepare_groups(replace(options, cache_dir=file), file, bpe_dir)
 
 

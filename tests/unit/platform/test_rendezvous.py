@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,31 @@ def test_a_run_spans_machines_where_it_has_more_processes_than_are_here(monkeypa
 def test_a_loopback_is_no_interface_towards_another_machine() -> None:
     assert rendezvous.interface_towards("127.0.0.1") is None
     assert rendezvous.interface_towards("no-such-host.invalid") is None
+
+
+def _listening(port: int) -> list[str]:
+    """The addresses that somebody listens on at a port, as the kernel writes them: 0100007F is 127.0.0.1."""
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and address.endswith(f":{port:04X}"):
+                found.append(address.partition(":")[0])
+    return found
+
+
+def _where_it_listens(address: str, local: str) -> list[str]:
+    os.environ.update(MASTER_ADDR=address, LOCAL_WORLD_SIZE=local)
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    store = rendezvous.meet(int(os.environ["RANK"]), 2, HOUR)
+    found = _listening(int(os.environ["MASTER_PORT"]))
+    store.set(f"looked-{os.environ['RANK']}", "")
+    store.wait(["looked-0", "looked-1"])
+    return [*found, os.environ.get("GLOO_SOCKET_IFNAME", "")]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="asks Linux")
+def test_on_one_machine_store_and_gloo_listen_on_the_loopback_alone() -> None:
+    for address in ("127.0.0.1", socket.gethostname()):
+        for found in run_world(2, _where_it_listens, address, "2"):
+            assert found == ["0100007F", "lo"], (address, found)

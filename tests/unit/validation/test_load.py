@@ -57,10 +57,11 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "gradient_accumulation_fusion deepspeed_config",
         "schedule": "name reference split_pairs zero_bubble",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
-        "schedule weight_decay betas eps moments_dtype clip_norm recompute recompute_method recompute_num_layers "
+        "schedule weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
+        "recompute_num_layers "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",
         "eval": "every pairs",
-        "checkpoint": "every keep resume",
+        "checkpoint": "every keep resume changed_inputs",
         "logging": "every tensorboard",
     }
     keys = {section: set(names.split()) for section, names in contract.items()}

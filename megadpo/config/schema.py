@@ -283,6 +283,8 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint in `output_dir`, if there is one; `never`; or the path of a step
     directory."""
+    verify: bool = True
+    """Compare every byte of a checkpoint with the hashes that were written with it, before it is loaded."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.activations import KEEP, Activations
@@ -52,10 +53,20 @@ def log_setup(setup: RunSetup) -> None:
         )
     if setup.eval is not None and len(setup.eval.groups) < setup.reports["eval"].num_kept:
         log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
+    if not setup.resume and (setup.output_dir / "hf").is_dir():
+        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def log_origin(setup: RunSetup) -> None:
+    """Where the run goes on, and which newer checkpoints it leaves out, each with the reason."""
+    for problem in setup.origin.left_out:
+        log(f"warning: a checkpoint is left out: {problem}")
     if setup.resume:
         log(f"resuming from {setup.resume}")
-    elif (setup.output_dir / "hf").is_dir():
-        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+        if not setup.search.verify:
+            log("checkpoint.verify is false: its bytes were not compared with what was written")
+        elif open_checkpoint(setup.resume).files is None:
+            log(f"{setup.resume} is of an older version, which wrote no hashes: its bytes cannot be verified")
 
 
 def log_balance(options: ObjectiveConfig, report: DataReport) -> None:

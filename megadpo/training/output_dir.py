@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint
+from megadpo.checkpoint.sharded import is_checkpoint
 from megadpo.config.schema import Config
-from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
 from megadpo.files import make_writable_directory, replacing
+from megadpo.training.resume import newest_that_opens
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
@@ -35,8 +35,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 work is spread over processes does not change the numbers, when to evaluate or save is free, and a run may be made longer."""
 
 
-def claim_output_dir(directory: Path, config: Config) -> Path | None:
-    """Check that `directory` is free or belongs to this very run; where to resume from.
+def claim_output_dir(directory: Path, config: Config) -> None:
+    """Check that `directory` is free or belongs to this very run.
 
     Raises:
         UserError: it holds a different run, or the checkpoint asked for does not exist.
@@ -48,34 +48,11 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
         raise UserError(f"output_dir: {directory} exists and is not a megadpo run; choose an empty or new directory")
     elif directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir: {directory} is a file; choose a directory")
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume == "auto":
-        return latest_checkpoint(directory / "checkpoints")
-    chosen = Path(config.checkpoint.resume)
-    if not is_checkpoint(chosen):
-        raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory")
-    return chosen
-
-
-def check_resumable(checkpoint: Path, data_digest: str, num_steps: int) -> None:
-    """Refuse a checkpoint that a run with this data and so many steps cannot go on from.
-
-    Raises:
-        UserError: no training state in it, other data, or it is beyond the last step.
-    """
-    opened = open_checkpoint(checkpoint)
-    step, digest = opened.state.get("step"), opened.state.get("data_digest")
-    if not isinstance(step, int) or digest is None or "exp_avg" not in opened.kinds:
-        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
-    if digest != data_digest:
-        raise UserError(
-            f"{checkpoint} was made with other training pairs than data.train gives now; resume with the same data, "
-            "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
-        )
-    if step > num_steps:
-        planned = counted(num_steps, "step")
-        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
+    chosen = config.checkpoint.resume
+    if chosen not in ("auto", "never") and not is_checkpoint(chosen):
+        other = newest_that_opens([directory.absolute() / "checkpoints", Path(chosen).absolute().parent])
+        named = f"the newest one is {other}" if other else "give auto, never or a step directory"
+        raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; {named}")
 
 
 def make_output_dir(directory: Path) -> None:

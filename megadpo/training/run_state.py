@@ -20,8 +20,8 @@ from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_exp
 from megadpo.checkpoint.sharded import (
     begin,
     commit,
-    open_checkpoint,
     step_checkpoints,
+    step_directories,
     step_directory,
     write_shard_file,
     writer_name,
@@ -37,6 +37,7 @@ from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.run import Run
+from megadpo.training.training_state import STATE_KINDS, open_training_state
 
 
 def save(run: Run, step: int) -> Path:
@@ -108,15 +109,16 @@ def resume(run: Run) -> int:
         UserError: the checkpoint is damaged.
     """
     assert run.setup.resume is not None
-    checkpoint = open_checkpoint(run.setup.resume)
-    state = checkpoint.state
-    step = int(state["step"])
-    if state["num_steps"] != run.setup.num_steps:
+    setup = run.setup
+    checkpoint, state = open_training_state(
+        run.setup.resume, setup.policy.shape, setup.search.with_reference, setup.search.verify
+    )
+    if state.num_steps != setup.num_steps:
         log(
-            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.setup.num_steps}: "
+            f"the run was planned for {counted(state.num_steps, 'step')} and now has {setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
-    sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    sources = {kind: checkpoint.source(kind) for kind in STATE_KINDS}
 
     def read(kind: str, name: str) -> Tensor:
         parameter, shard = run.engine.stage.parameters[name]
@@ -124,21 +126,20 @@ def resume(run: Run) -> int:
         fill_shard(shard, sources[kind], tensor)
         return tensor
 
-    run.engine.load_state(read, step)
-    if run.setup.config.reference.sync_every:
+    run.engine.load_state(read, state.step)
+    if setup.search.with_reference:
         assert run.references.train.stage is not None
         load_weights(run.references.train.stage, checkpoint.source("reference"))
-    run.num_tokens_seen = int(state["num_tokens"])
-    total, count = state.get("delta", (0.0, 0))
-    run.running_mean = RunningMean(float(total), int(count))
-    run.metrics = dict(state["metrics"])
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    return step
+    run.num_tokens_seen = state.num_tokens
+    run.running_mean = RunningMean(*state.delta)
+    run.metrics = dict(state.metrics)
+    torch.set_rng_state(state.random_state)
+    return state.step
 
 
 def set_aside_later(root: Path, step: int) -> None:
     """Move checkpoints beyond `step` out of the way: they belong to what this run is about to do anew. Rank 0 calls it."""
-    later = [path for path in step_checkpoints(root) if int(path.name[5:]) > step]
+    later = [path for path in step_directories(root) if int(path.name[5:]) > step]
     if later:
         aside = next(path for n in count(1) if not (path := root / f"aside-{n}").exists())
         aside.mkdir()

@@ -28,9 +28,10 @@ from megadpo.objectives.custom import load_custom
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
-from megadpo.parallel.world import world_size
+from megadpo.parallel.world import place_on_machine, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir
+from megadpo.training.output_dir import claim_output_dir, make_output_dir
+from megadpo.training.resume import Origin, Search, find_checkpoint
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
@@ -70,7 +71,8 @@ class RunSetup:
         reports: what became of the rows of "train" and "eval".
         sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
-        resume: the step directory to go on from, or None.
+        search: what makes a checkpoint one to go on from.
+        origin: the checkpoint to go on from, if there is one.
     """
 
     config: Config
@@ -84,7 +86,13 @@ class RunSetup:
     sampler: StepSampler
     num_steps: int
     output_dir: Path
-    resume: Path | None
+    search: Search
+    origin: Origin
+
+    @property
+    def resume(self) -> Path | None:
+        """The step directory to go on from, or None."""
+        return self.origin.checkpoint
 
     @cached_property
     def objective(self) -> Objective:
@@ -104,15 +112,15 @@ def prepare(config: Config) -> RunSetup:
     layout = choose_layout(config.parallel, world_size())
     policy, reference = _open_models(config, layout)
     output_dir = Path(config.output_dir)
-    resume = claim_output_dir(output_dir, config)
+    claim_output_dir(output_dir, config)
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
     held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
     sampler = _sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
-    if resume is not None:
-        check_resumable(resume, train.groups.digest, num_steps)
+    search = Search.of(config, policy.shape, train.groups.digest, num_steps)
+    origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)
     return RunSetup(
         config=config,
@@ -126,7 +134,8 @@ def prepare(config: Config) -> RunSetup:
         sampler=sampler,
         num_steps=num_steps,
         output_dir=output_dir,
-        resume=resume,
+        search=search,
+        origin=origin,
     )
 
 
@@ -166,7 +175,8 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     """
     if not Path(path).is_dir():
         raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
-    hf_config, source, directory = read_hf_config(path), open_weights(path), hf_directory(path)
+    hf_config, directory = read_hf_config(path), hf_directory(path)
+    source = open_weights(path, config.checkpoint.verify, *place_on_machine())
     shape = shape_of(hf_config)
     check_tensors(shape, source)
     if not has_reward_head(config.objective.loss_types):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,10 @@ from megadpo.model.attention.backends import slow_on
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
-from megadpo.training.console import log, log_setup
+from megadpo.training.console import log, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import write_config
+from megadpo.training.resume import settle_checkpoint
 from megadpo.training.run import Callbacks, Metrics, Result, Run
 from megadpo.training.setup import RunSetup, prepare
 
@@ -48,6 +50,8 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     setup = prepare(config)
     log_setup(setup)
     with joined_world(setup.layout, setup.config.train.seed):
+        setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
+        log_origin(setup)
         run = build(setup, callbacks or Callbacks())
         try:
             metrics = training_loop(run)

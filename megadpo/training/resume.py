@@ -1,0 +1,204 @@
+"""Which checkpoint a run goes on from: the newest one that is, byte by byte, what was written. All ranks decide alike.
+
+What can be seen quickly is looked at before the processes are joined (`find_checkpoint`): the hash of checkpoint.json, the
+sizes of the files, the state, the tensors' shapes. The joined processes then hash the files, each its share of them
+(`settle_checkpoint`), and take an older checkpoint where one of them finds damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megadpo.checkpoint.sharded import open_checkpoint, step_directories
+from megadpo.config.schema import Config
+from megadpo.data.rows.report import counted
+from megadpo.errors import UserError, reason
+from megadpo.model.shape import ModelShape
+from megadpo.training.training_state import TrainingState, open_training_state
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run goes on, and how that was found.
+
+    Attributes:
+        checkpoint: the step directory; None: the run begins anew.
+        left_out: why newer ones were not taken, a sentence each.
+    """
+
+    checkpoint: Path | None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """What makes a checkpoint one that this run can go on from.
+
+    Attributes:
+        root: the directory of the run's checkpoints.
+        chosen: what `checkpoint.resume` names; None: the newest under `root`.
+        shape: of the policy.
+        data_digest: of the training groups.
+        num_steps: that the run now has.
+        with_reference: a moving reference is part of the state.
+        verify: compare hashes.
+    """
+
+    root: Path
+    chosen: Path | None
+    shape: ModelShape
+    data_digest: str
+    num_steps: int
+    with_reference: bool
+    verify: bool
+
+    @staticmethod
+    def of(config: Config, shape: ModelShape, data_digest: str, num_steps: int) -> Search:
+        named = config.checkpoint.resume
+        return Search(
+            root=Path(config.output_dir) / "checkpoints",
+            chosen=None if named in ("auto", "never") else Path(named),
+            shape=shape,
+            data_digest=data_digest,
+            num_steps=num_steps,
+            with_reference=config.reference.sync_every is not None,
+            verify=config.checkpoint.verify,
+        )
+
+    def candidates(self) -> list[Path]:
+        """What may be gone on from, the newest first."""
+        return [self.chosen] if self.chosen is not None else step_directories(self.root)[::-1]
+
+    def alternatives(self) -> list[Path]:
+        """Where a path was given: the other checkpoints beside it, and of this run, the newest first."""
+        if self.chosen is None:
+            return []
+        roots = dict.fromkeys([self.chosen.absolute().parent, self.root.absolute()])
+        found = [path for root in roots for path in step_directories(root)[::-1]]
+        return [path for path in found if path != self.chosen.absolute()]
+
+    def look_at(self, directory: Path) -> TrainingState:
+        """All but the hashes of the tensors' files.
+
+        Raises:
+            UserError: naming what is damaged or missing.
+        """
+        return open_training_state(directory, self.shape, self.with_reference, self.verify)[1]
+
+    def hash_files(self, directory: Path, share: int = 0, num_shares: int = 1) -> None:
+        """This process's share of them, where they are to be verified.
+
+        Raises:
+            UserError: naming the damaged file.
+        """
+        if self.verify:
+            open_checkpoint(directory).check_files(share, num_shares)
+
+    def check_fits(self, directory: Path, state: TrainingState) -> None:
+        """Refuse an undamaged checkpoint that this run cannot go on from.
+
+        Raises:
+            UserError: it was made with other data, or is beyond the last step.
+        """
+        if state.data_digest != self.data_digest:
+            raise UserError(
+                f"{directory} was made with other training pairs than data.train gives now; resume with the same data, "
+                "tokenizer and truncation, or set checkpoint.resume to never in a new output_dir"
+            )
+        if state.step > self.num_steps:
+            planned = counted(self.num_steps, "step")
+            raise UserError(f"{directory} is at step {state.step}, beyond the {planned} of this run; raise train.steps")
+
+
+def find_checkpoint(search: Search) -> Origin:
+    """The newest checkpoint that looks whole, or the one that was asked for; before the processes are joined.
+
+    Raises:
+        UserError: each of the run's is damaged, or this run cannot go on from what was found.
+    """
+
+    def examine(directory: Path) -> str | None:
+        return _problem(lambda: search.look_at(directory))
+
+    if search.chosen is not None and examine(search.chosen) is not None:
+        return Origin(search.chosen)  # refused by the joined processes, which together look for an intact one
+    return _first_sound(search, search.candidates(), examine)
+
+
+def settle_checkpoint(search: Search, origin: Origin) -> Origin:
+    """The newest checkpoint that is whole to the last byte, from the one that was found on; collective.
+
+    Raises:
+        UserError: as `find_checkpoint`, or the one that was asked for is damaged, with the newest intact one named.
+    """
+    # Rank 0's view of the directory is everybody's: another process may see a file of a shared disk later.
+    origin, candidates, others = _from_all_ranks((origin, search.candidates(), search.alternatives()))[0]
+    if origin.checkpoint is None:
+        return origin
+    share, num_shares = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def examine(directory: Path) -> str | None:
+        def all_of_it() -> None:
+            search.look_at(directory)
+            search.hash_files(directory, share, num_shares)
+
+        return next((problem for problem in _from_all_ranks(_problem(all_of_it)) if problem is not None), None)
+
+    older = candidates[candidates.index(origin.checkpoint) :] if origin.checkpoint in candidates else [origin.checkpoint]
+    if search.chosen is not None and (problem := examine(search.chosen)) is not None:
+        intact = next((directory for directory in others if examine(directory) is None), None)
+        named = f"the newest intact one is checkpoint.resume={intact}" if intact else "there is no intact one beside it"
+        raise UserError(f"checkpoint.resume: {problem}; {named}")
+    settled = _first_sound(search, older, examine)
+    return replace(settled, left_out=(*origin.left_out, *settled.left_out))
+
+
+def _first_sound(search: Search, candidates: list[Path], examine: Callable[[Path], str | None]) -> Origin:
+    left_out: list[str] = []
+    for directory in candidates:
+        problem = examine(directory)
+        if problem is None:
+            search.check_fits(directory, search.look_at(directory))
+            return Origin(directory, tuple(left_out))
+        left_out.append(problem)
+    if any(any(directory.iterdir()) for directory in candidates):
+        raise UserError(
+            f"{search.root} holds {counted(len(left_out), 'checkpoint')} and none can be resumed from "
+            f"({'; '.join(left_out)}); checkpoint.resume=never begins anew and sets them aside"
+        )
+    return Origin(None, tuple(left_out))
+
+
+def newest_that_opens(roots: Sequence[Path]) -> Path | None:
+    """The newest checkpoint of the first of the directories that has one with its own hash and files of the right sizes."""
+    for directory in (path for root in roots for path in step_directories(root)[::-1]):
+        if _opens(directory):
+            return directory
+    return None
+
+
+def _opens(directory: Path) -> bool:
+    return _problem(lambda: open_checkpoint(directory)) is None
+
+
+def _problem(check: Callable[[], Any]) -> str | None:
+    """What `check` refuses, in its own sentence."""
+    try:
+        check()
+    except UserError as error:
+        return reason(error, limit=None)
+    return None
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in their order; alone, this process's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

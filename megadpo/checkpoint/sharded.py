@@ -85,7 +85,8 @@ def write_shard_file(
     Args:
         directory: the checkpoint's final directory, after `begin`.
         writer_name: unique among the writers, e.g. ``pp00-tp01``.
-        items: (kind, shard, local tensor [shard.shape]); taken one after the other, so a generator saves memory.
+        items: (kind, shard, local tensor [shard.shape]); taken one after the other, so a generator saves memory. A tensor
+            stays as it is until all are written.
         max_file_bytes: a file is closed, and its tensors dropped, once it is this large.
 
     Returns:
@@ -110,8 +111,7 @@ def write_shard_file(
     for kind, shard, tensor in items:
         for part in logical_slices(shard, tensor) if shard.is_primary else []:
             key = f"{kind}/{part.name}/{part.start}"
-            # torch.cat made a copy of its own only where there were several parts; a file must own its memory.
-            waiting[key] = part.values.to("cpu", copy=True).contiguous()
+            waiting[key] = part.values.to("cpu").contiguous()
             shape = list(part.values.shape)
             piece = StoredPiece(_file_name(writer_name, num_files), key, part.dim, part.start, shape[part.dim])
             dtype = str(tensor.dtype).removeprefix("torch.")

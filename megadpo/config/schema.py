@@ -285,6 +285,12 @@ class CheckpointConfig:
     directory."""
     verify: bool = True
     """Compare every byte of a checkpoint with the hashes that were written with it, before it is loaded."""
+    asynchronous: bool | None = None
+    """Write checkpoints behind the step loop, which then waits only for a copy in host memory. Default: where host memory
+    has room for twice that copy."""
+    on_failed_write: str = "stop"
+    """When a checkpoint or a line of metrics cannot be written (a full disk): `stop`, with one sentence, or `skip`: go on
+    without it, with a warning."""
 
 
 @dataclass

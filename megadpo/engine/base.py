@@ -66,7 +66,8 @@ class Engine(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq; collective."""
+        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq; collective.
+        The tensors are the caller's own: no later step changes them."""
         ...
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
 from megadpo.validation.layout import check_layout
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
@@ -77,5 +80,10 @@ def _writing(path: Path) -> Iterator[IO[str]]:
             lines = partial.open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: {path.parent} cannot be written: {error.strerror}") from error
-        with lines:
-            yield lines
+        try:
+            with lines:
+                yield lines
+        except OSError as error:
+            if error.errno not in DISK_REFUSES:
+                raise
+            raise UserError(f"--out: {path} cannot be written: {error.strerror}") from error

@@ -298,5 +298,8 @@ def cached_logps(
         first, end = packing.groups.response_offsets_G[[group_ids.start, group_ids.stop]]
         logps_R[first:end] = values
     if dist.get_rank() == 0:
-        write_logps(path, {"logps_R": logps_R})
+        try:
+            write_logps(path, {"logps_R": logps_R})
+        except OSError as error:  # this run has them in memory
+            log(f"warning: the reference cache {path} cannot be written ({error}); going on without")
     return logps_R, False

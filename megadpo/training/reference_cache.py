@@ -127,10 +127,17 @@ def read_logps(path: Path, num_responses: int) -> FloatArray:
 
 
 def write_logps(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """A file of the cache, whole or not at all."""
+    """A file of the cache, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        save_file(arrays, partial)
+        try:
+            save_file(arrays, partial)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def _read_all(path: Path, num_responses: int) -> FloatArray:

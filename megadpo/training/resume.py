@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megadpo.checkpoint.sharded import open_checkpoint, step_directories
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
-from megadpo.errors import UserError, reason
+from megadpo.errors import UserError
 from megadpo.model.shape import ModelShape
+from megadpo.parallel.agreement import first_problem, from_all_ranks, problem_of
 from megadpo.training.training_state import TrainingState, open_training_state
 
 
@@ -123,7 +123,7 @@ def find_checkpoint(search: Search) -> Origin:
     """
 
     def examine(directory: Path) -> str | None:
-        return _problem(lambda: search.look_at(directory))
+        return problem_of(lambda: search.look_at(directory))
 
     if search.chosen is not None and examine(search.chosen) is not None:
         return Origin(search.chosen)  # refused by the joined processes, which together look for an intact one
@@ -137,7 +137,7 @@ def settle_checkpoint(search: Search, origin: Origin) -> Origin:
         UserError: as `find_checkpoint`, or the one that was asked for is damaged, with the newest intact one named.
     """
     # Rank 0's view of the directory is everybody's: another process may see a file of a shared disk later.
-    origin, candidates, others = _from_all_ranks((origin, search.candidates(), search.alternatives()))[0]
+    origin, candidates, others = from_all_ranks((origin, search.candidates(), search.alternatives()))[0]
     if origin.checkpoint is None:
         return origin
     share, num_shares = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -147,7 +147,7 @@ def settle_checkpoint(search: Search, origin: Origin) -> Origin:
             search.look_at(directory)
             search.hash_files(directory, share, num_shares)
 
-        return next((problem for problem in _from_all_ranks(_problem(all_of_it)) if problem is not None), None)
+        return first_problem(problem_of(all_of_it))
 
     older = candidates[candidates.index(origin.checkpoint) :] if origin.checkpoint in candidates else [origin.checkpoint]
     if search.chosen is not None and (problem := examine(search.chosen)) is not None:
@@ -183,22 +183,4 @@ def newest_that_opens(roots: Sequence[Path]) -> Path | None:
 
 
 def _opens(directory: Path) -> bool:
-    return _problem(lambda: open_checkpoint(directory)) is None
-
-
-def _problem(check: Callable[[], Any]) -> str | None:
-    """What `check` refuses, in its own sentence."""
-    try:
-        check()
-    except UserError as error:
-        return reason(error, limit=None)
-    return None
-
-
-def _from_all_ranks(value: Any) -> list[Any]:
-    """Every rank's value, in their order; alone, this process's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return problem_of(lambda: open_checkpoint(directory)) is None

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadpo.data.batches.prefetch import Prefetcher
+from megadpo.errors import UserError
 from megadpo.metrics.sinks import Sink
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.world import rank
+from megadpo.training.console import log
+from megadpo.training.saving import Saver
 from megadpo.training.setup import RunSetup
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ class Run:
         running_mean: of the rewards (BCO).
         num_tokens_seen: stream tokens trained on so far, padding left out.
         metrics: the last ones of every name.
+        saver: writes checkpoints.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
@@ -72,6 +77,7 @@ class Run:
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
     batches: Prefetcher[GlobalBatch] = field(init=False)
+    saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import pack_global_batch
@@ -82,10 +88,48 @@ class Run:
             return pack_global_batch(setup.train, setup.sampler.group_ids(step), setup.objective)
 
         self.batches = Prefetcher(pack, setup.num_steps)
+        self.saver = Saver(
+            root=setup.output_dir / "checkpoints",
+            options=setup.config.checkpoint,
+            companions=setup.companions,
+            hf_config=setup.policy.config,
+            log=log,
+            on_saved=lambda step, directory: call(self.callbacks.on_save, step, directory),
+        )
 
-    def close(self) -> None:
-        """End the thread that packs batches, and write what was not written yet."""
+    def write(self, record: Metrics) -> None:
+        """A record of metrics, to where they go; on rank 0.
+
+        Raises:
+            UserError: the disk refuses, and `checkpoint.on_failed_write` is `stop`.
+        """
+        for sink in self.sinks:
+            try:
+                sink.write(record)
+            except UserError as error:
+                if self.setup.config.checkpoint.on_failed_write == "stop":
+                    raise
+                log(f"warning: {error}; going on without the metrics of step {int(record['step'])} there")
+
+    def close(self, has_failed: bool = False) -> None:
+        """End the threads that pack batches and write checkpoints, and write what was not written yet.
+
+        Raises:
+            UserError: something cannot be written, unless the run `has_failed` for another reason.
+        """
         self.batches.close()
         self.references.train.write()
+        self.saver.close(has_failed)
         for sink in self.sinks:
-            sink.close()
+            try:
+                sink.close()
+            except UserError as error:
+                if not has_failed and self.setup.config.checkpoint.on_failed_write == "stop":
+                    raise
+                log(f"warning: {error}")
+
+
+def call(callback: Callable[..., None] | None, *arguments: Any) -> None:
+    """Call a user's callback on rank 0."""
+    if callback is not None and rank() == 0:
+        callback(*arguments)

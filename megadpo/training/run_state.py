@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import functools
 import math
-import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,38 +15,33 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
-from megadpo.checkpoint.sharded import (
-    begin,
-    commit,
-    step_checkpoints,
-    step_directories,
-    step_directory,
-    write_shard_file,
-    writer_name,
-)
+from megadpo.checkpoint.sharded import begin, step_directories, writer_name
+from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron import is_first_replica
+from megadpo.errors import UserError
 from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
 from megadpo.model.moe.layer import is_expert, moved
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.agreement import first_problem, problem_of
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.run import Run
+from megadpo.training.saving import Save
 from megadpo.training.training_state import STATE_KINDS, open_training_state
 
 
 def save(run: Run, step: int) -> Path:
-    """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
+    """Save the state after `step`, at once or behind the step loop (saving.py); where the checkpoint is, or will be.
+
+    Raises:
+        UserError: this save, or the one that was being written, failed, and `checkpoint.on_failed_write` is `stop`.
+    """
     run.references.train.write()  # a resumed run finds what this one has seen of it
-    setup, root = run.setup, run.setup.output_dir / "checkpoints"
-    directory = step_directory(root, step)
-    if dist.get_rank() == 0:
-        begin(directory)
-    dist.barrier()
-    items = _owned_state(run)
+    setup = run.setup
     stage, tensor_rank, data_rank = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -56,29 +49,26 @@ def save(run: Run, step: int) -> Path:
     )
     # Of data-parallel ranks above the first, those that are the first with their experts have something to write.
     name = writer_name(stage, tensor_rank) + (f"-dp{data_rank:02d}" if data_rank else "")
-    manifest = write_shard_file(directory, name, items)
-    delta = _last_stage_delta(run)
-    manifests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(manifests, manifest)
-    if dist.get_rank() == 0:
-        state = {
-            "step": step,
-            "num_steps": setup.num_steps,
-            "num_samples": step * setup.config.train.pairs_per_step,
-            "num_tokens": run.num_tokens_seen,
-            "delta": delta,
-            "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
-            "dtype": str(setup.dtype).removeprefix("torch."),
-            "data_digest": setup.train.groups.digest,
-            "config": setup.config.to_dict(),
-            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        }
-        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config)
-        earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
-        for old in earlier[: -setup.config.checkpoint.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return directory
+    state = {
+        "step": step,
+        "num_steps": setup.num_steps,
+        "num_samples": step * setup.config.train.pairs_per_step,
+        "num_tokens": run.num_tokens_seen,
+        "delta": _last_stage_delta(run),
+        "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "data_digest": setup.train.groups.digest,
+        "config": setup.config.to_dict(),
+        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+    return run.saver.save(Save(step, name, _owned_state(run), state), _num_bytes(run))
+
+
+def _num_bytes(run: Run) -> int:
+    """Of what `_owned_state` gives here: fp32 weights and moments, and a moving reference."""
+    owned = [shard for parameter, shard in run.engine.stage.parameters.values() if is_first_replica(parameter)]
+    num_kinds = len(STATE_KINDS) + (run.setup.config.reference.sync_every is not None)
+    return 4 * num_kinds * sum(math.prod(shard.shape) for shard in owned)
 
 
 def _last_stage_delta(run: Run) -> list[float]:
@@ -99,7 +89,7 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
         for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
-                yield "reference", shard, values
+                yield "reference", shard, values.clone()  # it moves while it is written
 
 
 def resume(run: Run) -> int:
@@ -142,29 +132,36 @@ def set_aside_later(root: Path, step: int) -> None:
     later = [path for path in step_directories(root) if int(path.name[5:]) > step]
     if later:
         aside = next(path for n in count(1) if not (path := root / f"aside-{n}").exists())
-        aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
+        with writing(aside):
+            aside.mkdir()
+            for path in later:
+                path.rename(aside / path.name)
 
 
 def export_policy(run: Run) -> Path:
-    """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
+    """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export.
+
+    Raises:
+        UserError: a disk is full or refuses; the earlier export is as it was.
+    """
     setup, directory = run.setup, run.setup.output_dir / "hf"
     config, layout = setup.policy.config, setup.layout
     export = plan_export(config, setup.dtype, layout.layers_of_chunks(setup.policy.shape.num_layers))
-    if dist.get_rank() == 0:
-        begin(directory)
-    dist.barrier()
-    tensors = _whole_tensors(run)
-    if _is_writer():
-        write_export_files(export, directory, tensors)
-    else:
-        for _ in tensors:  # takes part in gathering them
+    is_first, tensors = dist.get_rank() == 0, _whole_tensors(run)
+    problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
+    if problem is None:
+        if _is_writer():
+            problem = problem_of(lambda: write_export_files(export, directory, tensors))
+        for _ in tensors:  # takes part in gathering them, as a rank whose disk is full does
             pass
-    dist.barrier()
-    if dist.get_rank() == 0:
-        finish_export(export, directory, setup.policy.huggingface)
-    dist.barrier()
+        problem = first_problem(problem)
+        if is_first and problem is None:
+            problem = problem_of(lambda: finish_export(export, directory, setup.companions))
+        if is_first and problem is not None:
+            abandon(directory)
+        problem = first_problem(problem)
+    if problem is not None:
+        raise UserError(f"the trained model is not exported: {problem}")
     return directory
 
 

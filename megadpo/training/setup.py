@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megadpo.checkpoint.export import Companions, companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
@@ -66,6 +67,7 @@ class RunSetup:
 
     Attributes:
         config: resolved.
+        companions: config.json and tokenizer of the policy, for checkpoints and export.
         train: the training groups, ready to be packed.
         eval: the held-out groups, where there are any.
         reports: what became of the rows of "train" and "eval".
@@ -80,6 +82,7 @@ class RunSetup:
     dtype: torch.dtype
     policy: ModelFiles
     reference: ModelFiles
+    companions: Companions
     train: PackedDataset
     eval: PackedDataset | None
     reports: dict[str, DataReport]
@@ -128,6 +131,7 @@ def prepare(config: Config) -> RunSetup:
         dtype=resolve_dtype(config.model.dtype),
         policy=policy,
         reference=reference,
+        companions=companions_of(policy.huggingface),
         train=train,
         eval=held_out,
         reports=reports,

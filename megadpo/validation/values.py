@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.offload": ("none", "cpu", "nvme"),
     "schedule.name": ("megatron", "1f1b"),
     "schedule.reference": ("before", "interleaved"),
+    "checkpoint.on_failed_write": ("stop", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.moments_dtype": ("fp32", "bf16"),
     "train.recompute": ("none", "small", "selective", "full"),

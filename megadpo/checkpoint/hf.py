@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,25 @@ def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
     for name, file in sources.items():
         file.slice(name)
     return sources
+
+
+def size_warning(path: str | Path) -> str | None:
+    """What is odd about a model directory whose tensors have another size than its index says; None where nothing is.
+
+    No reason to refuse it: tools that merge or cut models leave `total_size` as it was.
+    """
+    directory = Path(path)
+    if not (directory / INDEX_NAME).is_file():
+        return None
+    metadata = read_json(directory / INDEX_NAME).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if type(said) is not int:
+        return None
+    source = open_hf(path)
+    found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
+    if found == said:
+        return None
+    return f"{directory / INDEX_NAME} says that the tensors have {said:,} bytes, but they have {found:,}: is a file stale?"
 
 
 def file_inside(directory: Path, name: str, named_by: str) -> Path:

@@ -33,6 +33,9 @@ def log_setup(setup: RunSetup) -> None:
     experts = setup.policy.shape.experts
     if experts is not None and setup.config.train.router_aux_coef == 0:
         log(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
+    for warning in dict.fromkeys(model.warning for model in (setup.policy, setup.reference)):
+        if warning is not None:
+            log(f"warning: {warning}")
     if setup.policy.has_new_head:
         log(f"{setup.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megadpo.checkpoint.export import Companions, companions_of
-from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config
@@ -51,6 +51,7 @@ class ModelFiles:
         huggingface: the directory with config.json and the tokenizer.
         config: the transformers config, for what is exported; all else reads `shape`.
         has_new_head: whether its scalar head is drawn anew.
+        warning: what is odd about its files.
     """
 
     path: str
@@ -59,6 +60,7 @@ class ModelFiles:
     shape: ModelShape
     source: TensorSource
     has_new_head: bool = False
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,10 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     check_tensors(shape, source)
     if not has_reward_head(config.objective.loss_types):
         refuse_reward_model(hf_config, f"{setting}: {path}")
-        return ModelFiles(path, directory, hf_config, shape, source)
+        return ModelFiles(path, directory, hf_config, shape, source, warning=size_warning(path))
     model = as_reward_model(hf_config, source, directory, config.train.seed)
-    return ModelFiles(path, directory, model.config, shape_of(model.config), model.source, model.has_new_head)
+    shape, warning = shape_of(model.config), size_warning(path)
+    return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
 
 
 def check_modules(config: Config, shape: ModelShape) -> None:

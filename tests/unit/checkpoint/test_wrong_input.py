@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
-from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.hf import open_hf, read_hf_config, size_warning
 from megadpo.checkpoint.integrity import ALGORITHM, sealed
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
@@ -77,6 +77,24 @@ def test_a_truncated_weights_file_is_named(model: Path, size: int) -> None:
     truncate(model / "model.safetensors", size)
     with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
         open_model(model)
+
+
+def test_a_weights_file_with_more_bytes_than_its_header_says_is_named(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or no safetensors file"):
+        open_model(model)
+
+
+def test_an_index_whose_total_size_is_not_its_files_is_warned_of(model: Path) -> None:
+    size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    split_with_index(model, lambda name: "a.safetensors")
+    for said, expected in ((size, None), ("unknown", None), (size + 4, rf"{size + 4:,} bytes, but they have {size:,}")):
+        change_json(
+            model / "model.safetensors.index.json", lambda index, said=said: index["metadata"].update(total_size=said)
+        )
+        warning = size_warning(model)
+        assert warning is None if expected is None else expected in str(warning)
 
 
 @pytest.mark.parametrize(

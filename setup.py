@@ -68,6 +68,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=4.25",
         "packaging>=23",
+        "xxhash>=3.4",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],

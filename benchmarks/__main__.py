@@ -37,6 +37,7 @@ BENCHMARKS = (
     "precision",
     "gpu",
     "predict",
+    "checkpoints",
 )
 OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated", "predict")
 """These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadpo.checkpoint.hf import hf_directory, read_json
+from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.staging import writing
 from megadpo.errors import UserError
 
 PATTERNS = (
@@ -96,12 +100,47 @@ def with_template(files: Mapping[str, bytes], template: str | None) -> dict[str,
     return changed
 
 
-def write_files(files: Mapping[str, bytes], directory: Path) -> None:
-    """Write companions below a directory."""
-    for name, content in files.items():
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside the weights of a model directory, kept in memory: a run that saves and exports needs the
+    directory that it began with no more.
+
+    Attributes:
+        settings: its config.json.
+        files: relative path -> content, as `companion_files` gives them.
+    """
+
+    settings: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def companions_of(hf_source: str | Path | Companions, chat_template: str | None = None) -> Companions:
+    """Those of a Hugging Face directory or of one of our checkpoints.
+
+    Args:
+        chat_template: as in `with_template`, where `hf_source` is a directory.
+
+    Raises:
+        UserError: as `companion_files`, or there is no config.json.
+    """
+    if isinstance(hf_source, Companions):
+        return hf_source
+    source = hf_directory(hf_source)
+    return Companions(read_json(source / "config.json"), with_template(companion_files(source), chat_template))
+
+
+def write_companions(companions: Companions, directory: Path) -> dict[str, FileRecord]:
+    """Write the files below a directory; the record of each.
+
+    Raises:
+        UserError: the disk is full or refuses.
+    """
+    for name, content in companions.files.items():
         to = directory / name
-        to.parent.mkdir(exist_ok=True)
-        to.write_bytes(content)
+        with writing(to):
+            to.parent.mkdir(exist_ok=True)
+            to.write_bytes(content)
+    return {name: record_of(content) for name, content in companions.files.items()}
 
 
 def _object(content: bytes) -> dict[str, Any]:

@@ -64,16 +64,21 @@ def import_hf(
         raise
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path) -> None:
+def export_checkpoint(checkpoint: str | Path, out: str | Path, verify: bool = True) -> None:
     """Write a checkpoint's weights as a Hugging Face directory.
 
     In the type that the state's ``dtype`` names (training saves fp32 master weights), or as stored where it names none.
 
+    Args:
+        verify: compare every byte of the checkpoint with the hashes that were written with it.
+
     Raises:
         UserError: no checkpoint, a damaged one, or `out` is not empty.
     """
-    out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint)
+    out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint, verify)
     refuse_existing(out)
+    if verify:
+        opened.check_files()
     config, source = read_hf_config(checkpoint), opened.source("weights")
     check_tensors(shape_of(config), source)
     named = opened.state.get("dtype")

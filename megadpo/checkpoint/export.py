@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megadpo.checkpoint.companions import companion_files, with_template, write_files
-from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME, hf_directory, read_json
-from megadpo.checkpoint.staging import publish, staging
-from megadpo.errors import UserError
+from megadpo.checkpoint.companions import Companions, companions_of, write_companions
+from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
+from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.staging import publish, staging, writing
+from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.families import ParameterShard, family_of, head_settings, logical_shapes, shape_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         bundle = waiting.setdefault(file, {})
         bundle[name] = tensor.detach().to("cpu", plan.dtypes[name]).contiguous()
         if len(bundle) == len(plan.files[file]):
-            save_tensors({name: bundle[name] for name in plan.files[file]}, staging(directory) / file)
+            write_tensor_file({name: bundle[name] for name in plan.files[file]}, staging(directory) / file)
             written.append(file)
             del waiting[file], bundle
     if waiting:
@@ -146,29 +146,20 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
     return written
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file as transformers does.
-
-    Raises:
-        UserError: the disk is full or refuses.
-    """
-    try:
-        save_file(tensors, str(path), metadata={"format": "pt"})
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
-def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path, chat_template: str | None = None) -> None:
-    """Write index and config, copy tokenizer, generation config and chat template, and give the directory its name.
+def finish_export(
+    plan: ExportPlan, directory: Path, hf_source: str | Path | Companions, chat_template: str | None = None
+) -> None:
+    """Write index and config, tokenizer, generation config and chat template, and give the directory its name.
 
     Args:
-        hf_source_dir: the model that training began with, or one of our checkpoints.
-        chat_template: the one that was trained with, where it is not the tokenizer's own.
+        hf_source: the companions of the model that training began with, or its directory, or one of our checkpoints.
+        chat_template: the one that was trained with, where it is not the tokenizer's own and `hf_source` is a directory.
 
     Raises:
         ValueError: a planned file was not written.
+        UserError: the disk is full or refuses.
     """
-    partial, source = staging(directory), hf_directory(hf_source_dir)
+    partial, companions = staging(directory), companions_of(hf_source, chat_template)
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")
@@ -176,19 +167,22 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source_dir: str | Path, 
         total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
         weight_map = {name: file for file, names in plan.files.items() for name in names}
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    settings = read_json(source / "config.json")
+    settings = dict(companions.settings)
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.
     spellings = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(spellings, plan.config["dtype"])
     settings |= {key: value for key, value in plan.config.items() if key != "dtype"}
     write_json(partial / "config.json", settings)
-    write_files(with_template(companion_files(source), chat_template), partial)
+    write_companions(companions, partial)
     publish(directory)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """An indented JSON file ending in a newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, content: dict[str, Any]) -> FileRecord:
+    """An indented JSON file ending in a newline; the record of its bytes."""
+    text = (json.dumps(content, indent=2) + "\n").encode()
+    with writing(path):
+        path.write_bytes(text)
+    return record_of(text)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,25 @@ def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
     return sources
 
 
+def size_warning(path: str | Path) -> str | None:
+    """What is odd about a model directory whose tensors have another size than its index says; None where nothing is.
+
+    No reason to refuse it: tools that merge or cut models leave `total_size` as it was.
+    """
+    directory = Path(path)
+    if not (directory / INDEX_NAME).is_file():
+        return None
+    metadata = read_json(directory / INDEX_NAME).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if type(said) is not int:
+        return None
+    source = open_hf(path)
+    found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
+    if found == said:
+        return None
+    return f"{directory / INDEX_NAME} says that the tensors have {said:,} bytes, but they have {found:,}: is a file stale?"
+
+
 def file_inside(directory: Path, name: str, named_by: str) -> Path:
     """The path of a file that an index names: a plain file name with the ending .safetensors.
 
@@ -214,8 +234,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; that is no index or config")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """An object from the bytes of the JSON file `path`.
+
+    Raises:
+        UserError: not UTF-8, not JSON, or no object.
+    """
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")

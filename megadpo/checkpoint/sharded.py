@@ -3,8 +3,9 @@
 ::
 
     step_00000100/
-        checkpoint.json              format, state, and for each kind ("weights", "exp_avg", …) and logical tensor its
-                                     shape, dtype and pieces: [file, key, dim, start, length]
+        checkpoint.json              format, size and hash of every other file, state, and for each kind ("weights",
+                                     "exp_avg", …) and logical tensor its shape, dtype and pieces: [file, key, dim, start,
+                                     length]; first of all the hash of the rest of this file (integrity.py)
         pp00-tp01-000.safetensors    what a writer holds, in files of bounded size
         huggingface/                 config.json and tokenizer: the directory stands alone
 
@@ -13,7 +14,6 @@ Written as ``step_00000100.tmp`` and renamed: `begin` (one process), `write_shar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +22,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megadpo.checkpoint.companions import companion_files, with_template, write_files
-from megadpo.checkpoint.export import logical_slices, save_tensors, write_json
-from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, hf_directory, open_hf, read_hf_config, read_json
-from megadpo.checkpoint.staging import begin, publish, staging
+from megadpo.checkpoint.companions import Companions, companions_of, write_companions
+from megadpo.checkpoint.export import logical_slices, write_json
+from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, open_hf, parse_json, read_hf_config
+from megadpo.checkpoint.integrity import (
+    SEAL,
+    FileRecord,
+    check_bytes,
+    check_sizes,
+    is_sealed,
+    read_bytes,
+    records_in,
+    sealed,
+)
+from megadpo.checkpoint.staging import begin, publish, staging, writing
+from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes, shape_of
 
@@ -37,16 +48,19 @@ __all__ = [
     "begin",
     "commit",
     "is_checkpoint",
-    "latest_checkpoint",
     "open_checkpoint",
     "open_weights",
     "step_checkpoints",
+    "step_directories",
     "step_directory",
+    "step_of",
     "write_shard_file",
 ]
 
-FORMAT, VERSION = "megadpo-checkpoint", 1
-INDEX = "checkpoint.json"
+FORMAT, VERSION = "megadpo-checkpoint", 2
+WITHOUT_HASHES = 1
+"""The version of older code, whose files have no hashes."""
+INDEX, CONFIG = "checkpoint.json", "huggingface/config.json"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
@@ -72,12 +86,17 @@ def write_shard_file(
     Args:
         directory: the checkpoint's final directory, after `begin`.
         writer_name: unique among the writers, e.g. ``pp00-tp01``.
-        items: (kind, shard, local tensor [shard.shape]); taken one after the other, so a generator saves memory.
+        items: (kind, shard, local tensor [shard.shape]); taken one after the other, so a generator saves memory. A tensor
+            stays as it is until all are written.
         max_file_bytes: a file is closed, and its tensors dropped, once it is this large.
 
     Returns:
         A JSON-able manifest for `commit`.
+
+    Raises:
+        UserError: the disk is full or refuses. What is left of `items` is not taken.
     """
+    files: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     waiting: dict[str, Tensor] = {}
     num_files = 0
@@ -85,15 +104,15 @@ def write_shard_file(
     def flush() -> None:
         nonlocal num_files
         if waiting:
-            save_tensors(waiting, staging(Path(directory)) / _file_name(writer_name, num_files))
+            name = _file_name(writer_name, num_files)
+            files[name] = write_tensor_file(waiting, staging(Path(directory)) / name).to_json()
             waiting.clear()
             num_files += 1
 
     for kind, shard, tensor in items:
         for part in logical_slices(shard, tensor) if shard.is_primary else []:
             key = f"{kind}/{part.name}/{part.start}"
-            # torch.cat made a copy of its own only where there were several parts; a file must own its memory.
-            waiting[key] = part.values.to("cpu", copy=True).contiguous()
+            waiting[key] = part.values.to("cpu").contiguous()
             shape = list(part.values.shape)
             piece = StoredPiece(_file_name(writer_name, num_files), key, part.dim, part.start, shape[part.dim])
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -101,7 +120,7 @@ def write_shard_file(
         if sum(values.nbytes for values in waiting.values()) >= max_file_bytes:
             flush()
     flush()
-    return {"writer": writer_name, "entries": entries}
+    return {"writer": writer_name, "entries": entries, "files": files}
 
 
 def writer_name(stage: int, tensor_rank: int) -> str:
@@ -117,7 +136,7 @@ def commit(
     directory: str | Path,
     manifests: Iterable[Mapping[str, Any]],
     state: dict[str, Any],
-    hf_dir: str | Path,
+    hf_source: str | Path | Companions,
     hf_config: PretrainedConfig | None = None,
     chat_template: str | None = None,
 ) -> None:
@@ -126,17 +145,20 @@ def commit(
     Args:
         manifests: what every writer's `write_shard_file` returned.
         state: JSON values: step, data position, scheduler, random state, …
-        hf_dir: where config and tokenizer are taken from: a Hugging Face directory or a checkpoint.
-        hf_config: the model's config, where it is another than the one in `hf_dir`: a reward model made of a language
-            model.
-        chat_template: the one that is trained with, where it is not the tokenizer's own.
+        hf_source: config and tokenizer, kept in memory, or where they are: a Hugging Face directory or a checkpoint.
+        hf_config: the model's config, where it is another than the one there (a reward model made of a language model);
+            needed where `hf_source` is no directory.
+        chat_template: the one that is trained with, where it is not the tokenizer's own and `hf_source` is a directory.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
+        UserError: the disk is full or refuses.
     """
-    directory, source = Path(directory), hf_directory(hf_dir)
+    directory, companions = Path(directory), companions_of(hf_source, chat_template)
+    files: dict[str, Any] = {}
     tensors: dict[str, dict[str, dict[str, Any]]] = {}
     for manifest in manifests:
+        files |= manifest["files"]
         for entry in manifest["entries"]:
             whole = tensors.setdefault(entry["kind"], {}).setdefault(
                 entry["name"], {"shape": list(entry["shape"]), "dtype": entry["dtype"], "pieces": []}
@@ -145,14 +167,19 @@ def commit(
             end = piece["start"] + piece["length"]
             whole["shape"][piece["dim"]] = max(whole["shape"][piece["dim"]], end)
             whole["pieces"].append(piece)
-    hf_config = hf_config or read_hf_config(source)
+    if hf_config is None:
+        assert not isinstance(hf_source, Companions)
+        hf_config = read_hf_config(hf_source)
     _check_complete(tensors, logical_shapes(shape_of(hf_config)))
     partial = staging(directory)
-    (partial / "huggingface").mkdir()
-    write_json(partial / "huggingface" / "config.json", read_json(source / "config.json") | head_settings(hf_config))
-    write_files(with_template(companion_files(source), chat_template), partial / "huggingface")
-    index = {"format": FORMAT, "version": VERSION, "state": state, "tensors": tensors}
-    (partial / INDEX).write_text(json.dumps(index, allow_nan=False) + "\n", encoding="utf-8")
+    with writing(partial / "huggingface"):
+        (partial / "huggingface").mkdir()
+    records = {"config.json": write_json(partial / CONFIG, companions.settings | head_settings(hf_config))}
+    records |= write_companions(companions, partial / "huggingface")
+    files |= {f"huggingface/{name}": record.to_json() for name, record in records.items()}
+    text = sealed({"format": FORMAT, "version": VERSION, "files": files, "state": state, "tensors": tensors})
+    with writing(partial / INDEX):
+        (partial / INDEX).write_bytes(text)
     publish(directory)
 
 
@@ -243,16 +270,30 @@ class Checkpoint:
 
     Attributes:
         state: what `commit` was given.
+        files: size and hash of every file but checkpoint.json; None in a checkpoint of older code.
     """
 
     directory: Path
     state: dict[str, Any]
     tensors: dict[str, Any]
+    files: dict[str, FileRecord] | None = None
 
     @property
     def huggingface(self) -> Path:
         """The directory with config.json and the tokenizer."""
         return self.directory / "huggingface"
+
+    def check_files(self, share: int = 0, num_shares: int = 1) -> None:
+        """Read every file and compare its hash, where the checkpoint has hashes; sizes first.
+
+        Args:
+            share: of `num_shares` processes that divide the work among them, this one's number.
+
+        Raises:
+            UserError: naming a file that is missing or not what was written.
+        """
+        if self.files is not None:
+            check_bytes(self.directory, self.files, share, num_shares)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -275,8 +316,11 @@ def is_checkpoint(directory: str | Path) -> bool:
     return (Path(directory) / INDEX).is_file()
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open a checkpoint; tensors are read from disk by `TensorSource.read` only.
+def open_checkpoint(directory: str | Path, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint; tensors are read from disk by `TensorSource.read` only, and hashed by `check_files`.
+
+    Args:
+        verify: compare the hash of checkpoint.json with the one in it, and the sizes of the other files with theirs.
 
     Raises:
         UserError: no checkpoint, another version, or damaged.
@@ -284,21 +328,44 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     if not is_checkpoint(directory):
         raise UserError(f"{directory} is not a checkpoint: it has no {INDEX}")
-    index = read_json(directory / INDEX)
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
-        raise UserError(f"{directory / INDEX} is not a {FORMAT} of version {VERSION}; use the megadpo that wrote it")
+    path = directory / INDEX
+    text = read_bytes(path)
+    if verify and SEAL in text[:1000] and not is_sealed(text):
+        raise UserError(f"{path} is damaged: its bytes are not those that were written")
+    index = parse_json(text, path)
+    version = index.get("version")
+    if index.get("format") != FORMAT or version not in (WITHOUT_HASHES, VERSION) or isinstance(version, bool):
+        raise UserError(f"{path} is not a {FORMAT} of version {VERSION}; use the megadpo that wrote it")
+    if verify and (version == VERSION) is not is_sealed(text):
+        raise UserError(f"{path} is damaged: its own hash is missing")
     if not isinstance(index.get("state"), dict) or not isinstance(index.get("tensors"), dict):
-        raise UserError(f"{directory / INDEX} has no state or no tensors; it is damaged")
-    return Checkpoint(directory, index["state"], index["tensors"])
+        raise UserError(f"{path} has no state or no tensors; it is damaged")
+    files = None
+    if version == VERSION:
+        try:
+            files = records_in(index["files"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: what it says of files makes no sense; it is damaged") from error
+        if verify:
+            check_sizes(directory, files)
+    return Checkpoint(directory, index["state"], index["tensors"], files)
 
 
-def open_weights(path: str | Path) -> TensorSource:
+def open_weights(path: str | Path, verify: bool = True, share: int = 0, num_shares: int = 1) -> TensorSource:
     """The weights of a Hugging Face directory or of one of our checkpoints, whichever `path` is.
+
+    Args:
+        verify, share, num_shares: every file of a checkpoint is hashed, as in `Checkpoint.check_files`.
 
     Raises:
         UserError: neither, or damaged.
     """
-    return open_checkpoint(path).source("weights") if is_checkpoint(path) else open_hf(path)
+    if not is_checkpoint(path):
+        return open_hf(path)
+    checkpoint = open_checkpoint(path, verify)
+    if verify:
+        checkpoint.check_files(share, num_shares)
+    return checkpoint.source("weights")
 
 
 def step_directory(root: str | Path, step: int) -> Path:
@@ -306,13 +373,18 @@ def step_directory(root: str | Path, step: int) -> Path:
     return Path(root) / f"step_{step:08d}"
 
 
+def step_of(directory: Path) -> int | None:
+    """The step that a directory's name says it is of; None where it says none."""
+    number = directory.name.removeprefix("step_")
+    return int(number) if number != directory.name and number.isascii() and number.isdecimal() else None
+
+
+def step_directories(root: str | Path) -> list[Path]:
+    """All directories under `root` with the name of a step's checkpoint, whole or not, oldest step first."""
+    steps = {path: step for path in Path(root).glob("step_*") if (step := step_of(path)) is not None and path.is_dir()}
+    return sorted(steps, key=lambda path: (steps[path], path.name))
+
+
 def step_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints under `root`, oldest step first."""
-    found = [path for path in Path(root).glob("step_*") if path.name[5:].isdecimal() and is_checkpoint(path)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The checkpoint of the highest step under `root`; None where there is none."""
-    checkpoints = step_checkpoints(root)
-    return checkpoints[-1] if checkpoints else None
+    """Those of them that are checkpoints, by their looks."""
+    return [path for path in step_directories(root) if is_checkpoint(path)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from megadpo.errors import UserError
@@ -21,28 +23,44 @@ def begin(directory: Path) -> Path:
         UserError: it cannot be made.
     """
     partial = staging(directory)
-    try:
+    with writing(directory):
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return partial
 
 
 def publish(directory: Path) -> None:
-    """Give the staging directory its final name, in place of what had it. One process calls it, after all writers."""
+    """Give the staging directory its final name, in place of what had it. One process calls it, after all writers.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     partial, old = staging(directory), directory.with_name(f"{directory.name}.old")
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
-    if old.exists():
-        shutil.rmtree(old)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync(directory.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    with writing(directory):
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if old.exists():
+            shutil.rmtree(old)
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        sync(directory.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses within, in one sentence.
+
+    Raises:
+        UserError: naming the path, and why it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def abandon(directory: Path) -> None:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = directions.add_parser("export", help="a checkpoint to a Hugging Face directory")
     back.add_argument("checkpoint", metavar="CHECKPOINT")
     back.add_argument("out", metavar="OUT")
+    back.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's bytes with its hashes")
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         from megadpo.checkpoint.convert import export_checkpoint
 
-        export_checkpoint(arguments.checkpoint, arguments.out)
+        export_checkpoint(arguments.checkpoint, arguments.out, verify=not arguments.no_verify)
     report_written(arguments.out)
     return 0
 

@@ -294,6 +294,14 @@ class CheckpointConfig:
     changed_inputs: str = "refuse"
     """On resuming, where the files of the model or the reference, the tokenizer, the template or the training pairs are not
     those that the checkpoint was made with: `refuse`, or `accept` (with a warning)."""
+    verify: bool = True
+    """Compare every byte of a checkpoint with the hashes that were written with it, before it is loaded."""
+    asynchronous: bool | None = None
+    """Write checkpoints behind the step loop, which then waits only for a copy in host memory. Default: where host memory
+    has room for twice that copy."""
+    on_failed_write: str = "stop"
+    """When a checkpoint or a line of metrics cannot be written (a full disk): `stop`, with one sentence, or `skip`: go on
+    without it, with a warning."""
 
 
 @dataclass

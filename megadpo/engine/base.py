@@ -75,7 +75,7 @@ class Engine(Protocol):
 
     def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq, or of some of
-        them; collective."""
+        them; collective. The tensors are the caller's own: no later step changes them."""
         ...
 
     def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:

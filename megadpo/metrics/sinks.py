@@ -5,16 +5,17 @@ A record is flat: names to numbers, `step` among them. A step may have several r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from megadpo.errors import UserError
-from megadpo.files import replacing
+from megadpo.files import make_directory, replacing
 from megadpo.metrics.progress import ProgressSink
 
 Record = Mapping[str, float | int]
@@ -56,22 +57,44 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path | str, resume_step: int | None = None) -> None:
-        path = Path(path)
-        if path.exists():
-            if resume_step is None:
-                set_aside(path)
-            else:
-                drop_later_steps(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path = Path(path)
+        with _refusals_of(path):
+            if path.exists():
+                if resume_step is None:
+                    set_aside(path)
+                else:
+                    drop_later_steps(path, resume_step)
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        """Appends the record as a line."""
-        self._file.write(to_line(record))
-        self._file.flush()
+        """Appends the record as a line, or nothing of it.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        end = self._file.seek(0, os.SEEK_END)
+        line = to_line(record).encode()
+        with _refusals_of(self._path):
+            try:
+                while line:  # a disk that has filled takes a part of it first
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with _refusals_of(self._path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    """What the disk refuses within, as a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def to_line(record: Record) -> str:
@@ -139,18 +162,34 @@ class TensorBoardSink:
                 f"logging.tensorboard is true but TensorBoard cannot be imported ({error}): "
                 "run `pip install tensorboard`, or set logging.tensorboard=false"
             ) from error
+        self._directory = Path(directory)
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(log_dir=str(directory), purge_step=purge_step)
+        with _refusals_of(self._directory):
+            self._writer = SummaryWriter(log_dir=str(directory), purge_step=purge_step)
+            # An error of its thread is raised by the next call; the thread would print a traceback of it, too.
+            writer = self._writer.file_writer
+            if writer is not None:
+                writer.event_writer._async_writer._worker._invoke_excepthook = lambda *unused: None
 
     def write(self, record: Record) -> None:
-        """One scalar a metric, at the record's step."""
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(record["step"]))
+        """One scalar a metric, at the record's step.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        with _refusals_of(self._directory):
+            for name, value in record.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
-        """Writes what is still in memory."""
-        self._writer.close()
+        """Writes what is still in memory.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        with _refusals_of(self._directory):
+            self._writer.close()
 
 
 def open_sinks(
@@ -172,9 +211,10 @@ def open_sinks(
     if logging_config.tensorboard:
         events = output_dir / "tensorboard"
         if resume_step is None and events.exists():
-            set_aside(events)
+            with _refusals_of(events):
+                set_aside(events)
         sinks.append(TensorBoardSink(events, resume_step))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(output_dir, "output_dir")
     sinks.append(JsonlSink(output_dir / "metrics.jsonl", resume_step))
     sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))
     return sinks

@@ -40,6 +40,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def place_on_machine() -> tuple[int, int]:
+    """This process's number among the run's on this machine, and how many these are; (0, 1) where no launcher says."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (number, count) if number < count else (0, 1)
+
+
 @contextlib.contextmanager
 def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iterator[None]:
     """Join the processes of the run and make Megatron's groups for `layout`; on leaving, undo what was made here, and

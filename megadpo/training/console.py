@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.activations import KEEP, Activations
@@ -40,6 +41,9 @@ def log_setup(setup: RunSetup) -> None:
     experts = setup.policy.shape.experts
     if experts is not None and setup.config.train.router_aux_coef == 0:
         log(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
+    for warning in dict.fromkeys(model.warning for model in (setup.policy, setup.reference)):
+        if warning is not None:
+            log(f"warning: {warning}")
     if setup.policy.has_new_head:
         log(f"{setup.policy.path} has no scalar head: it gets a new one, drawn from train.seed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -60,12 +64,22 @@ def log_setup(setup: RunSetup) -> None:
         )
     if setup.eval is not None and len(setup.eval.groups) < setup.reports["eval"].num_kept:
         log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
+    if not setup.resume and (setup.output_dir / "hf").is_dir():
+        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def log_origin(setup: RunSetup) -> None:
+    """Where the run goes on, and which newer checkpoints it leaves out, each with the reason."""
+    for problem in setup.origin.left_out:
+        log(f"warning: a checkpoint is left out: {problem}")
     if setup.resume:
         log(f"resuming from {setup.resume}")
-        if setup.changed_inputs:
-            log(f"warning: changed since it was made, and accepted: {' and '.join(setup.changed_inputs)}")
-    elif (setup.output_dir / "hf").is_dir():
-        log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+        if setup.origin.changed_inputs:
+            log(f"warning: changed since it was made, and accepted: {' and '.join(setup.origin.changed_inputs)}")
+        if not setup.search.verify:
+            log("checkpoint.verify is false: its bytes were not compared with what was written")
+        elif open_checkpoint(setup.resume).files is None:
+            log(f"{setup.resume} is of an older version, which wrote no hashes: its bytes cannot be verified")
 
 
 def log_balance(options: ObjectiveConfig, report: DataReport) -> None:

@@ -56,15 +56,13 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
     return found
 
 
-def changed_inputs(state: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """Which of NAMES are not what a checkpoint was made from, in words; a checkpoint of an earlier version knows its data.
+def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Which of NAMES are not what a checkpoint was made from, in words; only those are compared that both have.
 
     Args:
-        state: the checkpoint's.
+        before: of the checkpoint.
         now: what `digests` gives.
     """
-    stored = state.get("inputs")
-    before = stored if isinstance(stored, dict) else {"data": state.get("data_digest")}
     return [words for name, words in NAMES.items() if name in before and name in now and before[name] != now[name]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
 from megadpo.validation.layout import check_layout
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_logprobs(model: str, data: str, out: str, config: Config, force: bool = False) -> Path:

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from megadpo.checkpoint.sharded import is_checkpoint, latest_checkpoint, open_checkpoint, step_checkpoints
+from megadpo.checkpoint.sharded import is_checkpoint
 from megadpo.config.schema import Config
-from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
 from megadpo.files import make_writable_directory, replacing
+from megadpo.training.resume import came_of, newest_that_opens
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
@@ -35,8 +35,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 work is spread over processes does not change the numbers, when to evaluate or save is free, and a run may be made longer."""
 
 
-def claim_output_dir(directory: Path, config: Config) -> Path | None:
-    """Check that `directory` is free or belongs to this very run; where to resume from.
+def claim_output_dir(directory: Path, config: Config) -> None:
+    """Check that `directory` is free or belongs to this very run.
 
     Raises:
         UserError: it holds a different run, or the checkpoint asked for does not exist.
@@ -48,47 +48,12 @@ def claim_output_dir(directory: Path, config: Config) -> Path | None:
         raise UserError(f"output_dir: {directory} exists and is not a megadpo run; choose an empty or new directory")
     elif directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir: {directory} is a file; choose a directory")
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume == "auto":
-        return latest_checkpoint(directory / "checkpoints")
-    chosen = Path(config.checkpoint.resume)
-    for own in reversed(step_checkpoints(directory / "checkpoints")):
-        if _began_with(own) == str(chosen.resolve()):
-            return own  # the same command again: `chosen` was where it began, and may be gone by now
-    if not is_checkpoint(chosen):
-        raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; give auto, never or a step directory")
-    return chosen
-
-
-def resumed_from(option: str, checkpoint: Path | None) -> str | None:
-    """What a run that goes on from `checkpoint` began with: the path that `checkpoint.resume` names, or named once."""
-    if checkpoint is None or option not in ("auto", "never"):
-        return None if checkpoint is None else str(Path(option).resolve())
-    return _began_with(checkpoint)
-
-
-def _began_with(checkpoint: Path) -> str | None:
-    try:
-        began_with = open_checkpoint(checkpoint).state.get("resumed_from")
-    except UserError:
-        return None
-    return began_with if isinstance(began_with, str) else None
-
-
-def check_resumable(checkpoint: Path, num_steps: int) -> None:
-    """Refuse a checkpoint that a run with so many steps cannot go on from.
-
-    Raises:
-        UserError: no training state in it, or it is beyond the last step.
-    """
-    opened = open_checkpoint(checkpoint)
-    step = opened.state.get("step")
-    if not isinstance(step, int) or "data_digest" not in opened.state or "exp_avg" not in opened.kinds:
-        raise UserError(f"{checkpoint} holds no training state to resume from; it is a converted model")
-    if step > num_steps:
-        planned = counted(num_steps, "step")
-        raise UserError(f"{checkpoint} is at step {step}, beyond the {planned} of this run; raise train.steps")
+    chosen = config.checkpoint.resume
+    if chosen in ("auto", "never") or is_checkpoint(chosen) or came_of(directory / "checkpoints", Path(chosen)):
+        return
+    other = newest_that_opens([directory.absolute() / "checkpoints", Path(chosen).absolute().parent])
+    named = f"the newest one is {other}" if other else "give auto, never or a step directory"
+    raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; {named}")
 
 
 def make_output_dir(directory: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
@@ -303,6 +302,6 @@ def cached_logps(
     if dist.get_rank() == 0:
         try:
             write_logps(path, {"logps_R": logps_R})
-        except (OSError, SafetensorError) as error:  # this run has them
+        except OSError as error:  # this run has them in memory
             log(f"warning: the reference cache {path} cannot be written ({error}); going on without")
     return logps_R, False

@@ -145,10 +145,17 @@ def read_logps(path: Path, num_responses: int, log: Callable[[str], None]) -> Fl
 
 
 def write_logps(path: Path, arrays: dict[str, np.ndarray], key: str | None = None) -> None:
-    """A file of the cache, whole or not at all, with the hash of what it holds and the key of its cache (None: its name)."""
+    """A file of the cache, whole or not at all, with the hash of what it holds and the key of its cache (None: its name).
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        save_file(arrays, partial, metadata={HASH: _hash_of(arrays), "key": key or path.stem})
+        try:
+            save_file(arrays, partial, metadata={HASH: _hash_of(arrays), "key": key or path.stem})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def _read_all(path: Path, num_responses: int, log: Callable[[str], None]) -> FloatArray:

@@ -11,6 +11,9 @@ from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.errors import UserError
 from megadpo.metrics.sinks import Sink
 from megadpo.objectives.coupled import RunningMean
+from megadpo.parallel.world import rank
+from megadpo.training.console import log
+from megadpo.training.saving import Saver
 from megadpo.training.setup import RunSetup
 from megadpo.training.spikes import SpikeWatch
 
@@ -82,6 +85,7 @@ class Run:
         num_tokens_seen: stream tokens trained on so far, padding left out.
         metrics: the last ones of every name.
         spikes: the last losses and gradient norms, and how many steps were left out.
+        saver: writes checkpoints.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
@@ -95,6 +99,7 @@ class Run:
     metrics: Metrics = field(default_factory=dict)
     spikes: SpikeWatch = field(init=False)
     batches: Prefetcher[GlobalBatch] = field(init=False)
+    saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import pack_global_batch
@@ -106,10 +111,48 @@ class Run:
 
         self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
+        self.saver = Saver(
+            root=setup.output_dir / "checkpoints",
+            options=setup.config.checkpoint,
+            companions=setup.companions,
+            hf_config=setup.policy.config,
+            log=log,
+            on_saved=lambda step, directory: call(self.callbacks.on_save, step, directory),
+        )
 
-    def close(self) -> None:
-        """End the thread that packs batches, and write what was not written yet."""
+    def write(self, record: Metrics) -> None:
+        """A record of metrics, to where they go; on rank 0.
+
+        Raises:
+            UserError: the disk refuses, and `checkpoint.on_failed_write` is `stop`.
+        """
+        for sink in self.sinks:
+            try:
+                sink.write(record)
+            except UserError as error:
+                if self.setup.config.checkpoint.on_failed_write == "stop":
+                    raise
+                log(f"warning: {error}; going on without the metrics of step {int(record['step'])} there")
+
+    def close(self, has_failed: bool = False) -> None:
+        """End the threads that pack batches and write checkpoints, and write what was not written yet.
+
+        Raises:
+            UserError: something cannot be written, unless the run `has_failed` for another reason.
+        """
         self.batches.close()
         self.references.train.write()
+        self.saver.close(has_failed)
         for sink in self.sinks:
-            sink.close()
+            try:
+                sink.close()
+            except UserError as error:
+                if not has_failed and self.setup.config.checkpoint.on_failed_write == "stop":
+                    raise
+                log(f"warning: {error}")
+
+
+def call(callback: Callable[..., None] | None, *arguments: Any) -> None:
+    """Call a user's callback on rank 0."""
+    if callback is not None and rank() == 0:
+        callback(*arguments)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import math
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -17,41 +16,35 @@ from torch import Tensor
 
 from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
 from megadpo.checkpoint.finite import FiniteWatch
-from megadpo.checkpoint.sharded import (
-    begin,
-    commit,
-    latest_checkpoint,
-    open_checkpoint,
-    step_checkpoints,
-    step_directory,
-    write_shard_file,
-    writer_name,
-)
-from megadpo.checkpoint.staging import abandon
+from megadpo.checkpoint.sharded import begin, step_directories, writer_name
+from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron import is_first_replica
+from megadpo.errors import UserError
 from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
 from megadpo.model.moe.layer import is_expert, moved
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
-from megadpo.parallel.messages import gathered
+from megadpo.parallel.agreement import first_problem, problem_of
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.non_finite import Part, own_weights, require_finite
+from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Run
+from megadpo.training.saving import Save
+from megadpo.training.training_state import STATE_KINDS, open_training_state
 
 
 def save(run: Run, step: int) -> Path:
-    """Write the checkpoint of `step` and remove the oldest beyond `checkpoint.keep`."""
+    """Save the state after `step`, at once or behind the step loop (saving.py); where the checkpoint is, or will be.
+
+    Raises:
+        UserError: this save, or the one that was being written, failed, and `checkpoint.on_failed_write` is `stop`.
+    """
     run.references.train.write()  # a resumed run finds what this one has seen of it
-    setup, root = run.setup, run.setup.output_dir / "checkpoints"
-    directory = step_directory(root, step)
-    if dist.get_rank() == 0:
-        begin(directory)
-    dist.barrier()
-    items = _owned_state(run)
+    setup = run.setup
     stage, tensor_rank, data_rank = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -59,33 +52,35 @@ def save(run: Run, step: int) -> Path:
     )
     # Of data-parallel ranks above the first, those that are the first with their experts have something to write.
     name = writer_name(stage, tensor_rank) + (f"-dp{data_rank:02d}" if data_rank else "")
+    state = {
+        "step": step,
+        "num_steps": setup.num_steps,
+        "num_samples": step * setup.config.train.pairs_per_step,
+        "num_tokens": run.num_tokens_seen,
+        "delta": _last_stage_delta(run),
+        "spikes": run.spikes.state(),
+        "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "data_digest": setup.train.groups.digest,
+        "inputs": setup.search.inputs,
+        "resumed_from": setup.resumed_from,
+        "config": setup.config.to_dict(),
+        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
     watch = FiniteWatch()
-    manifest = write_shard_file(directory, name, _seen(items, watch))
-    require_finite(watch, _own_state(run), f"step {step}", lambda: abandon(directory), _advice(root))
-    delta = _last_stage_delta(run)
-    manifests = gathered(manifest)
-    if dist.get_rank() == 0:
-        state = {
-            "step": step,
-            "num_steps": setup.num_steps,
-            "num_samples": step * setup.config.train.pairs_per_step,
-            "num_tokens": run.num_tokens_seen,
-            "delta": delta,
-            "spikes": run.spikes.state(),
-            "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
-            "dtype": str(setup.dtype).removeprefix("torch."),
-            "data_digest": setup.train.groups.digest,
-            "inputs": setup.inputs,
-            "resumed_from": setup.resumed_from,
-            "config": setup.config.to_dict(),
-            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        }
-        commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config, setup.chat_template)
-        earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
-        for old in earlier[: -setup.config.checkpoint.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return directory
+
+    def check(abandon: Callable[[], None]) -> None:
+        advice = _advice(setup.output_dir / "checkpoints")
+        require_finite(watch, _own_state(run), f"step {step}", abandon, advice)
+
+    return run.saver.save(Save(step, name, _seen(_owned_state(run), watch), state, check), _num_bytes(run))
+
+
+def _num_bytes(run: Run) -> int:
+    """Of what `_owned_state` gives here: fp32 weights and moments, and a moving reference."""
+    owned = [shard for parameter, shard in run.engine.stage.parameters.values() if is_first_replica(parameter)]
+    num_kinds = len(STATE_KINDS) + (run.setup.config.reference.sync_every is not None)
+    return 4 * num_kinds * sum(math.prod(shard.shape) for shard in owned)
 
 
 def _last_stage_delta(run: Run) -> list[float]:
@@ -106,7 +101,7 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
         for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
-                yield "reference", shard, values
+                yield "reference", shard, values.clone()  # it moves while it is written
 
 
 def _seen(
@@ -126,7 +121,7 @@ def _own_state(run: Run) -> Iterator[Part]:
 
 
 def _advice(root: Path) -> str:
-    newest = latest_checkpoint(root)
+    newest = newest_that_opens([root])
     earlier = "there is no earlier checkpoint" if newest is None else f"{newest} is the last intact checkpoint"
     return f"{earlier}; lower train.learning_rate"
 
@@ -138,15 +133,16 @@ def resume(run: Run) -> int:
         UserError: the checkpoint is damaged.
     """
     assert run.setup.resume is not None
-    checkpoint = open_checkpoint(run.setup.resume)
-    state = checkpoint.state
-    step = int(state["step"])
-    if state["num_steps"] != run.setup.num_steps:
+    setup = run.setup
+    checkpoint, state = open_training_state(
+        run.setup.resume, setup.policy.shape, setup.search.with_reference, setup.search.verify
+    )
+    if state.num_steps != setup.num_steps:
         log(
-            f"the run was planned for {counted(state['num_steps'], 'step')} and now has {run.setup.num_steps}: "
+            f"the run was planned for {counted(state.num_steps, 'step')} and now has {setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
-    sources = {kind: checkpoint.source(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    sources = {kind: checkpoint.source(kind) for kind in STATE_KINDS}
 
     def read(kind: str, name: str) -> Tensor:
         parameter, shard = run.engine.stage.parameters[name]
@@ -154,49 +150,57 @@ def resume(run: Run) -> int:
         fill_shard(shard, sources[kind], tensor)
         return tensor
 
-    run.spikes.load(state.get("spikes", {}))
-    run.engine.load_state(read, step - run.spikes.num_left_out)
-    if run.setup.config.reference.sync_every:
+    run.spikes.load(state.spikes)
+    run.engine.load_state(read, state.step - run.spikes.num_left_out)
+    if setup.search.with_reference:
         assert run.references.train.stage is not None
         load_weights(run.references.train.stage, checkpoint.source("reference"))
-    run.num_tokens_seen = int(state["num_tokens"])
-    total, count = state.get("delta", (0.0, 0))
-    run.running_mean = RunningMean(float(total), int(count))
-    run.metrics = dict(state["metrics"])
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    return step
+    run.num_tokens_seen = state.num_tokens
+    run.running_mean = RunningMean(*state.delta)
+    run.metrics = dict(state.metrics)
+    torch.set_rng_state(state.random_state)
+    return state.step
 
 
 def set_aside_later(root: Path, step: int) -> None:
     """Move checkpoints beyond `step` out of the way: they belong to what this run is about to do anew. Rank 0 calls it."""
-    later = [path for path in step_checkpoints(root) if int(path.name[5:]) > step]
+    later = [path for path in step_directories(root) if int(path.name[5:]) > step]
     if later:
         aside = next(path for n in count(1) if not (path := root / f"aside-{n}").exists())
-        aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
+        with writing(aside):
+            aside.mkdir()
+            for path in later:
+                path.rename(aside / path.name)
 
 
 def export_policy(run: Run) -> Path:
-    """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export."""
+    """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export.
+
+    Raises:
+        UserError: a disk is full or refuses; the earlier export is as it was.
+    """
     setup, directory = run.setup, run.setup.output_dir / "hf"
     config, layout = setup.policy.config, setup.layout
     export = plan_export(config, setup.dtype, layout.layers_of_chunks(setup.policy.shape.num_layers))
-    if dist.get_rank() == 0:
-        begin(directory)
-    dist.barrier()
     watch = FiniteWatch()
-    tensors = _whole_tensors(run, watch)
-    if _is_writer():
-        write_export_files(export, directory, tensors)
-    else:
-        for _ in tensors:  # takes part in gathering them
+    is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
+    problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
+    if problem is None:
+        if _is_writer():
+            problem = problem_of(lambda: write_export_files(export, directory, tensors))
+        for _ in tensors:  # takes part in gathering them, as a rank whose disk is full does
             pass
-    advice = _advice(setup.output_dir / "checkpoints")
-    require_finite(watch, own_weights(run.engine.stage), "the trained model", lambda: abandon(directory), advice)
-    if dist.get_rank() == 0:
-        finish_export(export, directory, setup.policy.huggingface, setup.chat_template)
-    dist.barrier()
+        problem = first_problem(problem)
+        if problem is None:
+            advice = _advice(setup.output_dir / "checkpoints")
+            require_finite(watch, own_weights(run.engine.stage), "the trained model", lambda: abandon(directory), advice)
+        if is_first and problem is None:
+            problem = problem_of(lambda: finish_export(export, directory, setup.companions))
+        if is_first and problem is not None:
+            abandon(directory)
+        problem = first_problem(problem)
+    if problem is not None:
+        raise UserError(f"the trained model is not exported: {problem}")
     return directory
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadpo.checkpoint.companions import companion_files
-from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.companions import Companions, companions_of
+from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
-from megadpo.checkpoint.sharded import open_checkpoint, open_weights
+from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
@@ -30,10 +30,11 @@ from megadpo.objectives.custom import load_custom
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
-from megadpo.parallel.world import world_size
+from megadpo.parallel.world import place_on_machine, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.inputs import changed_inputs, digests, refuse_changed
-from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir, resumed_from
+from megadpo.training.inputs import digests
+from megadpo.training.output_dir import claim_output_dir, make_output_dir
+from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
@@ -52,6 +53,7 @@ class ModelFiles:
         huggingface: the directory with config.json and the tokenizer.
         config: the transformers config, for what is exported; all else reads `shape`.
         has_new_head: whether its scalar head is drawn anew.
+        warning: what is odd about its files.
     """
 
     path: str
@@ -60,6 +62,7 @@ class ModelFiles:
     shape: ModelShape
     source: TensorSource
     has_new_head: bool = False
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,14 @@ class RunSetup:
 
     Attributes:
         config: resolved.
+        companions: config.json and tokenizer of the policy, for checkpoints and export.
         train: the training groups, ready to be packed.
         eval: the held-out groups, where there are any.
         reports: what became of the rows of "train" and "eval".
         sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
-        resume: the step directory to go on from, or None.
-        chat_template: of `data.chat_template`, which goes with the model that is trained with it; None: the tokenizer's own.
-        inputs: digests of what the run is made from, see inputs.py.
-        changed_inputs: which of them, in words, have changed since the checkpoint was made, and may have.
-        resumed_from: the step directory outside of this run's own way that it once began with, or None.
+        search: what makes a checkpoint one to go on from.
+        origin: the checkpoint to go on from, if there is one.
     """
 
     config: Config
@@ -85,17 +86,28 @@ class RunSetup:
     dtype: torch.dtype
     policy: ModelFiles
     reference: ModelFiles
+    companions: Companions
     train: PackedDataset
     eval: PackedDataset | None
     reports: dict[str, DataReport]
     sampler: StepSampler
     num_steps: int
     output_dir: Path
-    resume: Path | None
-    inputs: dict[str, str]
-    changed_inputs: list[str]
-    resumed_from: str | None
-    chat_template: str | None = None
+    search: Search
+    origin: Origin
+
+    @property
+    def resume(self) -> Path | None:
+        """The step directory to go on from, or None."""
+        return self.origin.checkpoint
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The step directory outside of this run's own way that it once began with, or None."""
+        option = self.config.checkpoint.resume
+        if self.resume is None or option not in ("auto", "never"):
+            return None if self.resume is None else str(Path(option).resolve())
+        return began_with(self.resume)
 
     @cached_property
     def objective(self) -> Objective:
@@ -115,7 +127,7 @@ def prepare(config: Config) -> RunSetup:
     layout = choose_layout(config.parallel, world_size())
     policy, reference = _open_models(config, layout)
     output_dir = Path(config.output_dir)
-    resume = claim_output_dir(output_dir, config)
+    claim_output_dir(output_dir, config)
     _look_at_data(config)
     reports: dict[str, DataReport] = {}
     train = _packing(config, config.data.train, policy, layout, reports, "train")
@@ -123,13 +135,8 @@ def prepare(config: Config) -> RunSetup:
     sampler = _sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
-    changed: list[str] = []
-    inputs = digests(config, policy, reference, train.groups)
-    if resume is not None:
-        check_resumable(resume, num_steps)
-        changed = changed_inputs(open_checkpoint(resume).state, inputs)
-        if config.checkpoint.changed_inputs == "refuse":
-            refuse_changed(resume, changed)
+    search = Search.of(config, policy.shape, digests(config, policy, reference, train.groups), num_steps)
+    origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)
     return RunSetup(
         config=config,
@@ -137,17 +144,15 @@ def prepare(config: Config) -> RunSetup:
         dtype=resolve_dtype(config.model.dtype),
         policy=policy,
         reference=reference,
+        companions=companions_of(policy.huggingface, read_template(config.data.chat_template)),
         train=train,
         eval=held_out,
         reports=reports,
         sampler=sampler,
         num_steps=num_steps,
         output_dir=output_dir,
-        resume=resume,
-        chat_template=read_template(config.data.chat_template),
-        inputs=inputs,
-        changed_inputs=changed,
-        resumed_from=resumed_from(config.checkpoint.resume, resume),
+        search=search,
+        origin=origin,
     )
 
 
@@ -162,7 +167,7 @@ def _check_surroundings(config: Config) -> None:
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
     """Policy and reference (which may be the same files), checked against the layout, the options and each other."""
     policy = open_model(config.model.path, "model.path", config)
-    companion_files(policy.huggingface)  # what must not be exported is said now, not after the last step
+    companions_of(policy.huggingface)  # what must not be exported is said now, not after the last step
     reference = policy
     if config.reference.path not in (None, config.model.path):
         assert config.reference.path is not None
@@ -189,14 +194,16 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     """
     if not Path(path).is_dir():
         raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
-    hf_config, source, directory = read_hf_config(path), open_weights(path), hf_directory(path)
+    hf_config, directory = read_hf_config(path), hf_directory(path)
+    source = open_weights(path, config.checkpoint.verify, *place_on_machine())
     shape = shape_of(hf_config)
     check_tensors(shape, source)
     if not has_reward_head(config.objective.loss_types):
         refuse_reward_model(hf_config, f"{setting}: {path}")
-        return ModelFiles(path, directory, hf_config, shape, source)
+        return ModelFiles(path, directory, hf_config, shape, source, warning=size_warning(path))
     model = as_reward_model(hf_config, source, directory, config.train.seed)
-    return ModelFiles(path, directory, model.config, shape_of(model.config), model.source, model.has_new_head)
+    shape, warning = shape_of(model.config), size_warning(path)
+    return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
 
 
 def check_modules(config: Config, shape: ModelShape) -> None:

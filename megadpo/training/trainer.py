@@ -10,9 +10,9 @@ export   the trained model as a Hugging Face directory
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,10 +25,11 @@ from megadpo.model.attention.backends import slow_on
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
-from megadpo.training.console import log, log_setup
+from megadpo.training.console import log, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import write_config
-from megadpo.training.run import Callbacks, Metrics, Result, Run
+from megadpo.training.resume import settle_checkpoint
+from megadpo.training.run import Callbacks, Metrics, Result, Run, call
 from megadpo.training.setup import RunSetup, prepare
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     setup = prepare(config)
     log_setup(setup)
     with joined_world(setup.layout, setup.config.train.seed):
+        setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
+        log_origin(setup)
         run = build(setup, callbacks)
         try:
             metrics = training_loop(run)
-        finally:
-            run.close()
+        except BaseException:
+            run.close(has_failed=True)
+            raise
+        run.close()
         model_path = export(run)
     return Result(metrics, setup.num_steps, model_path, setup.output_dir)
 
@@ -130,13 +135,13 @@ def training_loop(run: Run) -> Metrics:
             record |= held_out
             call(run.callbacks.on_evaluation, done, held_out)
         if is_last or "eval_loss" in record or done % config.logging.every == 0:
-            for sink in run.sinks:
-                sink.write(record)
+            run.write(record)
         run.metrics |= record
         call(run.callbacks.on_step_end, done, record)
         if config.checkpoint.every and (is_last or done % config.checkpoint.every == 0):
-            directory = save(run, done)
-            call(run.callbacks.on_save, done, directory)
+            save(run, done)
+        run.saver.report()
+    run.saver.finish()
     return run.metrics
 
 
@@ -227,9 +232,3 @@ def export(run: Run) -> Path:
     directory = export_policy(run)
     log(f"trained model: {directory}")
     return directory
-
-
-def call(callback: Callable[..., None] | None, *arguments: Any) -> None:
-    """Call a user's callback on rank 0."""
-    if callback is not None and rank() == 0:
-        callback(*arguments)

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.changed_inputs": ("refuse", "accept"),
     "schedule.name": ("megatron", "1f1b"),
     "schedule.reference": ("before", "interleaved"),
+    "checkpoint.on_failed_write": ("stop", "skip"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.moments_dtype": ("fp32", "bf16"),
     "train.on_spike": ("warn", "skip", "stop"),

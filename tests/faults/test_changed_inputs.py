@@ -73,13 +73,13 @@ def test_what_has_changed_is_named_and_refused_or_accepted(made: Path, tmp_path:
     written = files / "run" / "config.yaml"
     written.write_text(written.read_text().replace(str(made), str(files)))
     checkpoint = files / "run" / "checkpoints" / "step_00000002"
-    assert prepare(load_config(settings(files))).changed_inputs == []
+    assert prepare(load_config(settings(files))).origin.changed_inputs == ()
     spoil(files)
     with pytest.raises(UserError) as refused:
         prepare(load_config(settings(files)))
     assert str(refused.value).startswith(f"changed since {checkpoint} was made: {names}; put back"), refused.value
     accepted = prepare(load_config(settings(files, checkpoint={"changed_inputs": "accept"})))
-    assert " and ".join(accepted.changed_inputs) == names and accepted.resume == checkpoint
+    assert " and ".join(accepted.origin.changed_inputs) == names and accepted.resume == checkpoint
 
 
 def test_another_template_is_another_run(made: Path) -> None:

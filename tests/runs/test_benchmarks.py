@@ -245,3 +245,11 @@ def test_the_way_of_the_data_is_measured_from_rows_to_steps(tmp_path):
     assert preferences["filled_2048"] > 0.985 and steps["composed"] > 0.985 > steps["drawn"]
     assert all(1 <= line["mean"] <= 1.05 for line in report["balance"])
     assert set(report["waiting"]["waited"]) == {"made ahead", "made in the step"}
+
+
+def test_saves_and_loads_are_timed_in_turns(tmp_path):
+    report = _forked_report("checkpoints", tmp_path, "--tiny", "--rounds", "2", "--directory", str(tmp_path))
+    assert report["save"]["bytes"] > 1_000_000
+    assert all(len(values) == 2 for part in ("save", "load") for values in report[part]["seconds"].values())
+    assert set(report["ratios"]) >= {"stall: behind / in the loop", "hashing / save in the loop"}
+    assert all(ratio > 0 for ratio in report["ratios"].values())

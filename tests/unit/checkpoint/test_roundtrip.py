@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.checkpoint.sharded import begin, commit, latest_checkpoint, open_checkpoint, open_weights, write_shard_file
+from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, step_checkpoints, write_shard_file
 from megadpo.errors import UserError
 from megadpo.model.families import logical_shapes, shape_of, shard_parameters
 from megadpo.model.weights import fill_shard
@@ -141,13 +141,14 @@ def test_training_state_comes_back_by_kind_and_replicated_tensors_are_stored_onc
             assert torch.equal(read, tensor), (kind, shard.name)
 
 
-def test_the_newest_checkpoint_is_found_by_step_and_half_written_ones_are_not(llama: Path, tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "none") is None
+def test_checkpoints_are_found_by_step_and_half_written_ones_are_not(llama: Path, tmp_path: Path) -> None:
+    assert step_checkpoints(tmp_path / "none") == []
     for name in ("step_00000002", "step_100000000", "step_00000010"):
         import_hf(llama, tmp_path / name)
     (tmp_path / "step_999999999").mkdir()
     shutil.copytree(tmp_path / "step_00000002", tmp_path / "step_999999998.tmp")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
+    found = [path.name for path in step_checkpoints(tmp_path)]
+    assert found == ["step_00000002", "step_00000010", "step_100000000"]
 
 
 def test_writing_a_step_again_replaces_it(llama: Path, tmp_path: Path) -> None:

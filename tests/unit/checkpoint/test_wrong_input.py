@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
-from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.hf import open_hf, read_hf_config, size_warning
+from megadpo.checkpoint.integrity import ALGORITHM, sealed
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, shape_of
@@ -44,9 +45,11 @@ def open_model(path: Path) -> None:
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a file's JSON; one that names its own hash names the new one then, so that only what it says is wrong."""
     content = json.loads(path.read_text())
+    is_sealed = content.pop(ALGORITHM, None) is not None
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_bytes(sealed(content) if is_sealed else json.dumps(content).encode())
 
 
 def split_with_index(model: Path, names: Callable[[str], str]) -> None:
@@ -74,6 +77,24 @@ def test_a_truncated_weights_file_is_named(model: Path, size: int) -> None:
     truncate(model / "model.safetensors", size)
     with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
         open_model(model)
+
+
+def test_a_weights_file_with_more_bytes_than_its_header_says_is_named(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or no safetensors file"):
+        open_model(model)
+
+
+def test_an_index_whose_total_size_is_not_its_files_is_warned_of(model: Path) -> None:
+    size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    split_with_index(model, lambda name: "a.safetensors")
+    for said, expected in ((size, None), ("unknown", None), (size + 4, rf"{size + 4:,} bytes, but they have {size:,}")):
+        change_json(
+            model / "model.safetensors.index.json", lambda index, said=said: index["metadata"].update(total_size=said)
+        )
+        warning = size_warning(model)
+        assert warning is None if expected is None else expected in str(warning)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +229,57 @@ def test_a_damaged_index_of_a_checkpoint_is_refused(checkpoint: Path, change: Ca
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": "other"}, {"version": 2}, {"state": None}, {"tensors": []}, {"tensors": {"weights": 3}}]
+    "change",
+    [
+        {"format": "other"},
+        {"version": 3},
+        {"version": 1},
+        {"version": True},
+        {"version": None},
+        {"state": None},
+        {"tensors": []},
+        {"tensors": {"weights": 3}},
+        {"files": None},
+        {"files": {"a": 3}},
+        {"files": {"../a": {"bytes": 3, ALGORITHM: "0" * 32}}},
+        {"files": {"a": {"bytes": -3, ALGORITHM: "0" * 32}}},
+        {"files": {"a": {"bytes": 3, ALGORITHM: "0" * 32}}},
+    ],
 )
 def test_a_foreign_index_of_a_checkpoint_is_refused(checkpoint: Path, change: dict[str, Any]) -> None:
     change_json(checkpoint / "checkpoint.json", lambda index: index.update(change))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(str(checkpoint))):
         open_model(checkpoint)
+
+
+def flip_the_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_changed_bit_in_an_imported_model_is_found_by_all_that_read_it(checkpoint: Path) -> None:
+    flip_the_last_bit(first_file(checkpoint))
+    for read in (open_weights, lambda path: export_checkpoint(path, checkpoint.parent / "hf")):
+        with pytest.raises(UserError, match=r"pp00-tp00-000\.safetensors is damaged"):
+            read(checkpoint)
+    assert not (checkpoint.parent / "hf").exists()
+    open_weights(checkpoint, verify=False)
+    export_checkpoint(checkpoint, checkpoint.parent / "hf", verify=False)
+
+
+def test_processes_that_share_the_hashing_find_every_file_s_damage_between_them(checkpoint: Path) -> None:
+    for path in [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json"]:
+        flip_the_last_bit(path)
+        found = 0
+        for share in range(3):
+            try:
+                open_checkpoint(checkpoint).check_files(share, 3)
+            except UserError as error:
+                assert path.name in str(error)
+                found += 1
+        assert found == 1, path
+        flip_the_last_bit(path)
+    open_checkpoint(checkpoint).check_files()
 
 
 def test_what_a_checkpoint_does_not_hold_is_said(checkpoint: Path) -> None:

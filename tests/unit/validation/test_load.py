@@ -61,7 +61,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "recompute_num_layers "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",
         "eval": "every pairs",
-        "checkpoint": "every keep resume changed_inputs",
+        "checkpoint": "every keep resume changed_inputs verify asynchronous on_failed_write",
         "logging": "every tensorboard",
     }
     keys = {section: set(names.split()) for section, names in contract.items()}

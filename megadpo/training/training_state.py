@@ -1,0 +1,167 @@
+"""The training state of a checkpoint, read strictly: every field of its type, every tensor of the model there."""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
+from megadpo.errors import UserError
+from megadpo.model.families import logical_shapes
+from megadpo.model.shape import ModelShape
+
+MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
+STATE_KINDS = ("weights", *MOMENT_KINDS)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run was when its checkpoint was written.
+
+    Attributes:
+        step: optimizer steps done.
+        num_steps: that the run was planned for.
+        num_tokens: stream tokens trained on, padding left out.
+        delta: BCO's running mean of the rewards: their sum and their count.
+        metrics: the last ones of every name.
+        inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only.
+        spikes: of `train.on_spike`; earlier versions had none.
+        random_state: of torch's generator on the CPU.
+    """
+
+    step: int
+    num_steps: int
+    num_tokens: int
+    delta: tuple[float, int]
+    metrics: dict[str, float]
+    inputs: dict[str, str]
+    spikes: dict[str, Any]
+    random_state: Tensor
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> TrainingState:
+        """The state of a checkpoint that training wrote.
+
+        Raises:
+            UserError: a field is missing or not what it must be, or the step is not the one in the directory's name.
+        """
+        state, where = checkpoint.state, checkpoint.directory
+        fields = _Fields(state, where)
+        step = fields.count("step")
+        if step_of(where) not in (None, step):
+            raise UserError(f"{where}: its state is of step {step}, not of the step in its name; it is damaged")
+        return TrainingState(
+            step=step,
+            num_steps=fields.count("num_steps"),
+            num_tokens=fields.count("num_tokens"),
+            delta=fields.delta(),
+            metrics=fields.numbers("metrics"),
+            inputs={"data": fields.text("data_digest"), **fields.texts("inputs")},
+            spikes=fields.spikes(),
+            random_state=fields.random_state("rng"),
+        )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a state, each of its type or refused."""
+
+    state: dict[str, Any]
+    where: Path
+
+    def _refuse(self, name: str, expected: str) -> UserError:
+        what = f"{name} {str(self.state[name])[:40]!r}, which is not {expected}" if name in self.state else f"no {name}"
+        return UserError(f"{self.where}: its state has {what}; it is damaged")
+
+    def count(self, name: str) -> int:
+        value = self.state.get(name)
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            raise self._refuse(name, "a count")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self.state.get(name)
+        if not isinstance(value, str):
+            raise self._refuse(name, "a text")
+        return value
+
+    def numbers(self, name: str) -> dict[str, float]:
+        values = self.state.get(name)
+        if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+            raise self._refuse(name, "names with finite numbers")
+        return dict(values)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Empty where there is none."""
+        values = self.state.get(name, {})
+        if not isinstance(values, dict):
+            raise self._refuse(name, "an object")
+        return dict(values)
+
+    def spikes(self) -> dict[str, Any]:
+        values = self.section("spikes")
+        lists = [values.get(name, []) for name in ("losses", "norms")]
+        counts = [values.get(name, 0) for name in ("num_left_out", "num_in_a_row")]
+        are_lists = all(isinstance(each, list) and all(map(_is_number, each)) for each in lists)
+        if not are_lists or not all(type(each) is int and each >= 0 for each in counts):
+            raise self._refuse("spikes", "the last losses and norms with counts")
+        return values
+
+    def texts(self, name: str) -> dict[str, str]:
+        values = self.section(name)
+        if not all(isinstance(value, str) for value in values.values()):
+            raise self._refuse(name, "names with texts")
+        return values
+
+    def delta(self) -> tuple[float, int]:
+        """Checkpoints of the first versions have none."""
+        value = self.state.get("delta", [0.0, 0])
+        if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)) or value[1] != int(value[1]):
+            raise self._refuse("delta", "a sum and a count")
+        return float(value[0]), int(value[1])
+
+    def random_state(self, name: str) -> Tensor:
+        try:
+            state = torch.frombuffer(bytearray(base64.b64decode(self.text(name), validate=True)), dtype=torch.uint8)
+            torch.Generator().set_state(state)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise self._refuse(name, "the state of a random generator") from error
+        return state
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def open_training_state(
+    directory: Path, shape: ModelShape, with_reference: bool, verify: bool
+) -> tuple[Checkpoint, TrainingState]:
+    """A checkpoint that training can go on from: its own hash, the sizes of its files, its state, its tensors' shapes.
+
+    Args:
+        with_reference: a moving reference is part of it.
+        verify: as in `open_checkpoint`.
+
+    Raises:
+        UserError: naming what is damaged or missing; or that it is a converted model without a training state.
+    """
+    checkpoint = open_checkpoint(directory, verify)
+    if "data_digest" not in checkpoint.state and not set(MOMENT_KINDS) & set(checkpoint.kinds):
+        raise UserError(f"{directory} holds no training state to resume from; it is a converted model")
+    state = TrainingState.of(checkpoint)
+    for kind in (*STATE_KINDS, *(["reference"] if with_reference else [])):
+        source = checkpoint.source(kind)
+        found = set(source.names())
+        for name, size in logical_shapes(shape).items():
+            if name not in found:
+                raise UserError(f"{directory}: it has no {kind} of {name}; it is damaged")
+            if tuple(source.shape(name)) != size:
+                found_size = list(source.shape(name))
+                raise UserError(f"{directory}: {kind} of {name} has shape {found_size}, not the model's {list(size)}")
+    return checkpoint, state

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.metrics.sinks import Sink
 from megadpo.objectives.coupled import RunningMean
+from megadpo.training.run_lock import Lock
 from megadpo.training.setup import RunSetup
+from megadpo.training.stop import Stopping
+from megadpo.training.watchdog import Progress
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -60,6 +63,9 @@ class Run:
         running_mean: of the rewards (BCO).
         num_tokens_seen: stream tokens trained on so far, padding left out.
         metrics: the last ones of every name.
+        lock: on the output directory, rank 0's.
+        progress: what the watchdog knows of this rank.
+        evaluation_due: the evaluation after the last step was left out, for the run is to stop.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
@@ -71,6 +77,10 @@ class Run:
     running_mean: RunningMean = field(default_factory=RunningMean)
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
+    stopping: Stopping = field(default_factory=Stopping)
+    lock: Lock | None = None
+    progress: Progress = field(default_factory=Progress)
+    evaluation_due: bool = False
     batches: Prefetcher[GlobalBatch] = field(init=False)
 
     def __post_init__(self) -> None:

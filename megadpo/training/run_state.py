@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import math
-import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -26,6 +25,7 @@ from megadpo.checkpoint.sharded import (
     write_shard_file,
     writer_name,
 )
+from megadpo.checkpoint.staging import remove
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron import is_first_replica
 from megadpo.model.build import stage_shards
@@ -66,6 +66,7 @@ def save(run: Run, step: int) -> Path:
             "num_samples": step * setup.config.train.pairs_per_step,
             "num_tokens": run.num_tokens_seen,
             "delta": delta,
+            "evaluation_due": run.evaluation_due,
             "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
             "dtype": str(setup.dtype).removeprefix("torch."),
             "data_digest": setup.train.groups.digest,
@@ -75,7 +76,7 @@ def save(run: Run, step: int) -> Path:
         commit(directory, manifests, state, setup.policy.huggingface, setup.policy.config)
         earlier = [path for path in step_checkpoints(root) if int(path.name[5:]) <= step]
         for old in earlier[: -setup.config.checkpoint.keep]:
-            shutil.rmtree(old)
+            remove(old)
     dist.barrier()
     return directory
 
@@ -132,6 +133,7 @@ def resume(run: Run) -> int:
     total, count = state.get("delta", (0.0, 0))
     run.running_mean = RunningMean(float(total), int(count))
     run.metrics = dict(state["metrics"])
+    run.evaluation_due = state.get("evaluation_due") is True
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.output_dir import check_resumable, claim_output_dir, make_output_dir
+from megadpo.training.stop import slurm_end
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
@@ -136,6 +138,8 @@ def _check_surroundings(config: Config) -> None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
+    if config.checkpoint.before_deadline == "slurm":
+        slurm_end(os.environ)
 
 
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:

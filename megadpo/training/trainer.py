@@ -9,6 +9,9 @@ export   the trained model as a Hugging Face directory
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +21,24 @@ import numpy as np
 
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.launch.signals import WORDS, Stopped, noting
+from megadpo.launch.supervisor import FAILURE_FILE
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
+from megadpo.model.families import logical_shapes
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
-from megadpo.training.output_dir import write_config
+from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.run import Callbacks, Metrics, Result, Run
 from megadpo.training.setup import RunSetup, prepare
+from megadpo.training.stop import Stopping, deadline_of
+from megadpo.training.watchdog import watched
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -43,18 +51,39 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     """The whole of training; see the head of this file.
 
     Raises:
-        UserError: whatever cannot work, in one sentence, before anything is written.
+        UserError: whatever cannot work, in one sentence, before anything but the lock is written.
+        Stopped: a signal or the deadline came before the last step; the state is saved.
+        KeyboardInterrupt: SIGINT came before the first step, or for the second time.
     """
-    setup = prepare(config)
-    log_setup(setup)
-    with joined_world(setup.layout, setup.config.train.seed):
-        run = build(setup, callbacks or Callbacks())
-        try:
-            metrics = training_loop(run)
-        finally:
-            run.close()
-        model_path = export(run)
+    began = time.time()
+    config.require_for_training()
+    with noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
+        setup = prepare(config)
+        stopping = Stopping(request)
+        if rank() == 0:
+            num_parameters = sum(math.prod(shape) for shape in logical_shapes(setup.policy.shape).values())
+            stopping.deadline = deadline_of(config.checkpoint.before_deadline, began, num_parameters)
+            write_config(setup.output_dir, setup.config)
+        log_setup(setup)
+        with (
+            joined_world(setup.layout, setup.config.train.seed),
+            watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
+        ):
+            run = build(setup, callbacks or Callbacks())
+            run.stopping, run.lock, run.progress = stopping, lock, progress
+            try:
+                metrics = training_loop(run)
+            finally:
+                run.close()
+            model_path = export(run)
     return Result(metrics, setup.num_steps, model_path, setup.output_dir)
+
+
+def announce(number: signal.Signals) -> None:
+    """Say that a signal was heard; called in its handler. Our launcher has said it already."""
+    if rank() == 0 and FAILURE_FILE not in os.environ:
+        more = "; once more ends it at once" if number == signal.SIGINT else ""
+        os.write(2, f"megadpo: {number.name}: the run ends once its step is done and saved{more}\n".encode())
 
 
 def build(setup: RunSetup, callbacks: Callbacks) -> Run:
@@ -106,16 +135,25 @@ def build_engine(setup: RunSetup, interleaved: InterleavedReference | None) -> E
 
 
 def training_loop(run: Run) -> Metrics:
-    """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with)."""
-    from megadpo.training.run_state import resume, save, set_aside_later
+    """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with).
+
+    Raises:
+        Stopped: the ranks have agreed to stop.
+    """
+    from megadpo.training.run_state import resume, set_aside_later
 
     setup, config = run.setup, run.setup.config
     first_step = resume(run) if setup.resume else 0
     if rank() == 0:
+        for path in remove_leftovers(setup.output_dir):
+            log(f"removed {path}, which a run that was killed had left")
         set_aside_later(setup.output_dir / "checkpoints", first_step)
-        write_config(setup.output_dir, config)
         run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)
+    run.stopping.request.is_deferred = True  # from here on there is a state to save
+    if run.evaluation_due and setup.eval is not None:
+        make_up_for_evaluation(run, first_step)
     for step in range(first_step, setup.num_steps):
+        run.progress.begin("first step" if step == first_step else f"step {step + 1}")
         record = training_step(run, step)
         done = step + 1
         is_last = done == setup.num_steps
@@ -125,16 +163,43 @@ def training_loop(run: Run) -> Metrics:
         if setup.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
             record |= held_out
-            call(run.callbacks.on_evaluation, done, held_out)
+            if held_out:
+                call(run.callbacks.on_evaluation, done, held_out)
         if is_last or "eval_loss" in record or done % config.logging.every == 0:
             for sink in run.sinks:
                 sink.write(record)
         run.metrics |= record
         call(run.callbacks.on_step_end, done, record)
-        if config.checkpoint.every and (is_last or done % config.checkpoint.every == 0):
-            directory = save(run, done)
-            call(run.callbacks.on_save, done, directory)
+        is_saved = save_where_due(run, done, is_last)
+        if run.stopping.agreed is not None and (is_saved or not is_last):
+            raise stopped(run, done, is_saved)
     return run.metrics
+
+
+def save_where_due(run: Run, done: int, is_last: bool) -> bool:
+    """Save after every so many steps and at the run's end, whichever end that is; whether it was saved. Collective."""
+    from megadpo.training.run_state import save
+
+    options, ends = run.setup.config.checkpoint, is_last or run.stopping.agreed is not None
+    if not (options.every and done % options.every == 0) and not (options.at_end and ends):
+        return False
+    if run.lock is not None:
+        run.lock.check()
+    run.progress.begin("saving")
+    with run.stopping.save_timed():
+        directory = save(run, done)
+    call(run.callbacks.on_save, done, directory)
+    run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
+    return True
+
+
+def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
+    """What ends a run before its last step, told to the user."""
+    status, num_steps = run.stopping.agreed, run.setup.num_steps
+    assert status is not None
+    what = "saved, and the same command goes on from there" if is_saved else "not saved (checkpoint.at_end is false)"
+    log(f"{WORDS[status]} after step {done} of {num_steps}: {what}")
+    return Stopped(status, is_told=True)
 
 
 def training_step(run: Run, step: int) -> Metrics:
@@ -158,7 +223,7 @@ def training_step(run: Run, step: int) -> Metrics:
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
-        **reduce_metrics(result.metric_sums, setup.objective),
+        **reduce_metrics(result.metric_sums, setup.objective, stopping=run.stopping),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
@@ -181,11 +246,26 @@ def reference_waits_after(setup: RunSetup, step: int) -> bool:
     return step + 1 == setup.num_steps or reference_moves_after(setup.config, step)
 
 
+def make_up_for_evaluation(run: Run, step: int) -> None:
+    """The evaluation after `step` that was left out when the run was stopped, as a record of its own."""
+    held_out = evaluation(run)
+    if not held_out:
+        raise stopped(run, step, is_saved=True)
+    run.metrics |= held_out
+    for sink in run.sinks:
+        sink.write({"step": step, **held_out})
+    call(run.callbacks.on_evaluation, step, held_out)
+
+
 def evaluation(run: Run) -> Metrics:
-    """Loss and rewards on the held-out groups, under names that begin with "eval_"; the same on every rank."""
+    """Loss and rewards on the held-out groups, under names that begin with "eval_"; the same on every rank.
+
+    Nothing where the run is to stop: then it is due when the run goes on.
+    """
     from megadpo.training.global_batch import pack_global_batch
     from megadpo.training.step import evaluate_batch, reduce_metrics
 
+    run.progress.begin("evaluating")
     setup, objective, started = run.setup, run.setup.objective, time.perf_counter()
     assert setup.eval is not None and run.references.eval is not None
     num_groups, at_once = len(setup.eval.groups), setup.config.train.pairs_per_step
@@ -193,8 +273,12 @@ def evaluation(run: Run) -> Metrics:
     metric_sums = collect.empty_vector(compute_device(), objective)
     for start in range(0, num_groups, at_once):
         group_ids = np.arange(start, min(start + at_once, num_groups))
+        if run.stopping.agreed is not None or run.stopping.agree():
+            run.evaluation_due = True
+            return {}
         batch = pack_global_batch(setup.eval, group_ids, objective, normalisers)
         metric_sums += evaluate_batch(run.engine, run.references.eval, batch, objective, run.running_mean)
+    run.evaluation_due = False
     return reduce_metrics(metric_sums, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
@@ -202,6 +286,7 @@ def export(run: Run) -> Path:
     """Write the policy as a Hugging Face directory; collective."""
     from megadpo.training.run_state import export_policy
 
+    run.progress.begin("exporting")
     directory = export_policy(run)
     log(f"trained model: {directory}")
     return directory

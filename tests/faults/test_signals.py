@@ -122,11 +122,12 @@ def test_an_evaluation_is_broken_off_saved_before_and_made_up_for(files: Path, w
 
 
 def test_a_single_process_is_ended_at_once_by_the_second_ctrl_c(files: Path, tmp_path: Path) -> None:
-    long = settings(files, tmp_path / "run", train={"steps": 10**6}, eval={"every": 0})
+    long = settings(files, tmp_path / "run", train={"steps": 10**6, "pairs_per_step": 40}, eval={"every": 0})
     run = start(long, 1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     run.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
     run.send(signal.SIGINT)
+    run.wait_for(lambda: "once more ends it at once" in run.output())
     run.send(signal.SIGINT)
     assert run.wait() == EXIT_INTERRUPTED
     assert run.output().endswith("megadpo: interrupted\n") and "Traceback" not in run.output()

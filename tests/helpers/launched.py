@@ -34,6 +34,7 @@ class Moment:
         number: the signal that is sent.
         to_launcher: to the launcher in place of the rank.
         after: seconds from then on.
+        sleep: in place of a signal, the rank's main thread sleeps for so many seconds right there.
     """
 
     function: str = ""
@@ -43,6 +44,7 @@ class Moment:
     number: int = signal.SIGKILL
     to_launcher: bool = False
     after: float = 0.0
+    sleep: float = 0.0
 
 
 class Launched:
@@ -79,25 +81,25 @@ class Launched:
         os.kill(self.process, number)
 
 
-def start(settings: dict[str, Any], nproc: int, moment: Moment | None = None, *more: str) -> Launched:
-    """`megadpo train` with these settings and `more` arguments, on `nproc` processes."""
+def start(settings: dict[str, Any], nproc: int, *moments: Moment) -> Launched:
+    """`megadpo train` with these settings on `nproc` processes."""
     directory = Path(settings["output_dir"])
     directory.parent.mkdir(parents=True, exist_ok=True)
     names = (directory.with_name(f"{directory.name}-{time.monotonic_ns()}{end}") for end in (".yaml", ".log"))
     config, log = names
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    argv = ["train", str(config), *more, *(["--nproc", str(nproc)] if nproc > 1 else [])]
+    argv = ["train", str(config), *(["--nproc", str(nproc)] if nproc > 1 else [])]
     log.touch()
-    return Launched(forked(_command, argv, str(log), moment, str(directory)), log)
+    return Launched(forked(_command, argv, str(log), moments, str(directory)), log)
 
 
-def finish(settings: dict[str, Any], nproc: int, moment: Moment | None = None, *more: str) -> tuple[int, str]:
+def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int, str]:
     """Exit status and output of `start`."""
-    launched = start(settings, nproc, moment, *more)
+    launched = start(settings, nproc, *moments)
     return launched.wait(), launched.output()
 
 
-def _command(argv: list[str], log: str, moment: Moment | None, output_dir: str) -> None:
+def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir: str) -> None:
     """In a process of its own: the console's `megadpo`, whose workers are forked."""
     from megadpo.cli import main
     from megadpo.launch.supervisor import run_as_one
@@ -109,10 +111,10 @@ def _command(argv: list[str], log: str, moment: Moment | None, output_dir: str) 
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if "--nproc" in argv:
-        _Worker.argv, _Worker.moment, _Worker.output_dir = argv[: argv.index("--nproc")], moment, output_dir
+        _Worker.argv, _Worker.moments, _Worker.output_dir = argv[: argv.index("--nproc")], moments, output_dir
         subprocess.Popen = _Worker  # type: ignore[assignment,misc]
     else:
-        _arrange(moment, output_dir)
+        _arrange(moments, output_dir)
     status = run_as_one(lambda: main(argv))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,7 +125,7 @@ class _Worker:
     """What the supervisor asks of Popen, by fork."""
 
     argv: list[str]
-    moment: Moment | None
+    moments: tuple[Moment, ...]
     output_dir: str
 
     def __init__(self, command: Any, env: dict[str, str], preexec_fn: Callable[[], None], **options: Any) -> None:
@@ -147,7 +149,7 @@ class _Worker:
             os.environ.clear()
             os.environ.update(env)
             torch.set_num_threads(1)
-            _arrange(self.moment, self.output_dir)
+            _arrange(self.moments, self.output_dir)
             status = run_as_one(lambda: main(self.argv))
             sys.stdout.flush()
             sys.stderr.flush()
@@ -174,14 +176,15 @@ class _Worker:
 _popen = subprocess.Popen
 
 
-def _arrange(moment: Moment | None, output_dir: str) -> None:
-    """Have it happen in this process, if it is this one's."""
-    if moment is None or int(os.environ.get("RANK", "0")) != moment.rank:
-        return
-    if moment.function:
-        _arrange_call(moment)
-    else:
-        _arrange_operation(moment, output_dir)
+def _arrange(moments: tuple[Moment, ...], output_dir: str) -> None:
+    """Have happen in this process what is this one's."""
+    for moment in moments:
+        if int(os.environ.get("RANK", "0")) != moment.rank:
+            continue
+        if moment.function:
+            _arrange_call(moment)
+        else:
+            _arrange_operation(moment, output_dir)
 
 
 def _arrange_call(moment: Moment) -> None:
@@ -237,6 +240,9 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 def _happen(moment: Moment) -> None:
     import threading
 
+    if moment.sleep:
+        time.sleep(moment.sleep)
+        return
     target = os.getppid() if moment.to_launcher else os.getpid()
     if moment.after:
         threading.Timer(moment.after, os.kill, (target, moment.number)).start()

@@ -16,6 +16,7 @@ each with the status that says why, which is this process's then.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -127,12 +128,17 @@ def blames_peer(error: BaseException) -> bool:
     return False
 
 
-def end_for_good(message: str) -> None:
+def end_for_good(message: str, others: Sequence[int] = ()) -> None:
     """Ends this process as failed from any thread, whatever the main one is doing; says `message` if nobody has spoken yet.
+
+    Before that it kills the processes `others`, which cannot end themselves.
 
     A process that only calls megadpo as a library, alone, is told and left to its user.
     """
     _print_once(EXIT_FAILED, message)
+    for process in others:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
     if _is_command or _world_size() > 1:
         _leave_now(EXIT_FAILED)
 

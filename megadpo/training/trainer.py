@@ -155,6 +155,8 @@ def training_loop(run: Run) -> Metrics:
     for step in range(first_step, setup.num_steps):
         run.progress.begin("first step" if step == first_step else f"step {step + 1}")
         record = training_step(run, step)
+        run.progress.begin("between steps")
+        run.stopping.step_took(record["step_seconds"])
         done = step + 1
         is_last = done == setup.num_steps
         if reference_moves_after(config, step):

@@ -3,7 +3,7 @@
 Two things are looked at. A rank that is **silent** (it is stopped, its machine or link is gone, its interpreter is stuck)
 has not given a sign for `train.hang_timeout` seconds, whatever it was doing. A rank that is **late** has been in one step
 for so long beyond the longest step so far; since the others then wait for it, those of them are named that do not wait.
-Starting, the first step (which compiles), evaluating, saving and exporting may take as long as they take.
+Starting, the first step (which compiles), evaluating, saving, exporting and callbacks may take as long as they take.
 
 The signs go through a store that all ranks reach: rank 0's, or torchrun's. Each rank writes one key and reads rank 0's;
 rank 0 reads all. When there is a verdict, each rank writes the stacks of its threads to `output_dir/stacks/`, somebody on
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,8 +34,8 @@ from megadpo.launch.supervisor import end_for_good
 from megadpo.parallel.world import rank, world_size
 
 MEMORY_FILE = "megadpo-stacks"
-UNTIMED = ("starting", "first step", "evaluating", "saving", "exporting", "ending")
-"""What a rank may do for as long as it takes."""
+UNTIMED = ("starting", "first step", "between steps", "evaluating", "saving", "exporting", "ending")
+"""What a rank may do for as long as it takes, while others wait for it: between steps are the user's callbacks."""
 WAITING = ("/torch/distributed/", "/torch/cuda/", "/megatron/core/", "/megadpo/pipeline/", "/megadpo/engine/", "/deepspeed/")
 """Where in the code the main thread of a rank is that waits for others; `training/step.py` waits for a device."""
 SECONDS_TO_TELL = 2.0
@@ -106,11 +106,11 @@ class Watchdog:
         timeout: `train.hang_timeout`, in seconds.
         output_dir: where the stacks go.
         progress: this rank's.
-        end: ends this process.
+        end: says a sentence and ends this process, and others.
     """
 
     def __init__(
-        self, timeout: float, output_dir: Path, progress: Progress, end: Callable[[str], None] = end_for_good
+        self, timeout: float, output_dir: Path, progress: Progress, end: Callable[[str, Sequence[int]], None] = end_for_good
     ) -> None:
         self._timeout, self._directory, self._progress, self._end = timeout, output_dir / "stacks", progress, end
         self._interval = min(5.0, timeout / 10)
@@ -215,7 +215,9 @@ class Watchdog:
         if rank() != 0:
             return None
         late = [number for number, sign in self._signs.items() if sign.late > self._timeout]
-        if not late or max(now - heard for heard in self._heard.values()) > 3 * self._interval:
+        if not late or any(sign.doing in UNTIMED for sign in self._signs.values()):
+            return None
+        if max(now - heard for heard in self._heard.values()) > 3 * self._interval:
             return None  # where a rank begins to be silent, that is what it is soon
         seconds = max(self._signs[number].late for number in late)
         busy = [number for number, sign in self._signs.items() if not sign.is_waiting]
@@ -237,13 +239,14 @@ class Watchdog:
             self._directory.mkdir(exist_ok=True)
             with (self._directory / f"rank_{rank():05d}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        for number, sign in zip(verdict.ranks, verdict.signs, strict=True):
-            if number != rank() and sign.host == socket.gethostname():
-                with contextlib.suppress(OSError):
-                    stacks = stacks_of(sign)
-                    (self._directory / f"rank_{number:05d}.txt").write_bytes(stacks)
+        here = socket.gethostname()
+        hung = {n: sign for n, sign in zip(verdict.ranks, verdict.signs, strict=True) if sign.host == here and n != rank()}
+        for number, sign in hung.items():
+            with contextlib.suppress(OSError):
+                (self._directory / f"rank_{number:05d}.txt").write_bytes(stacks_of(sign))
         time.sleep(SECONDS_TO_TELL + 2 * self._interval)
-        self._end(f"megadpo: hang: {verdict.sentence}; the stacks of the ranks are in {self._directory}")
+        message = f"megadpo: hang: {verdict.sentence}; the stacks of the ranks are in {self._directory}"
+        self._end(message, [sign.process for sign in hung.values() if is_there(sign)])
 
 
 def _key(number: int) -> str:
@@ -264,17 +267,25 @@ def _memory_file() -> int:
         return os.dup(file.fileno())
 
 
+def is_there(sign: Sign) -> bool:
+    """Whether the process that gave the sign is on this machine, and its number not another's by now."""
+    with contextlib.suppress(OSError):
+        return MEMORY_FILE in os.readlink(f"/proc/{sign.process}/fd/{sign.stacks}")
+    return False
+
+
 def stacks_of(sign: Sign) -> bytes:
-    """The stacks of another process on this machine, which ends with that: a stopped one must not train on later."""
-    path = Path(f"/proc/{sign.process}/fd/{sign.stacks}")
-    if MEMORY_FILE not in os.readlink(path):  # the process has gone, and its number is another's
+    """The stacks of another process on this machine; it may be stopped, and is so afterwards.
+
+    Raises:
+        OSError: the process cannot be reached.
+    """
+    if not is_there(sign):
         return b""
-    os.kill(sign.process, signal.SIGUSR2)
-    os.kill(sign.process, signal.SIGCONT)
-    time.sleep(0.5)
-    stacks = path.read_bytes()
-    os.kill(sign.process, signal.SIGKILL)
-    return stacks
+    for number, seconds in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, 0.5), (signal.SIGSTOP, 0.0)):
+        os.kill(sign.process, number)
+        time.sleep(seconds)
+    return Path(f"/proc/{sign.process}/fd/{sign.stacks}").read_bytes()
 
 
 @contextlib.contextmanager

@@ -130,8 +130,6 @@ launch_train() {
     [[ -z "$nnodes" || "$nnodes" =~ ^[1-9][0-9]*$ ]] || die "--nnodes must be a whole number above 0, got $nnodes"
     if [[ "${nnodes:-1}" == 1 ]]; then
         [[ -z "$node_rank$master" || "${node_rank:-0}" == 0 ]] || die "--node-rank $node_rank needs --nnodes > 1"
-        # By itself torchrun dies of SIGUSR1, and its processes train on.
-        export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
         local torchrun=("$BIN/python" -m torch.distributed.run "--nproc-per-node=${nproc:-1}" --standalone)
         run "${torchrun[@]}" -m megadpo train ${arguments[@]+"${arguments[@]}"}
     else

@@ -184,8 +184,6 @@ def become(launcher: str, machines: Machines, worker: Sequence[str]) -> NoReturn
 def command(launcher: str, machines: Machines, worker: Sequence[str], environ: MutableMapping[str, str]) -> list[str]:
     """The launcher's command line; sets in `environ` what it hands on to the workers."""
     if launcher == "torchrun":
-        # By itself it dies of SIGUSR1, and its processes train on.
-        environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
         return [*_torchrun(machines), "-m", "megadpo", *worker]
     if launcher == "deepspeed":
         return [*_deepspeed(machines, environ), "--module", "megadpo", *worker]
@@ -195,6 +193,10 @@ def command(launcher: str, machines: Machines, worker: Sequence[str], environ: M
 
 def _torchrun(machines: Machines) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={machines.nproc}"]
+    torch = importlib.util.find_spec("torch")
+    program = Path(torch.origin).parent / "distributed" / "run.py" if torch is not None and torch.origin else None
+    if program is not None and "--signals-to-handle" in program.read_text(encoding="utf-8"):
+        start.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if machines.node.master is None:
         return [*start, "--standalone"]
     host, port = machines.node.address()

@@ -235,9 +235,6 @@ def _mpirun(machines: Machines, environ: MutableMapping[str, str]) -> list[str]:
         # Of the environment Open MPI hands on only what it is told to.
         # Its binding to cores would put all threads of a process on one.
         start += ["--bind-to", "none"]
-        # By itself it kills a second after a SIGTERM, in which no step ends and nothing is saved.
-        environ.setdefault("OMPI_MCA_odls_base_sigkill_timeout", "600")
-        environ.setdefault("PRTE_MCA_odls_base_sigkill_timeout", "600")
         names = [name for name in ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH") if name in environ]
         return [*start, *(["--host", hosts] if hosts else []), *(word for name in names for word in ("-x", name))]
     return [*start, *(["-hosts", hosts] if hosts else [])]

@@ -143,7 +143,7 @@ def test_mpirun_starts_all_machines_in_the_words_of_its_kind(
     found = machines(Request("mpirun", hostfile=hostfile(tmp_path, f"{ME} slots=2\nb slots=2\n")))
     line = launchers.command("mpirun", found, ["train", "c.yaml"], environ)
     assert line == [str(program), "-np", "4", *words.split(), sys.executable, "-m", "megadpo", "train", "c.yaml"]
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == (ME, "29500")
+    assert environ == {"MASTER_ADDR": ME, "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(("launcher", "what"), [("mpirun", "MPI (Open MPI, MPICH or Intel MPI)"), ("srun", "SLURM")])

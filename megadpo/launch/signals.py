@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -30,6 +31,10 @@ STATUS_OF_SIGNAL = {
 }
 """The exit status that answers each signal that asks for an end."""
 WORDS = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
+
+
+SECONDS_OF_ONE_CTRL_C = 2.0
+"""A rank may hear one Ctrl-C twice: from the terminal, and from the launcher that hands it on."""
 
 
 class Stopped(SystemExit):
@@ -52,11 +57,13 @@ class Request:
     Attributes:
         status: the exit status that answers the first of them; None: none has come.
         num_interrupts: how many SIGINT have come.
+        interrupted: `time.monotonic()` of the first of them.
         is_deferred: a signal is noted; until this is set it ends the process as in `leaving_at_once`.
     """
 
     status: int | None = None
     num_interrupts: int = 0
+    interrupted: float = 0.0
     is_deferred: bool = False
 
 
@@ -84,7 +91,15 @@ def noting(heard: Callable[[signal.Signals], None] | None = None) -> Iterator[Re
 
     def note(number: int, frame: FrameType | None) -> None:
         which = signal.Signals(number)
-        request.num_interrupts += which == signal.SIGINT
+        if which == signal.SIGINT:
+            if (
+                request.num_interrupts
+                and "RANK" in os.environ
+                and time.monotonic() < request.interrupted + SECONDS_OF_ONE_CTRL_C
+            ):
+                return
+            request.interrupted = request.interrupted or time.monotonic()
+            request.num_interrupts += 1
         if request.num_interrupts > 1 or (which == signal.SIGINT and not request.is_deferred):
             raise KeyboardInterrupt
         if not request.is_deferred:

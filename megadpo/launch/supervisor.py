@@ -56,9 +56,10 @@ SECONDS_TO_FOLLOW = 30.0
 DEFAULT_PORT = "29500"
 PARENT = os.getppid()
 """Who started this process, asked as early as can be."""
+DEEPSPEED = {"LOCAL_SIZE", "CROSS_SIZE"}
 FOREIGN_LAUNCHERS = (
     {"TORCHELASTIC_RUN_ID"},
-    {"LOCAL_SIZE", "CROSS_SIZE"},
+    DEEPSPEED,
     {"OMPI_COMM_WORLD_RANK"},
     {"MV2_COMM_WORLD_RANK"},
     {"MPI_LOCALRANKID"},
@@ -224,10 +225,11 @@ def _dying_with_this_process() -> Callable[[], None]:
     return prepare
 
 
-def foreign_launcher(environ: Mapping[str, str]) -> int | None:
-    """The process that started this one as a rank, where that is torchrun's, deepspeed's or mpirun's; else None.
+def foreign_launcher(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The processes of torchrun, deepspeed or mpirun above this one, a rank of theirs; None where there is none of those.
 
-    They do not see to it that their processes end with them: who trains has to look whether it is still the parent.
+    They do not see to it that their processes end with them: who trains has to look whether these are still its
+    `ancestors`. Of deepspeed they are two, of which the upper one is what a user sees and ends.
 
     Raises:
         UserError: it is gone already.
@@ -238,7 +240,16 @@ def foreign_launcher(environ: Mapping[str, str]) -> int | None:
         first = Path("/proc/1/cmdline").read_bytes().decode(errors="replace")
         if not re.search(r"torch|python|deepspeed|mpi|orted|prte|hydra", first):
             raise UserError("the launcher that started this process is gone; start the run again")
-    return PARENT
+    return (PARENT, *ancestors(2)[1:]) if environ.keys() >= DEEPSPEED else (PARENT,)
+
+
+def ancestors(count: int) -> tuple[int, ...]:
+    """This process's parent, its parent, …: as many as the system tells."""
+    found = [os.getppid()]
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        while len(found) < count:
+            found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rsplit(")", 1)[-1].split()[1]))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megadpo.errors import UserError
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.launch.supervisor import foreign_launcher
+from megadpo.launch.supervisor import ancestors, foreign_launcher
 from megadpo.platform.device import compute_device
 
 INTERRUPTED_VOTE = float(2**20)
@@ -60,20 +60,20 @@ class Stopping:
         request: what the signals to this process have asked for.
         agreed: the exit status that the run is to stop with, the same on every rank; None: it goes on.
         deadline: rank 0's; its clock is the one that counts.
-        launcher: the process that this rank must not outlive.
+        launcher: the processes that this rank must not outlive.
     """
 
     request: Request = field(default_factory=Request)
     deadline: Deadline | None = None
     agreed: int | None = None
-    launcher: int | None = field(default_factory=lambda: foreign_launcher(os.environ))
+    launcher: tuple[int, ...] | None = field(default_factory=lambda: foreign_launcher(os.environ))
 
     def vote(self) -> float:
         """What this rank asks for, to be summed over the ranks and given to `count`."""
         if self.request.status == EXIT_INTERRUPTED:
             return INTERRUPTED_VOTE
         is_due = self.deadline is not None and self.deadline.is_near()
-        is_orphan = self.launcher is not None and os.getppid() != self.launcher
+        is_orphan = self.launcher is not None and ancestors(len(self.launcher)) != self.launcher
         return float(self.request.status is not None or is_due or is_orphan)
 
     def count(self, votes: float) -> None:

@@ -63,12 +63,13 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         if rank() == 0:
             num_parameters = sum(math.prod(shape) for shape in logical_shapes(setup.policy.shape).values())
             stopping.deadline = deadline_of(config.checkpoint.before_deadline, began, num_parameters)
-            write_config(setup.output_dir, setup.config)
         log_setup(setup)
         with (
             joined_world(setup.layout, setup.config.train.seed),
             watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
         ):
+            if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
+                write_config(setup.output_dir, setup.config)
             run = build(setup, callbacks or Callbacks())
             run.stopping, run.lock, run.progress = stopping, lock, progress
             try:

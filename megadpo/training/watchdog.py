@@ -34,7 +34,7 @@ from megadpo.launch.supervisor import end_for_good
 from megadpo.parallel.world import rank, world_size
 
 MEMORY_FILE = "megadpo-stacks"
-UNTIMED = ("starting", "first step", "between steps", "evaluating", "saving", "exporting", "ending")
+UNTIMED = ("starting", "first step", "between steps", "evaluating", "saving", "exporting")
 """What a rank may do for as long as it takes, while others wait for it: between steps are the user's callbacks."""
 WAITING = ("/torch/distributed/", "/torch/cuda/", "/megatron/core/", "/megadpo/pipeline/", "/megadpo/engine/", "/deepspeed/")
 """Where in the code the main thread of a rank is that waits for others; `training/step.py` waits for a device."""

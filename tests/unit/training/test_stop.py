@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
+from megadpo.launch.supervisor import ancestors
 from megadpo.training.stop import Deadline, Stopping, deadline_of
 
 
@@ -33,8 +35,19 @@ def test_what_was_agreed_on_first_stays() -> None:
     assert stopping.agreed == EXIT_PREEMPTED
 
 
-def test_a_rank_whose_foreign_launcher_is_gone_asks_for_an_end() -> None:
-    assert Stopping(launcher=1).vote() == 1.0
+def test_a_rank_whose_foreign_launcher_is_gone_asks_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Stopping(launcher=(1,)).vote() == 1.0
+    me = ancestors(2)
+    assert me[0] == os.getppid() and Stopping(launcher=me).vote() == 0.0 and Stopping(launcher=(me[0], 1)).vote() == 1.0
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert Stopping().launcher == (os.getppid(),)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert Stopping().launcher == me
+    monkeypatch.delenv("RANK")
+    assert Stopping().launcher is None
 
 
 @pytest.mark.parametrize(

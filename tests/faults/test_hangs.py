@@ -64,27 +64,23 @@ def test_a_rank_that_is_stopped_is_named_and_ended(files: Path, tmp_path: Path, 
     assert_named(files, tmp_path / "run", moment, "gave no sign of life for ", "in training_loop")
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_stuck_while_the_others_wait_for_it_is_named(files: Path, tmp_path: Path, rank: int) -> None:
     moment = Moment("megadpo.training.step:evaluate_micro_batch", 5, rank, sleep=600)
     assert_named(files, tmp_path / "run", moment, "did not end its step for ", "_happen")
 
 
-def test_what_only_takes_long_is_no_hang(files: Path, tmp_path: Path) -> None:
-    moments = [Moment(LONG[name], 1, 0, sleep=TIMEOUT + 2) for name in ("evaluating", "saving")]
-    status, output = finish(settings(files, tmp_path / "run", steps=3), 2, *moments)
-    assert status == 0 and not (tmp_path / "run" / "stacks").exists(), output
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [0, 1])
-def test_neither_is_anything_else_that_is_no_step(files: Path, tmp_path: Path, rank: int) -> None:
+def test_what_only_takes_long_is_no_hang(files: Path, tmp_path: Path, rank: int) -> None:
     functions = [function for name, function in LONG.items() if rank == 0 or name != "exporting"]
     moments = [Moment(function, 1, rank, sleep=2 * TIMEOUT) for function in functions]
     status, output = finish(settings(files, tmp_path / "run", steps=3), 2, *moments)
     assert status == 0 and not (tmp_path / "run" / "stacks").exists(), output
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_suspended_as_a_whole_goes_on_afterwards(files: Path, tmp_path: Path) -> None:
     from tests.helpers.launched import start
 

@@ -26,10 +26,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed tensor": (2, {"engine": "deepspeed", "zero_stage": 1, "tensor": 2}),
 }
 FAST = {
-    "in the first save": ("tensor", Moment(operation="open .*step_00000001.tmp/checkpoint.json")),
+    "in the first save": ("pipeline", Moment(operation="open .*step_00000001.tmp/checkpoint.json")),
     "another rank in a save": ("pipeline", Moment("megadpo.training.run_state:write_shard_file", 2, rank=1)),
     "in the removal of the oldest checkpoint": ("data", Moment(operation="os.remove .*step_00000001.deleted/", count=3)),
-    "before the export gets its name": ("deepspeed", Moment(operation="os.rename hf.tmp")),
+    "before the export gets its name": ("deepspeed tensor", Moment(operation="os.rename hf.tmp")),
 }
 NUM_OPERATIONS = 95
 """As many file operations rank 0 does in a run."""
@@ -117,6 +117,7 @@ def test_so_does_one_that_is_killed_anywhere(
     killed_and_gone_on(files, tmp_path / "run", whole[layout], layout, moment)
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_over_and_over_again_goes_on_every_time(files: Path, whole: dict[str, Path], tmp_path: Path) -> None:
     num_processes, parallel = LAYOUTS["data"]
     for operation in (2, 9, 25):

@@ -11,18 +11,22 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
 
 from megadpo.errors import UserError
 from megadpo.launch.signals import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from megadpo.training.stop import slurm_end
 from tests.helpers.launched import Moment, finish, start
 from tests.helpers.runs import assert_same_weights, read_metrics, run_settings, save_files
+from tests.helpers.worlds import path_with_mpirun, run_world
 
 ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED}
@@ -34,7 +38,7 @@ MOMENTS = {
     "export": ("megadpo.training.run_state:write_export_files", 1),
 }
 """What is called when: the evaluation packs its batches itself, and steps 1 and 2 pack one each before the first of them."""
-FAST = {("step", signal.SIGTERM, True), ("evaluation", signal.SIGUSR1, False), ("export", signal.SIGINT, True)}
+FAST = {("step", signal.SIGTERM, True), ("save", signal.SIGUSR1, False)}
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +117,15 @@ def test_a_run_that_is_sent_a_signal_ends_with_its_status_and_goes_on_bit_for_bi
 
 def test_an_evaluation_is_broken_off_saved_before_and_made_up_for(files: Path, whole: Path, tmp_path: Path) -> None:
     function, count = MOMENTS["evaluation"]
-    when = Moment(function, count, 1, number=signal.SIGTERM)
-    assert finish(settings(files, tmp_path / "run"), 2, when)[0] == EXIT_PREEMPTED
+    when = Moment(function, count, 1, number=signal.SIGINT)
+    assert finish(settings(files, tmp_path / "run"), 2, when)[0] == EXIT_INTERRUPTED
     (line,) = [record for record in read_metrics(tmp_path / "run") if record["step"] == 2]
     assert "eval_loss" not in line
     assert finish(settings(files, tmp_path / "run"), 2)[0] == EXIT_FINISHED
     assert merged(tmp_path / "run") == merged(whole)
 
 
+@pytest.mark.exhaustive
 def test_a_single_process_is_ended_at_once_by_the_second_ctrl_c(files: Path, tmp_path: Path) -> None:
     long = settings(files, tmp_path / "run", train={"steps": 10**6, "pairs_per_step": 40}, eval={"every": 0})
     run = start(long, 1)
@@ -143,6 +148,7 @@ def test_without_periodic_saves_a_run_saves_at_its_end_and_goes_on_from_there(fi
     assert status == EXIT_FINISHED and "resuming from" in output and "step 1/4" not in output, output
 
 
+@pytest.mark.exhaustive
 def test_the_save_at_the_end_can_be_left_out_and_then_what_is_lost_is_said(files: Path, tmp_path: Path) -> None:
     unsaved = settings(files, tmp_path / "run", checkpoint={"every": 0, "at_end": False})
     status, output = finish(unsaved, 1, Moment("megadpo.training.trainer:training_step", 2, number=signal.SIGTERM))
@@ -151,6 +157,7 @@ def test_the_save_at_the_end_can_be_left_out_and_then_what_is_lost_is_said(files
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_stops_before_its_deadline_saved_and_takes_the_save_into_account(files: Path, tmp_path: Path) -> None:
     long = settings(files, tmp_path / "run", train={"steps": 10**6}, checkpoint={"before_deadline": 8}, eval={"every": 0})
     began = time.monotonic()
@@ -212,8 +219,6 @@ def test_the_slurm_example_requeues_a_job_that_was_preempted_and_no_other(
 
 def test_the_vote_changes_no_metric(files: Path, whole: Path) -> None:
     """The reduction that carries the votes gives the sums that it gave without them."""
-    from tests.helpers.worlds import run_world
-
     for one, other in run_world(3, _reduced_with_and_without_a_vote):
         assert one == other
 
@@ -232,3 +237,39 @@ def _reduced_with_and_without_a_vote() -> tuple[dict[str, float], dict[str, floa
             2 * len(objective.metric_names), generator=torch.Generator().manual_seed(rank()), dtype=torch.float64
         )
         return reduce_metrics(sums.clone(), objective), reduce_metrics(sums.clone(), objective, stopping=Stopping())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("launcher", "kind", "number", "status"),
+    [
+        ("torchrun", None, signal.SIGTERM, 1),
+        ("torchrun", None, signal.SIGUSR1, 1),
+        ("torchrun", None, signal.SIGKILL, -signal.SIGKILL),
+        ("mpirun", "openmpi", signal.SIGUSR1, EXIT_PREEMPTED),
+        ("mpirun", "mpich", signal.SIGTERM, EXIT_PREEMPTED),
+        ("deepspeed", None, signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
+def test_with_other_launchers_the_run_saves_too_and_no_rank_trains_on(
+    files: Path, tmp_path: Path, launcher: str, kind: str | None, number: signal.Signals, status: int
+) -> None:
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
+    path = path_with_mpirun(tmp_path, kind) if kind else os.environ["PATH"]
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(files, tmp_path / "run", train={"steps": 10**6}, eval={"every": 0})))
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [sys.executable, "-m", "megadpo", "train", str(config), "--launcher", launcher, "--nproc", "2"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=log)
+        deadline, metrics = time.monotonic() + 240, tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
+            assert time.monotonic() < deadline and run.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        started = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(number)
+        assert run.wait(100) == status, (tmp_path / "log").read_text()
+        _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive and re.search(r"preempted after step \d+ of 1000000: saved", (tmp_path / "log").read_text())

@@ -41,6 +41,8 @@ def train(
 
     Raises:
         UserError: anything in the configuration, the model or the data that the caller can put right.
+        SystemExit: the run was sent SIGTERM, SIGUSR1 or SIGINT, or its deadline is near: its state is saved. The status is
+            75, of SIGINT 130. A second SIGINT, and one before the first step, raise KeyboardInterrupt.
     """
     from megadpo.training.trainer import run_training
 

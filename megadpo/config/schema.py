@@ -270,6 +270,9 @@ class TrainConfig:
     router_aux_coef: float = 0.0
     """Weight of the routers' load-balancing loss of a mixture of experts, taken over the global batch; not 0 costs a further
     forward pass."""
+    hang_timeout: float = 600.0
+    """Seconds after which a rank that gives no sign of life, or a step that is so much longer than any before it, counts as
+    a hang: the rank is named, the stacks of all go to `output_dir`/stacks, and the run ends with status 1; 0 = wait on."""
     seed: int = 42
     """Seed of the data order and of every random number."""
 
@@ -285,7 +288,13 @@ class EvalConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0
-    """Save the full training state every this many steps; 0 = never."""
+    """Save the full training state every this many steps; 0 = only as `at_end` says."""
+    at_end: bool = True
+    """Save it, too, after the last step, and when the run stops before that (SIGTERM, SIGUSR1, the first Ctrl-C, the
+    deadline); false = what came after the last of `every` is lost then."""
+    before_deadline: float | str | None = None
+    """Stop in time to have saved so many seconds after the run began, or (`slurm`) before the SLURM job's time is over: as
+    after SIGTERM, with exit status 75; null = no deadline."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
     resume: str = "auto"

@@ -193,6 +193,10 @@ def command(launcher: str, machines: Machines, worker: Sequence[str], environ: M
 
 def _torchrun(machines: Machines) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={machines.nproc}"]
+    torch = importlib.util.find_spec("torch")
+    program = Path(torch.origin).parent / "distributed" / "run.py" if torch is not None and torch.origin else None
+    if program is not None and "--signals-to-handle" in program.read_text(encoding="utf-8"):
+        start.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if machines.node.master is None:
         return [*start, "--standalone"]
     host, port = machines.node.address()

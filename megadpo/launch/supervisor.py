@@ -9,10 +9,14 @@
 Every worker's main goes through `run_as_one`, whoever started it. The first worker of a node to fail claims the right
 to speak by creating a file that must not exist yet; the others stay silent. A worker that only notices that its peers
 are gone (connection closed, timed out) first waits a moment: the one that knows the real reason speaks before it.
+
+A signal that asks for an end (`signals.py`) is handed on to every worker; they finish their step together, save and leave,
+each with the status that says why, which is this process's then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -27,20 +31,40 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from megadpo.errors import UserError
+from megadpo.launch.signals import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    STATUS_OF_SIGNAL,
+    WORDS,
+    Stopped,
+    leaving_at_once,
+)
 
-FAILURE_DIR = "MEGADPO_FAILURE_DIR"
-LAUNCHER = "MEGADPO_LAUNCHER"
+FAILURE_FILE = "MEGADPO_FAILURE_FILE"
 SECONDS_BEFORE_BLAMING_PEERS = 5.0
 SECONDS_TO_STOP = 5.0
-EXIT_USER_ERROR = 2
+SECONDS_TO_FOLLOW = 30.0
+"""How long the other workers may take to leave once one has left because it was asked to, its state saved."""
 DEFAULT_PORT = "29500"
-EXIT_INTERRUPTED = 130
+PARENT = os.getppid()
+"""Who started this process, asked as early as can be."""
+DEEPSPEED = {"LOCAL_SIZE", "CROSS_SIZE"}
+FOREIGN_LAUNCHERS = (
+    {"TORCHELASTIC_RUN_ID"},
+    DEEPSPEED,
+    {"OMPI_COMM_WORLD_RANK"},
+    {"MV2_COMM_WORLD_RANK"},
+    {"MPI_LOCALRANKID"},
+)
+"""Variables that torchrun, deepspeed and three kinds of mpirun set."""
 KILLED_HINT = (
     "; usually the machine ran out of memory: lower train.tokens_per_micro_batch or pairs per process, "
     "or use fewer processes"
@@ -52,26 +76,36 @@ PEER_IS_GONE = re.compile(
 )
 
 
+_is_command = False
+
+
 def run_as_one(main: Callable[[], int]) -> int:
     """Runs this process's main; returns its exit status. Of several workers that fail, only one prints.
 
     Returns:
         main's status; 2 after a UserError (the sentence on stderr), 1 after any other exception (with its traceback),
-        130 after Ctrl-C. With WORLD_SIZE > 1 a failure ends the process at once, without waiting for hung peers.
+        130 after Ctrl-C, 75 after SIGTERM or SIGUSR1. With WORLD_SIZE > 1 a failure ends the process at once, without
+        waiting for hung peers.
     """
-    _die_with_launcher()
+    global _is_command
+    _is_command = True
     try:
-        return main()
+        with leaving_at_once():
+            return main()
     except KeyboardInterrupt as interrupt:
         status = EXIT_INTERRUPTED
         if _world_size() == 1:
             print(" ".join(["megadpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+    except Stopped as stopped:
+        status = stopped.status
+        if not stopped.is_told:
+            _print_once(status, f"megadpo: {WORDS[status]} before there was anything to save")
     except UserError as error:
         status = EXIT_USER_ERROR
         prefix = f"[rank {_rank()}] " if _world_size() > 1 else ""
         _print_once(status, f"{prefix}megadpo: error: {error}")
     except Exception as error:
-        status = 1
+        status = EXIT_FAILED
         who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
         message = f"{traceback.format_exc()}megadpo: {who}: {type(error).__name__}: {error}"
         if _world_size() > 1 and blames_peer(error):
@@ -93,6 +127,21 @@ def blames_peer(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def end_for_good(message: str, others: Sequence[int] = ()) -> None:
+    """Ends this process as failed from any thread, whatever the main one is doing; says `message` if nobody has spoken yet.
+
+    Before that it kills the processes `others`, which cannot end themselves.
+
+    A process that only calls megadpo as a library, alone, is told and left to its user.
+    """
+    _print_once(EXIT_FAILED, message)
+    for process in others:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    if _is_command or _world_size() > 1:
+        _leave_now(EXIT_FAILED)
 
 
 def _leave_now(status: int) -> None:
@@ -152,8 +201,8 @@ def _first_failure(path: Path) -> dict[str, int] | None:
 
 def _failure_file() -> Path:
     """The launcher's file, or one that only the workers of the same parent (torchrun, srun) share."""
-    if FAILURE_DIR in os.environ:
-        return Path(os.environ[FAILURE_DIR]) / "first_failure.json"
+    if FAILURE_FILE in os.environ:
+        return Path(os.environ[FAILURE_FILE])
     parent = os.getppid()
     try:
         # Field 22 is the parent's start time, which tells a process id that is used again from the one before.
@@ -166,11 +215,47 @@ def _failure_file() -> Path:
     return Path(tempfile.gettempdir()) / f"megadpo-failure-{digest}.json"
 
 
-def _die_with_launcher() -> None:
-    """Under our launcher on Linux: ask the kernel to end this worker when the launcher is gone, however it went."""
-    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+def _dying_with_this_process() -> Callable[[], None]:
+    """What a worker calls before it becomes its command: on Linux the kernel ends it when this process is gone, however
+    that went, and if it went in the meantime, the worker never begins."""
+    launcher = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if libc is not None:
+            libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(EXIT_FAILED)
+
+    return prepare
+
+
+def foreign_launcher(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The processes of torchrun, deepspeed or mpirun above this one, a rank of theirs; None where there is none of those.
+
+    They do not see to it that their processes end with them: who trains has to look whether these are still its
+    `ancestors`. Of deepspeed they are two, of which the upper one is what a user sees and ends.
+
+    Raises:
+        UserError: it is gone already.
+    """
+    if "RANK" not in environ or not any(variables <= environ.keys() for variables in FOREIGN_LAUNCHERS):
+        return None
+    if PARENT == 1 and sys.platform == "linux":
+        first = Path("/proc/1/cmdline").read_bytes().decode(errors="replace")
+        if not re.search(r"torch|python|deepspeed|mpi|orted|prte|hydra", first):
+            raise UserError("the launcher that started this process is gone; start the run again")
+    return (PARENT, *ancestors(2)[1:]) if environ.keys() >= DEEPSPEED else (PARENT,)
+
+
+def ancestors(count: int) -> tuple[int, ...]:
+    """This process's parent, its parent, …: as many as the system tells."""
+    found = [os.getppid()]
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        while len(found) < count:
+            found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rsplit(")", 1)[-1].split()[1]))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -212,47 +297,57 @@ class Node:
 
 
 def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) -> int:
-    """Runs `command` as this machine's `nproc` ranks and waits; returns 0, or the status of the first failure.
+    """Runs `command` as this machine's `nproc` ranks and waits; returns 0, or the status of the first to fail or to stop.
 
     The workers' output goes straight to this process's stdout and stderr. When one fails, the others are stopped within
     10 seconds. Only what no worker can print itself is printed here: that one was killed by a signal, or left silently.
+    SIGTERM, SIGUSR1 and SIGINT are handed on, and the workers end by themselves; the second SIGINT kills them.
     """
     node = node or Node()
     node.require_free_port()
-    with tempfile.TemporaryDirectory(prefix="megadpo-") as directory:
-        workers: list[subprocess.Popen[bytes]] = []
-        signals: list[int] = []
+    # Only its name: a worker that fails makes it, so that nothing stays where this process is killed.
+    failure_file = Path(tempfile.gettempdir()) / f"megadpo-{os.getpid()}-{uuid.uuid4().hex}.json"
+    workers: list[subprocess.Popen[bytes]] = []
+    signals: list[signal.Signals] = []
 
-        def note(number: int, frame: FrameType | None) -> None:
-            # Raised here, an exception could leave Popen.poll with its lock held, on which Popen.wait would wait for ever.
-            signals.append(number)
+    def note(number: int, frame: FrameType | None) -> None:
+        # Raised here, an exception could leave Popen.poll with its lock held, on which Popen.wait would wait for ever.
+        signals.append(signal.Signals(number))
 
-        old_handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            environment = _shared_environment(nproc, directory, node)
-            first_rank = node.number * nproc
-            for local in range(nproc):
-                worker_environment = {**environment, "RANK": str(first_rank + local), "LOCAL_RANK": str(local)}
-                # A session each: whatever a worker has started itself is stopped together with it.
-                workers.append(
-                    subprocess.Popen(command, env=worker_environment, stdin=subprocess.DEVNULL, start_new_session=True)
-                )
-            failed = _wait_for_failure(workers, signals)
-            if failed is None:
-                return 0
-            return _report(first_rank + failed, workers[failed].returncode, Path(directory) / "first_failure.json")
-        except KeyboardInterrupt:
-            _signal_all(workers, signal.SIGINT)
-            print("megadpo: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        finally:
-            _stop(workers)
-            for number, handler in old_handlers.items():
-                signal.signal(number, handler)
+    ignored = [number for number in STATUS_OF_SIGNAL if signal.getsignal(number) is signal.SIG_IGN]
+    old_handlers = {number: signal.signal(number, note) for number in STATUS_OF_SIGNAL if number not in ignored}
+    try:
+        environment = _shared_environment(nproc, failure_file, node)
+        prepare = _dying_with_this_process()
+        first_rank = node.number * nproc
+        for local in range(nproc):
+            own = {**environment, "RANK": str(first_rank + local), "LOCAL_RANK": str(local)}
+            # A session each: whatever a worker has started itself is stopped together with it.
+            workers.append(
+                subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare)
+            )
+        ended = _wait(workers, signals)
+        if ended is None:
+            return 0
+        code = workers[ended].returncode
+        status = _status_asked_for(code, signals)
+        if status is None:
+            return _report(first_rank + ended, code, failure_file)
+        _let_follow(workers, signals)
+        return status
+    except KeyboardInterrupt:
+        print("megadpo: interrupted for the second time: ended at once, without saving", file=sys.stderr)
+        _signal_all(workers, signal.SIGKILL)
+        return EXIT_INTERRUPTED
+    finally:
+        _stop(workers)
+        failure_file.unlink(missing_ok=True)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
 
 
-def _shared_environment(nproc: int, directory: str, node: Node) -> dict[str, str]:
-    environment = {**os.environ, FAILURE_DIR: directory, LAUNCHER: str(os.getpid())}
+def _shared_environment(nproc: int, failure_file: Path, node: Node) -> dict[str, str]:
+    environment = {**os.environ, FAILURE_FILE: str(failure_file)}
     host, port = node.address()
     environment.update(WORLD_SIZE=str(nproc * node.count), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR=host, MASTER_PORT=port)
     environment.setdefault("OMP_NUM_THREADS", threads_per_process(nproc))
@@ -277,15 +372,18 @@ def free_port() -> int:
     raise UserError("no free TCP port between 20000 and 32000 on this machine; use torchrun with --master-port")
 
 
-def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int | None:
+def _wait(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[signal.Signals]) -> int | None:
     """Waits until all have ended well (None) or one has not (its number here; one killed by a signal comes first).
 
+    Each signal that comes meanwhile is handed on to the workers.
+
     Raises:
-        KeyboardInterrupt: `signals` has one.
+        KeyboardInterrupt: SIGINT came for the second time.
     """
+    num_sent = 0
     while True:
-        if signals:
-            raise KeyboardInterrupt
+        _hand_on(workers, signals, num_sent)
+        num_sent = len(signals)
         codes = [worker.poll() for worker in workers]
         bad = [rank for rank, code in enumerate(codes) if code]
         if bad:
@@ -295,17 +393,55 @@ def _wait_for_failure(workers: Sequence[subprocess.Popen[bytes]], signals: Seque
         time.sleep(0.05)
 
 
+def _hand_on(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[signal.Signals], num_sent: int) -> None:
+    """Sends the signals after the first `num_sent` to the workers themselves, which end what they have started."""
+    for place in range(num_sent, len(signals)):
+        if signals[: place + 1].count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        if place == 0:
+            print(f"megadpo: {signals[0].name}: the run ends once its step is done and saved", file=sys.stderr, flush=True)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signals[place])
+
+
+def _status_asked_for(code: int, signals: Sequence[signal.Signals]) -> int | None:
+    """The run's status where a worker left because it was asked to; None where it failed.
+
+    A worker that was not yet able to answer a signal has died of it.
+    """
+    if code in WORDS:
+        return code
+    if code < 0 and -code in signals:
+        return STATUS_OF_SIGNAL[signal.Signals(-code)]
+    return None
+
+
+def _let_follow(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[signal.Signals]) -> None:
+    """Lets the workers end that are about to: one that has saved ignores the SIGTERM, one that has not begun leaves.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came for the second time.
+    """
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_FOLLOW
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        if signals.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+
+
 def _report(rank: int, code: int, failure_file: Path) -> int:
     """Prints what no worker has printed itself and returns the run's exit status."""
     if first := _first_failure(failure_file):
         return first["status"]
-    if code == EXIT_INTERRUPTED:
-        return code
     if code < 0:
         name = signal.Signals(-code).name
         hint = KILLED_HINT if -code == signal.SIGKILL else ""
         print(f"megadpo: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
     print(f"megadpo: rank {rank} left with exit status {code}", file=sys.stderr)
     return code
 
@@ -321,10 +457,11 @@ def _signal_all(workers: Sequence[subprocess.Popen[bytes]], number: signal.Signa
 def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ends every worker that still runs and everything that any worker started."""
     if any(worker.poll() is None for worker in workers):
-        _signal_all(workers, signal.SIGTERM)
         deadline = time.monotonic() + SECONDS_TO_STOP
         while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-            time.sleep(0.05)
+            # Again and again: one that was in its steps has only noted the first, and then lost its peers.
+            _signal_all(workers, signal.SIGTERM)
+            time.sleep(0.2)
     _signal_all(workers, signal.SIGKILL)
     for worker in workers:
         worker.wait()

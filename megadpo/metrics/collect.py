@@ -101,12 +101,13 @@ def empty_vector(device: torch.device | str, objective: Objective) -> Tensor:
     return torch.zeros(2 * len(objective.metric_names), dtype=torch.float64, device=device)
 
 
-def reduce(vector: Tensor, objective: Objective, prefix: str = "") -> dict[str, float]:
+def reduce(vector: Tensor | list[float], objective: Objective, prefix: str = "") -> dict[str, float]:
     """The metrics: numerator / denominator, each name behind `prefix` ("eval_" for held-out rows, as in TRL).
 
     A metric over nothing at all is nan: there is no honest number for it.
     """
-    values, names = vector.tolist(), objective.metric_names
+    values = vector.tolist() if isinstance(vector, Tensor) else vector
+    names = objective.metric_names
     pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
     metrics = {name: numerator / denominator if denominator else math.nan for name, numerator, denominator in pairs}
     if "rewards/rejected" in metrics and "rewards/margins" not in metrics:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megadpo.checkpoint.sharded import is_checkpoint
+from megadpo.checkpoint.staging import clean_up, followed, remove
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.files import make_writable_directory, replacing
+from megadpo.training import run_lock
 from megadpo.training.resume import came_of, newest_that_opens
 
 IDENTITY: dict[str, tuple[str, ...]] = {
@@ -35,25 +41,81 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 work is spread over processes does not change the numbers, when to evaluate or save is free, and a run may be made longer."""
 
 
+@contextlib.contextmanager
+def owned_output_dir(directory: Path, is_owner: bool) -> Iterator[run_lock.Lock | None]:
+    """Within, no other run uses `directory`. Rank 0 owns it for all.
+
+    Raises:
+        UserError: another run does, or it is no place for a run.
+    """
+    if not is_owner:
+        yield None
+        return
+    _refuse_foreign(directory)
+    with run_lock.owning(directory) as lock:
+        yield lock
+
+
 def claim_output_dir(directory: Path, config: Config) -> None:
     """Check that `directory` is free or belongs to this very run.
 
     Raises:
         UserError: it holds a different run, or the checkpoint asked for does not exist.
     """
-    written = directory / "config.yaml"
-    if written.is_file():
-        _refuse_other_run(written, config)
-    elif directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"output_dir: {directory} exists and is not a megadpo run; choose an empty or new directory")
-    elif directory.exists() and not directory.is_dir():
-        raise UserError(f"output_dir: {directory} is a file; choose a directory")
+    _refuse_foreign(directory)
+    if (directory / "config.yaml").is_file():
+        _refuse_other_run(directory / "config.yaml", config)
+    _check_links(directory)
     chosen = config.checkpoint.resume
     if chosen in ("auto", "never") or is_checkpoint(chosen) or came_of(directory / "checkpoints", Path(chosen)):
         return
     other = newest_that_opens([directory.absolute() / "checkpoints", Path(chosen).absolute().parent])
     named = f"the newest one is {other}" if other else "give auto, never or a step directory"
     raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; {named}")
+
+
+HALF_WRITTEN = re.compile(r"(config\.yaml|metrics(\.\d+)?\.jsonl)\.\d+\.tmp|\.?run\.lock.*")
+"""Files that a process leaves where it is killed over them, and the lock."""
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raises UserError where `directory` is a file, or holds something else than a run."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output_dir: {directory} is a file; choose a directory")
+    if (directory / "config.yaml").is_file() or not directory.is_dir():
+        return
+    if any(not HALF_WRITTEN.fullmatch(path.name) for path in directory.iterdir()):
+        raise UserError(f"output_dir: {directory} exists and is not a megadpo run; choose an empty or new directory")
+
+
+def _check_links(directory: Path) -> None:
+    """Refuses links in the place of what the run will write, where they lead to nothing or to what cannot be replaced."""
+    for path in (directory / "hf", directory / "checkpoints"):
+        if path.is_symlink() and not os.access(followed(path).parent, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, beside which nothing can be written; remove the link, or choose "
+                "another output_dir"
+            )
+
+
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Remove what an earlier process of this run has left half written or half removed; the owner calls it.
+
+    Returns:
+        What was removed.
+    """
+    removed = clean_up(directory / "hf")
+    names = {path.name[:13] for path in (directory / "checkpoints").glob("step_*")}
+    for path in [directory / "checkpoints" / name for name in sorted(names) if name[5:].isdecimal()]:
+        removed += clean_up(path)
+        if path.is_dir() and not is_checkpoint(path):  # of versions that removed files before the name
+            remove(path)
+            removed.append(path)
+    for path in directory.iterdir():
+        if path.suffix == ".tmp" and HALF_WRITTEN.fullmatch(path.name):
+            path.unlink()
+            removed.append(path)
+    return removed
 
 
 def make_output_dir(directory: Path) -> None:

@@ -13,9 +13,12 @@ from megadpo.metrics.sinks import Sink
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.world import rank
 from megadpo.training.console import log
+from megadpo.training.run_lock import Lock
 from megadpo.training.saving import Saver
 from megadpo.training.setup import RunSetup
 from megadpo.training.spikes import SpikeWatch
+from megadpo.training.stop import Stopping
+from megadpo.training.watchdog import Progress
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -86,6 +89,9 @@ class Run:
         metrics: the last ones of every name.
         spikes: the last losses and gradient norms, and how many steps were left out.
         saver: writes checkpoints.
+        lock: on the output directory, rank 0's.
+        progress: what the watchdog knows of this rank.
+        evaluation_due: the evaluation after the last step was left out, for the run is to stop.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
 
@@ -98,6 +104,10 @@ class Run:
     num_tokens_seen: int = 0
     metrics: Metrics = field(default_factory=dict)
     spikes: SpikeWatch = field(init=False)
+    stopping: Stopping = field(default_factory=Stopping)
+    lock: Lock | None = None
+    progress: Progress = field(default_factory=Progress)
+    evaluation_due: bool = False
     batches: Prefetcher[GlobalBatch] = field(init=False)
     saver: Saver = field(init=False)
 

@@ -59,6 +59,7 @@ def save(run: Run, step: int) -> Path:
         "num_tokens": run.num_tokens_seen,
         "delta": _last_stage_delta(run),
         "spikes": run.spikes.state(),
+        "evaluation_due": run.evaluation_due,
         "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
         "dtype": str(setup.dtype).removeprefix("torch."),
         "data_digest": setup.train.groups.digest,
@@ -158,6 +159,7 @@ def resume(run: Run) -> int:
     run.num_tokens_seen = state.num_tokens
     run.running_mean = RunningMean(*state.delta)
     run.metrics = dict(state.metrics)
+    run.evaluation_due = state.evaluation_due
     torch.set_rng_state(state.random_state)
     return state.step
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions
 from megadpo.checkpoint.sharded import begin, commit, step_checkpoints, step_directory, step_of, write_shard_file
-from megadpo.checkpoint.staging import abandon, writing
+from megadpo.checkpoint.staging import abandon, remove, writing
 from megadpo.config.schema import CheckpointConfig
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard
@@ -70,6 +70,8 @@ class Saver:
         companions, hf_config: what else is in them.
         log: shows the user a line.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
+        last_step: of the newest checkpoint that this run has written, once `on_saved` was called.
+        longest_seconds: that a save has taken to be written.
     """
 
     root: Path
@@ -78,6 +80,8 @@ class Saver:
     hf_config: PretrainedConfig
     log: Callable[[str], None]
     on_saved: Callable[[int, Path], None]
+    last_step: int | None = None
+    longest_seconds: float = 0.0
     _pool: ThreadPoolExecutor | None = field(default=None, init=False)
     _group: dist.ProcessGroup | None = field(default=None, init=False)
     _in_flight: tuple[int, Future[str | None]] | None = field(default=None, init=False)
@@ -171,6 +175,13 @@ class Saver:
 
     def _write(self, save: Save) -> str | None:
         """Second and third part of a save; why it failed on one of the ranks, else None."""
+        started = time.monotonic()
+        try:
+            return self._write_untimed(save)
+        finally:
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - started)
+
+    def _write_untimed(self, save: Save) -> str | None:
         directory, is_first = step_directory(self.root, save.step), dist.get_rank() == 0
         problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None, self._group)
         if problem is not None:
@@ -202,10 +213,11 @@ class Saver:
         earlier = [path for path in step_checkpoints(self.root) if (step_of(path) or 0) <= step]
         for old in earlier[: -self.options.keep]:
             with writing(old):
-                shutil.rmtree(old)
+                remove(old)
 
     def _ended(self, step: int, problem: str | None) -> None:
         if problem is None:
+            self.last_step = step
             self.on_saved(step, step_directory(self.root, step))
         elif self.options.on_failed_write == "skip":
             self.log(f"warning: no checkpoint of step {step}: {problem}; going on without it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.inputs import digests
 from megadpo.training.output_dir import claim_output_dir, make_output_dir
 from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
+from megadpo.training.stop import slurm_end
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
@@ -162,6 +164,8 @@ def _check_surroundings(config: Config) -> None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
+    if config.checkpoint.before_deadline == "slurm":
+        slurm_end(os.environ)
 
 
 def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
@@ -24,6 +25,7 @@ from megadpo.parallel.context import is_first_rank_of_stage, on_device
 from megadpo.platform.device import compute_device
 from megadpo.training.global_batch import GlobalBatch, evaluate_coupled, evaluate_micro_batch, kl_sums, mismatch_kl
 from megadpo.training.reference import Reference
+from megadpo.training.stop import Stopping
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,26 @@ def evaluate_batch(
     return metric_sums
 
 
-def reduce_metrics(metric_sums: Tensor, objective: Objective, prefix: str = "") -> dict[str, float]:
+def reduce_metrics(
+    metric_sums: Tensor, objective: Objective, prefix: str = "", stopping: Stopping | None = None
+) -> dict[str, float]:
     """Metrics of the whole world, each name behind `prefix`, the same on every rank. Collective; changes `metric_sums`.
 
     Of the tensor and context ranks that have the same sums one counts.
+
+    Args:
+        stopping: takes part with this rank's vote and learns the sum of all votes.
     """
     if not is_first_rank_of_stage():
         metric_sums.zero_()
-    dist.all_reduce(metric_sums)
-    return collect.reduce(metric_sums, objective, prefix)
+    if stopping is None:
+        dist.all_reduce(metric_sums)
+        return collect.reduce(metric_sums, objective, prefix)
+    with_vote = F.pad(metric_sums, (0, 1), value=stopping.vote())
+    dist.all_reduce(with_vote)
+    *sums, votes = with_vote.tolist()
+    stopping.count(votes)
+    return collect.reduce(sums, objective, prefix)
 
 
 def _measure_kl(

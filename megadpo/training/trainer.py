@@ -9,6 +9,9 @@ export   the trained model as a Hugging Face directory
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +20,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megadpo.config.schema import Config
+from megadpo.launch.signals import WORDS, Stopped, noting
+from megadpo.launch.supervisor import FAILURE_FILE
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
+from megadpo.model.families import logical_shapes
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
-from megadpo.training.output_dir import write_config
+from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
 from megadpo.training.run import Callbacks, Metrics, Result, Run, call
 from megadpo.training.setup import RunSetup, prepare
+from megadpo.training.stop import Stopping, deadline_of
+from megadpo.training.watchdog import watched
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -43,23 +51,46 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     """The whole of training; see the head of this file.
 
     Raises:
-        UserError: whatever cannot work, in one sentence, before anything is written; a spike, or a state that is not finite.
+        UserError: whatever cannot work, in one sentence, before anything but the lock is written; a spike; a state that is not
+            finite.
+        Stopped: a signal or the deadline came before the last step; the state is saved.
+        KeyboardInterrupt: SIGINT came before the first step, or for the second time.
     """
     callbacks = Callbacks.checked(callbacks)
-    setup = prepare(config)
-    log_setup(setup)
-    with joined_world(setup.layout, setup.config.train.seed):
-        setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
-        log_origin(setup)
-        run = build(setup, callbacks)
-        try:
-            metrics = training_loop(run)
-        except BaseException:
-            run.close(has_failed=True)
-            raise
-        run.close()
-        model_path = export(run)
+    began = time.time()
+    config.require_for_training()
+    with noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
+        setup = prepare(config)
+        stopping = Stopping(request)
+        if rank() == 0:
+            num_parameters = sum(math.prod(shape) for shape in logical_shapes(setup.policy.shape).values())
+            stopping.deadline = deadline_of(config.checkpoint.before_deadline, began, num_parameters)
+        log_setup(setup)
+        with (
+            joined_world(setup.layout, setup.config.train.seed),
+            watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
+        ):
+            setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
+            log_origin(setup)
+            if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
+                write_config(setup.output_dir, setup.config)
+            run = build(setup, callbacks)
+            run.stopping, run.lock, run.progress = stopping, lock, progress
+            try:
+                metrics = training_loop(run)
+            except BaseException as error:
+                run.close(has_failed=not isinstance(error, Stopped))
+                raise
+            run.close()
+            model_path = export(run)
     return Result(metrics, setup.num_steps, model_path, setup.output_dir)
+
+
+def announce(number: signal.Signals) -> None:
+    """Say that a signal was heard; called in its handler. Our launcher has said it already."""
+    if rank() == 0 and FAILURE_FILE not in os.environ:
+        more = "; once more ends it at once" if number == signal.SIGINT else ""
+        os.write(2, f"megadpo: {number.name}: the run ends once its step is done and saved{more}\n".encode())
 
 
 def build(setup: RunSetup, callbacks: Callbacks) -> Run:
@@ -111,19 +142,30 @@ def build_engine(setup: RunSetup, interleaved: InterleavedReference | None) -> E
 
 
 def training_loop(run: Run) -> Metrics:
-    """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with)."""
-    from megadpo.training.run_state import resume, save, set_aside_later
+    """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with).
+
+    Raises:
+        Stopped: the ranks have agreed to stop.
+    """
+    from megadpo.training.run_state import resume, set_aside_later
     from megadpo.training.stalls import StallWatch
 
     setup, config = run.setup, run.setup.config
     first_step = resume(run) if setup.resume else 0
     if rank() == 0:
         set_aside_later(setup.output_dir / "checkpoints", first_step)
-        write_config(setup.output_dir, config)
+        for path in remove_leftovers(setup.output_dir):
+            log(f"removed {path}, which a run that was killed had left")
         run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)
     stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
+    run.stopping.request.is_deferred = True  # from here on there is a state to save
+    if run.evaluation_due and setup.eval is not None:
+        make_up_for_evaluation(run, first_step)
     for step in range(first_step, setup.num_steps):
+        run.progress.begin("first step" if step == first_step else f"step {step + 1}")
         record = training_step(run, step)
+        run.progress.begin("between steps")
+        run.stopping.step_took(record["step_seconds"])
         done = step + 1
         stalls.look(done, record["grad_norm"], record["learning_rate"])
         is_last = done == setup.num_steps
@@ -133,16 +175,48 @@ def training_loop(run: Run) -> Metrics:
         if setup.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
             held_out = evaluation(run)
             record |= held_out
-            call(run.callbacks.on_evaluation, done, held_out)
+            if held_out:
+                call(run.callbacks.on_evaluation, done, held_out)
         if is_last or "eval_loss" in record or done % config.logging.every == 0:
             run.write(record)
         run.metrics |= record
         call(run.callbacks.on_step_end, done, record)
-        if config.checkpoint.every and (is_last or done % config.checkpoint.every == 0):
-            save(run, done)
+        is_saved = save_where_due(run, done, is_last)
+        if run.stopping.agreed is not None and (is_saved or not is_last):
+            raise stopped(run, done, is_saved)
         run.saver.report()
     run.saver.finish()
     return run.metrics
+
+
+def save_where_due(run: Run, done: int, is_last: bool) -> bool:
+    """Save after every so many steps and at the run's end, whichever end that is; whether it was saved. Collective."""
+    from megadpo.training.run_state import save
+
+    options, ends = run.setup.config.checkpoint, is_last or run.stopping.agreed is not None
+    if not (options.every and done % options.every == 0) and not (options.at_end and ends):
+        return False
+    if run.lock is not None:
+        run.lock.check()
+    run.progress.begin("saving")
+    with run.stopping.save_timed():
+        save(run, done)
+        if ends:
+            run.saver.finish()
+    run.stopping.save_took(run.saver.longest_seconds)
+    run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
+    if run.stopping.agreed is not None:
+        run.saver.finish()
+    return run.saver.last_step == done or run.stopping.agreed is None
+
+
+def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
+    """What ends a run before its last step, told to the user."""
+    status, num_steps = run.stopping.agreed, run.setup.num_steps
+    assert status is not None
+    what = "saved, and the same command goes on from there" if is_saved else "not saved (checkpoint.at_end is false)"
+    log(f"{WORDS[status]} after step {done} of {num_steps}: {what}")
+    return Stopped(status, is_told=True)
 
 
 def training_step(run: Run, step: int) -> Metrics:
@@ -164,7 +238,7 @@ def training_step(run: Run, step: int) -> Metrics:
     def accepts(result: StepResult) -> bool:
         """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""
         nonlocal is_updated
-        metrics.update(reduce_metrics(result.metric_sums, setup.objective))
+        metrics.update(reduce_metrics(result.metric_sums, setup.objective, stopping=run.stopping))
         is_updated = accept_or_leave_out(run, step + 1, metrics["loss"], result)
         return is_updated
 
@@ -208,11 +282,26 @@ def reference_waits_after(setup: RunSetup, step: int) -> bool:
     return step + 1 == setup.num_steps or reference_moves_after(setup.config, step)
 
 
+def make_up_for_evaluation(run: Run, step: int) -> None:
+    """The evaluation after `step` that was left out when the run was stopped, as a record of its own."""
+    held_out = evaluation(run)
+    if not held_out:
+        raise stopped(run, step, is_saved=True)
+    run.metrics |= held_out
+    for sink in run.sinks:
+        sink.write({"step": step, **held_out})
+    call(run.callbacks.on_evaluation, step, held_out)
+
+
 def evaluation(run: Run) -> Metrics:
-    """Loss and rewards on the held-out groups, under names that begin with "eval_"; the same on every rank."""
+    """Loss and rewards on the held-out groups, under names that begin with "eval_"; the same on every rank.
+
+    Nothing where the run is to stop: then it is due when the run goes on.
+    """
     from megadpo.training.global_batch import pack_global_batch
     from megadpo.training.step import evaluate_batch, reduce_metrics
 
+    run.progress.begin("evaluating")
     setup, objective, started = run.setup, run.setup.objective, time.perf_counter()
     assert setup.eval is not None and run.references.eval is not None
     num_groups, at_once = len(setup.eval.groups), setup.config.train.pairs_per_step
@@ -220,8 +309,12 @@ def evaluation(run: Run) -> Metrics:
     metric_sums = collect.empty_vector(compute_device(), objective)
     for start in range(0, num_groups, at_once):
         group_ids = np.arange(start, min(start + at_once, num_groups))
+        if run.stopping.agreed is not None or run.stopping.agree():
+            run.evaluation_due = True
+            return {}
         batch = pack_global_batch(setup.eval, group_ids, objective, normalisers)
         metric_sums += evaluate_batch(run.engine, run.references.eval, batch, objective, run.running_mean)
+    run.evaluation_due = False
     return reduce_metrics(metric_sums, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
 
 
@@ -229,6 +322,7 @@ def export(run: Run) -> Path:
     """Write the policy as a Hugging Face directory; collective."""
     from megadpo.training.run_state import export_policy
 
+    run.progress.begin("exporting")
     directory = export_policy(run)
     log(f"trained model: {directory}")
     return directory

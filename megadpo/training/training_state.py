@@ -32,6 +32,7 @@ class TrainingState:
         metrics: the last ones of every name.
         inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only.
         spikes: of `train.on_spike`; earlier versions had none.
+        evaluation_due: the evaluation after `step` was left out; earlier versions left none out.
         random_state: of torch's generator on the CPU.
     """
 
@@ -42,6 +43,7 @@ class TrainingState:
     metrics: dict[str, float]
     inputs: dict[str, str]
     spikes: dict[str, Any]
+    evaluation_due: bool
     random_state: Tensor
 
     @staticmethod
@@ -64,6 +66,7 @@ class TrainingState:
             metrics=fields.numbers("metrics"),
             inputs={"data": fields.text("data_digest"), **fields.texts("inputs")},
             spikes=fields.spikes(),
+            evaluation_due=state.get("evaluation_due") is True,
             random_state=fields.random_state("rng"),
         )
 

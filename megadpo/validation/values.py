@@ -89,6 +89,7 @@ AT_LEAST: dict[str, int] = {
     "train.router_aux_coef": 0,
     "train.recompute_num_layers": 1,
     "train.activation_offload_window_mib": 1,
+    "train.hang_timeout": 0,
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,
@@ -103,6 +104,7 @@ ABOVE_ZERO: Sequence[str] = (
     "train.epochs",
     "train.eps",
     "train.spike_deviations",
+    "checkpoint.before_deadline",
 )
 
 
@@ -272,12 +274,15 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"{dotted} must be at least {least}, got {value!r}")
     for dotted in ABOVE_ZERO:
         value = _value(config, dotted)
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not isinstance(value, str) and not (math.isfinite(value) and value > 0):
             raise UserError(f"{dotted} must be greater than 0, got {value!r}")
     if not 0 <= config.objective.label_smoothing < 0.5:
         raise UserError(f"objective.label_smoothing must be in [0, 0.5), got {config.objective.label_smoothing!r}")
     if not all(0 <= beta < 1 for beta in config.train.betas):
         raise UserError(f"train.betas must both be in [0, 1), got {list(config.train.betas)!r}")
+    before = config.checkpoint.before_deadline
+    if isinstance(before, str) and before != "slurm":
+        raise UserError(f"checkpoint.before_deadline must be a number of seconds or slurm, got {before!r}")
     if not config.checkpoint.resume:
         raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
 

@@ -24,6 +24,13 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.preload"])
 
 
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A process of its own, forked from the server, that has begun `function(*arguments)`."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """Run `function(*arguments)` on `num_processes` ranks with torchrun's environment; results in rank order.
 

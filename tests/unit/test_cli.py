@@ -169,7 +169,9 @@ def test_launch_sh_does_not_install_from_many_tasks_at_once(tmp_path: Path) -> N
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("script", ["launch.sh", ".ci/run", "configs/clusters/slurm.sbatch"])
+@pytest.mark.parametrize(
+    "script", ["launch.sh", ".ci/run", "configs/clusters/slurm.sbatch", "examples/slurm_requeue.sbatch"]
+)
 def test_shell_scripts_are_valid_bash(script: str) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
 

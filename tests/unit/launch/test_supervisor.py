@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from megadpo.launch import supervisor as launch
+from tests.helpers.worlds import forked
 
 LIMIT_SECONDS = 30
 
@@ -41,8 +43,10 @@ def fail():
 def main():
     if case == "all": raise UserError("model directory is missing")
     if case == "omp": os.write(1, (os.environ["OMP_NUM_THREADS"] + "\\n").encode())
-    if case == "sleep":
+    if case in ("sleep", "busy"):
         import subprocess
+        if case == "busy":
+            signal.signal(signal.SIGINT, lambda number, frame: None)
         child = subprocess.Popen(["sleep", "600"])
         open(f"{sys.argv[2]}/{rank}", "w").write(f"{os.getpid()} {child.pid}\\n")
         time.sleep(600)
@@ -64,7 +68,7 @@ def worker(tmp_path: Path) -> Path:
 def run(command: list[str], **environment: str) -> tuple[int, str, float]:
     """Exit status, everything printed, and the seconds it took."""
     start = time.monotonic()
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", launch.FAILURE_DIR)}
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", launch.FAILURE_FILE)}
     result = subprocess.run(
         command,
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
@@ -144,17 +148,38 @@ def test_threads_are_shared_out_among_the_workers(worker: Path) -> None:
     assert run(our_launcher(2, worker, "omp"), OMP_NUM_THREADS="3")[1].split() == ["3", "3"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_the_launcher_stops_the_workers_and_what_they_started(
-    worker: Path, tmp_path: Path, number: int
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)], ids=lambda value: str(value)
+)
+def test_a_signal_to_the_launcher_ends_the_workers_and_what_they_started_with_its_status(
+    worker: Path, tmp_path: Path, number: int, status: int
 ) -> None:
     pids_dir = tmp_path / "pids"
     pids_dir.mkdir()
     launcher = subprocess.Popen(our_launcher(2, worker, "sleep", str(pids_dir)), stderr=subprocess.PIPE, text=True)
     pids = started(pids_dir)
     launcher.send_signal(number)
-    assert launcher.wait(LIMIT_SECONDS) == launch.EXIT_INTERRUPTED
-    assert launcher.stderr is not None and launcher.stderr.read() == "megadpo: interrupted\n"
+    assert launcher.wait(LIMIT_SECONDS) == status
+    assert launcher.stderr is not None
+    said, *more = launcher.stderr.read().splitlines()
+    assert said == f"megadpo: {signal.Signals(number).name}: the run ends once its step is done and saved"
+    assert more == ([] if status == 130 else ["megadpo: preempted before there was anything to save"])
+    assert gone(pids)
+
+
+def test_workers_that_are_still_busy_are_killed_by_the_second_ctrl_c_and_not_by_the_first(
+    worker: Path, tmp_path: Path
+) -> None:
+    pids_dir = tmp_path / "pids"
+    pids_dir.mkdir()
+    launcher = subprocess.Popen(our_launcher(2, worker, "busy", str(pids_dir)), stderr=subprocess.PIPE, text=True)
+    pids = started(pids_dir)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert launcher.poll() is None and all(psutil.pid_exists(pid) for pid in pids)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(LIMIT_SECONDS) == 130
+    assert launcher.stderr is not None and "for the second time: ended at once" in launcher.stderr.read()
     assert gone(pids)
 
 
@@ -170,6 +195,26 @@ def test_workers_do_not_outlive_a_launcher_that_is_killed(worker: Path, tmp_path
     assert gone(workers)
     for child in children:
         os.kill(child, signal.SIGKILL)
+
+
+def _start_sleepers(seconds: str, directory: str) -> None:
+    tempfile.tempdir = directory
+    launch.start_workers(4, ["sleep", seconds])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells workers of their parent's end only on Linux")
+def test_none_outlives_a_launcher_that_is_killed_in_its_first_moments_and_no_file_stays(tmp_path: Path) -> None:
+    for number in range(20):
+        seconds = f"612.{os.getpid()}{number:02d}"
+        launcher = forked(_start_sleepers, seconds, str(tmp_path))
+        time.sleep(number * 0.002)
+        launcher.kill()
+        launcher.join()
+        deadline = time.monotonic() + 2
+        while alive := [p.pid for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", seconds]]:
+            assert time.monotonic() < deadline, f"killed after {number * 2} ms, it left {alive}"
+            time.sleep(0.02)
+    assert list(tmp_path.iterdir()) == []
 
 
 def started(directory: Path) -> list[int]:

@@ -1,0 +1,75 @@
+"""Whether a run stops: what a rank asks for, what the sum of all votes says, when a deadline is near."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
+from megadpo.launch.supervisor import ancestors
+from megadpo.training.stop import Deadline, Stopping, deadline_of
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ([None, None], None),
+        ([None, EXIT_PREEMPTED], EXIT_PREEMPTED),
+        ([EXIT_PREEMPTED] * 2, EXIT_PREEMPTED),
+        ([EXIT_PREEMPTED, EXIT_INTERRUPTED], EXIT_INTERRUPTED),
+        ([EXIT_PREEMPTED] * 100_000, EXIT_PREEMPTED),
+    ],
+)
+def test_the_sum_of_the_votes_says_what_was_asked_for(asked: list[int | None], status: int | None) -> None:
+    stopping = Stopping()
+    stopping.count(sum(Stopping(Request(one)).vote() for one in asked))
+    assert stopping.agreed == status
+
+
+def test_what_was_agreed_on_first_stays() -> None:
+    stopping = Stopping()
+    stopping.count(1.0)
+    stopping.count(Stopping(Request(EXIT_INTERRUPTED)).vote())
+    assert stopping.agreed == EXIT_PREEMPTED
+
+
+def test_a_rank_whose_foreign_launcher_is_gone_asks_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Stopping(launcher=(1,)).vote() == 1.0
+    me = ancestors(2)
+    assert me[0] == os.getppid() and Stopping(launcher=me).vote() == 0.0 and Stopping(launcher=(me[0], 1)).vote() == 1.0
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert Stopping().launcher == (os.getppid(),)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert Stopping().launcher == me
+    monkeypatch.delenv("RANK")
+    assert Stopping().launcher is None
+
+
+@pytest.mark.parametrize(
+    ("left", "step", "save", "is_near"),
+    [(100, 1, 60, False), (100, 1, 70, True), (100, 60, 1, False), (100, 70, 1, True), (-1, 0, 0, True)],
+)
+def test_a_deadline_is_near_when_a_step_and_a_save_and_half_as_much_do_not_fit_before_it(
+    left: float, step: float, save: float, is_near: bool
+) -> None:
+    stopping = Stopping(deadline=Deadline(time.time() + left, expected_save=1e9))
+    assert stopping.deadline is not None
+    stopping.step_took(step)
+    stopping.step_took(step / 2)
+    stopping.deadline.longest_save = save
+    assert stopping.deadline.is_near() == is_near and bool(stopping.vote()) == is_near
+
+
+def test_a_save_is_reckoned_until_one_has_been_measured() -> None:
+    deadline = deadline_of(100.0, time.time(), num_parameters=10**9)
+    assert deadline is not None and deadline.expected_save == pytest.approx(60) and not deadline.is_near()
+    stopping = Stopping(deadline=deadline)
+    with stopping.save_timed():
+        pass
+    assert deadline.longest_save is not None and deadline.longest_save < 1
+    assert deadline_of(None, time.time(), 1) is None

@@ -51,7 +51,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     """The whole of training; see the head of this file.
 
     Raises:
-        UserError: whatever cannot work, in one sentence, before anything but the lock is written; a spike; a state that is not
+        UserError: whatever cannot work, in one sentence, before anything but the lock is written; a spike; what is not
             finite.
         Stopped: a signal or the deadline came before the last step; the state is saved.
         KeyboardInterrupt: SIGINT came before the first step, or for the second time.

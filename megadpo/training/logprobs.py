@@ -16,6 +16,7 @@ from megadpo.files import replacing
 from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
+from megadpo.training.console import log
 from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
 from megadpo.validation.layout import check_layout
 
@@ -38,7 +39,10 @@ def run_logprobs(model: str, data: str, out: str, config: Config) -> Path:
     path = Path(out)
     if path.is_dir():
         raise UserError(f"--out: {out} is a directory; give a file name")
-    groups = prepare_groups(config.data, data, str(files.huggingface)).groups
+    prepared = prepare_groups(config.data, data, str(files.huggingface))
+    groups = prepared.groups
+    for line in (prepared.report.sentence(), *prepared.report.remarks()):
+        log(f"data: {line}")
     check_token_ids(groups, files)
     packing = scoring_packing(config, groups, layout, files.shape)
     with joined_world(layout, config.train.seed), contextlib.ExitStack() as stack:

@@ -88,7 +88,10 @@ def construct(node: yaml.Node | None) -> Any:
     Raises:
         yaml.YAMLError, ValueError: a tag or scalar that has no value.
     """
-    return None if node is None else _Loader("").construct_document(node)
+    try:
+        return None if node is None else _Loader("").construct_document(node)
+    except (AttributeError, KeyError, TypeError) as error:  # PyYAML's own, of a tag on what is nothing of its kind
+        raise ValueError("a value is not what its tag (!!…) says") from error
 
 
 def parse(text: str) -> Any:

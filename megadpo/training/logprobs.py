@@ -18,6 +18,7 @@ from megadpo.files import is_special, replacing, require_new_file
 from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
+from megadpo.training.console import log
 from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
 from megadpo.validation.layout import check_layout
 
@@ -42,7 +43,10 @@ def run_logprobs(model: str, data: str, out: str, config: Config, force: bool = 
     files = open_model(model, "--model", config)
     check_layout(layout, files.shape)
     check_modules(config, files.shape)
-    groups = prepare_groups(config.data, data, str(files.huggingface)).groups
+    prepared = prepare_groups(config.data, data, str(files.huggingface))
+    groups = prepared.groups
+    for line in (prepared.report.sentence(), *prepared.report.remarks()):
+        log(f"data: {line}")
     check_token_ids(groups, files)
     packing = scoring_packing(config, groups, layout, files.shape)
     with joined_world(layout, config.train.seed), contextlib.ExitStack() as stack:

@@ -181,7 +181,6 @@ def double_key(case: Case) -> None:
     pairs = [*case.row.items(), (key, case.rng.choice((case.row[key], None, words(case.rng, "xx"))))]
     case.rng.shuffle(pairs)
     case.text = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs) + "}"
-    case.must_refuse = True
 
 
 def wrap_value(case: Case) -> None:
@@ -201,6 +200,9 @@ def change_role(case: Case) -> None:
 NAMES = ("user", "system", "tool", "human", "gpt", "critic", "function_call", "", "ASSISTANT", "developer", None, 1)
 
 
+MEDIA = ("images", "image", "videos", "audio")
+
+
 def speak_in_answer(case: Case) -> None:
     answers = [
         value for name in ("chosen", "rejected", "completion", "messages") if isinstance(value := case.row.get(name), list)
@@ -212,10 +214,7 @@ def speak_in_answer(case: Case) -> None:
 
 
 def add_media(case: Case) -> None:
-    case.row[case.rng.choice(("images", "image", "videos", "audio"))] = case.rng.choice(
-        (["a.png"], "a.png", [b"a".hex()], {"path": "a"})
-    )
-    case.must_refuse = True
+    case.row[case.rng.choice(MEDIA)] = case.rng.choice((["a.png"], "a.png", [b"a".hex()], {"path": "a"}))
 
 
 def add_column(case: Case) -> None:
@@ -235,7 +234,6 @@ def break_unicode(case: Case) -> None:
 def long_number(case: Case) -> None:
     name = case.rng.choice(("score_chosen", "id", "weight"))
     case.text = json.dumps(case.row | {name: 0}).removesuffix("0}") + "9" * 5000 + "}"
-    case.must_refuse = True
 
 
 def swap_rows(case: Case) -> None:
@@ -267,6 +265,8 @@ def damaged_case(number: int) -> Case:
             damage = rng.choice(DAMAGES)
             damage(case)
             case.what += f", {damage.__name__}"
+    has_media = isinstance(case.row, dict) and any(case.row.get(name) for name in MEDIA)
+    case.must_refuse = case.text is not None or has_media
     return case
 
 

@@ -152,6 +152,8 @@ def _read_list(row: Mapping[str, Any], location: str) -> Row:
 def _read_example(row: Mapping[str, Any], location: str) -> Row:
     if _is_pair(row) and row.get("completion") is None:
         pair = _pair(row, location)
+        if pair.conversational:  # of a pair with an empty side nothing was checked
+            check_answer(as_messages(pair.completions[0]), "chosen", location)
         return replace(pair, prompts=pair.prompts[:1], completions=pair.completions[:1])
     if _has_answer(row):
         return _answer(row, location)
@@ -224,8 +226,7 @@ def _answer(row: Mapping[str, Any], location: str) -> Row:
         return _with_explicit_prompt(row, [read_content(row["completion"], "completion", location)], "completion", location)
     name = "conversations" if row.get("conversations") is not None else "messages"
     turns = _read_conversation(row, name, location)
-    if isinstance(turns, str):
-        raise UserError(f"{location}: `{name}` must be a list of messages, it is text")
+    assert not isinstance(turns, str)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         problem = f"ends with a turn of {turns[-1]['role']}" if len(turns) > 1 else "has less than two turns"
         raise UserError(
@@ -268,6 +269,8 @@ def _read_conversation(row: Mapping[str, Any], name: str, location: str) -> Cont
     """A field of text or messages; a `system` column becomes the first message, and the text after it the user's."""
     turns = read_content(row[name], name, location)
     if isinstance(turns, str):
+        if name != "prompt":
+            raise UserError(f"{location}: `{name}` must be a list of messages, it is text")
         # Whether a row has the column decides, not whether it is empty there: all rows of a file are then conversations.
         if "system" not in row or not turns:
             return turns

@@ -156,9 +156,14 @@ def check_turn(prompt: list[Message], answers: Sequence[list[Message]], location
     """A prompt that ends with the assistant is the beginning of that turn: every answer must go on with it.
 
     Raises:
-        UserError: where an answer cannot: the prompt calls a tool, or the answer begins with one.
+        UserError: where an answer cannot: the prompt calls a tool, or the answer begins with one that nobody has called.
     """
-    if not prompt or prompt[-1]["role"] != "assistant":
+    last = prompt[-1]["role"] if prompt else None
+    if last not in ("assistant", "tool") and any(answer and answer[0]["role"] == "tool" for answer in answers):
+        raise UserError(
+            f"{location}: an answer begins with a turn of tool, but the assistant has called none; correct or drop the row"
+        )
+    if last != "assistant":
         return
     for answer in answers:
         if prompt[-1].get("tool_calls") and answer and answer[0]["role"] == "assistant":
@@ -284,6 +289,14 @@ def _read_tool_calls(value: object, name: str, location: str) -> list[Any]:
     calls = _decoded(value, f"tool_calls` of `{name}", location)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{location}: `tool_calls` of a message of `{name}` must be a list of objects, it is {calls!r:.60}")
+    for call in calls:
+        called = call["function"] if isinstance(call.get("function"), Mapping) else call
+        arguments = called.get("arguments")
+        if not isinstance(called.get("name"), str) or not (arguments is None or isinstance(arguments, Mapping | str)):
+            raise UserError(
+                f"{location}: a call of `tool_calls` of `{name}` needs a `name` (text) and `arguments` (an object or its "
+                f"JSON), it is {call!r:.60}"
+            )
     return calls
 
 

@@ -13,8 +13,12 @@ def text_pair(prompt: str | None, chosen: str, rejected: str, location: str) -> 
     if prompt is not None:
         return Row((prompt,), (chosen, rejected), conversational=False)
     marks = [(_HUMAN in text, _ASSISTANT in text) for text in (chosen, rejected)]
-    is_empty_side = not chosen.strip() or not rejected.strip()
-    if marks[0] != marks[1] and not is_empty_side:
+    if not chosen.strip() or not rejected.strip():
+        whole = max(chosen, rejected, key=lambda text: len(text.strip()))
+        boundary = whole.rindex(_ASSISTANT) + len(_ASSISTANT) if _HUMAN in whole and _ASSISTANT in whole else 0
+        answers = (chosen[boundary:] if chosen.strip() else "", rejected[boundary:] if rejected.strip() else "")
+        return Row((whole[:boundary],), answers, False, implicit_prompt=not boundary)
+    if marks[0] != marks[1]:
         raise UserError(
             f"{location}: one of `chosen` and `rejected` is a dialogue of {_HUMAN!r} and {_ASSISTANT!r} and the other is "
             "not; correct or drop the row, or add a `prompt` field"

@@ -91,6 +91,9 @@ def test_the_prompt_of_two_texts_is_their_common_beginning_in_whole_words(chosen
     from trl import extract_prompt
 
     row = recognise({"chosen": chosen, "rejected": rejected}, "f:1", allow_no_prompt=True)
+    if not chosen.strip() or not rejected.strip():
+        assert row.reason_to_drop() == "empty completion"
+        return
     (prompt,), (better, worse) = row.prompts, row.completions
     assert (prompt + better, prompt + worse) == (chosen, rejected)
     if better and worse and better[0] != worse[0]:

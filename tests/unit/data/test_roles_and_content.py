@@ -215,6 +215,16 @@ def test_a_dialogue_of_raw_hh_that_ends_with_the_human_is_refused() -> None:
     )
 
 
+def test_an_example_is_the_chosen_answer_though_the_rejected_one_is_empty() -> None:
+    dialogue = "\n\nHuman: Hi\n\nAssistant:"
+    row = recognise({"chosen": f"{dialogue} Hello.", "rejected": " "}, "f:1", Reading("examples"))
+    assert row == Row((dialogue,), (" Hello.",), conversational=False)
+    assert "no prompt" in refusal({"chosen": [ASKED, PEARS], "rejected": []}, "examples")
+    sides = {"chosen": [ASKED, PEARS, ASKED, PLANKS], "rejected": [ASKED, PEARS]}
+    assert "`chosen` has a turn of user" in refusal(sides, "examples")
+    assert "`chosen` has a turn of user" in refusal({"prompt": "Q", "chosen": [ASKED, PEARS], "rejected": []}, "examples")
+
+
 def test_conversations_that_part_in_an_earlier_turn_have_prompts_of_their_own() -> None:
     more = {"role": "user", "content": "And?"}
     chosen, rejected = [ASKED, PEARS, more, PEARS], [ASKED, PLANKS, more, PLANKS]

@@ -208,6 +208,9 @@ def test_rows_that_went_through_arrow_are_the_rows_that_went_in(
         ({"prompt": [{**call("look", {}), "tool_calls": "look"}]}, "`tool_calls` of `prompt` is no valid JSON"),
         ({"prompt": [{**call("look", {}), "tool_calls": {}}]}, "`tool_calls` of a message of `prompt` must be a list"),
         ({"prompt": [{**call("look", {}), "tool_calls": ["look"]}]}, "`tool_calls` of a message of `prompt` must be a list"),
+        ({"prompt": [call(["look"], {})]}, "a call of `tool_calls` of `prompt` needs a `name` (text) and `arguments`"),
+        ({"prompt": [call("look", [1])]}, "a call of `tool_calls` of `prompt` needs a `name` (text) and `arguments`"),
+        ({"prompt": [{**call("look", {}), "tool_calls": [{"a": 1}]}]}, "a call of `tool_calls` of `prompt` needs"),
         ({"prompt": [{**call("look", {}), "tool_calls": []}]}, "a message of `prompt` has no text as its content but None"),
     ],
 )

@@ -176,6 +176,8 @@ def test_aliases_are_written_out_up_to_a_bound(tmp_path: Path) -> None:
     assert "it has more than 10,000 values, aliases written out" in error_of(
         write(tmp_path / "bomb.yaml", f"x0: &x0 [a, a]\n{levels}")
     )
+    for tagged in ("!!timestamp x", "!!timestamp", "!!int x", "!!bool x"):
+        assert "bad.yaml" in error_of(write(tmp_path / "bad.yaml", f"train: {{steps: {tagged}}}\n"))
     assert "a list or mapping contains itself" in error_of(write(tmp_path / "self.yaml", "data: &a {train: [*a]}\n"))
     merged = "train: &t {steps: 3, seed: 1}\neval: {every: 0}\n"
     assert load_config(write(tmp_path / "merged.yaml", merged)).train.steps == 3

@@ -59,7 +59,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "schedule weight_decay betas eps moments_dtype clip_norm recompute recompute_method recompute_num_layers "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",
         "eval": "every pairs",
-        "checkpoint": "every keep resume",
+        "checkpoint": "every keep resume verify asynchronous on_failed_write",
         "logging": "every tensorboard",
     }
     keys = {section: set(names.split()) for section, names in contract.items()}

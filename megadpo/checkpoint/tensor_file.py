@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,21 +32,33 @@ def write_tensor_file(tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
         UserError: the disk is full or refuses; the file is removed.
     """
     names = sorted(tensors, key=lambda name: (FILE_ORDER.index(DTYPE_NAMES[tensors[name].dtype]), name.encode()))
-    hasher = Hasher()
-    try:
-        with path.open("wb", buffering=0) as file:
-            for block in (_header(names, tensors), *(_bytes_of(tensors[name]) for name in names)):
-                for start in range(0, len(block), BLOCK_BYTES):
-                    part = block[start : start + BLOCK_BYTES]
-                    hasher.update(part)
+    content = [_header(names, tensors), *(_bytes_of(tensors[name]) for name in names)]
+    with ThreadPoolExecutor(1, "megadpo-hash") as beside:  # the disk is what takes time
+        record = beside.submit(_record_of, content)
+        try:
+            with path.open("wb", buffering=0) as file:
+                for part in _blocks(content):
                     while part:  # a disk that has filled takes a part of it first
                         part = part[file.write(part) :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        return record.result()
+
+
+def _record_of(content: list[memoryview]) -> FileRecord:
+    hasher = Hasher()
+    for block in _blocks(content):
+        hasher.update(block)
     return hasher.record()
+
+
+def _blocks(content: list[memoryview]) -> Iterator[memoryview]:
+    for piece in content:
+        for start in range(0, len(piece), BLOCK_BYTES):
+            yield piece[start : start + BLOCK_BYTES]
 
 
 def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:

@@ -354,11 +354,14 @@ def _skip_collectives_of_one_rank(models: Sequence[DistributedDataParallel]) -> 
 
 def _join_over_data(parameter: torch.nn.Parameter, owned: slice | None, own: Tensor | None) -> Tensor:
     """A parameter-shaped fp32 tensor from the parts on the data-parallel ranks, bit for bit."""
+    group = replicas_of(parameter)
+    num_replicas = dist.get_world_size(group)
+    if num_replicas == 1 and own is not None and own.numel() == parameter.numel():
+        return own.detach().to(parameter.device, torch.float32, copy=True).view(parameter.shape)
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if owned is not None and own is not None:
         whole[owned] = own
-    group = replicas_of(parameter)
-    if dist.get_world_size(group) > 1:
+    if num_replicas > 1:
         # Each element is set on one rank only; added as integers, even the sign of a zero survives.
         dist.all_reduce(whole.view(torch.int32), group=group)
     return whole.view(parameter.shape)

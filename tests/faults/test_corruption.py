@@ -434,6 +434,12 @@ def test_whole_runs_go_on_from_the_newest_intact_checkpoint_to_the_same_bits(fil
     assert (damaged.parent / "aside-0" / step(6)).is_dir() or list(damaged.parent.glob(f"aside-*/{step(6)}"))
 
 
+def test_a_path_that_is_no_checkpoint_is_refused_at_once_with_the_newest_one_named(files, broken_off):
+    settings = settings_of(files, broken_off, checkpoint={"every": 2, "resume": str(broken_off / "checkpoints" / step(5))})
+    with pytest.raises(UserError, match=rf"step_00000005 is not a checkpoint.*the newest one is .*{step(6)}"):
+        prepare(load_config(settings))
+
+
 def test_a_random_state_of_another_kind_is_refused(broken_off, search, tmp_path):
     root = copied(broken_off, tmp_path / "copy")
     index = json.loads((root / step(6) / "checkpoint.json").read_bytes())

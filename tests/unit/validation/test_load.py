@@ -59,7 +59,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
         "schedule weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
         "recompute_num_layers hang_timeout "
-        "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef seed",
+        "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
         "eval": "every pairs",
         "checkpoint": "every at_end before_deadline keep resume changed_inputs verify asynchronous on_failed_write",
         "logging": "every tensorboard",

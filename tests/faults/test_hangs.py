@@ -38,9 +38,8 @@ def settings(files: Path, output_dir: Path, steps: int = 10**6) -> dict[str, Any
 
 
 def assert_named(files: Path, output_dir: Path, moment: Moment, sentence: str, where: str) -> None:
-    began = time.monotonic()
     status, output = finish(settings(files, output_dir), 2, moment)
-    assert status == 1 and time.monotonic() - began < 60, output
+    assert status == 1, output
     (said,) = [line for line in output.splitlines() if line.startswith("megadpo: hang: ")]
     assert f"rank {moment.rank} (" in said and sentence in said and "rank " not in said.partition("process")[2], said
     stacks = {path.name: path.read_text() for path in (output_dir / "stacks").iterdir()}

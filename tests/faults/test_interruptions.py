@@ -68,13 +68,21 @@ def test_one_interrupt_ends_the_tokenising_workers_in_one_line(files: Path, tmp_
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
-    _, said = process.communicate(timeout=60)
-    took = time.monotonic() - sent
+    try:
+        _, said = process.communicate(timeout=60)
+        took = time.monotonic() - sent
+    finally:
+        deadline = time.monotonic() + 5  # Python's tracker of shared resources ends when it hears nothing more
+        while (left_over := members(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for member in left_over:
+            os.kill(member, signal.SIGKILL)
     assert process.returncode == 130, said
     lines = [line for line in said.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith(f"megadpo: interrupted while {files / 'rows.jsonl'} was tokenised"), said
     assert "nothing was kept" in lines[0] and "the same command goes on there" in lines[0]
-    assert members(process.pid) == [] and took < 5, took  # 2 s where nothing else runs
+    # 2 s, and as many times as long as there are processes to each core: `alone` keeps other tests away, not other programs.
+    assert left_over == [] and took < 2 * max(1, os.getloadavg()[0] / len(os.sched_getaffinity(0))), took
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == [] and not (tmp_path / "run").exists()
 

@@ -15,13 +15,15 @@ import pytest
 from tests.helpers.launched import Moment, finish
 from tests.helpers.runs import run_settings, save_files
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 4.0
 STEP = "megadpo.training.trainer:training_step"
 LONG = {
     "starting": "megadpo.training.reference:build_references",
     "compiling in the first step": STEP,
     "evaluating": "megadpo.training.trainer:evaluation",
-    "saving": "megadpo.training.run_state:write_shard_file",
+    "saving": "megadpo.training.saving:write_shard_file",
     "exporting": "megadpo.training.run_state:write_export_files",
 }
 """What may take as long as it takes."""

@@ -18,6 +18,8 @@ import pytest
 from tests.helpers.launched import Moment, finish
 from tests.helpers.runs import assert_same_weights, read_metrics, run_settings, save_files
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {"tensor": 2}),
     "pipeline": (2, {"pipeline": 2}),
@@ -27,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 FAST = {
     "in the first save": ("pipeline", Moment(operation="open .*step_00000001.tmp/checkpoint.json")),
-    "another rank in a save": ("pipeline", Moment("megadpo.training.run_state:write_shard_file", 2, rank=1)),
+    "another rank in a save": ("pipeline", Moment("megadpo.training.saving:write_shard_file", 2, rank=1)),
     "in the removal of the oldest checkpoint": ("data", Moment(operation="os.remove .*step_00000001.deleted/", count=3)),
     "before the export gets its name": ("deepspeed tensor", Moment(operation="os.rename hf.tmp")),
 }
@@ -40,8 +42,12 @@ RANDOMLY = [
     for moment in [
         *(Moment(count=RANDOM.randint(1, NUM_OPERATIONS)) for _ in range(11)),
         *(
-            Moment(f"megadpo.training.run_state:{name}", count, rank=1, after=RANDOM.choice((0.0, 0.002, 0.01)))
-            for name, count in (("write_shard_file", 1), ("write_shard_file", 3), ("export_policy", 1))
+            Moment(f"megadpo.training.{name}", count, rank=1, after=RANDOM.choice((0.0, 0.002, 0.01)))
+            for name, count in (
+                ("saving:write_shard_file", 1),
+                ("saving:write_shard_file", 3),
+                ("run_state:export_policy", 1),
+            )
         ),
         *(
             Moment("megadpo.training.trainer:training_step", 1, RANDOM.randrange(2), after=RANDOM.uniform(0.05, 1.5))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.marks import all_but_the_first_slow
+from tests.helpers.marks import all_but_a_few_exhaustive
 from tests.helpers.models import hh_rows, save_model
 from tests.helpers.runs import exported_weights, read_metrics, run_settings, save_files, train_run
 from tests.helpers.worlds import run_world
@@ -78,7 +78,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", all_but_the_first_slow(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", all_but_a_few_exhaustive(LAYOUTS, slow=[5]), ids=str)
 def test_a_poisoned_state_is_never_saved_and_the_tensor_and_its_rank_are_named(
     files: Path, tmp_path: Path, layout: tuple[int, dict[str, Any]]
 ) -> None:
@@ -97,6 +97,7 @@ def test_a_poisoned_state_is_never_saved_and_the_tensor_and_its_rank_are_named(
 @pytest.mark.slow
 def test_a_poisoned_model_is_never_exported(files: Path, tmp_path: Path) -> None:
     settings = run_settings(files, tmp_path / "run", train={"steps": 1, "learning_rate": 3e38, "warmup_steps": 0})
+    settings["checkpoint"] = {"at_end": False}  # which would find it first
     (sentence,) = run_world(1, told, settings)
     assert sentence.startswith("the trained model: the weights of model.") and "rank 0, so nothing was written" in sentence
     assert not list((tmp_path / "run").glob("hf*"))
@@ -205,7 +206,7 @@ def saying(settings: dict[str, Any], *arguments: Any) -> tuple[Any, str]:
     return records, said.getvalue()
 
 
-@pytest.mark.parametrize("layout", all_but_the_first_slow(SKIPPING), ids=str)
+@pytest.mark.parametrize("layout", all_but_a_few_exhaustive(SKIPPING, slow=[1, 2, 7]), ids=str)
 def test_a_step_left_out_changes_nothing_and_is_resumed_over(
     files: Path, tmp_path: Path, layout: tuple[int, str, dict[str, Any]]
 ) -> None:
@@ -237,7 +238,7 @@ def test_a_step_left_out_changes_nothing_and_is_resumed_over(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_a_step_left_out_with_offload_to_files_is_the_one_in_memory(files: Path, tmp_path: Path) -> None:
     from megadpo.engine.deepspeed.offload import can_swap_to_nvme, cpu_adam, require_async_io
@@ -317,7 +318,7 @@ def test_what_is_not_finite_is_neither_imported_nor_exported(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj.weight is not finite, so nothing was written"):
         import_hf(model, tmp_path / "bad")
     with pytest.raises(UserError, match=r"good: model.layers.1.mlp.down_proj.weight is not finite"):
-        export_checkpoint(tmp_path / "good", tmp_path / "hf")
+        export_checkpoint(tmp_path / "good", tmp_path / "hf", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "model"]
 
 

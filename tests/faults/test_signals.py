@@ -28,13 +28,15 @@ from tests.helpers.launched import Moment, finish, start
 from tests.helpers.runs import assert_same_weights, read_metrics, run_settings, save_files
 from tests.helpers.worlds import path_with_mpirun, run_world
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED}
 MOMENTS = {
     "start": ("megadpo.training.setup:prepare_groups", 1),
     "step": ("megadpo.training.trainer:training_step", 3),
     "evaluation": ("megadpo.training.global_batch:pack_global_batch", 4),
-    "save": ("megadpo.training.run_state:write_shard_file", 1),
+    "save": ("megadpo.training.saving:write_shard_file", 1),
     "export": ("megadpo.training.run_state:write_export_files", 1),
 }
 """What is called when: the evaluation packs its batches itself, and steps 1 and 2 pack one each before the first of them."""
@@ -107,8 +109,10 @@ def test_a_run_that_is_sent_a_signal_ends_with_its_status_and_goes_on_bit_for_bi
         assert not (tmp_path / "run" / "run.lock").exists() or moment == "start"
     if moment in ("step", "evaluation", "save"):
         saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-        # Rank 1 may be a step further when the launcher has handed the signal on.
-        assert len(saved) == 1 and re.fullmatch(r"step_0000000[234]", saved[0]), output
+        # Rank 1 may be a step further when the launcher has handed the signal on; a save that was being written behind the
+        # loop is there too.
+        assert len(saved) in ((1, 2) if moment == "save" else (1,)), output
+        assert all(re.fullmatch(r"step_0000000[234]", name) for name in saved), output
         assert re.search(r"megadpo: (preempted|interrupted) after step \d of 4: saved", output), output
     status, output = finish(settings(files, tmp_path / "run"), 2)
     assert status == EXIT_FINISHED, output

@@ -214,7 +214,8 @@ def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
     """What ends a run before its last step, told to the user."""
     status, num_steps = run.stopping.agreed, run.setup.num_steps
     assert status is not None
-    what = "saved, and the same command goes on from there" if is_saved else "not saved (checkpoint.at_end is false)"
+    why = "its save failed" if run.setup.config.checkpoint.at_end else "checkpoint.at_end is false"
+    what = "saved, and the same command goes on from there" if is_saved else f"not saved ({why})"
     log(f"{WORDS[status]} after step {done} of {num_steps}: {what}")
     return Stopped(status, is_told=True)
 

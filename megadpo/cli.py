@@ -22,6 +22,7 @@ from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch import supervisor
 from megadpo.launch.mpi import adopt_mpi_environment
+from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
 
 
 class Command(Protocol):
@@ -48,7 +49,10 @@ LATER = ("inspect", "doctor", "eval", "report")
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
-    sys.exit(supervisor.run_as_one(lambda: main(sys.argv[1:])))
+    status = supervisor.run_as_one(lambda: main(sys.argv[1:]))
+    if status in (EXIT_FAILED, EXIT_INTERRUPTED):
+        supervisor.leave_now(status)  # a thread that still writes a checkpoint is not waited for
+    sys.exit(status)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -113,7 +113,7 @@ def run_as_one(main: Callable[[], int]) -> int:
             message += f"\nmegadpo: rank {_rank()} lost another rank of the run; what that one's machine printed says why"
         _print_once(status, message)
     if _world_size() > 1:
-        _leave_now(status)
+        leave_now(status)
     return status
 
 
@@ -141,10 +141,10 @@ def end_for_good(message: str, others: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):
             os.kill(process, signal.SIGKILL)
     if _is_command or _world_size() > 1:
-        _leave_now(EXIT_FAILED)
+        leave_now(EXIT_FAILED)
 
 
-def _leave_now(status: int) -> None:
+def leave_now(status: int) -> None:
     """Ends the process without the clean-up of process groups, which may wait for peers that never answer."""
     for child in multiprocessing.active_children():
         child.terminate()

@@ -23,6 +23,11 @@ def own_part(parameter: Any) -> Tensor:
     return parameter.ds_tensor if is_partitioned(parameter) else parameter.data
 
 
+def place_of_own_part(parameter: Any) -> int:
+    """Which of the equal parts of the flattened parameter `own_part` is, from 0."""
+    return dist.get_rank(parameter.ds_process_group) if is_partitioned(parameter) else 0
+
+
 def whole(parameter: Any) -> Tensor:
     """The whole values; collective over the parameter's data-parallel ranks where it is partitioned."""
     if not is_partitioned(parameter):

@@ -5,6 +5,7 @@ Every function here is collective, and comes to the same on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from megadpo.errors import UserError
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
 from megadpo.parallel.messages import gathered
-from megadpo.parallel.zero3 import own_part
+from megadpo.parallel.zero3 import own_part, place_of_own_part
 from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def require_finite(watch: FiniteWatch, own: Iterable[Part], what: str, abandon: 
 def own_weights(stage: Stage, kind: str = "weights") -> Iterator[Part]:
     """This rank's parts of the weights that a stage computes with."""
     for parameter, shard in stage.parameters.values():
-        yield kind, shard, 0, own_part(parameter)
+        part = own_part(parameter).reshape(-1)
+        start = part.numel() * place_of_own_part(parameter)
+        yield kind, shard, start, part[: max(0, math.prod(shard.shape) - start)]  # without padding
 
 
 def require_finite_logps(

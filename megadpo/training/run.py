@@ -127,8 +127,14 @@ class Run:
             companions=setup.companions,
             hf_config=setup.policy.config,
             log=log,
+            check_owner=self.check_owner,
             on_saved=lambda step, directory: call(self.callbacks.on_save, step, directory),
         )
+
+    def check_owner(self) -> None:
+        """Raises UserError where the output directory is another run's by now; on rank 0, which has the lock."""
+        if self.lock is not None:
+            self.lock.check()
 
     def write(self, record: Metrics) -> None:
         """A record of metrics, to where they go; on rank 0.
@@ -144,15 +150,18 @@ class Run:
                     raise
                 log(f"warning: {error}; going on without the metrics of step {int(record['step'])} there")
 
-    def close(self, has_failed: bool = False) -> None:
+    def close(self, has_failed: bool = False, at_once: bool = False) -> None:
         """End the threads that pack batches and write checkpoints, and write what was not written yet.
+
+        Args:
+            at_once: of a failed run: wait for no save.
 
         Raises:
             UserError: something cannot be written, unless the run `has_failed` for another reason.
         """
         self.batches.close()
         self.references.train.write()
-        self.saver.close(has_failed)
+        self.saver.close(has_failed, at_once)
         for sink in self.sinks:
             try:
                 sink.close()

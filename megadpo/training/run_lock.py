@@ -144,11 +144,7 @@ def _take(directory: Path) -> Owner:
                     f"output_dir: {directory} is in use by another run ({other}); wait until that has ended, end it, or "
                     f"choose another directory{_advice(other, path)}"
                 )
-            file.seek(0)
-            file.truncate()
-            json.dump(asdict(owner), file)
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, owner)
     except OSError as error:
         raise UserError(f"output_dir: {path} cannot be written: {error.strerror}") from error
     return owner
@@ -181,6 +177,14 @@ def _read(file: IO[str]) -> Owner | None:
         return None
 
 
+def _write(file: IO[str], owner: Owner) -> None:
+    file.seek(0)
+    file.truncate()
+    json.dump(asdict(owner), file)
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _is_stale(owner: Owner, path: Path) -> bool:
     alive = owner.is_alive()
     return _seconds_since_touch(path) > SECONDS_UNTIL_STALE if alive is None else not alive
@@ -210,6 +214,8 @@ def _touch(lock: Lock, ended: threading.Event) -> None:
             if found is not None and found != lock.owner:
                 lock.taken_by = found
                 return
+            if found is None:  # somebody has removed it: an empty one would be free for all
+                _write(file, lock.owner)
             os.utime(path)
 
 

@@ -197,6 +197,8 @@ def export_policy(run: Run) -> Path:
             advice = _advice(setup.output_dir / "checkpoints")
             require_finite(watch, own_weights(run.engine.stage), "the trained model", lambda: abandon(directory), advice)
         if is_first and problem is None:
+            problem = problem_of(run.check_owner)
+        if is_first and problem is None:
             problem = problem_of(lambda: finish_export(export, directory, setup.companions))
         if is_first and problem is not None:
             abandon(directory)

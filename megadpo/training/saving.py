@@ -63,12 +63,13 @@ class Save:
 
 @dataclass
 class Saver:
-    """The saves of a run. Every method is collective.
+    """The saves of a run. Every method but `report` is collective.
 
     Attributes:
         root: where the checkpoints are.
         companions, hf_config: what else is in them.
         log: shows the user a line.
+        check_owner: raises UserError where the run's directory is another run's by now; called on rank 0.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
         last_step: of the newest checkpoint that this run has written, once `on_saved` was called.
         longest_seconds: that a save has taken to be written.
@@ -79,6 +80,7 @@ class Saver:
     companions: Companions
     hf_config: PretrainedConfig
     log: Callable[[str], None]
+    check_owner: Callable[[], None]
     on_saved: Callable[[int, Path], None]
     last_step: int | None = None
     longest_seconds: float = 0.0
@@ -86,6 +88,7 @@ class Saver:
     _group: dist.ProcessGroup | None = field(default=None, init=False)
     _in_flight: tuple[int, Future[str | None]] | None = field(default=None, init=False)
     _is_asynchronous: bool | None = field(default=None, init=False)
+    _not_removed: str | None = field(default=None, init=False)
     _pinned: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False)
 
     def save(self, save: Save, num_bytes: int) -> Path:
@@ -109,10 +112,18 @@ class Saver:
             self._ended(save.step, self._write(save))
         return step_directory(self.root, save.step)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether there is a save behind the loop of which the loop does not know yet that it has ended."""
+        return self._in_flight is not None
+
     def report(self) -> None:
-        """Call `on_saved` where the save behind the loop has ended by now. Waits for nothing."""
-        if self._in_flight is not None and self._in_flight[1].done():
-            self.finish()
+        """Call `on_saved` where the save behind the loop has ended well by now. Waits for nothing, and is not collective:
+        ranks see the end at different steps, so that a failure is told by the next method that all of them call."""
+        if self._in_flight is not None:
+            written = self._in_flight[1]
+            if written.done() and written.exception() is None and written.result() is None:
+                self.finish()
 
     def finish(self) -> None:
         """Wait for the save that is being written behind the loop, if there is one.
@@ -124,16 +135,17 @@ class Saver:
             (step, written), self._in_flight = self._in_flight, None
             self._ended(step, written.result())
 
-    def close(self, has_failed: bool = False) -> None:
+    def close(self, has_failed: bool = False, at_once: bool = False) -> None:
         """End the thread, when it has written what it is writing.
 
         Args:
             has_failed: the run ends with an error; the save is given some time, and what comes of it is not said.
+            at_once: or no time.
         """
         if self._pool is None:
             return
         if has_failed:
-            if self._in_flight is not None:
+            if self._in_flight is not None and not at_once:
                 concurrent.futures.wait([self._in_flight[1]], SECONDS_FOR_A_SAVE_OF_A_FAILED_RUN)
             self._pool.shutdown(wait=False)
             return
@@ -201,13 +213,16 @@ class Saver:
             save.check(lambda: abandon(directory))
         if is_first:
             if problem is None:
+                problem = problem_of(self.check_owner)
+            if problem is None:
                 manifests = [manifest for _, manifest in answers]
                 problem = problem_of(lambda: commit(directory, manifests, save.state, self.companions, self.hf_config))
             if problem is not None:
                 abandon(directory)
-            else:
-                problem = problem_of(lambda: self._remove_oldest(save.step))
-        return first_problem(problem, self._group)
+        problem = first_problem(problem, self._group)
+        if is_first and problem is None:
+            self._not_removed = problem_of(lambda: self._remove_oldest(save.step))
+        return problem
 
     def _remove_oldest(self, step: int) -> None:
         earlier = [path for path in step_checkpoints(self.root) if (step_of(path) or 0) <= step]
@@ -217,6 +232,8 @@ class Saver:
 
     def _ended(self, step: int, problem: str | None) -> None:
         if problem is None:
+            if self._not_removed is not None:
+                self.log(f"warning: an old checkpoint stays: {self._not_removed}")
             self.last_step = step
             self.on_saved(step, step_directory(self.root, step))
         elif self.options.on_failed_write == "skip":

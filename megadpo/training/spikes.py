@@ -72,8 +72,8 @@ class SpikeWatch:
     def state(self) -> dict[str, Any]:
         """What `load` takes, as JSON."""
         return {
-            "losses": self.losses,
-            "norms": self.norms,
+            "losses": list(self.losses),  # a checkpoint may be written while the run goes on
+            "norms": list(self.norms),
             "num_left_out": self.num_left_out,
             "num_in_a_row": self.num_in_a_row,
         }

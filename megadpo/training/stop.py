@@ -53,6 +53,13 @@ class Deadline:
 
 
 @dataclass
+class Timed:
+    """Whether what was timed has ended."""
+
+    counts: bool = True
+
+
+@dataclass
 class Stopping:
     """Whether the run is to stop, on this rank and as all have agreed.
 
@@ -89,11 +96,12 @@ class Stopping:
         return self.agreed is not None
 
     @contextmanager
-    def save_timed(self) -> Iterator[None]:
-        """Around a save."""
-        started = time.monotonic()
-        yield
-        self.save_took(time.monotonic() - started)
+    def save_timed(self) -> Iterator[Timed]:
+        """Around a save, which may say that it only began within."""
+        started, timed = time.monotonic(), Timed()
+        yield timed
+        if timed.counts:
+            self.save_took(time.monotonic() - started)
 
     def save_took(self, seconds: float) -> None:
         """Takes how long a save was, from its beginning until it was on the disk."""

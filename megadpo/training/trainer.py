@@ -79,7 +79,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             try:
                 metrics = training_loop(run)
             except BaseException as error:
-                run.close(has_failed=not isinstance(error, Stopped))
+                run.close(has_failed=not isinstance(error, Stopped), at_once=isinstance(error, KeyboardInterrupt))
                 raise
             run.close()
             model_path = export(run)
@@ -185,7 +185,11 @@ def training_loop(run: Run) -> Metrics:
         if run.stopping.agreed is not None and (is_saved or not is_last):
             raise stopped(run, done, is_saved)
         run.saver.report()
+        if run.saver.longest_seconds:
+            run.stopping.save_took(run.saver.longest_seconds)
     run.saver.finish()
+    if run.evaluation_due:
+        log("warning: the last evaluation was left out, for the run was told to stop")
     return run.metrics
 
 
@@ -196,14 +200,13 @@ def save_where_due(run: Run, done: int, is_last: bool) -> bool:
     options, ends = run.setup.config.checkpoint, is_last or run.stopping.agreed is not None
     if not (options.every and done % options.every == 0) and not (options.at_end and ends):
         return False
-    if run.lock is not None:
-        run.lock.check()
+    run.check_owner()
     run.progress.begin("saving")
-    with run.stopping.save_timed():
+    with run.stopping.save_timed() as timed:
         save(run, done)
         if ends:
             run.saver.finish()
-    run.stopping.save_took(run.saver.longest_seconds)
+        timed.counts = not run.saver.is_writing
     run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
     if run.stopping.agreed is not None:
         run.saver.finish()

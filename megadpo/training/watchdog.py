@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from megadpo.launch.supervisor import end_for_good
 from megadpo.parallel.world import rank, world_size
+from megadpo.platform.rendezvous import LOOPBACK, is_alone
 
 MEMORY_FILE = "megadpo-stacks"
 UNTIMED = ("starting", "first step", "between steps", "evaluating", "saving", "exporting")
@@ -255,8 +256,10 @@ def _key(number: int) -> str:
 
 def own_store() -> dist.Store:
     """A connection of one's own to the store where the processes have met: what waits on it keeps nobody else waiting."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(days=1))
+    host, port = LOOPBACK if is_alone() else os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
+    store.set_timeout(timedelta(days=1))
+    return store
 
 
 def _memory_file() -> int:

@@ -51,3 +51,11 @@ def test_a_watch_that_goes_on_decides_as_the_one_that_never_stopped() -> None:
     assert other == one and other.num_left_out == 1
     other.load({})
     assert other == SpikeWatch(6.0)
+
+
+def test_a_state_stays_what_it_was_while_the_watch_goes_on() -> None:
+    watch = after(40)
+    state = watch.state()
+    written = json.dumps(state)
+    watch.spike(0.7, 2.0)
+    assert json.dumps(state) == written

@@ -20,6 +20,7 @@ PATTERNS = (
     "merges.txt",
     "*.model",
     "tekken.json",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",

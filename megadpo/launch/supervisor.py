@@ -399,7 +399,9 @@ def _hand_on(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[signa
         if signals[: place + 1].count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
         if place == 0:
-            print(f"megadpo: {signals[0].name}: the run ends once its step is done and saved", file=sys.stderr, flush=True)
+            more = "; once more ends it at once" if signals[0] == signal.SIGINT else ""
+            said = f"megadpo: {signals[0].name}: the run ends once its step is done and saved{more}"
+            print(said, file=sys.stderr, flush=True)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(signals[place])

@@ -153,7 +153,9 @@ def training_loop(run: Run) -> Metrics:
     setup, config = run.setup, run.setup.config
     first_step = resume(run) if setup.resume else 0
     if rank() == 0:
-        set_aside_later(setup.output_dir / "checkpoints", first_step)
+        root = setup.output_dir / "checkpoints"
+        is_own = setup.resume is not None and setup.resume.resolve().parent == root.resolve()
+        set_aside_later(root, first_step if is_own else 0)  # what did not come of this beginning is another way's
         for path in remove_leftovers(setup.output_dir):
             log(f"removed {path}, which a run that was killed had left")
         run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)

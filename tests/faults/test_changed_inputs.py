@@ -126,6 +126,9 @@ def test_the_same_command_again_never_loses_what_came_of_it(tmp_path: Path) -> N
     records = run_world(1, train_each, [again, again])[0]
     assert records[0] == records[1] == whole[7:]
     assert [path.name for path in sorted((tmp_path / "second" / "checkpoints").iterdir())] == ["step_00000008"]
+    # Another beginning: what came of the first one is set aside, even where it is no later.
+    run_world(1, train_run, run("second", 8, str(first / "checkpoints" / "step_00000008")))
+    assert [path.parent.name for path in (tmp_path / "second").rglob("step_00000008")] == ["aside-1"]
 
 
 @pytest.mark.slow

@@ -146,20 +146,17 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
     return written
 
 
-def finish_export(
-    plan: ExportPlan, directory: Path, hf_source: str | Path | Companions, chat_template: str | None = None
-) -> None:
+def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Companions) -> None:
     """Write index and config, tokenizer, generation config and chat template, and give the directory its name.
 
     Args:
         hf_source: the companions of the model that training began with, or its directory, or one of our checkpoints.
-        chat_template: the one that was trained with, where it is not the tokenizer's own and `hf_source` is a directory.
 
     Raises:
         ValueError: a planned file was not written.
         UserError: the disk is full or refuses.
     """
-    partial, companions = staging(directory), companions_of(hf_source, chat_template)
+    partial, companions = staging(directory), companions_of(hf_source)
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")

@@ -138,7 +138,6 @@ def commit(
     state: dict[str, Any],
     hf_source: str | Path | Companions,
     hf_config: PretrainedConfig | None = None,
-    chat_template: str | None = None,
 ) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
@@ -148,13 +147,12 @@ def commit(
         hf_source: config and tokenizer, kept in memory, or where they are: a Hugging Face directory or a checkpoint.
         hf_config: the model's config, where it is another than the one there (a reward model made of a language model);
             needed where `hf_source` is no directory.
-        chat_template: the one that is trained with, where it is not the tokenizer's own and `hf_source` is a directory.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
         UserError: the disk is full or refuses.
     """
-    directory, companions = Path(directory), companions_of(hf_source, chat_template)
+    directory, companions = Path(directory), companions_of(hf_source)
     files: dict[str, Any] = {}
     tensors: dict[str, dict[str, dict[str, Any]]] = {}
     for manifest in manifests:

@@ -62,12 +62,15 @@ def cause(engine: Engine, groups: GroupStore, result: StepResult) -> str:
     return ""
 
 
-def require_finite(watch: FiniteWatch, own: Iterable[Part], what: str, abandon: Callable[[], None], advice: str) -> None:
+def require_finite(
+    watch: FiniteWatch, own: Iterable[Part], what: str, abandon: Callable[[], None], advice: Callable[[], str]
+) -> None:
     """Refuse to publish what `watch` has seen on any rank, where it is not finite.
 
     Args:
         own: this rank's parts of it, which are looked at one by one where `watch` has a suspicion.
         abandon: removes what has been written; called on rank 0.
+        advice: the end of the sentence.
 
     Raises:
         UserError: on every rank: the tensor, and the rank whose part of it is not finite.
@@ -83,7 +86,7 @@ def require_finite(watch: FiniteWatch, own: Iterable[Part], what: str, abandon: 
     if dist.get_rank() == 0:
         abandon()
     dist.barrier()
-    raise UserError(f"{what}: the {found[ranks[0]]} are not finite on rank {ranks[0]}, so nothing was written; {advice}")
+    raise UserError(f"{what}: the {found[ranks[0]]} are not finite on rank {ranks[0]}, so nothing was written; {advice()}")
 
 
 def own_weights(stage: Stage, kind: str = "weights") -> Iterator[Part]:

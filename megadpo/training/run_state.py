@@ -71,8 +71,7 @@ def save(run: Run, step: int) -> Path:
     watch = FiniteWatch()
 
     def check(abandon: Callable[[], None]) -> None:
-        advice = _advice(setup.output_dir / "checkpoints")
-        require_finite(watch, _own_state(run), f"step {step}", abandon, advice)
+        require_finite(watch, _own_state(run), f"step {step}", abandon, lambda: _advice(run))
 
     return run.saver.save(Save(step, name, _seen(_owned_state(run), watch), state, check), _num_bytes(run))
 
@@ -121,8 +120,8 @@ def _own_state(run: Run) -> Iterator[Part]:
         yield from own_weights(run.references.train.stage, "reference's weights")
 
 
-def _advice(root: Path) -> str:
-    newest = newest_that_opens([root])
+def _advice(run: Run) -> str:
+    newest = newest_that_opens([run.setup.output_dir / "checkpoints"])
     earlier = "there is no earlier checkpoint" if newest is None else f"{newest} is the last intact checkpoint"
     return f"{earlier}; lower train.learning_rate"
 
@@ -194,8 +193,8 @@ def export_policy(run: Run) -> Path:
             pass
         problem = first_problem(problem)
         if problem is None:
-            advice = _advice(setup.output_dir / "checkpoints")
-            require_finite(watch, own_weights(run.engine.stage), "the trained model", lambda: abandon(directory), advice)
+            own = own_weights(run.engine.stage)
+            require_finite(watch, own, "the trained model", lambda: abandon(directory), lambda: _advice(run))
         if is_first and problem is None:
             problem = problem_of(run.check_owner)
         if is_first and problem is None:

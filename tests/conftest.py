@@ -51,7 +51,7 @@ LOCKS = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="the attacks of tests/faults in full number, too (an hour)")
+    parser.addoption("--exhaustive", action="store_true", help="the tests that are marked exhaustive, too")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -64,7 +64,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes longest first; each file's tests keep their order. Attacks in full number only where they are asked for."""
+    """What takes longest first; each file's tests keep their order. Exhaustive ones only where they are asked for."""
 
     def rank(item: pytest.Item) -> int:
         name = f"{item.path.as_posix()}::{item.nodeid.partition('::')[2]}"

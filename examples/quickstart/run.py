@@ -77,16 +77,13 @@ def main() -> None:
     megadpo("train", config_file, "--nproc", NUM_PROCESSES)
 
     say("5. Held-out pairs: how far does the trained model move towards the chosen answers?")
-    trained_directory = run_directory / "hf"
-    margins = reward_margins(
-        policy=log_probs(trained_directory, held_out_file, output),
-        reference=log_probs(warm_directory, held_out_file, output),
-    )
-    accuracy = sum(margin > 0 for margin in margins) / len(margins)
-    print(f"  margin before the first update (training pairs): {first_margin(run_directory)}")
-    print(f"  margin after training (held-out pairs): {sum(margins) / len(margins):.2f}")
+    first, last = first_and_last_record(run_directory)
+    accuracy = last["eval_rewards/accuracies"]
+    print(f"  margin before the first update (training pairs): {first['rewards/margins']}")
+    print(f"  margin after training (held-out pairs): {last['eval_rewards/margins']:.2f}")
 
     say("6. Held-out prompts: the trained model, loaded in transformers, answers them")
+    trained_directory = run_directory / "hf"
     trained = AutoModelForCausalLM.from_pretrained(trained_directory, dtype=torch.float32)
     right_after = share_right(trained, AutoTokenizer.from_pretrained(trained_directory), prompts)
     print(f"  right answers: {right_before:.1%} before DPO, {right_after:.1%} after")
@@ -148,26 +145,10 @@ def megadpo(*arguments: object) -> None:
         sys.exit(status)
 
 
-def log_probs(model: Path, pairs: Path, output: Path) -> list[dict[str, float]]:
-    """A line a pair from `megadpo logprobs`: chosen_logp, rejected_logp, and more."""
-    lines = output / f"logprobs_{model.name}.jsonl"
-    options = ("model.dtype=fp32", "data.num_workers=1", f"data.cache_dir={json.dumps(str(output / 'cache'))}")
-    megadpo("logprobs", "--model", model, "--data", pairs, "--out", lines, "--force", *options)
-    return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-
-
-def reward_margins(policy: list[dict[str, float]], reference: list[dict[str, float]]) -> list[float]:
-    """DPO's reward of the chosen answer less that of the rejected one, pair by pair."""
-    return [
-        BETA * ((p["chosen_logp"] - r["chosen_logp"]) - (p["rejected_logp"] - r["rejected_logp"]))
-        for p, r in zip(policy, reference, strict=True)
-    ]
-
-
-def first_margin(run_directory: Path) -> float:
-    """The mean reward margin of the first step: its batch is measured before anything is updated."""
-    with (run_directory / "metrics.jsonl").open(encoding="utf-8") as lines:
-        return float(json.loads(next(lines))["rewards/margins"])
+def first_and_last_record(run_directory: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the first step, whose batch is measured before any update, and of the last, with the evaluation."""
+    lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[0]), json.loads(lines[-1])
 
 
 def say(sentence: str) -> None:

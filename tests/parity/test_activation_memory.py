@@ -38,9 +38,8 @@ MEGATRONS, OURS = PipelineScheduleConfig(), PipelineScheduleConfig("1f1b")
 CASES = {
     1: [(Layout(), MEGATRONS, [CHEAP, SELECTIVE, FULL, PAIRS, BLOCK, "none", "small", "full"])],
     2: [
-        (Layout(tensor=2, sequence=True), MEGATRONS, [CHEAP, SELECTIVE, BLOCK, "small", "selective"]),
-        (Layout(pipeline=2), MEGATRONS, [CHEAP, PAIRS, BLOCK, "none", "full"]),
-        (Layout(pipeline=2, virtual=2), MEGATRONS, [CHEAP, SELECTIVE, PAIRS, "none"]),
+        (Layout(tensor=2, sequence=True), MEGATRONS, [CHEAP, BLOCK, "small", "selective"]),
+        (Layout(pipeline=2, virtual=2), MEGATRONS, [CHEAP, SELECTIVE, PAIRS, "full"]),
         (Layout(pipeline=2, virtual=2), OURS, [CHEAP, FULL, "none"]),
     ],
 }

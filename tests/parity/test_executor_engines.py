@@ -22,7 +22,7 @@ ZERO = {
 }
 
 
-@pytest.mark.parametrize("size", ZERO)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_deepspeed_gives_the_same_bits_under_either_schedule(tmp_path, size):
     pytest.importorskip("deepspeed")
     policy = save_model(tmp_path / "policy", num_hidden_layers=size, tie_word_embeddings=True, tokenizer=False)
@@ -35,7 +35,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("size", EXPERTS)
+@pytest.mark.parametrize("size", [4, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_experts_and_their_balancing_loss_too(tmp_path, size):
     policy = save_model(tmp_path / "policy", "mixtral", num_hidden_layers=2, tokenizer=False)
     check(run_world(size, compared, policy, policy, random_groups(18, seed=3), EXPERTS[size]), EXPERTS[size])

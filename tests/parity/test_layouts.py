@@ -151,7 +151,11 @@ MANY_STAGES = {
 
 @pytest.fixture(
     scope="module",
-    params=[(layers, tied) for tied in (False, True) for layers in (2, 4)],
+    params=[
+        (2, False),
+        (4, True),
+        *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in ((2, True), (4, False))),
+    ],
     ids=lambda param: f"{'tied' if param[1] else 'untied'}, {param[0]} layers",
 )
 def trained(request, tmp_path_factory):

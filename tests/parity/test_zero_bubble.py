@@ -20,7 +20,6 @@ CASES = {
     4: [
         Case(Layout(pipeline=4)),
         Case(Layout(pipeline=2, tensor=2, sequence=True), recompute="selective"),
-        Case(Layout(pipeline=2, tensor=2, sequence=False)),
         Case(Layout(pipeline=2, data=2), overlap=True),
         Case(Layout(pipeline=2, context=2, context_method="allgather")),
     ],

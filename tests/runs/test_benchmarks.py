@@ -102,6 +102,7 @@ def test_head_memory_stays_while_the_plain_way_grows(tmp_path):
         assert half["time_ratio"] > 0 and half["memory_ratio"] > 0
 
 
+@pytest.mark.exhaustive
 def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path):
     sizes = ("--tokens", "4096", "--prompt", "256", "--response", "128", "--hidden", "64", "--layers", "2")
     report = _report("context_memory", tmp_path, *sizes, "--heads", "4", "--key-value-heads", "4")
@@ -137,6 +138,7 @@ def test_a_step_on_many_gpus_is_predicted_and_a_small_machine_refused(tmp_path):
         assert math.isclose(step["seconds"], sum(step["seconds_by"].values())) and 0 < step["mfu"] < 1
 
 
+@pytest.mark.exhaustive
 def test_coupled_objectives_take_turns_with_their_uncoupled_relatives(tmp_path):
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "4", "--vocabulary", "2000")
     report = _forked_report("coupled", tmp_path, "--tiny", *sizes)
@@ -178,6 +180,7 @@ def test_simulated_idle_shares_are_those_of_the_documentation():
             assert any(len(cells) == len(row) and all(map(says, cells, row)) for cells in documented), row
 
 
+@pytest.mark.exhaustive
 def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--rounds", "1", "--warm-up", "0", "--steps", "2", "--pairs", "2", "--vocabulary", "1000")
@@ -187,6 +190,7 @@ def test_whole_epochs_of_both_trainers_with_a_cached_reference_take_turns(tmp_pa
     assert point["speedup"] > 0
 
 
+@pytest.mark.exhaustive
 def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_processes(tmp_path):
     sizes = ("--rounds", "1", "--factors", "1", "2", "--hidden", "32")
     report = _report("scaling", tmp_path, "--tiny", *sizes)
@@ -204,6 +208,7 @@ def test_attention_is_timed_and_weighed_every_way(tmp_path):
     assert point["ratios"]["cpu_flash"] == 1
 
 
+@pytest.mark.exhaustive
 def test_memory_of_a_long_pair_is_measured_drawn_and_gone_on_from(tmp_path):
     known = {"arm": "context 2", "tokens": 256, "peak_gib": [0.25, 0.25], "sum_gib": 0.5, "seconds": 1.0}
     (tmp_path / "long_context.json").write_text(json.dumps({"points": [known]}))
@@ -228,6 +233,7 @@ def test_recomputing_and_offloading_keep_little_and_the_report_has_memory_and_ti
     assert all(point["time_ratio"] > 0 for point in report["points"])
 
 
+@pytest.mark.exhaustive
 def test_bf16_and_fp32_steps_take_turns(tmp_path):
     sizes = ("--rounds", "2", "--pairs", "4", "--vocabulary", "2000")
     report = _forked_report("precision", tmp_path, "--tiny", "--steps-only", *sizes)

@@ -28,7 +28,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("num_processes", "parallel", "dtype", "moments"),
     [
-        pytest.param(2, {"tensor": 2}, "fp32", "fp32", marks=pytest.mark.slow),
+        pytest.param(2, {"tensor": 2}, "fp32", "fp32", marks=pytest.mark.exhaustive),
         pytest.param(2, {"pipeline": 2}, "bf16", "fp32", marks=pytest.mark.slow),
         pytest.param(2, {}, "bf16", "bf16", marks=pytest.mark.slow),
     ],

@@ -175,7 +175,7 @@ def check(runs: list[subprocess.Popen[str]], directory: Path, alone: list[dict[s
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_run_over_two_machines_gives_the_metrics_of_one_process(nodes, files, config, alone, pipeline):
     name = f"pipeline {pipeline}"
     runs = on_both(nodes, config, overrides(files, name, **{"parallel.pipeline": pipeline}))
@@ -191,7 +191,13 @@ def test_so_does_a_run_over_the_machines_of_a_hostfile(nodes, files, config, alo
     check(runs, files / launcher, alone)
 
 
-@pytest.mark.parametrize(("kind", "shell"), [("openmpi", "OMPI_MCA_plm_rsh_agent"), ("mpich", "HYDRA_LAUNCHER_EXEC")])
+@pytest.mark.parametrize(
+    ("kind", "shell"),
+    [
+        ("openmpi", "OMPI_MCA_plm_rsh_agent"),
+        pytest.param("mpich", "HYDRA_LAUNCHER_EXEC", marks=pytest.mark.exhaustive),  # on one machine in test_launchers.py
+    ],
+)
 def test_so_does_mpirun_which_is_started_once_and_reaches_the_other_machine_itself(
     nodes, files, config, alone, tmp_path, kind, shell
 ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import importlib
 import mmap
 import os
 import resource
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch.utils import cpp_extension
 
 from megadpo.errors import UserError, first_line
+from megadpo.platform.patches import patch, patches_undone
 
 _held: dict[Path, TextIO] = {}
 
@@ -124,7 +126,16 @@ def _load(builder: Any, *names: str) -> None:
                     "program is just compiling it; unless one is, remove that file and start again"
                 )
         _put_own_programs_first()
-        builder.load(verbose=False)
+        with patches_undone():
+            _ask_lscpu(builder)
+            builder.load(verbose=False)
+
+
+def _ask_lscpu(builder: Any) -> None:
+    """Which processor this is, DeepSpeed asks py-cpuinfo, which takes seconds, and else `lscpu`, which takes none."""
+    known = builder._backup_cpuinfo() if shutil.which("lscpu") else None
+    if known is not None and known["arch"]:
+        patch(importlib.import_module("cpuinfo"), "get_cpu_info", lambda: known)
 
 
 def _put_own_programs_first() -> None:

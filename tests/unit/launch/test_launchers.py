@@ -275,15 +275,15 @@ def test_a_local_rank_that_no_launcher_gave_is_refused(argument: str, environ: d
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.slow
+@pytest.mark.exhaustive  # over two machines in tests/runs/test_two_nodes.py, which needs network namespaces
 def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str) -> None:
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
     train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", launcher, "--nproc", "2"])
 
 
-@pytest.mark.parametrize("kind", ["openmpi", "mpich"])
-@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mpich", pytest.param("openmpi", marks=pytest.mark.exhaustive)])
+@pytest.mark.slow  # Open MPI's over two machines in tests/runs/test_two_nodes.py
 def test_mpirun_really_trains_on_two_processes(tmp_path: Path, kind: str) -> None:
     path = path_with_mpirun(tmp_path, kind)
     train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", "mpirun", "--nproc", "2"], PATH=path)

@@ -72,7 +72,13 @@ def test_what_is_exported_gives_in_transformers_the_rewards_that_training_saw(
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"tensor": 2, "sequence": False}, {"tensor": 2}, {"pipeline": 2}, {}], ids=["tp", "tp-sp", "pp", "dp"]
+    "parallel",
+    [
+        {"tensor": 2},
+        {"pipeline": 2},
+        *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ({"tensor": 2, "sequence": False}, {})),
+    ],
+    ids=["tp-sp", "pp", "tp", "dp"],
 )
 def test_the_layout_changes_nothing(
     parallel: dict[str, Any], files: Path, alone: tuple[list[dict[str, float]], Path], tmp_path: Path
@@ -86,7 +92,7 @@ def test_the_layout_changes_nothing(
     load_reward_model(tmp_path / "run" / "hf")
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, pytest.param({"tensor": 2}, marks=pytest.mark.exhaustive)])
 def test_a_broken_run_goes_on_bit_for_bit_in_its_layout(parallel: dict[str, Any], files: Path, tmp_path: Path) -> None:
     def settings(name: str) -> dict[str, Any]:
         return settings_of(files, tmp_path / name, parallel=parallel, checkpoint={"every": 3})

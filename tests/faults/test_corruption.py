@@ -411,6 +411,7 @@ def _each_heard(runs: list[dict[str, Any]]) -> list[tuple[list[dict[str, float]]
     return [_heard(settings) for settings in runs]
 
 
+@pytest.mark.slow
 def test_whole_runs_go_on_from_the_newest_intact_checkpoint_to_the_same_bits(files, broken_off, tmp_path):
     """On two ranks: with the damaged one asked for, with the newest damaged, and without any checkpoint."""
     parallel = {"parallel": {"tensor": 2}}

@@ -135,6 +135,7 @@ def filled_disks(numbers: range, files: Path, tmp_path: Path) -> None:
             assert_same_weights(Path(settings["output_dir"]), tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_is_one_sentence_and_the_run_goes_on_when_there_is_room(files, tmp_path):
     filled_disks(range(0, NUM_ALL, NUM_ALL // NUM_FAST), files, tmp_path)
 

@@ -50,6 +50,7 @@ def members(group: int) -> list[int]:
 @pytest.mark.parametrize(
     "delay", [3.0, *(pytest.param(seconds, marks=pytest.mark.exhaustive) for seconds in (0.5, 1, 2, 4, 6, 9, 12, 15))]
 )
+@pytest.mark.slow
 def test_one_interrupt_ends_the_tokenising_workers_in_one_line(files: Path, tmp_path: Path, delay: float) -> None:
     """Case 31: the group gets one SIGINT, this long after the first worker is there (the first ones: while they start)."""
     command = [sys.executable, "-m", "megadpo", "train", str(files / "run.yaml")]

@@ -55,6 +55,7 @@ def test_a_resumed_run_that_runs_ahead_gives_the_bits_of_megatrons_schedule(file
         assert record == pytest.approx(whole, rel=1e-4, abs=1e-6), "over several steps"
 
 
+@pytest.mark.slow
 def test_kto_s_kl_is_computed_before_the_interleaved_step(files: Path, tmp_path: Path) -> None:
     def settings(name: str, schedule: dict[str, str]) -> dict[str, Any]:
         return run_settings(

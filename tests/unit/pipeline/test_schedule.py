@@ -153,6 +153,7 @@ def test_halves_halve_the_bubble_of_1f1b_at_any_depth(num_stages: int, num_micro
 @settings(max_examples=4, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 10_000))
 @example(64, 10_000)
+@pytest.mark.slow
 def test_a_million_operations_are_placed_in_time_in_seconds(num_stages: int, num_micro_batches: int) -> None:
     started = time.process_time()
     timing = simulate(one_forward_one_backward(num_stages, num_micro_batches), Costs())

@@ -28,6 +28,7 @@ def _meet_all_but_one(missing: int) -> str:
 
 
 @pytest.mark.alone  # all but one come within 3 s
+@pytest.mark.slow
 def test_every_rank_that_came_names_the_one_that_did_not() -> None:
     for told in run_world(3, _meet_all_but_one, 2):
         assert told.startswith("rank 2 (node 1) of 4 did not come to 127.0.0.1:"), told

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megadpo.errors import UserError
+from megadpo.launch.foreign import ancestors, foreign_launcher
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.launch.supervisor import ancestors, foreign_launcher
 from megadpo.platform.device import compute_device
 from megadpo.training.saving import SaveTimes
 

@@ -22,7 +22,7 @@ import numpy as np
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
 from megadpo.launch.signals import WORDS, Stopped, noting
-from megadpo.launch.supervisor import FAILURE_FILE
+from megadpo.launch.worker import FAILURE_FILE
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput

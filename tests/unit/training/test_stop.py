@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from megadpo.launch.foreign import ancestors
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.launch.supervisor import ancestors
 from megadpo.training.saving import SaveTimes
 from megadpo.training.stop import Deadline, Stopping, deadline_of
 

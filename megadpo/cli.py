@@ -20,9 +20,10 @@ from megadpo import __version__
 from megadpo.commands import convert, logprobs, plan, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
-from megadpo.launch import supervisor
+from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
+from megadpo.launch.worker import leave_now, run_as_one
 
 
 class Command(Protocol):
@@ -49,18 +50,18 @@ LATER = ("inspect", "doctor", "eval", "report")
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
-    status = supervisor.run_as_one(lambda: main(sys.argv[1:]))
+    status = run_as_one(lambda: main(sys.argv[1:]))
     if status in (EXIT_FAILED, EXIT_INTERRUPTED):
-        supervisor.leave_now(status)  # a thread that still writes a checkpoint is not waited for
+        leave_now(status)  # a thread that still writes a checkpoint is not waited for
     sys.exit(status)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status. Raises UserError for anything the user can put right."""
-    argv = supervisor.adopt_deepspeed_arguments(argv, os.environ)
+    argv = adopt_deepspeed_arguments(argv, os.environ)
     # mpirun reaches other machines through srun, whose variables are then those of mpirun's own helpers.
     adopt_mpi_environment(os.environ)
-    supervisor.adopt_slurm_environment(os.environ)
+    adopt_slurm_environment(os.environ)
     if argv and argv[0] in LATER:
         raise UserError(f"the command {argv[0]!r} is not available in this version of megadpo; see megadpo --help")
     arguments = parser().parse_args(argv)

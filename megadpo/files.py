@@ -1,16 +1,30 @@
-"""Directories that a user names, made or refused in one sentence; files that are there whole or not at all."""
+"""Directories that a user names, made or refused in one sentence; files that are there whole or not at all; JSON that
+has its own hash."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from megadpo.errors import UserError
+
+ALGORITHM = "xxh3_128"
+"""XXH3 of 128 bits finds whatever disks, networks and half-done copies do, at the speed of memory (13 GB/s where blake2b
+does 0.6). It is no seal against somebody who means to deceive, who would write its hash as well."""
+SEAL = f'{{"{ALGORITHM}": "'.encode()
+"""What a sealed JSON file begins with; then come the hash, in hexadecimal, of all bytes after it, and these."""
+HASH_CHARACTERS = 32
+BLOCK_BYTES = 1 << 22
 
 
 def make_directory(directory: Path, setting: str) -> None:
@@ -118,3 +132,28 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def hash_of_file(path: Path) -> str:
+    """XXH3 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    hasher, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        for size in iter(functools.partial(file.readinto, block), 0):
+            hasher.update(memoryview(block)[:size])
+    return str(hasher.hexdigest())
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON text of an object, with the hash of all that follows as its first value; `content` is not empty."""
+    rest = b'", ' + json.dumps(content, allow_nan=False).encode()[1:] + b"\n"
+    return SEAL + xxhash.xxh3_128_hexdigest(rest).encode() + rest
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether a file's bytes begin as those that `sealed` makes, and their hash is the one that they name."""
+    start = len(SEAL) + HASH_CHARACTERS
+    return text.startswith(SEAL) and xxhash.xxh3_128_hexdigest(memoryview(text)[start:]).encode() == text[len(SEAL) : start]

@@ -5,7 +5,7 @@
     step_00000100/
         checkpoint.json              format, size and hash of every other file, state, and for each kind ("weights",
                                      "exp_avg", …) and logical tensor its shape, dtype and pieces: [file, key, dim, start,
-                                     length]; first of all the hash of the rest of this file (integrity.py)
+                                     length]; first of all the hash of the rest of this file
         pp00-tp01-000.safetensors    what a writer holds, in files of bounded size
         huggingface/                 config.json and tokenizer: the directory stands alone
 
@@ -25,19 +25,11 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions, companions_of, write_companions
 from megadpo.checkpoint.export import logical_slices, write_json
 from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, open_hf, parse_json, read_hf_config
-from megadpo.checkpoint.integrity import (
-    SEAL,
-    FileRecord,
-    check_bytes,
-    check_sizes,
-    is_sealed,
-    read_bytes,
-    records_in,
-    sealed,
-)
+from megadpo.checkpoint.integrity import FileRecord, check_bytes, check_sizes, read_bytes, records_in
 from megadpo.checkpoint.staging import begin, publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
+from megadpo.files import SEAL, is_sealed, sealed
 from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes, shape_of
 
 if TYPE_CHECKING:

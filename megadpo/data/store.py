@@ -15,9 +15,9 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megadpo.data.groups import Group
+from megadpo.files import hash_of_file, is_sealed, sealed
 
 FORMAT_VERSION = 4
 ABOUT = "store.json"
@@ -292,7 +292,7 @@ class GroupStore(Sequence[Group]):
                     file.write(np.ascontiguousarray(array).data)
                     file.flush()
                     os.fsync(file.fileno())
-                hashes[name] = _hash_of(partial / f"{name}.npy")
+                hashes[name] = hash_of_file(partial / f"{name}.npy")
             about = {
                 "format_version": FORMAT_VERSION,
                 "key": directory.name,
@@ -304,7 +304,7 @@ class GroupStore(Sequence[Group]):
                 "source_weights": self.source_weights.tolist(),
                 "extra": extra or {},
             }
-            with (partial / ABOUT).open("w", encoding="utf-8") as file:
+            with (partial / ABOUT).open("wb") as file:
                 file.write(sealed(about))
                 file.flush()
                 os.fsync(file.fileno())
@@ -325,7 +325,7 @@ class GroupStore(Sequence[Group]):
         about = read_about(directory)
 
         def read(name: str) -> npt.NDArray[Any]:
-            if _hash_of(directory / f"{name}.npy") != about["hashes"][name]:
+            if hash_of_file(directory / f"{name}.npy") != about["hashes"][name]:
                 raise ValueError(f"{name}.npy is not what was written")
             array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             return array
@@ -379,41 +379,12 @@ def read_about(directory: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError, KeyError, TypeError: it is damaged, of another store or of another format version.
     """
-    about = unsealed((directory / ABOUT).read_text(encoding="utf-8"))
+    text = (directory / ABOUT).read_bytes()
+    if not is_sealed(text):
+        raise ValueError(f"{ABOUT} is not what was written")
+    about: dict[str, Any] = json.loads(text)
     if about["format_version"] != FORMAT_VERSION:
         raise ValueError(f"it has format version {about['format_version']}, expected {FORMAT_VERSION}")
     if about["key"] != directory.name:
         raise ValueError(f"it was written as {about['key']}")
     return about
-
-
-SEAL = '{"xxh3_128": "'
-"""What a sealed JSON object begins with; then come the hash of all that follows it, and the rest of the object."""
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """A JSON object with its own hash as its first value; `content` is not empty."""
-    rest = '",' + json.dumps(content, indent=1)[1:] + "\n"
-    return SEAL + xxhash.xxh3_128_hexdigest(rest.encode()) + rest
-
-
-def unsealed(text: str) -> dict[str, Any]:
-    """The object that `sealed` made, its hash included.
-
-    Raises:
-        ValueError: it is not what was written.
-    """
-    start = len(SEAL) + 32
-    if not text.startswith(SEAL) or xxhash.xxh3_128_hexdigest(text[start:].encode()) != text[len(SEAL) : start]:
-        raise ValueError(f"{ABOUT} is not what was written")
-    content: dict[str, Any] = json.loads(text)
-    return content
-
-
-def _hash_of(path: Path) -> str:
-    """XXH3 of a file's bytes, in hexadecimal."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megadpo.errors import UserError
+from megadpo.launch.foreign import is_distributed
 from megadpo.launch.hostfile import Host, number_of_this_machine, read_hostfile
-from megadpo.launch.supervisor import DEFAULT_PORT, Node, is_distributed, start_workers, threads_per_process
+from megadpo.launch.supervisor import DEFAULT_PORT, Node, start_workers, threads_per_process
 
 LAUNCHERS = ("megadpo", "torchrun", "deepspeed", "mpirun", "srun")
 

@@ -193,7 +193,11 @@ class TensorBoardSink:
 
 
 def open_sinks(
-    output_dir: Path | str, logging_config: LoggingOptions, total_steps: int, resume_step: int | None = None
+    output_dir: Path | str,
+    logging_config: LoggingOptions,
+    total_steps: int,
+    resume_step: int | None = None,
+    keeps_records: bool = True,
 ) -> list[Sink]:
     """The sinks of a run, for rank 0: `output_dir/metrics.jsonl`, `output_dir/tensorboard/`, progress on stderr.
 
@@ -202,19 +206,21 @@ def open_sinks(
         logging_config: the configuration's section `logging`.
         total_steps: steps of the whole run.
         resume_step: the last step already done if the run is resumed, else None.
+        keeps_records: whether what was written up to that step is this run's; else it is set aside.
 
     Raises:
         UserError: `logging.tensorboard` is on and TensorBoard is not installed; nothing is written then.
     """
     output_dir = Path(output_dir)
     sinks: list[Sink] = []
+    kept_step = resume_step if keeps_records else None
     if logging_config.tensorboard:
         events = output_dir / "tensorboard"
-        if resume_step is None and events.exists():
+        if kept_step is None and events.exists():
             with _refusals_of(events):
                 set_aside(events)
-        sinks.append(TensorBoardSink(events, resume_step))
+        sinks.append(TensorBoardSink(events, kept_step))
     make_directory(output_dir, "output_dir")
-    sinks.append(JsonlSink(output_dir / "metrics.jsonl", resume_step))
+    sinks.append(JsonlSink(output_dir / "metrics.jsonl", kept_step))
     sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))
     return sinks

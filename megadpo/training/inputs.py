@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from megadpo.config.schema import Config
-from megadpo.data.rows.dataset import tokenizer_files
+from megadpo.data.rows.cache_key import tokenizer_files
 from megadpo.data.rows.templates import read_template
 from megadpo.errors import UserError
 

@@ -39,6 +39,9 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 }
 """Options that make a run what it is (an empty tuple: the whole section). All others may change on resuming: how the
 work is spread over processes does not change the numbers, when to evaluate or save is free, and a run may be made longer."""
+INPUTS = {("model", "path"), ("reference", "path"), ("data", "train"), ("data", "chat_template")}
+"""Those that only say where something is that a checkpoint has a digest of: with `checkpoint.changed_inputs: accept` they
+may change, too."""
 
 
 @contextlib.contextmanager
@@ -145,12 +148,14 @@ def _refuse_other_run(written: Path, config: Config) -> None:
     ours = yaml.safe_load(config.to_yaml())
     for section, names in IDENTITY.items():
         for name in names or ours[section]:
-            before = _value(earlier, section, name)
-            if before != ours[section][name]:
-                raise UserError(
-                    f"output_dir: {written.parent} holds a different run ({section}.{name} was {before!r}, now "
-                    f"{ours[section][name]!r}); choose another directory or remove this one"
-                )
+            before, is_input = _value(earlier, section, name), (section, name) in INPUTS
+            if before == ours[section][name] or (is_input and config.checkpoint.changed_inputs == "accept"):
+                continue
+            hint = "; or, where it may be another, set checkpoint.changed_inputs to accept" if is_input else ""
+            raise UserError(
+                f"output_dir: {written.parent} holds a different run ({section}.{name} was {before!r}, now "
+                f"{ours[section][name]!r}); choose another directory or remove this one{hint}"
+            )
 
 
 def _value(config: Any, section: str, name: str) -> Any:

@@ -62,6 +62,27 @@ class Save:
 
 
 @dataclass
+class SaveTimes:
+    """How long the saves of a run take, each from its beginning in the step loop until it is on the disk.
+
+    Attributes:
+        longest: seconds, of those that have ended; None: none has.
+        began: `time.monotonic()` of the one that has not; None: there is none.
+    """
+
+    longest: float | None = None
+    began: float | None = None
+
+    def begin(self) -> None:
+        self.began = time.monotonic()
+
+    def end(self) -> None:
+        if self.began is not None:
+            self.longest = max(self.longest or 0.0, time.monotonic() - self.began)
+            self.began = None
+
+
+@dataclass
 class Saver:
     """The saves of a run. Every method but `report` is collective.
 
@@ -72,7 +93,7 @@ class Saver:
         check_owner: raises UserError where the run's directory is another run's by now; called on rank 0.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
         last_step: of the newest checkpoint that this run has written, once `on_saved` was called.
-        longest_seconds: that a save has taken to be written.
+        times: what its saves take.
     """
 
     root: Path
@@ -83,7 +104,7 @@ class Saver:
     check_owner: Callable[[], None]
     on_saved: Callable[[int, Path], None]
     last_step: int | None = None
-    longest_seconds: float = 0.0
+    times: SaveTimes = field(default_factory=SaveTimes)
     _pool: ThreadPoolExecutor | None = field(default=None, init=False)
     _group: dist.ProcessGroup | None = field(default=None, init=False)
     _in_flight: tuple[int, Future[str | None]] | None = field(default=None, init=False)
@@ -101,6 +122,7 @@ class Saver:
             UserError: this save or the one before cannot be written, and `checkpoint.on_failed_write` is `stop`.
         """
         self.finish()
+        self.times.begin()
         if self._runs_behind(num_bytes):
             assert self._pool is not None
             save.items = _taken_out(deque(self._in_host_memory(save.items)))
@@ -111,11 +133,6 @@ class Saver:
         else:
             self._ended(save.step, self._write(save))
         return step_directory(self.root, save.step)
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether there is a save behind the loop of which the loop does not know yet that it has ended."""
-        return self._in_flight is not None
 
     def report(self) -> None:
         """Call `on_saved` where the save behind the loop has ended well by now. Waits for nothing, and is not collective:
@@ -187,11 +204,10 @@ class Saver:
 
     def _write(self, save: Save) -> str | None:
         """Second and third part of a save; why it failed on one of the ranks, else None."""
-        started = time.monotonic()
         try:
             return self._write_untimed(save)
         finally:
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - started)
+            self.times.end()
 
     def _write_untimed(self, save: Save) -> str | None:
         directory, is_first = step_directory(self.root, save.step), dist.get_rank() == 0

@@ -11,17 +11,17 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megadpo.errors import UserError
+from megadpo.launch.foreign import ancestors, foreign_launcher
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.launch.supervisor import ancestors, foreign_launcher
 from megadpo.platform.device import compute_device
+from megadpo.training.saving import SaveTimes
 
 INTERRUPTED_VOTE = float(2**20)
 """More than there are ranks, so that a sum of votes says of each kind whether there is one."""
@@ -38,25 +38,24 @@ class Deadline:
     Attributes:
         at: `time.time()` of it.
         expected_save: seconds, until a save has been measured.
-        longest_step, longest_save: seconds, of those so far.
+        saves: the run's, as its Saver measures them.
+        longest_step: seconds, of those so far.
     """
 
     at: float
     expected_save: float
+    saves: SaveTimes = field(default_factory=SaveTimes)
     longest_step: float = 0.0
-    longest_save: float | None = None
 
     def is_near(self) -> bool:
-        """Whether another step and the save after it might end too late. They are given half as long again."""
-        save = self.expected_save if self.longest_save is None else self.longest_save
-        return time.time() + 1.5 * (self.longest_step + save) > self.at
+        """Whether another step and the save after it might end too late. They are given half as long again.
 
-
-@dataclass
-class Timed:
-    """Whether what was timed has ended."""
-
-    counts: bool = True
+        A save that is being written behind the loop has to end before that one begins.
+        """
+        save = self.expected_save if self.saves.longest is None else self.saves.longest
+        began = self.saves.began  # the thread that writes may end it at any time
+        in_flight = 0.0 if began is None else max(began + save - time.monotonic(), 0.0)
+        return time.time() + 1.5 * (self.longest_step + in_flight + save) > self.at
 
 
 @dataclass
@@ -94,19 +93,6 @@ class Stopping:
         dist.all_reduce(votes)
         self.count(votes.item())
         return self.agreed is not None
-
-    @contextmanager
-    def save_timed(self) -> Iterator[Timed]:
-        """Around a save, which may say that it only began within."""
-        started, timed = time.monotonic(), Timed()
-        yield timed
-        if timed.counts:
-            self.save_took(time.monotonic() - started)
-
-    def save_took(self, seconds: float) -> None:
-        """Takes how long a save was, from its beginning until it was on the disk."""
-        if self.deadline is not None:
-            self.deadline.longest_save = max(self.deadline.longest_save or 0.0, seconds)
 
     def step_took(self, seconds: float) -> None:
         """Takes how long a step was."""

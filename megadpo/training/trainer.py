@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megadpo.config.schema import Config
+from megadpo.data.rows.report import counted
 from megadpo.launch.signals import WORDS, Stopped, noting
-from megadpo.launch.supervisor import FAILURE_FILE
+from megadpo.launch.worker import FAILURE_FILE
 from megadpo.metrics import collect
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
@@ -76,6 +77,8 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
                 write_config(setup.output_dir, setup.config)
             run = build(setup, callbacks)
             run.stopping, run.lock, run.progress = stopping, lock, progress
+            if stopping.deadline is not None:
+                stopping.deadline.saves = run.saver.times
             try:
                 metrics = training_loop(run)
             except BaseException as error:
@@ -155,10 +158,13 @@ def training_loop(run: Run) -> Metrics:
     if rank() == 0:
         root = setup.output_dir / "checkpoints"
         is_own = setup.resume is not None and setup.resume.resolve().parent == root.resolve()
-        set_aside_later(root, first_step if is_own else 0)  # what did not come of this beginning is another way's
+        # What did not come of this beginning is another way's.
+        set_aside_later(root, first_step if is_own else 0)
         for path in remove_leftovers(setup.output_dir):
             log(f"removed {path}, which a run that was killed had left")
-        run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None)
+        run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None, keeps_records=is_own)
+        if first_step == setup.num_steps:
+            log(f"nothing is left to train: all {counted(first_step, 'step')} are done; only the model is exported again")
     stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
     run.stopping.request.is_deferred = True  # from here on there is a state to save
     if run.evaluation_due and setup.eval is not None:
@@ -187,8 +193,6 @@ def training_loop(run: Run) -> Metrics:
         if run.stopping.agreed is not None and (is_saved or not is_last):
             raise stopped(run, done, is_saved)
         run.saver.report()
-        if run.saver.longest_seconds:
-            run.stopping.save_took(run.saver.longest_seconds)
     run.saver.finish()
     if run.evaluation_due:
         log("warning: the last evaluation was left out, for the run was told to stop")
@@ -204,11 +208,9 @@ def save_where_due(run: Run, done: int, is_last: bool) -> bool:
         return False
     run.check_owner()
     run.progress.begin("saving")
-    with run.stopping.save_timed() as timed:
-        save(run, done)
-        if ends:
-            run.saver.finish()
-        timed.counts = not run.saver.is_writing
+    save(run, done)
+    if ends:
+        run.saver.finish()
     run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
     if run.stopping.agreed is not None:
         run.saver.finish()

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megadpo.launch.supervisor import end_for_good
+from megadpo.launch.worker import end_for_good
 from megadpo.parallel.world import rank, world_size
 from megadpo.platform.rendezvous import LOOPBACK, is_alone
 

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from megadpo.config.schema import DataConfig
 from megadpo.data.rows.dataset import prepare_groups
-from megadpo.data.store import GroupStore, sealed, unsealed
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.files import ALGORITHM, sealed
 from megadpo.platform import native
 from megadpo.training.reference_cache import parts_of, read_logps, write_logps
 from tests.helpers.models import save_model, write_hh
@@ -77,9 +78,9 @@ def sealed_with(**changes: Any) -> Spoil:
     """The same with a hash that is right: another version's, another store's, or no longer what the files are."""
 
     def spoil(store: Path) -> None:
-        about = unsealed((store / "store.json").read_text()) | changes
-        about.pop("xxh3_128")
-        (store / "store.json").write_text(sealed(about))
+        about = json.loads((store / "store.json").read_bytes()) | changes
+        about.pop(ALGORITHM)
+        (store / "store.json").write_bytes(sealed(about))
 
     return spoil
 
@@ -92,10 +93,10 @@ def array_with(name: str, values: Callable[[np.ndarray], np.ndarray]) -> Spoil:
 
         file = store / f"{name}.npy"
         np.save(file, values(np.load(file)))
-        about = unsealed((store / "store.json").read_text())
+        about = json.loads((store / "store.json").read_bytes())
         about["hashes"][name] = _hash_of(file)
-        about.pop("xxh3_128")
-        (store / "store.json").write_text(sealed(about))
+        about.pop(ALGORITHM)
+        (store / "store.json").write_bytes(sealed(about))
 
     return spoil
 

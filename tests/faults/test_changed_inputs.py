@@ -107,6 +107,26 @@ def test_of_a_large_file_every_part_counts(tmp_path: Path, monkeypatch: pytest.M
     assert len(found) == 1 + (len(content) >> 13)
 
 
+def test_inputs_under_other_names_are_accepted_where_that_is_asked_for(made: Path, tmp_path: Path) -> None:
+    for name in ("model", "reference"):
+        shutil.copytree(made / name, tmp_path / name)
+    shutil.copy(made / "train.jsonl", tmp_path / "renamed.jsonl")
+    moved = {
+        "model": {"path": str(tmp_path / "model")},
+        "reference": {"path": str(tmp_path / "reference")},
+        "data": {"train": str(tmp_path / "renamed.jsonl")},
+    }
+    for section, change in moved.items():
+        with pytest.raises(UserError, match=rf"holds a different run .{section}\..*set checkpoint.changed_inputs to accept"):
+            prepare(load_config(settings(made, **({"reference": {"path": str(made / "reference")}} | {section: change}))))
+    accepted = prepare(load_config(settings(made, **moved, checkpoint={"changed_inputs": "accept"})))
+    assert accepted.origin.changed_inputs == (), "they are the same in all but name"
+    assert accepted.resume == made / "run" / "checkpoints" / "step_00000002"
+    with pytest.raises(UserError, match=r"holds a different run .train\.learning_rate.*remove this one$"):
+        learning_faster = {"train": SHORT | {"learning_rate": 0.5}, "checkpoint": {"changed_inputs": "accept"}}
+        prepare(load_config(settings(made, **learning_faster)))
+
+
 @pytest.mark.slow
 def test_the_same_command_again_never_loses_what_came_of_it(tmp_path: Path) -> None:
     files = save_files(tmp_path, "llama", 60, num_hidden_layers=2)
@@ -126,9 +146,10 @@ def test_the_same_command_again_never_loses_what_came_of_it(tmp_path: Path) -> N
     records = run_world(1, train_each, [again, again])[0]
     assert records[0] == records[1] == whole[7:]
     assert [path.name for path in sorted((tmp_path / "second" / "checkpoints").iterdir())] == ["step_00000008"]
-    # Another beginning: what came of the first one is set aside, even where it is no later.
-    run_world(1, train_run, run("second", 8, str(first / "checkpoints" / "step_00000008")))
+    # Another beginning: what came of the first one is set aside, even where it is no later, and its metrics too.
+    assert run_world(1, train_run, run("second", 8, str(first / "checkpoints" / "step_00000008")))[0] == []
     assert [path.parent.name for path in (tmp_path / "second").rglob("step_00000008")] == ["aside-1"]
+    assert len((tmp_path / "second" / "metrics.1.jsonl").read_text().splitlines()) == len(whole[7:])
 
 
 @pytest.mark.slow

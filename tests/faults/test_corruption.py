@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from megadpo.checkpoint.integrity import ALGORITHM, SEAL, is_sealed, sealed
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.errors import UserError
+from megadpo.files import ALGORITHM, SEAL, is_sealed, sealed
 from megadpo.training.resume import Origin, Search, find_checkpoint, settle_checkpoint
 from megadpo.training.setup import prepare
 from megadpo.validation.load import load_config

@@ -102,7 +102,7 @@ def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int,
 def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir: str) -> None:
     """In a process of its own: the console's `megadpo`, whose workers are forked."""
     from megadpo.cli import main
-    from megadpo.launch.supervisor import run_as_one
+    from megadpo.launch.worker import run_as_one
 
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -138,7 +138,7 @@ class _Worker:
         import torch
 
         from megadpo.cli import main
-        from megadpo.launch.supervisor import run_as_one
+        from megadpo.launch.worker import run_as_one
 
         try:
             os.setsid()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -200,16 +202,23 @@ def test_a_process_may_train_more_than_once(files, tmp_path):
     assert first == second
 
 
-def _metrics_of(settings: dict[str, Any]) -> dict[str, float]:
+def _heard_twice(settings: dict[str, Any]) -> list[tuple[dict[str, float], str]]:
+    """A run's metrics and what it says, and those of the same command again."""
     import megadpo
 
-    return megadpo.train(settings).metrics
+    heard = []
+    for _ in range(2):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            heard.append((megadpo.train(settings).metrics, said.getvalue()))
+    return heard
 
 
-def test_asking_again_for_a_finished_run_gives_its_metrics(files, tmp_path):
+def test_asking_again_for_a_finished_run_gives_its_metrics_and_says_that_nothing_was_left_to_do(files, tmp_path):
     settings = run_settings(files, tmp_path / "run", train={"steps": 2}, checkpoint={"every": 2})
-    first, again = (run_world(1, _metrics_of, settings)[0] for _ in range(2))
+    (first, said), (again, said_again) = run_world(1, _heard_twice, settings)[0]
     assert again == first and again["step"] == 2
+    assert "nothing is left to train" not in said
+    assert said_again.count("nothing is left to train: all 2 steps are done; only the model is exported again") == 1
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -22,26 +20,22 @@ import numpy as np
 
 from megadpo.config.sources import Source, parse_sources
 from megadpo.data.groups import Group
+from megadpo.data.rows.cache_key import cache_key
 from megadpo.data.rows.formats import PAIRS, Reading, recognise
 from megadpo.data.rows.report import DataReport
 from megadpo.data.rows.row import Row
-from megadpo.data.rows.sources import iter_rows, load_dataset, source_files, split_taken
+from megadpo.data.rows.sources import iter_rows, source_files, split_taken
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengths, load_tokenizer, tokenise_rows, truncate
-from megadpo.data.store import FORMAT_VERSION, GroupColumns, GroupStore, read_about
+from megadpo.data.store import GroupColumns, GroupStore, read_about
 from megadpo.errors import UserError, reason
 from megadpo.files import cannot_be_used, expanded, put_away
 
-# Increase it when the same rows, tokenizer and options give other groups than before.
-CODE_VERSION = 4
 # Workers take seconds to start: fewer rows than this are tokenised faster in this process.
 MIN_ROWS_FOR_WORKERS = 2000
 _CHUNK = 250
 
 CACHE_SETTING = "data.cache_dir"
-
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "config.json")
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
 
 LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, row
 Results = Generator[tuple[GroupColumns, DataReport], None, None]
@@ -187,78 +181,6 @@ def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataR
         if says_damage:
             print(f"megadpo: the token cache {directory} is damaged ({reason(error)}): it is made again", file=sys.stderr)
         return None
-
-
-def cache_key(sources: Sequence[Source], job: TokeniseJob) -> str:
-    """A hexadecimal key of everything that the groups depend on: contents of files, never their times; not weights."""
-    import tokenizers
-    import transformers
-
-    options = {
-        "code": [CODE_VERSION, FORMAT_VERSION],
-        "libraries": [transformers.__version__, tokenizers.__version__],
-        "chat_template": job.chat_template,
-        "max_length": job.max_length,
-        "truncation": job.truncation,
-        "reading": [job.reading.kind, sorted(job.reading.row_values)],
-        "columns": [[sorted(source.columns.items()), sorted(source.ignored)] for source in sources],
-        "allow_no_prompt": job.allow_no_prompt,
-        "tokenizer": [
-            [str(file.relative_to(job.tokenizer_path)), _file_digest(file)]
-            for file in tokenizer_files(Path(job.tokenizer_path))
-        ],
-        "sources": [_source_digest(source) for source in sources],
-    }
-    return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=20).hexdigest()
-
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a model directory that decide how its tokenizer works."""
-    return [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and (file.name.startswith(_TOKENIZER_FILES) or file.name.endswith(_TOKENIZER_SUFFIXES))
-    ]
-
-
-def _source_digest(source: Source) -> list[Any]:
-    files = source_files(source)
-    if files is not None:
-        return [[file.name, _file_digest(file)] for file in files]
-    import pyarrow
-
-    sink = _HashSink()
-    table = load_dataset(source).with_format("arrow")
-    for batch in table.iter(batch_size=1000):
-        with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_table(batch)
-    return [["dataset", sink.hasher.hexdigest()]]
-
-
-class _HashSink:
-    """A file object that hashes what is written to it."""
-
-    def __init__(self) -> None:
-        self.hasher = hashlib.blake2b(digest_size=20)
-        self.closed = False
-
-    def write(self, content: Any) -> int:
-        self.hasher.update(content)
-        return len(content)
-
-    def flush(self) -> None:
-        """Does nothing: there is no buffer."""
-
-
-def _file_digest(file: Path) -> str:
-    hasher = hashlib.blake2b(digest_size=20)
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                hasher.update(block)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    return hasher.hexdigest()
 
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:

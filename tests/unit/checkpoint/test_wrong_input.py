@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
 from megadpo.checkpoint.hf import open_hf, read_hf_config, size_warning
-from megadpo.checkpoint.integrity import ALGORITHM, sealed
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
+from megadpo.files import ALGORITHM, sealed
 from megadpo.model.families import check_tensors, shape_of
 from tests.helpers.models import save_model
 

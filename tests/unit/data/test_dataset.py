@@ -17,7 +17,8 @@ import pytest
 from megadpo.config.schema import DataConfig
 from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
-from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
+from megadpo.data.rows.cache_key import cache_key
+from megadpo.data.rows.dataset import make_groups, prepare_groups
 from megadpo.errors import UserError
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
@@ -116,7 +117,7 @@ def test_the_key_changes_with_everything_that_changes_a_group(
     changed = shutil.copytree(bpe_dir, tmp_path / "tokenizer")
     (changed / "chat_template.jinja").write_text("{{ other }}")
     keys.add(key_of(options, file, str(changed)))
-    monkeypatch.setattr(prepare, "CODE_VERSION", -1)
+    monkeypatch.setattr("megadpo.data.rows.cache_key.CODE_VERSION", -1)
     keys.add(key_of(options, file, bpe_dir))
     monkeypatch.undo()
     monkeypatch.setattr("transformers.__version__", "0")

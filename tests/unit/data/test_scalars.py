@@ -14,7 +14,8 @@ import pytest
 from megadpo.config.schema import DataConfig
 from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
-from megadpo.data.rows.dataset import cache_key, make_groups, prepare_groups
+from megadpo.data.rows.cache_key import cache_key
+from megadpo.data.rows.dataset import make_groups, prepare_groups
 from megadpo.data.rows.formats import Reading, recognise
 from megadpo.errors import UserError
 

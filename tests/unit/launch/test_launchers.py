@@ -259,21 +259,6 @@ def test_without_an_address_and_without_mpi4py_it_is_said_what_to_set(monkeypatc
         mpi.adopt_mpi_environment(dict(OPEN_MPI))
 
 
-def test_the_local_rank_argument_of_deepspeed_is_taken_off() -> None:
-    environ = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"}
-    assert launch.adopt_deepspeed_arguments(["--local_rank=1", "train", "c.yaml"], environ) == ["train", "c.yaml"]
-    assert (environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"]) == ("1", "2")
-
-
-@pytest.mark.parametrize(
-    ("argument", "environ", "sentence"),
-    [("--local_rank=x", RANKS, "is not a number"), ("--local_rank=0", {}, "RANK is not set; leave it out")],
-)
-def test_a_local_rank_that_no_launcher_gave_is_refused(argument: str, environ: dict[str, str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        launch.adopt_deepspeed_arguments([argument, "train"], dict(environ))
-
-
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 @pytest.mark.exhaustive  # over two machines in tests/runs/test_two_nodes.py, which needs network namespaces
 def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str) -> None:

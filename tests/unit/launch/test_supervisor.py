@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadpo.launch import supervisor as launch
+from megadpo.launch.supervisor import start_workers
+from megadpo.launch.worker import FAILURE_FILE
 from tests.helpers.worlds import forked
 
 LIMIT_SECONDS = 30
@@ -19,7 +20,7 @@ LIMIT_SECONDS = 30
 WORKER = """
 import os, signal, sys, time
 from megadpo.errors import UserError
-from megadpo.launch.supervisor import run_as_one
+from megadpo.launch.worker import run_as_one
 
 rank, case = int(os.environ["RANK"]), sys.argv[1]
 
@@ -68,7 +69,7 @@ def worker(tmp_path: Path) -> Path:
 def run(command: list[str], **environment: str) -> tuple[int, str, float]:
     """Exit status, everything printed, and the seconds it took."""
     start = time.monotonic()
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", launch.FAILURE_FILE)}
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", FAILURE_FILE)}
     result = subprocess.run(
         command,
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
@@ -200,7 +201,7 @@ def test_workers_do_not_outlive_a_launcher_that_is_killed(worker: Path, tmp_path
 
 def _start_sleepers(seconds: str, directory: str) -> None:
     tempfile.tempdir = directory
-    launch.start_workers(4, ["sleep", seconds])
+    start_workers(4, ["sleep", seconds])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells workers of their parent's end only on Linux")
@@ -236,65 +237,3 @@ def gone(pids: list[int]) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:27"), True),
-        (RuntimeError("Timed out waiting 1800000ms for send operation to complete"), True),
-        (ConnectionResetError(), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (KeyError("connection closed"), False),
-    ],
-)
-def test_only_the_news_that_a_peer_is_gone_counts_as_a_consequence(error: Exception, expected: bool) -> None:
-    assert launch.blames_peer(error) is expected
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("gpu[07-09,12],cpu1", "gpu07"),
-        ("gpu[3,5]", "gpu3"),
-        ("rack[1-2]-node[03-04]", "rack1-node03"),
-        ("a-b[001-128].cluster", "a-b001.cluster"),
-    ],
-)
-def test_the_first_host_of_a_slurm_node_list_is_found(nodelist: str, host: str) -> None:
-    assert launch.first_host(nodelist) == host
-
-
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "4711",
-    "SLURM_NODELIST": "n[2-3]",
-}
-
-
-def test_an_srun_task_takes_its_rank_from_slurm() -> None:
-    environ = dict(SRUN)
-    launch.adopt_slurm_environment(environ)
-    assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("5", "8", "1")
-    assert environ["MASTER_ADDR"] == "n2" and 20000 <= int(environ["MASTER_PORT"]) < 32000
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"RANK": "0"},
-        {"SLURM_STEP_ID": "4294967291"},
-        {"SLURM_STEP_ID": ""},
-        {"SLURM_NTASKS": "1"},
-        {"SLURM_STEP_NUM_TASKS": "1"},
-    ],
-)
-def test_torchrun_a_batch_script_and_a_single_task_keep_their_environment(change: dict[str, str]) -> None:
-    environ = {**SRUN, **change}
-    launch.adopt_slurm_environment(environ)
-    assert environ == {**SRUN, **change}

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from megadpo.launch.foreign import ancestors
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.launch.supervisor import ancestors
+from megadpo.training.saving import SaveTimes
 from megadpo.training.stop import Deadline, Stopping, deadline_of
 
 
@@ -51,28 +52,35 @@ def test_a_rank_whose_foreign_launcher_is_gone_asks_for_an_end(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("left", "step", "save", "is_near"),
-    [(100, 1, 60, False), (100, 1, 70, True), (100, 60, 1, False), (100, 70, 1, True), (-1, 0, 0, True)],
+    ("left", "step", "save", "begun", "is_near"),
+    [
+        (100, 1, 60, None, False),
+        (100, 1, 70, None, True),
+        (100, 60, 1, None, False),
+        (100, 70, 1, None, True),
+        (-1, 0, 0, None, True),
+        # One that is being written has to end before the one that the deadline asks for.
+        (100, 1, 60, 10, True),
+        (100, 1, 60, 58, False),
+        (100, 1, 60, 900, False),
+    ],
 )
-def test_a_deadline_is_near_when_a_step_and_a_save_and_half_as_much_do_not_fit_before_it(
-    left: float, step: float, save: float, is_near: bool
+def test_a_deadline_is_near_when_a_step_and_the_saves_and_half_as_much_do_not_fit_before_it(
+    left: float, step: float, save: float, begun: float | None, is_near: bool
 ) -> None:
-    stopping = Stopping(deadline=Deadline(time.time() + left, expected_save=1e9))
+    saves = SaveTimes(longest=save, began=None if begun is None else time.monotonic() - begun)
+    stopping = Stopping(deadline=Deadline(time.time() + left, expected_save=1e9, saves=saves))
     assert stopping.deadline is not None
     stopping.step_took(step)
     stopping.step_took(step / 2)
-    stopping.deadline.longest_save = save
     assert stopping.deadline.is_near() == is_near and bool(stopping.vote()) == is_near
 
 
 def test_a_save_is_reckoned_until_one_has_been_measured() -> None:
     deadline = deadline_of(100.0, time.time(), num_parameters=10**9)
     assert deadline is not None and deadline.expected_save == pytest.approx(60) and not deadline.is_near()
-    stopping = Stopping(deadline=deadline)
-    with stopping.save_timed() as timed:
-        timed.counts = False  # it goes on behind the step loop
-    assert deadline.longest_save is None
-    with stopping.save_timed():
-        pass
-    assert deadline.longest_save is not None and deadline.longest_save < 1
+    deadline.saves.begin()
+    assert deadline.saves.longest is None and deadline.is_near(), "it goes on behind the step loop"
+    deadline.saves.end()
+    assert deadline.saves.longest is not None and deadline.saves.longest < 1 and not deadline.is_near()
     assert deadline_of(None, time.time(), 1) is None

@@ -38,6 +38,7 @@ from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
+from megadpo.model.residual import join_adds_and_norms
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.model.weight_gradients import use_own_linear_layers
@@ -172,6 +173,8 @@ def _build_chunk(
             position_embedding_type="rope",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
+    if config.recompute_granularity != "full":
+        join_adds_and_norms(model)
     model.rotary_pos_emb = small_ops.rope(shape.inverse_frequencies)
     if is_last and has_vocabulary:
         model.output_layer = LogProbHead(model.output_layer.weight, shape.vocab_size, layout.sequence)

@@ -59,6 +59,7 @@ class Stage:
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
         offloader: what offloads activations, where `train.activation_offload` says so.
+        activations: what becomes of them between forward and backward pass, `auto` settled.
         recomputer: what computes cheap results again, with `train.recompute: small`.
     """
 
@@ -67,6 +68,7 @@ class Stage:
     attention: str
     layers: Layers
     small_ops: str
+    activations: Activations
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
 
@@ -114,9 +116,11 @@ def build_stage(
     """
     options = options or ModelConfig()
     layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
+    small_ops = choose_small_ops(options.small_ops, compute_device())
+    by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
+    activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
-    small_ops = choose_small_ops(options.small_ops, compute_device())
     models = [
         _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops) for chunk in range(layout.virtual)
     ]
@@ -131,7 +135,7 @@ def build_stage(
         parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, offloader, recomputer)
+    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer)
 
 
 def _build_chunk(

@@ -1,237 +1,264 @@
-"""Seconds, MFU, memory and kernels of a step on a CUDA device, by ways of attention and small operations, and by options.
+"""Seconds, MFU, memory and kernels of a step on a CUDA device against TRL's DPOTrainer, by models, lengths and options.
 
-A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens whose lengths are like UltraFeedback's.
-Every arm trains in a world of its own, one after the other; the first steps, which compile, are not counted. One more step
-is profiled: milliseconds of its kernels by what they do. Arms that begin with "trl" are TRL's DPOTrainer on the same pairs,
-sorted by length within a step, with bf16 weights and the micro-batch and options that they name. MFU is useful FLOP
-(benchmarks/flop.py) over 989 TFLOP/s, the H100's for dense bf16.
+A Qwen3 of random weights in bf16 with a live reference on pairs of random tokens. Every arm is a process of its own, that
+trains on each mix of lengths; ours come first and, where time is left, again after TRL's. The first steps, which compile,
+are not counted. One more step is profiled: milliseconds of its kernels by what they do. Arms that begin with "trl" are
+TRL's DPOTrainer on the same pairs, sorted by length within a step, with bf16 weights and the micro-batch and options that
+they name; "trl" alone stands for all of TRL_ARMS. MFU is useful FLOP (benchmarks/flop.py) over 989 TFLOP/s, the H100's for
+dense bf16. All ends within --seconds, with what there is by then.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import statistics
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import add_shared, print_table
+from benchmarks.common import add_shared, print_table, write_json
 
-SIZES = {
-    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
-    "1.7B": {"hidden_size": 2048, "intermediate_size": 6144},
-}
-REST = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-PEAK = 989e12
-KINDS = {
-    # the first whose pattern a kernel's name has
-    "attention": r"flash|flex|attention|sdpa|fmha|softmax",
-    "products": r"gemm|nvjet|cutlass|xmma|sm90_|cublas",
-    "small operations": r"_forward|_backward|_turn|rms_norm|layer_norm|silu|sigmoid",
-    "optimizer": r"adam|multi_tensor",
-    "gather and scatter": r"index|gather|scatter|embedding|^_copy$|^_add$",
-    "copies": r"memcpy|memset|copy",
-    "elementwise": r"elementwise|reduce|cat",
-}
+SIZES = ("1.7B", "0.6B")
+LENGTHS = ("UltraFeedback-like", "hh-rlhf-like", "prompt-heavy")
+
+CHECKPOINTED, LIGER, UNPADDED = "gradient_checkpointing", "use_liger_kernel", "padding_free"
+TRL_ARMS = [
+    # Those that promise most come first: Liger's kernels, a micro-batch that fills the device, checkpointing to fit it.
+    "+".join(["trl", str(size), *switched_on])
+    for switched_on in (
+        (CHECKPOINTED, LIGER),
+        (LIGER,),
+        (CHECKPOINTED,),
+        (),
+        (CHECKPOINTED, LIGER, UNPADDED),
+        (LIGER, UNPADDED),
+        (CHECKPOINTED, UNPADDED),
+        (UNPADDED,),
+    )
+    for size in ((8, 16, 4, 2, 1) if CHECKPOINTED in switched_on else (4, 2, 8, 1, 16))
+]
+SPARE_SECONDS = 6.0
+"""For ending a process and writing what there is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_shared(parser, rounds=4, warm_up=2, pairs=64, vocabulary=151_936)
-    parser.add_argument("--size", choices=SIZES, default="1.7B", help="of the model")
-    parser.add_argument("--layers", type=int, default=REST["num_hidden_layers"], help="of the model")
-    parser.add_argument("--capacity", type=int, default=16_384, help="tokens a micro-batch")
-    parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt with an answer, at most")
+    add_shared(parser, rounds=4, warm_up=2, pairs=64, vocabulary=151_936, layers=28, capacity=16_384, tiny=False)
+    parser.add_argument("--seconds", type=float, default=1800, help="for all of it, at most (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="of the model")
+    parser.add_argument("--mixes", nargs="+", choices=LENGTHS, default=[*LENGTHS], help="lengths of pairs")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt with an answer, UltraFeedback-like")
+    parser.add_argument("--trl-rounds", type=int, default=1, help="measured steps of TRL's arms (default: %(default)s)")
+    parser.add_argument("--svg", metavar="FILE", help="draw the kernels of our steps by kind")
     parser.add_argument(
         "--arms",
         nargs="+",
-        default=["varlen+torch", "varlen+triton", "flex+triton"],
+        default=["auto+auto", "trl"],
         metavar="ATTENTION+SMALL_OPS[+OPTION=VALUE…]",
         help="values of model.attention and model.small_ops, and further options, such as train.recompute=full; or "
-        "trl+PAIRS[+OPTION…], TRL's micro-batch and what is set of gradient_checkpointing and use_liger_kernel "
-        "(default: %(default)s)",
+        "trl+PAIRS[+OPTION…], TRL's micro-batch and what is set of gradient_checkpointing, use_liger_kernel and "
+        "padding_free; or trl, for all of these (default: %(default)s)",
     )
 
 
 def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("benchmarks gpu needs a CUDA device, of which there is none")
-    report["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    print(report["device"])
+    ends = time.monotonic() + options.seconds - SPARE_SECONDS
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
-        num_body = _save_model(Path(directory) / "model", options)
-        report["body_parameters"], report["arms"] = num_body, []
-        for arm in options.arms:
-            measure = _trl_arm if arm.startswith("trl+") else _arm
-            report["arms"].append(measure(arm, Path(directory), num_body, options))
-            print(report["arms"][-1], flush=True)
-    kinds = [*KINDS, "other"]
-    print_table(
-        f"Steps of {options.pairs} pairs, {options.size}, {options.capacity:,} tokens a micro-batch",
-        ["arm", "s / step", "pairs / s", "MFU", "peak GiB", "first step, s", *(f"{kind}, ms" for kind in kinds)],
-        [
-            [
-                arm["arm"],
-                f"{arm['median_seconds']:.3f}",
-                f"{options.pairs / arm['median_seconds']:.1f}",
-                f"{arm['mfu']:.3f}",
-                f"{arm['peak_gib']:.1f}",
-                f"{arm['first_seconds']:.1f}",
-                *(f"{arm['kernel_ms'].get(kind, 0):.0f}" for kind in kinds),
-            ]
-            for arm in report["arms"]
-        ],
-    )
+        try:
+            for arm, size, mixes, limit in turns(options, records, ends):
+                records += _in_own_process(arm, size, mixes, options, Path(directory), limit)
+                report["arms"] = joined(records)
+                write_json(options.json, report)
+        except KeyboardInterrupt:
+            print("interrupted: what there is by now", flush=True)
+    report["arms"] = joined(records)
+    _print(report["arms"], options)
+    if options.svg:
+        draw(Path(options.svg), report["arms"])
 
 
-def _save_model(directory: Path, options: argparse.Namespace) -> int:
-    """A random Qwen3 with a tokenizer; its parameters without the embedding, which is tied to the head."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def turns(
+    options: argparse.Namespace, records: Sequence[dict[str, Any]], ends: float
+) -> Iterator[tuple[str, str, list[str], float]]:
+    """Arm, size, mixes and the seconds left to it, while there are any: ours, TRL's by what they promise, ours again.
 
-    from benchmarks.material import made_up_file, save_tokenizer
-
-    directory.mkdir()
-    save_tokenizer(directory, made_up_file(directory, 20), 300)
-    torch.manual_seed(0)
-    body = {**REST, **SIZES[options.size], "num_hidden_layers": options.layers}
-    config = Qwen3Config(vocab_size=options.vocabulary, tie_word_embeddings=True, max_position_embeddings=8192, **body)
-    config.bos_token_id, config.eos_token_id = 0, 1
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(directory)
-    return sum(parameter.numel() for parameter in model.parameters()) - options.vocabulary * config.hidden_size
-
-
-def _arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from benchmarks.runs import setup_on
-    from megadpo.parallel.world import joined_world
-    from megadpo.training.setup import prepare
-    from megadpo.validation.load import load_config
-
-    attention, small_ops, *overrides = arm.split("+")
-    config: dict[str, Any] = {
-        "model": {"path": str(directory / "model"), "dtype": "bf16", "attention": attention, "small_ops": small_ops},
-        "data": {"train": str(directory / "model" / "made-up.jsonl"), "num_workers": 1},
-        "train": {"steps": 1000, "pairs_per_step": options.pairs, "tokens_per_micro_batch": options.capacity},
-        "output_dir": str(directory / re.sub(r"\W", "_", arm)),
-    }
-    groups = _groups(options)
-    setup = setup_on(prepare(load_config(config, overrides)), groups)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    with joined_world(setup.layout, setup.config.train.seed):
-        seconds, kernel_ms = _steps(setup, options)
-    return _summary(arm, seconds, kernel_ms, setup.policy.shape, groups, num_body, options)
+    Args:
+        records: of the turns so far, which the caller adds to; what ran out of memory is not tried with more pairs.
+        ends: when all is over, by time.monotonic().
+    """
+    ours = [arm for arm in options.arms if not arm.startswith("trl")]
+    named = [arm for arm in options.arms if arm.startswith("trl+")]
+    trls = [*named, *(arm for arm in TRL_ARMS if "trl" in options.arms and arm not in named)]
+    first_turns: dict[tuple[str, str], float] = {}
+    for arm in ours:
+        for size in options.sizes:
+            started = time.monotonic()
+            if started < ends:
+                yield arm, size, options.mixes, ends - started
+            first_turns[arm, size] = time.monotonic() - started
+    again = 1.1 * sum(first_turns.values()) + SPARE_SECONDS if trls else 0.0
+    for arm in trls:
+        missing = _missing(arm)
+        if missing:
+            print(f"{arm}: {missing}", flush=True)
+            continue
+        for size in options.sizes:
+            mixes = [mix for mix in options.mixes if not _is_too_large(arm, size, mix, records)]
+            left = ends - again - time.monotonic()
+            if mixes and left > 0:
+                yield arm, size, mixes, left
+    for (arm, size), took in first_turns.items() if trls else ():
+        left = ends - time.monotonic()
+        if left > took:
+            yield arm, size, options.mixes, left
 
 
-def _trl_arm(arm: str, directory: Path, num_body: int, options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers import AutoConfig, TrainerCallback
-
-    from benchmarks.against_trl import trl_trainer
-
-    _, batch_size, *switched_on = arm.split("+")
-    model, groups, order = str(directory / "model"), _groups(options), _order(options)
-    steps = [groups[n * options.pairs :][: options.pairs] for n in order]
-    pairs = [group for step in steps for group in sorted(step, key=lambda group: group.num_stream_tokens(False))]
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.started)
-
-    settings = {"bf16": True, "use_cpu": False, **dict.fromkeys(switched_on, True)}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    trainer = trl_trainer(model, pairs, int(batch_size), options.pairs, len(order), directory, "bfloat16", **settings)
-    trainer.add_callback(Clock())
-    trainer.train()
-    return _summary(arm, seconds, {}, AutoConfig.from_pretrained(model), groups, num_body, options)
+def _missing(arm: str) -> str | None:
+    """Why an arm of TRL's cannot be had here."""
+    switched_on = arm.split("+")[2:]
+    if LIGER in switched_on and importlib.util.find_spec("liger_kernel") is None:
+        return "left out, Liger is not installed"
+    if UNPADDED not in switched_on:
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return "left out, flash-attn is not installed"
+    source = importlib.util.find_spec("trl.trainer.dpo_trainer")
+    text = Path(str(source.origin)).read_text(encoding="utf-8") if source else ""
+    return "left out, this version of TRL has it switched off" if "`padding_free=True` is temporarily" in text else None
 
 
-def _groups(options: argparse.Namespace) -> list[Any]:
-    """The pairs of the measured steps, and of one more, for the steps that are not."""
-    from benchmarks.material import synthetic_groups
-
-    num_pairs = options.pairs * (options.rounds + 1)
-    return synthetic_groups("UltraFeedback-like", num_pairs, options.vocabulary, longest=options.longest)
-
-
-def _order(options: argparse.Namespace) -> list[int]:
-    """Which of the steps' pairs each step is on, those that are not measured first."""
-    return [*([options.rounds] * options.warm_up), *range(options.rounds)]
-
-
-def _summary(
-    arm: str,
-    seconds: list[float],
-    kernel_ms: dict[str, float],
-    model: Any,
-    groups: list[Any],
-    num_body: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Of an arm, whose model has the sizes `model`; MFU counts what the step has to compute, whoever computes it."""
-    import torch
-
-    from benchmarks.flop import useful_flop
-
-    measured = seconds[options.warm_up :]
-    steps = [groups[n * options.pairs :][: options.pairs] for n in range(options.rounds)]
-    shape = SimpleNamespace(hidden_size=model.hidden_size, vocab_size=model.vocab_size, num_hidden_layers=options.layers)
-    flop = [useful_flop(step, shape, num_body, True) for step in steps]
-    return {
-        "arm": arm,
-        "seconds": measured,
-        "median_seconds": statistics.median(measured),
-        "mfu": statistics.median(each / taken / PEAK for each, taken in zip(flop, measured, strict=True)),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "first_seconds": seconds[0],
-        "kernel_ms": kernel_ms,
-    }
+def _is_too_large(arm: str, size: str, mix: str, records: Sequence[dict[str, Any]]) -> bool:
+    """Whether as many pairs or fewer, with what saves as much memory or more, ran out of memory."""
+    pairs, switched_on = _micro_batch(arm)
+    for record in records:
+        if (record["size"], record["mix"], record.get("failed")) != (size, mix, "out of memory"):
+            continue
+        if record["arm"].startswith("trl+"):
+            fewer, with_more = _micro_batch(record["arm"])
+            if fewer <= pairs and with_more >= switched_on:
+                return True
+    return False
 
 
-def _steps(setup: Any, options: argparse.Namespace) -> tuple[list[float], dict[str, float]]:
-    """Seconds of every step, and of one more its kernels' milliseconds by kind."""
-    import torch
+def _micro_batch(arm: str) -> tuple[int, set[str]]:
+    _, pairs, *switched_on = arm.split("+")
+    return int(pairs), set(switched_on)
 
-    from megadpo.training.run import Callbacks
-    from megadpo.training.trainer import build, training_step
 
-    run = build(setup, Callbacks())
-    seconds = []
+def _in_own_process(
+    arm: str, size: str, mixes: list[str], options: argparse.Namespace, directory: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """The records of an arm on every mix; what has none after so many seconds has not ended."""
+    out = directory / "records.jsonl"
+    out.unlink(missing_ok=True)
+    names = ("pairs", "rounds", "trl_rounds", "warm_up", "capacity", "longest", "layers", "vocabulary", "tiny", "threads")
+    point = {"arm": arm, "size": size, "mixes": mixes, "model": str(directory / size / "model"), "out": str(out)}
+    point |= {name: getattr(options, name) for name in names}
+    started = time.monotonic()
+    child = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_point", json.dumps(point)], start_new_session=True)
     try:
-        for step in _order(options):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            training_step(run, step)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            training_step(run, options.rounds)
-            torch.cuda.synchronize()
+        status = child.wait(seconds)
+        why = f"ended with status {status}, see what it printed"
+    except subprocess.TimeoutExpired:
+        why = "not ended when the time was over"
     finally:
-        run.close()
-    kernel_ms: Counter[str] = Counter()
-    for event in profile.key_averages():
-        if event.self_device_time_total:
-            kernel_ms[_kind(event.key)] += event.self_device_time_total / 1000
-            print(f"{event.self_device_time_total / 1000:9.1f} ms {event.count:6} {_kind(event.key):20} {event.key[:110]}")
-    return seconds, dict(kernel_ms)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    records = [json.loads(line) for line in lines]
+    done = {record["mix"] for record in records}
+    records += [{"arm": arm, "size": size, "mix": mix, "failed": why} for mix in mixes if mix not in done]
+    print(f"{arm}, {size}: {time.monotonic() - started:.0f} s in all", flush=True)
+    for record in records:
+        print(f"  {record['mix']}: {_in_short(record)}", flush=True)
+    return records
 
 
-def _kind(name: str) -> str:
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+def joined(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each arm, size and mix: the first turn's, with the seconds of all turns and the median of the medians.
+
+    A turn that failed counts where no other came to its end.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["size"], record["mix"], record["arm"]), []).append(record)
+    result = []
+    for turns_of_it in found.values():
+        good = [record for record in turns_of_it if "failed" not in record]
+        if not good:
+            result.append(turns_of_it[0])
+            continue
+        fields = ("median_seconds", "pairs_per_second", "tokens_per_second", "mfu")
+        means = {name: sum(record[name] for record in good) / len(good) for name in fields}
+        seconds = [each for record in good for each in record["seconds"]]
+        result.append(good[0] | means | {"seconds": seconds, "turns": len(good)})
+    return result
+
+
+def best_of(arms: Sequence[dict[str, Any]], size: str, mix: str, is_trl: bool) -> dict[str, Any] | None:
+    """The arm with the most pairs a second, of TRL's or of ours, where one came to its end."""
+    able = [
+        arm
+        for arm in arms
+        if (arm["size"], arm["mix"], arm["arm"].startswith("trl")) == (size, mix, is_trl) and "failed" not in arm
+    ]
+    return max(able, key=lambda arm: arm["pairs_per_second"], default=None)
+
+
+def _in_short(record: dict[str, Any]) -> str:
+    if "failed" in record:
+        return record["failed"]
+    return f"{record['median_seconds']:.3f} s a step, MFU {record['mfu']:.3f}, {record['peak_gib']:.1f} GiB"
+
+
+def _print(arms: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.get("kernel_ms", {})))
+    for size in options.sizes:
+        for mix in options.mixes:
+            rows = [_row(arm, kinds) for arm in arms if (arm["size"], arm["mix"]) == (size, mix)]
+            title = f"Steps of {options.pairs} pairs, {mix}, {size}, {options.capacity:,} tokens a micro-batch of ours"
+            columns = ["arm", "s / step", "pairs / s", "tokens / s", "MFU", "peak GiB", "first step, s"]
+            print_table(title, [*columns, *(f"{kind}, ms" for kind in kinds)], rows)
+            ours, theirs = (best_of(arms, size, mix, is_trl) for is_trl in (False, True))
+            if ours and theirs:
+                ratio = ours["pairs_per_second"] / theirs["pairs_per_second"]
+                print(f"\n{ours['arm']} has {ratio:.2f} times the pairs / s of TRL's best, {theirs['arm']}.", flush=True)
+
+
+def _row(arm: dict[str, Any], kinds: Sequence[str]) -> list[str]:
+    if "failed" in arm:
+        return [arm["arm"], arm["failed"], *[""] * (5 + len(kinds))]
+    return [
+        arm["arm"],
+        f"{arm['median_seconds']:.3f}",
+        f"{arm['pairs_per_second']:.1f}",
+        f"{arm['tokens_per_second']:,.0f}",
+        f"{arm['mfu']:.3f}",
+        f"{arm['peak_gib']:.1f}",
+        f"{arm['first_seconds']:.1f}",
+        *(f"{arm['kernel_ms'][kind]:.0f}" if kind in arm["kernel_ms"] else "" for kind in kinds),
+    ]
+
+
+def draw(path: Path, arms: Sequence[dict[str, Any]]) -> None:
+    """A bar for every step that was profiled: its kernels by kind, and what of the step's time they are not."""
+    from benchmarks.plot import stacked_bars
+
+    bars = {}
+    for arm in arms:
+        if arm.get("kernel_ms"):
+            rest = max(0.0, 1000 * arm["median_seconds"] - sum(arm["kernel_ms"].values()))
+            bars[f"{arm['size']}, {arm['mix']}, {arm['arm']}"] = {**arm["kernel_ms"], "no kernel": rest}
+    stacked_bars(path, "A step by what its kernels do", "ms", bars)

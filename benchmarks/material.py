@@ -90,6 +90,7 @@ MIXES = {
     # name: median and spread (of the logarithm) of prompt and completion lengths, and the most of a prompt + completion
     "prompt-heavy": (500, 0.5, 80, 0.6, 1024),
     "UltraFeedback-like": (110, 0.9, 230, 0.6, 1024),
+    "hh-rlhf-like": (85, 1.0, 30, 1.0, 1024),
 }
 
 

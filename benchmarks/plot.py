@@ -1,4 +1,4 @@
-"""Line charts as SVG, in plain Python: both axes logarithmic, so that a straight line's slope is a power."""
+"""Charts as SVG, in plain Python: stacked bars, and lines with both axes logarithmic, so that a line's slope is a power."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 70, 190, 50, 50
-COLOURS = ("#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#c98a1b", "#555555")
+COLOURS = ("#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#c98a1b", "#555555", "#5aa9b8", "#b07d62", "#cccccc")
+BAR, NAMES = 26, 330
+"""Of stacked bars: the height of one with the space below it, and the width of the names before them."""
 
 
 def line_chart(
@@ -47,6 +49,39 @@ def line_chart(
         parts.append(_rule(WIDTH - RIGHT + 14, height, WIDTH - RIGHT + 34, height, colour, 2))
         parts.append(f'<text x="{WIDTH - RIGHT + 40}" y="{height + 4}">{escape(name)}</text>')
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def stacked_bars(path: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a chart with one bar a name, from left to right its parts by their names; a part's length is its number."""
+    parts_of_all = list(dict.fromkeys(name for bar in bars.values() for name in bar))
+    most = max((sum(bar.values()) for bar in bars.values()), default=0.0) or 1.0
+    bottom = TOP + BAR * len(bars)
+    width, height = NAMES + WIDTH - LEFT, bottom + 30 + 20 * -(-len(parts_of_all) // 4)
+    scale = (width - NAMES - LEFT) / most
+    drawn = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="10" y="24" font-size="15">{escape(title)}</text>',
+    ]
+    for row, (name, bar) in enumerate(bars.items()):
+        top, left = TOP + BAR * row, float(NAMES)
+        drawn.append(f'<text x="{NAMES - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>')
+        for part, number in bar.items():
+            drawn.append(
+                f'<rect x="{left:.1f}" y="{top}" width="{number * scale:.1f}" height="{BAR - 6}" '
+                f'fill="{_colour(parts_of_all, part)}"><title>{escape(part)}: {number:.4g} {escape(unit)}</title></rect>'
+            )
+            left += number * scale
+        drawn.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{sum(bar.values()):,.4g} {escape(unit)}</text>')
+    for number, part in enumerate(parts_of_all):
+        left, top = 10 + (width - 20) / 4 * (number % 4), bottom + 10 + 20 * (number // 4)
+        drawn.append(f'<rect x="{left:.1f}" y="{top}" width="12" height="12" fill="{_colour(parts_of_all, part)}"/>')
+        drawn.append(f'<text x="{left + 18:.1f}" y="{top + 10}">{escape(part)}</text>')
+    path.write_text("\n".join([*drawn, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _colour(names: Sequence[str], name: str) -> str:
+    return COLOURS[names.index(name) % len(COLOURS)]
 
 
 def _powers_of_two(values: Sequence[float]) -> list[float]:

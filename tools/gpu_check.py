@@ -166,14 +166,15 @@ def _benchmark_rows(logs: Path) -> tuple[list[tuple[str, str]], bool]:
     if not path.exists():
         return [("benchmark", "none that came to its end")], False
     arms = json.loads(path.read_text())["arms"]
-    return [
-        (
-            f"benchmark {arm['arm']}",
-            f"{arm['median_seconds']:.3f} s a step, MFU {100 * arm['mfu']:.1f} %, {arm['peak_gib']:.1f} GiB at most, "
-            f"first step {arm['first_seconds']:.1f} s",
-        )
-        for arm in arms
-    ], bool(arms)
+    rows = [(f"benchmark {arm['arm']}, {arm['size']}, {arm['mix']}", arm.get("failed") or _figures(arm)) for arm in arms]
+    return rows, bool(arms) and not any("failed" in arm for arm in arms)
+
+
+def _figures(arm: dict[str, Any]) -> str:
+    return (
+        f"{arm['median_seconds']:.3f} s a step, MFU {100 * arm['mfu']:.1f} %, {arm['peak_gib']:.1f} GiB at most, "
+        f"first step {arm['first_seconds']:.1f} s"
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -67,8 +67,8 @@ if has xdist; then options+=(-n 8 --dist loadgroup --no-loadscope-reorder); fi
 MEGADPO_GPU_CHECK="$logs/tests.jsonl" within "$(left $((benchmark + 15)))" "$logs/tests.log" \
     "$python" -m pytest tests/gpu -v "${options[@]}"
 if [ "$benchmark" -gt 0 ]; then
-    within "$(left 15)" "$logs/benchmark.log" "$python" -m benchmarks gpu --rounds 3 --warm-up 2 --arms varlen+triton \
-        --json "$logs/benchmark.json"
+    within "$(left 15)" "$logs/benchmark.log" "$python" -m benchmarks gpu --rounds 3 --warm-up 2 --arms auto+auto \
+        --sizes 1.7B --mixes UltraFeedback-like --seconds "$(left 17)" --json "$logs/benchmark.json"
 fi
 "$python" -m tools.gpu_check table "$logs" | tee "$logs/table.md"
 exit "${PIPESTATUS[0]}"

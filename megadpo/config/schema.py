@@ -251,9 +251,10 @@ class TrainConfig:
     (train on it and say so; one that is not finite ends the run), `skip` (update nothing and go on) or `stop`."""
     spike_deviations: float = 6.0
     """How far above their mean is far, in standard deviations of the last 128 steps (at least a tenth of the mean each)."""
-    recompute: str = "none"
+    recompute: str = "auto"
     """Activations computed again in the backward pass to save memory: `none`, `small` (results of cheap operations: norms,
-    SwiGLU, rope by Triton's kernels, copied keys and values), `selective` (attention) or `full` (layers)."""
+    SwiGLU, rope by Triton's kernels, copied keys and values), `selective` (attention) or `full` (layers). `auto`: `small` on
+    CUDA where Triton's kernels compute these operations in local layers, else `none`."""
     recompute_method: str = "uniform"
     """With `recompute: full`: `uniform` keeps the input of every unit of `recompute_num_layers` layers; `block` recomputes
     that many layers of each pipeline stage (or chunk of one) and keeps what the others computed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """The options of `TrainConfig` that say so, under the same names; `Activations()` keeps everything."""
+    """The options of `TrainConfig` that say so, under the same names; `Activations()` keeps everything.
+
+    With `recompute` "auto" they are to be `settled` before anything else.
+    """
 
     recompute: str = "none"
     recompute_method: str = "uniform"
@@ -33,8 +36,13 @@ class Activations:
             train.activation_offload_window_mib,
         )
 
+    def settled(self, small_is_cheap: bool) -> Activations:
+        """With what "auto" comes to, where computing small operations again costs next to nothing and where it does not."""
+        return self if self.recompute != "auto" else replace(self, recompute="small" if small_is_cheap else "none")
+
     def megatron_options(self) -> dict[str, Any]:
         """The fields of TransformerConfig that Megatron's recomputation reads."""
+        assert self.recompute != "auto"
         if self.recompute in ("none", "small"):  # the latter is not Megatron's: recompute.py
             return {}
         if self.recompute == "selective":

@@ -38,6 +38,7 @@ from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
+from megadpo.model.residual import join_adds_and_norms
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.model.weight_gradients import use_own_linear_layers
@@ -58,6 +59,7 @@ class Stage:
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
         offloader: what offloads activations, where `train.activation_offload` says so.
+        activations: what becomes of them between forward and backward pass, `auto` settled.
         recomputer: what computes cheap results again, with `train.recompute: small`.
     """
 
@@ -66,6 +68,7 @@ class Stage:
     attention: str
     layers: Layers
     small_ops: str
+    activations: Activations
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
 
@@ -113,9 +116,11 @@ def build_stage(
     """
     options = options or ModelConfig()
     layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
+    small_ops = choose_small_ops(options.small_ops, compute_device())
+    by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
+    activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
-    small_ops = choose_small_ops(options.small_ops, compute_device())
     models = [
         _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops) for chunk in range(layout.virtual)
     ]
@@ -130,7 +135,7 @@ def build_stage(
         parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, offloader, recomputer)
+    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer)
 
 
 def _build_chunk(
@@ -172,6 +177,8 @@ def _build_chunk(
             position_embedding_type="rope",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
+    if config.recompute_granularity != "full":
+        join_adds_and_norms(model)
     model.rotary_pos_emb = small_ops.rope(shape.inverse_frequencies)
     if is_last and has_vocabulary:
         model.output_layer = LogProbHead(model.output_layer.weight, shape.vocab_size, layout.sequence)

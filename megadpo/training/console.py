@@ -10,7 +10,6 @@ import torch
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.report import DataReport, counted
-from megadpo.model.activations import KEEP, Activations
 from megadpo.parallel.world import rank
 from megadpo.training.setup import RunSetup
 
@@ -50,8 +49,6 @@ def log_setup(setup: RunSetup) -> None:
     noun = setup.reports["train"].noun
     steps, rows = counted(setup.num_steps, "step"), counted(setup.config.train.pairs_per_step, noun)
     log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
-    if (activations := Activations.of(setup.config.train)) != KEEP:
-        log(f"activations: {activations}")
     if setup.config.train.warmup_steps >= setup.num_steps > 0 and setup.config.train.warmup_steps > 0:
         log(
             f"warning: train.warmup_steps {setup.config.train.warmup_steps} is not below this run's {steps}, "

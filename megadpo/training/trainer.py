@@ -113,6 +113,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "layers": stage.layers,
         "attention": stage.attention,
         "small operations": stage.small_ops,
+        "activations": stage.activations,
     }
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels

@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.moments_dtype": ("fp32", "bf16"),
     "train.on_spike": ("warn", "skip", "stop"),
-    "train.recompute": ("none", "small", "selective", "full"),
+    "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),
 }

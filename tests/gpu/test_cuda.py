@@ -202,7 +202,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_like_one_that_was_never_stopp
     for name in ("whole", "again"):
         directory = tmp_path / name
         (tmp_path / "run.yaml").write_text(json.dumps({**settings, "output_dir": str(directory)}))
-        train(tmp_path / "run.yaml")
+        assert "activations recomputed (small)" in train(tmp_path / "run.yaml").stderr
         if name == "again":
             shutil.rmtree(directory / "checkpoints" / "step_00000004")
             train(tmp_path / "run.yaml")
@@ -227,7 +227,7 @@ def test_megadpo_train_learns_in_bf16_reports_its_memory_and_exports_what_transf
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
     done = train(tmp_path / "run.yaml", "train.activation_offload=cpu", "train.recompute=full")
-    assert "torch.bfloat16 on NVIDIA" in done.stderr and "activations: recomputed (full), offloaded (cpu)" in done.stderr
+    assert "torch.bfloat16 on NVIDIA" in done.stderr and "activations recomputed (full), offloaded (cpu)" in done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 6 and records[-1]["loss"] < records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert all(record["peak_memory_gib"] > 0 for record in records)

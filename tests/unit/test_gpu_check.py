@@ -16,7 +16,15 @@ from tools.gpu_check import ABOUT, BENCHMARK, FILE_VARIABLE, TESTS, main, table
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 
-ARM = {"arm": "varlen+triton", "median_seconds": 1.351, "mfu": 0.4404, "peak_gib": 67.61, "first_seconds": 5.2}
+ARM = {
+    "arm": "varlen+triton",
+    "size": "1.7B",
+    "mix": "hh-rlhf-like",
+    "median_seconds": 1.351,
+    "mfu": 0.4404,
+    "peak_gib": 67.61,
+    "first_seconds": 5.2,
+}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -127,7 +135,7 @@ def test_the_table_counts_and_names_what_was_and_what_was_not(tmp_path, capsys):
         "| not reached | t.py::six |",
         "| skipped | 1: no such thing |",
         "| slowest | 4.0 s t.py::one |",
-        "| benchmark varlen+triton | 1.351 s a step, MFU 44.0 %, 67.6 GiB at most, first step 5.2 s |",
+        "| benchmark varlen+triton, 1.7B, hh-rlhf-like | 1.351 s a step, MFU 44.0 %, 67.6 GiB at most, first step 5.2 s |",
     ):
         assert line in text.splitlines(), line
 
@@ -137,6 +145,10 @@ def test_all_is_well_only_where_every_test_was_reached_and_the_benchmark_ended(t
     assert table(tmp_path)[1] is False
     (tmp_path / BENCHMARK).write_text(json.dumps({"arms": [ARM]}))
     assert table(tmp_path)[1] is True
+    failed = {"arm": "trl+2", "size": "1.7B", "mix": "hh-rlhf-like", "failed": "out of memory"}
+    (tmp_path / BENCHMARK).write_text(json.dumps({"arms": [ARM, failed]}))
+    text, is_well = table(tmp_path)
+    assert not is_well and text.endswith("| benchmark trl+2, 1.7B, hh-rlhf-like | out of memory |")
     write_logs(tmp_path, {"event": "collected", "tests": ["a", "b"]}, ended("a", "passed"))
     assert table(tmp_path)[1] is False
 

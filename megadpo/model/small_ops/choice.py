@@ -43,7 +43,7 @@ def choose_small_ops(requested: str, device: torch.device) -> SmallOps:
         return SmallOps()
     if reason is not None:
         raise UserError(f"model.small_ops is {requested}, but {reason}; set it to auto")
-    from megadpo.model.small_ops.rms_norm import TritonRMSNorm
+    from megadpo.model.small_ops.norm import TritonRMSNorm
     from megadpo.model.small_ops.rope import TritonRope
     from megadpo.model.small_ops.swiglu import TritonSwiGLU
 

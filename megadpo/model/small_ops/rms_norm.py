@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megadpo.model.norm import RMSNorm
-
 MAX_COLUMNS = 16384
 """The widest row that a program holds in registers."""
 
@@ -27,18 +25,6 @@ MAX_PROGRAMS = 512
 """Programs of the backward, each of which sums its own rows into one of the weight's gradient: some four on each
 multiprocessor of a large GPU, and few rows for the sum that comes after. A constant, so that rounding is the same on every
 GPU."""
-
-
-class TritonRMSNorm(RMSNorm):
-    """The norm of Megatron's spec by these kernels."""
-
-    reads_views = True
-
-    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.shape[-1] > MAX_COLUMNS:
-            return super().normed(x, weight)
-        assert self.eps is not None
-        return rms_norm(x, weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         num_rows = x.numel() // num_columns
         normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         scale_R = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        block = _block(num_columns)
+        block = block_of(num_columns)
         if num_rows:
             _forward[(triton.cdiv(num_rows, block["BLOCK_ROWS"]),)](
                 x, weight, normed, scale_R, num_rows, num_columns, eps, *places, **block
@@ -73,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         num_columns = x.shape[-1]
         num_rows = x.numel() // num_columns
         x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        block = _block(num_columns)
+        block = block_of(num_columns)
         num_programs = min(triton.cdiv(num_rows, block["BLOCK_ROWS"]), MAX_PROGRAMS)
         sums = torch.empty(num_programs, num_columns, dtype=torch.float32, device=x.device)
         if num_rows:
@@ -100,7 +86,8 @@ def _places_of_rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
     return x, num_middle, num_inner, outer_stride, middle_stride, inner_stride
 
 
-def _block(num_columns: int) -> dict[str, int]:
+def block_of(num_columns: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps."""
     columns = triton.next_power_of_2(num_columns)
     rows = max(1, BLOCK_NUMBERS // columns)
     return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": 16 if columns > BLOCK_NUMBERS else 8}

@@ -28,11 +28,13 @@ class Kept:
     """Attributes:
     num_bytes: of all storages that wait for the backward pass, parameters and the caller's sums left out.
     num_recomputed: operations computed again.
+    num_joined: norms that had been computed with the add before them.
     """
 
     num_tokens: int
     num_bytes: int
     num_recomputed: int
+    num_joined: int
     gradients: dict[str, Tensor]
 
 
@@ -87,4 +89,5 @@ def _kept(settings: dict[str, Any], groups: list[Group], case: Case) -> Kept:
         MegatronSchedule().forward_backward(stage.models, [micro_batch], forward_is_over)
     gradients = {name: parameter.grad.clone() for name, parameter in stage.model.named_parameters()}
     num_recomputed = 0 if stage.recomputer is None else stage.recomputer.num_recomputed
-    return Kept(len(micro_batch.tokens_T), num_bytes, num_recomputed, gradients)
+    num_joined = sum(getattr(module, "num_joined", 0) for module in stage.model.modules())
+    return Kept(len(micro_batch.tokens_T), num_bytes, num_recomputed, num_joined, gradients)

@@ -62,6 +62,8 @@ def check(small_ops: str, dtypes: list[torch.dtype], num_groups: int, everything
         both = found[4 * number : 4 * number + 2], found[4 * number + 2 : 4 * number + 4]
         assert [of_a_layer(small_ops, cases, dtype) for cases in both] == [everything, left]
         assert [case.num_recomputed for case in both[1]] == [again, 2 * again]
+        # The norms before the MLPs, and those of the next layers or of the stage; not the first one.
+        assert [case.num_joined for cases in both for case in cases] == ([2, 4, 2, 4] if small_ops == "triton" else [0] * 4)
         for none, small in zip(*both, strict=True):
             assert none.gradients.keys() == small.gradients.keys()
             assert all(torch.equal(small.gradients[name], gradient) for name, gradient in none.gradients.items())

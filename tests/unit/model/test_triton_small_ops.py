@@ -15,7 +15,9 @@ triton = pytest.importorskip("triton")
 from triton.runtime import interpreter  # noqa: E402
 
 from megadpo.config.schema import ModelConfig  # noqa: E402
+from megadpo.model.small_ops import add_norm as add_norm_file  # noqa: E402
 from megadpo.model.small_ops import rms_norm as rms_norm_file  # noqa: E402
+from megadpo.model.small_ops.add_norm import add_rms_norm  # noqa: E402
 from megadpo.model.small_ops.rms_norm import rms_norm  # noqa: E402
 from megadpo.model.small_ops.rope import rotate  # noqa: E402
 from megadpo.model.small_ops.swiglu import swiglu  # noqa: E402
@@ -82,6 +84,46 @@ def test_a_program_sums_the_weight_s_gradient_over_all_of_its_blocks_of_rows(mon
     monkeypatch.setattr(rms_norm_file, "MAX_PROGRAMS", 3)
     monkeypatch.setattr(rms_norm_file, "BLOCK_NUMBERS", 64)
     test_rms_norm_and_its_gradients_are_torch_s(torch.float32, (41,), 24)
+
+
+def add_twin(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    total = residual + x
+    return torch.cat([total, F.rms_norm(total, weight.shape, weight, 1e-5)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden"), [((37, 1), 96), ((5, 3), 128), ((1, 1), 3), ((2,), 16384)])
+def test_an_add_with_the_norm_of_its_sum_and_their_gradients_are_torch_s(dtype, rows, hidden):
+    torch.manual_seed(0)
+    leaves = [3 * torch.randn(*rows, hidden), torch.randn(*rows, hidden), 1 + torch.randn(hidden) / 2]
+    check(lambda x, r, w: torch.cat(add_rms_norm(x, r, w, 1e-5)), add_twin, leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_add_with_the_norm_of_its_sum_has_the_bits_of_the_two_by_themselves(dtype):
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(n, device=DEVICE).to(dtype) for n in ((70, 1, 96), (70, 1, 96), (96,)))
+    total, normed = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(normed, rms_norm(total, weight, 1e-5))
+
+
+def test_an_add_with_the_norm_of_its_sum_has_gradients_where_only_one_result_is_used(monkeypatch):
+    monkeypatch.setattr(rms_norm_file, "BLOCK_NUMBERS", 64)
+    monkeypatch.setattr(add_norm_file, "MAX_PROGRAMS", 3)
+    torch.manual_seed(0)
+    leaves = [torch.randn(41, 24), torch.randn(41, 24), torch.randn(24)]
+    for used in (slice(0, 41), slice(41, 82)):
+        check(
+            lambda x, r, w, used=used: torch.cat(add_rms_norm(x, r, w, 1e-5))[used] + 0 * w,
+            lambda x, r, w, used=used: add_twin(x, r, w)[used] + 0 * w,
+            leaves,
+            torch.float32,
+        )
+    x, residual, weight = (leaf.to(DEVICE).requires_grad_() for leaf in leaves)
+    total, normed = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.autograd.grad(total.sum(), [x, weight], retain_graph=True, allow_unused=True)[1] is None
+    x_gradient, residual_gradient = torch.autograd.grad(normed.sum(), [x, residual])
+    assert torch.equal(x_gradient, residual_gradient) and x_gradient.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,6 +224,7 @@ def test_an_empty_stream_gives_empty_results_and_a_weight_s_gradient_of_zero():
     weight = torch.ones(8, device=DEVICE, requires_grad=True)
     x, packed = (torch.empty(0, 1, n, device=DEVICE, requires_grad=True) for n in (8, 16))
     rms_norm(x, weight, 1e-5).sum().backward()
+    sum(add_rms_norm(x, x, weight, 1e-5)).sum().backward()
     assert weight.grad is not None and not weight.grad.any() and x.grad is not None and x.grad.shape == x.shape
     swiglu(packed).sum().backward()
     assert packed.grad is not None and packed.grad.shape == packed.shape
@@ -197,15 +240,16 @@ def test_only_inputs_are_kept_for_the_backward_pass_and_a_number_a_row(dtype):
     query, (cosine_TN, sine_TN) = torch.randn(5, 2, 8).to(DEVICE, dtype).requires_grad_(), tables(5, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         rms_norm(x, weight, 1e-5), swiglu(x), rotate(query, query, cosine_TN, sine_TN)
-    inputs = {tensor.data_ptr() for tensor in (x, weight, cosine_TN, sine_TN)}
-    assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in inputs] == [5]
+        total, _ = add_rms_norm(x, x, weight, 1e-5)
+    inputs = {tensor.data_ptr() for tensor in (x, weight, cosine_TN, sine_TN, total)}
+    assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in inputs] == [5, 5]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has it")
 def test_a_model_of_these_operations_has_the_log_probs_and_gradients_of_torch_s_and_margins_of_exactly_zero(tmp_path):
     model, groups = save_model(tmp_path, "qwen3", seed=0, num_hidden_layers=2, tokenizer=False), random_groups(1, seed=3)
-    cases = [Case(Layout()), *(Case(Layout(), model=TRITON, recompute=recompute) for recompute in ("none", "full"))]
+    cases = [Case(Layout()), *(Case(Layout(), model=TRITON, recompute=recompute) for recompute in ("none", "small", "full"))]
     torch_s, *ours = run_world(1, outcomes, model, model, groups, cases)[0]
     for found in ours:
         torch.testing.assert_close(found.logps, torch_s.logps, rtol=1e-6, atol=1e-5)

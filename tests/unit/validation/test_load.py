@@ -152,7 +152,7 @@ def test_yaml_means_what_a_reader_thinks_in_a_file_and_on_the_command_line(
         ("train.learning_rate=fast", "train.learning_rate must be a number, got the text 'fast'"),
         ("train.learning_rate=1:30", "train.learning_rate must be a number, got the text '1:30'"),
         ("data.shuffle=maybe", "data.shuffle must be true or false, got the text 'maybe'"),
-        ("train.recompute=off", "train.recompute: 'off' is not known; choose one of: none, small, selective, full"),
+        ("train.recompute=off", "train.recompute: 'off' is not known; choose one of: auto, none, small, selective, full"),
         ("checkpoint.resume=no", "checkpoint.resume is 'no', which is no text here; use auto, never or the path of a step"),
         ("data.eval=off", "data.eval is 'off', which is no text here; use null for nothing (a path of that name: ./off)"),
         ("reference.path=No", "reference.path is 'No', which is no text here; use null for nothing"),

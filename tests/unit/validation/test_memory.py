@@ -16,10 +16,10 @@ from megadpo.validation.memory import check_memory_machine, check_recompute_laye
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["recompute_method=block"], "train.recompute_method is block, which has no effect with train.recompute none"),
+        (["recompute_method=block"], "train.recompute_method is block, which has no effect with train.recompute auto"),
         (["recompute=selective", "recompute_num_layers=2"], "no effect with train.recompute selective; set that to full"),
         (["recompute=small", "recompute_method=block"], "no effect with train.recompute small; set that to full"),
-        (["recompute=norms"], "'norms' is not known; choose one of: none, small, selective, full"),
+        (["recompute=norms"], "'norms' is not known; choose one of: auto, none, small, selective, full"),
         (["recompute=full", "recompute_method=block"], "say in train.recompute_num_layers how many layers are recomputed"),
         (["activation_offload=disk"], "disk needs a directory"),
         (["activation_offload_dir=x"], "nothing else reads one"),
@@ -105,3 +105,12 @@ def test_the_present_words_mean_what_they_meant_and_megatron_is_not_told_of_smal
     assert Activations("selective").megatron_options()["recompute_granularity"] == "selective"
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     assert Activations.of(TrainConfig(recompute="full")).megatron_options() == full
+
+
+def test_by_default_cheap_operations_are_computed_again_where_that_costs_next_to_nothing():
+    default = Activations.of(TrainConfig())
+    assert default.settled(small_is_cheap=True) == Activations("small")
+    assert default.settled(small_is_cheap=False) == Activations("none")
+    for chosen in ("none", "small", "selective", "full"):
+        given = Activations.of(TrainConfig(recompute=chosen))
+        assert given.settled(small_is_cheap=True) == given.settled(small_is_cheap=False) == given

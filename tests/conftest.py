@@ -43,6 +43,7 @@ LONGEST_FIRST = (
     "parity/test_layouts.py",
     "parity/",
     "runs/",
+    "faults/test_resharding.py",
     "unit/model/test_reward_training.py",
 )
 

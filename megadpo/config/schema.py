@@ -303,7 +303,8 @@ class CheckpointConfig:
     directory to begin with (the same command again goes on from the newest checkpoint that came of it)."""
     changed_inputs: str = "refuse"
     """On resuming, where the files of the model or the reference, the tokenizer, the template or the training pairs are not
-    those that the checkpoint was made with: `refuse`, or `accept` (with a warning)."""
+    those that the checkpoint was made with: `refuse`, or `accept` (with a warning). `accept` takes them under other names,
+    too."""
     verify: bool = True
     """Compare every byte of a checkpoint with the hashes that were written with it, before it is loaded."""
     asynchronous: bool | None = None

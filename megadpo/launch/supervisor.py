@@ -29,7 +29,7 @@ from types import FrameType
 
 from megadpo.errors import UserError
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED, STATUS_OF_SIGNAL, WORDS
-from megadpo.launch.worker import FAILURE_FILE, first_failure
+from megadpo.launch.worker import FAILURE_FILE, claim_failure, first_failure
 
 SECONDS_TO_STOP = 5.0
 SECONDS_TO_FOLLOW = 30.0
@@ -236,15 +236,16 @@ def _let_follow(workers: Sequence[subprocess.Popen[bytes]], signals: Sequence[si
 
 def _report(rank: int, code: int, failure_file: Path) -> int:
     """Prints what no worker has printed itself and returns the run's exit status."""
-    if first := first_failure(failure_file):
+    status = EXIT_FAILED if code < 0 else code
+    if first := first_failure(failure_file) or claim_failure(failure_file, rank, status):
         return first["status"]
     if code < 0:
         name = signal.Signals(-code).name
         hint = KILLED_HINT if -code == signal.SIGKILL else ""
         print(f"megadpo: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-        return EXIT_FAILED
-    print(f"megadpo: rank {rank} left with exit status {code}", file=sys.stderr)
-    return code
+    else:
+        print(f"megadpo: rank {rank} left with exit status {code}", file=sys.stderr)
+    return status
 
 
 def _signal_all(workers: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:

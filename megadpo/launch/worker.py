@@ -146,6 +146,18 @@ def _print_once(status: int, message: str) -> None:
         json.dump({"rank": _rank(), "status": status}, file)
 
 
+def claim_failure(path: Path, rank: int, status: int) -> dict[str, int] | None:
+    """Have all workers be silent, for a rank that could not speak itself; who has spoken already, or None."""
+    try:
+        with path.open("x") as file:
+            json.dump({"rank": rank, "status": status}, file)
+    except FileExistsError:
+        return first_failure(path)
+    except OSError:
+        pass
+    return None
+
+
 def first_failure(path: Path) -> dict[str, int] | None:
     """Rank and status of the worker that failed first; None where none has claimed that. Waits while it speaks."""
     deadline = time.monotonic() + SECONDS_TO_SPEAK

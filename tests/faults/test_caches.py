@@ -20,7 +20,7 @@ from megadpo.config.schema import DataConfig
 from megadpo.data.rows.dataset import prepare_groups
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.files import ALGORITHM, sealed
+from megadpo.files import ALGORITHM, hash_of_file, sealed
 from megadpo.platform import native
 from megadpo.training.reference_cache import parts_of, read_logps, write_logps
 from tests.helpers.models import save_model, write_hh
@@ -89,12 +89,10 @@ def array_with(name: str, values: Callable[[np.ndarray], np.ndarray]) -> Spoil:
     """An array that is whole and wrong, with a hash that is right: offsets that lead outside."""
 
     def spoil(store: Path) -> None:
-        from megadpo.data.store import _hash_of
-
         file = store / f"{name}.npy"
         np.save(file, values(np.load(file)))
         about = json.loads((store / "store.json").read_bytes())
-        about["hashes"][name] = _hash_of(file)
+        about["hashes"][name] = hash_of_file(file)
         about.pop(ALGORITHM)
         (store / "store.json").write_bytes(sealed(about))
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 from megadpo.checkpoint.sharded import open_checkpoint, step_directories
 from megadpo.errors import UserError
 from megadpo.metrics.sinks import JsonlSink, TensorBoardSink
+from tests.helpers.launched import finish
 from tests.helpers.runs import assert_same_weights, log_probs, read_metrics, run_settings, save_files, train_run, weights_in
 from tests.helpers.worlds import run_world
 
@@ -73,8 +73,8 @@ def fill(disk: Path) -> Path:
 
 def settings_of(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     sections = {
-        "train": {"steps": 8, "pairs_per_step": 4, "tokens_per_micro_batch": 256, "warmup_steps": 0},
-        "checkpoint": {"every": 2, "keep": 9},
+        "train": {"steps": 4, "pairs_per_step": 4, "tokens_per_micro_batch": 256, "warmup_steps": 0},
+        "checkpoint": {"every": 1, "keep": 9},
     }
     for section, values in changes.items():
         sections[section] = sections.get(section, {}) | values
@@ -164,7 +164,7 @@ def test_all_ranks_end_with_the_same_sentence(files, disk, asynchronous):
     first, second = run_world(2, _two_ranks, settings, str(disk), MIB)
     assert first[0] is not None and first[0] == second[0] and "No space left" in first[0]
     check_what_is_left(disk / "run")
-    assert [path.name for path in step_directories(disk / "run" / "checkpoints")] == ["step_00000002"]
+    assert [path.name for path in step_directories(disk / "run" / "checkpoints")] == ["step_00000001"]
 
 
 def _one_after_the_other(files: Path, disk: Path) -> dict[str, tuple[str | None, str]]:
@@ -244,14 +244,11 @@ def test_log_probs_on_a_full_disk_are_one_sentence_and_no_file(files, disk):
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_a_status_and_one_sentence(files, disk):
-    import yaml
-
-    settings = settings_of(files, disk / "run")
-    (files / "run.yaml").write_text(yaml.safe_dump(settings))
+def test_the_command_ends_with_a_status_and_one_sentence(files, disk, tmp_path):
+    (disk / "run").mkdir()
+    (tmp_path / "run").symlink_to(disk / "run")  # so that what the launcher says, beside it, has room
     leave(disk, MIB)
-    command = [sys.executable, "-m", "megadpo", "train", str(files / "run.yaml"), "--nproc", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert len([line for line in ended.stderr.splitlines() if "megadpo: error: no checkpoint of step" in line]) == 1
+    status, output = finish(settings_of(files, tmp_path / "run"), 2)
+    assert status == 2 and "Traceback" not in output, output
+    assert len([line for line in output.splitlines() if "megadpo: error: no checkpoint of step" in line]) == 1, output
     check_what_is_left(disk / "run")

@@ -14,15 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megadpo.errors import UserError
 from tests.helpers.marks import all_but_a_few_exhaustive
 from tests.helpers.models import hh_rows, save_model
-from tests.helpers.runs import exported_weights, read_metrics, run_settings, save_files, train_run
+from tests.helpers.runs import assert_same_weights, read_metrics, run_settings, save_files, train_run
 from tests.helpers.worlds import run_world
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_files(tmp_path_factory.mktemp("files"), "llama", 60, num_hidden_layers=2)
+
+
+FEW_PAIRS = {"pairs_per_step": 2}
+"""A step that costs little, where it does not matter what it learns."""
 
 
 def told(settings: dict[str, Any]) -> str:
@@ -37,7 +42,7 @@ def told(settings: dict[str, Any]) -> str:
 
 
 def poison_each(runs: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return {kind: poisoned(settings, 4, kind) for kind, settings in runs.items()}
+    return {kind: poisoned(settings, 2, kind) for kind, settings in runs.items()}
 
 
 def poisoned(settings: dict[str, Any], step: int, what: str) -> str:
@@ -83,12 +88,12 @@ def test_a_poisoned_state_is_never_saved_and_the_tensor_and_its_rank_are_named(
     files: Path, tmp_path: Path, layout: tuple[int, dict[str, Any]]
 ) -> None:
     num_processes, parallel = layout
-    changes: dict[str, Any] = {"parallel": parallel, "train": {"steps": 4}, "checkpoint": {"every": 2}}
+    changes: dict[str, Any] = {"parallel": parallel, "train": FEW_PAIRS | {"steps": 2}, "checkpoint": {"every": 1}}
     runs = {kind: run_settings(files, tmp_path / kind, **changes) for kind in ("weights", "exp_avg", "exp_avg_sq")}
     for sentences in run_world(num_processes, poison_each, runs):
         for kind, sentence in sentences.items():
-            kept = tmp_path / kind / "checkpoints" / "step_00000002"
-            assert sentence.startswith(f"step 4: the {kind} of model."), sentence
+            kept = tmp_path / kind / "checkpoints" / "step_00000001"
+            assert sentence.startswith(f"step 2: the {kind} of model."), sentence
             assert f" are not finite on rank {num_processes - 1}, so nothing was written; {kept} is the last" in sentence
             assert [path.name for path in kept.parent.iterdir()] == [kept.name]
             assert not (tmp_path / kind / "hf").exists()
@@ -191,6 +196,11 @@ def with_spikes(settings: dict[str, Any], at: tuple[int, ...], spoils: bool, sto
         step_module.optimizer_step, trainer.training_step = original, original_step
 
 
+def with_spikes_each(runs: list[tuple[Any, ...]]) -> list[Any]:
+    """Several runs in the same processes, each by the arguments of `with_spikes`."""
+    return [with_spikes(*run) for run in runs]
+
+
 def without_cpu_adam(settings: dict[str, Any]) -> Any:
     parallel = settings.get("parallel", {})
     if parallel.get("offload") != "cpu" or "deepspeed_config" in parallel:
@@ -200,11 +210,18 @@ def without_cpu_adam(settings: dict[str, Any]) -> Any:
     return mock.patch.object(engine, "cpu_adam", lambda: None)
 
 
-def saying(settings: dict[str, Any], *arguments: Any) -> tuple[Any, str]:
-    """What `with_spikes` gives, and what the run says on stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        records = with_spikes(settings, *(arguments or ((), False)))
-    return records, said.getvalue()
+def saying(runs: list[dict[str, Any]], at: tuple[int, ...] = ()) -> list[tuple[list[dict[str, float]], str]]:
+    """Of each run its metrics, and what it says on stderr, the sentence that it ends with included."""
+    found = []
+    for settings in runs:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            ended = ""
+            try:
+                with_spikes(settings, at, False)
+            except UserError as error:
+                ended = str(error)
+        found.append((read_metrics(Path(settings["output_dir"])), said.getvalue() + ended))
+    return found
 
 
 @pytest.mark.parametrize("layout", all_but_a_few_exhaustive(SKIPPING, slow=[1, 2, 7]), ids=str)
@@ -222,21 +239,21 @@ def test_a_step_left_out_changes_nothing_and_is_resumed_over(
             tmp_path / name,
             model={"dtype": dtype},
             parallel=parallel,
-            train={"on_spike": "skip", "warmup_steps": 0},
+            train={"on_spike": "skip", "warmup_steps": 0, "pairs_per_step": 4},
             checkpoint={"every": 1, "keep": 9},
         )
 
-    whole = run_world(num_processes, with_spikes, settings("whole"), (3,), True)[0]
+    run_world(num_processes, with_spikes, settings("broken"), (3,), True, 4)
+    going_on = [(settings("broken"), (), True), (settings("whole"), (3,), True)]
+    resumed, whole = run_world(num_processes, with_spikes_each, going_on)[0]
+    assert resumed == whole
     assert [record["num_left_out"] for record in whole] == [0, 0, 1, 1, 1]
     assert whole[2]["grad_norm"] is None and whole[3]["grad_norm"] is not None
     second, third = (load_whole(tmp_path / "whole" / "checkpoints" / f"step_{number:08d}") for number in (2, 3))
     assert second.keys() == third.keys() and all(torch.equal(second[name], third[name]) for name in second)
     state = json.loads((tmp_path / "whole" / "checkpoints" / "step_00000005" / "checkpoint.json").read_text())["state"]
     assert state["spikes"]["num_left_out"] == 1
-    run_world(num_processes, with_spikes, settings("broken"), (3,), True, 4)
-    assert run_world(num_processes, with_spikes, settings("broken"), (), True)[0] == whole
-    ours, theirs = exported_weights(tmp_path / "broken"), exported_weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.exhaustive
@@ -261,8 +278,7 @@ def test_a_step_left_out_with_offload_to_files_is_the_one_in_memory(files: Path,
         )
         found.append(run_world(1, with_spikes, settings, (2,), True)[0])
     assert found[0] == found[1] and [record["num_left_out"] for record in found[1]] == [0, 1, 1]
-    ours, theirs = exported_weights(tmp_path / "cpu"), exported_weights(tmp_path / "nvme")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "cpu", tmp_path / "nvme")
 
 
 def load_whole(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -272,42 +288,42 @@ def load_whole(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_run_that_can_only_leave_steps_out_ends(files: Path, tmp_path: Path) -> None:
-    train = {"steps": 30, "on_spike": "skip"}
+    train = FEW_PAIRS | {"steps": 30, "on_spike": "skip"}
     with pytest.raises(AssertionError, match=r"step 12: .* the last of 10 steps in a row that train.on_spike left out"):
         run_world(1, with_spikes, run_settings(files, tmp_path / "run", train=train), tuple(range(3, 31)), True)
     assert len(read_metrics(tmp_path / "run")) == 11
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
-def test_a_norm_far_above_the_last_ones_is_a_spike(files: Path, tmp_path: Path, policy: str) -> None:
-    settings = run_settings(files, tmp_path / "run", train={"steps": 24, "on_spike": policy, "learning_rate": 1e-5})
-    if policy == "stop":
-        with pytest.raises(AssertionError, match=r"UserError: step 22: the gradient norm is .* so nothing was updated"):
-            run_world(1, with_spikes, settings, (22,), False)
-        return
-    records, text = run_world(1, saying, settings, (22,), False)[0]
-    said = [line for line in text.splitlines() if "above the mean" in line]
-    assert len(said) == 1 and f"since train.on_spike is {policy}" in said[0] and "step 22: the gradient norm" in said[0]
-    assert len(records) == 24 and records[-1].get("num_left_out") == {"warn": None, "skip": 1}[policy]
+def test_a_norm_far_above_the_last_ones_is_a_spike(files: Path, tmp_path: Path) -> None:
+    train = FEW_PAIRS | {"steps": 24, "learning_rate": 1e-5}
+    policies = ("warn", "skip", "stop")
+    runs = [run_settings(files, tmp_path / policy, train=train | {"on_spike": policy}) for policy in policies]
+    for policy, (records, text) in zip(policies, run_world(1, saying, runs, (22,))[0], strict=True):
+        said = [line for line in text.splitlines() if "above the mean" in line]
+        assert len(said) == 1 and "step 22: the gradient norm" in said[0], text
+        if policy == "stop":
+            assert "so nothing was updated" in said[0] and len(records) == 21
+        else:
+            assert f"since train.on_spike is {policy}" in said[0] and len(records) == 24
+            assert records[-1].get("num_left_out") == {"warn": None, "skip": 1}[policy]
 
 
 @pytest.mark.slow
 def test_a_run_that_learns_nothing_says_so_once(files: Path, tmp_path: Path) -> None:
-    still = run_settings(files, tmp_path / "still", train={"steps": 12, "learning_rate": 1e-30})
+    still = run_settings(files, tmp_path / "still", train=FEW_PAIRS | {"steps": 12, "learning_rate": 1e-30})
     rows = [{"prompt": "a b", "chosen": " c d", "rejected": " e f", "weight": 0}] * 8
     (tmp_path / "nothing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    moving = run_settings(files, tmp_path / "moving", train={"steps": 12})
-    for settings, sentences in ((still, 1), (moving, 0)):
-        assert run_world(1, saying, settings)[0][1].count("none has changed from step 0 to step 12") == sentences
+    moving = run_settings(files, tmp_path / "moving", train=FEW_PAIRS | {"steps": 12})
     flat = run_settings(files, tmp_path / "flat", objective={"row_weights": True}, train={"steps": 2})
     flat["data"] |= {"train": str(tmp_path / "nothing.jsonl")}
-    assert run_world(1, saying, flat)[0][1].count(" is 0: this step taught the model nothing") == 1
+    said = [text for _, text in run_world(1, saying, [still, moving, flat])[0]]
+    assert [text.count("none has changed from step 0 to step 12") for text in said] == [1, 0, 0]
+    assert [text.count(" is 0: this step taught the model nothing") for text in said] == [0, 0, 1]
 
 
 def test_what_is_not_finite_is_neither_imported_nor_exported(tmp_path: Path) -> None:
     from megadpo.checkpoint.convert import export_checkpoint, import_hf
-    from megadpo.errors import UserError
 
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2, tokenizer=False)
     import_hf(model, tmp_path / "good")

@@ -154,7 +154,8 @@ class Outcomes(dict[Case, Outcome]):
         breaking = [(self._settings(other, str(other), "cache"), other.saved_at + 1) for other in cases]
         broken = run_world(case.workers, _each_trained, breaking)
         going_on = [(self._settings(other, str(other), "another cache"), None) for other in cases]
-        going_on += [(self._settings(other, f"whole {other.whole}", "another cache"), None) for other in wholes]
+        root = self._root / ("fast" if case in FAST else "all others")
+        going_on += [(other.settings(self._files, root / other.whole, "another cache"), None) for other in wholes]
         gone_on = run_world(case.workers, _each_trained, going_on)
         for number, other in enumerate(cases):
             whole = len(cases) + next(place for place, run in enumerate(wholes) if run.whole == other.whole)
@@ -164,7 +165,7 @@ class Outcomes(dict[Case, Outcome]):
                     for found, place in ((broken, number), (gone_on, number), (gone_on, whole))
                 ),
                 self._root / str(other),
-                self._root / f"whole {other.whole}",
+                root / other.whole,
             )
         return self[case]
 

@@ -1,5 +1,6 @@
-"""`megadpo train …` with all of its processes forked from the server of `worlds`: the real command, launcher and workers in
-a fraction of the seconds that new processes take; with signals and kills at chosen moments."""
+"""`megadpo train …`, or our launcher with workers of a test's own, with all of its processes forked from the server of
+`worlds`: the real command, launcher and workers in a fraction of the seconds that new processes take; with signals and kills
+at chosen moments."""
 
 from __future__ import annotations
 
@@ -99,23 +100,58 @@ def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int,
     return launched.wait(), launched.output()
 
 
+def finish_workers(nproc: int, log: Path, main: Callable[..., int], *arguments: Any) -> tuple[int, str]:
+    """Exit status and output of our launcher with `nproc` workers, each of which does `main(*arguments)`.
+
+    Args:
+        log: a file that is made.
+        main: a module's function.
+    """
+    log.touch()
+    launched = Launched(forked(_workers, nproc, str(log), main, arguments), log)
+    return launched.wait(), launched.output()
+
+
+def _workers(nproc: int, log: str, main: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    """In a process of its own: our launcher, whose workers are forked."""
+    from megadpo.launch.supervisor import start_workers
+
+    _print_to(log)
+    _Worker.main = staticmethod(lambda: main(*arguments))
+    subprocess.Popen = _Worker  # type: ignore[assignment,misc]
+    _leave(start_workers(nproc, ["what the worker does"]))
+
+
 def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir: str) -> None:
     """In a process of its own: the console's `megadpo`, whose workers are forked."""
     from megadpo.cli import main
     from megadpo.launch.worker import run_as_one
 
+    _print_to(log)
+    if "--nproc" in argv:
+
+        def work() -> int:
+            _arrange(moments, output_dir)
+            return main(argv[: argv.index("--nproc")])
+
+        _Worker.main = staticmethod(work)
+        subprocess.Popen = _Worker  # type: ignore[assignment,misc]
+    else:
+        _arrange(moments, output_dir)
+    _leave(run_as_one(lambda: main(argv)))
+
+
+def _print_to(log: str) -> None:
+    """What this process and its workers print goes to a file; none of them takes more than a thread."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if "--nproc" in argv:
-        _Worker.argv, _Worker.moments, _Worker.output_dir = argv[: argv.index("--nproc")], moments, output_dir
-        subprocess.Popen = _Worker  # type: ignore[assignment,misc]
-    else:
-        _arrange(moments, output_dir)
-    status = run_as_one(lambda: main(argv))
+
+
+def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -124,9 +160,7 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
 class _Worker:
     """What the supervisor asks of Popen, by fork."""
 
-    argv: list[str]
-    moments: tuple[Moment, ...]
-    output_dir: str
+    main: Callable[[], int]
 
     def __init__(self, command: Any, env: dict[str, str], preexec_fn: Callable[[], None], **options: Any) -> None:
         self.returncode: int | None = None
@@ -137,7 +171,6 @@ class _Worker:
     def _work(self, env: dict[str, str], prepare: Callable[[], None]) -> None:
         import torch
 
-        from megadpo.cli import main
         from megadpo.launch.worker import run_as_one
 
         try:
@@ -149,8 +182,7 @@ class _Worker:
             os.environ.clear()
             os.environ.update(env)
             torch.set_num_threads(1)
-            _arrange(self.moments, self.output_dir)
-            status = run_as_one(lambda: main(self.argv))
+            status = run_as_one(self.main)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

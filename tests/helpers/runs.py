@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megadpo.checkpoint.sharded import step_checkpoints
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import run_world
 
@@ -72,6 +73,7 @@ def resumed_and_whole(
     """The metrics of the run ``settings("broken")``, which breaks off after a step and goes on in other processes, and of
     ``settings("whole")``, which those processes train afterwards from the beginning."""
     assert len(run_world(num_processes, train_run, settings("broken"), stop_after)[0]) == stop_after
+    assert step_checkpoints(Path(settings("broken")["output_dir"]) / "checkpoints"), "there is something to go on from"
     resumed, whole = run_world(num_processes, train_each, [settings("broken"), settings("whole")])[0]
     return resumed, whole
 

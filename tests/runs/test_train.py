@@ -13,7 +13,15 @@ import torch
 
 from tests.helpers import oracle
 from tests.helpers.models import groups_of_file, hh_rows, save_model, write_hh
-from tests.helpers.runs import assert_same_weights, log_probs, read_metrics, run_settings, train_each, train_run
+from tests.helpers.runs import (
+    assert_same_weights,
+    log_probs,
+    read_metrics,
+    resumed_and_whole,
+    run_settings,
+    train_each,
+    train_run,
+)
 from tests.helpers.worlds import run_world
 
 
@@ -48,10 +56,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path, num
             checkpoint={"every": 3, "keep": 1},
         )
 
-    broken = run_world(num_processes, train_run, settings("broken"), 5)[0]
-    assert len(broken) == 5
-    assert [p.name for p in sorted((tmp_path / "broken" / "checkpoints").iterdir())] == ["step_00000003"]
-    resumed, whole = run_world(num_processes, train_each, [settings("broken"), settings("whole")])[0]
+    resumed, whole = resumed_and_whole(num_processes, settings, 5)
     assert resumed == whole and [record["step"] for record in resumed] == list(range(1, 10))
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 

@@ -321,7 +321,6 @@ def split_directory(directory: Path, names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "train", "held_out"),
     [
-        ("train.jsonl test.jsonl", "train.jsonl", "test.jsonl"),
         ("train.jsonl test.jsonl valid.jsonl", "train.jsonl", "valid.jsonl"),
         ("Training-1.jsonl dev_2.json", "Training-1.jsonl", "dev_2.json"),
         (

@@ -261,36 +261,47 @@ def test_without_an_address_and_without_mpi4py_it_is_said_what_to_set(monkeypatc
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 @pytest.mark.exhaustive  # over two machines in tests/runs/test_two_nodes.py, which needs network namespaces
-def test_a_launcher_really_trains_on_two_processes(tmp_path: Path, launcher: str) -> None:
+def test_a_launcher_really_trains_on_two_processes(files: Path, tmp_path: Path, launcher: str) -> None:
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
-    train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", launcher, "--nproc", "2"])
+    train_on_two(files, tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", launcher, "--nproc", "2"])
 
 
 @pytest.mark.parametrize("kind", ["mpich", pytest.param("openmpi", marks=pytest.mark.exhaustive)])
 @pytest.mark.slow  # Open MPI's over two machines in tests/runs/test_two_nodes.py
-def test_mpirun_really_trains_on_two_processes(tmp_path: Path, kind: str) -> None:
+def test_mpirun_really_trains_on_two_processes(files: Path, tmp_path: Path, kind: str) -> None:
     path = path_with_mpirun(tmp_path, kind)
-    train_on_two(tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", "mpirun", "--nproc", "2"], PATH=path)
+    train_on_two(files, tmp_path, [str(ROOT / "launch.sh"), "train", "--launcher", "mpirun", "--nproc", "2"], PATH=path)
 
 
 @pytest.mark.slow
-def test_the_ranks_of_a_plain_mpirun_meet_through_mpi4py(tmp_path: Path) -> None:
+def test_the_ranks_of_a_plain_mpirun_meet_through_mpi4py(files: Path, tmp_path: Path) -> None:
     path = path_with_mpirun(tmp_path, "openmpi")
     probe = [sys.executable, "-c", "from mpi4py import MPI; assert 'Open MPI' in MPI.Get_library_version()"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("mpi4py is not installed, or finds no Open MPI")
-    train_on_two(tmp_path, ["mpirun", "-np", "2", sys.executable, "-m", "megadpo", "train"], PATH=path)
+    train_on_two(files, tmp_path, ["mpirun", "-np", "2", sys.executable, "-m", "megadpo", "train"], PATH=path)
 
 
-def train_on_two(directory: Path, command: list[str], **environment: str) -> None:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, pairs, and a configuration of one step on them."""
+    directory = tmp_path_factory.mktemp("files")
+    model, pairs = save_model(directory / "model", num_hidden_layers=1), write_hh(directory / "pairs.jsonl", 4)
+    settings = {
+        "model": {"path": str(model), "dtype": "fp32"},
+        "data": {"train": str(pairs), "cache_dir": str(directory / "cache"), "max_length": 64},
+        "train": {"steps": 1, "pairs_per_step": 4},
+        "logging": {"tensorboard": False},
+        "checkpoint": {"at_end": False},
+    }
+    (directory / "run.yaml").write_text(json.dumps(settings))
+    return directory
+
+
+def train_on_two(files: Path, directory: Path, command: list[str], **environment: str) -> None:
     """One step of training by `command`, which must have started two replicas."""
-    save_model(directory / "model", num_hidden_layers=1)
-    write_hh(directory / "pairs.jsonl", 4)
-    (directory / "run.yaml").write_text("train:\n  steps: 1\n  pairs_per_step: 4\n")
-    command = [*command, str(directory / "run.yaml"), f"model.path={directory / 'model'}", "model.dtype=fp32"]
-    command += [f"data.train={directory / 'pairs.jsonl'}", f"data.cache_dir={directory / 'cache'}", "data.max_length=64"]
-    command += [f"output_dir={directory / 'out'}"]
+    command = [*command, str(files / "run.yaml"), f"output_dir={directory / 'out'}"]
     own = {"PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment}
     # Open MPI asks a superuser, as in a container, to say so twice.
     own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -11,11 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadpo.launch.supervisor import start_workers
+from megadpo.errors import UserError
+from megadpo.launch.supervisor import free_port, start_workers
 from megadpo.launch.worker import FAILURE_FILE
+from tests.helpers.launched import finish_workers
 from tests.helpers.worlds import forked
 
 LIMIT_SECONDS = 30
+ROOT = Path(__file__).parents[3]
 
 WORKER = """
 import os, signal, sys, time
@@ -24,25 +27,11 @@ from megadpo.launch.worker import run_as_one
 
 rank, case = int(os.environ["RANK"]), sys.argv[1]
 
-def wait_for_peers():
-    import datetime, torch, torch.distributed as dist
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
-    dist.barrier()
-    if rank == 1:
-        fail()
-    dist.all_reduce(torch.ones(1))
-    # A process that ends with threads of gloo is aborted now and then; a run of ours leaves none (platform/world.py).
-    dist.destroy_process_group()
-
-def fail():
-    if case == "user": raise UserError("row 7 has no field 'chosen'")
-    if case == "bug": raise KeyError("weight")
-    if case == "segv": os.kill(os.getpid(), signal.SIGSEGV)
-    if case == "kill": os.kill(os.getpid(), signal.SIGKILL)
-    if case == "silent": os._exit(7)
-
 def main():
     if case == "all": raise UserError("model directory is missing")
+    if case == "one":
+        from tests.unit.launch.test_supervisor import work
+        return work("user")
     if case == "omp": os.write(1, (os.environ["OMP_NUM_THREADS"] + "\\n").encode())
     if case in ("sleep", "busy"):
         import subprocess
@@ -51,12 +40,34 @@ def main():
         child = subprocess.Popen(["sleep", "600"])
         open(f"{sys.argv[2]}/{rank}", "w").write(f"{os.getpid()} {child.pid}\\n")
         time.sleep(600)
-    if case in ("user", "bug", "segv", "kill", "silent", "fine"):
-        wait_for_peers()
     return 0
 
 sys.exit(run_as_one(main))
 """
+
+
+def work(case: str) -> int:
+    """Two workers meet, and rank 1 fails in one way or another while rank 0 waits for it."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    dist.barrier()
+    if os.environ["RANK"] == "1":
+        if case == "user":
+            raise UserError("row 7 has no field 'chosen'")
+        if case == "bug":
+            raise KeyError("weight")
+        if case in ("segv", "kill"):
+            os.kill(os.getpid(), signal.SIGSEGV if case == "segv" else signal.SIGKILL)
+        if case == "silent":
+            os._exit(7)
+    dist.all_reduce(torch.ones(1))
+    # A process that ends with threads of gloo is aborted now and then; a run of ours leaves none (platform/world.py).
+    dist.destroy_process_group()
+    return 0
 
 
 @pytest.fixture
@@ -89,11 +100,6 @@ def our_launcher(nproc: int, worker: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, str(nproc), sys.executable, str(worker), *arguments]
 
 
-def torchrun(nproc: int, worker: Path, *arguments: str) -> list[str]:
-    options = ["--standalone", f"--nproc-per-node={nproc}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, str(worker), *arguments]
-
-
 @pytest.mark.parametrize(
     ("case", "status", "reason"),
     [
@@ -104,8 +110,11 @@ def torchrun(nproc: int, worker: Path, *arguments: str) -> list[str]:
         ("silent", 7, "megadpo: rank 1 left with exit status 7"),
     ],
 )
-def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(worker: Path, case: str, status: int, reason: str) -> None:
-    code, output, seconds = run(our_launcher(2, worker, case))
+def test_a_rank_that_dies_ends_all_while_the_others_wait_for_it(tmp_path: Path, case: str, status: int, reason: str) -> None:
+    forked(abs, 0).join()  # the server is there
+    began = time.monotonic()
+    code, output = finish_workers(2, tmp_path / "log", work, case)
+    seconds = time.monotonic() - began
     assert code == status
     assert output.count(reason) == 1 and output.count("megadpo: ") == 1, output
     assert ("Traceback" in output) == (case == "bug") and output.count("Traceback") <= 1
@@ -120,25 +129,24 @@ def test_a_mistake_that_every_rank_meets_is_told_once(worker: Path) -> None:
     assert output.count("megadpo: error: model directory is missing") == 1 and len(output.splitlines()) == 1, output
 
 
-def test_workers_that_end_well_give_status_0_and_print_nothing_more(worker: Path) -> None:
-    assert run(our_launcher(2, worker, "fine"))[:2] == (0, "")
+def test_workers_that_end_well_give_status_0_and_print_nothing_more(tmp_path: Path) -> None:
+    assert finish_workers(2, tmp_path / "log", work, "fine") == (0, "")
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_reason_is_told_once_too(worker: Path) -> None:
-    code, output, seconds = run(torchrun(2, worker, "user"))
-    assert code != 0 and seconds < LIMIT_SECONDS
-    assert output.count("[rank 1] megadpo: error: row 7 has no field 'chosen'") == 1
-    assert "[rank 0] megadpo" not in output and "rank 0 failed" not in output, output
-
-
-@pytest.mark.slow
-def test_a_second_torchrun_run_is_not_silenced_by_the_failure_of_the_first(worker: Path, tmp_path: Path) -> None:
-    for _ in range(2):
-        fixed = ["--nproc-per-node=2", "--master-port=29876"]
-        command = [sys.executable, "-m", "torch.distributed.run", *fixed, str(worker), "all"]
-        _, output, _ = run(command, TMPDIR=str(tmp_path))
-        assert output.count("megadpo: error: model directory is missing") == 1, output
+def test_under_torchrun_the_reason_is_told_once_too_and_a_second_run_is_not_silenced_by_it(
+    worker: Path, tmp_path: Path
+) -> None:
+    options = ["--nproc-per-node=2", f"--master-port={free_port()}"]
+    for case, reason in (
+        ("one", "[rank 1] megadpo: error: row 7 has no field 'chosen'"),
+        ("all", "model directory is missing"),
+    ):
+        command = [sys.executable, "-m", "torch.distributed.run", *options, str(worker), case]
+        code, output, seconds = run(command, TMPDIR=str(tmp_path), PYTHONPATH=str(ROOT))
+        assert code != 0 and seconds < LIMIT_SECONDS
+        assert output.count(reason) == 1, output
+        assert case == "all" or ("[rank 0] megadpo" not in output and "rank 0 failed" not in output), output
 
 
 @pytest.mark.slow

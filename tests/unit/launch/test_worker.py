@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megadpo.launch.worker import blames_peer
+from megadpo.launch.worker import blames_peer, claim_failure
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,9 @@ from megadpo.launch.worker import blames_peer
 )
 def test_only_the_news_that_a_peer_is_gone_counts_as_a_consequence(error: Exception, expected: bool) -> None:
     assert blames_peer(error) is expected
+
+
+def test_only_the_first_to_claim_a_failure_speaks(tmp_path: Path) -> None:
+    assert claim_failure(tmp_path / "failure", rank=1, status=7) is None
+    assert claim_failure(tmp_path / "failure", rank=0, status=1) == {"rank": 1, "status": 7}
+    assert claim_failure(tmp_path / "nowhere" / "failure", rank=0, status=1) is None, "it cannot be claimed, so it is said"

@@ -144,6 +144,17 @@ def test_a_run_has_all_sinks_it_asks_for(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize("keeps_records", [True, False])
+def test_what_was_written_up_to_a_resumed_step_is_kept_or_set_aside(tmp_path: Path, keeps_records: bool) -> None:
+    for record, resume_step in (({"step": 1, "loss": 0.5}, None), ({"step": 2, "loss": 0.25}, 1)):
+        for sink in open_sinks(tmp_path, Logging(tensorboard=True), 2, resume_step, keeps_records=keeps_records):
+            sink.write(record)
+            sink.close()
+    steps = [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")]
+    assert steps == ([1, 2] if keeps_records else [2])
+    assert (tmp_path / "metrics.1.jsonl").exists() == (tmp_path / "tensorboard.1").exists() == (not keeps_records)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

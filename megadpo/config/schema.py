@@ -63,7 +63,8 @@ class AdapterConfig:
     """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), `gaussian` (A normal, B zero), `pissa` or
     `olora` (from the weight's own decomposition, which is taken off the frozen weight)."""
     path: str | None = None
-    """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout`. null = a new one."""
+    """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout` and `merge`. null
+    = a new one."""
     merge: bool = False
     """Export the model with the adapter added to its weights in place of a PEFT directory."""
 
@@ -72,9 +73,10 @@ class AdapterConfig:
 class ReferenceConfig:
     mode: str = "auto"
     """`auto`: `none` for losses that read no reference (sft, cpo, simpo, orpo, reward), `adapter` with `adapter.kind: lora`,
-    else `resident`. `adapter`: the policy's own model with its adapters off, or with `reference.adapter`. `resident`: a frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first,
-    cached on disk, and the reference is freed. `cached`: it is resident in the first epoch, which fills the same
-    cache; then it is freed. `none`: for losses that read no reference."""
+    else `resident`. `adapter`: the policy's own model with its adapters off, or with `reference.adapter`. `resident`: a
+    frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first, cached on disk,
+    and the reference is freed. `cached`: it is resident in the first epoch, which fills the same cache; then it is freed.
+    `none`: for losses that read no reference."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""
     adapter: str | None = None

@@ -179,9 +179,9 @@ def _modules(options: AdapterConfig, shape: ModelShape, saved: tuple[str, ...]) 
                 "a list of names, or all-linear"
             ) from error
         if not matching(targets, None, shape):
-            hint = f" (for every module of that name: [{targets}])" if matching([targets], None, shape) else ""
+            hint = f" (a list of names: [{targets}])" if matching([targets], None, shape) else ""
             raise UserError(
-                f"adapter.target_modules: {targets!r} is the whole name of no linear layer{hint}; there are {_there_is(shape)}"
+                f"adapter.target_modules: no linear layer's whole name is {targets!r}{hint}; there are {_there_is(shape)}"
             )
     elif not isinstance(targets, str):
         _check_names(targets, shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadpo.model.adapters.attach import switch_of
+from megadpo.model.adapters.shards import is_adapters
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
@@ -21,6 +23,16 @@ def load_weights(stage: Stage, source: TensorSource, trained: TensorSource | Non
         _fill(stage.base, source)
     else:
         _fill(stage.base | stage.parameters, source)
+
+
+def keep_originals(stage: Stage, source: TensorSource) -> None:
+    """Keep what `source` has of the parameters that are trained whole beside adapters, for when these are off."""
+    for parameter, shard in stage.parameters.values():
+        if not is_adapters(shard):
+            values = torch.empty_like(parameter)
+            fill_shard(shard, source, values)
+            switch_of(stage.models).originals.append((parameter, values))
+    source.release()
 
 
 def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], source: TensorSource) -> None:

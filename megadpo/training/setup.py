@@ -21,6 +21,8 @@ from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
 from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.model.adapters.initial import NewAdapter
+from megadpo.model.adapters.spec import AdapterSpec, resolve
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.model.families import TensorSource, check_tensors, shape_of
@@ -41,7 +43,7 @@ from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_memory_machine, check_recompute_layers
-from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
+from megadpo.validation.model import check_adapters, check_experts, check_same_tokenizer, check_same_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,6 +70,20 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
+class AdapterFiles:
+    """Adapters of the policy or of the reference.
+
+    Attributes:
+        source: what they begin with, and what is trained whole beside them.
+        is_new: they have not learned anything.
+    """
+
+    spec: AdapterSpec
+    source: TensorSource
+    is_new: bool
+
+
+@dataclass(frozen=True)
 class RunSetup:
     """A run that was checked and can start.
 
@@ -81,6 +97,8 @@ class RunSetup:
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
         origin: the checkpoint to go on from, if there is one.
+        adapter: what is trained in place of the policy's own parameters; None: those are.
+        reference_adapter: what the reference has in place of it, with `reference.adapter`.
     """
 
     config: Config
@@ -97,6 +115,8 @@ class RunSetup:
     output_dir: Path
     search: Search
     origin: Origin
+    adapter: AdapterFiles | None = None
+    reference_adapter: AdapterFiles | None = None
 
     @property
     def resume(self) -> Path | None:
@@ -155,7 +175,17 @@ def prepare(config: Config) -> RunSetup:
         output_dir=output_dir,
         search=search,
         origin=origin,
+        adapter=_adapter(config, policy, layout),
     )
+
+
+def _adapter(config: Config, policy: ModelFiles, layout: Layout) -> AdapterFiles | None:
+    """The adapters that `adapter` asks for."""
+    if config.adapter.kind == "none":
+        return None
+    spec = resolve(config.adapter, policy.shape)
+    check_adapters(config, policy.shape, layout, spec)
+    return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
 
 
 def _check_surroundings(config: Config) -> None:

@@ -58,18 +58,19 @@ def begin_magnitudes(models: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def adapters_off(models: Sequence[Any]) -> Iterator[None]:
     """Within the block the models of a stage compute what they do without adapters, bit for bit."""
-    with _switch_of(models).turned(OFF):
+    with switch_of(models).turned(OFF):
         yield
 
 
 @contextlib.contextmanager
 def reference_adapters(models: Sequence[Any]) -> Iterator[None]:
     """Within the block the models of a stage compute with their second, frozen adapters."""
-    with _switch_of(models).turned(REFERENCE):
+    with switch_of(models).turned(REFERENCE):
         yield
 
 
-def _switch_of(models: Sequence[Any]) -> AdapterSwitch:
+def switch_of(models: Sequence[Any]) -> AdapterSwitch:
+    """The switch of a stage's models, which may be wrapped."""
     model = models[0]
     while hasattr(model, "module"):
         model = model.module

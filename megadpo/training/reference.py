@@ -253,7 +253,7 @@ def frozen_stage(
 def model_digest(model: ModelFiles) -> str:
     """blake2b over the contents of config.json and of every weights file: all that decides what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors"))):
+    for path in (model.huggingface / "config.json", *model.tensor_files):
         hasher.update(path.name.encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):

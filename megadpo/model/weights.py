@@ -10,10 +10,22 @@ from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
 
 
-def load_weights(stage: Stage, source: TensorSource) -> None:
-    """Read every parameter of the stage from `source`, only the part that this rank holds."""
+def load_weights(stage: Stage, source: TensorSource, trained: TensorSource | None = None) -> None:
+    """Read every parameter of the stage from `source`, only the part that this rank holds.
+
+    Args:
+        trained: where `stage.parameters` are read from instead, of a stage with adapters.
+    """
+    if trained is not None:
+        _fill(stage.parameters, trained)
+        _fill(stage.base, source)
+    else:
+        _fill(stage.base | stage.parameters, source)
+
+
+def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], source: TensorSource) -> None:
     with torch.no_grad():
-        for parameter, shard in stage.parameters.values():
+        for parameter, shard in parameters.values():
             if not is_partitioned(parameter):
                 fill_shard(shard, source, parameter.data)
                 continue

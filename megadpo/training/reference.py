@@ -3,6 +3,7 @@ both: resident until every log-prob is on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -31,6 +32,7 @@ from megadpo.parallel.context import on_device
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
 from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.operations import Within
 from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
@@ -90,14 +92,24 @@ class NoReference(Reference):
 
 
 class ResidentReference(Reference):
-    """Runs through the same layers, layout and micro-batches as the policy: equal weights give bit-equal log-probs."""
+    """Runs through the same layers, layout and micro-batches as the policy: equal weights give bit-equal log-probs.
 
-    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
+    With adapters it is the policy's own stage, whose forwards run `within` a context that turns them off, or to others.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        ld_alpha: float | None = None,
+        schedule: PipelineScheduleConfig | None = None,
+        within: Within = contextlib.nullcontext,
+    ) -> None:
         self.stage: Stage = stage
-        self._ld_alpha, self._schedule = ld_alpha, pipeline_schedule(schedule)
+        self._ld_alpha, self._schedule, self._within = ld_alpha, pipeline_schedule(schedule), within
 
     def logps(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
+        with self._within():
+            sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
         return [sums_RS[:, 0] for sums_RS in sums]
 
 
@@ -109,9 +121,15 @@ class ResidentInterleavedReference(ResidentReference):
 
     interleaved: InterleavedReference
 
-    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
-        super().__init__(stage, ld_alpha, schedule)
-        self.interleaved = InterleavedReference(stage.models, ld_alpha)
+    def __init__(
+        self,
+        stage: Stage,
+        ld_alpha: float | None = None,
+        schedule: PipelineScheduleConfig | None = None,
+        within: Within = contextlib.nullcontext,
+    ) -> None:
+        super().__init__(stage, ld_alpha, schedule, within)
+        self.interleaved = InterleavedReference(stage.models, ld_alpha, within)
 
     def begin(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         return self.interleaved.begin(micro_batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,28 @@ from megadpo.model.families import TensorSource
 
 ROWS_AT_A_TIME = 1024
 _WEIGHT = ".weight"
+
+
+class MemorySource:
+    """Logical tensors in host memory, as a TensorSource."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self._tensors[name].narrow(dim, start, length)
+
+    def release(self) -> None:
+        """Nothing is read from files."""
 
 
 class MergedSource:

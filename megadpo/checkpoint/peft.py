@@ -434,6 +434,11 @@ def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, An
     }
 
 
+def adapter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a trained tensor is written in: the model's, but float32 of DoRA's magnitudes."""
+    return torch.float32 if name.endswith(MAGNITUDE) else dtype
+
+
 def _plain(number: float) -> int | float:
     return int(number) if number == int(number) else number
 

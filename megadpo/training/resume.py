@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megadpo.checkpoint.sharded import open_checkpoint, step_directories
+from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_directories
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
@@ -106,13 +106,17 @@ class Search:
         found = [path for root in roots for path in step_directories(root)[::-1]]
         return [path for path in found if path != self.chosen.absolute()]
 
-    def look_at(self, directory: Path) -> TrainingState:
-        """All but the hashes of the tensors' files.
+    def open(self, directory: Path) -> tuple[Checkpoint, TrainingState]:
+        """A checkpoint and its state, looked at but for the hashes of the tensors' files.
 
         Raises:
             UserError: naming what is damaged or missing.
         """
-        return open_training_state(directory, self.shapes, self.adapter, self.with_reference, self.verify)[1]
+        return open_training_state(directory, self.shapes, self.adapter, self.with_reference, self.verify)
+
+    def look_at(self, directory: Path) -> TrainingState:
+        """The state that `open` gives."""
+        return self.open(directory)[1]
 
     def hash_files(self, directory: Path, share: int = 0, num_shares: int = 1) -> None:
         """This process's share of them, where they are to be verified.

@@ -23,6 +23,7 @@ from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
 from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.model.adapters.initial import NewAdapter
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionNeeds
@@ -80,16 +81,16 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The adapters that are trained beside a frozen policy.
+    """Adapters of the policy or of the reference.
 
     Attributes:
-        source: of an adapter that is gone on with; None: they are drawn anew.
-        reference: the adapter that the reference has; None: it is the policy without any.
+        source: what they begin with, and what is trained whole beside them.
+        is_new: they have not learned anything.
     """
 
     spec: AdapterSpec
-    source: TensorSource | None = None
-    reference: PeftAdapter | None = None
+    source: TensorSource
+    is_new: bool
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,6 @@ class RunSetup:
 
     Attributes:
         config: resolved.
-        adapter: what is trained in place of the policy's own weights; None: these.
         companions: config.json and tokenizer of the policy, for checkpoints and export.
         train: the training groups, ready to be packed.
         eval: the held-out groups, where there are any.
@@ -107,6 +107,8 @@ class RunSetup:
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
         origin: the checkpoint to go on from, if there is one.
+        adapter: what is trained in place of the policy's own parameters; None: those are.
+        reference_adapter: what the reference has in place of it, with `reference.adapter`.
     """
 
     config: Config
@@ -114,7 +116,6 @@ class RunSetup:
     dtype: torch.dtype
     policy: ModelFiles
     reference: ModelFiles
-    adapter: AdapterFiles | None
     companions: Companions
     train: PackedDataset
     eval: PackedDataset | None
@@ -124,6 +125,8 @@ class RunSetup:
     output_dir: Path
     search: Search
     origin: Origin
+    adapter: AdapterFiles | None = None
+    reference_adapter: AdapterFiles | None = None
 
     @property
     def resume(self) -> Path | None:
@@ -160,7 +163,7 @@ def prepare(config: Config) -> RunSetup:
     _check_surroundings(config)
     layout = choose_layout(config.parallel, world_size())
     policy, reference = _open_models(config, layout)
-    adapter = _open_adapter(config, policy)
+    adapter = _adapter(config, policy)
     output_dir = Path(config.output_dir)
     claim_output_dir(output_dir, config)
     _look_at_data(config)
@@ -184,7 +187,6 @@ def prepare(config: Config) -> RunSetup:
         dtype=resolve_dtype(config.model.dtype),
         policy=policy,
         reference=reference,
-        adapter=adapter,
         companions=companions_of(policy.huggingface, read_template(config.data.chat_template)),
         train=train,
         eval=held_out,
@@ -194,6 +196,8 @@ def prepare(config: Config) -> RunSetup:
         output_dir=output_dir,
         search=search,
         origin=origin,
+        adapter=adapter,
+        reference_adapter=_reference_adapter(config, policy),
     )
 
 
@@ -280,20 +284,26 @@ def with_adapter_s_base(config: Config) -> Config:
     return config
 
 
-def _open_adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
-    """The adapters of `adapter`, and that of the reference; None where the whole model is trained."""
-    options, verify = config.adapter, config.checkpoint.verify
+def _adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
+    """The adapters that `adapter` asks for; None where the whole model is trained."""
+    options = config.adapter
     if options.kind == "none":
         return None
-    spec, source, reference = None, None, None
     if options.path is not None:
-        adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, verify)
+        adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, config.checkpoint.verify)
         check_base(adapter, policy, "adapter.path")
-        spec, source = adapter.spec, adapter.source
-    if config.reference.adapter is not None:
-        reference = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=verify)
-        check_base(reference, policy, "reference.adapter")
-    return AdapterFiles(spec or resolve(options, policy.shape), source, reference)
+        return AdapterFiles(adapter.spec, adapter.source, is_new=False)
+    spec = resolve(options, policy.shape)
+    return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
+
+
+def _reference_adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
+    """The adapter of `reference.adapter`."""
+    if config.reference.adapter is None:
+        return None
+    adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
+    check_base(adapter, policy, "reference.adapter")
+    return AdapterFiles(adapter.spec, adapter.source, is_new=False)
 
 
 def check_base(adapter: PeftAdapter, base: ModelFiles, setting: str) -> None:

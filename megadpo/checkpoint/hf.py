@@ -59,6 +59,10 @@ class SafetensorsFile:
         """Names of the tensors in the file."""
         return frozenset(self._file.keys())
 
+    def metadata(self) -> dict[str, str]:
+        """The texts in the file's head."""
+        return dict(self._file.metadata() or {})
+
     def slice(self, key: str) -> Any:
         """safetensors' lazy view of a tensor.
 

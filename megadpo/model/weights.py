@@ -25,12 +25,15 @@ def load_weights(stage: Stage, source: TensorSource, trained: TensorSource | Non
         _fill(stage.base | stage.parameters, source)
 
 
-def keep_originals(stage: Stage, source: TensorSource) -> None:
-    """Keep what `source` has of the parameters that are trained whole beside adapters, for when these are off."""
+def keep_originals(stage: Stage, source: TensorSource, reference: TensorSource | None = None) -> None:
+    """Keep the values that parameters trained whole beside adapters have for the reference: what `reference` says where it
+    says anything, else what the model of `source` has."""
+    known = frozenset(() if reference is None else reference.names())
     for parameter, shard in stage.parameters.values():
         if not is_adapters(shard):
             values = torch.empty_like(parameter)
-            fill_shard(shard, source, values)
+            has_own = reference is not None and all(piece.logical_name in known for piece in shard.pieces)
+            fill_shard(shard, reference if has_own and reference is not None else source, values)
             switch_of(stage.models).originals.append((parameter, values))
     source.release()
 

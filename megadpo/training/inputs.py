@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from megadpo.checkpoint.peft import is_peft_directory
 from megadpo.config.schema import Config
 from megadpo.data.rows.dataset import tokenizer_files
 from megadpo.data.rows.templates import read_template
@@ -32,6 +33,8 @@ HEAD_BYTES = 8 << 20
 NAMES = {
     "model": "the files of model.path",
     "reference": "the files of reference.path",
+    "adapter": "the files of adapter.path",
+    "reference_adapter": "the files of reference.adapter",
     "tokenizer": "the tokenizer",
     "template": "data.chat_template",
     "data": "the training pairs that data.train gives",
@@ -46,13 +49,16 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         UserError: a file cannot be read.
     """
     found = {
-        "model": _model_digest(policy),
+        "model": model_digest(policy),
         "tokenizer": _joined(_file_digest(file) for file in tokenizer_files(policy.huggingface)),
         "template": xxhash.xxh3_128_hexdigest((read_template(config.data.chat_template) or "").encode()),
         "data": groups.digest,
     }
     if config.reference.mode != "none":
-        found["reference"] = found["model"] if reference is policy else _model_digest(reference)
+        found["reference"] = found["model"] if reference is policy else model_digest(reference)
+    for name, path in (("adapter", config.adapter.path), ("reference_adapter", config.reference.adapter)):
+        if path is not None:
+            found[name] = _joined(f"{file.name} {_file_digest(file)}" for file in _adapter_files(Path(path)))
     return found
 
 
@@ -75,9 +81,24 @@ def refuse_changed(checkpoint: Path, changed: list[str]) -> None:
         )
 
 
-def _model_digest(model: ModelFiles) -> str:
-    files = (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors")))
-    return _joined(f"{file.name} {_file_digest(file)}" for file in files)
+def model_digest(model: ModelFiles) -> str:
+    """The digest of a model's files, in hexadecimal.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return files_digest(model.huggingface, *(Path(path) for path in (model.path, model.merged) if path))
+
+
+def files_digest(huggingface: Path, *directories: Path) -> str:
+    """The same of the directory with config.json and of those with the tensors."""
+    files = [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]
+    return _joined(f"{file.name} {_file_digest(file)}" for file in (huggingface / "config.json", *files))
+
+
+def _adapter_files(directory: Path) -> list[Path]:
+    """Of a PEFT directory or one of our checkpoints."""
+    return [directory / "adapter_config.json"] * is_peft_directory(directory) + sorted(directory.glob("*.safetensors"))
 
 
 def _joined(parts: Any) -> str:

@@ -259,6 +259,7 @@ def within_reference(policy: Stage, setup: RunSetup) -> Within:
         keep_originals(policy, setup.policy.source)
         return functools.partial(adapters_off, policy.models)
     spec, source = setup.reference_adapter.spec, setup.reference_adapter.source
+    keep_originals(policy, setup.policy.source, source)
     for buffer, shard in add_reference_adapters(policy, setup.policy.shape, setup.layout, spec):
         fill_shard(shard, source, buffer)
     source.release()
@@ -296,7 +297,7 @@ def frozen_stage(
 def model_digest(model: ModelFiles) -> str:
     """blake2b over the contents of config.json and of every weights file: all that decides what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors"))):
+    for path in (model.huggingface / "config.json", *model.tensor_files):
         hasher.update(path.name.encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):

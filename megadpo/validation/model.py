@@ -82,6 +82,21 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
         )
 
 
+def check_reference_adapter(reference: AdapterSpec, trained: AdapterSpec) -> None:
+    """What the reference's adapter has trained whole is trained whole by the policy's, too: else the model under both would
+    be another one.
+
+    Raises:
+        UserError: it is not.
+    """
+    others = [module for module in reference.modules_to_save if module not in trained.modules_to_save]
+    if others:
+        raise UserError(
+            f"reference.adapter has {others[0]} whole, which the policy's adapter leaves as it is in model.path; add it to "
+            "adapter.modules_to_save"
+        )
+
+
 def check_same_vocabulary(path: str, reference: ModelShape, policy: ModelShape) -> None:
     """The reference at `path` reads the policy's token ids.
 

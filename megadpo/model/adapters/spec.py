@@ -142,20 +142,23 @@ def matching(
     Args:
         target_modules: ``all-linear`` (all but the head), a regular expression that a whole name must match, or names, of
             which each means every module of that name or with it as its last parts.
-        layers: numbers of the layers that count; None: all, and what stands outside of layers.
+        layers: numbers of the layers that count, but for modules that are named in full; None: all, and what stands outside
+            of layers.
         excluded: modules that have none, whatever `target_modules` says: those that are trained whole.
     """
     without = set(excluded)
     names = [name for name in linear_modules(shape) if name not in without]
+    in_full: set[str] = set()
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         names = [name for name in names if _LAYER.match(name)]
     elif isinstance(target_modules, str):
         names = [name for name in names if re.fullmatch(target_modules, name)]
     else:
         names = [name for name in names if any(_is_named(name, target) for target in target_modules)]
+        in_full = set(target_modules)
     if layers is not None:
         wanted = set(layers)
-        names = [name for name in names if (match := _LAYER.match(name)) and int(match[1]) in wanted]
+        names = [n for n in names if n in in_full or ((match := _LAYER.match(n)) and int(match[1]) in wanted)]
     return tuple(names)
 
 

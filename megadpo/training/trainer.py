@@ -30,7 +30,7 @@ from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
 from megadpo.model.families import logical_shapes
 from megadpo.objectives.terms import normalisers_of
-from megadpo.parallel.world import joined_world, rank
+from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
@@ -261,6 +261,8 @@ def training_step(run: Run, step: int) -> Metrics:
     following = None if reference_waits_after(setup, step) else run.batches.get_next
     metrics: Metrics = {}
     is_updated = True
+    if setup.adapter is not None and setup.adapter.spec.dropout:
+        seed_step(setup.config.train.seed, step)
 
     def accepts(result: StepResult) -> bool:
         """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
 from megadpo.model.shape import ModelShape
+from megadpo.objectives.specs import couples_batch
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config
@@ -67,6 +68,12 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
         raise UserError(
             f"adapter.dropout is {adapter.dropout} with adapter.use_dora, whose magnitudes would then be those of other "
             "inputs; set it to 0"
+        )
+    if adapter.dropout and couples_batch(config.objective):
+        raise UserError(
+            f"adapter.dropout is {adapter.dropout}, but objective.loss_type {', '.join(config.objective.loss_types)} is "
+            "computed from a forward pass of its own, in which other inputs would be dropped than in the one that learns; "
+            "set it to 0"
         )
     if adapter.use_dora and config.parallel.engine == "deepspeed":
         raise UserError(

@@ -69,14 +69,31 @@ def reference_adapters(models: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def inputs_dropped(models: Sequence[Any]) -> Iterator[None]:
+    """Within the block the adapters of a stage's models have their dropout, where there are any."""
+    model = _unwrapped(models[0])
+    if not hasattr(model, "adapter_switch"):
+        yield
+        return
+    model.adapter_switch.drops = True
+    try:
+        yield
+    finally:
+        model.adapter_switch.drops = False
+
+
 def switch_of(models: Sequence[Any]) -> AdapterSwitch:
     """The switch of a stage's models, which may be wrapped."""
-    model = models[0]
-    while hasattr(model, "module"):
-        model = model.module
-    switch = model.adapter_switch
+    switch = _unwrapped(models[0]).adapter_switch
     assert isinstance(switch, AdapterSwitch)
     return switch
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _adapted(model: Any) -> Iterator[Any]:

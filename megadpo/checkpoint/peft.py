@@ -227,8 +227,8 @@ def _leave_out_tied_head(file: SafetensorsFile, names: dict[str, str]) -> None:
     tensors = [file.read(names[name], 0, 0, file.shape(names[name])[0]) for name in (HEAD, EMBEDDING) if name in names]
     if len(tensors) < 2 or not torch.equal(*tensors):
         raise UserError(
-            f"{file.path} has a head of its own ({names[HEAD]}), but the model's is the embedding (tie_word_embeddings); save "
-            "the adapter with ensure_weight_tying=True"
+            f"{file.path} has a head of its own ({names[HEAD]}), but the model's is the embedding (tie_word_embeddings); "
+            "save the adapter with ensure_weight_tying=True"
         )
     del names[HEAD]
 
@@ -359,8 +359,8 @@ def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout:
     meant = {module for module in whole if any(module.endswith(name) for name in settings.texts("modules_to_save"))}
     if shape.tied_embeddings and "model.embed_tokens" in saved and not settings.truth("ensure_weight_tying"):
         raise UserError(
-            f"{file}: modules_to_save has embed_tokens without ensure_weight_tying, so that the head, which is the embedding "
-            "in this model, is another matrix from then on; save it with ensure_weight_tying=True"
+            f"{file}: modules_to_save has embed_tokens without ensure_weight_tying, so that the head, which is the "
+            "embedding in this model, is another matrix from then on; save it with ensure_weight_tying=True"
         )
     if meant ^ saved:
         module = sorted(meant ^ saved)[0]

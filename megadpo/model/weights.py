@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadpo.model.adapters.attach import switch_of
+from megadpo.model.adapters.shards import is_adapters
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
@@ -21,6 +23,19 @@ def load_weights(stage: Stage, source: TensorSource, trained: TensorSource | Non
         _fill(stage.base, source)
     else:
         _fill(stage.base | stage.parameters, source)
+
+
+def keep_originals(stage: Stage, source: TensorSource, reference: TensorSource | None = None) -> None:
+    """Keep the values that parameters trained whole beside adapters have for the reference: what `reference` says where it
+    says anything, else what the model of `source` has."""
+    known = frozenset(() if reference is None else reference.names())
+    for parameter, shard in stage.parameters.values():
+        if not is_adapters(shard):
+            values = torch.empty_like(parameter)
+            has_own = reference is not None and all(piece.logical_name in known for piece in shard.pieces)
+            fill_shard(shard, reference if has_own and reference is not None else source, values)
+            switch_of(stage.models).originals.append((parameter, values))
+    source.release()
 
 
 def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], source: TensorSource) -> None:

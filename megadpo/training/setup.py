@@ -46,7 +46,13 @@ from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_memory_machine, check_recompute_layers
-from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
+from megadpo.validation.model import (
+    check_adapters,
+    check_experts,
+    check_reference_adapter,
+    check_same_tokenizer,
+    check_same_vocabulary,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -164,6 +170,8 @@ def prepare(config: Config) -> RunSetup:
     layout = choose_layout(config.parallel, world_size())
     policy, reference = _open_models(config, layout)
     adapter = _adapter(config, policy)
+    if adapter is not None:
+        check_adapters(config, policy.shape, layout, adapter.spec)
     output_dir = Path(config.output_dir)
     claim_output_dir(output_dir, config)
     _look_at_data(config)
@@ -197,7 +205,7 @@ def prepare(config: Config) -> RunSetup:
         search=search,
         origin=origin,
         adapter=adapter,
-        reference_adapter=_reference_adapter(config, policy),
+        reference_adapter=_reference_adapter(config, policy, adapter),
     )
 
 
@@ -297,12 +305,13 @@ def _adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
     return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
 
 
-def _reference_adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
-    """The adapter of `reference.adapter`."""
-    if config.reference.adapter is None:
+def _reference_adapter(config: Config, policy: ModelFiles, trained: AdapterFiles | None) -> AdapterFiles | None:
+    """The adapter of `reference.adapter`, beside the one that is trained."""
+    if config.reference.adapter is None or trained is None:
         return None
     adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
     adapter.check_base(policy.path, model_digest(policy), "reference.adapter")
+    check_reference_adapter(adapter.spec, trained.spec)
     return AdapterFiles(adapter.spec, adapter.source, is_new=False)
 
 

@@ -57,7 +57,7 @@ class AdapterOutcome(Outcome):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model directory with adapters: their options as `AdapterConfig` has them, and tensors by PEFT's names (None: new)."""
+    """A model directory with adapters: options as `AdapterConfig` has them, and tensors by PEFT's names (None: new)."""
 
     model: Path
     options: dict[str, Any]
@@ -119,7 +119,6 @@ def _outcome(
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
-    from megadpo.parallel.context import is_first_rank_of_stage
     from megadpo.training.global_batch import pack_global_batch
     from megadpo.training.reference import NoReference, Reference
     from megadpo.training.step import optimizer_step, reduce_metrics
@@ -164,17 +163,17 @@ def _outcome(
         outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
     if case.zero_stage is None:
         outcome.num_bytes = _bytes_of(engine)
-    assert is_first_rank_of_stage() in (True, False)
     return outcome
 
 
 def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -> Stage:
     """The policy's stage on this rank, loaded."""
     from megadpo.checkpoint.reward_model import as_reward_model
+    from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.adapters.initial import NewAdapter
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
-    from megadpo.model.weights import load_weights
+    from megadpo.model.weights import keep_originals, load_weights
 
     hf_config, source = opened(adapted.model)
     if has_reward_head:
@@ -192,9 +191,8 @@ def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -
         parallel = ParallelConfig(engine="deepspeed", zero_stage=case.zero_stage)
         stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, parallel, adapter=spec, trained=trained)
     if adapted.tensors is None and spec.use_dora:
-        from megadpo.model.adapters.attach import begin_magnitudes
-
         begin_magnitudes(stage.models)
+    keep_originals(stage, source)
     return stage
 
 

@@ -58,24 +58,42 @@ def begin_magnitudes(models: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def adapters_off(models: Sequence[Any]) -> Iterator[None]:
     """Within the block the models of a stage compute what they do without adapters, bit for bit."""
-    with _switch_of(models).turned(OFF):
+    with switch_of(models).turned(OFF):
         yield
 
 
 @contextlib.contextmanager
 def reference_adapters(models: Sequence[Any]) -> Iterator[None]:
     """Within the block the models of a stage compute with their second, frozen adapters."""
-    with _switch_of(models).turned(REFERENCE):
+    with switch_of(models).turned(REFERENCE):
         yield
 
 
-def _switch_of(models: Sequence[Any]) -> AdapterSwitch:
-    model = models[0]
-    while hasattr(model, "module"):
-        model = model.module
-    switch = model.adapter_switch
+@contextlib.contextmanager
+def inputs_dropped(models: Sequence[Any]) -> Iterator[None]:
+    """Within the block the adapters of a stage's models have their dropout, where there are any."""
+    model = _unwrapped(models[0])
+    if not hasattr(model, "adapter_switch"):
+        yield
+        return
+    model.adapter_switch.drops = True
+    try:
+        yield
+    finally:
+        model.adapter_switch.drops = False
+
+
+def switch_of(models: Sequence[Any]) -> AdapterSwitch:
+    """The switch of a stage's models, which may be wrapped."""
+    switch = _unwrapped(models[0]).adapter_switch
     assert isinstance(switch, AdapterSwitch)
     return switch
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _adapted(model: Any) -> Iterator[Any]:

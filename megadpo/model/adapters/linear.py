@@ -38,9 +38,11 @@ class AdapterSwitch:
     Attributes:
         state: POLICY, REFERENCE or OFF.
         originals: parameters that are trained whole, each with the values that it has where the adapters are off.
+        drops: inputs are dropped: in passes whose gradients are learned from, recomputed ones included.
     """
 
     state: str = POLICY
+    drops: bool = False
     originals: list[tuple[torch.nn.Parameter, Tensor]] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -155,7 +157,7 @@ class LinearAdapter:
 
     def _kept_inputs(self, layer: Any, hidden: Tensor, operands: _Operands) -> Tensor | None:
         """Which inputs dropout leaves, [t, 1, I]; None without. Ranks with parts of the inputs draw for themselves."""
-        if not self.dropout or not layer.training:
+        if not self.dropout or not layer.adapter_switch.drops:
             return None
         has_part = self.is_row_parallel or operands.is_sequence_parallel
         with get_cuda_rng_tracker().fork() if has_part and operands.group is not None else contextlib.nullcontext():

@@ -72,11 +72,10 @@ class MergedSource:
             return self._base.read(name, dim, start, length)
         module = self._adapted[name]
         rows = (start, length) if dim == 0 else (0, self.shape(name)[0])
-        weight = self._base.read(name, dim, start, length).float()
-        weight += self._product(module, rows, (start, length) if dim == 1 else (0, self.shape(name)[1]))
-        if self._spec.use_dora:
-            weight *= self._row_factors(module).narrow(0, *rows).unsqueeze(1)
-        return weight
+        columns = (start, length) if dim == 1 else (0, self.shape(name)[1])
+        # Not in place: what is read may be the mapped file itself, which the next reading sees.
+        merged = self._base.read(name, dim, start, length).float() + self._product(module, rows, columns)
+        return merged * self._row_factors(module).narrow(0, *rows).unsqueeze(1) if self._spec.use_dora else merged
 
     def release(self) -> None:
         self._base.release()

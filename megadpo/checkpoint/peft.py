@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions, write_companions
+from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import write_json
-from megadpo.checkpoint.hf import SafetensorsFile, read_json
+from megadpo.checkpoint.hf import SafetensorsFile, hf_directory, read_json
 from megadpo.checkpoint.sharded import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
@@ -33,7 +34,8 @@ from megadpo.model.adapters.spec import (
     matching,
     whole_modules,
 )
-from megadpo.model.families import TensorSource
+from megadpo.model.families import HEAD, TensorSource
+from megadpo.model.families.common import EMBEDDING
 from megadpo.model.shape import ModelShape
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -86,6 +88,27 @@ class PeftAdapter:
     base: str | None
     base_digest: str | None
 
+    def check_base(self, path: str, digest: str, setting: str) -> None:
+        """Refuse a base that is known to be another model than the adapter's.
+
+        Args:
+            path, digest: of the base's directory and files.
+            setting: the option that names the adapter, for the sentence.
+
+        Raises:
+            UserError: its files are not those that the adapter was trained on.
+        """
+        is_other = False
+        if self.base_digest is not None:
+            is_other = self.base_digest != digest
+        elif self.base is not None and Path(self.base).is_dir() and Path(self.base).resolve() != Path(path).resolve():
+            is_other = model_files_digest(hf_directory(self.base), Path(self.base)) != digest
+        if is_other:
+            raise UserError(
+                f"{setting}: {self.path} belongs to {self.base or 'another model'}, whose files are not those of {path}; "
+                "use the model that it was trained on"
+            )
+
 
 def is_peft_directory(path: str | Path) -> bool:
     """Whether a directory holds an adapter of PEFT."""
@@ -97,6 +120,14 @@ def is_adapter(path: str | Path) -> bool:
     if is_checkpoint(path):
         return "adapter" in open_checkpoint(path, verify=False).state
     return is_peft_directory(path)
+
+
+def is_reward_adapter(path: str | Path) -> bool:
+    """Whether the adapter of a directory makes a reward model of its base (PEFT's task type SEQ_CLS)."""
+    values = (
+        open_checkpoint(path, verify=False).state["adapter"] if is_checkpoint(path) else read_json(Path(path) / CONFIG_NAME)
+    )
+    return isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
 
 
 def base_of(path: str | Path) -> str:
@@ -123,14 +154,14 @@ def base_of(path: str | Path) -> str:
 
 
 def open_adapter(
-    path: str | Path, shape: ModelShape, setting: str, dropout: float = 0.0, verify: bool = True
+    path: str | Path, shape: ModelShape, setting: str, dropout: float | None = None, verify: bool = True
 ) -> PeftAdapter:
     """Open the adapter of a PEFT directory or of one of our checkpoints for a model of this shape.
 
     Args:
         verify: every file of a checkpoint is hashed.
         setting: the option that names `path`, for sentences.
-        dropout: of its input while it is trained on.
+        dropout: of its input while it is trained on; None: what the settings say.
 
     Raises:
         UserError: no adapter, one that is not LoRA or has what megadpo does not build, one of another model, or damaged.
@@ -146,6 +177,8 @@ def open_adapter(
     settings.check()
     file = _weights_file(directory)
     names = {_own_name(key, file.path): key for key in sorted(file.keys)}
+    if shape.tied_embeddings and HEAD in names:
+        _leave_out_tied_head(file, names)
     spec = _spec(settings, names, shape, dropout)
     expected = adapter_shapes(shape, spec)
     _check_tensors(file, names, expected)
@@ -155,7 +188,7 @@ def open_adapter(
     return PeftAdapter(directory, spec, source, base if isinstance(base, str) and base else None, digest)
 
 
-def _open_checkpoint_s(directory: Path, shape: ModelShape, setting: str, dropout: float, verify: bool) -> PeftAdapter:
+def _open_checkpoint_s(directory: Path, shape: ModelShape, setting: str, dropout: float | None, verify: bool) -> PeftAdapter:
     checkpoint = open_checkpoint(directory, verify)
     if "adapter" not in checkpoint.state:
         raise UserError(f"{setting}: {directory} is the checkpoint of a whole model; give one of a run with adapters")
@@ -187,6 +220,17 @@ def _weights_file(directory: Path) -> SafetensorsFile:
             "peft.PeftModel.from_pretrained and call save_pretrained to get safetensors"
         )
     raise UserError(f"{directory} has no {WEIGHTS_NAME}; copy or download the adapter again")
+
+
+def _leave_out_tied_head(file: SafetensorsFile, names: dict[str, str]) -> None:
+    """PEFT writes a tied embedding that is trained whole twice."""
+    tensors = [file.read(names[name], 0, 0, file.shape(names[name])[0]) for name in (HEAD, EMBEDDING) if name in names]
+    if len(tensors) < 2 or not torch.equal(*tensors):
+        raise UserError(
+            f"{file.path} has a head of its own ({names[HEAD]}), but the model's is the embedding (tie_word_embeddings); "
+            "save the adapter with ensure_weight_tying=True"
+        )
+    del names[HEAD]
 
 
 def _own_name(key: str, path: Path) -> str:
@@ -266,7 +310,7 @@ class _Settings:
         return value
 
 
-def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout: float) -> AdapterSpec:
+def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout: float | None) -> AdapterSpec:
     """What the tensors' names say that there is, held to what the settings say."""
     file = settings.file
     linear, whole = linear_modules(shape), whole_modules(shape)
@@ -302,7 +346,7 @@ def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout:
     spec = AdapterSpec(
         rank=rank,
         alpha=alpha,
-        dropout=dropout,
+        dropout=settings.number("lora_dropout", 0) if dropout is None else dropout,
         use_rslora=settings.truth("use_rslora"),
         use_dora=settings.truth("use_dora"),
         modules=modules,
@@ -313,6 +357,11 @@ def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout:
     )
     _check_targets(settings, spec, shape)
     meant = {module for module in whole if any(module.endswith(name) for name in settings.texts("modules_to_save"))}
+    if shape.tied_embeddings and "model.embed_tokens" in saved and not settings.truth("ensure_weight_tying"):
+        raise UserError(
+            f"{file}: modules_to_save has embed_tokens without ensure_weight_tying, so that the head, which is the "
+            "embedding in this model, is another matrix from then on; save it with ensure_weight_tying=True"
+        )
     if meant ^ saved:
         module = sorted(meant ^ saved)[0]
         raise UserError(
@@ -415,6 +464,7 @@ def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, An
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "none",
+        "ensure_weight_tying": shape.tied_embeddings and "model.embed_tokens" in spec.modules_to_save,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -469,6 +519,8 @@ def write_peft(
     if found != expected:
         name = sorted(found.items() ^ expected.items())[0][0]
         raise ValueError(f"tensor {name} is not what the adapter has: {found.get(name)}, not {expected.get(name)}")
+    if shape.tied_embeddings and EMBEDDING in tensors:  # PEFT looks for either
+        tensors = {**tensors, HEAD: tensors[EMBEDDING]}
     metadata = {} if base_digest is None else {BASE_DIGEST: base_digest}
     write_tensor_file({PREFIX + name: tensor for name, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
     write_json(partial / CONFIG_NAME, peft_config(spec, shape, base))

@@ -1,20 +1,18 @@
 """What a run is made from, besides its options: digests that go into its checkpoints, and are compared when it goes on.
 
-Of model files not every byte is read: small files whole, of large ones the head (which has names, shapes and places of all
-tensors) and blocks spread over the rest. Training, merging or converting a model changes every tensor and is seen; a single
-number that somebody changed by hand may not be.
+Of model files not every byte is read, see checkpoint/digest.py.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from megadpo.checkpoint.peft import is_peft_directory
+from megadpo.checkpoint.digest import file_digest, joined, model_files_digest, named_digest
+from megadpo.checkpoint.peft import CONFIG_NAME, is_peft_directory
 from megadpo.config.schema import Config
 from megadpo.data.rows.dataset import tokenizer_files
 from megadpo.data.rows.templates import read_template
@@ -23,12 +21,6 @@ from megadpo.errors import UserError
 if TYPE_CHECKING:
     from megadpo.data.store import GroupStore
     from megadpo.training.setup import ModelFiles
-
-WHOLE_BYTES = 16 << 20
-"""Files up to this size are read whole, so many bytes at least of larger ones."""
-
-BLOCK_BYTES = 64 << 10
-HEAD_BYTES = 8 << 20
 
 NAMES = {
     "model": "the files of model.path",
@@ -50,7 +42,7 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
     """
     found = {
         "model": model_digest(policy),
-        "tokenizer": _joined(_file_digest(file) for file in tokenizer_files(policy.huggingface)),
+        "tokenizer": joined(file_digest(file) for file in tokenizer_files(policy.huggingface)),
         "template": xxhash.xxh3_128_hexdigest((read_template(config.data.chat_template) or "").encode()),
         "data": groups.digest,
     }
@@ -58,7 +50,7 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         found["reference"] = found["model"] if reference is policy else model_digest(reference)
     for name, path in (("adapter", config.adapter.path), ("reference_adapter", config.reference.adapter)):
         if path is not None:
-            found[name] = _joined(f"{file.name} {_file_digest(file)}" for file in _adapter_files(Path(path)))
+            found[name] = named_digest(_adapter_files(Path(path)))
     return found
 
 
@@ -87,38 +79,9 @@ def model_digest(model: ModelFiles) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    return files_digest(model.huggingface, *(Path(path) for path in (model.path, model.merged) if path))
-
-
-def files_digest(huggingface: Path, *directories: Path) -> str:
-    """The same of the directory with config.json and of those with the tensors."""
-    files = [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]
-    return _joined(f"{file.name} {_file_digest(file)}" for file in (huggingface / "config.json", *files))
+    return model_files_digest(model.huggingface, *(Path(path) for path in (model.path, model.merged) if path))
 
 
 def _adapter_files(directory: Path) -> list[Path]:
     """Of a PEFT directory or one of our checkpoints."""
-    return [directory / "adapter_config.json"] * is_peft_directory(directory) + sorted(directory.glob("*.safetensors"))
-
-
-def _joined(parts: Any) -> str:
-    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
-
-
-def _file_digest(file: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            hasher.update(str(size).encode())
-            if size <= WHOLE_BYTES:
-                hasher.update(stream.read())
-            else:
-                hasher.update(stream.read(HEAD_BYTES))
-                num_blocks = (WHOLE_BYTES - HEAD_BYTES) // BLOCK_BYTES
-                for number in range(1, num_blocks + 1):
-                    stream.seek(HEAD_BYTES + (size - BLOCK_BYTES - HEAD_BYTES) * number // num_blocks)
-                    hasher.update(stream.read(BLOCK_BYTES))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    return hasher.hexdigest()
+    return [directory / CONFIG_NAME] * is_peft_directory(directory) + sorted(directory.glob("*.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from megadpo.checkpoint.companions import Companions, companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
 from megadpo.checkpoint.merged import MergedSource
-from megadpo.checkpoint.peft import PeftAdapter, base_of, is_adapter, open_adapter, peft_config
+from megadpo.checkpoint.peft import base_of, is_adapter, open_adapter, peft_config
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config, copy_config
@@ -37,7 +37,7 @@ from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import place_on_machine, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.inputs import digests, files_digest, model_digest
+from megadpo.training.inputs import digests, model_digest
 from megadpo.training.output_dir import claim_output_dir, make_output_dir
 from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
 from megadpo.training.stop import slurm_end
@@ -266,7 +266,7 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
 def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelFiles:
     """The model that the adapter of a directory makes of its base."""
     adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
-    check_base(adapter, base, setting)
+    adapter.check_base(base.path, model_digest(base), setting)
     return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
 
 
@@ -299,7 +299,7 @@ def _adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
         return None
     if options.path is not None:
         adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, config.checkpoint.verify)
-        check_base(adapter, policy, "adapter.path")
+        adapter.check_base(policy.path, model_digest(policy), "adapter.path")
         return AdapterFiles(adapter.spec, adapter.source, is_new=False)
     spec = resolve(options, policy.shape)
     return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
@@ -310,30 +310,9 @@ def _reference_adapter(config: Config, policy: ModelFiles, trained: AdapterFiles
     if config.reference.adapter is None or trained is None:
         return None
     adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
-    check_base(adapter, policy, "reference.adapter")
+    adapter.check_base(policy.path, model_digest(policy), "reference.adapter")
     check_reference_adapter(adapter.spec, trained.spec)
     return AdapterFiles(adapter.spec, adapter.source, is_new=False)
-
-
-def check_base(adapter: PeftAdapter, base: ModelFiles, setting: str) -> None:
-    """Refuse an adapter that is known to belong to another model.
-
-    Raises:
-        UserError: the files of the model are not those that it was trained on.
-    """
-    found = model_digest(base)
-    if adapter.base_digest is not None:
-        is_other = adapter.base_digest != found
-    else:
-        other = adapter.base if adapter.base is not None and Path(adapter.base).is_dir() else None
-        is_other = other is not None and Path(other).resolve() != Path(base.path).resolve()
-        if is_other and other is not None:
-            is_other = files_digest(hf_directory(other), Path(other)) != found
-    if is_other:
-        raise UserError(
-            f"{setting}: {adapter.path} belongs to {adapter.base or 'another model'}, whose files are not those of "
-            f"{base.path}; use the model that it was trained on"
-        )
 
 
 def check_modules(config: Config, shape: ModelShape) -> None:

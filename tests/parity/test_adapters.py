@@ -258,6 +258,29 @@ def test_a_reference_with_adapters_of_its_own_stays_as_it_was(tmp_path, use_dora
         assert torch.equal(outcome.off, outcome.before), str(case)
 
 
+WITH_DROPOUT = {
+    1: [Case(), Case(memory=Activations("full")), Case(memory=Activations("small"))],
+    2: [Case(TENSOR), Case(TENSOR, memory=Activations("full")), Case(Layout(tensor=2)), Case(Layout(tensor=2))],
+}
+
+
+@pytest.mark.slow
+def test_recomputed_layers_drop_the_same_inputs(tmp_path):
+    model = save_model(tmp_path / "model", "llama", tokenizer=False, num_hidden_layers=2)
+    options = {"target_modules": ALL}
+    tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
+    (_, without), *_ = in_every_case(Adapted(model, options, tensors), random_groups(8), {1: [Case()]}, 1)
+    adapted = Adapted(model, {**options, "dropout": 0.3}, tensors)
+    first: dict[tuple[int, bool], AdapterOutcome] = {}
+    for case, outcome in in_every_case(adapted, random_groups(8), WITH_DROPOUT, 1):
+        base = first.setdefault((case.layout.tensor, bool(case.layout.sequence)), outcome)
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        difference, _ = oracle.worst_relative_error(outcome.gradients, without.gradients)
+        assert difference > 0.05, str(case)
+        assert float(outcome.off.sum()) == pytest.approx(float(without.off.sum()), rel=1e-6), str(case)
+
+
 def test_gradients_and_moments_are_of_the_adapters_alone(measured):
     """12 bytes for each number that is trained, and what Megatron pads its buffers with."""
     (_, gradients, _), found = measured

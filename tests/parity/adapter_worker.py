@@ -62,6 +62,8 @@ class Adapted:
     model: Path
     options: dict[str, Any]
     tensors: dict[str, Tensor] | None = None
+    is_reference: bool = False
+    """The reference has the same adapters as they are before training; else none."""
 
 
 class Tensors:
@@ -137,7 +139,9 @@ def _outcome(
         ),
     )
     stage = adapted_stage(adapted, case, objective.has_reward_head)
-    reference: Reference = _reference(stage, case) if objective.needs_reference else NoReference()
+    reference: Reference = NoReference()
+    if objective.needs_reference:
+        reference = _reference(stage, case, adapted.is_reference)
     engine = _engine(stage, case, reference)
     stage.train()
     outcome, running_mean, gradients = AdapterOutcome(), RunningMean(), {}
@@ -171,9 +175,9 @@ def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.adapters.initial import NewAdapter
-    from megadpo.model.build import build_stage
+    from megadpo.model.build import add_reference_adapters, build_stage
     from megadpo.model.families import shape_of
-    from megadpo.model.weights import keep_originals, load_weights
+    from megadpo.model.weights import fill_shard, keep_originals, load_weights
 
     hf_config, source = opened(adapted.model)
     if has_reward_head:
@@ -192,7 +196,10 @@ def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -
         stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, parallel, adapter=spec, trained=trained)
     if adapted.tensors is None and spec.use_dora:
         begin_magnitudes(stage.models)
-    keep_originals(stage, source)
+    keep_originals(stage, source, trained if adapted.is_reference else None)
+    if adapted.is_reference:
+        for buffer, shard in add_reference_adapters(stage, shape, case.layout, spec):
+            fill_shard(shard, trained, buffer)
     return stage
 
 
@@ -203,12 +210,13 @@ def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:
     return resolve(AdapterConfig(kind="lora", **options), shape)
 
 
-def _reference(stage: Stage, case: Case) -> Any:
-    from megadpo.model.adapters.attach import adapters_off
+def _reference(stage: Stage, case: Case, has_adapters: bool = False) -> Any:
+    from megadpo.model.adapters.attach import adapters_off, reference_adapters
     from megadpo.training.reference import ResidentInterleavedReference, ResidentReference
 
     kind = ResidentInterleavedReference if case.schedule.reference == "interleaved" else ResidentReference
-    return kind(stage, None, case.schedule, functools.partial(adapters_off, stage.models))
+    within = reference_adapters if has_adapters else adapters_off
+    return kind(stage, None, case.schedule, functools.partial(within, stage.models))
 
 
 def _engine(stage: Stage, case: Case, reference: Any) -> Any:

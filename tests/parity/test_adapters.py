@@ -235,3 +235,56 @@ def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was
         assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), str(case)
         assert outcome.losses[1] < outcome.losses[0], str(case)
         assert torch.equal(outcome.off, outcome.before), str(case)
+
+
+WITH_REFERENCE = {
+    1: [Case(), Case(memory=Activations("full"))],
+    2: [Case(TENSOR), Case(STAGES, schedule=OWN(reference="interleaved")), Case(Layout(data=2), overlap=True)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_reference_with_adapters_of_its_own_stays_as_it_was(tmp_path, use_dora):
+    """Two sets that begin alike: margins of exactly zero, then only one of them moves."""
+    model = save_model(tmp_path / "model", "qwen2", tokenizer=False)
+    options = {"target_modules": ["q_proj", "o_proj", "up_proj"], "modules_to_save": ["lm_head"], "use_dora": use_dora}
+    tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
+    tensors["lm_head.weight"] *= 1.01
+    adapted = Adapted(model, options, tensors, is_reference=True)
+    for case, outcome in in_every_case(adapted, random_groups(8), WITH_REFERENCE, 2):
+        assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
+        assert outcome.losses[1] < outcome.losses[0], str(case)
+        assert torch.equal(outcome.off, outcome.before), str(case)
+
+
+WITH_DROPOUT = {
+    1: [Case(), Case(memory=Activations("full")), Case(memory=Activations("small"))],
+    2: [Case(TENSOR), Case(TENSOR, memory=Activations("full")), Case(Layout(tensor=2)), Case(Layout(tensor=2))],
+}
+
+
+@pytest.mark.slow
+def test_recomputed_layers_drop_the_same_inputs(tmp_path):
+    model = save_model(tmp_path / "model", "llama", tokenizer=False, num_hidden_layers=2)
+    options = {"target_modules": ALL}
+    tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
+    (_, without), *_ = in_every_case(Adapted(model, options, tensors), random_groups(8), {1: [Case()]}, 1)
+    adapted = Adapted(model, {**options, "dropout": 0.3}, tensors)
+    first: dict[tuple[int, bool], AdapterOutcome] = {}
+    for case, outcome in in_every_case(adapted, random_groups(8), WITH_DROPOUT, 1):
+        base = first.setdefault((case.layout.tensor, bool(case.layout.sequence)), outcome)
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        difference, _ = oracle.worst_relative_error(outcome.gradients, without.gradients)
+        assert difference > 0.05, str(case)
+        assert float(outcome.off.sum()) == pytest.approx(float(without.off.sum()), rel=1e-6), str(case)
+
+
+def test_gradients_and_moments_are_of_the_adapters_alone(measured):
+    """12 bytes for each number that is trained, and what Megatron pads its buffers with."""
+    (_, gradients, _), found = measured
+    num_trained = sum(gradient.numel() for gradient in gradients.values())
+    case, outcome = found[0]
+    assert case == Case()
+    assert 12 * num_trained <= outcome.num_bytes <= 12.5 * num_trained

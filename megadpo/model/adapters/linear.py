@@ -1,8 +1,8 @@
 """Adapters beside Megatron's tensor-parallel linear layers: W x + scaling B A x, one autograd operation a layer.
 
 A Megatron layer may be several Hugging Face projections in one (queries, keys and values; gate and up). Each has an adapter
-of its own; here their A are stacked to one matrix, which reads x once, and their B to one of blocks, whose product is added
-to the layer's own in the same call. W is frozen: there is no product for its gradient, and x is kept for A's alone.
+of its own; here their A are stacked to one matrix, which reads x once, and the products with their B are added to the
+layer's own output as they are computed. W is frozen: there is no product for its gradient, and x is kept for A's alone.
 
 Tensor parallelism follows the layer. Column-parallel: A is whole on every rank, B is cut by rows as W is. Row-parallel: A
 is cut by columns as W is, B is whole. What is summed over ranks is as narrow as the rank of the adapters. Under sequence
@@ -26,6 +26,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
+
+MOST_RUNS = 4
+"""More rows of one projection after the other than this, as of queries, keys and values by groups of heads, and the B are
+multiplied as one matrix of blocks."""
 
 POLICY, REFERENCE, OFF = "policy", "reference", "off"
 """What computes: the adapters that are trained, a second set that is frozen, or the model without any."""
@@ -89,6 +93,14 @@ class Projection:
     def columns(self) -> slice:
         return slice(self.first, self.first + self.rank)
 
+    @property
+    def runs(self) -> Iterator[tuple[slice, slice]]:
+        """Its rows among the layer's, and where they are among its own."""
+        done = 0
+        for start, length in self.rows:
+            yield slice(start, start + length), slice(done, done + length)
+            done += length
+
 
 class LinearAdapter:
     """The adapters of one layer, whose parameters (or buffers) they are: `lora_A` [R, I], for each projection
@@ -130,21 +142,50 @@ class LinearAdapter:
     def _tensor(self, layer: Any, name: str) -> Tensor:
         return getattr(layer, self.prefix + name)
 
+    @property
+    def _has_few_runs(self) -> bool:
+        """Whether a product for each run of rows is cheaper than one with blocks of zeros."""
+        return sum(len(each.rows) for each in self.projections) <= MOST_RUNS
+
+    def add_outputs(self, output_TO: Tensor, low_TR: Tensor, bs: Sequence[Tensor]) -> None:
+        """Add scaling B A x to the layer's output, in the products themselves."""
+        if not self._has_few_runs:
+            output_TO.addmm_(low_TR, self.stacked_OR(bs, output_TO.shape[1]).t())
+            return
+        for each, b in zip(self.projections, bs, strict=True):
+            for outputs, own in each.runs:
+                output_TO[:, outputs].addmm_(low_TR[:, each.columns], b[own].t(), alpha=each.scaling)
+
+    def low_gradient_TR(self, gradient_TO: Tensor, bs: Sequence[Tensor]) -> Tensor:
+        """The gradient of A x."""
+        if not self._has_few_runs:
+            return gradient_TO @ self.stacked_OR(bs, gradient_TO.shape[1])
+        low_TR = gradient_TO.new_empty((len(gradient_TO), sum(each.rank for each in self.projections)))
+        for each, b in zip(self.projections, bs, strict=True):
+            for number, (outputs, own) in enumerate(each.runs):
+                beta = 1 if number else 0
+                low_TR[:, each.columns].addmm_(gradient_TO[:, outputs], b[own], beta=beta, alpha=each.scaling)
+        return low_TR
+
+    def b_gradients(self, gradient_TO: Tensor, low_TR: Tensor) -> list[Tensor]:
+        """The gradient of each B."""
+        if not self._has_few_runs:
+            gradient_OR = gradient_TO.t() @ low_TR
+            return [
+                gradient_OR[rows, each.columns] * each.scaling
+                for each, rows in zip(self.projections, self.rows(gradient_TO.device), strict=True)
+            ]
+        return [
+            torch.cat([gradient_TO[:, outputs].t() @ low_TR[:, each.columns] for outputs, _ in each.runs]).mul_(each.scaling)
+            for each in self.projections
+        ]
+
     def stacked_OR(self, bs: Sequence[Tensor], num_rows: int) -> Tensor:
         """Each B times its scaling, in its rows and columns; zeros elsewhere."""
-        if len(self.projections) == 1 and len(bs[0]) == num_rows:
-            return bs[0] * self.projections[0].scaling
         stacked = bs[0].new_zeros((num_rows, sum(each.rank for each in self.projections)))
         for each, rows, b in zip(self.projections, self.rows(bs[0].device), bs, strict=True):
             stacked[rows, each.columns] = b * each.scaling
         return stacked
-
-    def unstacked(self, gradient_OR: Tensor) -> list[Tensor]:
-        """The gradient of each B from that of what `stacked_OR` gave."""
-        return [
-            gradient_OR[rows, each.columns] * each.scaling
-            for each, rows in zip(self.projections, self.rows(gradient_OR.device), strict=True)
-        ]
 
     def rows(self, device: torch.device) -> list[Tensor]:
         """The numbers of each projection's rows."""
@@ -270,7 +311,7 @@ class _ColumnParallel(torch.autograd.Function):
         if bias_O is not None:
             output_TO += bias_O
         low_TR = operands.gathered(operands.dropped(input_tI, _flat(kept)) @ a_RI.t())
-        output_TO.addmm_(low_TR, operands.adapter.stacked_OR(bs, len(weight_OI)).t())
+        operands.adapter.add_outputs(output_TO, low_TR, bs)
         ctx.save_for_backward(hidden, weight_OI, a_RI, kept, low_TR, *bs)
         ctx.operands = operands
         return output_TO.view(-1, *hidden.shape[1:-1], len(weight_OI))
@@ -279,12 +320,12 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight_OI, a_RI, kept, low_TR, *bs = ctx.saved_tensors
         operands, gradient_TO = ctx.operands, _rows(gradients[0])
-        low_gradient_TR = gradient_TO @ operands.adapter.stacked_OR(bs, len(weight_OI))
+        low_gradient_TR = operands.adapter.low_gradient_TR(gradient_TO, bs)
         low_gradient_tR, low_sum = operands.reduced(low_gradient_TR)
         input_gradient, input_sum = None, None
         if ctx.needs_input_grad[0]:
             input_gradient, input_sum = operands.reduced(gradient_TO @ weight_OI)
-        b_gradients = operands.adapter.unstacked(gradient_TO.t() @ low_TR)
+        b_gradients = operands.adapter.b_gradients(gradient_TO, low_TR)
         _wait(low_sum)
         dropped_tI = operands.dropped(_rows(hidden), _flat(kept))
         a_gradient = operands.summed_for_parameter(low_gradient_tR).t() @ dropped_tI
@@ -314,7 +355,7 @@ class _RowParallel(torch.autograd.Function):
         low_tR, low_sum = operands.reduced(operands.dropped(input_TI, _flat(kept)) @ a_RI.t())
         _wait(output_sum)
         _wait(low_sum)
-        output_tO.addmm_(low_tR, operands.adapter.stacked_OR(bs, len(weight_OI)).t())
+        operands.adapter.add_outputs(output_tO, low_tR, bs)
         ctx.save_for_backward(hidden, weight_OI, a_RI, kept, low_tR, *bs)
         ctx.operands = operands
         return output_tO.view(-1, *hidden.shape[1:-1], len(weight_OI))
@@ -324,8 +365,8 @@ class _RowParallel(torch.autograd.Function):
         hidden, weight_OI, a_RI, kept, low_tR, *bs = ctx.saved_tensors
         operands, gradient_tO = ctx.operands, _rows(gradients[0])
         gradient_TO = operands.gathered(gradient_tO, _buffer(gradients[0]))
-        low_gradient_TR = gradient_TO @ operands.adapter.stacked_OR(bs, len(weight_OI))
-        b_gradients = operands.adapter.unstacked(gradient_tO.t() @ operands.summed_for_parameter(low_tR))
+        low_gradient_TR = operands.adapter.low_gradient_TR(gradient_TO, bs)
+        b_gradients = operands.adapter.b_gradients(gradient_tO, operands.summed_for_parameter(low_tR))
         a_gradient = low_gradient_TR.t() @ operands.dropped(_rows(hidden), _flat(kept))
         input_gradient = None
         if ctx.needs_input_grad[0]:

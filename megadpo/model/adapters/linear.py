@@ -229,7 +229,7 @@ class LinearAdapter:
         weight_OI, a_RI = layer.weight, self._tensor(layer, "lora_A")
         bs = [self._tensor(layer, f"lora_B_{each.short_name}") for each in self.projections]
         if self._squares_O is None:
-            # As PEFT takes the norms that new magnitudes are: the quotient is then 1, the root of a square being what it was.
+            # PEFT makes new magnitudes by this function, and the root of a square is what it was: then the quotient is 1.
             self._squares_O = torch.cat([torch.linalg.norm(rows.float(), dim=1) for rows in weight_OI.split(1024)]).square()
         stacked_OR = self.stacked_OR(bs, len(weight_OI)).float()
         products_OR = 2 * (weight_OI @ a_RI.t()).float() + stacked_OR @ (a_RI.float() @ a_RI.float().t())

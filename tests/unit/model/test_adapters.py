@@ -119,8 +119,8 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
         (Layout(), {"modules_to_save": ["lm_head"], "changes": DEEPSPEED}, "whose original values the reference needs"),
         (
             Layout(),
-            {"dropout": 0.1, "changes": {"objective.loss_type": "bco_pair"}},
-            "objective.loss_type bco_pair is computed",
+            {"dropout": 0.1, "changes": {"objective.loss_type": "aot"}},
+            "objective.loss_type aot is computed",
         ),
         (Layout(tensor=4, expert_tensor=2), {"family": "mixtral"}, "adapters of experts are built for 1 or the latter"),
     ],

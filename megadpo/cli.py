@@ -4,6 +4,7 @@ megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
 megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
+megadpo convert merge ADAPTER OUT
 megadpo plan run.yaml --layouts 4 8
 megadpo plan run.yaml --schedule schedule.svg
 """

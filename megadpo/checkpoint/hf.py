@@ -59,6 +59,10 @@ class SafetensorsFile:
         """Names of the tensors in the file."""
         return frozenset(self._file.keys())
 
+    def metadata(self) -> dict[str, str]:
+        """The texts in the file's head."""
+        return dict(self._file.metadata() or {})
+
     def slice(self, key: str) -> Any:
         """safetensors' lazy view of a tensor.
 
@@ -209,7 +213,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         raise UserError(f"{file}: {error}") from error
     for field, why in (
         ("auto_map", "the model's own code is never run"),
-        ("quantization_config", "weights must be plain"),
+        ("quantization_config", "weights must be plain, not in 4 or 8 bits; give the model in bf16 or fp32"),
     ):
         if settings.get(field):
             raise UserError(f"{file} has {field}, which is not supported: {why}")

@@ -130,6 +130,7 @@ def commit(
     state: dict[str, Any],
     hf_source: str | Path | Companions,
     hf_config: PretrainedConfig | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
@@ -139,6 +140,7 @@ def commit(
         hf_source: config and tokenizer, kept in memory, or where they are: a Hugging Face directory or a checkpoint.
         hf_config: the model's config, where it is another than the one there (a reward model made of a language model);
             needed where `hf_source` is no directory.
+        shapes: of what the checkpoint has, where that is not the model: adapters.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
@@ -160,7 +162,7 @@ def commit(
     if hf_config is None:
         assert not isinstance(hf_source, Companions)
         hf_config = read_hf_config(hf_source)
-    _check_complete(tensors, logical_shapes(shape_of(hf_config)))
+    _check_complete(tensors, logical_shapes(shape_of(hf_config)) if shapes is None else shapes)
     partial = staging(directory)
     with writing(partial / "huggingface"):
         (partial / "huggingface").mkdir()

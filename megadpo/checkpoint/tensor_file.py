@@ -25,14 +25,17 @@ FILE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E
 BLOCK_BYTES = 1 << 22
 
 
-def write_tensor_file(tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
+def write_tensor_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write tensors of host memory under their names; the record of the file's bytes.
+
+    Args:
+        metadata: texts that the file's head has beside its format.
 
     Raises:
         UserError: the disk is full or refuses; the file is removed.
     """
     names = sorted(tensors, key=lambda name: (FILE_ORDER.index(DTYPE_NAMES[tensors[name].dtype]), name.encode()))
-    content = [_header(names, tensors), *(_bytes_of(tensors[name]) for name in names)]
+    content = [_header(names, tensors, metadata or {}), *(_bytes_of(tensors[name]) for name in names)]
     with ThreadPoolExecutor(1, "megadpo-hash") as beside:  # the disk is what takes time
         record = beside.submit(_record_of, content)
         try:
@@ -61,9 +64,9 @@ def _blocks(content: list[memoryview]) -> Iterator[memoryview]:
             yield piece[start : start + BLOCK_BYTES]
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor]) -> memoryview:
+def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> memoryview:
     """The length of the JSON that follows, as eight bytes, and the JSON: type, shape and place of every tensor."""
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    content: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes

@@ -1,4 +1,5 @@
-"""`megadpo convert import HF_DIR OUT tensor=N …` and `megadpo convert export CHECKPOINT OUT`."""
+"""`megadpo convert import HF_DIR OUT tensor=N …`, `megadpo convert export CHECKPOINT OUT` and `megadpo convert merge ADAPTER
+OUT`."""
 
 from __future__ import annotations
 
@@ -14,19 +15,28 @@ from megadpo.validation.load import load_config
 if TYPE_CHECKING:
     from megadpo.parallel.layout import Layout
 
-HELP = "Hugging Face directory to checkpoint and back"
+HELP = "Hugging Face directory to checkpoint and back; an adapter and its base to one model"
+DTYPES = ("fp32", "bf16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(title="directions", metavar="DIRECTION", required=True, dest="direction")
-    into = directions.add_parser("import", help="Hugging Face directory to a sharded checkpoint")
+    into = directions.add_parser("import", help="Hugging Face or PEFT directory to a sharded checkpoint")
     into.add_argument("hf_dir", metavar="HF_DIR")
     into.add_argument("out", metavar="OUT")
     into.add_argument("layout", metavar="tensor=N pipeline=N pipeline_layout=N,N,…", nargs="*", help="how many shards")
-    back = directions.add_parser("export", help="a checkpoint to a Hugging Face directory")
+    back = directions.add_parser(
+        "export", help="a checkpoint to a Hugging Face directory, or of adapters to a PEFT directory"
+    )
     back.add_argument("checkpoint", metavar="CHECKPOINT")
     back.add_argument("out", metavar="OUT")
-    back.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's bytes with its hashes")
+    merge = directions.add_parser("merge", help="an adapter and its base to a Hugging Face directory")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a PEFT directory, or a checkpoint of a run with adapters")
+    merge.add_argument("out", metavar="OUT")
+    merge.add_argument("--base", metavar="DIR", help="the model (default: the one that the adapter names)")
+    merge.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: those of the base)")
+    for reader in (back, merge):
+        reader.add_argument("--no-verify", action="store_true", help="do not compare a checkpoint's bytes with its hashes")
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -35,6 +45,12 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         from megadpo.checkpoint.convert import import_hf
 
         import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
+    elif arguments.direction == "merge":
+        from megadpo.checkpoint.convert import merge_adapter
+        from megadpo.platform.device import resolve_dtype
+
+        dtype = None if arguments.dtype is None else resolve_dtype(arguments.dtype)
+        merge_adapter(arguments.adapter, arguments.out, arguments.base, dtype, verify=not arguments.no_verify)
     else:
         from megadpo.checkpoint.convert import export_checkpoint
 

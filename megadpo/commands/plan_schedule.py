@@ -92,7 +92,7 @@ def _matrix_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
 def _steps(config: Config, layout: Layout, count: int) -> list[tuple[str, Schedule]]:
     schedule = config.schedule
     policy = policy_schedule(layout.pipeline, count, layout.virtual, 2 if schedule.split_pairs else 1, schedule.zero_bubble)
-    if config.reference.mode != "resident":
+    if config.reference.mode not in ("resident", "adapter"):
         return [("every step", policy)]
     if schedule.reference == "before":
         return [("every step", with_reference_before(policy))]

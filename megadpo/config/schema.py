@@ -38,13 +38,49 @@ class ModelConfig:
 
 
 @dataclass
+class AdapterConfig:
+    kind: str = "none"
+    """What is trained: `none` = every weight of the model; `lora` = low-rank adapters beside its linear layers, the model
+    itself frozen (arXiv:2106.09685); the reference is then the model with its adapters off."""
+    rank: int = 16
+    """Rank of each adapter's two matrices."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of an adapter's input, in [0, 1)."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train each row's magnitude beside the direction that the adapter changes (DoRA, arXiv:2402.09353)."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers, as in PEFT: `all-linear` (all but the head), a list of names (`[q_proj, v_proj]`), or a regular
+    expression over whole names (`.*self_attn.*`)."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the layers that get adapters, from 0; null = all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters and saved with them: `embed_tokens`, `lm_head`, `norm`."""
+    init: str = "kaiming"
+    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), `gaussian` (A normal, B zero), `pissa` or
+    `olora` (from the weight's own decomposition, which is taken off the frozen weight)."""
+    path: str | None = None
+    """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout` and `merge`. null
+    = a new one."""
+    merge: bool = False
+    """Export the model with the adapter added to its weights in place of a PEFT directory."""
+
+
+@dataclass
 class ReferenceConfig:
-    mode: str = "resident"
-    """`resident`: a frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first,
-    cached on disk, and the reference is freed. `cached`: it is resident in the first epoch, which fills the same
-    cache; then it is freed. `none`: for losses that read no reference (sft, cpo, simpo, orpo, reward)."""
+    mode: str = "auto"
+    """`auto`: `none` for losses that read no reference (sft, cpo, simpo, orpo, reward), `adapter` with `adapter.kind: lora`,
+    else `resident`. `adapter`: the policy's own model with its adapters off, or with `reference.adapter`. `resident`: a
+    frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first, cached on disk,
+    and the reference is freed. `cached`: it is resident in the first epoch, which fills the same cache; then it is freed.
+    `none`: for losses that read no reference."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""
+    adapter: str | None = None
+    """With `mode: adapter`: PEFT directory of the adapter that the reference has; null = the model without any."""
     tokens_per_micro_batch: int | None = None
     """Tokens of a micro-batch while log-probs are precomputed (nothing is kept for a backward, so more fit); null =
     `train.tokens_per_micro_batch`."""
@@ -328,6 +364,7 @@ class Config:
     """All options. Built by `load_config`; attributes may be changed before a run, which checks them again."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

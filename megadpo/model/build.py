@@ -7,7 +7,8 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,9 +21,14 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megadpo.config.schema import ModelConfig
 from megadpo.model.activations import KEEP, Activations
+from megadpo.model.adapters.attach import attach_adapters, attach_reference_adapters
+from megadpo.model.adapters.linear import AdapterSwitch
+from megadpo.model.adapters.shards import adapter_shards, is_adapters, is_trained_whole, layer_adapters
+from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
@@ -54,7 +60,8 @@ class Stage:
     Attributes:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
-            values lie in the Hugging Face tensors.
+            values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
+        base: the others in the same way, with adapters: the model itself, frozen.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
@@ -71,6 +78,7 @@ class Stage:
     activations: Activations
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
+    base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
 
     @property
     def model(self) -> GPTModel:
@@ -104,6 +112,7 @@ def build_stage(
     activations: Activations = KEEP,
     device: torch.device | None = None,
     options: ModelConfig | None = None,
+    adapter: AdapterSpec | None = None,
 ) -> Stage:
     """This rank's stage with uninitialised parameters; `load_weights` fills them. Needs a joined world.
 
@@ -113,6 +122,7 @@ def build_stage(
         activations: what becomes of them between forward and backward pass.
         device: where parameters are made; None: on the compute device.
         options: the `model` section, which says by what attention and layers are computed; None: the defaults.
+        adapter: the adapters that are trained in place of the model's own parameters.
     """
     options = options or ModelConfig()
     layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
@@ -125,17 +135,40 @@ def build_stage(
         _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops) for chunk in range(layout.virtual)
     ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
-    expert, expert_tensor = expert_ranks()
-    tensor_rank, place = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        ExpertPlace(expert, layout.expert, expert_tensor, layout.expert_tensor),
-    )
+    tensor_rank, place = parallel_state.get_tensor_model_parallel_rank(), _expert_place(layout)
+    switch = AdapterSwitch()
     for chunk, model in enumerate(models):
-        first_layer = _layers(shape, layout, chunk).start
-        parameters |= _match(model, _chunk_shards(shape, layout, tensor_rank, chunk, place), first_layer)
+        shards = _chunk_shards(shape, layout, tensor_rank, chunk, place)
+        name_of = functools.partial(_global_name, model, _layers(shape, layout, chunk).start)
+        if adapter is not None:
+            adapted = layer_adapters(adapter, shards, tensor_rank, place)
+            attach_adapters(model, adapted, adapter, switch, name_of)
+            shards += [shard for layer in adapted for shard in layer.shards.values()]
+        parameters |= _match(model, shards, name_of)
+    base = {} if adapter is None else _freeze(parameters, adapter)
+    if adapter is not None and activations.recompute == "full" and _has_embedding(0):
+        # A checkpointed layer whose input needs no gradient gives none to its parameters either.
+        models[0].embedding.register_forward_hook(_needs_gradient)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer)
+    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+
+
+def _freeze(
+    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], adapter: AdapterSpec
+) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
+    """Take out of `parameters` what is neither an adapter's nor trained whole."""
+    base = {}
+    for name, (parameter, shard) in list(parameters.items()):
+        is_trained = is_adapters(shard) or is_trained_whole(adapter, shard)
+        parameter.requires_grad_(is_trained)
+        if not is_trained:
+            base[name] = parameters.pop(name)
+    return base
+
+
+def _needs_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _build_chunk(
@@ -212,11 +245,35 @@ def expert_ranks() -> tuple[int, int]:
 
 
 def stage_shards(
-    shape: ModelShape, layout: Layout, tensor_rank: int, expert_rank: int = 0, expert_tensor_rank: int = 0
+    shape: ModelShape,
+    layout: Layout,
+    tensor_rank: int,
+    expert_rank: int = 0,
+    expert_tensor_rank: int = 0,
+    adapter: AdapterSpec | None = None,
 ) -> list[ParameterShard]:
-    """What the rank with these numbers holds in this rank's pipeline stage, in all chunks."""
+    """What the rank with these numbers holds in this rank's pipeline stage, in all chunks, adapters last."""
     place = ExpertPlace(expert_rank, layout.expert, expert_tensor_rank, layout.expert_tensor)
-    return [shard for chunk in range(layout.virtual) for shard in _chunk_shards(shape, layout, tensor_rank, chunk, place)]
+    shards = [shard for chunk in range(layout.virtual) for shard in _chunk_shards(shape, layout, tensor_rank, chunk, place)]
+    return shards + ([] if adapter is None else adapter_shards(adapter, shards, tensor_rank, place))
+
+
+def add_reference_adapters(
+    stage: Stage, shape: ModelShape, layout: Layout, adapter: AdapterSpec
+) -> list[tuple[Tensor, ParameterShard]]:
+    """Give a stage with adapters a second set, for the reference: buffers to be filled, and where their values lie."""
+    tensor_rank, place = parallel_state.get_tensor_model_parallel_rank(), _expert_place(layout)
+    buffers: list[tuple[Tensor, ParameterShard]] = []
+    for chunk, model in enumerate(stage.models):
+        layers = layer_adapters(adapter, _chunk_shards(shape, layout, tensor_rank, chunk, place), tensor_rank, place)
+        name_of = functools.partial(_global_name, model, _layers(shape, layout, chunk).start)
+        buffers.extend(attach_reference_adapters(model, layers, adapter, name_of))
+    return buffers
+
+
+def _expert_place(layout: Layout) -> ExpertPlace:
+    expert, expert_tensor = expert_ranks()
+    return ExpertPlace(expert, layout.expert, expert_tensor, layout.expert_tensor)
 
 
 def _chunk_shards(
@@ -327,34 +384,38 @@ def _layer_spec(
 
 
 def _match(
-    model: GPTModel, shards: list[ParameterShard], first_layer: int
+    model: GPTModel, shards: list[ParameterShard], global_name: Callable[[str], str]
 ) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
     """Pair each Megatron parameter with its shard, and mark which are cut over tensor ranks, and which are experts'.
 
     Megatron marks the former only while initialising at random; unmarked ones would count once instead of once a rank
     in the gradient norm. Experts are never replicas over tensor ranks: their replicas are a group of their own, which
-    Megatron knows by `allreduce`, and gives them only where there is expert parallelism.
+    Megatron knows by `allreduce`, and gives them only where there is expert parallelism. What the ranks that share an
+    expert's matrices have alike (of adapters) counts once.
     """
-    num_local = (model.config.num_moe_experts or 1) // model.config.expert_model_parallel_size
-    parameters = {_global_name(name, first_layer, num_local): parameter for name, parameter in model.named_parameters()}
+    parameters = {global_name(name): parameter for name, parameter in model.named_parameters()}
     by_name = {shard.name: shard for shard in shards}
     assert parameters.keys() == by_name.keys(), sorted(parameters.keys() ^ by_name.keys())
+    is_expert_shared = model.config.expert_tensor_parallel_size > 1
     for name, parameter in parameters.items():
         shard = by_name[name]
         assert tuple(parameter.shape) == shard.shape, (name, tuple(parameter.shape), shard.shape)
         if is_expert(name):
             setattr(parameter, "allreduce", False)  # noqa: B010
-            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
+            is_cut = shard.partition_dim is not None or not is_expert_shared
+            setattr(parameter, "tensor_model_parallel", is_cut)  # noqa: B010
         elif not hasattr(parameter, "tensor_model_parallel"):
             partition_dim = -1 if shard.partition_dim is None else shard.partition_dim
             set_tensor_model_parallel_attributes(parameter, shard.partition_dim is not None, partition_dim, 1)
     return {name: (parameters[name], by_name[name]) for name in parameters}
 
 
-def _global_name(name: str, first_layer: int, num_local_experts: int) -> str:
+def _global_name(model: GPTModel, first_layer: int, name: str) -> str:
+    """A parameter's name over the whole model, from the one that it has in a chunk."""
     name = local_name(name)
     if is_expert(name):  # Megatron counts from 0 on every rank
-        name = moved(name, parallel_state.get_expert_model_parallel_rank() * num_local_experts)
+        num_local = (model.config.num_moe_experts or 1) // model.config.expert_model_parallel_size
+        name = moved(name, parallel_state.get_expert_model_parallel_rank() * num_local)
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)

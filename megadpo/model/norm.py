@@ -55,13 +55,15 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """With n = x scale and g = gradient weight: dx = scale (g - n mean(g n)), dweight = sum over rows of gradient n."""
         x, weight, scale = ctx.saved_tensors
         gradient = gradients[0].float()
         normed = x.float() * scale
-        weight_gradient = (gradient * normed).reshape(-1, x.shape[-1]).sum(0)
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # not of a frozen model
+            weight_gradient = (gradient * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         gradient = gradient * weight
         mean = (gradient * normed).mean(-1, keepdim=True)
         x_gradient = torch.addcmul(gradient, normed, mean, value=-1).mul_(scale)
-        return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None
+        return x_gradient.to(x.dtype), weight_gradient, None

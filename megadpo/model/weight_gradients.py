@@ -13,8 +13,9 @@ Axes: T tokens, I input and O output columns on this rank.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
+from megadpo.model.adapters.linear import OFF, AdapterSwitch, LinearAdapter
 from megadpo.model.heads.logprob import add_product, adds_in_one_call
 
 AddWeightGradient = Callable[[Tensor, Tensor, Tensor], None]
@@ -129,11 +131,32 @@ class _AddsWeightGradient:
         )
 
 
-class ColumnLinear(_AddsWeightGradient, ColumnParallelLinear):
+class _TakesAdapters:
+    """A linear layer that adds what the adapters give to which its switch is turned.
+
+    Attributes:
+        adapters: by the switch's state; none in most models.
+    """
+
+    adapters: Mapping[str, LinearAdapter] = MappingProxyType({})
+    adapter_switch: AdapterSwitch | None = None
+
+    def use_adapter(self, state: str, adapter: LinearAdapter, switch: AdapterSwitch) -> None:
+        """Compute with `adapter` where the switch is turned to `state`."""
+        self.adapters, self.adapter_switch = {**self.adapters, state: adapter}, switch
+
+    def forward(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        state = OFF if self.adapter_switch is None else self.adapter_switch.state
+        if state in self.adapters:
+            return self.adapters[state].output(self, input_)
+        return super().forward(input_, *arguments, **options)  # type: ignore[misc]
+
+
+class ColumnLinear(_TakesAdapters, _AddsWeightGradient, ColumnParallelLinear):
     """Megatron's linear layer whose output columns are split over the tensor ranks."""
 
 
-class RowLinear(_AddsWeightGradient, RowParallelLinear):
+class RowLinear(_TakesAdapters, _AddsWeightGradient, RowParallelLinear):
     """Megatron's linear layer whose input columns are split over the tensor ranks."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import threading
 import warnings
@@ -64,6 +65,21 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
         if left_groups:
             # A gloo group waits 10 milliseconds for its threads as it goes, of which there are dozens.
             threading.Thread(target=left_groups.clear, name="left process groups").start()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make what is drawn in a step its own, wherever the run began: replicas and pipeline stages draw apart, tensor ranks
+    alike but for what Megatron has them draw apart."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    place = (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {place}".encode(), digest_size=4).digest(), "big") >> 1
+    torch.manual_seed(number)
+    model_parallel_cuda_manual_seed(number)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from megadpo.pipeline.operations import (
     CombinedOperations,
     ForwardOperations,
     PolicyOperations,
+    Within,
     num_halves,
     num_stages,
     run_schedule,
@@ -43,11 +45,11 @@ class ReferencePass:
 class InterleavedReference:
     """Made for a training run and given to its `OwnSchedule`; each step begins it, and may say what the next one has.
 
-    `models` are this stage's chunks of the reference.
+    `models` are this stage's chunks of the reference, whose forwards run `within` a context.
     """
 
-    def __init__(self, models: Sequence[Any], ld_alpha: float | None) -> None:
-        self.models, self.ld_alpha = models, ld_alpha
+    def __init__(self, models: Sequence[Any], ld_alpha: float | None, within: Within = contextlib.nullcontext) -> None:
+        self.models, self.ld_alpha, self.within = models, ld_alpha, within
         self._this_step = self._not_begun([])
         self._next_step: ReferencePass | None = None
 
@@ -94,4 +96,5 @@ class InterleavedReference:
         def keep(number: int, sums_RS: Tensor) -> None:
             logps[number] = sums_RS[:, 0]
 
-        return ReferencePass(micro_batches, logps, ForwardOperations(self.models, micro_batches, self.ld_alpha, keep))
+        operations = ForwardOperations(self.models, micro_batches, self.ld_alpha, keep, within=self.within)
+        return ReferencePass(micro_batches, logps, operations)

@@ -26,6 +26,9 @@ from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 
+Within = Callable[[], contextlib.AbstractContextManager[None]]
+"""Makes the context that a forward runs in: models with their adapters off, for instance."""
+
 
 def run_schedule(
     schedule: Schedule, costs: Costs, operations: Operations, held: dict[Op, Tensor] | None = None
@@ -148,10 +151,11 @@ class ForwardOperations:
         ld_alpha: float | None,
         keep: Callable[[int, Tensor], None],
         watch: RouterWatch | None = None,
+        within: Within = contextlib.nullcontext,
     ) -> None:
-        """`keep` is given the number of each micro-batch and its response sums [R, S]."""
+        """`keep` is given the number of each micro-batch and its response sums [R, S]; forwards run `within` a context."""
         self.models, self.micro_batches, self.ld_alpha = models, micro_batches, ld_alpha
-        self.keep, self.watch = keep, watch
+        self.keep, self.watch, self.within = keep, watch, within
         self.config = get_model_config(models[0])
         # By micro-batch, what was made of its first half and is needed for its second.
         self._prompt_keys: dict[int, PromptKeys] = {}
@@ -163,7 +167,7 @@ class ForwardOperations:
         is_part = op.half < len(micro_batch.halves) - 1
         if not is_part:
             self._prompt_keys.pop(op.micro_batch)
-        with torch.no_grad():
+        with self.within(), torch.no_grad():
             output = run_forward(self.models, op, received, micro_batch, self.watch, prompt_keys)
             if not has_head(op, len(self.models)):
                 return output

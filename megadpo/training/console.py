@@ -10,6 +10,8 @@ import torch
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.report import DataReport, counted
+from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
+from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.training.setup import RunSetup
 
@@ -63,6 +65,24 @@ def log_setup(setup: RunSetup) -> None:
         log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
     if not setup.resume and (setup.output_dir / "hf").is_dir():
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def log_adapter(setup: RunSetup, adapter: AdapterSpec) -> None:
+    """How much of the model is trained, and TRL's learning rate for that, where none was chosen."""
+    shapes, shape = adapter_shapes(setup.policy.shape, adapter), setup.policy.shape
+    of_model = logical_shapes(shape)
+    trained, whole = sum(map(math.prod, shapes.values())), sum(map(math.prod, of_model.values()))
+    whole += sum(math.prod(size) for name, size in shapes.items() if name not in of_model)
+    kind = ("DoRA" if adapter.use_dora else "LoRA") + (", rank-stabilised" if adapter.use_rslora else "")
+    names = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in adapter.modules))
+    saved = f", and {', '.join(adapter.modules_to_save)} whole" if adapter.modules_to_save else ""
+    share = f"{trained:,} of {whole:,} parameters ({trained / whole:.2%})"
+    log(f"{kind} of rank {adapter.rank} on {names}{saved}: {share} are trained")
+    if setup.config.train.learning_rate == type(setup.config.train)().learning_rate:
+        log(
+            f"train.learning_rate is {setup.config.train.learning_rate:g}, the default for whole models; for adapters TRL "
+            "has 1e-05"
+        )
 
 
 def log_origin(setup: RunSetup) -> None:

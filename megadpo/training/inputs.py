@@ -1,19 +1,18 @@
 """What a run is made from, besides its options: digests that go into its checkpoints, and are compared when it goes on.
 
-Of model files not every byte is read: small files whole, of large ones the head (which has names, shapes and places of all
-tensors) and blocks spread over the rest. Training, merging or converting a model changes every tensor and is seen; a single
-number that somebody changed by hand may not be.
+Of model files not every byte is read, see checkpoint/digest.py.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
+from megadpo.checkpoint.digest import file_digest, joined, model_files_digest, named_digest
+from megadpo.checkpoint.peft import CONFIG_NAME, is_peft_directory
 from megadpo.config.schema import Config
 from megadpo.data.rows.cache_key import tokenizer_files
 from megadpo.data.rows.templates import read_template
@@ -23,15 +22,11 @@ if TYPE_CHECKING:
     from megadpo.data.store import GroupStore
     from megadpo.training.setup import ModelFiles
 
-WHOLE_BYTES = 16 << 20
-"""Files up to this size are read whole, so many bytes at least of larger ones."""
-
-BLOCK_BYTES = 64 << 10
-HEAD_BYTES = 8 << 20
-
 NAMES = {
     "model": "the files of model.path",
     "reference": "the files of reference.path",
+    "adapter": "the files of adapter.path",
+    "reference_adapter": "the files of reference.adapter",
     "tokenizer": "the tokenizer",
     "template": "data.chat_template",
     "data": "the training pairs that data.train gives",
@@ -46,13 +41,16 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         UserError: a file cannot be read.
     """
     found = {
-        "model": _model_digest(policy),
-        "tokenizer": _joined(_file_digest(file) for file in tokenizer_files(policy.huggingface)),
+        "model": model_digest(policy),
+        "tokenizer": joined(file_digest(file) for file in tokenizer_files(policy.huggingface)),
         "template": xxhash.xxh3_128_hexdigest((read_template(config.data.chat_template) or "").encode()),
         "data": groups.digest,
     }
     if config.reference.mode != "none":
-        found["reference"] = found["model"] if reference is policy else _model_digest(reference)
+        found["reference"] = found["model"] if reference is policy else model_digest(reference)
+    for name, path in (("adapter", config.adapter.path), ("reference_adapter", config.reference.adapter)):
+        if path is not None:
+            found[name] = named_digest(_adapter_files(Path(path)))
     return found
 
 
@@ -75,29 +73,15 @@ def refuse_changed(checkpoint: Path, changed: list[str]) -> None:
         )
 
 
-def _model_digest(model: ModelFiles) -> str:
-    files = (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors")))
-    return _joined(f"{file.name} {_file_digest(file)}" for file in files)
+def model_digest(model: ModelFiles) -> str:
+    """The digest of a model's files, in hexadecimal.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return model_files_digest(model.huggingface, *(Path(path) for path in (model.path, model.merged) if path))
 
 
-def _joined(parts: Any) -> str:
-    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
-
-
-def _file_digest(file: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            hasher.update(str(size).encode())
-            if size <= WHOLE_BYTES:
-                hasher.update(stream.read())
-            else:
-                hasher.update(stream.read(HEAD_BYTES))
-                num_blocks = (WHOLE_BYTES - HEAD_BYTES) // BLOCK_BYTES
-                for number in range(1, num_blocks + 1):
-                    stream.seek(HEAD_BYTES + (size - BLOCK_BYTES - HEAD_BYTES) * number // num_blocks)
-                    hasher.update(stream.read(BLOCK_BYTES))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    return hasher.hexdigest()
+def _adapter_files(directory: Path) -> list[Path]:
+    """Of a PEFT directory or one of our checkpoints."""
+    return [directory / CONFIG_NAME] * is_peft_directory(directory) + sorted(directory.glob("*.safetensors"))

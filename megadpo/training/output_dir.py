@@ -21,7 +21,11 @@ from megadpo.training.resume import came_of, newest_that_opens
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "model": ("path", "dtype"),
-    "reference": ("mode", "path", "sync_every", "mixup_alpha"),
+    "adapter": (
+        *("kind", "rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "layers_to_transform"),
+        *("modules_to_save", "init", "path"),
+    ),
+    "reference": ("mode", "path", "adapter", "sync_every", "mixup_alpha"),
     "data": ("train", "shuffle", "max_length", "truncation", "chat_template", "columns", "step_tokens_multiple_of"),
     "objective": (),
     "train": (
@@ -145,10 +149,10 @@ def _refuse_other_run(written: Path, config: Config) -> None:
         earlier = yaml.safe_load(written.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"output_dir: {written} cannot be read ({error}); choose another directory") from error
-    ours = yaml.safe_load(config.to_yaml())
+    ours, defaults = yaml.safe_load(config.to_yaml()), Config().to_dict()
     for section, names in IDENTITY.items():
         for name in names or ours[section]:
-            before, is_input = _value(earlier, section, name), (section, name) in INPUTS
+            before, is_input = _value(earlier, section, name, defaults[section][name]), (section, name) in INPUTS
             if before == ours[section][name] or (is_input and config.checkpoint.changed_inputs == "accept"):
                 continue
             hint = "; or, where it may be another, set checkpoint.changed_inputs to accept" if is_input else ""
@@ -158,8 +162,9 @@ def _refuse_other_run(written: Path, config: Config) -> None:
             )
 
 
-def _value(config: Any, section: str, name: str) -> Any:
+def _value(config: Any, section: str, name: str, default: Any) -> Any:
+    """An option of a written configuration, which may be of a version that did not have it."""
     try:
-        return config[section][name]
-    except (KeyError, TypeError):
+        return config[section][name] if name in config.get(section, {}) else default
+    except (AttributeError, TypeError):
         return None

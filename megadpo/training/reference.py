@@ -3,6 +3,7 @@ both: resident until every log-prob is on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -23,14 +24,16 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.data.rows.dataset import cache_root
 from megadpo.data.store import GroupStore
-from megadpo.model.build import Stage, build_stage
+from megadpo.model.adapters.attach import adapters_off, reference_adapters
+from megadpo.model.build import Stage, add_reference_adapters, build_stage
 from megadpo.model.families import TensorSource
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import load_weights
+from megadpo.model.weights import fill_shard, keep_originals, load_weights
 from megadpo.parallel.context import on_device
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
 from megadpo.pipeline.interleaved_reference import InterleavedReference
+from megadpo.pipeline.operations import Within
 from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
@@ -90,14 +93,24 @@ class NoReference(Reference):
 
 
 class ResidentReference(Reference):
-    """Runs through the same layers, layout and micro-batches as the policy: equal weights give bit-equal log-probs."""
+    """Runs through the same layers, layout and micro-batches as the policy: equal weights give bit-equal log-probs.
 
-    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
+    With adapters it is the policy's own stage, whose forwards run `within` a context that turns them off, or to others.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        ld_alpha: float | None = None,
+        schedule: PipelineScheduleConfig | None = None,
+        within: Within = contextlib.nullcontext,
+    ) -> None:
         self.stage: Stage = stage
-        self._ld_alpha, self._schedule = ld_alpha, pipeline_schedule(schedule)
+        self._ld_alpha, self._schedule, self._within = ld_alpha, pipeline_schedule(schedule), within
 
     def logps(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
+        with self._within():
+            sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
         return [sums_RS[:, 0] for sums_RS in sums]
 
 
@@ -109,9 +122,15 @@ class ResidentInterleavedReference(ResidentReference):
 
     interleaved: InterleavedReference
 
-    def __init__(self, stage: Stage, ld_alpha: float | None = None, schedule: PipelineScheduleConfig | None = None) -> None:
-        super().__init__(stage, ld_alpha, schedule)
-        self.interleaved = InterleavedReference(stage.models, ld_alpha)
+    def __init__(
+        self,
+        stage: Stage,
+        ld_alpha: float | None = None,
+        schedule: PipelineScheduleConfig | None = None,
+        within: Within = contextlib.nullcontext,
+    ) -> None:
+        super().__init__(stage, ld_alpha, schedule, within)
+        self.interleaved = InterleavedReference(stage.models, ld_alpha, within)
 
     def begin(self, group_ids: IntArray, micro_batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         return self.interleaved.begin(micro_batches)
@@ -188,10 +207,15 @@ class References:
                 own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
 
 
-def build_references(setup: RunSetup) -> References:
-    """The references of `reference.mode`; collective."""
+def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References:
+    """The references of `reference.mode`; collective.
+
+    Args:
+        policy: gives the policy's stage, whose adapters a reference may turn off.
+    """
     mode, ld_alpha, schedule = setup.config.reference.mode, setup.config.objective.ld_alpha, setup.config.schedule
     options = setup.config.model
+    kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
 
     @functools.cache  # training and held-out groups may both need it
     def frozen() -> Stage:
@@ -205,8 +229,10 @@ def build_references(setup: RunSetup) -> References:
 
     if mode == "none":
         return References(NoReference(), NoReference())
+    if mode == "adapter":
+        reference = kind(policy(), ld_alpha, schedule, within_reference(policy(), setup))
+        return References(reference, reference)
     if mode == "resident":
-        kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
         reference = kind(frozen(), ld_alpha, schedule)
         return References(reference, reference)
     if mode == "precomputed":
@@ -219,7 +245,25 @@ def build_references(setup: RunSetup) -> References:
     log(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")
     if table.is_whole:
         return References(PrecomputedReference(table.logps_R, table.groups), held_out)
-    return References(CachedReference(ResidentReference(frozen(), ld_alpha, schedule), table), held_out)
+    if setup.adapter is not None and setup.reference is setup.policy:  # the same bits without a second model
+        resident = ResidentReference(policy(), ld_alpha, schedule, within_reference(policy(), setup))
+    else:
+        resident = ResidentReference(frozen(), ld_alpha, schedule)
+    return References(CachedReference(resident, table), held_out)
+
+
+def within_reference(policy: Stage, setup: RunSetup) -> Within:
+    """Makes the context in which the policy's stage is the reference: its adapters off, or `reference.adapter` in their
+    place, which is loaded here."""
+    if setup.reference_adapter is None:
+        keep_originals(policy, setup.policy.source)
+        return functools.partial(adapters_off, policy.models)
+    spec, source = setup.reference_adapter.spec, setup.reference_adapter.source
+    keep_originals(policy, setup.policy.source, source)
+    for buffer, shard in add_reference_adapters(policy, setup.policy.shape, setup.layout, spec):
+        fill_shard(shard, source, buffer)
+    source.release()
+    return functools.partial(reference_adapters, policy.models)
 
 
 def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:
@@ -253,7 +297,7 @@ def frozen_stage(
 def model_digest(model: ModelFiles) -> str:
     """blake2b over the contents of config.json and of every weights file: all that decides what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in (model.huggingface / "config.json", *sorted(Path(model.path).glob("*.safetensors"))):
+    for path in (model.huggingface / "config.json", *model.tensor_files):
         hasher.update(path.name.encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):

@@ -7,17 +7,17 @@ sizes of the files, the state, the tensors' shapes. The joined processes then ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from megadpo.checkpoint.sharded import open_checkpoint, step_directories
+from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_directories
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
-from megadpo.model.shape import ModelShape
 from megadpo.parallel.agreement import first_problem, from_all_ranks, problem_of
 from megadpo.training.inputs import changed_inputs, refuse_changed
 from megadpo.training.training_state import TrainingState, open_training_state
@@ -46,7 +46,8 @@ class Search:
         root: the directory of the run's checkpoints.
         chosen: what `checkpoint.resume` names; None: the newest under `root`.
         began_with: what `checkpoint.resume` names where checkpoints under `root` came of it: it is the oldest choice.
-        shape: of the policy.
+        shapes: of what is trained, by logical name.
+        adapter: the adapter's settings in a checkpoint; None: the whole model is trained.
         inputs: digests of what the run is made from, see inputs.py.
         accept_changes: of these inputs.
         num_steps: that the run now has.
@@ -57,7 +58,8 @@ class Search:
     root: Path
     chosen: Path | None
     began_with: Path | None
-    shape: ModelShape
+    shapes: Mapping[str, tuple[int, ...]]
+    adapter: dict[str, Any] | None
     inputs: dict[str, str]
     accept_changes: bool
     num_steps: int
@@ -65,7 +67,13 @@ class Search:
     verify: bool
 
     @staticmethod
-    def of(config: Config, shape: ModelShape, inputs: dict[str, str], num_steps: int) -> Search:
+    def of(
+        config: Config,
+        shapes: Mapping[str, tuple[int, ...]],
+        inputs: dict[str, str],
+        num_steps: int,
+        adapter: dict[str, Any] | None = None,
+    ) -> Search:
         root, named = Path(config.output_dir) / "checkpoints", config.checkpoint.resume
         chosen = None if named in ("auto", "never") else Path(named)
         # The same command again: the run goes on from its own, and what it began with may be gone by now.
@@ -74,7 +82,8 @@ class Search:
             root=root,
             chosen=None if is_repeated else chosen,
             began_with=chosen if is_repeated else None,
-            shape=shape,
+            shapes=shapes,
+            adapter=adapter,
             inputs=inputs,
             accept_changes=config.checkpoint.changed_inputs == "accept",
             num_steps=num_steps,
@@ -97,13 +106,17 @@ class Search:
         found = [path for root in roots for path in step_directories(root)[::-1]]
         return [path for path in found if path != self.chosen.absolute()]
 
-    def look_at(self, directory: Path) -> TrainingState:
-        """All but the hashes of the tensors' files.
+    def open(self, directory: Path) -> tuple[Checkpoint, TrainingState]:
+        """A checkpoint and its state, looked at but for the hashes of the tensors' files.
 
         Raises:
             UserError: naming what is damaged or missing.
         """
-        return open_training_state(directory, self.shape, self.with_reference, self.verify)[1]
+        return open_training_state(directory, self.shapes, self.adapter, self.with_reference, self.verify)
+
+    def look_at(self, directory: Path) -> TrainingState:
+        """The state that `open` gives."""
+        return self.open(directory)[1]
 
     def hash_files(self, directory: Path, share: int = 0, num_shares: int = 1) -> None:
         """This process's share of them, where they are to be verified.

@@ -126,6 +126,7 @@ class Run:
             options=setup.config.checkpoint,
             companions=setup.companions,
             hf_config=setup.policy.config,
+            shapes=setup.trained_shapes,
             log=log,
             check_owner=self.check_owner,
             on_saved=lambda step, directory: call(self.callbacks.on_save, step, directory),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megadpo.checkpoint.export import finish_export, join_tensor_ranks, plan_export, write_export_files
+from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.finite import FiniteWatch
 from megadpo.checkpoint.sharded import begin, step_directories, writer_name
 from megadpo.checkpoint.staging import abandon, writing
@@ -30,11 +30,12 @@ from megadpo.parallel.agreement import first_problem, problem_of
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
+from megadpo.training.export_files import export_files
 from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Run
 from megadpo.training.saving import Save
-from megadpo.training.training_state import STATE_KINDS, open_training_state
+from megadpo.training.training_state import STATE_KINDS
 
 
 def save(run: Run, step: int) -> Path:
@@ -66,6 +67,7 @@ def save(run: Run, step: int) -> Path:
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
         "config": setup.config.to_dict(),
+        **({} if setup.search.adapter is None else {"adapter": setup.search.adapter}),
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }
     watch = FiniteWatch()
@@ -134,9 +136,7 @@ def resume(run: Run) -> int:
     """
     assert run.setup.resume is not None
     setup = run.setup
-    checkpoint, state = open_training_state(
-        run.setup.resume, setup.policy.shape, setup.search.with_reference, setup.search.verify
-    )
+    checkpoint, state = setup.search.open(run.setup.resume)
     if state.num_steps != setup.num_steps:
         log(
             f"the run was planned for {counted(state.num_steps, 'step')} and now has {setup.num_steps}: "
@@ -177,18 +177,18 @@ def set_aside_later(root: Path, step: int) -> None:
 def export_policy(run: Run) -> Path:
     """Write the policy to `output_dir/hf`, each pipeline stage the files of its chunks, in place of an earlier export.
 
+    Of adapters, `hf` is a PEFT directory, or the model that they make with the policy's files (`adapter.merge`).
+
     Raises:
         UserError: a disk is full or refuses; the earlier export is as it was.
     """
     setup, directory = run.setup, run.setup.output_dir / "hf"
-    config, layout = setup.policy.config, setup.layout
-    export = plan_export(config, setup.dtype, layout.layers_of_chunks(setup.policy.shape.num_layers))
-    watch = FiniteWatch()
+    watch, export = FiniteWatch(), export_files(setup, parallel_state.get_pipeline_model_parallel_rank())
     is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
     problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
     if problem is None:
         if _is_writer():
-            problem = problem_of(lambda: write_export_files(export, directory, tensors))
+            problem = problem_of(lambda: export.write(directory, tensors))
         for _ in tensors:  # takes part in gathering them, as a rank whose disk is full does
             pass
         problem = first_problem(problem)
@@ -198,7 +198,7 @@ def export_policy(run: Run) -> Path:
         if is_first and problem is None:
             problem = problem_of(run.check_owner)
         if is_first and problem is None:
-            problem = problem_of(lambda: finish_export(export, directory, setup.companions))
+            problem = problem_of(lambda: export.finish(directory))
         if is_first and problem is not None:
             abandon(directory)
         problem = first_problem(problem)
@@ -220,12 +220,13 @@ def _whole_tensors(run: Run, watch: FiniteWatch) -> Iterator[tuple[str, Tensor]]
 
     Experts are gathered from the ranks that share them, all else from the tensor ranks of the first replica.
     """
-    layout, stage = run.setup.layout, run.engine.stage
+    layout, stage, adapter = run.setup.layout, run.engine.stage, run.setup.adapter
+    spec = None if adapter is None else adapter.spec
 
     @functools.cache
     def shards_of(tensor_rank: int, expert_rank: int, expert_tensor_rank: int) -> dict[str, ParameterShard]:
         ranks = (tensor_rank, expert_rank, expert_tensor_rank)
-        return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks)}
+        return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks, spec)}
 
     for name, values in watch.passing(run.engine.parameters()):
         parameter, shard = stage.parameters[name]

@@ -14,7 +14,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -89,6 +89,7 @@ class Saver:
     Attributes:
         root: where the checkpoints are.
         companions, hf_config: what else is in them.
+        shapes: of the tensors in them.
         log: shows the user a line.
         check_owner: raises UserError where the run's directory is another run's by now; called on rank 0.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
@@ -100,6 +101,7 @@ class Saver:
     options: CheckpointConfig
     companions: Companions
     hf_config: PretrainedConfig
+    shapes: Mapping[str, tuple[int, ...]]
     log: Callable[[str], None]
     check_owner: Callable[[], None]
     on_saved: Callable[[int, Path], None]
@@ -232,7 +234,8 @@ class Saver:
                 problem = problem_of(self.check_owner)
             if problem is None:
                 manifests = [manifest for _, manifest in answers]
-                problem = problem_of(lambda: commit(directory, manifests, save.state, self.companions, self.hf_config))
+                also = self.companions, self.hf_config, self.shapes
+                problem = problem_of(lambda: commit(directory, manifests, save.state, *also))
             if problem is not None:
                 abandon(directory)
         problem = first_problem(problem, self._group)

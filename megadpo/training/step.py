@@ -18,6 +18,7 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
+from megadpo.model.adapters.attach import inputs_dropped
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.terms import Normalisers
@@ -98,7 +99,8 @@ def optimizer_step(
         metric_sums.add_(own_metric_sums)
         return gradient_RD
 
-    engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
+    with inputs_dropped(engine.stage.models):
+        engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
     engine.finish_gradients()
     if on_gradients is not None:
         on_gradients()

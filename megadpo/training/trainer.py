@@ -9,6 +9,7 @@ export   the trained model as a Hugging Face directory
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -30,9 +31,9 @@ from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
 from megadpo.model.families import logical_shapes
 from megadpo.objectives.terms import normalisers_of
-from megadpo.parallel.world import joined_world, rank
+from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
-from megadpo.training.console import log, log_origin, log_setup
+from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
@@ -43,6 +44,7 @@ from megadpo.training.watchdog import watched
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
+    from megadpo.model.build import Stage
     from megadpo.pipeline.interleaved_reference import InterleavedReference
 
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
@@ -103,9 +105,11 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     from megadpo.training.reference import build_references
 
     kernels = choose_kernels(setup.config.model.kernels, compute_device())
+    policy = functools.cache(lambda: build_policy(setup))
     # A precomputed reference comes and goes before the policy takes its memory.
-    references = build_references(setup)
-    engine = build_engine(setup, references.train.interleaved)
+    references = build_references(setup, policy)
+    engine = build_engine(setup, policy(), references.train.interleaved)
+    policy.cache_clear()
     statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or setup.config.objective.wpo]
     engine.stage.configure_head(statistics)
     stage = engine.stage
@@ -117,6 +121,8 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     }
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
+    if setup.adapter is not None:
+        log_adapter(setup, setup.adapter.spec)
     log(", ".join(f"{what} {name}" for what, name in described.items()))
     warning = slow_on(compute_device().type, engine.stage.attention)
     if warning is not None:
@@ -124,24 +130,39 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     return Run(setup, engine, references, callbacks)
 
 
-def build_engine(setup: RunSetup, interleaved: InterleavedReference | None) -> Engine:
-    """The engine that `parallel.engine` names, with the policy loaded and the schedule that `schedule.name` does."""
-    from megadpo.pipeline.select import pipeline_schedule
-
-    schedule = pipeline_schedule(setup.config.schedule, interleaved)
-    shape, layout, activations = setup.policy.shape, setup.layout, Activations.of(setup.config.train)
-    options = setup.config.model
-    if setup.config.parallel.engine == "deepspeed":
-        from megadpo.engine.deepspeed.engine import ZeroEngine, policy_stage
-
-        stage = policy_stage(shape, setup.policy.source, layout, setup.dtype, activations, setup.config.parallel, options)
-        return ZeroEngine(stage, setup.config.train, setup.config.parallel, schedule)
-    from megadpo.engine.megatron import MegatronEngine
+def build_policy(setup: RunSetup) -> Stage:
+    """This rank's stage of the policy, loaded, with the adapters that are trained."""
+    from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    stage = build_stage(shape, layout, setup.dtype, activations, options=options)
-    load_weights(stage, setup.policy.source)
+    config, shape, source = setup.config, setup.policy.shape, setup.policy.source
+    activations = Activations.of(config.train)
+    spec, trained = (None, None) if setup.adapter is None else (setup.adapter.spec, setup.adapter.source)
+    if config.parallel.engine == "deepspeed":
+        from megadpo.engine.deepspeed.engine import policy_stage
+
+        of_engine = config.parallel, config.model, spec, trained
+        stage = policy_stage(shape, source, setup.layout, setup.dtype, activations, *of_engine)
+    else:
+        stage = build_stage(shape, setup.layout, setup.dtype, activations, options=config.model, adapter=spec)
+        load_weights(stage, source, trained)
+    if setup.adapter is not None and setup.adapter.is_new and setup.adapter.spec.use_dora:
+        begin_magnitudes(stage.models)
+    return stage
+
+
+def build_engine(setup: RunSetup, stage: Stage, interleaved: InterleavedReference | None) -> Engine:
+    """The engine that `parallel.engine` names, of the policy's stage, with the schedule that `schedule.name` does."""
+    from megadpo.pipeline.select import pipeline_schedule
+
+    schedule = pipeline_schedule(setup.config.schedule, interleaved)
+    if setup.config.parallel.engine == "deepspeed":
+        from megadpo.engine.deepspeed.engine import ZeroEngine
+
+        return ZeroEngine(stage, setup.config.train, setup.config.parallel, schedule)
+    from megadpo.engine.megatron import MegatronEngine
+
     return MegatronEngine(stage, setup.config.train, setup.config.parallel, schedule)
 
 
@@ -243,6 +264,8 @@ def training_step(run: Run, step: int) -> Metrics:
     following = None if reference_waits_after(setup, step) else run.batches.get_next
     metrics: Metrics = {}
     is_updated = True
+    if setup.adapter is not None and setup.adapter.spec.dropout:
+        seed_step(setup.config.train.seed, step)
 
     def accepts(result: StepResult) -> bool:
         """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""

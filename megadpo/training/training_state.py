@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
 from megadpo.errors import UserError
-from megadpo.model.families import logical_shapes
-from megadpo.model.shape import ModelShape
 
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
+MAY_CHANGE = ("base_model_name_or_path", "lora_dropout")
+"""Of an adapter's settings, what a run may go on with that has changed."""
 STATE_KINDS = ("weights", *MOMENT_KINDS)
 
 
@@ -143,11 +144,17 @@ def _is_number(value: Any) -> bool:
 
 
 def open_training_state(
-    directory: Path, shape: ModelShape, with_reference: bool, verify: bool
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    adapter: Mapping[str, Any] | None,
+    with_reference: bool,
+    verify: bool,
 ) -> tuple[Checkpoint, TrainingState]:
     """A checkpoint that training can go on from: its own hash, the sizes of its files, its state, its tensors' shapes.
 
     Args:
+        shapes: of what is trained, by logical name.
+        adapter: what its state must say of adapters; None: the whole model is trained.
         with_reference: a moving reference is part of it.
         verify: as in `open_checkpoint`.
 
@@ -158,13 +165,34 @@ def open_training_state(
     if "data_digest" not in checkpoint.state and not set(MOMENT_KINDS) & set(checkpoint.kinds):
         raise UserError(f"{directory} holds no training state to resume from; it is a converted model")
     state = TrainingState.of(checkpoint)
+    _check_adapter(checkpoint, adapter)
     for kind in (*STATE_KINDS, *(["reference"] if with_reference else [])):
         source = checkpoint.source(kind)
         found = set(source.names())
-        for name, size in logical_shapes(shape).items():
+        for name, size in shapes.items():
             if name not in found:
                 raise UserError(f"{directory}: it has no {kind} of {name}; it is damaged")
             if tuple(source.shape(name)) != size:
                 found_size = list(source.shape(name))
                 raise UserError(f"{directory}: {kind} of {name} has shape {found_size}, not the model's {list(size)}")
     return checkpoint, state
+
+
+def _check_adapter(checkpoint: Checkpoint, adapter: Mapping[str, Any] | None) -> None:
+    """The checkpoint is of the same adapters: what they compute depends on more than their tensors' shapes."""
+    stored, where = checkpoint.state.get("adapter"), checkpoint.directory
+    if (stored is None) != (adapter is None):
+        kinds = ("adapters", "the whole model") if adapter is None else ("the whole model", "adapters")
+        raise UserError(
+            f"{where} is of a run that trains {kinds[0]}, and this one trains {kinds[1]}; set adapter.kind alike"
+        )
+    if adapter is None:
+        return
+    if not isinstance(stored, dict):
+        raise UserError(f"{where}: its state's adapter is {str(stored)[:40]!r}, which is no object; it is damaged")
+    for name in adapter:
+        if name not in MAY_CHANGE and stored.get(name) != adapter[name]:
+            raise UserError(
+                f"{where}: its adapters have {name} {stored.get(name)!r}, and this run's {adapter[name]!r}; give the "
+                "options that it was made with"
+            )

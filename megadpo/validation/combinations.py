@@ -98,6 +98,7 @@ FEATURES: tuple[Feature, ...] = (
         lambda c: c.reference.sync_every is not None,
         ("reference.sync_every=8",),
     ),
+    Feature("adapters", "adapter.kind", lambda c: c.adapter.kind != "none", ("adapter.kind=lora",)),
     Feature("own schedule", "schedule.name", lambda c: c.schedule.name != "megatron", ("schedule.name=1f1b",)),
     Feature(
         "interleaved reference",
@@ -158,6 +159,8 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "that moves a resident reference, not log-probs that are computed once; set reference.mode to resident or remove it",
     ),
+    Rule("moving reference", "adapters", "no model is held beside that with adapters to be moved; remove sync_every"),
+    Rule("TransformerEngine", "adapters", "adapters are built beside local layers only; use those"),
     Rule(
         "interleaved reference",
         "precomputed reference",

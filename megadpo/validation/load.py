@@ -17,6 +17,7 @@ from megadpo.config import strict
 from megadpo.config.schema import Config
 from megadpo.config.sources import check_sources
 from megadpo.files import expanded
+from megadpo.validation.adapters import choose_reference_mode
 from megadpo.validation.values import replace_spellings, validate
 
 
@@ -42,12 +43,21 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
     replace_spellings(config)
     _expand_paths(config)
+    choose_reference_mode(config)
     validate(config)
     return config
 
 
 PATHS = (
-    *("model.path", "reference.path", "objective.module", "parallel.offload_dir", "parallel.deepspeed_config"),
+    *(
+        "model.path",
+        "adapter.path",
+        "reference.path",
+        "reference.adapter",
+        "objective.module",
+        "parallel.offload_dir",
+        "parallel.deepspeed_config",
+    ),
     *("train.activation_offload_dir", "checkpoint.resume", "output_dir"),
 )
 """Options in which `~` and `$VARIABLES` are replaced here; those of `data` are where they are read, as they always were."""

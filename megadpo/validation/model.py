@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
 from megadpo.model.shape import ModelShape
+from megadpo.objectives.specs import couples_batch
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config
+    from megadpo.model.adapters.spec import AdapterSpec
+    from megadpo.parallel.layout import Layout
 
 
 def check_experts(config: Config, shape: ModelShape) -> None:
@@ -29,6 +32,75 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         raise UserError(
             f"parallel.engine is {config.parallel.engine}, but {path} has experts, which are built for engine "
             "megatron only; use that"
+        )
+
+
+def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: AdapterSpec) -> None:
+    """The adapters are ones that this layout and this engine are built for.
+
+    Args:
+        shape: of the policy.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    numbers = [int(module.split(".")[2]) for module in adapter.modules if module.startswith("model.layers.")]
+    outside = [module for module in adapter.modules if not module.startswith("model.layers.")]
+    if outside:
+        raise UserError(
+            f"adapter.target_modules names {outside[0]}, beside which no adapter is built; leave it out, or train it whole "
+            "(adapter.modules_to_save)"
+        )
+    for number, layers in enumerate(layout.layers_of_chunks(shape.num_layers)):
+        if not set(layers) & set(numbers):
+            raise UserError(
+                f"adapter.layers_to_transform and adapter.target_modules leave chunk {number + 1} of the pipeline (layers "
+                f"{layers[0]} to {layers[-1]}) without an adapter, and so without anything to train; give it one, or lower "
+                "parallel.pipeline"
+            )
+    has_experts = any(".experts." in module for module in adapter.modules)
+    if has_experts and layout.expert_tensor not in (1, layout.tensor):
+        raise UserError(
+            f"parallel.expert_tensor is {layout.expert_tensor} with parallel.tensor {layout.tensor}, but adapters of "
+            "experts are built for 1 or the latter; use one of these, or leave experts out of adapter.target_modules"
+        )
+    if adapter.use_dora and adapter.dropout:
+        raise UserError(
+            f"adapter.dropout is {adapter.dropout} with adapter.use_dora, whose magnitudes would then be those of other "
+            "inputs; set it to 0"
+        )
+    if adapter.dropout and couples_batch(config.objective):
+        raise UserError(
+            f"adapter.dropout is {adapter.dropout}, but objective.loss_type {', '.join(config.objective.loss_types)} is "
+            "computed from a forward pass of its own, in which other inputs would be dropped than in the one that learns; "
+            "set it to 0"
+        )
+    if adapter.use_dora and config.parallel.engine == "deepspeed":
+        raise UserError(
+            "adapter.use_dora is true, but its magnitudes, which stay in fp32, are built for parallel.engine megatron only; "
+            "use that, or remove use_dora"
+        )
+    zero_3 = config.parallel.engine == "deepspeed" and config.parallel.zero_stage == 3
+    if zero_3 and adapter.modules_to_save and config.reference.mode in ("adapter", "cached"):
+        raise UserError(
+            f"adapter.modules_to_save has {', '.join(adapter.modules_to_save)}, whose original values the reference needs; "
+            "with parallel.zero_stage 3 these are not kept beside the trained ones: set reference.mode to precomputed, or "
+            "use another stage"
+        )
+
+
+def check_reference_adapter(reference: AdapterSpec, trained: AdapterSpec) -> None:
+    """What the reference's adapter has trained whole is trained whole by the policy's, too: else the model under both would
+    be another one.
+
+    Raises:
+        UserError: it is not.
+    """
+    others = [module for module in reference.modules_to_save if module not in trained.modules_to_save]
+    if others:
+        raise UserError(
+            f"reference.adapter has {others[0]} whole, which the policy's adapter leaves as it is in model.path; add it to "
+            "adapter.modules_to_save"
         )
 
 

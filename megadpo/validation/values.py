@@ -11,6 +11,7 @@ from megadpo.config import strict
 from megadpo.errors import UserError
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
+from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.memory import check_memory_options
@@ -24,7 +25,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", *BACKENDS),
     "model.small_ops": ("auto", "torch", "triton"),
     "model.layers": ("local", "transformer_engine"),
-    "reference.mode": ("resident", "precomputed", "cached", "none"),
+    "adapter.kind": ("none", "lora"),
+    "adapter.init": ("kaiming", "gaussian"),
+    "reference.mode": ("auto", "adapter", "resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
     "objective.ipo_normalization": ("mean", "sum"),
@@ -51,7 +54,8 @@ SPELLINGS: dict[str, dict[str, str]] = {"model.dtype": DTYPES, "train.moments_dt
 
 HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "reference.mode": ("adapter",),
+    "adapter.kind": ("qlora",),
+    "adapter.init": ("pissa", "olora", "loftq"),
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
     "train.moments_dtype": HALF,
@@ -62,6 +66,7 @@ NEAREST = dict.fromkeys(HALF, "bf16")
 """What to use in place of a well-known value, where its spelling does not lead there."""
 
 AT_LEAST: dict[str, int] = {
+    "adapter.rank": 1,
     "reference.tokens_per_micro_batch": 1,
     "reference.sync_every": 1,
     "data.max_length": 2,
@@ -98,6 +103,7 @@ AT_LEAST: dict[str, int] = {
     "logging.every": 1,
 }
 ABOVE_ZERO: Sequence[str] = (
+    "adapter.alpha",
     "objective.beta",
     "objective.discopop_tau",
     "objective.rpo_eta",
@@ -123,6 +129,7 @@ def validate(config: Config) -> None:
     _check_ranges(config)
     _check_numbers(config)
     _check_objective(config)
+    check_adapter_options(config)
     _check_moving_reference(config)
     _check_contradictions(config)
     check_deepspeed_options(config)
@@ -159,16 +166,11 @@ def _check_objective(config: Config) -> None:
     if needs_reference(losses) and config.reference.mode == "none":
         names = ", ".join(name for name in losses if SPECS[name].needs_reference)
         raise UserError(f"reference.mode is none, but {names} needs a reference; use resident, precomputed or cached")
-    if not needs_reference(losses) and config.reference.mode != "none":
+    if not needs_reference(losses) and config.reference.mode not in ("none", "auto"):
         raise UserError(
-            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {_mode(config)}; "
-            "set reference.mode to none"
+            f"objective.loss_type {', '.join(losses)} reads no reference, but reference.mode is {config.reference.mode}; "
+            "set reference.mode to auto or none"
         )
-
-
-def _mode(config: Config) -> str:
-    default = type(config.reference)().mode
-    return config.reference.mode + (" (the default)" if config.reference.mode == default else "")
 
 
 def _check_kinds(losses: list[str]) -> None:
@@ -328,7 +330,7 @@ def _check_contradictions(config: Config) -> None:
         )
     if config.schedule.reference == "interleaved" and config.reference.mode == "none":
         raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")
-    if config.reference.mode in ("resident", "cached") and config.reference.tokens_per_micro_batch is not None:
+    if config.reference.mode in ("adapter", "resident", "cached") and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
             f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a {config.reference.mode} reference "
             "runs on train's micro-batches; remove it"

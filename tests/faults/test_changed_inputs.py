@@ -90,20 +90,20 @@ def test_another_template_is_another_run(made: Path) -> None:
 
 
 def test_of_a_large_file_every_part_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megadpo.training import inputs
+    from megadpo.checkpoint import digest
 
-    monkeypatch.setattr(inputs, "WHOLE_BYTES", 1 << 15)
-    monkeypatch.setattr(inputs, "HEAD_BYTES", 1 << 14)
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 1 << 8)
+    monkeypatch.setattr(digest, "WHOLE_BYTES", 1 << 15)
+    monkeypatch.setattr(digest, "HEAD_BYTES", 1 << 14)
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 1 << 8)
     generator = torch.Generator().manual_seed(0)
     content = bytearray(torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=generator).numpy().tobytes())
     (tmp_path / "file").write_bytes(content)
-    found = {inputs._file_digest(tmp_path / "file")}
+    found = {digest.file_digest(tmp_path / "file")}
     for start in range(0, len(content), 1 << 13):  # a tensor's worth of changes, anywhere
         changed = content.copy()
         changed[start : start + (1 << 13)] = bytes(1 << 13)
         (tmp_path / "file").write_bytes(changed)
-        found.add(inputs._file_digest(tmp_path / "file"))
+        found.add(digest.file_digest(tmp_path / "file"))
     assert len(found) == 1 + (len(content) >> 13)
 
 

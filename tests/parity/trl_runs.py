@@ -62,6 +62,8 @@ class Run:
         reference: options of `reference`; TRL gets a reference model where its mode is not "none".
         metrics: what is compared, with each metric's absolute floor.
         moves: the metric that training must have moved, and by how much at least.
+        adapter: LoraConfig's options, where adapters are trained: a new one of TRL's, which we go on with.
+        weight_decay: on both sides; TRL's decays DoRA's magnitudes, ours no vectors.
     """
 
     trainer: str
@@ -73,6 +75,8 @@ class Run:
     reference: dict[str, Any] = field(default_factory=lambda: {"mode": "resident"})
     metrics: dict[str, float] = field(default_factory=lambda: DPO_METRICS)
     moves: tuple[str, float] = ("rewards/margins", 0.1)
+    adapter: dict[str, Any] | None = None
+    weight_decay: float = WEIGHT_DECAY
 
 
 def _short_prompts() -> list[dict[str, Any]]:
@@ -124,7 +128,8 @@ ROWS = {"pairs": pairs, "labels": labels, "examples": examples}
 
 
 def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]]:
-    """What TRL logs at each step."""
+    """What TRL logs at each step. An adapter that it trains is in `directory`/adapter as it was before."""
+    import peft
     import torch
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -142,7 +147,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
         warmup_steps=WARMUP,
         max_grad_norm=1.0,
         max_length=run.max_length,
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=run.weight_decay,
         train_sampling_strategy="sequential",
         logging_steps=1,
         bf16=False,
@@ -161,13 +166,19 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
     assert len(rows) == NUM_STEPS * UNITS_PER_STEP
     kind = AutoModelForSequenceClassification if run.trainer == "reward" else AutoModelForCausalLM
     policy, reference = (kind.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    others: dict[str, Any] = {"ref_model": reference} if run.reference["mode"] != "none" else {}
+    if run.adapter is not None:
+        task = "SEQ_CLS" if run.trainer == "reward" else "CAUSAL_LM"
+        others = {"peft_config": peft.LoraConfig(task_type=task, **run.adapter)}
     trainer = getattr(library, trainer_name)(
         policy,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
-        **({"ref_model": reference} if run.reference["mode"] != "none" else {}),
+        **others,
     )
+    if run.adapter is not None:
+        trainer.model.save_pretrained(directory / "adapter")
     trainer.train()
     names = THEIR_NAMES.get(run.trainer, {})
     records = [record for record in trainer.state.log_history if "loss" in record]
@@ -177,7 +188,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
 def our_history(
     run: Run, model: Path, directory: Path, num_processes: int = 1, parallel: dict[str, int] | None = None, **data: Any
 ) -> list[dict[str, float]]:
-    """What we log at each step."""
+    """What we log at each step; an adapter is in `directory`/adapter."""
     directory.mkdir(exist_ok=True)
     rows = directory / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[run.rows]()))
@@ -194,6 +205,7 @@ def our_history(
         },
         "objective": {"beta": run.beta, **run.ours},
         "reference": run.reference,
+        "adapter": {} if run.adapter is None else {"kind": "lora", "path": str(directory / "adapter")},
         "parallel": parallel or {},
         "train": {
             "steps": NUM_STEPS,
@@ -201,7 +213,7 @@ def our_history(
             "tokens_per_micro_batch": 1024,
             "learning_rate": LEARNING_RATE,
             "warmup_steps": WARMUP,
-            "weight_decay": WEIGHT_DECAY,
+            "weight_decay": run.weight_decay,
         },
         "output_dir": str(directory / "run"),
     }

@@ -40,6 +40,7 @@ from megadpo.engine.deepspeed.runtime import (
     sharder,
 )
 from megadpo.model.activations import KEEP, Activations
+from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.model.shape import ModelShape
@@ -218,13 +219,19 @@ def policy_stage(
     activations: Activations,
     parallel: ParallelConfig,
     options: ModelConfig | None = None,
+    adapter: AdapterSpec | None = None,
+    trained: TensorSource | None = None,
 ) -> Stage:
-    """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read."""
+    """The loaded stage that `ZeroEngine` takes: in stage 3 every parameter is sharded as soon as it is read.
+
+    Args:
+        adapter, trained: adapters, and where they are read from.
+    """
     if parallel.zero_stage < 3:
-        stage = build_stage(shape, layout, dtype, activations, options=options)
-        load_weights(stage, source)
+        stage = build_stage(shape, layout, dtype, activations, options=options, adapter=adapter)
+        load_weights(stage, source, trained)
         return stage
-    return sharded_stage(shape, source, layout, dtype, activations, parallel, options)
+    return sharded_stage(shape, source, layout, dtype, activations, parallel, options, adapter=adapter, trained=trained)
 
 
 def frozen_sharded_stage(
@@ -253,6 +260,8 @@ def sharded_stage(
     parallel: ParallelConfig,
     options: ModelConfig | None = None,
     role: str = "policy",
+    adapter: AdapterSpec | None = None,
+    trained: TensorSource | None = None,
 ) -> Stage:
     """A stage made without memory; then each parameter is read and cut, so that only one at a time is whole.
 
@@ -261,23 +270,27 @@ def sharded_stage(
     prepare_deepspeed()
     if parallel.offload == "nvme":
         require_async_io()
-    stage = build_stage(shape, layout, dtype, activations, device=torch.device("meta"), options=options)
+    meta = torch.device("meta")
+    stage = build_stage(shape, layout, dtype, activations, device=meta, options=options, adapter=adapter)
     cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
-    parameters = {}
-    for name, (empty, shard) in stage.parameters.items():
-        parameter = torch.nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=compute_device()))
-        parameter.__dict__.update(empty.__dict__)
-        with torch.no_grad():
-            fill_shard(shard, source, parameter.data)
-        _put_in_place(stage.model, empty, parameter)
-        cut._convert_to_zero_parameters([parameter])
-        parameters[name] = (parameter, shard)
-    source.release()
+    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
+    base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
+    for values, held, filled in ((source, stage.base, base), (trained or source, stage.parameters, parameters)):
+        for name, (empty, shard) in held.items():
+            data = torch.empty(shard.shape, dtype=empty.dtype, device=compute_device())
+            parameter = torch.nn.Parameter(data, empty.requires_grad)
+            parameter.__dict__.update(empty.__dict__)
+            with torch.no_grad():
+                fill_shard(shard, values, parameter.data)
+            _put_in_place(stage.model, empty, parameter)
+            cut._convert_to_zero_parameters([parameter])
+            filled[name] = (parameter, shard)
+        values.release()
     assert not any(tensor.is_meta for tensor in stage.model.buffers())
     model = stage.model
     if model.post_process and model.output_layer.weight is None:
         read_elsewhere(model.output_layer, model.embedding.word_embeddings.weight)
-    return replace(stage, parameters=parameters)
+    return replace(stage, parameters=parameters, base=base)
 
 
 def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
@@ -304,7 +317,7 @@ class _ScheduledModel:
 
 
 def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str = "policy") -> dict[str, Any]:
-    sizes = [math.prod(shard.shape) for _, shard in stage.parameters.values()]
+    sizes = [math.prod(shard.shape) for _, shard in (stage.base | stage.parameters).values()]
     config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
         assert parallel.offload_dir is not None, "config_check refuses it"

@@ -111,8 +111,8 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
         ({"objective": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}}, "1 weights for 2 losses"),
         ({"objective": {"loss_type": "exo_pair"}}, "label_smoothing is 0, for which exo_pair has no finite loss"),
         (
-            {"objective": {"loss_type": "simpo"}},
-            r"reads no reference, but reference.mode is resident \(the default\); set reference.mode to none",
+            {"objective": {"loss_type": "simpo"}, "reference": {"mode": "precomputed"}},
+            "reads no reference, but reference.mode is precomputed; set reference.mode to auto or none",
         ),
         ({"objective": {"loss_type": "ipo"}, "reference": {"mode": "none"}}, "ipo needs a reference"),
         ({"objective": {"loss_type": "nca_pair", "f_divergence": "js"}}, "f_divergence is not defined for nca_pair"),
@@ -137,7 +137,10 @@ def test_every_loss_has_a_function_and_a_line_in_the_documentation():
         ({"objective": {"loss_type": "best_vs_rest", "margins": True}}, "margins has no effect on best_vs_rest"),
         ({"objective": {"loss_type": "kto", "desirable_weight": -1.0}}, "desirable_weight must be at least 0"),
         ({"objective": {"loss_type": "aot", "row_weights": True}}, "row_weights is not defined for aot"),
-        ({"objective": {"loss_type": "reward"}}, "reads no reference, but reference.mode is resident"),
+        (
+            {"objective": {"loss_type": "reward"}, "reference": {"mode": "resident"}},
+            "reads no reference, but reference.mode is resident; set reference.mode to auto or none",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_the_reason(settings, message):

@@ -45,7 +45,9 @@ def test_defaults_are_those_that_users_of_trl_know() -> None:
 def test_the_contract_has_exactly_these_keys() -> None:
     contract = {
         "model": "path dtype kernels attention small_ops layers fp8",
-        "reference": "mode path tokens_per_micro_batch sync_every mixup_alpha",
+        "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
+        "path merge",
+        "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",
         "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "ignore_columns allow_no_prompt "
         "num_workers cache_dir",
@@ -310,7 +312,8 @@ def test_ranges_and_contradictions_are_refused(overrides: list[str], sentence: s
     "override",
     [
         "parallel.context_method=ring",
-        "reference.mode=adapter",
+        "adapter.kind=qlora",
+        "adapter.init=loftq",
     ],
 )
 def test_what_this_version_does_not_have_is_refused_and_not_ignored(override: str) -> None:

@@ -1,0 +1,97 @@
+"""A model with its adapters added: W + scaling * B A, read slice by slice, so that the whole is never in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B
+from megadpo.model.families import TensorSource
+
+ROWS_AT_A_TIME = 1024
+_WEIGHT = ".weight"
+
+
+class MemorySource:
+    """Logical tensors in host memory, as a TensorSource."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self._tensors[name].narrow(dim, start, length)
+
+    def release(self) -> None:
+        """Nothing is read from files."""
+
+
+class MergedSource:
+    """The logical tensors of a model with an adapter added, as a TensorSource: computed in float32 as they are read.
+
+    A matrix with an adapter is W + scaling * B A; with DoRA (arXiv:2402.09353, eq. 5) each row of that is brought to the
+    length that its magnitude says. Modules that were trained whole come from the adapter.
+
+    Args:
+        base: of the model alone.
+        adapter: with the names of `adapter_shapes`.
+    """
+
+    def __init__(self, base: TensorSource, adapter: TensorSource, spec: AdapterSpec) -> None:
+        self._base, self._adapter, self._spec = base, adapter, spec
+        self._adapted = {f"{module}{_WEIGHT}": module for module in spec.modules}
+        self._saved = {f"{module}{_WEIGHT}" for module in spec.modules_to_save}
+        self._row_factors = functools.lru_cache(maxsize=4)(self._row_factors_of)
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self._base.names(), *self._saved])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._adapter.shape(name) if name in self._saved else self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name in self._adapted:
+            return torch.float32
+        return self._adapter.dtype(name) if name in self._saved else self._base.dtype(name)
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        if name in self._saved:
+            return self._adapter.read(name, dim, start, length)
+        if name not in self._adapted:
+            return self._base.read(name, dim, start, length)
+        module = self._adapted[name]
+        rows = (start, length) if dim == 0 else (0, self.shape(name)[0])
+        columns = (start, length) if dim == 1 else (0, self.shape(name)[1])
+        # Not in place: what is read may be the mapped file itself, which the next reading sees.
+        merged = self._base.read(name, dim, start, length).float() + self._product(module, rows, columns)
+        return merged * self._row_factors(module).narrow(0, *rows).unsqueeze(1) if self._spec.use_dora else merged
+
+    def release(self) -> None:
+        self._base.release()
+        self._adapter.release()
+
+    def _product(self, module: str, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        b = self._adapter.read(f"{module}.{B}", 0, *rows).float()
+        a = self._adapter.read(f"{module}.{A}", 1, *columns).float()
+        return b @ a * self._spec.scaling(module)
+
+    def _row_factors_of(self, module: str) -> Tensor:
+        """DoRA's magnitude over the length of each row [out], some rows in memory at a time."""
+        num_rows, num_columns = self.shape(f"{module}{_WEIGHT}")
+        lengths = []
+        for first in range(0, num_rows, ROWS_AT_A_TIME):
+            rows = (first, min(ROWS_AT_A_TIME, num_rows - first))
+            weight = self._base.read(f"{module}{_WEIGHT}", 0, *rows).float()
+            lengths.append((weight + self._product(module, rows, (0, num_columns))).norm(dim=1))
+        return self._adapter.read(f"{module}.{MAGNITUDE}", 0, 0, num_rows).float() / torch.cat(lengths)

@@ -1,0 +1,528 @@
+"""PEFT directories: adapter_config.json and adapter_model.safetensors, read strictly, and written so that PEFT reads them.
+
+Tensors have PEFT's names; inside megadpo these are without ``base_model.model.`` (adapters/spec.py). Pickles are not opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo.checkpoint.companions import Companions, write_companions
+from megadpo.checkpoint.digest import model_files_digest
+from megadpo.checkpoint.export import write_json
+from megadpo.checkpoint.hf import SafetensorsFile, hf_directory, read_json
+from megadpo.checkpoint.sharded import INDEX, Checkpoint, is_checkpoint, open_checkpoint
+from megadpo.checkpoint.staging import publish, staging
+from megadpo.checkpoint.tensor_file import write_tensor_file
+from megadpo.errors import UserError
+from megadpo.model.adapters.spec import (
+    MAGNITUDE,
+    A,
+    AdapterSpec,
+    B,
+    adapter_shapes,
+    linear_modules,
+    matching,
+    whole_modules,
+)
+from megadpo.model.families import HEAD, TensorSource
+from megadpo.model.families.common import EMBEDDING
+from megadpo.model.shape import ModelShape
+
+CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+BASE_DIGEST = "megadpo_base"
+"""The key of adapter_model.safetensors' metadata under which the digest of the base's files stands."""
+
+_READ = frozenset(
+    {
+        *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
+        *("init_lora_weights", "base_model_name_or_path"),
+    }
+)
+_WITHOUT_EFFECT = frozenset(
+    {
+        *(
+            "task_type",
+            "auto_mapping",
+            "peft_version",
+            "revision",
+            "inference_mode",
+            "runtime_config",
+            "ensure_weight_tying",
+        ),
+        # How an adapter began, which its tensors do not depend on any more.
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+        *("megatron_config", "megatron_core"),
+    }
+)
+"""Fields that may have any value: what the adapter computes does not depend on them."""
+
+_LEFT_BASE_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` for which the base's weights are those of its files."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter of a PEFT directory, opened for a model.
+
+    Attributes:
+        source: its tensors under the names of `adapter_shapes`.
+        base: the model that its adapter_config.json names; None: it names none.
+        base_digest: of the base's files, where megadpo wrote the directory.
+    """
+
+    path: Path
+    spec: AdapterSpec
+    source: TensorSource
+    base: str | None
+    base_digest: str | None
+
+    def check_base(self, path: str, digest: str, setting: str) -> None:
+        """Refuse a base that is known to be another model than the adapter's.
+
+        Args:
+            path, digest: of the base's directory and files.
+            setting: the option that names the adapter, for the sentence.
+
+        Raises:
+            UserError: its files are not those that the adapter was trained on.
+        """
+        is_other = False
+        if self.base_digest is not None:
+            is_other = self.base_digest != digest
+        elif self.base is not None and Path(self.base).is_dir() and Path(self.base).resolve() != Path(path).resolve():
+            is_other = model_files_digest(hf_directory(self.base), Path(self.base)) != digest
+        if is_other:
+            raise UserError(
+                f"{setting}: {self.path} belongs to {self.base or 'another model'}, whose files are not those of {path}; "
+                "use the model that it was trained on"
+            )
+
+
+def is_peft_directory(path: str | Path) -> bool:
+    """Whether a directory holds an adapter of PEFT."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds an adapter: of PEFT, or one of our checkpoints of a run with adapters."""
+    if is_checkpoint(path):
+        return "adapter" in open_checkpoint(path, verify=False).state
+    return is_peft_directory(path)
+
+
+def is_reward_adapter(path: str | Path) -> bool:
+    """Whether the adapter of a directory makes a reward model of its base (PEFT's task type SEQ_CLS)."""
+    values = (
+        open_checkpoint(path, verify=False).state["adapter"] if is_checkpoint(path) else read_json(Path(path) / CONFIG_NAME)
+    )
+    return isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
+
+
+def base_of(path: str | Path) -> str:
+    """The directory of the model that the adapter of a directory belongs to.
+
+    Raises:
+        UserError: the directory names none, or one that is no directory here.
+    """
+    if is_checkpoint(path):
+        where, settings = Path(path), _settings_of(open_checkpoint(path, verify=False)).values
+    else:
+        where, settings = Path(path) / CONFIG_NAME, read_json(Path(path) / CONFIG_NAME)
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{where} names no base model (base_model_name_or_path); set model.path to the model and adapter.path to {path}"
+        )
+    if not Path(name).is_dir():
+        raise UserError(
+            f"{where} names the base model {name}, which is no directory here; download it, set model.path to where it "
+            f"is and adapter.path to {path}"
+        )
+    return name
+
+
+def open_adapter(
+    path: str | Path, shape: ModelShape, setting: str, dropout: float | None = None, verify: bool = True
+) -> PeftAdapter:
+    """Open the adapter of a PEFT directory or of one of our checkpoints for a model of this shape.
+
+    Args:
+        verify: every file of a checkpoint is hashed.
+        setting: the option that names `path`, for sentences.
+        dropout: of its input while it is trained on; None: what the settings say.
+
+    Raises:
+        UserError: no adapter, one that is not LoRA or has what megadpo does not build, one of another model, or damaged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{setting}: there is no directory {path}; give a PEFT directory, which has an {CONFIG_NAME}")
+    if is_checkpoint(directory):
+        return _open_checkpoint_s(directory, shape, setting, dropout, verify)
+    if not is_peft_directory(directory):
+        raise UserError(f"{setting}: {path} is no PEFT directory: it has no {CONFIG_NAME}")
+    settings = _Settings(read_json(directory / CONFIG_NAME), directory / CONFIG_NAME)
+    settings.check()
+    file = _weights_file(directory)
+    names = {_own_name(key, file.path): key for key in sorted(file.keys)}
+    if shape.tied_embeddings and HEAD in names:
+        _leave_out_tied_head(file, names)
+    spec = _spec(settings, names, shape, dropout)
+    expected = adapter_shapes(shape, spec)
+    _check_tensors(file, names, expected)
+    base = settings.values.get("base_model_name_or_path")
+    digest = file.metadata().get(BASE_DIGEST)
+    source = _PeftSource(file, {name: names[name] for name in expected})
+    return PeftAdapter(directory, spec, source, base if isinstance(base, str) and base else None, digest)
+
+
+def _open_checkpoint_s(directory: Path, shape: ModelShape, setting: str, dropout: float | None, verify: bool) -> PeftAdapter:
+    checkpoint = open_checkpoint(directory, verify)
+    if "adapter" not in checkpoint.state:
+        raise UserError(f"{setting}: {directory} is the checkpoint of a whole model; give one of a run with adapters")
+    if verify:
+        checkpoint.check_files()
+    settings, source = _settings_of(checkpoint), checkpoint.source("weights")
+    spec = _spec(settings, source.names(), shape, dropout)
+    for name, size in adapter_shapes(shape, spec).items():
+        if name not in source.names() or source.shape(name) != size:
+            raise UserError(f"{directory}: its tensor {name} is missing or does not fit the model; it is another model's")
+    inputs = checkpoint.state.get("inputs")
+    digest = inputs.get("model") if isinstance(inputs, dict) else None
+    return PeftAdapter(directory, spec, source, settings.values.get("base_model_name_or_path"), digest)
+
+
+def _settings_of(checkpoint: Checkpoint) -> _Settings:
+    values = checkpoint.state.get("adapter")
+    if not isinstance(values, dict):
+        raise UserError(f"{checkpoint.directory}: its state's adapter is {values!r}, which is no object; it is damaged")
+    return _Settings(values, checkpoint.directory / INDEX)
+
+
+def _weights_file(directory: Path) -> SafetensorsFile:
+    if (directory / WEIGHTS_NAME).is_file():
+        return SafetensorsFile(directory / WEIGHTS_NAME)
+    if (directory / PICKLE_NAME).is_file():
+        raise UserError(
+            f"{directory} has its adapter as a pickle ({PICKLE_NAME}) only, which megadpo does not open; load it with "
+            "peft.PeftModel.from_pretrained and call save_pretrained to get safetensors"
+        )
+    raise UserError(f"{directory} has no {WEIGHTS_NAME}; copy or download the adapter again")
+
+
+def _leave_out_tied_head(file: SafetensorsFile, names: dict[str, str]) -> None:
+    """PEFT writes a tied embedding that is trained whole twice."""
+    tensors = [file.read(names[name], 0, 0, file.shape(names[name])[0]) for name in (HEAD, EMBEDDING) if name in names]
+    if len(tensors) < 2 or not torch.equal(*tensors):
+        raise UserError(
+            f"{file.path} has a head of its own ({names[HEAD]}), but the model's is the embedding (tie_word_embeddings); "
+            "save the adapter with ensure_weight_tying=True"
+        )
+    del names[HEAD]
+
+
+def _own_name(key: str, path: Path) -> str:
+    """The name inside megadpo of a tensor of the file."""
+    if not key.startswith(PREFIX):
+        raise UserError(f"{path}: tensor {key} has no name of PEFT's (they begin with {PREFIX}); save it with PEFT")
+    return key.removeprefix(PREFIX)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The fields of an adapter_config.json, each of its type or refused."""
+
+    values: dict[str, Any]
+    file: Path
+
+    def check(self) -> None:
+        """Raises UserError for what would change what the adapter computes and is not built here."""
+        values = self.values
+        if values.get("peft_type") != "LORA":
+            raise UserError(f"{self.file}: peft_type is {values.get('peft_type')!r}; only LORA adapters are supported")
+        if values.get("bias", "none") != "none":
+            raise UserError(f"{self.file}: bias is {values['bias']!r}; adapters with trained biases are not supported")
+        how = values.get("init_lora_weights", True)
+        if how not in _LEFT_BASE_ALONE:
+            raise UserError(
+                f"{self.file}: init_lora_weights is {how!r}, which changes the base's weights, so that the adapter does not "
+                "fit those of its files; save it with path_initial_model_for_weight_conversion in PEFT, which turns it into "
+                "a plain one"
+            )
+        for name, value in values.items():
+            if value and name not in _READ and name not in _WITHOUT_EFFECT:
+                raise UserError(
+                    f"{self.file}: {name} is {json.dumps(value)[:60]}, which is not supported; only plain LoRA is"
+                )
+
+    def count(self, name: str, default: int) -> int:
+        value = self.values.get(name, default)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be a whole number of 1 or more")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be a number")
+        return float(value)
+
+    def truth(self, name: str) -> bool:
+        value = self.values.get(name) or False
+        if type(value) is not bool:
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be true or false")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self.values.get(name) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be a list of names")
+        return value
+
+    def targets(self) -> str | list[str]:
+        value = self.values.get("target_modules")
+        return value if isinstance(value, str) else self.texts("target_modules")
+
+    def layers(self) -> list[int] | None:
+        value = self.values.get("layers_to_transform")
+        value = [value] if type(value) is int else value or None
+        if value is not None and not (isinstance(value, list) and all(type(each) is int for each in value)):
+            raise UserError(f"{self.file}: layers_to_transform is {value!r}; it must be a list of layers' numbers")
+        return value
+
+    def pattern(self, name: str) -> dict[str, int | float]:
+        value = self.values.get(name) or {}
+        if not isinstance(value, dict) or not all(type(each) in (int, float) and each > 0 for each in value.values()):
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be names with numbers above 0")
+        return value
+
+
+def _spec(settings: _Settings, names: Iterable[str], shape: ModelShape, dropout: float | None) -> AdapterSpec:
+    """What the tensors' names say that there is, held to what the settings say."""
+    file = settings.file
+    linear, whole = linear_modules(shape), whole_modules(shape)
+    found, saved = set(), set()
+    for name in names:
+        for ending in (A, B, MAGNITUDE):
+            if name.endswith(f".{ending}"):
+                found.add(name.removesuffix(f".{ending}"))
+                break
+        else:
+            saved.add(name.removesuffix(".weight"))
+    unknown = sorted(found - set(linear))
+    if unknown:
+        raise UserError(
+            f"{file.parent}: it has an adapter of {unknown[0]}, which is no linear layer of the model that can have one; it "
+            "belongs to another model"
+        )
+    copied = [name for name in names if name.endswith(".base_layer.weight")]
+    if copied:
+        raise UserError(
+            f"{file.parent}: it has weights of the base itself ({copied[0]}), as PEFT writes them where the embedding or "
+            "the head has an adapter; save it with save_embedding_layers=False"
+        )
+    unknown = sorted(saved - set(whole))
+    if unknown:
+        raise UserError(
+            f"{file.parent}: it has the tensor {unknown[0]}, which is neither LoRA's nor a module of the model that can be "
+            "trained whole; it belongs to another model"
+        )
+    ranks, alphas = settings.pattern("rank_pattern"), settings.pattern("alpha_pattern")
+    modules = tuple(module for module in linear if module in found)
+    rank, alpha = settings.count("r", 8), settings.number("lora_alpha", 8)
+    spec = AdapterSpec(
+        rank=rank,
+        alpha=alpha,
+        dropout=settings.number("lora_dropout", 0) if dropout is None else dropout,
+        use_rslora=settings.truth("use_rslora"),
+        use_dora=settings.truth("use_dora"),
+        modules=modules,
+        modules_to_save=tuple(module for module in whole if module in saved),
+        init="kaiming",
+        ranks={m: int(value) for m in modules if (value := _by_pattern(ranks, m, rank)) != rank},
+        alphas={m: float(value) for m in modules if (value := _by_pattern(alphas, m, alpha)) != alpha},
+    )
+    _check_targets(settings, spec, shape)
+    meant = {module for module in whole if any(module.endswith(name) for name in settings.texts("modules_to_save"))}
+    if shape.tied_embeddings and "model.embed_tokens" in saved and not settings.truth("ensure_weight_tying"):
+        raise UserError(
+            f"{file}: modules_to_save has embed_tokens without ensure_weight_tying, so that the head, which is the "
+            "embedding in this model, is another matrix from then on; save it with ensure_weight_tying=True"
+        )
+    if meant ^ saved:
+        module = sorted(meant ^ saved)[0]
+        raise UserError(
+            f"{file.parent}: its tensors {'do not ' if module in meant else ''}have {module}, of which modules_to_save says "
+            "otherwise; get the adapter again"
+        )
+    return spec
+
+
+def _by_pattern(pattern: Mapping[str, int | float], module: str, default: int | float) -> int | float:
+    """PEFT's rule: the first key that, as a regular expression, matches the name or its last parts."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _check_targets(settings: _Settings, spec: AdapterSpec, shape: ModelShape) -> None:
+    """The adapters that there are, are those that `target_modules` names."""
+    targets, layers = settings.targets(), settings.layers()
+    if not targets or settings.texts("layers_pattern") not in ([], ["layers"]):
+        field = "layers_pattern" if targets else "target_modules"
+        raise UserError(f"{settings.file}: {field} is {settings.values.get(field)!r}, which is not supported")
+    try:
+        excluded = settings.values.get("exclude_modules") or []
+        without = {*matching(excluded, None, shape), *spec.modules_to_save} if excluded else {*spec.modules_to_save}
+        named = matching(targets, layers, shape, without)
+    except re.error as error:
+        raise UserError(f"{settings.file}: target_modules is no regular expression ({error})") from error
+    missing = [module for module in named if module not in spec.modules]
+    if missing:
+        raise UserError(
+            f"{settings.file.parent}: {settings.file.name} says that {missing[0]} has an adapter, but {WEIGHTS_NAME} has no "
+            "tensors of it; get the adapter again"
+        )
+    surplus = [module for module in spec.modules if module not in named]
+    if surplus:
+        raise UserError(
+            f"{settings.file.parent}: {WEIGHTS_NAME} has an adapter of {surplus[0]}, of which {settings.file.name} says "
+            "nothing; get the adapter again"
+        )
+
+
+def _check_tensors(file: SafetensorsFile, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, size in expected.items():
+        if name not in names:
+            raise UserError(f"{file.path} has no tensor {PREFIX}{name}, which its {CONFIG_NAME} asks for; get it again")
+        if file.shape(names[name]) != size:
+            raise UserError(
+                f"{file.path}: tensor {names[name]} has shape {list(file.shape(names[name]))}, but with this model and the "
+                f"rank of its {CONFIG_NAME} it has {list(size)}; the adapter belongs to another model or is damaged"
+            )
+        if not file.dtype(names[name]).is_floating_point or file.dtype(names[name]).itemsize < 2:
+            raise UserError(f"{file.path}: tensor {names[name]} is {file.dtype(names[name])}, which is not supported")
+    surplus = sorted(names.keys() - expected.keys())
+    if surplus:
+        raise UserError(
+            f"{file.path} has the tensor {names[surplus[0]]}, of which its {CONFIG_NAME} says nothing; get the adapter again"
+        )
+
+
+class _PeftSource:
+    """A TensorSource on an adapter's file: `names` are the keys of the file by our names."""
+
+    def __init__(self, file: SafetensorsFile, names: Mapping[str, str]) -> None:
+        self._file, self._names = file, names
+
+    def names(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file.dtype(self._names[name])
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self._file.read(self._names[name], dim, start, length)
+
+    def release(self) -> None:
+        self._file.release()
+
+
+def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    `target_modules` names modules by their last parts where these mean the spec's modules and no others, else in full. Of an
+    adapter that began as PiSSA or OLoRA do, it must be the difference to the base's own weights that is written.
+
+    Args:
+        base: the directory or name of the model.
+    """
+    short = sorted({module.rpartition(".")[2] for module in spec.modules})
+    is_all = matching(short, None, shape, spec.modules_to_save) == spec.modules
+    saved: list[str] = list(spec.modules_to_save)
+    if shape.head == "reward":  # the names that PEFT itself adds for a sequence classifier
+        saved = [*(name for name in saved if name != "score"), "classifier", "score"]
+    return {
+        "alpha_pattern": {module: _plain(alpha) for module, alpha in spec.alphas.items()},
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "ensure_weight_tying": shape.tied_embeddings and "model.embed_tokens" in spec.modules_to_save,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": dict(spec.ranks),
+        "revision": None,
+        "target_modules": short if is_all else list(spec.modules),
+        "task_type": "SEQ_CLS" if shape.head == "reward" else "CAUSAL_LM",
+        "use_dora": spec.use_dora,
+        "use_rslora": spec.use_rslora,
+    }
+
+
+def adapter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a trained tensor is written in: the model's, but float32 of DoRA's magnitudes."""
+    return torch.float32 if name.endswith(MAGNITUDE) else dtype
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if number == int(number) else number
+
+
+def write_peft(
+    directory: Path,
+    spec: AdapterSpec,
+    shape: ModelShape,
+    tensors: Mapping[str, Tensor],
+    base: str,
+    companions: Companions,
+    base_digest: str | None = None,
+) -> None:
+    """Write an adapter as a PEFT directory, after `staging.begin`, and give the directory its name.
+
+    Args:
+        tensors: those of `adapter_shapes`, in host memory, in the types that they are written in.
+        base: the model that it belongs to.
+        companions: of the model; the tokenizer is written beside the adapter, its config.json is not.
+        base_digest: of the base's files, kept in the file's metadata.
+
+    Raises:
+        ValueError: the tensors are not those of the adapter.
+        UserError: the disk refuses.
+    """
+    expected, partial = adapter_shapes(shape, spec), staging(directory)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        name = sorted(found.items() ^ expected.items())[0][0]
+        raise ValueError(f"tensor {name} is not what the adapter has: {found.get(name)}, not {expected.get(name)}")
+    if shape.tied_embeddings and EMBEDDING in tensors:  # PEFT looks for either
+        tensors = {**tensors, HEAD: tensors[EMBEDDING]}
+    metadata = {} if base_digest is None else {BASE_DIGEST: base_digest}
+    write_tensor_file({PREFIX + name: tensor for name, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
+    write_json(partial / CONFIG_NAME, peft_config(spec, shape, base))
+    write_companions(companions, partial)
+    publish(directory)

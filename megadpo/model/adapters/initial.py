@@ -1,0 +1,67 @@
+"""Adapters before they have learned anything, drawn so that every layout begins with the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B, adapter_shapes
+from megadpo.model.families import TensorSource
+from megadpo.model.shape import ModelShape
+
+
+class NewAdapter(TensorSource):
+    """The tensors of a new adapter, as `TensorSource`: A drawn by seed and name, B zero, so that the model computes what it
+    did; modules that are trained whole as the model has them, and DoRA's magnitudes the norms of its rows.
+
+    A is uniform in ±1 / sqrt(inputs) (`kaiming`, PEFT's default: torch's Kaiming bound with a = sqrt 5) or normal with a
+    deviation of 1 / rank (`gaussian`).
+    """
+
+    def __init__(self, spec: AdapterSpec, shape: ModelShape, seed: int, model: TensorSource) -> None:
+        assert spec.init in ("kaiming", "gaussian"), spec.init
+        self.spec, self.seed, self.model = spec, seed, model
+        self._shapes = adapter_shapes(shape, spec)
+        self._drawn: tuple[str, Tensor] | None = None
+
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if self._kind_of(name) else self.model.dtype(name)
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        kind = self._kind_of(name)
+        if kind == A:
+            return self._a(name).narrow(dim, start, length)
+        if kind == B:
+            return torch.zeros(self._shapes[name]).narrow(dim, start, length)
+        if kind == MAGNITUDE:
+            rows = self.model.read(f"{name.removesuffix(f'.{MAGNITUDE}')}.weight", 0, start, length)
+            return rows.float().norm(dim=1)
+        return self.model.read(name, dim, start, length)
+
+    def release(self) -> None:
+        self._drawn = None
+
+    def _kind_of(self, name: str) -> str | None:
+        return next((kind for kind in (A, B, MAGNITUDE) if name.endswith(f".{kind}")), None)
+
+    def _a(self, name: str) -> Tensor:
+        if self._drawn is None or self._drawn[0] != name:
+            seed = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+            random = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+            rank, num_inputs = self._shapes[name]
+            if self.spec.init == "gaussian":
+                values = torch.randn((rank, num_inputs), generator=random) / rank
+            else:
+                values = (torch.rand((rank, num_inputs), generator=random) * 2 - 1) / math.sqrt(num_inputs)
+            self._drawn = name, values
+        return self._drawn[1]

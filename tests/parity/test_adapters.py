@@ -1,0 +1,293 @@
+"""Adapters compute what PEFT computes on plain transformers, in every layout and engine; off, they are not there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadpo.checkpoint.hf import read_hf_config
+from megadpo.config.schema import AdapterConfig, PipelineScheduleConfig
+from megadpo.data.groups import Group
+from megadpo.model.activations import Activations
+from megadpo.model.adapters.spec import adapter_shapes, resolve
+from megadpo.model.families import shape_of
+from megadpo.parallel.layout import Layout
+from tests.helpers import oracle, peft_oracle
+from tests.helpers.marks import all_but_the_first_slow
+from tests.helpers.models import random_groups, save_model
+from tests.helpers.worlds import run_world
+from tests.parity.adapter_worker import Adapted, AdapterOutcome, Case, outcomes
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OWN = functools.partial(PipelineScheduleConfig, name="1f1b")
+STAGES = Layout(pipeline=2)
+EXPERTS, TENSOR = Layout(data=2, expert=2), Layout(tensor=2, sequence=True)
+SHARED = Layout(tensor=2, sequence=True, expert_tensor=2)
+EVERY_WAY = {
+    1: [
+        Case(),
+        Case(memory=Activations("full")),
+        Case(memory=Activations("selective")),
+        Case(memory=Activations("small")),
+        Case(zero_stage=0),
+    ],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(tensor=2, sequence=True), memory=Activations("full")),
+        Case(STAGES),
+        Case(STAGES, memory=Activations("full")),
+        Case(Layout(pipeline=2, virtual=2)),
+        Case(STAGES, schedule=OWN()),
+        Case(STAGES, schedule=OWN(reference="interleaved")),
+        Case(STAGES, schedule=OWN(zero_bubble=True)),
+        Case(STAGES, schedule=OWN(split_pairs=True)),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(data=2)),
+        Case(Layout(data=2), overlap=True),
+        Case(Layout(data=2), fusion=True),
+        Case(Layout(data=2), zero_stage=1),
+        Case(Layout(data=2), zero_stage=2),
+        Case(Layout(data=2), zero_stage=3),
+        Case(Layout(tensor=2, sequence=True), zero_stage=2),
+    ],
+    4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(tensor=2, data=2), zero_stage=3)],
+}
+SOME_WAYS = {
+    1: [Case()],
+    2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True)), Case(STAGES)],
+}
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]]]] = {
+    "biases, some modules, rank-stabilised": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+        {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True, "rank": 6},
+        SOME_WAYS,
+    ),
+    "tied, norms of heads, DoRA": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"target_modules": ALL, "use_dora": True},
+        SOME_WAYS,
+    ),
+    "biases, DoRA on some modules": (
+        "qwen2",
+        {},
+        {"target_modules": ["k_proj", "o_proj", "down_proj"], "use_dora": True, "use_rslora": True, "alpha": 4.0},
+        SOME_WAYS,
+    ),
+    "windows, one layer, head and norms whole": (
+        "mistral",
+        {},
+        {
+            "target_modules": ["gate_proj", "down_proj"],
+            "layers_to_transform": [0, 1],
+            "modules_to_save": ["lm_head", "norm"],
+        },
+        SOME_WAYS,
+    ),
+    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
+}
+"""Family, changes to the model, the adapters' options, and the ways to train them."""
+
+
+@pytest.fixture(scope="module", params=all_but_the_first_slow(KINDS))
+def measured(request, tmp_path_factory):
+    """What PEFT says of a step, and what every case says."""
+    family, changes, options, cases = KINDS[request.param]
+    changes = {"num_hidden_layers": 2, **changes}
+    model = save_model(tmp_path_factory.mktemp("adapters") / "model", family, tokenizer=False, **changes)
+    groups = random_groups(8)
+    renamed = {"rank": "r", "alpha": "lora_alpha"}
+    settings = {"rank": 16, "alpha": 32.0, **options}
+    adapted = peft_oracle.adapted_model(model, **{renamed.get(name, name): value for name, value in settings.items()})
+    with adapted.disable_adapter():
+        reference = oracle.all_logps(adapted, groups)
+    loss, _ = oracle.dpo_step(adapted, groups, reference, 0.1)
+    expected = loss, peft_oracle.gradients(adapted), reference
+    return expected, in_every_case(Adapted(model, options, peft_oracle.adapter_tensors(adapted)), groups, cases, 2)
+
+
+def in_every_case(
+    adapted: Adapted, groups: Sequence[Group], cases: dict[int, list[Case]], num_steps: int
+) -> list[tuple[Case, AdapterOutcome]]:
+    """Each case and what it gave, those with the same number of processes from one world."""
+    return [
+        pair
+        for num_processes, some in cases.items()
+        for pair in zip(some, run_world(num_processes, outcomes, adapted, groups, some, num_steps)[0], strict=True)
+    ]
+
+
+def test_loss_and_every_gradient_equal_peft(measured):
+    (loss, gradients, _), found = measured
+    norm = float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
+    for case, outcome in found:
+        assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
+        worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
+
+
+def test_the_reference_is_the_model_without_adapters_before_and_after_training(measured):
+    (_, _, reference), found = measured
+    for case, outcome in found:
+        if len(outcome.before) != reference.numel():  # rank 0 is not the last stage, or has some of the groups
+            assert case.layout.pipeline > 1 or case.layout.data > 1
+            continue
+        assert torch.equal(outcome.off, outcome.before), str(case)
+        assert float(outcome.before.sum()) == pytest.approx(float(reference.sum()), rel=1e-5), str(case)
+
+
+def test_weights_after_two_steps_do_not_depend_on_the_way(measured):
+    _, found = measured
+    base = found[0][1].weights
+    for case, outcome in found[1:]:
+        worst, name = oracle.worst_relative_error(outcome.weights, base)
+        assert worst <= 1e-4, f"{case}: {name} {worst}"
+
+
+def chain_rule(gradients: dict[str, Tensor], tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Gradients of A and B from those of the matrices W + scaling B A."""
+    found = {}
+    for name, tensor in tensors.items():
+        module, kind = name.removesuffix(".weight").rsplit(".", 1)
+        whole = gradients[f"{module}.weight"] * scaling
+        other = tensors[f"{module}.{'lora_B' if kind == 'lora_A' else 'lora_A'}.weight"]
+        found[name] = other.t() @ whole if kind == "lora_A" else whole @ other.t()
+        assert found[name].shape == tensor.shape
+    return found
+
+
+MIXTURES = {
+    "mixtral": (["w1", "w2", "w3", "q_proj", "o_proj"], {1: [Case()], 2: [Case(EXPERTS), Case(TENSOR), Case(SHARED)]}),
+    "qwen3_moe": (ALL, {1: [Case()], 2: [Case(Layout(data=2)), Case(SHARED)]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_gradients_of_experts_adapters_follow_from_those_of_their_matrices(tmp_path, family):
+    """PEFT has no adapters of single experts in transformers' fused matrices, so the oracle is the chain rule."""
+    modules, cases = MIXTURES[family]
+    model = save_model(tmp_path / "model", family, tokenizer=False, num_hidden_layers=2)
+    groups, options = random_groups(8), {"target_modules": modules, "rank": 4, "alpha": 2.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tensors = {
+            name: torch.randn(size) * (0.1 if "lora_A" in name else 0.02) for name, size in shapes_of(model, options).items()
+        }
+    plain, changed = oracle.load(model), oracle.load(model)
+    reference = oracle.all_logps(plain, groups)
+    add_to_matrices(changed, tensors, 0.5)
+    loss, whole = oracle.dpo_step(changed, groups, reference, 0.1)
+    gradients = chain_rule(whole, tensors, 0.5)
+    for case, outcome in in_every_case(Adapted(model, options, tensors), groups, cases, 1):
+        assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
+        worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        norm = float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
+        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
+
+
+def shapes_of(model: Path, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the adapters' tensors."""
+    shape = shape_of(read_hf_config(model))
+    return adapter_shapes(shape, resolve(AdapterConfig(kind="lora", **options), shape))
+
+
+def add_to_matrices(model: torch.nn.Module, tensors: dict[str, Tensor], scaling: float) -> None:
+    """W + scaling B A in the place of each W, in matrices that transformers holds for all experts, too."""
+    named = oracle.in_files({name: p.data for name, p in model.named_parameters()}, model.config)
+    for name, b in tensors.items():
+        if name.endswith("lora_B.weight"):
+            a = tensors[name.replace("lora_B", "lora_A")]
+            named[name.replace("lora_B.weight", "weight")] += scaling * b @ a
+
+
+ZERO_CASES = {
+    1: [Case(), Case(memory=Activations("full")), Case(dtype=torch.bfloat16)],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(tensor=2, sequence=True), dtype=torch.bfloat16),
+        Case(STAGES),
+        Case(Layout(pipeline=2, virtual=2)),
+        Case(STAGES, schedule=OWN(reference="interleaved")),
+        Case(Layout(context=2, context_method="ulysses")),
+        Case(Layout(data=2), overlap=True),
+    ],
+}
+ZERO_3 = {2: [Case(Layout(data=2), zero_stage=3), Case(Layout(data=2), zero_stage=1, dtype=torch.bfloat16)]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, use_dora):
+    model = save_model(tmp_path / "model", "qwen2", tokenizer=False)
+    adapted = Adapted(model, {"use_dora": use_dora})
+    ways = [ZERO_CASES] if use_dora else [ZERO_CASES, ZERO_3]
+    for case, outcome in [pair for cases in ways for pair in in_every_case(adapted, random_groups(8), cases, 2)]:
+        assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
+        assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), str(case)
+        assert outcome.losses[1] < outcome.losses[0], str(case)
+        assert torch.equal(outcome.off, outcome.before), str(case)
+
+
+WITH_REFERENCE = {
+    1: [Case(), Case(memory=Activations("full"))],
+    2: [Case(TENSOR), Case(STAGES, schedule=OWN(reference="interleaved")), Case(Layout(data=2), overlap=True)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_reference_with_adapters_of_its_own_stays_as_it_was(tmp_path, use_dora):
+    """Two sets that begin alike: margins of exactly zero, then only one of them moves."""
+    model = save_model(tmp_path / "model", "qwen2", tokenizer=False)
+    options = {"target_modules": ["q_proj", "o_proj", "up_proj"], "modules_to_save": ["lm_head"], "use_dora": use_dora}
+    tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
+    tensors["lm_head.weight"] *= 1.01
+    adapted = Adapted(model, options, tensors, is_reference=True)
+    for case, outcome in in_every_case(adapted, random_groups(8), WITH_REFERENCE, 2):
+        assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
+        assert outcome.losses[1] < outcome.losses[0], str(case)
+        assert torch.equal(outcome.off, outcome.before), str(case)
+
+
+WITH_DROPOUT = {
+    1: [Case(), Case(memory=Activations("full")), Case(memory=Activations("small"))],
+    2: [Case(TENSOR), Case(TENSOR, memory=Activations("full")), Case(Layout(tensor=2)), Case(Layout(tensor=2))],
+}
+
+
+@pytest.mark.slow
+def test_recomputed_layers_drop_the_same_inputs(tmp_path):
+    model = save_model(tmp_path / "model", "llama", tokenizer=False, num_hidden_layers=2)
+    options = {"target_modules": ALL}
+    tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
+    (_, without), *_ = in_every_case(Adapted(model, options, tensors), random_groups(8), {1: [Case()]}, 1)
+    adapted = Adapted(model, {**options, "dropout": 0.3}, tensors)
+    first: dict[tuple[int, bool], AdapterOutcome] = {}
+    for case, outcome in in_every_case(adapted, random_groups(8), WITH_DROPOUT, 1):
+        base = first.setdefault((case.layout.tensor, bool(case.layout.sequence)), outcome)
+        worst, name = oracle.worst_relative_error(outcome.gradients, base.gradients)
+        assert worst <= 1e-5, f"{case}: {name} {worst}"
+        difference, _ = oracle.worst_relative_error(outcome.gradients, without.gradients)
+        assert difference > 0.05, str(case)
+        assert float(outcome.off.sum()) == pytest.approx(float(without.off.sum()), rel=1e-6), str(case)
+
+
+def test_gradients_and_moments_are_of_the_adapters_alone(measured):
+    """12 bytes for each number that is trained, and what Megatron pads its buffers with."""
+    (_, gradients, _), found = measured
+    num_trained = sum(gradient.numel() for gradient in gradients.values())
+    case, outcome = found[0]
+    assert case == Case()
+    assert 12 * num_trained <= outcome.num_bytes <= 12.5 * num_trained

@@ -1,0 +1,286 @@
+"""PEFT directories: what PEFT saved comes back bit for bit, what we write PEFT loads, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megadpo.checkpoint.convert import export_checkpoint, import_hf, merge_adapter
+from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.merged import MergedSource
+from megadpo.checkpoint.peft import base_of, open_adapter
+from megadpo.checkpoint.sharded import open_checkpoint
+from megadpo.errors import UserError
+from megadpo.model.families import shape_of
+from tests.helpers import peft_oracle
+from tests.helpers.models import save_model
+
+PATTERNS = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
+ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {"target_modules": "all-linear"}),
+    "dora": ("qwen2", {"tie_word_embeddings": True}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "patterns": (
+        "qwen3",
+        {},
+        {"target_modules": r".*\.(q|up)_proj", "use_rslora": True, "modules_to_save": ["lm_head", "norm"], **PATTERNS},
+    ),
+    "tied": (
+        "mistral",
+        {"tie_word_embeddings": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "mixtral": ("mixtral", {}, {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]}),
+}
+TOKENS = torch.arange(30)[None]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each adapter as PEFT saves it, with its base and what they say."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, (family, model, options) in ADAPTERS.items():
+        save_model(root / name / "base", family, tokenizer=False, num_hidden_layers=2, **model)
+        adapted = peft_oracle.adapted_model(root / name / "base", r=4, lora_alpha=8, **options).eval()
+        adapted.save_pretrained(root / name / "peft", save_embedding_layers=False)
+        with torch.no_grad():
+            torch.save(adapted(TOKENS).logits, root / name / "logits.pt")
+    return root
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_round_trip_through_shards_gives_the_same_bits_and_peft_the_same_logits(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    before = load_file(root / name / "peft" / "adapter_model.safetensors")
+    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        checkpoint, out = tmp_path / f"{tensor}-{pipeline}", tmp_path / f"hf-{tensor}-{pipeline}"
+        import_hf(root / name / "peft", checkpoint, tensor, pipeline)
+        export_checkpoint(checkpoint, out)
+        after = load_file(out / "adapter_model.safetensors")
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+    expected = torch.load(root / name / "logits.pt", weights_only=True)
+    assert torch.equal(logits_of(peft.PeftModel.from_pretrained(load(root / name / "base"), out)), expected)
+    merge_adapter(checkpoint, tmp_path / "merged")
+    assert torch.allclose(logits_of(load(tmp_path / "merged")), expected, atol=1e-5)
+    assert logits_of(load(root / name / "base")).sub(expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "dora"])
+def test_a_slice_of_a_merged_tensor_is_that_slice_of_peft_s(name: str, root: Path) -> None:
+    import peft
+
+    base = root / name / "base"
+    merged = peft.PeftModel.from_pretrained(load(base), root / name / "peft").merge_and_unload().state_dict()
+    shape = shape_of(read_hf_config(base))
+    adapter = open_adapter(root / name / "peft", shape, "adapter.path")
+    source = MergedSource(open_hf(base), adapter.source, adapter.spec)
+    for tensor in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
+        for dim in range(merged[tensor].ndim):
+            ours = source.read(tensor, dim, 8, 16)
+            assert torch.allclose(ours, merged[tensor].narrow(dim, 8, 16), rtol=1e-6, atol=1e-7)
+        assert torch.equal(source.read(tensor, 0, 0, 64), source.read(tensor, 0, 0, 64)), "reading changes nothing"
+
+
+def test_a_merge_of_a_bf16_base_is_rounded_once(root: Path, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama", tokenizer=False, num_hidden_layers=2, dtype=torch.bfloat16)
+    peft_directory = changed(root / "llama" / "peft", tmp_path / "peft", base_model_name_or_path=str(base))
+    for out, dtype in (("bf16", None), ("fp32", torch.float32)):
+        merge_adapter(peft_directory, tmp_path / out, dtype=dtype)
+    rounded, exact = (load_file(tmp_path / out / "model.safetensors") for out in ("bf16", "fp32"))
+    assert all(rounded[name].dtype is torch.bfloat16 for name in rounded)
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+
+
+def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
+    """transformers 5 has experts' matrices in one tensor; PEFT turns adapters of the names that vLLM reads into its own."""
+    import peft
+
+    from megadpo.checkpoint.companions import companions_of
+    from megadpo.checkpoint.peft import write_peft
+    from megadpo.checkpoint.staging import begin
+    from megadpo.config.schema import AdapterConfig
+    from megadpo.model.adapters.spec import adapter_shapes, resolve
+
+    base = save_model(tmp_path / "base", "mixtral", tokenizer=False, num_hidden_layers=2)
+    shape = shape_of(read_hf_config(base))
+    spec = resolve(AdapterConfig(kind="lora", rank=4, alpha=8), shape)
+    torch.manual_seed(0)
+    tensors = {name: 0.1 * torch.randn(size) for name, size in adapter_shapes(shape, spec).items()}
+    begin(tmp_path / "peft")
+    write_peft(tmp_path / "peft", spec, shape, tensors, str(base), companions_of(base))
+    merge_adapter(tmp_path / "peft", tmp_path / "merged")
+    theirs = logits_of(peft.PeftModel.from_pretrained(load(base), tmp_path / "peft"))
+    assert torch.allclose(logits_of(load(tmp_path / "merged")), theirs, atol=1e-5)
+
+
+def test_an_imported_adapter_says_which_model_it_belongs_to(root: Path, tmp_path: Path) -> None:
+    import_hf(root / "llama" / "peft", tmp_path / "checkpoint")
+    assert open_checkpoint(tmp_path / "checkpoint").state["adapter"]["base_model_name_or_path"] == str(
+        root / "llama" / "base"
+    )
+    assert base_of(tmp_path / "checkpoint") == str(root / "llama" / "base")
+
+
+def test_the_file_s_head_has_the_digest_of_the_base(root: Path, tmp_path: Path) -> None:
+    import_hf(root / "llama" / "peft", tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
+    with safe_open(str(tmp_path / "hf" / "adapter_model.safetensors"), "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "PEFT's own directory says nothing of it"
+
+
+def changed(directory: Path, out: Path, **settings: Any) -> Path:
+    """A copy with other values in adapter_config.json."""
+    shutil.copytree(directory, out)
+    file = out / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return out
+
+
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        file = directory / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, str(file))
+
+    return apply
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return with_tensors(lambda tensors: [tensors.pop(name) for name in names].clear())
+
+
+def rename_to_pickle(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+
+
+def cut_off(directory: Path) -> None:
+    file = directory / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters are supported"),
+    ({"bias": "all"}, "bias is 'all'; adapters with trained biases are not supported"),
+    ({"r": 0}, "r is 0; it must be a whole number of 1 or more"),
+    ({"lora_alpha": "8"}, "lora_alpha is '8'; it must be a number"),
+    ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+    ({"r": 8}, "tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape [4, 64], but"),
+    ({"use_dora": True}, f"has no tensor {Q}.lora_magnitude_vector"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base's weights"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices is [1], which is not supported; only plain LoRA is"),
+    ({"target_parameters": ["gate_up_proj"]}, 'target_parameters is ["gate_up_proj"], which is not supported'),
+    ({"target_modules": ["q_proj"]}, "has an adapter of model.layers.0.self_attn.k_proj, of which adapter_config.json says"),
+    ({"target_modules": "(("}, "target_modules is no regular expression"),
+    ({"target_modules": None}, "target_modules is None, which is not supported"),
+    ({"layers_to_transform": "1"}, "layers_to_transform is '1'; it must be a list of layers' numbers"),
+    ({"modules_to_save": ["lm_head"]}, "its tensors do not have lm_head, of which modules_to_save says otherwise"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with numbers above 0"),
+]
+FILES: list[tuple[Callable[[Path], None], str]] = [
+    (rename_to_pickle, "has its adapter as a pickle (adapter_model.bin) only, which megadpo does not open; load it with"),
+    (cut_off, "is truncated or no safetensors file"),
+    (without(f"{Q}.lora_B.weight"), f"has no tensor {Q}.lora_B.weight"),
+    (
+        without(f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"),
+        "says that model.layers.0.self_attn.q_proj has an adapter, but adapter_model.safetensors has no tensors of it",
+    ),
+    (
+        with_tensors(lambda t: t.update({"model.norm.weight": torch.ones(64)})),
+        "tensor model.norm.weight has no name of PEFT's",
+    ),
+    (
+        with_tensors(
+            lambda t: t.update({"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)})
+        ),
+        "has an adapter of model.layers.7.self_attn.q_proj, which is no linear layer of the model",
+    ),
+    (
+        with_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(2, 2)})),
+        "save it with save_embedding_layers=False",
+    ),
+    (
+        with_tensors(lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(64, 4, dtype=torch.int8)})),
+        "is torch.int8, which is not supported",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"), SETTINGS, ids=[next(iter(case[0])) + str(i) for i, case in enumerate(SETTINGS)]
+)
+def test_settings_that_mean_something_else_are_refused(
+    settings: dict[str, Any], sentence: str, root: Path, tmp_path: Path
+) -> None:
+    directory = changed(root / "llama" / "peft", tmp_path / "peft", **settings)
+    assert sentence in error_of(root, directory)
+
+
+@pytest.mark.parametrize(("change", "sentence"), FILES)
+def test_damaged_files_are_refused(change: Callable[[Path], None], sentence: str, root: Path, tmp_path: Path) -> None:
+    directory = changed(root / "llama" / "peft", tmp_path / "peft")
+    change(directory)
+    assert sentence in error_of(root, directory)
+
+
+def error_of(root: Path, directory: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_adapter(directory, shape_of(read_hf_config(root / "llama" / "base")), "adapter.path")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"base_model_name_or_path": "meta-llama/Llama-3.1-8B"},
+            "names the base model meta-llama/Llama-3.1-8B, which is no dir",
+        ),
+        ({"base_model_name_or_path": None}, "names no base model (base_model_name_or_path); set model.path"),
+    ],
+)
+def test_a_base_that_is_not_here_is_named(settings: dict[str, Any], sentence: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        merge_adapter(changed(root / "llama" / "peft", tmp_path / "peft", **settings), tmp_path / "out")
+    assert sentence in str(caught.value)
+
+
+def test_a_base_of_other_weights_is_refused_where_the_adapter_s_own_is_here(root: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", "llama", tokenizer=False, num_hidden_layers=2, seed=5)
+    with pytest.raises(UserError, match=r"whose files are not those of .*; use the model that it was trained on"):
+        merge_adapter(root / "llama" / "peft", tmp_path / "out", base=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_base_is_refused(root: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(root / "llama" / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(
+        UserError, match=r"has quantization_config, which is not supported: weights must be plain, not in 4 or 8 bits"
+    ):
+        merge_adapter(root / "llama" / "peft", tmp_path / "out", base=base)

@@ -24,7 +24,11 @@ FREE = {**ADAPTED, "metrics": PAIR_METRICS}
 RUNS = {
     "dpo": Run("DPO", **ADAPTED),
     "dpo, DoRA on some": Run(
-        "DPO", reference={"mode": "auto"}, adapter={**LORA, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}
+        "DPO",
+        reference={"mode": "auto"},
+        adapter={**LORA, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+        moves=("rewards/margins", 0.05),
+        weight_decay=0.0,
     ),
     "orpo": Run("ORPO", {"loss_type": "orpo"}, **FREE, moves=("loss", 0.1)),
     "kto": Run(

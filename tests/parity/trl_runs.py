@@ -63,6 +63,7 @@ class Run:
         metrics: what is compared, with each metric's absolute floor.
         moves: the metric that training must have moved, and by how much at least.
         adapter: LoraConfig's options, where adapters are trained: a new one of TRL's, which we go on with.
+        weight_decay: on both sides; TRL's decays DoRA's magnitudes, ours no vectors.
     """
 
     trainer: str
@@ -75,6 +76,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=lambda: DPO_METRICS)
     moves: tuple[str, float] = ("rewards/margins", 0.1)
     adapter: dict[str, Any] | None = None
+    weight_decay: float = WEIGHT_DECAY
 
 
 def _short_prompts() -> list[dict[str, Any]]:
@@ -145,7 +147,7 @@ def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]
         warmup_steps=WARMUP,
         max_grad_norm=1.0,
         max_length=run.max_length,
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=run.weight_decay,
         train_sampling_strategy="sequential",
         logging_steps=1,
         bf16=False,
@@ -211,7 +213,7 @@ def our_history(
             "tokens_per_micro_batch": 1024,
             "learning_rate": LEARNING_RATE,
             "warmup_steps": WARMUP,
-            "weight_decay": WEIGHT_DECAY,
+            "weight_decay": run.weight_decay,
         },
         "output_dir": str(directory / "run"),
     }

@@ -42,7 +42,7 @@ TRL_ARMS = [
         (CHECKPOINTED, UNPADDED),
         (UNPADDED,),
     )
-    for size in ((8, 16, 4, 2, 1) if CHECKPOINTED in switched_on else (4, 2, 8, 1, 16))
+    for size in ((16, 32, 8, 4, 2, 1) if CHECKPOINTED in switched_on else (4, 8, 2, 16, 1))
 ]
 SPARE_SECONDS = 6.0
 """For ending a process and writing what there is."""

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixes", nargs="+", choices=LENGTHS, default=[*LENGTHS], help="lengths of pairs")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt with an answer, UltraFeedback-like")
     parser.add_argument("--trl-rounds", type=int, default=1, help="measured steps of TRL's arms (default: %(default)s)")
+    parser.add_argument("--turns", type=int, choices=(1, 2), default=2, help="of ours: before TRL's, or after them as well")
     parser.add_argument("--svg", metavar="FILE", help="draw the kernels of our steps by kind")
     parser.add_argument(
         "--arms",
@@ -107,7 +108,8 @@ def turns(
             if started < ends:
                 yield arm, size, options.mixes, ends - started
             first_turns[arm, size] = time.monotonic() - started
-    again = 1.1 * sum(first_turns.values()) + SPARE_SECONDS if trls else 0.0
+    has_again = bool(trls) and options.turns == 2
+    again = 1.1 * sum(first_turns.values()) + SPARE_SECONDS if has_again else 0.0
     for arm in trls:
         missing = _missing(arm)
         if missing:
@@ -118,7 +120,7 @@ def turns(
             left = ends - again - time.monotonic()
             if mixes and left > 0:
                 yield arm, size, mixes, left
-    for (arm, size), took in first_turns.items() if trls else ():
+    for (arm, size), took in first_turns.items() if has_again else ():
         left = ends - time.monotonic()
         if left > took:
             yield arm, size, options.mixes, left

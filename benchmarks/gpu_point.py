@@ -181,7 +181,7 @@ def _trl_arm(options: SimpleNamespace, directory: Path, num_body: int, emit: Emi
 
 
 def _trl_seconds(options: SimpleNamespace, directory: Path, groups: Sequence[Any]) -> list[float]:
-    """Of a step that is not measured, on the first one's pairs, the longest first, and of the measured ones, sorted by length."""
+    """Of a step that is not measured, on the first one's pairs with the longest first, and of the measured ones."""
     from transformers import TrainerCallback
 
     from benchmarks.against_trl import trl_trainer

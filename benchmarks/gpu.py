@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ def _in_short(record: dict[str, Any]) -> str:
 
 
 def _print(arms: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.get("kernel_ms", {})))
+    kinds = [kind for kind, _ in _kernels_of(arms).most_common()]
     for size in options.sizes:
         for mix in options.mixes:
             rows = [_row(arm, kinds) for arm in arms if (arm["size"], arm["mix"]) == (size, mix)]
@@ -254,13 +255,23 @@ def _row(arm: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     ]
 
 
+def _kernels_of(arms: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Milliseconds of kernels over all arms, by kind."""
+    total: Counter[str] = Counter()
+    for arm in arms:
+        total.update(arm.get("kernel_ms", {}))
+    return total
+
+
 def draw(path: Path, arms: Sequence[dict[str, Any]]) -> None:
     """A bar for every step that was profiled: its kernels by kind, and what of the step's time they are not."""
     from benchmarks.plot import stacked_bars
 
+    profiled = [arm for arm in arms if arm.get("kernel_ms")]
+    kinds = [kind for kind, _ in _kernels_of(profiled).most_common()]
     bars = {}
-    for arm in arms:
-        if arm.get("kernel_ms"):
-            rest = max(0.0, 1000 * arm["median_seconds"] - sum(arm["kernel_ms"].values()))
-            bars[f"{arm['size']}, {arm['mix']}, {arm['arm']}"] = {**arm["kernel_ms"], "no kernel": rest}
+    for arm in profiled:
+        parts = {kind: arm["kernel_ms"][kind] for kind in kinds if kind in arm["kernel_ms"]}
+        rest = max(0.0, 1000 * arm["median_seconds"] - sum(parts.values()))
+        bars[f"{arm['size']}, {arm['mix']}, {arm['arm']}"] = {**parts, "no kernel": rest}
     stacked_bars(path, "A step by what its kernels do", "ms", bars)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ TRL_ARMS = [
         (CHECKPOINTED, UNPADDED),
         (UNPADDED,),
     )
-    for size in ((8, 16, 4, 2, 1) if CHECKPOINTED in switched_on else (4, 2, 8, 1, 16))
+    for size in ((16, 32, 8, 4, 2, 1) if CHECKPOINTED in switched_on else (4, 8, 2, 16, 1))
 ]
 SPARE_SECONDS = 6.0
 """For ending a process and writing what there is."""
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixes", nargs="+", choices=LENGTHS, default=[*LENGTHS], help="lengths of pairs")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt with an answer, UltraFeedback-like")
     parser.add_argument("--trl-rounds", type=int, default=1, help="measured steps of TRL's arms (default: %(default)s)")
+    parser.add_argument("--turns", type=int, choices=(1, 2), default=2, help="of ours: before TRL's, or after them as well")
     parser.add_argument("--svg", metavar="FILE", help="draw the kernels of our steps by kind")
     parser.add_argument(
         "--arms",
@@ -107,7 +109,8 @@ def turns(
             if started < ends:
                 yield arm, size, options.mixes, ends - started
             first_turns[arm, size] = time.monotonic() - started
-    again = 1.1 * sum(first_turns.values()) + SPARE_SECONDS if trls else 0.0
+    has_again = bool(trls) and options.turns == 2
+    again = 1.1 * sum(first_turns.values()) + SPARE_SECONDS if has_again else 0.0
     for arm in trls:
         missing = _missing(arm)
         if missing:
@@ -118,7 +121,7 @@ def turns(
             left = ends - again - time.monotonic()
             if mixes and left > 0:
                 yield arm, size, mixes, left
-    for (arm, size), took in first_turns.items() if trls else ():
+    for (arm, size), took in first_turns.items() if has_again else ():
         left = ends - time.monotonic()
         if left > took:
             yield arm, size, options.mixes, left
@@ -224,7 +227,7 @@ def _in_short(record: dict[str, Any]) -> str:
 
 
 def _print(arms: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.get("kernel_ms", {})))
+    kinds = [kind for kind, _ in _kernels_of(arms).most_common()]
     for size in options.sizes:
         for mix in options.mixes:
             rows = [_row(arm, kinds) for arm in arms if (arm["size"], arm["mix"]) == (size, mix)]
@@ -252,13 +255,23 @@ def _row(arm: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     ]
 
 
+def _kernels_of(arms: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Milliseconds of kernels over all arms, by kind."""
+    total: Counter[str] = Counter()
+    for arm in arms:
+        total.update(arm.get("kernel_ms", {}))
+    return total
+
+
 def draw(path: Path, arms: Sequence[dict[str, Any]]) -> None:
     """A bar for every step that was profiled: its kernels by kind, and what of the step's time they are not."""
     from benchmarks.plot import stacked_bars
 
+    profiled = [arm for arm in arms if arm.get("kernel_ms")]
+    kinds = [kind for kind, _ in _kernels_of(profiled).most_common()]
     bars = {}
-    for arm in arms:
-        if arm.get("kernel_ms"):
-            rest = max(0.0, 1000 * arm["median_seconds"] - sum(arm["kernel_ms"].values()))
-            bars[f"{arm['size']}, {arm['mix']}, {arm['arm']}"] = {**arm["kernel_ms"], "no kernel": rest}
+    for arm in profiled:
+        parts = {kind: arm["kernel_ms"][kind] for kind in kinds if kind in arm["kernel_ms"]}
+        rest = max(0.0, 1000 * arm["median_seconds"] - sum(parts.values()))
+        bars[f"{arm['size']}, {arm['mix']}, {arm['arm']}"] = {**parts, "no kernel": rest}
     stacked_bars(path, "A step by what its kernels do", "ms", bars)

@@ -43,9 +43,6 @@ KINDS = {
     "copies": r"memcpy|memset|copy",
     "elementwise": r"elementwise|reduce|cat",
 }
-CUT = 16
-"""Tokens of an answer, at most, in TRL's step that is not measured."""
-
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -184,7 +181,7 @@ def _trl_arm(options: SimpleNamespace, directory: Path, num_body: int, emit: Emi
 
 
 def _trl_seconds(options: SimpleNamespace, directory: Path, groups: Sequence[Any]) -> list[float]:
-    """Of a step on cut pairs, with the longest as they are, and of every measured one; sorted by length within a step."""
+    """Of a step that is not measured, on the first one's pairs with the longest first, and of the measured ones."""
     from transformers import TrainerCallback
 
     from benchmarks.against_trl import trl_trainer
@@ -195,8 +192,6 @@ def _trl_seconds(options: SimpleNamespace, directory: Path, groups: Sequence[Any
         sorted(groups[start : start + num_pairs], key=lambda group: group.num_stream_tokens(False))
         for start in range(0, len(groups), num_pairs)
     ]
-    longest = steps[0][::-1]
-    first = [*longest[: int(batch_size)], *map(_cut, longest[int(batch_size) :])]
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -210,18 +205,13 @@ def _trl_seconds(options: SimpleNamespace, directory: Path, groups: Sequence[Any
 
     settings = {"bf16": not options.tiny, "use_cpu": not torch.cuda.is_available(), **dict.fromkeys(switched_on, True)}
     dtype = "float32" if options.tiny else "bfloat16"
-    pairs = [*first, *(group for step in steps for group in step)]
+    pairs = [*steps[0][::-1], *(group for step in steps for group in step)]
     trainer = trl_trainer(
         str(directory), pairs, int(batch_size), num_pairs, len(steps) + 1, directory.parent, dtype, **settings
     )
     trainer.add_callback(Clock())
     trainer.train()
     return seconds
-
-
-def _cut(group: Any) -> Any:
-    prompts = tuple(prompt[:CUT] for prompt in group.prompts)
-    return dataclasses.replace(group, prompts=prompts, responses=tuple(response[:CUT] for response in group.responses))
 
 
 def _record(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 70, 190, 50, 50
 COLOURS = ("#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#c98a1b", "#555555", "#5aa9b8", "#b07d62", "#cccccc")
-BAR, NAMES = 26, 330
-"""Of stacked bars: the height of one with the space below it, and the width of the names before them."""
+BAR, LETTER = 26, 6.8
+"""Of stacked bars: the height of one with the space below it, and the width that a letter of their names may take."""
 
 
 def line_chart(
@@ -55,17 +55,18 @@ def stacked_bars(path: Path, title: str, unit: str, bars: Mapping[str, Mapping[s
     """Write a chart with one bar a name, from left to right its parts by their names; a part's length is its number."""
     parts_of_all = list(dict.fromkeys(name for bar in bars.values() for name in bar))
     most = max((sum(bar.values()) for bar in bars.values()), default=0.0) or 1.0
+    names = 20 + round(LETTER * max(map(len, bars), default=0))
     bottom = TOP + BAR * len(bars)
-    width, height = NAMES + WIDTH - LEFT, bottom + 30 + 20 * -(-len(parts_of_all) // 4)
-    scale = (width - NAMES - LEFT) / most
+    width, height = names + WIDTH - LEFT, bottom + 30 + 20 * -(-len(parts_of_all) // 4)
+    scale = (width - names - LEFT) / most
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="10" y="24" font-size="15">{escape(title)}</text>',
     ]
     for row, (name, bar) in enumerate(bars.items()):
-        top, left = TOP + BAR * row, float(NAMES)
-        drawn.append(f'<text x="{NAMES - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>')
+        top, left = TOP + BAR * row, float(names)
+        drawn.append(f'<text x="{names - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>')
         for part, number in bar.items():
             drawn.append(
                 f'<rect x="{left:.1f}" y="{top}" width="{number * scale:.1f}" height="{BAR - 6}" '

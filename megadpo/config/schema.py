@@ -227,6 +227,10 @@ class ParallelConfig:
     overlap: bool | None = None
     """With `engine: megatron`: overlap summing gradients and gathering updated parameters over data-parallel ranks with
     computation; null = on CUDA."""
+    gradient_dtype: str = "fp32"
+    """With `engine: megatron`: what gradients are kept in while a step's micro-batches add to them, and sent in to other
+    data-parallel ranks: `fp32`, or `bf16` for a bf16 model (half of the memory and of the messages; the ranks' parts are
+    added up in fp32), in any spelling of `model.dtype`."""
     gradient_accumulation_fusion: bool | None = None
     """With `engine: megatron`: add weight gradients of linear layers by one product to where they are kept (by Apex's
     extension where that is installed, else by torch) instead of one by one; null = on CUDA, and with

@@ -45,13 +45,14 @@ class MegatronEngine:
         parallel: ParallelConfig | None = None,
         schedule: PipelineSchedule | None = None,
     ) -> None:
-        """Of `parallel`, `overlap`, `offload` and `gradient_accumulation_fusion` are read here; None: the defaults, and
-        Megatron's schedule."""
+        """Of `parallel`, `overlap`, `offload`, `gradient_dtype` and `gradient_accumulation_fusion` are read here; None: the
+        defaults, and Megatron's schedule."""
         parallel = ParallelConfig() if parallel is None else parallel
         self.stage, self.train = stage, train
         self.schedule = pipeline_schedule() if schedule is None else schedule
         self.overlap = torch.cuda.is_available() if parallel.overlap is None else parallel.overlap
-        self.models = _data_parallel(stage, self.overlap)
+        self.gradient_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else torch.float32
+        self.models = _data_parallel(stage, self.overlap, self.gradient_dtype)
         self.fusion = self._fuse_weight_gradients(parallel.gradient_accumulation_fusion)
         self.optimizer = _distributed_optimizer(self.models, train, self.overlap, parallel.offload == "cpu")
         # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
@@ -75,7 +76,7 @@ class MegatronEngine:
         if self.schedule.delays_weight_gradients:
             requested = True
         params_dtype = self.stage.models[0].config.params_dtype
-        fusion = choose_fusion(requested, compute_device(), params_dtype, self.stage.layers.kind)
+        fusion = choose_fusion(requested, compute_device(), params_dtype, self.stage.layers.kind, self.gradient_dtype)
         fuse_gradients(self.stage.models, fusion)
         return fusion
 
@@ -97,7 +98,7 @@ class MegatronEngine:
         self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
-        """Megatron's `main_grad`, float32. Its hook also adds what autograd gives (a tied embedding's part)."""
+        """Megatron's `main_grad`, in `gradient_dtype`. Its hook also adds what autograd gives (a tied embedding's part)."""
         if self.overlap and not getattr(parameter, "zero_out_wgrad", False):
             # The hook that starts the reduction expects a gradient, and a mark that it has been added already. Where an
             # embedding on this stage is tied to the head (`zero_out_wgrad`), the embedding's backward gives one.
@@ -255,15 +256,17 @@ class MegatronEngine:
         return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in MOMENTS}}
 
 
-def _data_parallel(stage: Stage, overlap: bool) -> list[DistributedDataParallel]:
-    """The stage's chunks with buffers for float32 gradients, which are reduced over replicas.
+def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> list[DistributedDataParallel]:
+    """The stage's chunks with buffers for gradients, which are reduced over replicas.
 
     Args:
         overlap: reduce gradients, and gather updated parameters, while other operations run.
+        gradient_dtype: what they are kept and sent in; what comes from the replicas is added up in float32.
     """
     options = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradient_dtype is torch.float32,
+        reduce_scatter_with_fp32_accumulation=gradient_dtype is torch.bfloat16,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         bucket_size=BUCKET_ELEMENTS,

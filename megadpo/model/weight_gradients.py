@@ -33,20 +33,29 @@ from megadpo.model.adapters.linear import OFF, AdapterSwitch, LinearAdapter
 from megadpo.model.heads.logprob import add_product, adds_in_one_call
 
 AddWeightGradient = Callable[[Tensor, Tensor, Tensor], None]
-"""(input [T, I], gradient of the output [T, O], main_grad [O, I] in float32, which gradient.t() @ input is added to)."""
+"""(input [T, I], gradient of the output [T, O], main_grad [O, I], which gradient.t() @ input is added to)."""
 
 
-def choose_fusion(requested: bool | None, device: torch.device, dtype: torch.dtype, layers: str = "local") -> str:
+def choose_fusion(
+    requested: bool | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: str = "local",
+    gradient_dtype: torch.dtype = torch.float32,
+) -> str:
     """Whose products add to `main_grad`: "transformer_engine", "apex", "torch" or "off".
 
     Args:
         requested: as `parallel.gradient_accumulation_fusion`; None: on CUDA where one call does it.
         layers: what these are, as `model.layers`; TransformerEngine's have products of their own.
+        gradient_dtype: of `main_grad`.
     """
     if requested is False or (requested is None and device.type != "cuda"):
         return "off"
     if layers == "transformer_engine":
         return layers
+    if gradient_dtype is torch.bfloat16:
+        return "torch"
     if device.type == "cuda" and tensor_parallel_layers._grad_accum_fusion_available:
         return "apex"
     return "torch" if requested or adds_in_one_call(device, dtype) else "off"

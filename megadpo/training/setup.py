@@ -45,7 +45,7 @@ from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.layout import check_layout
-from megadpo.validation.memory import check_memory_machine, check_recompute_layers
+from megadpo.validation.memory import check_gradient_dtype, check_memory_machine, check_recompute_layers
 from megadpo.validation.model import (
     check_adapters,
     check_experts,
@@ -215,6 +215,7 @@ def _check_surroundings(config: Config) -> None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
+    check_gradient_dtype(config.parallel, resolve_dtype(config.model.dtype) is torch.bfloat16)
     if config.checkpoint.before_deadline == "slurm":
         slurm_end(os.environ)
 

@@ -10,7 +10,7 @@ from megadpo.errors import UserError
 from megadpo.files import make_writable_directory
 
 if TYPE_CHECKING:
-    from megadpo.config.schema import Config, TrainConfig
+    from megadpo.config.schema import Config, ParallelConfig, TrainConfig
     from megadpo.parallel.layout import Layout
 
 
@@ -67,6 +67,11 @@ def _check_engine(config: Config) -> None:
                 f"parallel.gradient_accumulation_fusion is {fusion}, but parallel.engine is {parallel.engine}, which "
                 "keeps no sum that a product could add to; use engine megatron or remove it"
             )
+        if parallel.gradient_dtype != "fp32":
+            raise UserError(
+                f"parallel.gradient_dtype is {parallel.gradient_dtype}, but parallel.engine is {parallel.engine}, which has "
+                "settings of its own for that; set communication_data_type in a parallel.deepspeed_config instead"
+            )
         if moments != "fp32":
             raise UserError(
                 f"train.moments_dtype is {moments}, but parallel.engine is {parallel.engine}, whose optimizer keeps them in "
@@ -105,6 +110,19 @@ def check_memory_machine(config: Config) -> None:
         )
     if train.activation_offload_dir is not None:
         make_writable_directory(Path(train.activation_offload_dir), "train.activation_offload_dir")
+
+
+def check_gradient_dtype(parallel: ParallelConfig, is_bf16: bool) -> None:
+    """`parallel.gradient_dtype` fits the dtype that the model is computed in.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    if parallel.gradient_dtype == "bf16" and not is_bf16:
+        raise UserError(
+            "parallel.gradient_dtype is bf16, but the model is computed in fp32, and so are its gradients; set model.dtype "
+            "to bf16 or remove it"
+        )
 
 
 def check_recompute_layers(train: TrainConfig, layout: Layout, num_layers: int) -> None:

@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.list_weights": ("uniform", "score", "lambda"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.context_method": ("auto", "ulysses", "allgather"),
+    "parallel.gradient_dtype": ("fp32", "bf16"),
     "parallel.offload": ("none", "cpu", "nvme"),
     "checkpoint.changed_inputs": ("refuse", "accept"),
     "schedule.name": ("megatron", "1f1b"),
@@ -49,7 +50,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """The values each option may have in this version."""
 
 DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch.bfloat16": "bf16"}
-SPELLINGS: dict[str, dict[str, str]] = {"model.dtype": DTYPES, "train.moments_dtype": DTYPES}
+SPELLINGS: dict[str, dict[str, str]] = {
+    "model.dtype": DTYPES,
+    "train.moments_dtype": DTYPES,
+    "parallel.gradient_dtype": DTYPES,
+}
 """Other spellings that an option takes, and the choice that each stands for: the resolved configuration has the choice."""
 
 HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")

@@ -150,6 +150,16 @@ def test_moments_in_bf16_learn_as_those_in_fp32_do_in_half_of_their_bytes(files)
     assert narrow.num_bytes_of_moments * 2 == wide.num_bytes_of_moments > 0
 
 
+@BF16
+def test_gradients_in_bf16_are_those_in_fp32_but_for_their_rounding_in_half_of_the_bytes(files):
+    for ways in ({}, {"fusion": False}, {"overlap": False}):
+        cases = [Case(Layout(), tokens_per_micro_batch=200, gradient_dtype=dtype, **ways) for dtype in ("fp32", "bf16")]
+        wide, narrow = run("cuda", files, cases, torch.bfloat16)
+        assert narrow.num_bytes_of_gradients * 2 == wide.num_bytes_of_gradients > 0
+        assert 0 < oracle.worst_relative_error(narrow.gradients, wide.gradients)[0] <= 2e-2, str(ways)
+        assert narrow.losses == pytest.approx(wide.losses, rel=0.02)
+
+
 def peaks(ways: list[Activations]) -> list[tuple[int, int]]:
     """Of each way, bytes of activations when the forward pass is over and at the peak, on the device."""
     from benchmarks.memory import stage_and_step

@@ -42,6 +42,7 @@ class Case:
     """Of the optimizer's state."""
     fusion: bool | None = None
     """As `parallel.gradient_accumulation_fusion`."""
+    gradient_dtype: str = "fp32"
     moments_dtype: str = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
@@ -84,7 +85,8 @@ class Outcome:
     num_recomputed: int = 0
     """By `train.recompute: small`."""
     num_bytes_of_moments: int = 0
-    """On rank 0."""
+    num_bytes_of_gradients: int = 0
+    """Both on rank 0."""
     parts: dict[str, list[Part]] = field(default_factory=dict)
     """What this rank has of a field's tensors, until all cases are done and `completed` puts them together."""
 
@@ -220,7 +222,12 @@ def _outcome(
     train = TrainConfig(
         learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
     )
-    parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
+    parallel = ParallelConfig(
+        overlap=case.overlap,
+        offload=case.offload,
+        gradient_accumulation_fusion=case.fusion,
+        gradient_dtype=case.gradient_dtype,
+    )
     engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
     running_mean, gradients = RunningMean(), {}
 
@@ -247,6 +254,8 @@ def _outcome(
         outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
         outcome.parts["model_weights"] = parts_of(stage, dict(engine.parameters()))
     states = [state for part in engine.optimizers for state in part.optimizer.state.values()]
+    buffers = [buffer for model in engine.models for buffer in model.buffers]
+    outcome.num_bytes_of_gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
     outcome.num_bytes_of_moments = sum(state[kind].nbytes for state in states for kind in ("exp_avg", "exp_avg_sq"))
     outcome.num_bytes_moved = 0 if stage.offloader is None else stage.offloader.num_bytes_moved
     outcome.num_recomputed = 0 if stage.recomputer is None else stage.recomputer.num_recomputed

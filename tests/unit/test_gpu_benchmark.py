@@ -45,8 +45,9 @@ def test_ours_are_tried_first_and_last_and_of_trl_s_every_one_the_promising_firs
     found = tried(options("auto+auto", "trl", sizes=("1.7B", "0.6B")), [])
     assert found[:2] == found[-2:] == [("auto+auto", "1.7B", MIXES), ("auto+auto", "0.6B", MIXES)]
     assert [arm for arm, size, _ in found[2:-2] if size == "1.7B"] == TRL_ARMS
-    assert TRL_ARMS[0] == "trl+8+gradient_checkpointing+use_liger_kernel" and len(set(TRL_ARMS)) == 40
+    assert TRL_ARMS[0] == "trl+16+gradient_checkpointing+use_liger_kernel" and len(set(TRL_ARMS)) == len(TRL_ARMS) == 44
     assert tried(options("auto+auto"), []) == [("auto+auto", "1.7B", MIXES)]
+    assert [arm for arm, *_ in tried(options("auto+auto", "trl+2", turns=1), [])] == ["auto+auto", "trl+2"]
 
 
 def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "bco_running_delta rpo_eta desirable_weight undesirable_weight list_weights reward_center_coef",
         "parallel": "engine tensor sequence pipeline virtual_pipeline pipeline_layout context context_method expert "
         "expert_tensor zero_stage offload offload_dir overlap "
-        "gradient_accumulation_fusion deepspeed_config",
+        "gradient_dtype gradient_accumulation_fusion deepspeed_config",
         "schedule": "name reference split_pairs zero_bubble",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
         "schedule weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
@@ -322,7 +322,7 @@ def test_what_this_version_does_not_have_is_refused_and_not_ignored(override: st
     assert re.search(r"this version of megadpo|is not known", message)
 
 
-@pytest.mark.parametrize("key", ["model.dtype", "train.moments_dtype"])
+@pytest.mark.parametrize("key", ["model.dtype", "train.moments_dtype", "parallel.gradient_dtype"])
 @pytest.mark.parametrize(
     ("spelling", "choice"),
     [("float32", "fp32"), ("torch.float32", "fp32"), ("bfloat16", "bf16"), ("torch.bfloat16", "bf16"), ("bf16", "bf16")],

@@ -25,7 +25,8 @@ class ModelConfig:
     `torch`, or `auto`: native where it is to be had."""
     attention: str = "auto"
     """The kernel of attention: `cpu_flash`, `flash_attn`, `transformer_engine`, `varlen` (torch's; these in bf16 on CUDA),
-    `flex` (torch's FlexAttention, on CUDA), `sdpa` (anywhere, slower), or `auto`: the first of them that can be used."""
+    `flex` (torch's FlexAttention, on CUDA), `buckets` (padded batches, on CUDA, slower), `sdpa` (anywhere, slowest), or
+    `auto`: the first of them that can be used."""
     small_ops: str = "auto"
     """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
     where that is installed."""

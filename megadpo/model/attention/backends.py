@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Without torch, which the backends' files import: the configuration reads the names.
 
-BACKENDS = ("cpu_flash", "flash_attn", "transformer_engine", "varlen", "flex", "sdpa")
+BACKENDS = ("cpu_flash", "flash_attn", "transformer_engine", "varlen", "flex", "buckets", "sdpa")
 """The values of `model.attention` besides "auto", which are the names of files of this folder, in the order in which "auto"
 looks for one that can be used; the last one always can, so that what stands before it needs a `why_not` that refuses some
 machine, dtype or model: else "auto" never comes to those behind it."""
@@ -41,11 +41,14 @@ def choose_backend(requested: str, needs: AttentionNeeds) -> AttentionBackend:
 
 
 def slow_on(device_type: str, name: str) -> str | None:
-    """A warning where a GPU is left with the backend that computes segment by segment; None: there is nothing to say."""
-    if device_type != "cuda" or name != "sdpa":
+    """A warning where a GPU is left without a kernel for sequences; None: there is nothing to say."""
+    ways = {
+        "sdpa": "segment by segment (sdpa), by which a step took about 20 times as long on an H100 as with",
+        "buckets": "in padded batches (buckets), which are slower than",
+    }
+    if device_type != "cuda" or name not in ways:
         return None
     return (
-        "warning: attention is computed segment by segment (sdpa), by which a step took about 20 times as long on an "
-        "H100 as with a kernel for sequences; install flash-attn, or torch 2.10 or later with Triton, and leave "
-        "model.attention at auto"
+        f"warning: attention is computed {ways[name]} a kernel for sequences; install flash-attn, or torch 2.10 or "
+        "later with Triton, and leave model.attention at auto"
     )

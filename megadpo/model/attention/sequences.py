@@ -79,9 +79,9 @@ def sequences_of(
     num_queries_N, num_keys_N = [s.end - s.start for s in there], [len(some) for some in keys]
 
     def starts(lengths: Sequence[int]) -> Tensor:
-        return _on(device, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        return copied_to(device, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
-    index_G = _on(device, keys_G) if is_gathered else None
+    index_G = copied_to(device, keys_G) if is_gathered else None
     return Sequences(
         index_G,
         starts(num_queries_N),
@@ -98,11 +98,11 @@ def _readers_by_kernel(index_G: Tensor, keys_G: np.ndarray[Any, Any], num_keys: 
         return None
     from megadpo.model.attention.gather_keys import Readers, readers_of
 
-    return Readers(index_G, *(_on(index_G.device, numbers) for numbers in readers_of(keys_G, num_keys)))
+    return Readers(index_G, *(copied_to(index_G.device, numbers) for numbers in readers_of(keys_G, num_keys)))
 
 
-def _on(device: torch.device, numbers: np.ndarray[Any, Any]) -> Tensor:
-    """On a GPU by a copy that nothing waits for."""
+def copied_to(device: torch.device, numbers: np.ndarray[Any, Any]) -> Tensor:
+    """`numbers` on the device; on a GPU by a copy that nothing waits for."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megadpo.errors import UserError
+from megadpo.model.attention import buckets, flash_attn
 from megadpo.model.attention import cpu_blocks as attention_blocks
-from megadpo.model.attention import flash_attn
 from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend, slow_on
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.validation.values import CHOICES
@@ -55,10 +55,13 @@ def assert_same(
         assert error <= (tolerance or TOLERANCES[ours.dtype]), f"{name}: {error}"
 
 
-@pytest.mark.parametrize("largest_unit", [0, 40, 512], ids=["blocks", "both", "batches"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 6, 33])
-@pytest.mark.parametrize("backend", ["cpu_flash", "sdpa"])
+@pytest.mark.parametrize(
+    ("backend", "largest_unit"),
+    [("cpu_flash", 0), ("cpu_flash", 40), ("cpu_flash", 512), ("buckets", 512), ("sdpa", 512)],
+    ids=["blocks", "blocks and batches", "batches", "buckets", "sdpa"],
+)
 def test_outputs_and_gradients_on_the_cpu(monkeypatch, shape, window, backend, largest_unit):
     monkeypatch.setattr(attention_blocks, "MAX_UNIT", largest_unit)
     for share_prompts, part in ((True, None), (False, None), (True, 0), (True, 1)):
@@ -110,6 +113,29 @@ def test_any_stream(groups, window, largest_unit, part, share_prompts):
         segments, num_queries, num_keys = stream([(prompt, *rest) for prompt, rest in groups], share_prompts, part)
         tensors = [x.detach().double().requires_grad_() for x in operands(num_queries, num_keys, (4, 2), torch.float32)]
         assert_same("cpu_flash", segments, tensors, window)
+
+
+def test_segments_of_about_one_length_are_one_padded_batch_and_the_rest_is_little(monkeypatch):
+    lengths = [(40, 20, 22), (40, 21, 20), (39, 20, 20), (300, 100, 90), (5, 1, 1)]
+    segments, num_queries, num_keys = stream(lengths)
+    prepared = backend_named("buckets").prepare(segments, None, torch.zeros(num_keys, 2, 16))
+    assert len(prepared.buckets) < len(segments) / 2
+    assert sum(len(bucket.real) for bucket in prepared.buckets) == num_queries
+    assert sum(bucket.query_BL.numel() for bucket in prepared.buckets) < 1.2 * num_queries
+    assert sorted(prepared.order_T.tolist()) == list(range(num_queries))
+    assert any(bucket.mask is None for bucket in prepared.buckets), "prompts by themselves are causal squares"
+    monkeypatch.setattr(buckets, "MAX_BATCH", 1)
+    alone = backend_named("buckets").prepare(segments, None, torch.zeros(num_keys, 2, 16))
+    assert all(len(bucket.query_BL) == 1 for bucket in alone.buckets)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_padded_batches_take_fewer_key_value_heads_and_every_dtype_and_give_padding_no_gradient(monkeypatch, dtype):
+    monkeypatch.setattr(buckets, "FILLED", 0.05)  # much padding
+    segments, num_queries, num_keys = stream(SHAPES["lists and single answers"])
+    for heads in ((4, 4), (6, 2), (3, 1)):
+        for window in (None, 6):
+            assert_same("buckets", segments, operands(num_queries, num_keys, heads, dtype), window)
 
 
 def test_scores_far_apart_do_not_overflow():
@@ -316,7 +342,7 @@ def test_without_libraries_auto_comes_to_torch_s_kernels_and_to_the_plain_one_la
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", contract_of_torch_2_10)
     assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "flex"
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
-    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "sdpa"
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_windows=True) == "buckets"
 
 
 @pytest.mark.parametrize("gives_more", [False, True])
@@ -369,7 +395,9 @@ def test_on_a_gpu_it_is_a_kernel_for_sequences_where_dtype_and_heads_allow_it(on
     assert [chosen(name, on_gpu, torch.bfloat16, 128) for name in BACKENDS[1:]] == list(BACKENDS[1:])
     for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 20)):
         assert chosen("auto", on_gpu, dtype, head_dim) == "flex"
-    assert chosen("auto", on_gpu, torch.bfloat16, 320) == "sdpa"
+    assert chosen("auto", on_gpu, torch.bfloat16, 320) == "buckets"
+    with pytest.raises(UserError, match=r"model\.attention is buckets, but that is for GPUs"):
+        chosen("buckets", torch.device("cpu"), torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"model\.attention is cpu_flash, but that is for CPUs"):
         chosen("cpu_flash", on_gpu, torch.bfloat16, 128)
     with pytest.raises(UserError, match=r"flash_attn, but that computes in bf16 and not in float32"):
@@ -392,6 +420,7 @@ def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_librar
 
 def test_a_gpu_that_is_left_with_the_plain_backend_is_said_to_be_slow_and_what_to_install():
     assert "20 times" in (slow_on("cuda", "sdpa") or "") and "install flash-attn" in (slow_on("cuda", "sdpa") or "")
+    assert (slow_on("cuda", "buckets") or "").startswith("warning: attention is computed in padded batches (buckets), ")
     assert slow_on("cpu", "sdpa") is slow_on("cuda", "flex") is None
 
 

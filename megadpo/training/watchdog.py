@@ -39,6 +39,7 @@ UNTIMED = ("starting", "first step", "between steps", "evaluating", "saving", "e
 """What a rank may do for as long as it takes, while others wait for it: between steps are the user's callbacks."""
 WAITING = ("/torch/distributed/", "/torch/cuda/", "/megatron/core/", "/megadpo/pipeline/", "/megadpo/engine/", "/deepspeed/")
 """Where in the code the main thread of a rank is that waits for others; `training/step.py` waits for a device."""
+MOST_SECONDS_FOR_STACKS = 5.0
 SECONDS_TO_TELL = 2.0
 """How long a rank that has found a hang lets the others read of it."""
 
@@ -285,10 +286,17 @@ def stacks_of(sign: Sign) -> bytes:
     """
     if not is_there(sign):
         return b""
-    for number, seconds in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, 0.5), (signal.SIGSTOP, 0.0)):
+    file, size = Path(f"/proc/{sign.process}/fd/{sign.stacks}"), 0
+    for number in (signal.SIGUSR2, signal.SIGCONT):
         os.kill(sign.process, number)
-        time.sleep(seconds)
-    return Path(f"/proc/{sign.process}/fd/{sign.stacks}").read_bytes()
+    deadline = time.monotonic() + MOST_SECONDS_FOR_STACKS
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        before, size = size, file.stat().st_size
+        if size and size == before:  # on a busy machine it is not done at once
+            break
+    os.kill(sign.process, signal.SIGSTOP)
+    return file.read_bytes()
 
 
 @contextlib.contextmanager

@@ -223,6 +223,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings_of(files: Path, output_dir: Path, parallel: dict[str, Any], steps: int, **checkpoint: Any) -> dict[str, Any]:
+    """What costs time and is not asked about here is left out: a reference, the watchdog, saves behind the loop."""
+    train = {"steps": steps, "pairs_per_step": 4, "tokens_per_micro_batch": 256, "warmup_steps": 0, "hang_timeout": 0}
     return run_settings(
         files,
         output_dir,
@@ -230,8 +232,8 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, Any], steps: 
         objective={"loss_type": "simpo", "beta": 2.0},
         reference={"mode": "none"},
         parallel=parallel,
-        train={"steps": steps, "pairs_per_step": 4, "tokens_per_micro_batch": 256, "warmup_steps": 0},
-        checkpoint={"at_end": False, **checkpoint},
+        train=train,
+        checkpoint={"at_end": False, "asynchronous": False, **checkpoint},
     )
 
 

@@ -68,6 +68,7 @@ class Case:
             train={
                 **({"steps": 6} if self.rows == "tail dropped" else {"steps": None, "epochs": 2}),
                 "pairs_per_step": 4,
+                "hang_timeout": 0,
                 "tokens_per_micro_batch": 1024 if self.batches == "whole" else 128,
             },
             checkpoint={"every": self.saved_at, "at_end": False},

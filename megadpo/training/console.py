@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from megadpo.checkpoint.sharded import open_checkpoint
+from megadpo.checkpoint.peft import why_peft_cannot
+from megadpo.checkpoint.sharded import is_checkpoint, open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.activations import KEEP, Activations
@@ -81,6 +82,19 @@ def log_adapter(setup: RunSetup, adapter: AdapterSpec) -> None:
     saved = f", and {', '.join(adapter.modules_to_save)} whole" if adapter.modules_to_save else ""
     share = f"{trained:,} of {whole:,} parameters ({trained / whole:.2%})"
     log(f"{kind} of rank {adapter.rank} on {names}{saved}: {share} are trained")
+    options, problem = setup.config.adapter, why_peft_cannot(adapter, shape)
+    if problem is not None and not options.merge:
+        log(f"warning: PEFT will not load hf/ as it is: {problem}; adapter.merge or convert merge gives a whole model")
+    if is_checkpoint(setup.policy.path) and not options.merge:
+        log(
+            f"warning: hf/ will name {setup.policy.path} as its base, which PEFT cannot open; megadpo convert export makes "
+            "a model directory of it"
+        )
+    if options.path is not None and setup.config.reference.mode == "adapter" and setup.reference_adapter is None:
+        log(
+            f"the reference is {setup.policy.path} without any adapter; TRL's is the adapter that training begins with: "
+            f"reference.adapter={options.path}"
+        )
     if setup.config.train.learning_rate == type(setup.config.train)().learning_rate:
         log(
             f"train.learning_rate is {setup.config.train.learning_rate:g}, the default for whole models; for adapters TRL "

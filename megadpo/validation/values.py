@@ -62,6 +62,12 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
+WHY_NOT = {
+    "loftq": " (it makes up for the error of frozen weights in 4 bits, and these stay in bf16 or fp32)",
+    "qlora": " (frozen weights stay in bf16 or fp32)",
+}
+"""Why such a value is not built, where that says more than that it is not."""
+
 NEAREST = dict.fromkeys(HALF, "bf16")
 """What to use in place of a well-known value, where its spelling does not lead there."""
 
@@ -228,7 +234,8 @@ def _check_choices(config: Config) -> None:
         allowed = f"choose one of: {', '.join(choices)}" if len(choices) > 1 else f"use {choices[0]!r}"
         if value in NOT_BUILT.get(dotted, ()):
             allowed = f"use {NEAREST[value]}" if value in NEAREST else allowed
-            raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo; {allowed}")
+            why = WHY_NOT.get(value, "")
+            raise UserError(f"{dotted}: {value!r} is not available in this version of megadpo{why}; {allowed}")
         section, guess = dotted.partition(".")[0], _choice_meant(dotted, str(value))
         hint = f" (did you mean {guess!r}?)" if guess else ""
         if isinstance(getattr(getattr(config, section), str(value), None), bool):
@@ -332,8 +339,8 @@ def _check_contradictions(config: Config) -> None:
         raise UserError("schedule.reference is interleaved, but reference.mode is none; leave it at before")
     if config.reference.mode in ("adapter", "resident", "cached") and config.reference.tokens_per_micro_batch is not None:
         raise UserError(
-            f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a {config.reference.mode} reference "
-            "runs on train's micro-batches; remove it"
+            f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a reference that is "
+            f"{config.reference.mode} runs on train's micro-batches; remove it"
         )
     if data.eval is None and (config.eval.every or config.eval.pairs is not None):
         option = "eval.every" if config.eval.every else "eval.pairs"

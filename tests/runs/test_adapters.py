@@ -135,9 +135,11 @@ def test_an_adapter_goes_on_as_model_path_and_as_adapter_path_alike(files: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"pipeline": 2}, {"engine": "deepspeed", "zero_stage": 3}], ids=["TP2", "PP2", "ZeRO-3"]
+)
 def test_a_run_goes_on_in_another_layout_and_exports_the_same(
-    parallel: dict[str, int], files: Path, runs: Path, tmp_path: Path
+    parallel: dict[str, Any], files: Path, runs: Path, tmp_path: Path
 ) -> None:
     begun = of_run(files, tmp_path / "run")
     run_world(1, train_run, begun, 2)
@@ -150,6 +152,21 @@ def test_a_run_goes_on_in_another_layout_and_exports_the_same(
     run_world(2, train_run, merged)  # nothing is left to train
     for name, tensor in exported_weights(runs / "merged").items():
         assert torch.allclose(exported_weights(tmp_path / "run")[name], tensor, rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_are_gathered_from_the_ranks_that_have_them(tmp_path: Path) -> None:
+    files = save_files(tmp_path, "mixtral", 40, num_hidden_layers=2)
+    parallel = {"parallel": {"expert": 2}}
+    both = [
+        of_run(files, tmp_path / "plain", **parallel),
+        of_run(files, tmp_path / "merged", adapter={"merge": True}, **parallel),
+    ]
+    run_world(2, train_each, both)
+    names = {f"base_model.model.model.layers.1.block_sparse_moe.experts.{n}.w2.lora_B.weight" for n in range(4)}
+    assert names <= exported_weights(tmp_path / "plain").keys()
+    ours = in_peft(files / "model", tmp_path / "plain" / "hf")
+    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "hf")), ours, atol=1e-4)
 
 
 @pytest.mark.slow

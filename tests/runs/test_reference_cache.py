@@ -148,7 +148,7 @@ def test_a_damaged_shard_is_told_and_removed(tmp_path: Path) -> None:
     [
         ({"reference": {"mode": "cached", "sync_every": 4}}, "moves a resident reference"),
         ({"reference": {"mode": "cached"}, "objective": {"loss_type": "kto"}}, "kto needs the reference .* use resident"),
-        ({"reference": {"mode": "cached", "tokens_per_micro_batch": 4096}}, "a cached reference runs on train's"),
+        ({"reference": {"mode": "cached", "tokens_per_micro_batch": 4096}}, "a reference that is cached runs on train's"),
     ],
 )
 def test_what_a_cached_reference_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -14,14 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.convert import export_checkpoint, import_hf, merge_adapter
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.checkpoint.merged import MergedSource
-from megadpo.checkpoint.peft import base_of, open_adapter
+from megadpo.checkpoint.peft import base_of, open_adapter, why_peft_cannot, write_peft
 from megadpo.checkpoint.sharded import open_checkpoint
+from megadpo.checkpoint.staging import begin
+from megadpo.config.schema import AdapterConfig
 from megadpo.errors import UserError
+from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
 from tests.helpers import peft_oracle
+from tests.helpers.families import config_of
 from tests.helpers.models import save_model
 
 PATTERNS = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
@@ -116,12 +121,6 @@ def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
     """transformers 5 has experts' matrices in one tensor; PEFT turns adapters of the names that vLLM reads into its own."""
     import peft
 
-    from megadpo.checkpoint.companions import companions_of
-    from megadpo.checkpoint.peft import write_peft
-    from megadpo.checkpoint.staging import begin
-    from megadpo.config.schema import AdapterConfig
-    from megadpo.model.adapters.spec import adapter_shapes, resolve
-
     base = save_model(tmp_path / "base", "mixtral", tokenizer=False, num_hidden_layers=2)
     shape = shape_of(read_hf_config(base))
     spec = resolve(AdapterConfig(kind="lora", rank=4, alpha=8), shape)
@@ -132,6 +131,28 @@ def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
     merge_adapter(tmp_path / "peft", tmp_path / "merged")
     theirs = logits_of(peft.PeftModel.from_pretrained(load(base), tmp_path / "peft"))
     assert torch.allclose(logits_of(load(tmp_path / "merged")), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "options", "sentence"),
+    [
+        ("llama", {}, {"use_dora": True}, None),
+        ("mixtral", {}, {}, None),
+        ("mixtral", {}, {"use_rslora": True}, "plain LoRA of one rank and alpha only"),
+        ("mixtral", {}, {"target_modules": ["w1", "w2"]}, "adapters of w1 and w3 together only"),
+        ("qwen3_moe", {"mlp_only_layers": []}, {}, None),
+        (
+            "qwen3_moe",
+            {},
+            {},
+            "leaves out adapters of dense layers' matrices of the same names (model.layers.1.mlp.gate_proj)",
+        ),
+    ],
+)
+def test_what_peft_cannot_load_is_known(family: str, model: Any, options: Any, sentence: str | None) -> None:
+    shape = shape_of(config_of(family, **model))
+    problem = why_peft_cannot(resolve(AdapterConfig(kind="lora", **options), shape), shape)
+    assert problem is None if sentence is None else problem is not None and sentence in problem
 
 
 def test_an_imported_adapter_says_which_model_it_belongs_to(root: Path, tmp_path: Path) -> None:

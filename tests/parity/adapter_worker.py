@@ -37,6 +37,8 @@ class Case:
     """Of DeepSpeed; None: Megatron's engine."""
     overlap: bool | None = None
     fusion: bool | None = None
+    offload: str = "none"
+    """Of the optimizer's state."""
     schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
     dtype: torch.dtype = torch.float32
 
@@ -98,12 +100,17 @@ def outcomes(
     """Every case's outcome on rank 0 (None elsewhere): the first step's loss, margins and gradients, weights after
     `num_steps` steps, log-probs with the adapters off."""
     from megadpo.engine import megatron
+    from megadpo.model import offload
     from megadpo.model.heads import logprob as head
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
-    with mock.patch.object(head, "TILE_ROWS", 64), mock.patch.object(megatron, "BUCKET_ELEMENTS", 3_000):
+    with (
+        mock.patch.object(head, "TILE_ROWS", 64),
+        mock.patch.object(megatron, "BUCKET_ELEMENTS", 3_000),
+        mock.patch.object(offload, "MIN_BYTES", 1 << 10),
+    ):
         for case in cases:
             with joined_world(case.layout, seed=1):
                 try:
@@ -230,7 +237,7 @@ def _engine(stage: Stage, case: Case, reference: Any) -> Any:
         return ZeroEngine(stage, train, ParallelConfig(engine="deepspeed", zero_stage=case.zero_stage), schedule)
     from megadpo.engine.megatron import MegatronEngine
 
-    parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=case.fusion)
+    parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
     return MegatronEngine(stage, train, parallel, schedule)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle, peft_oracle
+from tests.helpers.marks import all_but_the_first_slow
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.adapter_worker import Adapted, AdapterOutcome, Case, outcomes
@@ -34,6 +36,8 @@ EVERY_WAY = {
         Case(memory=Activations("full")),
         Case(memory=Activations("selective")),
         Case(memory=Activations("small")),
+        Case(memory=Activations(offload="disk", offload_dir=Path(tempfile.gettempdir()))),
+        Case(offload="cpu"),
         Case(zero_stage=0),
     ],
     2: [
@@ -63,7 +67,6 @@ SOME_WAYS = {
     2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True)), Case(STAGES)],
 }
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]]]] = {
-    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
     "biases, some modules, rank-stabilised": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
@@ -92,11 +95,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
         },
         SOME_WAYS,
     ),
+    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
 }
 """Family, changes to the model, the adapters' options, and the ways to train them."""
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=all_but_the_first_slow(KINDS))
 def measured(request, tmp_path_factory):
     """What PEFT says of a step, and what every case says."""
     family, changes, options, cases = KINDS[request.param]
@@ -170,6 +174,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(MIXTURES))
 def test_gradients_of_experts_adapters_follow_from_those_of_their_matrices(tmp_path, family):
     """PEFT has no adapters of single experts in transformers' fused matrices, so the oracle is the chain rule."""
@@ -225,6 +230,7 @@ ZERO_CASES = {
 ZERO_3 = {2: [Case(Layout(data=2), zero_stage=3), Case(Layout(data=2), zero_stage=1, dtype=torch.bfloat16)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, use_dora):
     model = save_model(tmp_path / "model", "qwen2", tokenizer=False)

@@ -1,0 +1,160 @@
+"""Where adapters lie on each rank, how new ones begin, and what layouts and engines have none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadpo.config.schema import AdapterConfig, Config
+from megadpo.errors import UserError
+from megadpo.model.adapters import linear
+from megadpo.model.adapters.initial import NewAdapter
+from megadpo.model.adapters.linear import LinearAdapter, Projection
+from megadpo.model.adapters.shards import adapter_shards
+from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
+from megadpo.model.families import ExpertPlace, shape_of, shard_parameters
+from megadpo.model.shape import ModelShape
+from megadpo.model.weights import fill_shard
+from megadpo.parallel.layout import Layout
+from megadpo.validation.model import check_adapters, check_reference_adapter
+from tests.helpers.families import config_of
+
+
+class Drawn:
+    """Any tensor, drawn, as `TensorSource`."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.tensors = {name: torch.randn(size) for name, size in shapes.items()}
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self.tensors[name].narrow(dim, start, length)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+
+def shape_and_spec(family: str, **options: Any) -> tuple[ModelShape, AdapterSpec]:
+    shape = shape_of(config_of(family))
+    return shape, resolve(AdapterConfig(kind="lora", **options), shape)
+
+
+@pytest.mark.parametrize("num_tensor", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+def test_adapters_of_all_tensor_ranks_join_to_pefts_tensors_bit_for_bit(family, num_tensor):
+    shape, spec = shape_and_spec(family, use_dora=True, rank=3)
+    shapes = adapter_shapes(shape, spec)
+    source, joined = Drawn(shapes), {name: torch.full(size, math.nan) for name, size in shapes.items()}
+    for rank in range(num_tensor):
+        place = ExpertPlace(tensor=rank, num_tensor=num_tensor)
+        sizes = {"tensor_rank": rank, "num_tensor": num_tensor, "layers": range(shape.num_layers), "expert_place": place}
+        matrices = shard_parameters(shape, **sizes, has_embedding=True, has_head=True)
+        for shard in adapter_shards(spec, matrices, rank, place):
+            values = torch.full(shard.shape, math.nan)
+            fill_shard(shard, source, values)
+            assert not values.isnan().any(), shard.name
+            assert shard.is_primary == (rank == 0 or shard.partition_dim is not None), shard.name
+            for piece in shard.pieces:
+                place_of = joined[piece.logical_name].narrow(piece.dim, piece.logical_start, piece.length)
+                place_of.copy_(values.narrow(piece.dim, piece.local_start, piece.length))
+    for name, tensor in source.tensors.items():
+        assert torch.equal(joined[name], tensor), name
+
+
+def test_an_adapter_stands_beside_the_matrix_that_it_adapts():
+    """Rows of a rank's B are the rows that it has of the matrix."""
+    shape, spec = shape_and_spec("llama", target_modules=["k_proj"])
+    sizes = {"num_tensor": 2, "layers": range(1), "has_embedding": False, "has_head": False}
+    matrices = shard_parameters(shape, tensor_rank=1, **sizes)
+    (own,) = [shard for shard in adapter_shards(spec, matrices, 1) if "lora_B" in shard.name]
+    (qkv,) = [shard for shard in matrices if "linear_qkv" in shard.name]
+    of_matrix = [piece for piece in qkv.pieces if ".k_proj." in piece.logical_name]
+    assert [(p.logical_start, p.length) for p in own.pieces] == [(p.logical_start, p.length) for p in of_matrix]
+
+
+@pytest.mark.parametrize(("init", "low", "high"), [("kaiming", 0.95, 1.0), ("gaussian", 2.0, 5.0)])
+def test_a_new_adapter_is_drawn_by_seed_and_name(init, low, high):
+    """A is uniform within 1 / sqrt(inputs), or normal with a deviation of 1 / rank; B is zero."""
+    shape, spec = shape_and_spec("llama", init=init, rank=8)
+    model = Drawn({})
+    new, again, other = (NewAdapter(spec, shape, seed, model) for seed in (1, 1, 2))
+    names = list(adapter_shapes(shape, spec))
+    first, second = [name for name in names if name.endswith("q_proj.lora_A.weight")][:2]
+    a = new.read(first, 0, 0, 8)
+    assert torch.equal(a[2:5], again.read(first, 0, 2, 3))
+    assert torch.equal(a[:, 1:4], again.read(first, 1, 1, 3))
+    assert not torch.equal(a, new.read(second, 0, 0, 8)) and not torch.equal(a, other.read(first, 0, 0, 8))
+    scale = a.shape[1] ** 0.5 if init == "kaiming" else 8
+    assert low <= float(a.abs().max()) * scale <= high
+    assert not new.read(first.replace("lora_A", "lora_B"), 0, 0, 4).any()
+
+
+def refusal(layout: Layout, family: str = "llama", changes: dict[str, Any] | None = None, **options: Any) -> str:
+    shape, spec = shape_and_spec(family, **options)
+    config = Config()
+    for dotted, value in (changes or {}).items():
+        section, name = dotted.split(".")
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError) as error:
+        check_adapters(config, shape, layout, spec)
+    return str(error.value)
+
+
+DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "reference.mode": "adapter"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "says"),
+    [
+        (
+            Layout(),
+            {"target_modules": ["lm_head", "q_proj"]},
+            "adapter.target_modules names lm_head, beside which no adapter",
+        ),
+        (Layout(pipeline=2), {"layers_to_transform": [0]}, "leave chunk 2 of the pipeline"),
+        (Layout(), {"use_dora": True, "dropout": 0.1}, "adapter.dropout is 0.1 with adapter.use_dora"),
+        (Layout(), {"use_dora": True, "changes": DEEPSPEED}, "are built for parallel.engine megatron only"),
+        (Layout(), {"modules_to_save": ["lm_head"], "changes": DEEPSPEED}, "whose original values the reference needs"),
+        (
+            Layout(),
+            {"dropout": 0.1, "changes": {"objective.loss_type": "aot"}},
+            "objective.loss_type aot is computed",
+        ),
+        (Layout(tensor=4, expert_tensor=2), {"family": "mixtral"}, "adapters of experts are built for 1 or the latter"),
+    ],
+)
+def test_what_adapters_are_not_built_for_is_one_sentence(layout, given, says):
+    assert says in refusal(layout, **given)
+
+
+def test_a_reference_s_adapter_with_another_head_is_refused():
+    _, trained = shape_and_spec("llama")
+    with pytest.raises(UserError, match=r"reference\.adapter has lm_head whole"):
+        check_reference_adapter(replace(trained, modules_to_save=("lm_head",)), trained)
+
+
+def test_products_by_runs_of_rows_and_by_blocks_are_the_same(monkeypatch):
+    """Queries, keys and values of three groups of heads; keys have no adapter."""
+    rows = {"q_proj": ((0, 4), (8, 4), (16, 4)), "v_proj": ((6, 2), (14, 2), (22, 2))}
+    projections = [Projection("x.q_proj", 2, 0.5, 0, rows["q_proj"]), Projection("x.v_proj", 3, 2.0, 2, rows["v_proj"])]
+    adapter = LinearAdapter(projections, is_row_parallel=False)
+    output_TO, gradient_TO, low_TR = torch.randn(7, 24), torch.randn(7, 24), torch.randn(7, 5)
+    bs = [torch.randn(12, 2), torch.randn(6, 3)]
+
+    def products() -> list[Tensor]:
+        added = output_TO.clone()
+        adapter.add_outputs(added, low_TR, bs)
+        return [added, adapter.low_gradient_TR(gradient_TO, bs), *adapter.b_gradients(gradient_TO, low_TR)]
+
+    by_runs = products()
+    monkeypatch.setitem(linear.MOST_RUNS, "cpu", 0)
+    for one, other in zip(by_runs, products(), strict=True):
+        torch.testing.assert_close(one, other)
+    stacked = torch.zeros(24, 5)
+    stacked[[0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], :2] = 0.5 * bs[0]
+    stacked[[6, 7, 14, 15, 22, 23], 2:] = 2.0 * bs[1]
+    torch.testing.assert_close(by_runs[0], output_TO + low_TR @ stacked.t())

@@ -260,12 +260,6 @@ class _Operands:
         is_expert = bool(layer.is_expert)
         return cls(adapter, group, group is not None and layer.sequence_parallel and not is_expert, is_expert)
 
-    def summed(self, tensor: Tensor) -> Tensor:
-        """Over the group, in place, unless the dispatcher does it."""
-        if self.group is not None and not self.is_expert:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
-
     def summed_for_parameter(self, tensor: Tensor) -> Tensor:
         """What the dispatcher leaves in parts, whole, where a gradient is taken of it."""
         if self.group is not None and self.is_expert:

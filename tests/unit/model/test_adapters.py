@@ -125,6 +125,11 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
             "objective.loss_type aot is computed",
         ),
         (Layout(tensor=4, expert_tensor=2), {"family": "mixtral"}, "adapters of experts are built for 1 or the latter"),
+        (
+            Layout(tensor=2, expert_tensor=2),
+            {"family": "mixtral", "use_dora": True},
+            "parallel.expert_tensor is 2 with adapter.use_dora",
+        ),
     ],
 )
 def test_what_adapters_are_not_built_for_is_one_sentence(layout, given, says):

@@ -22,6 +22,7 @@ BENCHMARKS = (
     "against_trl",
     "epoch_against_trl",
     "memory_against_trl",
+    "adapters",
     "sharing",
     "head_memory",
     "attention",
@@ -40,7 +41,8 @@ BENCHMARKS = (
     "checkpoints",
 )
 OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated", "predict")
-"""These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind."""
+"""These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind. So do
+the children in which "adapters" measures it (--arm)."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
     module = importlib.import_module(f"benchmarks.{name}")
     options = parser_of(name, module).parse_args(rest)
-    if name not in OWN_ALLOCATOR:
+    if name not in OWN_ALLOCATOR and getattr(options, "arm", None) is None:
         equal_start(options.threads)
     import torch
 

@@ -132,6 +132,7 @@ def trl_trainer(
     num_steps: int,
     directory: Path,
     dtype: str = "float32",
+    rank: int = 0,
     **settings: Any,
 ) -> Any:
     """TRL's trainer on the very token ids of `groups`, with a live reference; on a CPU where `settings` say nothing else.
@@ -139,6 +140,7 @@ def trl_trainer(
     Args:
         batch_size: pairs a micro-batch; `num_pairs` a step.
         dtype: of both models.
+        rank: of LoRA adapters on every linear layer, which are trained in place of the model; 0: the model is.
         settings: more of DPOConfig's.
     """
     import torch
@@ -173,10 +175,18 @@ def trl_trainer(
         "disable_tqdm": True,
     }
     arguments = DPOConfig(**common | settings)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)) for _ in range(2))
+    policy, *references = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)) for _ in range(1 if rank else 2)
+    )
     tokenizer = AutoTokenizer.from_pretrained(model)
+    others: dict[str, Any] = {"ref_model": references[0]} if references else {}
+    if rank:
+        import peft
+
+        adapters = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+        others["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", **adapters)
     return TokenisedTrainer(
-        policy, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        policy, **others, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
 
 

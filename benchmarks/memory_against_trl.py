@@ -73,11 +73,11 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         if options.arm == "trl":
             import trl.trainer.dpo_trainer  # noqa: F401
         give_back_freed_blocks()
-        before = _resident_bytes()
+        before = resident_bytes()
         if options.arm == "trl":
             trl_trainer(str(setup.policy.path), groups, options.size, options.pairs, options.steps, Path(directory)).train()
         else:
-            _train(setup_on(setup, groups), options.steps)
+            train(setup_on(setup, groups), options.steps)
         return {
             "extra_mib": (peak_bytes() - before - weights) / MIB,
             "before_mib": before / MIB,
@@ -85,7 +85,8 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
-def _train(setup: Any, num_steps: int) -> None:
+def train(setup: Any, num_steps: int) -> None:
+    """Steps of our trainer."""
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
     from megadpo.training.trainer import build, training_step
@@ -96,7 +97,7 @@ def _train(setup: Any, num_steps: int) -> None:
             training_step(run, step)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Resident now, once the memory of a first small product (threads, buffers) is there; Linux."""
     import torch
 

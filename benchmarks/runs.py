@@ -16,14 +16,25 @@ from megadpo.validation.load import load_config
 
 
 def prepared_setup(
-    directory: Path, vocab_size: int, tiny: bool, num_pairs: int, capacity: int, max_length: int | None = None
+    directory: Path,
+    vocab_size: int,
+    tiny: bool,
+    num_pairs: int,
+    capacity: int,
+    max_length: int | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> tuple[RunSetup, dict[str, Any]]:
-    """The trainer's set-up on the preference rows with a fresh model and tokenizer in `directory`, and what the model is."""
+    """The trainer's set-up on the preference rows with a fresh model and tokenizer in `directory`, and what the model is.
+
+    `adapter`: that section of the configuration.
+    """
+    directory.mkdir(exist_ok=True)
     rows, _ = preference_file(directory)
     tokenizer = save_tokenizer(directory / "model", rows, vocab_size)
     num_body = save_llama(directory / "model", len(tokenizer), TINY_BODY if tiny else BODY)
     about = {"body_parameters": num_body, "vocabulary": len(tokenizer), "dtype": "fp32"}
-    return prepare(load_config(_config(directory, rows, num_pairs, capacity, max_length))), about
+    config = _config(directory, rows, num_pairs, capacity, max_length) | {"adapter": adapter or {}}
+    return prepare(load_config(config)), about
 
 
 def synthetic_config(

@@ -70,12 +70,17 @@ class MergedSource:
             return self._adapter.read(name, dim, start, length)
         if name not in self._adapted:
             return self._base.read(name, dim, start, length)
-        module = self._adapted[name]
-        rows = (start, length) if dim == 0 else (0, self.shape(name)[0])
+        module, weight = self._adapted[name], self._base.read(name, dim, start, length)
+        first = start if dim == 0 else 0
         columns = (start, length) if dim == 1 else (0, self.shape(name)[1])
-        # Not in place: what is read may be the mapped file itself, which the next reading sees.
-        merged = self._base.read(name, dim, start, length).float() + self._product(module, rows, columns)
-        return merged * self._row_factors(module).narrow(0, *rows).unsqueeze(1) if self._spec.use_dora else merged
+        merged = torch.empty(weight.shape, dtype=torch.float32)  # what is read may be the mapped file: it is left as it is
+        for row in range(0, len(weight), ROWS_AT_A_TIME):
+            rows = slice(row, min(row + ROWS_AT_A_TIME, len(weight)))
+            product = self._product(module, (first + row, rows.stop - row), columns)
+            torch.add(weight[rows].float(), product, out=merged[rows])
+        if self._spec.use_dora:
+            merged *= self._row_factors(module)[first : first + len(weight)].unsqueeze(1)
+        return merged
 
     def release(self) -> None:
         self._base.release()

@@ -307,6 +307,11 @@ class _Settings:
         value = self.values.get(name) or {}
         if not isinstance(value, dict) or not all(type(each) in (int, float) and each > 0 for each in value.values()):
             raise UserError(f"{self.file}: {name} is {value!r}; it must be names with numbers above 0")
+        for key in value:
+            try:
+                re.compile(f"({key})$")
+            except re.error as error:
+                raise UserError(f"{self.file}: {name} has {key!r}, which is no regular expression ({error})") from error
         return value
 
 

@@ -99,6 +99,19 @@ class Stage:
         if self.logprob_head is not None:
             self.logprob_head.configure(statistics, gradient_buffer)
 
+    @contextlib.contextmanager
+    def logps_only(self) -> Iterator[None]:
+        """Within the block the head computes log-probs and no other statistic, where this stage has it."""
+        head = self.logprob_head
+        if head is None:
+            yield
+            return
+        before, head.statistics = head.statistics, ("logp",)
+        try:
+            yield
+        finally:
+            head.statistics = before
+
     def train(self) -> None:
         """Put every chunk into training mode."""
         for model in self.models:

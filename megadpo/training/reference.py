@@ -8,7 +8,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from megadpo.training.global_batch import GlobalBatch
 from megadpo.training.non_finite import require_finite_logps
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
-from megadpo.training.setup import ModelFiles, RunSetup, scoring_packing
+from megadpo.training.setup import AdapterFiles, ModelFiles, RunSetup, scoring_packing
 
 CACHE_VERSION = 4
 
@@ -227,10 +227,14 @@ def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References
             )
         return frozen_stage(setup.reference.shape, setup.layout, setup.dtype, setup.reference.source, options)
 
+    def within() -> Within:
+        model = setup.policy
+        return within_reference(policy(), model.shape, setup.layout, model.source, setup.reference_adapter)
+
     if mode == "none":
         return References(NoReference(), NoReference())
     if mode == "adapter":
-        reference = kind(policy(), ld_alpha, schedule, within_reference(policy(), setup))
+        reference = kind(policy(), ld_alpha, schedule, within())
         return References(reference, reference)
     if mode == "resident":
         reference = kind(frozen(), ld_alpha, schedule)
@@ -246,24 +250,35 @@ def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References
     if table.is_whole:
         return References(PrecomputedReference(table.logps_R, table.groups), held_out)
     if setup.adapter is not None and setup.reference is setup.policy:  # the same bits without a second model
-        resident = ResidentReference(policy(), ld_alpha, schedule, within_reference(policy(), setup))
+        resident = ResidentReference(policy(), ld_alpha, schedule, within())
     else:
         resident = ResidentReference(frozen(), ld_alpha, schedule)
     return References(CachedReference(resident, table), held_out)
 
 
-def within_reference(policy: Stage, setup: RunSetup) -> Within:
-    """Makes the context in which the policy's stage is the reference: its adapters off, or `reference.adapter` in their
-    place, which is loaded here."""
-    if setup.reference_adapter is None:
-        keep_originals(policy, setup.policy.source)
-        return functools.partial(adapters_off, policy.models)
-    spec, source = setup.reference_adapter.spec, setup.reference_adapter.source
-    keep_originals(policy, setup.policy.source, source)
-    for buffer, shard in add_reference_adapters(policy, setup.policy.shape, setup.layout, spec):
-        fill_shard(shard, source, buffer)
-    source.release()
-    return functools.partial(reference_adapters, policy.models)
+def within_reference(
+    policy: Stage, shape: ModelShape, layout: Layout, source: TensorSource, adapter: AdapterFiles | None = None
+) -> Within:
+    """Makes the context in which the policy's stage is the reference: its adapters off, or others in their place.
+
+    Args:
+        source: the model's tensors: for those that the policy trains whole, as they were.
+        adapter: the others, loaded here.
+    """
+    turned = adapters_off
+    keep_originals(policy, source, None if adapter is None else adapter.source)
+    if adapter is not None:
+        turned = reference_adapters
+        for buffer, shard in add_reference_adapters(policy, shape, layout, adapter.spec):
+            fill_shard(shard, adapter.source, buffer)
+        adapter.source.release()
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        with turned(policy.models), policy.logps_only():
+            yield
+
+    return within
 
 
 def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:

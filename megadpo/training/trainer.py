@@ -29,7 +29,6 @@ from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
-from megadpo.model.families import logical_shapes
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
@@ -66,7 +65,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         setup = prepare(config)
         stopping = Stopping(request)
         if rank() == 0:
-            num_parameters = sum(math.prod(shape) for shape in logical_shapes(setup.policy.shape).values())
+            num_parameters = sum(math.prod(shape) for shape in setup.trained_shapes.values())
             stopping.deadline = deadline_of(config.checkpoint.before_deadline, began, num_parameters)
         log_setup(setup)
         with (

@@ -64,6 +64,11 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
             f"parallel.expert_tensor is {layout.expert_tensor} with parallel.tensor {layout.tensor}, but adapters of "
             "experts are built for 1 or the latter; use one of these, or leave experts out of adapter.target_modules"
         )
+    if has_experts and adapter.use_dora and layout.expert_tensor > 1:
+        raise UserError(
+            f"parallel.expert_tensor is {layout.expert_tensor} with adapter.use_dora, whose magnitudes are built for whole "
+            "experts; leave it at 1, or leave experts out of adapter.target_modules"
+        )
     if adapter.use_dora and adapter.dropout:
         raise UserError(
             f"adapter.dropout is {adapter.dropout} with adapter.use_dora, whose magnitudes would then be those of other "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,8 @@ class Case:
     """Of DeepSpeed; None: Megatron's engine."""
     overlap: bool | None = None
     fusion: bool | None = None
+    offload: str = "none"
+    """Of the optimizer's state."""
     schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
     dtype: torch.dtype = torch.float32
 
@@ -98,12 +99,17 @@ def outcomes(
     """Every case's outcome on rank 0 (None elsewhere): the first step's loss, margins and gradients, weights after
     `num_steps` steps, log-probs with the adapters off."""
     from megadpo.engine import megatron
+    from megadpo.model import offload
     from megadpo.model.heads import logprob as head
     from megadpo.parallel.world import joined_world
 
     dist.init_process_group("gloo")
     results = []
-    with mock.patch.object(head, "TILE_ROWS", 64), mock.patch.object(megatron, "BUCKET_ELEMENTS", 3_000):
+    with (
+        mock.patch.object(head, "TILE_ROWS", 64),
+        mock.patch.object(megatron, "BUCKET_ELEMENTS", 3_000),
+        mock.patch.object(offload, "MIN_BYTES", 1 << 10),
+    ):
         for case in cases:
             with joined_world(case.layout, seed=1):
                 try:
@@ -138,10 +144,10 @@ def _outcome(
             split_pairs=case.schedule.split_pairs,
         ),
     )
-    stage = adapted_stage(adapted, case, objective.has_reward_head)
+    stage, *sources = adapted_stage(adapted, case)
     reference: Reference = NoReference()
     if objective.needs_reference:
-        reference = _reference(stage, case, adapted.is_reference)
+        reference = _reference(adapted, case, stage, *sources)
     engine = _engine(stage, case, reference)
     stage.train()
     outcome, running_mean, gradients = AdapterOutcome(), RunningMean(), {}
@@ -170,19 +176,15 @@ def _outcome(
     return outcome
 
 
-def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -> Stage:
-    """The policy's stage on this rank, loaded."""
-    from megadpo.checkpoint.reward_model import as_reward_model
+def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
+    """The policy's stage on this rank, loaded, and the sources of the model and of what is trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.adapters.initial import NewAdapter
-    from megadpo.model.build import add_reference_adapters, build_stage
+    from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
-    from megadpo.model.weights import fill_shard, keep_originals, load_weights
+    from megadpo.model.weights import load_weights
 
     hf_config, source = opened(adapted.model)
-    if has_reward_head:
-        with_head = as_reward_model(hf_config, source, adapted.model, seed=3)
-        hf_config, source = with_head.config, with_head.source
     shape = shape_of(hf_config)
     spec = spec_of(adapted.options, shape)
     trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else Tensors(adapted.tensors)
@@ -196,11 +198,7 @@ def adapted_stage(adapted: Adapted, case: Case, has_reward_head: bool = False) -
         stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, parallel, adapter=spec, trained=trained)
     if adapted.tensors is None and spec.use_dora:
         begin_magnitudes(stage.models)
-    keep_originals(stage, source, trained if adapted.is_reference else None)
-    if adapted.is_reference:
-        for buffer, shard in add_reference_adapters(stage, shape, case.layout, spec):
-            fill_shard(shard, trained, buffer)
-    return stage
+    return stage, source, trained
 
 
 def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:
@@ -210,13 +208,15 @@ def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:
     return resolve(AdapterConfig(kind="lora", **options), shape)
 
 
-def _reference(stage: Stage, case: Case, has_adapters: bool = False) -> Any:
-    from megadpo.model.adapters.attach import adapters_off, reference_adapters
-    from megadpo.training.reference import ResidentInterleavedReference, ResidentReference
+def _reference(adapted: Adapted, case: Case, stage: Stage, source: Any, trained: Any) -> Any:
+    from megadpo.model.families import shape_of
+    from megadpo.training.reference import ResidentInterleavedReference, ResidentReference, within_reference
+    from megadpo.training.setup import AdapterFiles
 
+    shape = shape_of(opened(adapted.model)[0])
+    own = AdapterFiles(spec_of(adapted.options, shape), trained, is_new=False) if adapted.is_reference else None
     kind = ResidentInterleavedReference if case.schedule.reference == "interleaved" else ResidentReference
-    within = reference_adapters if has_adapters else adapters_off
-    return kind(stage, None, case.schedule, functools.partial(within, stage.models))
+    return kind(stage, None, case.schedule, within_reference(stage, shape, case.layout, source, own))
 
 
 def _engine(stage: Stage, case: Case, reference: Any) -> Any:
@@ -230,7 +230,7 @@ def _engine(stage: Stage, case: Case, reference: Any) -> Any:
         return ZeroEngine(stage, train, ParallelConfig(engine="deepspeed", zero_stage=case.zero_stage), schedule)
     from megadpo.engine.megatron import MegatronEngine
 
-    parallel = ParallelConfig(overlap=case.overlap, gradient_accumulation_fusion=case.fusion)
+    parallel = ParallelConfig(overlap=case.overlap, offload=case.offload, gradient_accumulation_fusion=case.fusion)
     return MegatronEngine(stage, train, parallel, schedule)
 
 

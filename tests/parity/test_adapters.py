@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ EVERY_WAY = {
         Case(memory=Activations("full")),
         Case(memory=Activations("selective")),
         Case(memory=Activations("small")),
+        Case(memory=Activations(offload="disk", offload_dir=Path(tempfile.gettempdir()))),
+        Case(offload="cpu"),
         Case(zero_stage=0),
     ],
     2: [

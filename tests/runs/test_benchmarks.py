@@ -157,6 +157,17 @@ def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
     assert 0 < mix["useful_share_of_peak"] < 1
 
 
+def test_adapters_take_turns_with_the_whole_model_and_with_trl_and_peft(tmp_path):
+    pytest.importorskip("trl")
+    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "2")
+    report = _forked_report("adapters", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
+    (mix,) = report["mixes"]
+    found = mix["by_batch_size"]["2"]
+    assert {arm: len(seconds) for arm, seconds in found["seconds"].items()} == {"whole": 2, "adapters": 2, "trl": 2}
+    assert found["ratios"]["whole"] > 0 < found["ratios"]["trl"]
+    assert mix["peak_mib"]["adapters"] < mix["peak_mib"]["whole"]
+
+
 def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "--capacities", "2048")

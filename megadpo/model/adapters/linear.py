@@ -27,9 +27,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-MOST_RUNS = 4
-"""More rows of one projection after the other than this, as of queries, keys and values by groups of heads, and the B are
-multiplied as one matrix of blocks."""
+MOST_RUNS = {"cpu": 128}
+"""Of rows of one projection after the other (queries, keys and values come by groups of heads): up to so many have a product
+each; more, and all B of the layer are multiplied as one matrix of blocks, which is less work for a GPU to begin."""
+
+MOST_RUNS_ELSEWHERE = 4
 
 POLICY, REFERENCE, OFF = "policy", "reference", "off"
 """What computes: the adapters that are trained, a second set that is frozen, or the model without any."""
@@ -142,14 +144,13 @@ class LinearAdapter:
     def _tensor(self, layer: Any, name: str) -> Tensor:
         return getattr(layer, self.prefix + name)
 
-    @property
-    def _has_few_runs(self) -> bool:
+    def _has_few_runs(self, device: torch.device) -> bool:
         """Whether a product for each run of rows is cheaper than one with blocks of zeros."""
-        return sum(len(each.rows) for each in self.projections) <= MOST_RUNS
+        return sum(len(each.rows) for each in self.projections) <= MOST_RUNS.get(device.type, MOST_RUNS_ELSEWHERE)
 
     def add_outputs(self, output_TO: Tensor, low_TR: Tensor, bs: Sequence[Tensor]) -> None:
         """Add scaling B A x to the layer's output, in the products themselves."""
-        if not self._has_few_runs:
+        if not self._has_few_runs(output_TO.device):
             output_TO.addmm_(low_TR, self.stacked_OR(bs, output_TO.shape[1]).t())
             return
         for each, b in zip(self.projections, bs, strict=True):
@@ -158,7 +159,7 @@ class LinearAdapter:
 
     def low_gradient_TR(self, gradient_TO: Tensor, bs: Sequence[Tensor]) -> Tensor:
         """The gradient of A x."""
-        if not self._has_few_runs:
+        if not self._has_few_runs(gradient_TO.device):
             return gradient_TO @ self.stacked_OR(bs, gradient_TO.shape[1])
         low_TR = gradient_TO.new_empty((len(gradient_TO), sum(each.rank for each in self.projections)))
         for each, b in zip(self.projections, bs, strict=True):
@@ -169,7 +170,7 @@ class LinearAdapter:
 
     def b_gradients(self, gradient_TO: Tensor, low_TR: Tensor) -> list[Tensor]:
         """The gradient of each B."""
-        if not self._has_few_runs:
+        if not self._has_few_runs(gradient_TO.device):
             gradient_OR = gradient_TO.t() @ low_TR
             return [
                 gradient_OR[rows, each.columns] * each.scaling
@@ -258,12 +259,6 @@ class _Operands:
         group = layer.tp_group if dist.get_world_size(layer.tp_group) > 1 else None
         is_expert = bool(layer.is_expert)
         return cls(adapter, group, group is not None and layer.sequence_parallel and not is_expert, is_expert)
-
-    def summed(self, tensor: Tensor) -> Tensor:
-        """Over the group, in place, unless the dispatcher does it."""
-        if self.group is not None and not self.is_expert:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
 
     def summed_for_parameter(self, tensor: Tensor) -> Tensor:
         """What the dispatcher leaves in parts, whole, where a gradient is taken of it."""

@@ -21,6 +21,7 @@ from megadpo.checkpoint.merged import MergedSource
 from megadpo.checkpoint.peft import base_of, open_adapter, why_peft_cannot, write_peft
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.checkpoint.staging import begin
+from megadpo.cli import main
 from megadpo.config.schema import AdapterConfig
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import adapter_shapes, resolve
@@ -218,6 +219,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules is None, which is not supported"),
     ({"layers_to_transform": "1"}, "layers_to_transform is '1'; it must be a list of layers' numbers"),
     ({"modules_to_save": ["lm_head"]}, "its tensors do not have lm_head, of which modules_to_save says otherwise"),
+    ({"rank_pattern": {"((": 2}}, "rank_pattern has '((', which is no regular expression"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with numbers above 0"),
 ]
 FILES: list[tuple[Callable[[Path], None], str]] = [
@@ -287,6 +289,21 @@ def test_a_base_that_is_not_here_is_named(settings: dict[str, Any], sentence: st
     with pytest.raises(UserError) as caught:
         merge_adapter(changed(root / "llama" / "peft", tmp_path / "peft", **settings), tmp_path / "out")
     assert sentence in str(caught.value)
+
+
+def test_the_command_merges_with_a_base_that_has_moved(root: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(root / "llama" / "base", tmp_path / "moved"))
+    adapter = changed(root / "llama" / "peft", tmp_path / "peft", base_model_name_or_path="somewhere/else")
+    status = main(["convert", "merge", str(adapter), str(tmp_path / "out"), "--base", str(moved), "--dtype", "bf16"])
+    assert status == 0 and json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    merge_adapter(root / "llama" / "peft", tmp_path / "exact")
+    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    assert all(torch.equal(t, exact[n].bfloat16()) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
+
+
+def test_a_model_is_no_adapter_to_merge(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no adapter: neither a PEFT directory nor a checkpoint of a run with adapters"):
+        merge_adapter(root / "llama" / "base", tmp_path / "out")
 
 
 def test_a_base_of_other_weights_is_refused_where_the_adapter_s_own_is_here(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megadpo.config.schema import AdapterConfig, Config
 from megadpo.errors import UserError
+from megadpo.model.adapters import linear
 from megadpo.model.adapters.initial import NewAdapter
+from megadpo.model.adapters.linear import LinearAdapter, Projection
 from megadpo.model.adapters.shards import adapter_shards
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
 from megadpo.model.families import ExpertPlace, shape_of, shard_parameters
@@ -123,6 +125,11 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
             "objective.loss_type aot is computed",
         ),
         (Layout(tensor=4, expert_tensor=2), {"family": "mixtral"}, "adapters of experts are built for 1 or the latter"),
+        (
+            Layout(tensor=2, expert_tensor=2),
+            {"family": "mixtral", "use_dora": True},
+            "parallel.expert_tensor is 2 with adapter.use_dora",
+        ),
     ],
 )
 def test_what_adapters_are_not_built_for_is_one_sentence(layout, given, says):
@@ -133,3 +140,26 @@ def test_a_reference_s_adapter_with_another_head_is_refused():
     _, trained = shape_and_spec("llama")
     with pytest.raises(UserError, match=r"reference\.adapter has lm_head whole"):
         check_reference_adapter(replace(trained, modules_to_save=("lm_head",)), trained)
+
+
+def test_products_by_runs_of_rows_and_by_blocks_are_the_same(monkeypatch):
+    """Queries, keys and values of three groups of heads; keys have no adapter."""
+    rows = {"q_proj": ((0, 4), (8, 4), (16, 4)), "v_proj": ((6, 2), (14, 2), (22, 2))}
+    projections = [Projection("x.q_proj", 2, 0.5, 0, rows["q_proj"]), Projection("x.v_proj", 3, 2.0, 2, rows["v_proj"])]
+    adapter = LinearAdapter(projections, is_row_parallel=False)
+    output_TO, gradient_TO, low_TR = torch.randn(7, 24), torch.randn(7, 24), torch.randn(7, 5)
+    bs = [torch.randn(12, 2), torch.randn(6, 3)]
+
+    def products() -> list[Tensor]:
+        added = output_TO.clone()
+        adapter.add_outputs(added, low_TR, bs)
+        return [added, adapter.low_gradient_TR(gradient_TO, bs), *adapter.b_gradients(gradient_TO, low_TR)]
+
+    by_runs = products()
+    monkeypatch.setitem(linear.MOST_RUNS, "cpu", 0)
+    for one, other in zip(by_runs, products(), strict=True):
+        torch.testing.assert_close(one, other)
+    stacked = torch.zeros(24, 5)
+    stacked[[0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], :2] = 0.5 * bs[0]
+    stacked[[6, 7, 14, 15, 22, 23], 2:] = 2.0 * bs[1]
+    torch.testing.assert_close(by_runs[0], output_TO + low_TR @ stacked.t())

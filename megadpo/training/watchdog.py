@@ -160,7 +160,7 @@ class Watchdog:
                 self._closing.set()
 
     def _allow_for_a_pause(self) -> None:
-        """Where this very process was stopped (Ctrl-Z, a scheduler) nobody was silent, it did not listen; and no step was late.
+        """Where this very process was stopped (Ctrl-Z, a scheduler) nobody was silent, and no step was late.
 
         Whichever thread is the first to run again sees to it, before it says or judges anything.
         """

@@ -125,10 +125,12 @@ class Watchdog:
         self._heard: dict[int, float] = {}
         self._told: Verdict | None = None
         self._threads: list[threading.Thread] = []
+        self._awake, self._lock = time.monotonic(), threading.Lock()
 
     def start(self) -> None:
         """Begin to give signs. Collective, so that every rank has given one when the first is looked at."""
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        self._awake = time.monotonic()
         self._give_sign(0)
         if self._store is not None:
             dist.barrier()
@@ -150,11 +152,24 @@ class Watchdog:
         number = 0
         while not self._closing.wait(self._interval):
             number += 1
+            self._allow_for_a_pause()
             try:
                 self._give_sign(number)
                 self._take_signs()
             except RuntimeError:  # the store has gone with its process, which the main thread notices or is about to, too
                 self._closing.set()
+
+    def _allow_for_a_pause(self) -> None:
+        """Where this very process was stopped (Ctrl-Z, a scheduler) nobody was silent, and no step was late.
+
+        Whichever thread is the first to run again sees to it, before it says or judges anything.
+        """
+        with self._lock:
+            now, before = time.monotonic(), self._awake
+            self._awake = now
+            if now - before > 3 * self._interval + 1:
+                self._heard = dict.fromkeys(self._heard, now)
+                self._progress.since += now - before
 
     def _give_sign(self, number: int) -> None:
         sign = Sign(
@@ -194,15 +209,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Looks whether anyone hangs; only at what is in memory, so that it never waits itself."""
-        before = time.monotonic()
         while not self._closing.wait(self._interval):
-            now = time.monotonic()
-            if now - before > 3 * self._interval + 1:
-                # This very process was stopped (Ctrl-Z, a scheduler): nobody was silent, it did not listen.
-                self._heard = dict.fromkeys(self._heard, now)
-                self._progress.since += now - before
-            before = now
-            verdict = self._told or self._verdict(now)
+            self._allow_for_a_pause()
+            verdict = self._told or self._verdict(time.monotonic())
             if verdict is not None:
                 self._act(verdict)
                 return

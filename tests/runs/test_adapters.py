@@ -111,6 +111,7 @@ def test_the_last_checkpoint_exports_to_the_same_directory(runs: Path, tmp_path:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["PEFT directory", "checkpoint"])
 def test_log_probs_of_an_adapter_are_those_of_the_merged_model(way: str, files: Path, runs: Path, tmp_path: Path) -> None:
     adapter = runs / "whole" / ("hf" if way == "PEFT directory" else "checkpoints/step_00000003")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from megadpo.checkpoint.digest import file_digest, joined, model_files_digest, named_digest
-from megadpo.checkpoint.peft import CONFIG_NAME, is_peft_directory
+from megadpo.checkpoint.peft import is_peft_directory
+from megadpo.checkpoint.peft_settings import CONFIG_NAME
 from megadpo.config.schema import Config
 from megadpo.data.rows.cache_key import tokenizer_files
 from megadpo.data.rows.templates import read_template
@@ -20,7 +21,7 @@ from megadpo.errors import UserError
 
 if TYPE_CHECKING:
     from megadpo.data.store import GroupStore
-    from megadpo.training.setup import ModelFiles
+    from megadpo.training.models import ModelFiles
 
 NAMES = {
     "model": "the files of model.path",

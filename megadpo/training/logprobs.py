@@ -19,7 +19,8 @@ from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
 from megadpo.training.console import log
-from megadpo.training.setup import check_modules, check_token_ids, open_model, scoring_packing
+from megadpo.training.models import check_modules, open_model
+from megadpo.training.setup import check_token_ids, scoring_packing
 from megadpo.validation.layout import check_layout
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -38,10 +38,11 @@ from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.global_batch import GlobalBatch
+from megadpo.training.models import AdapterFiles, ModelFiles
 from megadpo.training.non_finite import require_finite_logps
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
 from megadpo.training.score import response_logps
-from megadpo.training.setup import AdapterFiles, ModelFiles, RunSetup, scoring_packing
+from megadpo.training.setup import RunSetup, scoring_packing
 
 CACHE_VERSION = 4
 

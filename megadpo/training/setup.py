@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,92 +11,45 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megadpo.checkpoint.companions import Companions, companions_of
-from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
-from megadpo.checkpoint.merged import MergedSource
-from megadpo.checkpoint.peft import base_of, is_adapter, open_adapter, peft_config
-from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
-from megadpo.checkpoint.sharded import open_weights
-from megadpo.config.schema import Config, copy_config
+from megadpo.checkpoint.peft import peft_config
+from megadpo.config.schema import Config
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
 from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.adapters.initial import NewAdapter
-from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
-from megadpo.model.attention.backends import choose_backend
-from megadpo.model.attention.base import AttentionNeeds
-from megadpo.model.families import TensorSource, check_tensors, logical_shapes, shape_of
-from megadpo.model.layers import FP8_STREAM_MULTIPLE, choose_layers
+from megadpo.model.adapters.spec import adapter_shapes
+from megadpo.model.families import logical_shapes
+from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape
-from megadpo.model.small_ops.choice import choose_small_ops
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
-from megadpo.parallel.world import place_on_machine, world_size
-from megadpo.platform.device import compute_device, resolve_dtype
-from megadpo.training.inputs import digests, model_digest
+from megadpo.parallel.world import world_size
+from megadpo.platform.device import resolve_dtype
+from megadpo.training.inputs import digests
+from megadpo.training.models import (
+    AdapterFiles,
+    ModelFiles,
+    open_models,
+    reference_adapter,
+    trained_adapter,
+    with_adapter_s_base,
+)
 from megadpo.training.output_dir import claim_output_dir, make_output_dir
 from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
 from megadpo.training.stop import slurm_end
-from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
-from megadpo.validation.layout import check_layout
-from megadpo.validation.memory import check_gradient_dtype, check_memory_machine, check_recompute_layers
+from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
 from megadpo.validation.model import (
     check_adapters,
-    check_experts,
-    check_reference_adapter,
-    check_same_tokenizer,
-    check_same_vocabulary,
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model directory, opened: its configuration, and where its tensors are read from.
-
-    Attributes:
-        huggingface: the directory with config.json and the tokenizer.
-        config: the transformers config, for what is exported; all else reads `shape`.
-        has_new_head: whether its scalar head is drawn anew.
-        warning: what is odd about its files.
-        merged: the directory of an adapter that is added as the tensors are read; None: there is none.
-    """
-
-    path: str
-    huggingface: Path
-    config: PretrainedConfig
-    shape: ModelShape
-    source: TensorSource
-    has_new_head: bool = False
-    warning: str | None = None
-    merged: str | None = None
-
-    @property
-    def tensor_files(self) -> list[Path]:
-        """The files that its tensors are read from."""
-        return [file for path in (self.path, self.merged) if path for file in sorted(Path(path).glob("*.safetensors"))]
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """Adapters of the policy or of the reference.
-
-    Attributes:
-        source: what they begin with, and what is trained whole beside them.
-        is_new: they have not learned anything.
-    """
-
-    spec: AdapterSpec
-    source: TensorSource
-    is_new: bool
+    pass
 
 
 @dataclass(frozen=True)
@@ -168,8 +121,8 @@ def prepare(config: Config) -> RunSetup:
     config = with_adapter_s_base(config).resolved()
     _check_surroundings(config)
     layout = choose_layout(config.parallel, world_size())
-    policy, reference = _open_models(config, layout)
-    adapter = _adapter(config, policy)
+    policy, reference = open_models(config, layout)
+    adapter = trained_adapter(config, policy)
     if adapter is not None:
         check_adapters(config, policy.shape, layout, adapter.spec)
     output_dir = Path(config.output_dir)
@@ -205,7 +158,7 @@ def prepare(config: Config) -> RunSetup:
         search=search,
         origin=origin,
         adapter=adapter,
-        reference_adapter=_reference_adapter(config, policy, adapter),
+        reference_adapter=reference_adapter(config, policy, adapter),
     )
 
 
@@ -218,114 +171,6 @@ def _check_surroundings(config: Config) -> None:
     check_gradient_dtype(config.parallel, resolve_dtype(config.model.dtype) is torch.bfloat16)
     if config.checkpoint.before_deadline == "slurm":
         slurm_end(os.environ)
-
-
-def _open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:
-    """Policy and reference (which may be the same files), checked against the layout, the options and each other."""
-    policy = open_model(config.model.path, "model.path", config)
-    companions_of(policy.huggingface)  # what must not be exported is said now, not after the last step
-    reference = policy
-    if config.reference.path not in (None, config.model.path):
-        assert config.reference.path is not None
-        reference = open_model(config.reference.path, "reference.path", config)
-        check_same_vocabulary(reference.path, reference.shape, policy.shape)
-        check_same_tokenizer(str(reference.huggingface), str(policy.huggingface))
-        check_layout(layout, reference.shape)
-        check_modules(config, reference.shape)
-    check_layout(layout, policy.shape, config.train.pairs_per_step)
-    check_modules(config, policy.shape)
-    check_recompute_layers(config.train, layout, policy.shape.num_layers)
-    check_experts(config, policy.shape)
-    return policy, reference
-
-
-def open_model(path: str, setting: str, config: Config) -> ModelFiles:
-    """Open a Hugging Face model directory or one of our checkpoints, and check that every tensor is there.
-
-    Args:
-        config: says which head the objective trains, and the seed of a new one.
-
-    Raises:
-        UserError: naming `setting`, the file or tensor, and what is wrong.
-    """
-    if not Path(path).is_dir():
-        raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
-    if is_adapter(path):
-        return _merged(open_model(base_of(path), setting, config), path, setting, config)
-    hf_config, directory = read_hf_config(path), hf_directory(path)
-    source = open_weights(path, config.checkpoint.verify, *place_on_machine())
-    shape = shape_of(hf_config)
-    check_tensors(shape, source)
-    if not has_reward_head(config.objective.loss_types):
-        refuse_reward_model(hf_config, f"{setting}: {path}")
-        return ModelFiles(path, directory, hf_config, shape, source, warning=size_warning(path))
-    model = as_reward_model(hf_config, source, directory, config.train.seed)
-    shape, warning = shape_of(model.config), size_warning(path)
-    return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
-
-
-def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelFiles:
-    """The model that the adapter of a directory makes of its base."""
-    adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
-    adapter.check_base(base.path, model_digest(base), setting)
-    return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
-
-
-def with_adapter_s_base(config: Config) -> Config:
-    """A copy that names the base of an adapter in its place, where `model.path` is an adapter that is to be trained on.
-
-    Raises:
-        UserError: the adapter's base is not here, or the options say what the adapter says.
-    """
-    if config.adapter.kind == "none" or not Path(config.model.path).is_dir() or not is_adapter(config.model.path):
-        return config
-    path = config.model.path
-    if config.adapter.path not in (None, path):
-        raise UserError(
-            f"adapter.path is {config.adapter.path}, but model.path {path} is an adapter itself; set model.path to its base "
-            f"{base_of(path)}, or remove adapter.path"
-        )
-    config = copy_config(config)
-    config.model.path, config.adapter.path = base_of(path), path
-    if config.reference.path == path:
-        config.reference.path = None
-    check_adapter_options(config)
-    return config
-
-
-def _adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
-    """The adapters that `adapter` asks for; None where the whole model is trained."""
-    options = config.adapter
-    if options.kind == "none":
-        return None
-    if options.path is not None:
-        adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, config.checkpoint.verify)
-        adapter.check_base(policy.path, model_digest(policy), "adapter.path")
-        return AdapterFiles(adapter.spec, adapter.source, is_new=False)
-    spec = resolve(options, policy.shape)
-    return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
-
-
-def _reference_adapter(config: Config, policy: ModelFiles, trained: AdapterFiles | None) -> AdapterFiles | None:
-    """The adapter of `reference.adapter`, beside the one that is trained."""
-    if config.reference.adapter is None or trained is None:
-        return None
-    adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
-    adapter.check_base(policy.path, model_digest(policy), "reference.adapter")
-    check_reference_adapter(adapter.spec, trained.spec)
-    return AdapterFiles(adapter.spec, adapter.source, is_new=False)
-
-
-def check_modules(config: Config, shape: ModelShape) -> None:
-    """Refuse a kernel of attention, small operations, and layers, that cannot be used on this machine with this model.
-
-    Raises:
-        UserError: saying why.
-    """
-    dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
-    choose_small_ops(config.model.small_ops, compute_device())
-    choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
 
 
 def data_packing(

@@ -210,8 +210,8 @@ def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:
 
 def _reference(adapted: Adapted, case: Case, stage: Stage, source: Any, trained: Any) -> Any:
     from megadpo.model.families import shape_of
+    from megadpo.training.models import AdapterFiles
     from megadpo.training.reference import ResidentInterleavedReference, ResidentReference, within_reference
-    from megadpo.training.setup import AdapterFiles
 
     shape = shape_of(opened(adapted.model)[0])
     own = AdapterFiles(spec_of(adapted.options, shape), trained, is_new=False) if adapted.is_reference else None

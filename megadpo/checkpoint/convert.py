@@ -157,11 +157,7 @@ def merge_adapter(
     model = _open_base(base_of(adapter) if base is None else base, is_reward_adapter(adapter))
     opened = open_adapter(adapter, model.shape, "ADAPTER", verify=verify)
     opened.check_base(model.path, model_files_digest(hf_directory(model.path), Path(model.path)), "--base")
-    if model.shape.tied_embeddings and "lm_head" in opened.spec.modules:
-        raise UserError(
-            f"{adapter} has an adapter of lm_head, which is the embedding in {model.path} (tie_word_embeddings), so that "
-            "there is no matrix to add it to; use it unmerged"
-        )
+    opened.check_mergeable(model.shape, "ADAPTER")
     source = MergedSource(model.source, opened.source, opened.spec)
     dtypes = {name: model.source.dtype(name) for name in logical_shapes(model.shape)}
     _export_model(model.config, source, dtype or dtypes, out, str(adapter), model.path)

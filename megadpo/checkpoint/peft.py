@@ -75,6 +75,18 @@ class PeftAdapter:
                 "use the model that it was trained on"
             )
 
+    def check_mergeable(self, shape: ModelShape, setting: str) -> None:
+        """Refuse an adapter that no matrix of the model could take in.
+
+        Raises:
+            UserError: it is the head's, which is the embedding in this model.
+        """
+        if shape.tied_embeddings and "lm_head" in self.spec.modules:
+            raise UserError(
+                f"{setting}: {self.path} has an adapter of lm_head, the embedding of its base (tie_word_embeddings), so "
+                "that there is no matrix to add it to; use it unmerged, in PEFT"
+            )
+
 
 def is_peft_directory(path: str | Path) -> bool:
     """Whether a directory holds an adapter of PEFT."""
@@ -86,6 +98,12 @@ def is_adapter(path: str | Path) -> bool:
     if is_checkpoint(path):
         return "adapter" in open_checkpoint(path, verify=False).state
     return is_peft_directory(path)
+
+
+def adapter_files(path: str | Path) -> list[Path]:
+    """The files of a directory that say what its adapter computes: its settings and its tensors."""
+    settings = INDEX if is_checkpoint(path) else CONFIG_NAME
+    return [Path(path) / settings, *sorted(Path(path).glob("*.safetensors"))]
 
 
 def is_reward_adapter(path: str | Path) -> bool:
@@ -116,6 +134,8 @@ def base_of(path: str | Path) -> str:
             f"{where} names the base model {name}, which is no directory here; download it, set model.path to where it "
             f"is and adapter.path to {path}"
         )
+    if is_adapter(name):
+        raise UserError(f"{where} names the base model {name}, which is an adapter itself; merge that one first")
     return name
 
 
@@ -249,8 +269,7 @@ class _PeftSource:
 def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    `target_modules` names modules by their last parts where these mean the spec's modules and no others, else in full. Of an
-    adapter that began as PiSSA or OLoRA do, it must be the difference to the base's own weights that is written.
+    `target_modules` names modules by their last parts where these mean the spec's modules and no others, else in full.
 
     Args:
         base: the directory or name of the model.

@@ -108,10 +108,10 @@ class PeftSettings:
             raise UserError(f"{self.file}: layers_to_transform is {value!r}; it must be a list of layers' numbers")
         return value
 
-    def pattern(self, name: str) -> dict[str, int | float]:
-        value = self.values.get(name) or {}
-        if not isinstance(value, dict) or not all(type(each) in (int, float) and each > 0 for each in value.values()):
-            raise UserError(f"{self.file}: {name} is {value!r}; it must be names with numbers above 0")
+    def pattern(self, name: str, *, is_whole: bool = False) -> dict[str, int | float]:
+        value, kinds = self.values.get(name) or {}, (int,) if is_whole else (int, float)
+        if not isinstance(value, dict) or not all(type(each) in kinds and each > 0 for each in value.values()):
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be names with {'whole ' * is_whole}numbers above 0")
         for key in value:
             try:
                 re.compile(f"({key})$")
@@ -150,7 +150,7 @@ def spec_of(settings: PeftSettings, names: Iterable[str], shape: ModelShape, dro
             f"{file.parent}: it has the tensor {unknown[0]}, which is neither LoRA's nor a module of the model that can be "
             "trained whole; it belongs to another model"
         )
-    ranks, alphas = settings.pattern("rank_pattern"), settings.pattern("alpha_pattern")
+    ranks, alphas = settings.pattern("rank_pattern", is_whole=True), settings.pattern("alpha_pattern")
     modules = tuple(module for module in linear if module in found)
     rank, alpha = settings.count("r", 8), settings.number("lora_alpha", 8)
     spec = AdapterSpec(
@@ -195,12 +195,13 @@ def _check_targets(settings: PeftSettings, spec: AdapterSpec, shape: ModelShape)
     if not targets or settings.texts("layers_pattern") not in ([], ["layers"]):
         field = "layers_pattern" if targets else "target_modules"
         raise UserError(f"{settings.file}: {field} is {settings.values.get(field)!r}, which is not supported")
+    excluded, field = settings.values.get("exclude_modules") or [], "exclude_modules"
     try:
-        excluded = settings.values.get("exclude_modules") or []
         without = {*matching(excluded, None, shape), *spec.modules_to_save} if excluded else {*spec.modules_to_save}
+        field = "target_modules"
         named = matching(targets, layers, shape, without)
     except re.error as error:
-        raise UserError(f"{settings.file}: target_modules is no regular expression ({error})") from error
+        raise UserError(f"{settings.file}: {field} is no regular expression ({error})") from error
     missing = [module for module in named if module not in spec.modules]
     if missing:
         raise UserError(

@@ -61,8 +61,8 @@ class AdapterConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole beside the adapters and saved with them: `embed_tokens`, `lm_head`, `norm`."""
     init: str = "kaiming"
-    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), `gaussian` (A normal, B zero), `pissa` or
-    `olora` (from the weight's own decomposition, which is taken off the frozen weight)."""
+    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), or `gaussian` (A normal, B
+    zero). PiSSA, OLoRA and LoftQ, which change the frozen weights, are not in this version."""
     path: str | None = None
     """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout` and `merge`. null
     = a new one."""

@@ -87,10 +87,12 @@ def log_adapter(setup: RunSetup, adapter: AdapterSpec) -> None:
             f"warning: hf/ will name {setup.policy.path} as its base, which PEFT cannot open; megadpo convert export makes "
             "a model directory of it"
         )
-    if options.path is not None and setup.config.reference.mode == "adapter" and setup.reference_adapter is None:
+    reference = setup.config.reference
+    is_base = setup.reference_adapter is None and setup.reference is setup.policy and reference.mode != "none"
+    if options.path is not None and is_base:
         log(
             f"the reference is {setup.policy.path} without any adapter; TRL's is the adapter that training begins with: "
-            f"reference.adapter={options.path}"
+            f"reference.{'adapter' if reference.mode == 'adapter' else 'path'}={options.path}"
         )
     if setup.config.train.learning_rate == type(setup.config.train)().learning_rate:
         log(

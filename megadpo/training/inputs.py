@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from megadpo.checkpoint.digest import file_digest, joined, model_files_digest, named_digest
-from megadpo.checkpoint.peft import is_peft_directory
-from megadpo.checkpoint.peft_settings import CONFIG_NAME
+from megadpo.checkpoint.digest import file_digest, joined, named_digest
+from megadpo.checkpoint.peft import adapter_files
 from megadpo.config.schema import Config
 from megadpo.data.rows.cache_key import tokenizer_files
 from megadpo.data.rows.templates import read_template
@@ -51,7 +50,7 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         found["reference"] = found["model"] if reference is policy else model_digest(reference)
     for name, path in (("adapter", config.adapter.path), ("reference_adapter", config.reference.adapter)):
         if path is not None:
-            found[name] = named_digest(_adapter_files(Path(path)))
+            found[name] = named_digest(adapter_files(path))
     return found
 
 
@@ -80,9 +79,4 @@ def model_digest(model: ModelFiles) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    return model_files_digest(model.huggingface, *(Path(path) for path in (model.path, model.merged) if path))
-
-
-def _adapter_files(directory: Path) -> list[Path]:
-    """Of a PEFT directory or one of our checkpoints."""
-    return [directory / CONFIG_NAME] * is_peft_directory(directory) + sorted(directory.glob("*.safetensors"))
+    return named_digest(model.files)

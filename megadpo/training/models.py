@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
 from megadpo.checkpoint.merged import MergedSource
-from megadpo.checkpoint.peft import base_of, is_adapter, open_adapter
+from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
 from megadpo.config.schema import Config, copy_config
@@ -63,9 +63,10 @@ class ModelFiles:
     merged: str | None = None
 
     @property
-    def tensor_files(self) -> list[Path]:
-        """The files that its tensors are read from."""
-        return [file for path in (self.path, self.merged) if path for file in sorted(Path(path).glob("*.safetensors"))]
+    def files(self) -> list[Path]:
+        """All that decides what the model computes: config.json, the files of its tensors, those of what is merged."""
+        own = [self.huggingface / "config.json", *sorted(Path(self.path).glob("*.safetensors"))]
+        return own if self.merged is None else own + adapter_files(self.merged)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelF
     """The model that the adapter of a directory makes of its base."""
     adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
     adapter.check_base(base.path, model_digest(base), setting)
+    adapter.check_mergeable(base.shape, setting)
     return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
 
 
@@ -149,8 +151,8 @@ def with_adapter_s_base(config: Config) -> Config:
         )
     config = copy_config(config)
     config.model.path, config.adapter.path = base_of(path), path
-    if config.reference.path == path:
-        config.reference.path = None
+    if config.reference.path == path and config.reference.mode == "adapter":  # the adapter as it is, not the base
+        config.reference.path, config.reference.adapter = None, config.reference.adapter or path
     check_adapter_options(config)
     return config
 

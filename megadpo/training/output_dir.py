@@ -43,7 +43,10 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 }
 """Options that make a run what it is (an empty tuple: the whole section). All others may change on resuming: how the
 work is spread over processes does not change the numbers, when to evaluate or save is free, and a run may be made longer."""
-INPUTS = {("model", "path"), ("reference", "path"), ("data", "train"), ("data", "chat_template")}
+INPUTS = {
+    *(("model", "path"), ("reference", "path"), ("adapter", "path"), ("reference", "adapter")),
+    *(("data", "train"), ("data", "chat_template")),
+}
 """Those that only say where something is that a checkpoint has a digest of: with `checkpoint.changed_inputs: accept` they
 may change, too."""
 

@@ -284,7 +284,7 @@ def within_reference(
 
 def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:
     arithmetic = f"{setup.dtype}, FP8" if setup.config.model.fp8 else str(setup.dtype)
-    key = cache_key(model_digest(setup.reference), packing.groups.digest, arithmetic, setup.config.objective.ld_alpha)
+    key = cache_key(reference_digest(setup.reference), packing.groups.digest, arithmetic, setup.config.objective.ld_alpha)
     return cache_root(setup.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 
 
@@ -310,10 +310,10 @@ def frozen_stage(
     return stage
 
 
-def model_digest(model: ModelFiles) -> str:
-    """blake2b over the contents of config.json and of every weights file: all that decides what the model computes."""
+def reference_digest(model: ModelFiles) -> str:
+    """blake2b over the names and all bytes of the files that decide what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in (model.huggingface / "config.json", *model.tensor_files):
+    for path in model.files:
         hasher.update(path.name.encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):

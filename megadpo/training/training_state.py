@@ -16,7 +16,7 @@ from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
 from megadpo.errors import UserError
 
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
-MAY_CHANGE = ("base_model_name_or_path", "lora_dropout")
+MAY_CHANGE = ("base_model_name_or_path",)
 """Of an adapter's settings, what a run may go on with that has changed."""
 STATE_KINDS = ("weights", *MOMENT_KINDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from megadpo.checkpoint.convert import export_checkpoint, merge_adapter
 from megadpo.checkpoint.sharded import open_checkpoint
+from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.training.inputs import model_digest
+from megadpo.training.models import open_model
+from megadpo.training.reference import reference_digest
 from megadpo.training.setup import prepare
 from megadpo.validation.load import load_config
 from tests.helpers.checkpoints import load_reward_model
@@ -159,11 +164,15 @@ def test_a_run_goes_on_in_another_layout_and_exports_the_same(
 def test_adapters_of_experts_are_gathered_from_the_ranks_that_have_them(tmp_path: Path) -> None:
     files = save_files(tmp_path, "mixtral", 40, num_hidden_layers=2)
     parallel = {"parallel": {"expert": 2}}
-    both = [
+    runs = [
         of_run(files, tmp_path / "plain", **parallel),
         of_run(files, tmp_path / "merged", adapter={"merge": True}, **parallel),
+        of_run(files, tmp_path / "cut", parallel={"tensor": 2, "expert_tensor": 2}),
     ]
-    run_world(2, train_each, both)
+    run_world(2, train_each, runs)
+    cut = exported_weights(tmp_path / "cut")
+    for name, tensor in exported_weights(tmp_path / "plain").items():
+        assert torch.allclose(cut[name], tensor, rtol=1e-3, atol=2e-5), name
     names = {f"base_model.model.model.layers.1.block_sparse_moe.experts.{n}.w2.lora_B.weight" for n in range(4)}
     assert names <= exported_weights(tmp_path / "plain").keys()
     ours = in_peft(files / "model", tmp_path / "plain" / "hf")
@@ -234,3 +243,22 @@ def test_an_adapter_of_another_model_is_refused(runs: Path, tmp_path: Path) -> N
     smaller = save_files(tmp_path / "smaller", "qwen2", 20, num_hidden_layers=2, hidden_size=32)
     with pytest.raises(UserError, match=r"has shape \[4, 64\], but with this model .* \[4, 32\]; the adapter belongs to"):
         prepare(load_config(run_settings(smaller, tmp_path / "run", adapter=adapter)))
+
+
+def test_a_reference_that_is_the_adapter_trained_on_is_not_its_base(files: Path, runs: Path, tmp_path: Path) -> None:
+    adapter = str(runs / "whole" / "hf")
+    changes = {"model": {"path": adapter}, "reference": {"path": adapter}}
+    setup = prepare(load_config(run_settings(files, tmp_path / "auto", adapter={"kind": "lora"}, **changes)))
+    assert setup.config.reference.adapter == adapter and setup.reference_adapter is not None
+    changes["reference"]["mode"] = "resident"
+    setup = prepare(load_config(run_settings(files, tmp_path / "resident", adapter={"kind": "lora"}, **changes)))
+    assert setup.reference.merged == adapter and setup.policy.merged is None
+
+
+def test_another_alpha_makes_another_model_for_caches_and_resumed_runs(runs: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(runs / "whole" / "hf", tmp_path / "other"))
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 9.0}))
+    models = [open_model(str(path), "reference.path", Config()) for path in (runs / "whole" / "hf", other)]
+    for digest in (reference_digest, model_digest):
+        assert len({digest(model) for model in models}) == 2

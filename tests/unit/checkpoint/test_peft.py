@@ -22,10 +22,11 @@ from megadpo.checkpoint.peft import base_of, open_adapter, why_peft_cannot, writ
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.checkpoint.staging import begin
 from megadpo.cli import main
-from megadpo.config.schema import AdapterConfig
+from megadpo.config.schema import AdapterConfig, Config
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
+from megadpo.training.models import open_model
 from tests.helpers import peft_oracle
 from tests.helpers.families import config_of
 from tests.helpers.models import save_model
@@ -204,6 +205,8 @@ def cut_off(directory: Path) -> None:
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"rank_pattern": {"q_proj": 4.7}}, "rank_pattern is {'q_proj': 4.7}; it must be names with whole numbers above 0"),
+    ({"exclude_modules": "("}, "exclude_modules is no regular expression"),
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters are supported"),
     ({"bias": "all"}, "bias is 'all'; adapters with trained biases are not supported"),
     ({"r": 0}, "r is 0; it must be a whole number of 1 or more"),
@@ -220,7 +223,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": "1"}, "layers_to_transform is '1'; it must be a list of layers' numbers"),
     ({"modules_to_save": ["lm_head"]}, "its tensors do not have lm_head, of which modules_to_save says otherwise"),
     ({"rank_pattern": {"((": 2}}, "rank_pattern has '((', which is no regular expression"),
-    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with numbers above 0"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with whole numbers above 0"),
 ]
 FILES: list[tuple[Callable[[Path], None], str]] = [
     (rename_to_pickle, "has its adapter as a pickle (adapter_model.bin) only, which megadpo does not open; load it with"),
@@ -289,6 +292,22 @@ def test_a_base_that_is_not_here_is_named(settings: dict[str, Any], sentence: st
     with pytest.raises(UserError) as caught:
         merge_adapter(changed(root / "llama" / "peft", tmp_path / "peft", **settings), tmp_path / "out")
     assert sentence in str(caught.value)
+
+
+def test_an_adapter_is_nobody_s_base(root: Path, tmp_path: Path) -> None:
+    itself = str(tmp_path / "peft")
+    adapter = changed(root / "llama" / "peft", tmp_path / "peft", base_model_name_or_path=itself)
+    with pytest.raises(UserError, match=r"names the base model .*, which is an adapter itself; merge that one first"):
+        base_of(adapter)
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_cannot_be_added_anywhere(root: Path, tmp_path: Path) -> None:
+    adapted = peft_oracle.adapted_model(root / "tied" / "base", r=4, target_modules=["v_proj", "lm_head"])
+    adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    with pytest.raises(UserError, match=r"ADAPTER: .* has an adapter of lm_head, the embedding of its base"):
+        merge_adapter(tmp_path / "peft", tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.path: .* has an adapter of lm_head, the embedding of its base"):
+        open_model(str(tmp_path / "peft"), "model.path", Config())
 
 
 def test_the_command_merges_with_a_base_that_has_moved(root: Path, tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def merge_adapter(
     refuse_existing(out)
     model = _open_base(base_of(adapter) if base is None else base, is_reward_adapter(adapter))
     opened = open_adapter(adapter, model.shape, "ADAPTER", verify=verify)
-    opened.check_base(model.path, model_files_digest(hf_directory(model.path), Path(model.path)), "--base")
+    digest = model_files_digest(hf_directory(model.path), Path(model.path))
+    opened.check_base(model.path, digest, "ADAPTER" if base is None else "--base")
     opened.check_mergeable(model.shape, "ADAPTER")
     source = MergedSource(model.source, opened.source, opened.spec)
     dtypes = {name: model.source.dtype(name) for name in logical_shapes(model.shape)}

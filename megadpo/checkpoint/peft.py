@@ -69,6 +69,11 @@ class PeftAdapter:
             is_other = self.base_digest != digest
         elif self.base is not None and Path(self.base).is_dir() and Path(self.base).resolve() != Path(path).resolve():
             is_other = model_files_digest(hf_directory(self.base), Path(self.base)) != digest
+        if is_other and self.base is not None and Path(self.base).resolve() == Path(path).resolve():
+            raise UserError(
+                f"{setting}: the files of {path} have changed since {self.path} was trained on them, or its {CONFIG_NAME} "
+                "names another base than that; give the right one"
+            )
         if is_other:
             raise UserError(
                 f"{setting}: {self.path} belongs to {self.base or 'another model'}, whose files are not those of {path}; "
@@ -158,7 +163,10 @@ def open_adapter(
     if is_checkpoint(directory):
         return _open_checkpoint_s(directory, shape, setting, dropout, verify)
     if not is_peft_directory(directory):
-        raise UserError(f"{setting}: {path} is no PEFT directory: it has no {CONFIG_NAME}")
+        raise UserError(
+            f"{setting}: {path} is no PEFT directory (it has no {CONFIG_NAME}), nor a "
+            "checkpoint (checkpoints/step_…) of a run with adapters"
+        )
     settings = PeftSettings(read_json(directory / CONFIG_NAME), directory / CONFIG_NAME)
     settings.check()
     file = _weights_file(directory)

@@ -73,11 +73,11 @@ class AdapterConfig:
 @dataclass
 class ReferenceConfig:
     mode: str = "auto"
-    """`auto`: `none` for losses that read no reference (sft, cpo, simpo, orpo, reward), `adapter` with `adapter.kind: lora`,
-    else `resident`. `adapter`: the policy's own model with its adapters off, or with `reference.adapter`. `resident`: a
-    frozen second model is held in memory with the policy. `precomputed`: its log-probs are computed first, cached on disk,
-    and the reference is freed. `cached`: it is resident in the first epoch, which fills the same cache; then it is freed.
-    `none`: for losses that read no reference."""
+    """`auto`: `none` for losses that read no reference (sft, cpo, simpo, orpo, reward), `adapter` with `adapter.kind:
+    lora` and no `reference.path`, else `resident`. `adapter`: the policy's own model with its adapters off, or with
+    `reference.adapter`. `resident`: a frozen second model is held in memory with the policy. `precomputed`: its log-probs
+    are computed first, cached on disk, and the reference is freed. `cached`: it is resident in the first epoch, which
+    fills the same cache; then it is freed. `none`: for losses that read no reference."""
     path: str | None = None
     """Model directory of the reference; null = `model.path`."""
     adapter: str | None = None

@@ -34,7 +34,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"configuration file {str(path)!r} does not exist") from None
+        hint = "; KEY=VALUE come after the file" if "=" in str(path) else ""
+        raise UserError(f"configuration file {str(path)!r} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from None
     try:

@@ -52,8 +52,8 @@ def check_adapter_options(config: Config) -> None:
     said = [name for name in changed if name in SAID_BY_PATH]
     if adapter.path is not None and said:
         raise UserError(
-            f"adapter.{said[0]} is {getattr(adapter, said[0])!r}, but adapter.path is given, whose adapter_config.json says "
-            "what that is; remove one of them"
+            f"adapter.{said[0]} is {getattr(adapter, said[0])!r}, but the adapter of {adapter.path} says what that is; "
+            "remove the option, or begin a new adapter"
         )
 
 

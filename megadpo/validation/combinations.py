@@ -152,7 +152,8 @@ EXCLUDED: tuple[Rule, ...] = (
     Rule(
         "precomputed reference",
         "kto",
-        "kto needs the reference for each step's mismatched prompts and answers, which cannot be known ahead; use resident",
+        "kto needs the reference for each step's mismatched prompts and answers, which cannot be known ahead; set "
+        "reference.mode to auto",
     ),
     Rule(
         "moving reference",

@@ -207,7 +207,7 @@ def test_a_reward_model_s_adapter_brings_its_head(files: Path, tmp_path: Path) -
         ({"adapter": {"target_modules": ["query"]}}, "adapter.target_modules: 'query' is no linear layer of this model"),
         ({"adapter": {"layers_to_transform": [2]}}, "names layer 2, but the model has layers 0 to 1"),
         ({"adapter": {"path": "nowhere"}}, "adapter.path: there is no directory nowhere"),
-        ({"adapter": {"path": "{files}/model"}}, "is no PEFT directory: it has no adapter_config.json"),
+        ({"adapter": {"path": "{files}/model"}}, "is no PEFT directory (it has no adapter_config.json), nor a checkpoint"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_loaded(

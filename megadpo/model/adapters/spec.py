@@ -182,7 +182,8 @@ def _modules(options: AdapterConfig, shape: ModelShape, saved: tuple[str, ...]) 
                 "a list of names, or all-linear"
             ) from error
         if not matching(targets, None, shape):
-            hint = f" (a list of names: [{targets}])" if matching([targets], None, shape) else ""
+            names = [name.strip() for name in targets.split(",")]
+            hint = f" (a list of names: [{', '.join(names)}])" if all(matching([n], None, shape) for n in names) else ""
             raise UserError(
                 f"adapter.target_modules: no linear layer's whole name is {targets!r}{hint}; there are {_there_is(shape)}"
             )
@@ -214,7 +215,7 @@ def _check_names(targets: Sequence[str], shape: ModelShape) -> None:
 
 def _there_is(shape: ModelShape) -> str:
     """The last parts of the linear layers' names, and an example of a whole one."""
-    modules = linear_modules(shape)
+    modules = [module for module in linear_modules(shape) if module != HEAD.removesuffix(_WEIGHT)]
     return f"{', '.join(dict.fromkeys(module.rpartition('.')[2] for module in modules))} (in full: {modules[0]}, …)"
 
 

@@ -36,7 +36,11 @@ class AttentionNeeds:
 
 
 class AttentionBackend(Protocol):
-    """One way to compute attention: causal within each segment, wholly visible shared prompts, sliding windows."""
+    """One way to compute attention: causal within each segment, wholly visible shared prompts, sliding windows.
+
+    The keys of a segment are its prompt's, then its own. The last query sees all of them, each before it one fewer; a window
+    counts over both. A segment that context parallelism has cut (a ShardSegment) may have fewer queries than keys.
+    """
 
     @property
     def name(self) -> str:

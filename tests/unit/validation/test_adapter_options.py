@@ -50,7 +50,7 @@ def test_auto_is_the_reference_that_losses_and_adapters_ask_for(overrides: list[
         ([LORA, "adapter.layers_to_transform=[1]", "adapter.target_modules=.*q_proj"], "put the layers into the pattern"),
         (
             [LORA, "adapter.path=p", "adapter.rank=8"],
-            "adapter.rank is 8, but adapter.path is given, whose adapter_config.json",
+            "adapter.rank is 8, but the adapter of ",
         ),
         ([LORA, "adapter.init=loftq"], "megadpo (it makes up for the error of frozen weights in 4 bits, and"),
         (

@@ -157,6 +157,7 @@ def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
     assert 0 < mix["useful_share_of_peak"] < 1
 
 
+@pytest.mark.exhaustive
 def test_adapters_take_turns_with_the_whole_model_and_with_trl_and_peft(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "2")

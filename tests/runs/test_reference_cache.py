@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_told_and_removed(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"reference": {"mode": "cached", "sync_every": 4}}, "moves a resident reference"),
-        ({"reference": {"mode": "cached"}, "objective": {"loss_type": "kto"}}, "kto needs .* mode to auto"),
+        ({"reference": {"mode": "cached"}, "objective": {"loss_type": "kto"}}, "kto needs .*mode to auto"),
         ({"reference": {"mode": "cached", "tokens_per_micro_batch": 4096}}, "a reference that is cached runs on train's"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadpo.checkpoint.merged import MemorySource
 from megadpo.config.schema import ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -65,28 +66,6 @@ class Adapted:
     tensors: dict[str, Tensor] | None = None
     is_reference: bool = False
     """The reference has the same adapters as they are before training; else none."""
-
-
-class Tensors:
-    """Tensors in memory, as `TensorSource`."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        return self._tensors[name].narrow(dim, start, length)
-
-    def release(self) -> None:
-        pass
 
 
 def outcomes(
@@ -187,7 +166,7 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     hf_config, source = opened(adapted.model)
     shape = shape_of(hf_config)
     spec = spec_of(adapted.options, shape)
-    trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else Tensors(adapted.tensors)
+    trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else MemorySource(adapted.tensors)
     if case.zero_stage is None:
         stage = build_stage(shape, case.layout, case.dtype, case.memory, adapter=spec)
         load_weights(stage, source, trained)

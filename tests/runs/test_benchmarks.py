@@ -160,7 +160,7 @@ def test_trl_and_megadpo_take_turns_on_the_same_pairs(tmp_path):
 @pytest.mark.exhaustive
 def test_adapters_take_turns_with_the_whole_model_and_with_trl_and_peft(tmp_path):
     pytest.importorskip("trl")
-    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "2")
+    sizes = ("--rounds", "2", "--warm-up", "1", "--pairs", "2", "--vocabulary", "40000", "--batch-sizes", "2")
     report = _forked_report("adapters", tmp_path, "--tiny", "--mixes", "prompt-heavy", *sizes)
     (mix,) = report["mixes"]
     found = mix["by_batch_size"]["2"]

@@ -23,6 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job in the background of a shell; what is started by the tests of interrupts has to hear them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of torch, where a tracker has brought that package along: what processes print is compared line by line.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:The pynvml package is deprecated:FutureWarning")
+
 if not Path("/dev/nvidiactl").exists():
     # Triton's kernels run under its interpreter, which has to be known before anything imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

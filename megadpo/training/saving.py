@@ -114,6 +114,12 @@ class Saver:
     _not_removed: str | None = field(default=None, init=False)
     _pinned: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        # Not made with the first save: by then the launcher that keeps the ranks' store may be gone, and what they have must
+        # still be saved. Collectives of the thread must not come between those of the step loop.
+        if self.options.asynchronous is not False and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
     def save(self, save: Save, num_bytes: int) -> Path:
         """Write a checkpoint, or begin to; where it is, or will be. A save that is still being written is waited for.
 
@@ -161,15 +167,15 @@ class Saver:
             has_failed: the run ends with an error; the save is given some time, and what comes of it is not said.
             at_once: or no time.
         """
-        if self._pool is None:
-            return
         if has_failed:
             if self._in_flight is not None and not at_once:
                 concurrent.futures.wait([self._in_flight[1]], SECONDS_FOR_A_SAVE_OF_A_FAILED_RUN)
-            self._pool.shutdown(wait=False)
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)
             return
         self.finish()
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
         if self._group is not None:
             dist.barrier()  # nobody closes a connection on which another one still reads
             dist.destroy_process_group(self._group)
@@ -184,9 +190,6 @@ class Saver:
                 self.log("host memory has no room for a copy of the training state: the step loop waits for its saves")
             if self._is_asynchronous:
                 self._pool = ThreadPoolExecutor(1, "megadpo-save")
-                if dist.get_world_size() > 1:
-                    # Collectives of the thread must not come between those of the step loop.
-                    self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         return self._is_asynchronous
 
     def _in_host_memory(self, items: Iterable[Item]) -> list[Item]:

@@ -24,7 +24,7 @@ LONG = {
     "compiling in the first step": STEP,
     "evaluating": "megadpo.training.trainer:evaluation",
     "saving": "megadpo.training.saving:write_shard_file",
-    "exporting": "megadpo.training.run_state:write_export_files",
+    "exporting": "megadpo.training.export_files:write_export_files",
 }
 """What may take as long as it takes."""
 

@@ -37,7 +37,7 @@ MOMENTS = {
     "step": ("megadpo.training.trainer:training_step", 3),
     "evaluation": ("megadpo.training.global_batch:pack_global_batch", 4),
     "save": ("megadpo.training.saving:write_shard_file", 1),
-    "export": ("megadpo.training.run_state:write_export_files", 1),
+    "export": ("megadpo.training.export_files:write_export_files", 1),
 }
 """What is called when: the evaluation packs its batches itself, and steps 1 and 2 pack one each before the first of them."""
 FAST = {("step", signal.SIGTERM, True), ("save", signal.SIGUSR1, False)}

@@ -60,8 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes of ``-n auto``: one more than cores, for many tests wait for clocks and for each other's messages; none besides
-    this one where single tests or a single file are asked for."""
+    """Processes of ``-n auto``: one more than cores, for many tests wait for clocks or messages; none besides this one where
+    single tests or a single file are asked for."""
     asked = [argument.partition("::")[0] for argument in config.args]
     if len(asked) == 1 and Path(asked[0]).is_file():
         return 0

@@ -29,6 +29,23 @@ WORDS = {"yes": True, "on": True, "no": False, "off": False}
 """Booleans to YAML 1.1 and text to YAML 1.2: booleans where an option is one."""
 
 
+class UnknownKey(UserError):
+    """A key that the tree does not have.
+
+    Attributes:
+        dotted: its full path.
+        leaves: the last parts of the paths that there are.
+        place: where it was given, followed by a colon, or "".
+    """
+
+    def __init__(self, root: type, dotted: str, place: str | None) -> None:
+        keys = all_keys(root)
+        suggestion = closest(dotted, keys)
+        self.dotted, self.place = dotted, f"{place}: " if place else ""
+        self.leaves = {key.rpartition(".")[2] for key in keys}
+        super().__init__(f"{self.place}unknown key {dotted}" + (f"; did you mean {suggestion}?" if suggestion else ""))
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     """The mapping in a YAML file and the place of each of its keys. Raises UserError where it is not one."""
     try:
@@ -125,7 +142,7 @@ def _hint_at(tree: type, dotted: str, place: str) -> Any:
         elif dataclasses.is_dataclass(hint) and part in (hints := typing.get_type_hints(hint)):
             hint = hints[part]
         else:
-            raise UserError(_unknown_key(tree, dotted, place))
+            raise UnknownKey(tree, dotted, place)
     return hint
 
 
@@ -141,7 +158,7 @@ def build(tree: type[Tree], values: Mapping[Any, Any], places: Places, root: typ
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
-            raise UserError(_unknown_key(root, dotted, places.get(dotted)))
+            raise UnknownKey(root, dotted, places.get(dotted))
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if value is None:
@@ -152,12 +169,6 @@ def build(tree: type[Tree], values: Mapping[Any, Any], places: Places, root: typ
         else:
             arguments[key] = convert(hint, value, dotted, places)
     return tree(**arguments)
-
-
-def _unknown_key(root: type, dotted: str, place: str | None) -> str:
-    suggestion = closest(dotted, all_keys(root))
-    hint = f"; did you mean {suggestion}?" if suggestion else ""
-    return f"{place + ': ' if place else ''}unknown key {dotted}{hint}"
 
 
 def all_keys(tree: type, prefix: str = "") -> list[str]:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megadpo.config import strict
+from megadpo.config import foreign, strict
 from megadpo.config.schema import Config
 from megadpo.config.sources import check_sources
+from megadpo.errors import UserError
 from megadpo.files import expanded
 from megadpo.validation.adapters import choose_reference_mode
 from megadpo.validation.values import replace_spellings, validate
@@ -38,7 +39,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     else:
         values, places = strict.read_yaml(Path(source))
     overrides = _displacing(overrides)
-    config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
+    try:
+        config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
+    except strict.UnknownKey as error:
+        raise _in_our_words(error) from None
     for name in ("train", "eval"):
         setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
     replace_spellings(config)
@@ -46,6 +50,14 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     choose_reference_mode(config)
     validate(config)
     return config
+
+
+def _in_our_words(error: strict.UnknownKey) -> UserError:
+    """Another trainer's name is answered with ours; a key that is misspelt, or in the wrong section, with the nearest."""
+    answer = foreign.answer(error.dotted)
+    if answer is None or answer.name in error.leaves:
+        return error
+    return UserError(f"{error.place}unknown key {error.dotted}: {answer.sentence()}")
 
 
 PATHS = (

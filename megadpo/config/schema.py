@@ -274,8 +274,19 @@ class TrainConfig:
     """Where the schedule ends."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
+    warmup_ratio: float | None = None
+    """Share of the run's steps over which it rises, in [0, 1], in place of `warmup_steps`."""
     schedule: str = "cosine"
-    """How the learning rate falls after the warm-up: `cosine`, `linear` or `constant`."""
+    """How the learning rate falls after the warm-up, as in transformers: `cosine`, `linear`, `constant`,
+    `cosine_with_restarts`, `polynomial`, `inverse_sqrt`, or `wsd` (warm-up, stable, decay)."""
+    schedule_cycles: int = 1
+    """`cosine_with_restarts`: how many times it falls."""
+    schedule_power: float = 1.0
+    """`polynomial`: its power."""
+    decay_ratio: float = 0.1
+    """`wsd`: share of the run's steps, its last ones, over which the learning rate falls, in (0, 1]."""
+    decay_shape: str = "cosine"
+    """`wsd`: how it falls then: `cosine`, `linear` or `1-sqrt`."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -14,6 +14,7 @@ from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
+from megadpo.training.lr_schedule import warmup_steps
 from megadpo.training.setup import RunSetup
 
 
@@ -52,9 +53,11 @@ def log_setup(setup: RunSetup) -> None:
     noun = setup.reports["train"].noun
     steps, rows = counted(setup.num_steps, "step"), counted(setup.config.train.pairs_per_step, noun)
     log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
-    if setup.config.train.warmup_steps >= setup.num_steps > 0 and setup.config.train.warmup_steps > 0:
+    num_warmup = warmup_steps(setup.num_steps, setup.config.train)
+    if num_warmup >= setup.num_steps > 0 and num_warmup > 0:
+        option = "warmup_steps" if setup.config.train.warmup_ratio is None else "warmup_ratio"
         log(
-            f"warning: train.warmup_steps {setup.config.train.warmup_steps} is not below this run's {steps}, "
+            f"warning: train.{option} {getattr(setup.config.train, option)} is not below this run's {steps}, "
             "so the learning rate hardly rises and the model hardly changes; lower it"
         )
     if len(setup.train.groups) < setup.config.train.pairs_per_step:

@@ -7,7 +7,7 @@ Starting, the first step (which compiles), evaluating, saving, exporting and cal
 
 The signs go through a store that all ranks reach: rank 0's, or torchrun's. Each rank writes one key and reads rank 0's;
 rank 0 reads all. When there is a verdict, each rank writes the stacks of its threads to `output_dir/stacks/`, somebody on
-the same machine fetches those of a rank that cannot, and all end with status 1.
+the same machine fetches that of the main thread of a rank that cannot, and all end with status 1.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Sign:
 
     Attributes:
         number: another one each time.
-        stacks: the descriptor of the file that the rank writes its stacks to when it is sent SIGUSR2.
+        stacks: the descriptor of the file that the rank's main thread writes its stack to when it is sent SIGUSR2.
         is_waiting: its main thread waits for other ranks.
     """
 
@@ -129,7 +129,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to give signs. Collective, so that every rank has given one when the first is looked at."""
-        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        # Of the thread that hears it alone: those of running threads may be freed while they are written.
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=False)
         self._awake = time.monotonic()
         self._give_sign(0)
         if self._store is not None:
@@ -288,7 +289,7 @@ def is_there(sign: Sign) -> bool:
 
 
 def stacks_of(sign: Sign) -> bytes:
-    """The stacks of another process on this machine; it may be stopped, and is so afterwards.
+    """The stack of the main thread of another process on this machine; it may be stopped, and is so afterwards.
 
     Raises:
         OSError: the process cannot be reached.
@@ -296,7 +297,7 @@ def stacks_of(sign: Sign) -> bytes:
     if not is_there(sign):
         return b""
     file, size = Path(f"/proc/{sign.process}/fd/{sign.stacks}"), 0
-    for number in (signal.SIGUSR2, signal.SIGCONT):
+    for number in (signal.SIGCONT, signal.SIGUSR2):  # of a process that runs the main thread hears it, of a stopped one any
         os.kill(sign.process, number)
     deadline = time.monotonic() + MOST_SECONDS_FOR_STACKS
     while time.monotonic() < deadline:

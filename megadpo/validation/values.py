@@ -17,7 +17,7 @@ from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.memory import check_memory_options
 
 if TYPE_CHECKING:
-    from megadpo.config.schema import Config, ObjectiveConfig
+    from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
@@ -40,7 +40,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("megatron", "1f1b"),
     "schedule.reference": ("before", "interleaved"),
     "checkpoint.on_failed_write": ("stop", "skip"),
-    "train.schedule": ("cosine", "linear", "constant"),
+    "train.schedule": ("cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd"),
+    "train.decay_shape": ("cosine", "linear", "1-sqrt"),
     "train.moments_dtype": ("fp32", "bf16"),
     "train.on_spike": ("warn", "skip", "stop"),
     "train.recompute": ("auto", "none", "small", "selective", "full"),
@@ -53,6 +54,7 @@ DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch
 SPELLINGS: dict[str, dict[str, str]] = {
     "model.dtype": DTYPES,
     "train.moments_dtype": DTYPES,
+    "train.schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "parallel.gradient_dtype": DTYPES,
 }
 """Other spellings that an option takes, and the choice that each stands for: the resolved configuration has the choice."""
@@ -100,6 +102,7 @@ AT_LEAST: dict[str, int] = {
     "train.learning_rate": 0,
     "train.min_learning_rate": 0,
     "train.warmup_steps": 0,
+    "train.schedule_cycles": 1,
     "train.weight_decay": 0,
     "train.clip_norm": 0,
     "train.router_aux_coef": 0,
@@ -120,6 +123,8 @@ ABOVE_ZERO: Sequence[str] = (
     "objective.rpo_eta",
     "train.epochs",
     "train.eps",
+    "train.schedule_power",
+    "train.decay_ratio",
     "train.spike_deviations",
     "checkpoint.before_deadline",
 )
@@ -314,6 +319,46 @@ def _check_moving_reference(config: Config) -> None:
         )
 
 
+OF_SCHEDULES = {
+    "schedule_cycles": "cosine_with_restarts",
+    "schedule_power": "polynomial",
+    "decay_ratio": "wsd",
+    "decay_shape": "wsd",
+}
+"""Options of `train` that one schedule reads."""
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    """Options of the learning rate that contradict each other, or that nothing reads."""
+    for name, schedule in OF_SCHEDULES.items():
+        if train.schedule != schedule and getattr(train, name) != getattr(type(train)(), name):
+            raise UserError(
+                f"train.{name} is read by train.schedule {schedule}, but that is {train.schedule}; change one of them"
+            )
+    if train.schedule == "constant" and train.min_learning_rate > 0:
+        raise UserError(
+            "train.min_learning_rate has no effect with train.schedule constant; remove it or choose cosine or linear"
+        )
+    if train.steps is not None and train.warmup_steps > train.steps:
+        raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
+    if train.warmup_ratio is not None and train.warmup_steps:
+        raise UserError(
+            f"train.warmup_steps ({train.warmup_steps}) and train.warmup_ratio ({train.warmup_ratio:g}) are both given; "
+            "set the one to 0 or the other to null"
+        )
+    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio <= 1:
+        raise UserError(
+            f"train.warmup_ratio must be in [0, 1], got {train.warmup_ratio!r}; it is a share of the run's steps"
+        )
+    if train.decay_ratio > 1:
+        raise UserError(f"train.decay_ratio is a share of the run's steps, in (0, 1], got {train.decay_ratio!r}")
+    if train.schedule == "wsd" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
+        raise UserError(
+            f"train.warmup_ratio ({train.warmup_ratio:g}) and train.decay_ratio ({train.decay_ratio:g}) are more than the "
+            "whole run; lower one of them"
+        )
+
+
 def _check_contradictions(config: Config) -> None:
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
@@ -324,12 +369,7 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"train.min_learning_rate ({train.min_learning_rate!r}) is above learning_rate ({train.learning_rate!r})"
         )
-    if train.schedule == "constant" and train.min_learning_rate > 0:
-        raise UserError(
-            "train.min_learning_rate has no effect with train.schedule constant; remove it or choose cosine or linear"
-        )
-    if train.steps is not None and train.warmup_steps > train.steps:
-        raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
+    _check_schedule(train)
     if config.parallel.context == 1 and config.parallel.context_method != "auto":
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "

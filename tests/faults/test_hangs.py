@@ -42,7 +42,9 @@ def settings(files: Path, output_dir: Path, steps: int = 10**6) -> dict[str, Any
 def assert_named(files: Path, output_dir: Path, moment: Moment, sentence: str, where: str) -> None:
     status, output = finish(settings(files, output_dir), 2, moment)
     assert status == 1, output
-    (said,) = [line for line in output.splitlines() if line.startswith("megadpo: hang: ")]
+    told = [line for line in output.splitlines() if line.startswith("megadpo: hang: ")]
+    assert len(told) == 1, output
+    said = told[0]
     assert f"rank {moment.rank} (" in said and sentence in said and "rank " not in said.partition("process")[2], said
     stacks = {path.name: path.read_text() for path in (output_dir / "stacks").iterdir()}
     assert stacks.keys() == {"rank_00000.txt", "rank_00001.txt"}

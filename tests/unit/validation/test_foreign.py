@@ -51,7 +51,7 @@ def test_every_field_of_trl_s_configuration_typed_as_a_key_is_ours_or_answered_w
         ("train.bf16=true", "is model.dtype here"),
         ("train.fp16=true", "bf16 or fp32"),
         ("train.lr_scheduler_type=cosine", "is train.schedule here"),
-        ("train.warmup_ratio=0.1", "is train.warmup_steps here"),
+        ("warmup_ratio=0.1", "did you mean train.warmup_ratio?"),
         ("train.max_grad_norm=1.0", "is train.clip_norm here"),
         ("train.save_total_limit=2", "is checkpoint.keep here"),
         ("objective.rpo_alpha=1.0", "is objective.nll_coef here"),

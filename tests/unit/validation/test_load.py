@@ -59,6 +59,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "gradient_dtype gradient_accumulation_fusion deepspeed_config",
         "schedule": "name reference split_pairs zero_bubble",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
+        "warmup_ratio schedule_cycles schedule_power decay_ratio decay_shape "
         "schedule weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
         "recompute_num_layers hang_timeout "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
@@ -288,10 +289,15 @@ def test_a_missing_file_and_invalid_utf8_are_named(tmp_path: Path) -> None:
         (["train.min_learning_rate=1"], "is above learning_rate"),
         (["train.schedule=constant", "train.min_learning_rate=1e-7"], "has no effect with train.schedule constant"),
         (["train.steps=5", "train.warmup_steps=6"], "is more than train.steps"),
+        (["train.warmup_steps=6", "train.warmup_ratio=0.1"], "are both given; set the one to 0"),
+        (["train.warmup_ratio=3"], "train.warmup_ratio must be in [0, 1], got 3.0"),
+        (["train.schedule_power=2"], "train.schedule_power is read by train.schedule polynomial, but that is cosine"),
+        (["train.schedule=wsd", "train.decay_ratio=1.5"], "train.decay_ratio is a share of the run's steps, in (0, 1]"),
+        (["train.schedule=wsd", "train.decay_ratio=0.6", "train.warmup_ratio=0.5"], "are more than the whole run"),
         (["parallel.sequence=true"], "needs parallel.tensor > 1"),
         (["reference.tokens_per_micro_batch=9"], "only for reference.mode precomputed"),
         (["eval.every=5"], "eval.every is set, but there is nothing to evaluate on"),
-        (["train.schedule=cosin"], "choose one of: cosine, linear, constant (did you mean 'cosine'?)"),
+        (["train.schedule=cosin"], "inverse_sqrt, wsd (did you mean 'cosine'?)"),
         (["schedule.name=zero_bubble"], "(schedule.zero_bubble is an option of its own, true or false)"),
         (["data.train=[]"], "data.train is an empty list"),
         (["data.train=[{weight: 1}]"], "data.train[0] has no path"),

@@ -27,6 +27,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def bf16_is_slow() -> bool:
+    """Whether this process computes on a processor that has no instructions for bf16 nor any that it is emulated by.
+
+    torch then multiplies element by element: 5 to 60 times slower than in fp32 on one with AVX2 only.
+    """
+    return not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators; what is random in our own data path has generators of its own."""
     random.seed(seed)

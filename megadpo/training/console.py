@@ -14,6 +14,7 @@ from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
+from megadpo.platform.device import bf16_is_slow
 from megadpo.training.lr_schedule import warmup_steps
 from megadpo.training.setup import RunSetup
 
@@ -53,6 +54,8 @@ def log_setup(setup: RunSetup) -> None:
     noun = setup.reports["train"].noun
     steps, rows = counted(setup.num_steps, "step"), counted(setup.config.train.pairs_per_step, noun)
     log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
+    if setup.dtype is torch.bfloat16 and bf16_is_slow():
+        log("warning: this processor has no instructions for bf16 and is many times faster in fp32; set model.dtype=fp32")
     num_warmup = warmup_steps(setup.num_steps, setup.config.train)
     if num_warmup >= setup.num_steps > 0 and num_warmup > 0:
         option = "warmup_steps" if setup.config.train.warmup_ratio is None else "warmup_ratio"

@@ -13,6 +13,7 @@ the same machine fetches that of the main thread of a rank that cannot, and all 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -297,8 +298,8 @@ def stacks_of(sign: Sign) -> bytes:
     if not is_there(sign):
         return b""
     file, size = Path(f"/proc/{sign.process}/fd/{sign.stacks}"), 0
-    for number in (signal.SIGCONT, signal.SIGUSR2):  # of a process that runs the main thread hears it, of a stopped one any
-        os.kill(sign.process, number)
+    _send_to_main_thread(sign.process, signal.SIGUSR2)
+    os.kill(sign.process, signal.SIGCONT)
     deadline = time.monotonic() + MOST_SECONDS_FOR_STACKS
     while time.monotonic() < deadline:
         time.sleep(0.5)
@@ -307,6 +308,19 @@ def stacks_of(sign: Sign) -> bytes:
             break
     os.kill(sign.process, signal.SIGSTOP)
     return file.read_bytes()
+
+
+def _send_to_main_thread(process: int, number: signal.Signals) -> None:
+    """A signal to the main thread of another process, whose id is the process's; any thread may hear one to the process.
+
+    Raises:
+        OSError: the process cannot be reached.
+    """
+    tgkill = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)
+    if tgkill is None:
+        os.kill(process, number)
+    elif tgkill(process, process, int(number)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @contextlib.contextmanager

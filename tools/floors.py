@@ -44,6 +44,7 @@ FLOORS = (
     Floor(("objectives", "parallel"), "the losses, as pure functions; layouts and process groups"),
     Floor(("model", "metrics"), "a pipeline stage of the model; figures that add up over ranks"),
     Floor(("validation",), "every refusal that needs more than one option"),
+    Floor(("report",), "a run's curves and findings, as a page and pictures"),
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),

@@ -362,6 +362,8 @@ class LoggingConfig:
     """Write metrics every this many steps, at evaluations and at the end."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output_dir`."""
+    report: bool = True
+    """Write `report.html`, the page with curves and findings, when the run ends."""
 
 
 @dataclass

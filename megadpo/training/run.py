@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.errors import UserError
 from megadpo.metrics.sinks import Sink
+from megadpo.metrics.spikes import SpikeWatch
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.world import rank
 from megadpo.training.console import log
 from megadpo.training.run_lock import Lock
+from megadpo.training.run_record import RunRecord
 from megadpo.training.saving import Saver
 from megadpo.training.setup import RunSetup
-from megadpo.training.spikes import SpikeWatch
 from megadpo.training.stop import Stopping
 from megadpo.training.watchdog import Progress
 
@@ -90,7 +91,9 @@ class Run:
         spikes: the last losses and gradient norms, and how many steps were left out.
         saver: writes checkpoints.
         lock: on the output directory, rank 0's.
+        record: what the run was and how it ended, for `run.json` and the report.
         progress: what the watchdog knows of this rank.
+        num_spikes_written: lines of spikes.jsonl that this process has written.
         evaluation_due: the evaluation after the last step was left out, for the run is to stop.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
     """
@@ -106,8 +109,10 @@ class Run:
     spikes: SpikeWatch = field(init=False)
     stopping: Stopping = field(default_factory=Stopping)
     lock: Lock | None = None
+    record: RunRecord = field(default_factory=RunRecord)
     progress: Progress = field(default_factory=Progress)
     evaluation_due: bool = False
+    num_spikes_written: int = 0
     batches: Prefetcher[GlobalBatch] = field(init=False)
     saver: Saver = field(init=False)
 

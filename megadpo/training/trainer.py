@@ -25,6 +25,7 @@ from megadpo.data.rows.report import counted
 from megadpo.launch.signals import WORDS, Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
 from megadpo.metrics import collect
+from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
@@ -37,7 +38,9 @@ from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
 from megadpo.training.run import Callbacks, Metrics, Result, Run, call
+from megadpo.training.run_record import recorded
 from megadpo.training.setup import RunSetup, prepare
+from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
 from megadpo.training.watchdog import watched
 
@@ -71,13 +74,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         with (
             joined_world(setup.layout, setup.config.train.seed),
             watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
+            recorded() as record,
         ):
             setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
             log_origin(setup)
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
+            record.begin(setup)
             run = build(setup, callbacks)
-            run.stopping, run.lock, run.progress = stopping, lock, progress
+            run.stopping, run.lock, run.progress, run.record = stopping, lock, progress, record
             if stopping.deadline is not None:
                 stopping.deadline.saves = run.saver.times
             try:
@@ -186,6 +191,8 @@ def training_loop(run: Run) -> Metrics:
         run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None, keeps_records=is_own)
         if first_step == setup.num_steps:
             log(f"nothing is left to train: all {counted(first_step, 'step')} are done; only the model is exported again")
+        begin_spikes(setup.output_dir, (first_step or None) if is_own else None)
+    run.record.resumed_at(first_step)
     stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
     run.stopping.request.is_deferred = True  # from here on there is a state to save
     if run.evaluation_due and setup.eval is not None:
@@ -195,7 +202,7 @@ def training_loop(run: Run) -> Metrics:
         record = training_step(run, step)
         run.progress.begin("between steps")
         run.stopping.step_took(record["step_seconds"])
-        done = step + 1
+        done = run.record.last_step = step + 1
         stalls.look(done, record["grad_norm"], record["learning_rate"])
         is_last = done == setup.num_steps
         if reference_moves_after(config, step):
@@ -290,6 +297,7 @@ def training_step(run: Run, step: int) -> Metrics:
     return {
         "step": step + 1,
         **metrics,
+        **answer_lengths(setup.train.groups, batch.group_ids),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,

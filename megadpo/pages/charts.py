@@ -21,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 392, 8, 190
 """Of the box that the curves are in."""
 MOST_POINTS = 400
 """Drawn of a curve."""
-MOST_DOTS = 40
+MOST_DOTS = 24
 """Points of a curve up to which each has a dot."""
 NUM_COLOURS = 8
 """Of page.css; a ninth series begins anew."""

@@ -278,7 +278,7 @@ def _what_it_was(run: RunFiles) -> Html:
         "Reference": run.option("reference.path") if run.option("reference.mode") != "none" else "none",
         "Objective": " + ".join(map(str, loss)) if isinstance(loss, list) else loss,
         "Training data": _option(run.option("data.train")),
-        "": run.fact("data", "train", "sentence"),
+        "Its rows": run.fact("data", "train", "sentence"),
         "Held-out data": _option(run.option("data.eval")) if run.option("data.eval") else None,
         "Pairs a step": run.option("train.pairs_per_step"),
         "Layout": run.fact("layout"),

@@ -39,6 +39,7 @@ RISE_SHARE, RISE_LOSS = 0.05, 0.02
 """By how much, as a share and absolutely, the held-out loss may lie above its lowest value. The same pairs are evaluated
 each time, so that little of a difference is noise."""
 FEWEST_EVALUATIONS = 3
+"""Of which the lowest is not the last: two points are a line whatever happens."""
 
 MOST_PASSES = 3.0
 """Passes over the pairs. Recipes that are published take 1 (Tulu 3, arXiv:2411.15124) to 3 (Zephyr, arXiv:2310.16944, whose
@@ -60,3 +61,4 @@ APART_MARGIN = 0.05
 """Of the first step's reward margin: policy and reference are then the same model, so that it is zero but for rounding."""
 
 MOST_PAIRS_SHOWN, MOST_STEPS_NAMED = 20, 10
+"""In a finding: what a reader still looks at one by one."""

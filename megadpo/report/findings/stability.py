@@ -28,7 +28,7 @@ def did_not_finish(run: RunFiles) -> Finding | None:
             "problem",
             "The run failed",
             run.last_step or None,
-            f"It ended {steps}" + (f": {reason}" if reason else "."),
+            f"It ended {steps}" + (f": {reason.rstrip('.')}." if reason else "."),
             "Put right what it says; the same command then goes on from the newest intact checkpoint.",
         )
     return Finding(

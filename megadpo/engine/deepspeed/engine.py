@@ -194,7 +194,8 @@ class ZeroEngine:
                 is_copy = getattr(parameter, "shared", False)
                 if part is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
                     total += torch.linalg.vector_norm(part[1].float()).to(total.device) ** 2
-        dist.all_reduce(total)
+        with part("communication"):
+            dist.all_reduce(total)
         return math.sqrt(float(total))
 
     def _join(self, name: str, part: Partition | None) -> Tensor:

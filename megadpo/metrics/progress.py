@@ -165,5 +165,5 @@ def _live(stream: TextIO, render: Callable[[], RenderableType]) -> Live:
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=stream is sys.stderr,
     )
-    live.start()
+    live.start(refresh=True)
     return live

@@ -235,8 +235,8 @@ class SwanlabTracker:
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        import swanlab
-        from swanlab.package import get_key
+        import swanlab  # type: ignore[import-untyped]
+        from swanlab.package import get_key  # type: ignore[import-untyped]
 
         mode: Any = "offline" if run.is_offline else os.environ.get("SWANLAB_MODE")
         if mode is None and not os.environ.get("SWANLAB_API_KEY"):

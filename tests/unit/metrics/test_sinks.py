@@ -188,7 +188,7 @@ def test_on_a_terminal_progress_is_a_bar_that_counts_from_the_resumed_step() -> 
     sink.close()
     shown = stream.getvalue()
     assert "4/10" in shown and "10/10" in shown
-    assert "loss 0.6931, margin 0.500, accuracy 0.75, 1234 tokens/s" in shown
+    assert "loss 0.6931  margin 0.500  accuracy 0.75  1234 tokens/s" in shown
 
 
 def test_a_margin_that_a_step_does_not_have_is_left_out_and_a_loss_that_is_no_number_is_not() -> None:

@@ -55,7 +55,7 @@ sheets). The first that is found counts."""
 def peak_flop(device_name: str) -> float | None:
     """FLOP a second of a card's products in dense bf16, or None where it is not known."""
     for pattern, tflops in PEAK_TFLOPS:
-        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})", device_name, re.IGNORECASE):
+        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?!\d)", device_name, re.IGNORECASE):
             return tflops * 1e12
     return None
 

@@ -94,6 +94,10 @@ def redact_exception(error: BaseException) -> None:
         waiting += [one.__cause__, one.__context__]
         if any(isinstance(item, str) and redact(item) != item for item in one.args):
             one.args = tuple(redact(item) if isinstance(item, str) else item for item in one.args)
+        if isinstance(one, OSError):
+            for name in ("strerror", "filename", "filename2"):
+                if isinstance(value := getattr(one, name), str):
+                    setattr(one, name, redact(value))
 
 
 def is_secret_name(name: str) -> bool:

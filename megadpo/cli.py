@@ -25,7 +25,7 @@ from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
-from megadpo.launch.worker import leave_now, run_as_one
+from megadpo.launch.worker import has_hung_threads, leave_now, run_as_one
 
 
 class Command(Protocol):
@@ -53,7 +53,7 @@ LATER = ("inspect", "doctor", "eval")
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
     status = run_as_one(lambda: main(sys.argv[1:]))
-    if status in (EXIT_FAILED, EXIT_INTERRUPTED):
+    if status in (EXIT_FAILED, EXIT_INTERRUPTED) or has_hung_threads():
         leave_now(status)  # a thread that still writes a checkpoint is not waited for
     sys.exit(status)
 

@@ -15,6 +15,7 @@ import yaml
 from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.secrets.redact import redacted
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -173,7 +174,7 @@ def _config(path: Path, damaged: list[str]) -> Mapping[str, Any]:
     if not isinstance(written, Mapping):
         damaged.append(f"{path.name} holds no options")
         return {}
-    filled = {}
+    written, filled = redacted(written), {}  # an older version wrote secrets as they were given
     for section, default in defaults.items():
         value = written.get(section, default)
         filled[section] = {**default, **value} if isinstance(default, Mapping) and isinstance(value, Mapping) else value

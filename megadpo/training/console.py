@@ -14,13 +14,14 @@ from megadpo.data.rows.report import DataReport, counted
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
+from megadpo.secrets.redact import redact
 from megadpo.training.setup import RunSetup
 
 
 def log(line: str) -> None:
-    """A line for the user, from rank 0."""
+    """A line for the user, from rank 0, with its secrets hidden."""
     if rank() == 0:
-        print(f"megadpo: {line}", file=sys.stderr, flush=True)
+        print(f"megadpo: {redact(line)}", file=sys.stderr, flush=True)
 
 
 def log_setup(setup: RunSetup) -> None:

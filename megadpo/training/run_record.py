@@ -25,6 +25,7 @@ from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank, world_size
 from megadpo.report.run_files import FACTS_FILE
 from megadpo.report.write import write_own_page
+from megadpo.secrets.redact import redact
 from megadpo.training.console import log
 from megadpo.training.setup import RunSetup
 
@@ -69,7 +70,7 @@ class RunRecord:
             "ended": round(time.time(), 3),
             "last_step": self.last_step,
             "status": status,
-            **({"reason": why} if why else {}),
+            **({"reason": redact(why)} if why else {}),
         }
         self._write()
         if self.setup.config.logging.report:

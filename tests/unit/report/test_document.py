@@ -99,6 +99,14 @@ def test_runs_are_compared_by_the_options_that_differ_and_by_their_results(runs:
     assert "2 runs compared" in document and "Rewards: chosen" in document and "calm, held-out" in document
 
 
+def test_secrets_that_an_older_version_wrote_into_its_options_are_not_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3)
+    with (run / "config.yaml").open("a") as file:
+        file.write("source: https://someone:canary-of-a-password@data.example/rows\napi_key: canary-of-a-key\n")
+    document = render([read_run(run)])
+    assert "data.example" in document and "canary" not in document
+
+
 def test_names_of_runs_are_as_long_as_they_must_be_to_differ(tmp_path: Path) -> None:
     directories = [make_run(tmp_path / name / "run", 2) for name in ("a", "b")]
     assert [run.name for run in read_runs(directories)] == ["a/run", "b/run"]

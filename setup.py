@@ -73,6 +73,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "mpi": ["mpi4py>=4.0"],
+        "report": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=3.0"],
         "trackio": ["trackio>=0.10"],
@@ -90,6 +91,7 @@ setup(
             "psutil>=6",
             "deepspeed>=0.19,<0.20",
             "mpi4py>=4.0",
+            "matplotlib>=3.8",
             "wandb>=0.19",
             "mlflow-skinny>=3.0",
             "trackio>=0.10",

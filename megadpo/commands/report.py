@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another directory") from error
     if not can_draw():
-        print("megadpo: no PNGs, for matplotlib is not installed: pip install matplotlib", file=sys.stderr)
+        print("megadpo: no PNGs, for matplotlib is not installed: pip install 'megadpo[report]'", file=sys.stderr)
     said = as_json(runs) | {"written": [str(path) for path in written]}
     if arguments.json:
         print(json.dumps(finite_json(said), allow_nan=False))

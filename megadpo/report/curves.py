@@ -67,6 +67,7 @@ SPEED = (
     Chart("Model FLOP utilisation", {"mfu": "MFU"}),
     Chart("Peak memory", {"peak_memory_gib": "GiB"}, "GiB of the first rank", is_noisy=False),
     Chart("Slowest rank", {"slowest_rank": "rank"}, is_noisy=False),
+    Chart("Work of the slowest rank", {"slowest_rank_ratio": "ratio"}, "over that of the median"),
     Chart("Seconds of an evaluation", {"eval_seconds": "evaluation"}, is_noisy=False),
 )
 GROUPS: dict[str, tuple[Chart, ...]] = {"Learning": LEARNING, "Optimisation": OPTIMISATION, "Speed and memory": SPEED}

@@ -224,9 +224,11 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[Html]:
     parts: list[Html] = []
     subsets = [row for row in _rows(evaluation.get("subsets")) if "name" in row]
     if subsets:
+        whole = evaluation.get("all")
+        rows = [*subsets, {"name": "all", **whole}] if isinstance(whole, Mapping) else subsets
         columns = list(dict.fromkeys(name for row in subsets for name, value in row.items() if _is_plain(value)))
         parts.append(
-            table([name.replace("_", " ") for name in columns], [[row.get(name) for name in columns] for row in subsets])
+            table([name.replace("_", " ") for name in columns], [[row.get(name) for name in columns] for row in rows])
         )
         shares = {
             str(row["name"]): float(row["accuracy"]) for row in subsets if isinstance(row.get("accuracy"), int | float)
@@ -238,24 +240,21 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[Html]:
         parts.append(charts(_calibration(calibration)))
     generations = _rows(evaluation.get("generations"))
     if generations:
-        rows = [(row.get("prompt"), row.get("policy"), row.get("reference")) for row in generations[:MOST_GENERATIONS]]
-        parts.append(folded("Generations, side by side", table(("prompt", "policy", "reference"), rows)))
+        texts = [(row.get("prompt"), row.get("policy"), row.get("reference")) for row in generations[:MOST_GENERATIONS]]
+        parts.append(folded("Generations, side by side", table(("prompt", "policy", "reference"), texts)))
     return parts or [element("p", "eval/eval.json has no subset, calibration or generations.")]
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """Predicted against observed share of pairs: the second number of each bin over its first."""
-    points = sorted(values[:2] for row in rows if len(values := _shares(row)) >= 2)
+    """How often the answer that the model prefers is the chosen one, over how sure it is."""
+    points = sorted(
+        (float(row["predicted"]), float(row["accuracy"]))
+        for row in rows
+        if isinstance(row.get("predicted"), int | float) and isinstance(row.get("accuracy"), int | float)
+    )
     said, seen = [point[0] for point in points], [point[1] for point in points]
-    lines = [Series("observed", said, seen), Series("calibrated", [0.0, 1.0], [0.0, 1.0], 7, is_dashed=True)]
+    lines = [Series("observed", said, seen), Series("calibrated", [0.5, 1.0], [0.5, 1.0], 7, is_dashed=True)]
     return line_chart("Calibration", lines, x_label="predicted", note="share of pairs ordered as they should be")
-
-
-def _shares(row: Mapping[str, Any]) -> list[float]:
-    """What a bin predicts, and what was observed."""
-    names = (("predicted", "mean_predicted", "confidence", "probability"), ("observed", "accuracy", "share"))
-    found = [next((row[name] for name in some if isinstance(row.get(name), int | float)), None) for some in names]
-    return [float(value) for value in found if value is not None]
 
 
 def _rows(value: object) -> list[Mapping[str, Any]]:

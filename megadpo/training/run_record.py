@@ -76,8 +76,8 @@ class RunRecord:
         if self.setup.config.logging.report:
             try:
                 log(f"report: {write_own_page(self.setup.output_dir)}")
-            except UserError as error:
-                log(f"warning: {error}")
+            except Exception as error:  # a page that cannot be made takes nothing away from what was trained
+                log(f"warning: no report: {reason(error)}")
         self.setup = None
 
     def _write(self) -> None:

@@ -16,17 +16,19 @@ from megadpo.errors import UserError
 from megadpo.metrics.sinks import to_line
 from megadpo.report.curves import NOT_DRAWN
 from megadpo.report.document import as_json, render
+from megadpo.report.findings.every import CHECKS
 from megadpo.report.run_files import read_run, read_runs
 from tests.helpers.browser import Browser, needs_chromium
 from tests.helpers.made_runs import Record, make_run
 
+ROOT = Path(__file__).parents[3]
 HOSTILE = "</script><script>alert(1)</script>"
 EVALUATION = {
     "subsets": [
         {"name": "chat", "num_pairs": 120, "accuracy": 0.81, "margin": 1.2},
         {"name": HOSTILE, "num_pairs": 40, "accuracy": 0.44, "margin": -0.1},
     ],
-    "calibration": [{"predicted": 0.55, "observed": 0.5, "num_pairs": 60}, {"predicted": 0.9, "observed": 0.8}],
+    "calibration": [{"predicted": 0.55, "accuracy": 0.5, "num_pairs": 60}, {"predicted": 0.9, "accuracy": 0.8}],
     "generations": [{"prompt": "Why?", "policy": f"Because {HOSTILE}", "reference": "No."}],
 }
 SPIKE = {
@@ -160,7 +162,7 @@ def test_the_command_prints_findings_in_plain_lines_and_its_status_follows_fail_
     monkeypatch.setattr("megadpo.report.pictures.can_draw", lambda: False)
     given = (str(runs / "calm"), str(runs / "wild"), "--out", str(tmp_path))
     status, out, err = command(capsys, *given)
-    assert status == 0 and "pip install matplotlib" in err
+    assert status == 0 and "pip install 'megadpo[report]'" in err
     lines = out.splitlines()
     assert lines[0] == "calm: finished, 120 of 120 steps" and lines[1] == "  nothing stands out"
     assert lines[3] == "  warning  The gradient or the loss spikes (step 60)" and lines[-1].endswith("report.html")
@@ -191,6 +193,28 @@ def test_what_is_no_run_is_one_sentence(
     monkeypatch.chdir(runs)
     with pytest.raises(UserError, match=re.escape(sentence)):
         cli.main(["report", *given])
+
+
+def test_what_the_manual_says_can_be_done_can_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megadpo.report.pictures.can_draw", lambda: False)
+    for name in ("first", "second"):
+        make_run(Path("runs") / name, 20)
+    manual = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    lines = [line.split() for block in re.findall(r"```bash\n(.*?)```", manual, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 3 and all(words[0] == "megadpo" and cli.main(words[1:]) == 0 for words in lines)
+    assert Path("comparison/report.html").is_file() and Path("runs/first/report.html").is_file()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["findings"] == []
+    [code] = re.findall(r"```python\n(.*?)```", manual, re.DOTALL)
+    exec(code, {})
+    assert "<svg" in Path("mine.html").read_text(encoding="utf-8")
+
+
+def test_the_manual_names_every_finding() -> None:
+    manual = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", manual, re.MULTILINE) == [check.name for check in CHECKS]
 
 
 @pytest.fixture(scope="module")

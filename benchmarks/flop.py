@@ -1,9 +1,4 @@
-"""What a step has to compute, and what the machine's matrix product can do: useful work over peak.
-
-Counted are the products of the model's own tokens: 2 FLOP a parameter forward, 4 backward, 2 for a live reference; no
-credit for recomputation, for the optimizer or for padding. Attention counts the query-key pairs that the mask lets
-through; the head counts scored tokens only.
-"""
+"""What a step has to compute, as megadpo/model/flop.py counts it, and what the machine's matrix product can do."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadpo.data.groups import Group
+from megadpo.model.flop import forward_flop
 
 
 def useful_flop(groups: Sequence[Group], config: Any, body_parameters: int, live_reference: bool) -> float:
@@ -23,9 +19,9 @@ def useful_flop(groups: Sequence[Group], config: Any, body_parameters: int, live
     """
     num_tokens = sum(group.num_stream_tokens(True) for group in groups)
     num_scored = sum(len(response) for group in groups for response in group.responses)
-    forward = 2 * body_parameters * num_tokens + 2 * config.hidden_size * config.vocab_size * num_scored
-    # Scores and weighted values: 2 FLOP each a pair and channel.
-    forward += 4 * config.hidden_size * config.num_hidden_layers * sum(attention_pairs(group) for group in groups)
+    attended = sum(attention_pairs(group) for group in groups)
+    head, width = config.hidden_size * config.vocab_size, config.hidden_size * config.num_hidden_layers
+    forward = forward_flop(num_tokens, num_scored, attended, body_parameters, head, width)
     return forward * (4 if live_reference else 3)
 
 

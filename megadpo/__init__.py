@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.secrets.redact import redact_exception
 from megadpo.validation.load import load_config
 
 if TYPE_CHECKING:
@@ -48,7 +49,11 @@ def train(
 
     loaded = load_config(config, overrides)
     loaded.require_for_training()
-    return run_training(loaded, callbacks)
+    try:
+        return run_training(loaded, callbacks)
+    except Exception as error:
+        redact_exception(error)  # a traceback shows it
+        raise
 
 
 def __getattr__(name: str) -> Any:

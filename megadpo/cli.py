@@ -7,6 +7,7 @@ megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
 megadpo plan run.yaml --layouts 4 8
 megadpo plan run.yaml --schedule schedule.svg
+megadpo report runs/first runs/second
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, logprobs, plan, train
+from megadpo.commands import convert, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
-from megadpo.launch.worker import leave_now, run_as_one
+from megadpo.launch.worker import has_hung_threads, leave_now, run_as_one
 
 
 class Command(Protocol):
@@ -44,15 +45,15 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert}
-LATER = ("inspect", "doctor", "eval", "report")
+COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert, "report": report}
+LATER = ("inspect", "doctor", "eval")
 """Commands that are well known but that this version does not have."""
 
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
     status = run_as_one(lambda: main(sys.argv[1:]))
-    if status in (EXIT_FAILED, EXIT_INTERRUPTED):
+    if status in (EXIT_FAILED, EXIT_INTERRUPTED) or has_hung_threads():
         leave_now(status)  # a thread that still writes a checkpoint is not waited for
     sys.exit(status)
 

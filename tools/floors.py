@@ -34,8 +34,10 @@ class Floor:
 
 
 FLOORS = (
+    Floor(("secrets",), "what is never shown: passwords, tokens, keys"),
     Floor(("errors",), "what a user can put right: UserError"),
     Floor(("files",), "directories and files, written whole or not at all"),
+    Floor(("pages",), "self-contained HTML pages: sections, tables, charts"),
     Floor(("config",), "the options: one dataclass tree, read strictly"),
     Floor(("platform",), "CPU or CUDA, native code, where processes meet"),
     Floor(("launch",), "processes are started, watched and ended together"),
@@ -43,6 +45,7 @@ FLOORS = (
     Floor(("objectives", "parallel"), "the losses, as pure functions; layouts and process groups"),
     Floor(("model", "metrics"), "a pipeline stage of the model; figures that add up over ranks"),
     Floor(("validation",), "every refusal that needs more than one option"),
+    Floor(("report",), "a run's curves and findings, as a page and pictures"),
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),

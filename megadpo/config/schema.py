@@ -11,6 +11,7 @@ from typing import Any
 from megadpo.config import yaml_core
 from megadpo.config.sources import is_dataset
 from megadpo.errors import UserError
+from megadpo.secrets.redact import redacted
 
 
 @dataclass
@@ -373,6 +374,28 @@ class LoggingConfig:
     """Write metrics every this many steps, at evaluations and at the end."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output_dir`."""
+    report: bool = True
+    """Write `report.html`, the page with curves and findings, when the run ends."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers that get the metrics and the configuration, too: any of wandb, mlflow, trackio, swanlab
+    (docs/watching.md)."""
+    project: str = "megadpo"
+    """The run's project in the trackers."""
+    run_name: str | None = None
+    """The run's name there; null: the last part of output_dir."""
+    tags: list[str] = field(default_factory=list)
+    """Its tags there."""
+    directory: str | None = None
+    """Where trackers write on this machine; null: `output_dir`/trackers, trackio its own directory."""
+    offline: bool = False
+    """No tracker sends anything."""
+    peak_tflops: float | None = None
+    """TFLOP/s of a device, which the metric mfu is a share of; null: of its name for bf16 on a known GPU, else there is no
+    mfu."""
+    profile_steps: list[int] | None = None
+    """[first, last]: these steps are recorded by torch's profiler, into `output_dir`/profile."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """The ranks that record them."""
 
 
 @dataclass
@@ -423,8 +446,8 @@ class Config:
         return _plain(self)
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML, in the order of this file."""
-        return yaml_core.dump(self.resolved().to_dict(), sort_keys=False, allow_unicode=True)
+        """The resolved configuration as YAML, in the order of this file, with secrets in it hidden."""
+        return yaml_core.dump(redacted(self.resolved().to_dict()), sort_keys=False, allow_unicode=True)
 
 
 def copy_config(config: Config) -> Config:

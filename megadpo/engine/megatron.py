@@ -30,6 +30,7 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.patches import when_undone
+from megadpo.platform.step_clock import TIMERS, part
 
 BUCKET_ELEMENTS: int | None = None
 """Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
@@ -153,7 +154,8 @@ class MegatronEngine:
         squares = []
         for group, own in gradients.items():
             squares.append(get_total_norm(own).to(compute_device(), torch.float32).square())
-            dist.all_reduce(squares[-1], group=group)
+            with part("communication"):
+                dist.all_reduce(squares[-1], group=group)
         norms = [math.sqrt(square) for square in torch.stack(squares).tolist()]
         return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
@@ -298,6 +300,7 @@ def _distributed_optimizer(
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=overlap,
+        timers=TIMERS,
     )
     with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

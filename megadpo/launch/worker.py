@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megadpo.errors import UserError
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, WORDS, Stopped, leaving_at_once
+from megadpo.secrets.redact import redact
 
 FAILURE_FILE = "MEGADPO_FAILURE_FILE"
 """The variable by which our launcher names the file that the first worker to fail makes."""
@@ -36,6 +37,7 @@ PEER_IS_GONE = re.compile(
 )
 
 _is_command = False
+_has_hung_threads = False
 
 
 def run_as_one(main: Callable[[], int]) -> int:
@@ -54,7 +56,7 @@ def run_as_one(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         status = EXIT_INTERRUPTED
         if _world_size() == 1:
-            print(" ".join(["megadpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+            print(redact(" ".join(["megadpo: interrupted", *map(str, interrupt.args)])), file=sys.stderr)
     except Stopped as stopped:
         status = stopped.status
         if not stopped.is_told:
@@ -103,6 +105,17 @@ def end_for_good(message: str, others: Sequence[int] = ()) -> None:
         leave_now(EXIT_FAILED)
 
 
+def leave_threads_behind() -> None:
+    """A thread hangs in somebody's library: where this process is a command, its end does not wait for that."""
+    global _has_hung_threads
+    _has_hung_threads = True
+
+
+def has_hung_threads() -> bool:
+    """Whether the process must end by `leave_now`."""
+    return _has_hung_threads
+
+
 def leave_now(status: int) -> None:
     """Ends the process without the clean-up of process groups, which may wait for peers that never answer."""
     for child in multiprocessing.active_children():
@@ -127,7 +140,9 @@ def _count(name: str, default: int) -> int:
 
 
 def _print_once(status: int, message: str) -> None:
-    """Prints `message` if no other worker has failed before. The file is created before printing and filled after it."""
+    """Prints `message` if no other worker has failed before. The file is created before printing and filled after it.
+    Secrets in it are hidden, those of tracebacks too."""
+    message = redact(message)
     if _world_size() == 1:
         print(message, file=sys.stderr, flush=True)
         return

@@ -7,7 +7,9 @@ What is averaged over what (TRL 1.16, `DPOTrainer._compute_loss`):
 
 * ``loss``, ``rewards/*``, ``logps/*`` over pairs;
 * ``logits/chosen``, ``logits/rejected`` over the chosen / rejected completion tokens, each the vocabulary's mean logit;
-* ``entropy`` over all completion tokens, ``mean_token_accuracy`` over the chosen completion tokens only.
+* ``entropy`` over all completion tokens, ``mean_token_accuracy`` over the chosen completion tokens only;
+* ``rewards/margins_chosen_longer``, ``rewards/margins_chosen_shorter`` (which TRL does not have) over the pairs whose chosen
+  answer has more, or fewer, scored tokens than the rejected one; a batch without such pairs does not have them.
 
 TRL takes the last two groups per forward pass and then the plain mean of the passes of a logging window; here they are
 exact over the whole batch, which is the same number where a step is one pass.
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megadpo.objectives.evaluate import Evaluated
-from megadpo.objectives.objective import Objective
+from megadpo.objectives.objective import BY_LENGTH, Objective
 from megadpo.objectives.statistics import ResponseStatistics
 
 
@@ -54,6 +56,8 @@ def sum_vector(statistics: ResponseStatistics, evaluated: Evaluated, objective: 
     values["entropy"] = (s.entropy_R, s.num_tokens_R)
     if "rewards/margins" in objective.metric_names:
         values |= _compared(s, evaluated.rewards_R)
+    if BY_LENGTH[0] in objective.metric_names:
+        values |= _margins_by_length(s, evaluated.rewards_R)
     nothing = torch.zeros(1, dtype=torch.float64, device=s.logps_R.device)
     parts = [values.get(name, (nothing, nothing))[part] for part in (0, 1) for name in objective.metric_names]
     return torch.stack([part.detach().double().sum() for part in parts])
@@ -83,6 +87,16 @@ def _compared(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tenso
     }
 
 
+def _margins_by_length(s: ResponseStatistics, rewards_R: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Margin of the pairs whose chosen answer is the longer one, and of those where it is the shorter one."""
+    margin_P = rewards_R[s.chosen_P] - rewards_R[s.rejected_P]
+    excess_P = s.num_tokens_R[s.chosen_P] - s.num_tokens_R[s.rejected_P]
+    return {
+        name: (margin_P.masked_fill(~is_P, 0.0), is_P.double())
+        for name, is_P in zip(BY_LENGTH, (excess_P > 0, excess_P < 0), strict=True)
+    }
+
+
 def _of_responses(values_G: Tensor, s: ResponseStatistics) -> Tensor:
     """[R]: each group's value for each of its responses; their number is said, which a GPU would be waited for else."""
     return values_G.repeat_interleave(s.num_responses_G, output_size=len(s.logps_R))
@@ -104,7 +118,7 @@ def empty_vector(device: torch.device | str, objective: Objective) -> Tensor:
 def reduce(vector: Tensor | list[float], objective: Objective, prefix: str = "") -> dict[str, float]:
     """The metrics: numerator / denominator, each name behind `prefix` ("eval_" for held-out rows, as in TRL).
 
-    A metric over nothing at all is nan: there is no honest number for it.
+    A metric over nothing at all is nan: there is no honest number for it. One of `BY_LENGTH` is left out.
     """
     values = vector.tolist() if isinstance(vector, Tensor) else vector
     names = objective.metric_names
@@ -112,4 +126,7 @@ def reduce(vector: Tensor | list[float], objective: Objective, prefix: str = "")
     metrics = {name: numerator / denominator if denominator else math.nan for name, numerator, denominator in pairs}
     if "rewards/rejected" in metrics and "rewards/margins" not in metrics:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    for name, denominator in zip(names, values[len(names) :], strict=True):
+        if name in BY_LENGTH and not denominator:
+            del metrics[name]
     return {prefix + name: value for name, value in metrics.items()}

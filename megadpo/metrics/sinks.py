@@ -1,4 +1,5 @@
-"""Where a step's metrics go: `metrics.jsonl`, TensorBoard, the terminal. Rank 0 writes; the others open no sinks.
+"""Where a step's metrics go: `metrics.jsonl`, TensorBoard, experiment trackers (background.py, trackers.py), the terminal.
+Rank 0 writes; the others open no sinks.
 
 A record is flat: names to numbers, `step` among them. A step may have several records (a step's own, its evaluation's).
 """
@@ -10,15 +11,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megadpo.errors import UserError
-from megadpo.files import make_directory, replacing
+from megadpo.files import expanded, make_directory, replacing
+from megadpo.metrics.background import BackgroundSink, Record
 from megadpo.metrics.progress import ProgressSink
-
-Record = Mapping[str, float | int]
+from megadpo.metrics.trackers import KEPT, TRACKERS, TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,8 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Takes one record; it has a `step`."""
 
-    def close(self) -> None:
-        """Nothing is written afterwards."""
+    def close(self, has_failed: bool = False) -> None:
+        """Nothing is written afterwards. Trackers are told whether the run `has_failed`."""
 
 
 class LoggingOptions(Protocol):
@@ -41,6 +43,24 @@ class LoggingOptions(Protocol):
 
     @property
     def tensorboard(self) -> bool: ...
+
+    @property
+    def trackers(self) -> list[str]: ...
+
+    @property
+    def project(self) -> str: ...
+
+    @property
+    def run_name(self) -> str | None: ...
+
+    @property
+    def tags(self) -> list[str]: ...
+
+    @property
+    def directory(self) -> str | None: ...
+
+    @property
+    def offline(self) -> bool: ...
 
 
 class JsonlSink:
@@ -82,7 +102,7 @@ class JsonlSink:
                 self._file.truncate(end)
                 raise
 
-    def close(self) -> None:
+    def close(self, has_failed: bool = False) -> None:
         """Closes the file."""
         with _refusals_of(self._path):
             self._file.close()
@@ -127,7 +147,7 @@ def drop_later_steps(path: Path, last_step: int) -> None:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
     if num_broken:
         logger.warning("%s: dropped %d line(s) that are not whole records", path, num_broken)
-    with replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as half_written, half_written.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
@@ -179,10 +199,10 @@ class TensorBoardSink:
         """
         with _refusals_of(self._directory):
             for name, value in record.items():
-                if name != "step":
+                if name not in ("step", "time"):
                     self._writer.add_scalar(name, value, int(record["step"]))
 
-    def close(self) -> None:
+    def close(self, has_failed: bool = False) -> None:
         """Writes what is still in memory.
 
         Raises:
@@ -198,8 +218,10 @@ def open_sinks(
     total_steps: int,
     resume_step: int | None = None,
     keeps_records: bool = True,
+    config: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = logger.warning,
 ) -> list[Sink]:
-    """The sinks of a run, for rank 0: `output_dir/metrics.jsonl`, `output_dir/tensorboard/`, progress on stderr.
+    """The sinks of a run, for rank 0: `output_dir/metrics.jsonl`, `output_dir/tensorboard/`, trackers, progress on stderr.
 
     Args:
         output_dir: made if it does not exist.
@@ -207,6 +229,8 @@ def open_sinks(
         total_steps: steps of the whole run.
         resume_step: the last step already done if the run is resumed, else None.
         keeps_records: whether what was written up to that step is this run's; else it is set aside.
+        config: the run's configuration, for trackers, without secrets.
+        log: shows the user a line, from any thread.
 
     Raises:
         UserError: `logging.tensorboard` is on and TensorBoard is not installed; nothing is written then.
@@ -222,5 +246,37 @@ def open_sinks(
         sinks.append(TensorBoardSink(events, kept_step))
     make_directory(output_dir, "output_dir")
     sinks.append(JsonlSink(output_dir / "metrics.jsonl", kept_step))
+    run = _tracked(output_dir, logging_config, kept_step is not None, config or {}, log)
+    sinks += [BackgroundSink(name, partial(TRACKERS[name], run), log) for name in logging_config.trackers]
     sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))
     return sinks
+
+
+def _tracked(
+    output_dir: Path, options: LoggingOptions, is_resumed: bool, config: Mapping[str, Any], log: Callable[[str], None]
+) -> TrackedRun:
+    directory = output_dir / "trackers" if options.directory is None else expanded(options.directory, "logging.directory")
+    return TrackedRun(
+        project=options.project,
+        name=options.run_name or output_dir.absolute().name,
+        directory=directory,
+        has_chosen_directory=options.directory is not None,
+        is_offline=options.offline,
+        kept=output_dir / KEPT,
+        is_resumed=is_resumed,
+        tags=list(options.tags),
+        config=config,
+        log=log,
+    )
+
+
+def close_all(sinks: Sequence[Sink], has_failed: bool) -> Iterator[UserError]:
+    """Close every sink, trackers all at the same time; what cannot be written."""
+    for sink in sinks:
+        if isinstance(sink, BackgroundSink):
+            sink.begin_close(has_failed)
+    for sink in sinks:
+        try:
+            sink.close(has_failed)
+        except UserError as error:
+            yield error

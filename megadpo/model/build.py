@@ -51,6 +51,7 @@ from megadpo.model.weight_gradients import use_own_linear_layers
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
+from megadpo.platform.step_clock import TIMERS
 
 
 @dataclass
@@ -346,6 +347,7 @@ def _transformer_config(
         deallocate_pipeline_outputs=torch.cuda.is_available() or layout.virtual == 1,
         # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
         calculate_per_token_loss=True,
+        timers=TIMERS,
         use_te_activation_func=True,  # or any other module in that slot: ours
         gradient_accumulation_fusion=False,  # the engine's to turn on, see weight_gradients.py
         # All of these need Apex or TransformerEngine, or change the rounding.

@@ -35,6 +35,8 @@ _REWARDS: dict[str, Callable[[Responses], Tensor]] = {
 
 _REWARD_METRICS = ("rewards/chosen", "rewards/rejected")
 _COMPARISON_METRICS = ("rewards/accuracies", "rewards/margins")
+BY_LENGTH = ("rewards/margins_chosen_longer", "rewards/margins_chosen_shorter")
+"""Of pairs: the margin where the chosen answer is the longer, and where it is the shorter one."""
 _TEXT_METRICS = ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 
 
@@ -140,6 +142,7 @@ def _metric_names(options: ObjectiveConfig) -> tuple[str, ...]:
         names = ("loss", *(name for name in _TEXT_METRICS if not name.endswith("rejected")))
     else:
         names = ("loss", *_REWARD_METRICS, *(() if kind == "labels" else _COMPARISON_METRICS), *_TEXT_METRICS)
+    names += BY_LENGTH if kind == "pairs" else ()
     names += ("kl",) * specs.measures_kl(options.loss_types) + ("delta",) * specs.runs_delta(options)
     return names + (tuple(f"loss/{name}" for name in options.terms) if len(options.terms) > 1 else ())
 

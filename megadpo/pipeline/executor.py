@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megadpo.pipeline.program import Program, Receive, Send
 from megadpo.pipeline.schedule import Op
+from megadpo.platform.step_clock import part
 
 MAX_PENDING_SENDS = 8
 """Sent tensors kept at most; the oldest send has completed long before there are as many."""
@@ -70,21 +71,24 @@ def execute(
             pending_sends.append((dist.isend(made, **_between(group, stage, instruction.to, "dst")), made))
             made = None
             if len(pending_sends) > MAX_PENDING_SENDS:
-                pending_sends.popleft()[0].wait()
+                with part("communication"):
+                    pending_sends.popleft()[0].wait()
         else:
             received = _arrived(*inbox.pop(instruction)) if instruction in inbox else None
             started = time.perf_counter()
             made = operations.run(instruction, received)
             if clock is not None:
                 clock.times.append((instruction, started, time.perf_counter()))
-    for request, _ in pending_sends:
-        request.wait()
+    with part("communication"):
+        for request, _ in pending_sends:
+            request.wait()
     return {op: _arrived(*entry) for op, entry in inbox.items()}
 
 
 def _arrived(tensor: Tensor, request: Any) -> Tensor:
     if request is not None:
-        request.wait()
+        with part("communication"):
+            request.wait()
     return tensor
 
 

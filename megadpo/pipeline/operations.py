@@ -25,6 +25,7 @@ from megadpo.pipeline.schedule import AHEAD, BACKWARD, FORWARD, REFERENCE, WEIGH
 from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
+from megadpo.platform.step_clock import part
 
 Within = Callable[[], contextlib.AbstractContextManager[None]]
 """Makes the context that a forward runs in: models with their adapters off, for instance."""
@@ -69,7 +70,8 @@ class PolicyOperations:
 
     def run(self, op: Op, received: Tensor | None) -> Tensor | None:
         if op.kind == WEIGHTS:
-            self._delayed.pop(op.micro_batch).add_up()
+            with part("backward"):
+                self._delayed.pop(op.micro_batch).add_up()
             return None
         return self._backward(op, received) if op.kind == BACKWARD else self._forward(op, received)
 
@@ -191,7 +193,8 @@ class CombinedOperations:
         self._of |= {REFERENCE: reference, AHEAD: ahead}
 
     def run(self, op: Op, received: Tensor | None) -> Tensor | None:
-        return self._operations_of(op).run(op, received)
+        with part("reference") if op.kind in (REFERENCE, AHEAD) else contextlib.nullcontext():
+            return self._operations_of(op).run(op, received)
 
     def empty_message(self, op: Op) -> Tensor:
         return self._operations_of(op).empty_message(op)

@@ -16,13 +16,14 @@ from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
 from megadpo.training.lr_schedule import warmup_steps
+from megadpo.secrets.redact import redact
 from megadpo.training.setup import RunSetup
 
 
 def log(line: str) -> None:
-    """A line for the user, from rank 0."""
+    """A line for the user, from rank 0, with its secrets hidden."""
     if rank() == 0:
-        print(f"megadpo: {line}", file=sys.stderr, flush=True)
+        print(f"megadpo: {redact(line)}", file=sys.stderr, flush=True)
 
 
 def log_setup(setup: RunSetup) -> None:

@@ -84,7 +84,9 @@ def claim_output_dir(directory: Path, config: Config) -> None:
     raise UserError(f"checkpoint.resume: {chosen} is not a checkpoint directory; {named}")
 
 
-HALF_WRITTEN = re.compile(r"(config\.yaml|metrics(\.\d+)?\.jsonl)\.\d+\.tmp|\.?run\.lock.*")
+HALF_WRITTEN = re.compile(
+    r"(config\.yaml|(trackers|run)\.json|report\.html|(metrics|spikes)(\.\d+)?\.jsonl)\.\d+\.tmp|\.?run\.lock.*"
+)
 """Files that a process leaves where it is killed over them, and the lock."""
 
 

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.errors import UserError
-from megadpo.metrics.sinks import Sink
+from megadpo.metrics.sinks import Sink, close_all
+from megadpo.metrics.spikes import SpikeWatch
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.world import rank
 from megadpo.training.console import log
+from megadpo.training.profile import ProfileWindow
 from megadpo.training.run_lock import Lock
+from megadpo.training.run_record import RunRecord
 from megadpo.training.saving import Saver
 from megadpo.training.setup import RunSetup
-from megadpo.training.spikes import SpikeWatch
+from megadpo.training.step_figures import StepFigures
 from megadpo.training.stop import Stopping
 from megadpo.training.watchdog import Progress
 
@@ -90,9 +93,13 @@ class Run:
         spikes: the last losses and gradient norms, and how many steps were left out.
         saver: writes checkpoints.
         lock: on the output directory, rank 0's.
+        record: what the run was and how it ended, for `run.json` and the report.
         progress: what the watchdog knows of this rank.
+        num_spikes_written: lines of spikes.jsonl that this process has written.
         evaluation_due: the evaluation after the last step was left out, for the run is to stop.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
+        figures: what steps take.
+        profile: the steps that torch's profiler records.
     """
 
     setup: RunSetup
@@ -106,10 +113,14 @@ class Run:
     spikes: SpikeWatch = field(init=False)
     stopping: Stopping = field(default_factory=Stopping)
     lock: Lock | None = None
+    record: RunRecord = field(default_factory=RunRecord)
     progress: Progress = field(default_factory=Progress)
     evaluation_due: bool = False
+    num_spikes_written: int = 0
     batches: Prefetcher[GlobalBatch] = field(init=False)
     saver: Saver = field(init=False)
+    figures: StepFigures = field(init=False)
+    profile: ProfileWindow = field(init=False)
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import pack_global_batch
@@ -121,6 +132,8 @@ class Run:
 
         self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
+        self.figures = StepFigures(setup)
+        self.profile = ProfileWindow(setup.config.logging, setup.output_dir)
         self.saver = Saver(
             root=setup.output_dir / "checkpoints",
             options=setup.config.checkpoint,
@@ -161,15 +174,15 @@ class Run:
             UserError: something cannot be written, unless the run `has_failed` for another reason.
         """
         self.batches.close()
+        self.profile.close()
+        if not has_failed:
+            self.figures.close()
         self.references.train.write()
         self.saver.close(has_failed, at_once)
-        for sink in self.sinks:
-            try:
-                sink.close()
-            except UserError as error:
-                if not has_failed and self.setup.config.checkpoint.on_failed_write == "stop":
-                    raise
-                log(f"warning: {error}")
+        for error in list(close_all(self.sinks, has_failed)):
+            if not has_failed and self.setup.config.checkpoint.on_failed_write == "stop":
+                raise error
+            log(f"warning: {error}")
 
 
 def call(callback: Callable[..., None] | None, *arguments: Any) -> None:

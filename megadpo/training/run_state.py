@@ -29,6 +29,7 @@ from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.agreement import first_problem, problem_of
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
+from megadpo.secrets.redact import redacted
 from megadpo.training.console import log
 from megadpo.training.export_files import export_files
 from megadpo.training.non_finite import Part, own_weights, require_finite
@@ -66,7 +67,7 @@ def save(run: Run, step: int) -> Path:
         "data_digest": setup.train.groups.digest,
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
-        "config": setup.config.to_dict(),
+        "config": redacted(setup.config.to_dict()),
         **({} if setup.search.adapter is None else {"adapter": setup.search.adapter}),
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }

@@ -43,6 +43,7 @@ from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
 from megadpo.training.stop import slurm_end
 from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
+from megadpo.validation.logging import check_logging
 from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
 from megadpo.validation.model import (
     check_adapters,
@@ -134,6 +135,7 @@ def prepare(config: Config) -> RunSetup:
     sampler = _sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
+    check_logging(config.logging, world_size(), num_steps)
     inputs = digests(config, policy, reference, train.groups)
     if adapter is None:
         search = Search.of(config, logical_shapes(policy.shape), inputs, num_steps)

@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
+from megadpo.metrics.spikes import MOST_IN_A_ROW
 from megadpo.training import non_finite
 from megadpo.training.console import log
-from megadpo.training.spikes import MOST_IN_A_ROW
+from megadpo.training.spike_record import record_spike
 
 if TYPE_CHECKING:
     from megadpo.training.run import Run
@@ -26,11 +27,13 @@ def accept_or_leave_out(run: Run, step: int, loss: float, result: StepResult) ->
     if what is None or (policy == "warn" and math.isfinite(loss) and math.isfinite(result.grad_norm)):
         if what is not None:
             log(f"warning: step {step}: {what}; it was trained on, since train.on_spike is warn")
+            record_spike(run, step, what, loss, result, updated=True)
         run.spikes.count(updated=True)
         return True
     if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
         what += non_finite.cause(run.engine, run.setup.train.groups, result)
     run.spikes.count(updated=False)
+    record_spike(run, step, what, loss, result, updated=False)
     if policy == "skip" and run.spikes.num_in_a_row < MOST_IN_A_ROW:
         log(f"warning: step {step}: {what}; nothing was updated, since train.on_spike is skip")
         return False

@@ -24,6 +24,7 @@ from megadpo.objectives.objective import Objective
 from megadpo.objectives.terms import Normalisers
 from megadpo.parallel.context import is_first_rank_of_stage, on_device
 from megadpo.platform.device import compute_device
+from megadpo.platform.step_clock import part
 from megadpo.training.global_batch import GlobalBatch, evaluate_coupled, evaluate_micro_batch, kl_sums, mismatch_kl
 from megadpo.training.reference import Reference
 from megadpo.training.stop import Stopping
@@ -75,16 +76,19 @@ def optimizer_step(
     """
     batch = batch.on_device()
     normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
-    reference_logps = reference.begin(batch.group_ids, batch.micro_batches)
+    with part("reference"):
+        reference_logps = reference.begin(batch.group_ids, batch.micro_batches)
     if following is not None:
         reference.run_ahead(following)
     gradients: list[Tensor] = []
     if objective.couples_batch:
-        reference.complete()  # the whole batch is evaluated before anything goes backward
-        first_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
-        coupled = evaluate_coupled(
-            objective, normalisers, batch, first_sums, reference_logps, running_mean, is_training=True
-        )
+        with part("reference"):
+            reference.complete()  # the whole batch is evaluated before anything goes backward
+        with part("forward"):
+            first_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+            coupled = evaluate_coupled(
+                objective, normalisers, batch, first_sums, reference_logps, running_mean, is_training=True
+            )
         gradients, running_mean = coupled.gradients, coupled.running_mean
         metric_sums += coupled.metric_sums
     response_sums: dict[int, Tensor] = {}
@@ -99,9 +103,10 @@ def optimizer_step(
         metric_sums.add_(own_metric_sums)
         return gradient_RD
 
-    with inputs_dropped(engine.stage.models):
+    with inputs_dropped(engine.stage.models), part("forward"):
         engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
-    engine.finish_gradients()
+    with part("communication"):
+        engine.finish_gradients()
     if on_gradients is not None:
         on_gradients()
 
@@ -115,8 +120,10 @@ def optimizer_step(
             list(reference_logps),
         )
 
-    grad_norm = engine.step(learning_rate, None if accepts is None else lambda norm: accepts(result(norm)))
-    reference.finish()
+    with part("optimizer"):
+        grad_norm = engine.step(learning_rate, None if accepts is None else lambda norm: accepts(result(norm)))
+    with part("reference"):
+        reference.finish()
     return result(grad_norm)
 
 
@@ -166,5 +173,8 @@ def _measure_kl(
     if not objective.measures_kl:
         return batch.normalisers, collect.empty_vector(compute_device(), objective)
     mismatched = on_device(batch.mismatched)
-    kl = mismatch_kl(engine, mismatched, reference.logps(mismatched), len(batch.group_ids))
+    with part("reference"):
+        mismatched_logps = reference.logps(mismatched)
+    with part("forward"):
+        kl = mismatch_kl(engine, mismatched, mismatched_logps, len(batch.group_ids))
     return replace(batch.normalisers, kl=kl), kl_sums(kl, objective)

@@ -25,19 +25,23 @@ from megadpo.data.rows.report import counted
 from megadpo.launch.signals import WORDS, Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
 from megadpo.metrics import collect
+from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
-from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
+from megadpo.platform.step_clock import part
+from megadpo.secrets.redact import redacted
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
 from megadpo.training.run import Callbacks, Metrics, Result, Run, call
+from megadpo.training.run_record import recorded
 from megadpo.training.setup import RunSetup, prepare
+from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
 from megadpo.training.watchdog import watched
 
@@ -71,13 +75,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         with (
             joined_world(setup.layout, setup.config.train.seed),
             watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
+            recorded() as record,
         ):
             setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
             log_origin(setup)
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
+            record.begin(setup)
             run = build(setup, callbacks)
-            run.stopping, run.lock, run.progress = stopping, lock, progress
+            run.stopping, run.lock, run.progress, run.record = stopping, lock, progress, record
             if stopping.deadline is not None:
                 stopping.deadline.saves = run.saver.times
             try:
@@ -183,21 +189,26 @@ def training_loop(run: Run) -> Metrics:
         set_aside_later(root, first_step if is_own else 0)
         for path in remove_leftovers(setup.output_dir):
             log(f"removed {path}, which a run that was killed had left")
-        run.sinks = open_sinks(setup.output_dir, config.logging, setup.num_steps, first_step or None, keeps_records=is_own)
+        known = setup.num_steps, first_step or None, is_own, redacted(config.to_dict()), log
+        run.sinks = open_sinks(setup.output_dir, config.logging, *known)
         if first_step == setup.num_steps:
             log(f"nothing is left to train: all {counted(first_step, 'step')} are done; only the model is exported again")
+        begin_spikes(setup.output_dir, (first_step or None) if is_own else None)
+    run.record.resumed_at(first_step)
     stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
     run.stopping.request.is_deferred = True  # from here on there is a state to save
     if run.evaluation_due and setup.eval is not None:
         make_up_for_evaluation(run, first_step)
     for step in range(first_step, setup.num_steps):
         run.progress.begin("first step" if step == first_step else f"step {step + 1}")
+        run.profile.before(step + 1)
         record = training_step(run, step)
         run.progress.begin("between steps")
         run.stopping.step_took(record["step_seconds"])
-        done = step + 1
+        done = run.record.last_step = step + 1
         stalls.look(done, record["grad_norm"], record["learning_rate"])
         is_last = done == setup.num_steps
+        run.profile.after(done, is_last)
         if reference_moves_after(config, step):
             run.engine.wait_for_parameters()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
@@ -258,31 +269,35 @@ def training_step(run: Run, step: int) -> Metrics:
     from megadpo.training.step import StepResult, optimizer_step, reduce_metrics
 
     setup, started = run.setup, time.perf_counter()
-    batch = run.batches.get(step)
     learning_rate = learning_rate_at(step, setup.num_steps, setup.config.train)
     following = None if reference_waits_after(setup, step) else run.batches.get_next
     metrics: Metrics = {}
-    is_updated = True
+    is_updated, has_live_reference = True, run.references.train.stage is not None
     if setup.adapter is not None and setup.adapter.spec.dropout:
         seed_step(setup.config.train.seed, step)
 
     def accepts(result: StepResult) -> bool:
         """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""
         nonlocal is_updated
-        metrics.update(reduce_metrics(result.metric_sums, setup.objective, stopping=run.stopping))
+        with part("communication"):
+            metrics.update(reduce_metrics(result.metric_sums, setup.objective, stopping=run.stopping))
+        run.figures.compare_ranks()
         is_updated = accept_or_leave_out(run, step + 1, metrics["loss"], result)
         return is_updated
 
-    result = optimizer_step(
-        run.engine,
-        run.references.train,
-        batch,
-        setup.objective,
-        run.running_mean,
-        learning_rate,
-        following,
-        accepts=accepts,
-    )
+    with run.figures.step():
+        batch = run.batches.get(step)
+        result = optimizer_step(
+            run.engine,
+            run.references.train,
+            batch,
+            setup.objective,
+            run.running_mean,
+            learning_rate,
+            following,
+            accepts=accepts,
+        )
+    step_seconds = time.perf_counter() - started
     if is_updated:
         run.running_mean = result.running_mean
     num_tokens = int(setup.train.num_tokens_G[batch.group_ids].sum())
@@ -290,15 +305,16 @@ def training_step(run: Run, step: int) -> Metrics:
     return {
         "step": step + 1,
         **metrics,
+        **answer_lengths(setup.train.groups, batch.group_ids),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         **({"num_left_out": run.spikes.num_left_out} if setup.config.train.on_spike == "skip" else {}),
         "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.sampler.samples_per_epoch,
         "num_tokens": run.num_tokens_seen,
-        **throughput(time.perf_counter() - started, num_tokens, len(batch.group_ids)),
+        **run.figures.metrics(step_seconds, batch.group_ids, num_tokens, has_live_reference),
         "data_wait_seconds": run.batches.seconds_waited,
-        **peak_memory(compute_device()),
+        "time": time.time(),
     }
 
 

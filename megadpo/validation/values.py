@@ -14,6 +14,7 @@ from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward
 from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ ABOVE_ZERO: Sequence[str] = (
     "train.decay_ratio",
     "train.spike_deviations",
     "checkpoint.before_deadline",
+    "logging.peak_tflops",
 )
 
 
@@ -150,6 +152,7 @@ def validate(config: Config) -> None:
     _check_contradictions(config)
     check_deepspeed_options(config)
     check_memory_options(config)
+    check_logging_options(config.logging)
     check_combinations(config)
 
 

@@ -15,6 +15,8 @@ from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import run_world
 
 CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "eval_seconds", "data_wait_seconds"}
+CLOCK |= {"time", "mfu", "slowest_rank", "slowest_rank_ratio"}
+CLOCK |= {f"seconds/{part}" for part in ("data", "reference", "forward", "backward", "communication", "optimizer")}
 """Metrics that no two runs share."""
 
 

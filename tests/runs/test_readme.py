@@ -81,6 +81,14 @@ def test_the_train_command_leaves_a_model_that_transformers_loads(workplace: Pat
 
 
 @pytest.mark.slow
+def test_the_report_command_writes_the_page_of_the_run_that_the_train_command_has_left(workplace: Path) -> None:
+    command = next(command for command in commands() if command.startswith("megadpo report"))
+    (workplace / "runs" / "first" / "report.html").unlink()
+    assert "finished" in run(command.split(), workplace)
+    assert "Findings" in (workplace / "runs" / "first" / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_the_python_example_trains_and_reports(workplace: Path) -> None:
     code = blocks("python")[0]
     overrides = f", overrides={SMALLER.split()!r})\nprint("

@@ -124,14 +124,24 @@ def group_costs(
     return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size) + head_work * num_scored_G
 
 
-def attention_pairs(groups: GroupStore, share_prompts: bool) -> FloatArray:
-    """float64 [G]: query-key pairs of each group's causal attention; a response attends to its prompt and itself."""
+def attention_pairs(groups: GroupStore, share_prompts: bool, window: int | None = None) -> FloatArray:
+    """float64 [G]: query-key pairs of each group's causal attention; a response attends to its prompt and itself, of a
+    layer with a window to that many of these tokens."""
     group_R, lengths_R, prompts_R = _response_lengths(groups)
     is_first_R = np.diff(group_R, prepend=-1) > 0
     shared_R = (groups.columns.num_prompts_G[group_R] == 1) & share_prompts
-    own_R = lengths_R * (lengths_R + 1) / 2 + lengths_R * prompts_R
-    of_prompt_R = np.where(is_first_R | ~shared_R, prompts_R * (prompts_R + 1) / 2, 0.0)
+    to_prompt_R = _causal_pairs(prompts_R, window)
+    own_R = _causal_pairs(prompts_R + lengths_R, window) - to_prompt_R
+    of_prompt_R = np.where(is_first_R | ~shared_R, to_prompt_R, 0.0)
     return np.bincount(group_R, own_R + of_prompt_R, minlength=len(groups)).astype(np.float64)
+
+
+def _causal_pairs(lengths: IntArray, window: int | None) -> FloatArray:
+    """Query-key pairs of sequences of these lengths."""
+    if window is None:
+        return lengths * (lengths + 1) / 2
+    inside = np.minimum(lengths, window)
+    return inside * (inside + 1) / 2 + (lengths - inside) * float(window)
 
 
 def _response_lengths(groups: GroupStore) -> tuple[IntArray, IntArray, IntArray]:

@@ -50,6 +50,7 @@ from megadpo.parallel.zero3 import whole
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
+from megadpo.platform import step_clock
 from megadpo.platform.device import compute_device
 from megadpo.validation.deepspeed import engine_config, swap_to_directory
 
@@ -194,7 +195,8 @@ class ZeroEngine:
                 is_copy = getattr(parameter, "shared", False)
                 if part is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
                     total += torch.linalg.vector_norm(part[1].float()).to(total.device) ** 2
-        dist.all_reduce(total)
+        with step_clock.part("communication"):
+            dist.all_reduce(total)
         return math.sqrt(float(total))
 
     def _join(self, name: str, part: Partition | None) -> Tensor:

@@ -44,6 +44,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megadpo.errors import UserError  # noqa: E402
 from megadpo.parallel.messages import gathered  # noqa: E402
 from megadpo.platform.patches import patch, patches_undone, when_undone  # noqa: E402
+from megadpo.platform.step_clock import part  # noqa: E402
 
 TESTED = "0.19"
 """What is replaced below was read in this version."""
@@ -175,6 +176,10 @@ class Runtime(DeepSpeedEngine):
         self.num_backwards_left -= 1
         self.set_gradient_accumulation_boundary(self.num_backwards_left == 0 and not self.keeps_gradients)
         super()._backward_prologue()
+
+    def allreduce_gradients(self, *arguments: Any, **named: Any) -> None:
+        with part("communication"):
+            super().allreduce_gradients(*arguments, **named)
 
     def _share_fp32_weights(self) -> None:
         """Where parameters are fp32 already, the optimizer updates them in place; DeepSpeed means to, but compares a

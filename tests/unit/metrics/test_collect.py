@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.metrics import collect
-from megadpo.objectives.objective import Objective
+from megadpo.objectives.objective import BY_LENGTH, Objective
 from megadpo.objectives.statistics import ResponseStatistics
 from megadpo.objectives.terms import Normalisers
 from tests.helpers.statistics import evaluate, random_statistics
@@ -108,8 +108,17 @@ def test_a_batch_of_one_label_has_no_number_for_the_other() -> None:
 def test_metrics_over_nothing_are_nan() -> None:
     objective = Objective.of(DPO)
     metrics = collect.reduce(collect.empty_vector("cpu", objective), objective, prefix="eval_")
-    assert set(metrics) == {f"eval_{name}" for name in objective.metric_names}
+    assert set(metrics) == {f"eval_{name}" for name in objective.metric_names if name not in BY_LENGTH}
     assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_the_margin_is_told_apart_by_which_answer_is_longer() -> None:
+    statistics = random_statistics(6)
+    lengths = torch.tensor([5, 3, 4, 4, 2, 9, 8, 1, 3, 7, 6, 6], dtype=torch.float64)
+    metrics = metrics_of(replace(statistics, num_tokens_R=lengths, num_completion_tokens_R=lengths))
+    margin_P = BETA * (statistics.logps_R - statistics.reference_logps_R).view(-1, 2) @ torch.tensor([1.0, -1.0]).double()
+    assert metrics["rewards/margins_chosen_longer"] == pytest.approx(float(margin_P[[0, 3]].mean()))
+    assert metrics["rewards/margins_chosen_shorter"] == pytest.approx(float(margin_P[[2, 4]].mean()))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -189,4 +198,5 @@ def test_names_and_values_are_those_of_trl(tmp_path) -> None:  # type: ignore[no
         eval_dataset=data,
         processing_class=tiny_tokenizer(),
     ).evaluate()
+    ours = {name: value for name, value in ours.items() if name.removeprefix("eval_") not in BY_LENGTH}
     assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4, abs=1e-5)

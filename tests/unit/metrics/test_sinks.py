@@ -8,20 +8,14 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megadpo.config.schema import LoggingConfig
 from megadpo.metrics.progress import MOST_PLAIN_LINES, ProgressSink, describe
 from megadpo.metrics.sinks import JsonlSink, TensorBoardSink, open_sinks
-
-
-@dataclass
-class Logging:
-    every: int = 1
-    tensorboard: bool = True
 
 
 def strict_lines(path: Path) -> list[dict[str, object]]:
@@ -107,23 +101,18 @@ def test_tensorboard_reads_back_the_scalars_and_hides_steps_done_again(tmp_path:
 WITHOUT_TENSORBOARD = """
 import sys
 sys.modules["tensorboard"] = None  # as if it were not installed
-from dataclasses import dataclass
 from pathlib import Path
+from megadpo.config.schema import LoggingConfig
 from megadpo.errors import UserError
 from megadpo.metrics.sinks import open_sinks
 
-@dataclass
-class Logging:
-    tensorboard: bool
-    every: int = 1
-
 output_dir = Path(sys.argv[1])
 try:
-    open_sinks(output_dir, Logging(True), 10)
+    open_sinks(output_dir, LoggingConfig(tensorboard=True), 10)
 except UserError as error:
     assert "logging.tensorboard=false" in str(error), error
     assert not output_dir.exists()
-    assert len(open_sinks(output_dir, Logging(False), 10)) == 2
+    assert len(open_sinks(output_dir, LoggingConfig(tensorboard=False), 10)) == 2
     print("refused in a sentence")
 """
 
@@ -136,7 +125,7 @@ def test_missing_tensorboard_is_said_in_a_sentence_and_matters_only_when_asked_f
 
 
 def test_a_run_has_all_sinks_it_asks_for(tmp_path: Path) -> None:
-    sinks = open_sinks(tmp_path / "run", Logging(tensorboard=True), total_steps=2)
+    sinks = open_sinks(tmp_path / "run", LoggingConfig(tensorboard=True), total_steps=2)
     for sink in sinks:
         sink.write({"step": 1, "loss": 0.5, "num_tokens": 12})
         sink.close()
@@ -147,7 +136,7 @@ def test_a_run_has_all_sinks_it_asks_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keeps_records", [True, False])
 def test_what_was_written_up_to_a_resumed_step_is_kept_or_set_aside(tmp_path: Path, keeps_records: bool) -> None:
     for record, resume_step in (({"step": 1, "loss": 0.5}, None), ({"step": 2, "loss": 0.25}, 1)):
-        for sink in open_sinks(tmp_path, Logging(tensorboard=True), 2, resume_step, keeps_records=keeps_records):
+        for sink in open_sinks(tmp_path, LoggingConfig(tensorboard=True), 2, resume_step, keeps_records=keeps_records):
             sink.write(record)
             sink.close()
     steps = [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")]
@@ -199,7 +188,7 @@ def test_on_a_terminal_progress_is_a_bar_that_counts_from_the_resumed_step() -> 
     sink.close()
     shown = stream.getvalue()
     assert "4/10" in shown and "10/10" in shown
-    assert "loss 0.6931, margin 0.500, accuracy 0.75, 1234 tokens/s" in shown
+    assert "loss 0.6931  margin 0.500  accuracy 0.75  1234 tokens/s" in shown
 
 
 def test_a_margin_that_a_step_does_not_have_is_left_out_and_a_loss_that_is_no_number_is_not() -> None:

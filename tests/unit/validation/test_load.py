@@ -65,7 +65,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
         "eval": "every pairs",
         "checkpoint": "every at_end before_deadline keep resume changed_inputs verify asynchronous on_failed_write",
-        "logging": "every tensorboard",
+        "logging": "every tensorboard report trackers project run_name tags directory offline peak_tflops profile_steps "
+        "profile_ranks",
     }
     keys = {section: set(names.split()) for section, names in contract.items()}
     plain = load_config({}).to_dict()

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from megadpo.training.spikes import FEWEST, WINDOW, SpikeWatch
+from megadpo.metrics.spikes import FEWEST, WINDOW, SpikeWatch
 
 
 def after(steps: int, loss: float = 0.7, norm: float = 2.0) -> SpikeWatch:

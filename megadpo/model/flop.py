@@ -1,0 +1,134 @@
+"""What a step has to compute, and what a card's matrix products can do in dense bf16: their quotient is MFU.
+
+Counted are the products of the model's own tokens: 2 FLOP a parameter forward, 4 backward, 2 for a live reference; each
+prompt once for all its responses, no credit for recomputation, for the optimizer or for padding. Attention counts the
+query-key pairs that the mask lets through, the head scored tokens only, a mixture the experts that a token goes to. Frozen
+weights need no gradient: with adapters these products cost 2 backward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from megadpo.data.batches.bin_packing import FloatArray, IntArray, attention_pairs
+from megadpo.data.store import GroupStore
+from megadpo.model.shape import ModelShape
+
+PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    (r"GB300|B300", 2500),
+    (r"GB200", 2500),
+    (r"B200", 2250),
+    (r"B100", 1750),
+    (r"GH200|H200 NVL|H200", 989),
+    (r"H100 NVL", 835),
+    (r"H100 PCIe", 756),
+    (r"H100|H800", 989),
+    (r"H20\b", 148),
+    (r"A100|A800", 312),
+    (r"A40\b", 149.7),
+    (r"A30\b", 165),
+    (r"A10G\b", 70),
+    (r"A10\b", 125),
+    (r"L40S", 362),
+    (r"L40\b", 181),
+    (r"L4\b", 121),
+    (r"RTX 6000 Ada", 364),
+    (r"RTX A6000", 154.8),
+    (r"RTX PRO 6000", 503.8),
+    (r"RTX 5090", 209.5),
+    (r"RTX 4090", 165.2),
+    (r"RTX 4080", 97.5),
+    (r"RTX 3090", 71),
+    (r"MI355X", 2500),
+    (r"MI325X|MI300X", 1307),
+    (r"MI250X", 383),
+    (r"MI210", 181),
+)
+"""A pattern in `torch.cuda.get_device_name`, TFLOP/s of products in dense bf16 that are added up in fp32 (makers' data
+sheets). The first that is found counts."""
+
+
+def peak_flop(device_name: str) -> float | None:
+    """FLOP a second of a card's products in dense bf16, or None where it is not known."""
+    for pattern, tflops in PEAK_TFLOPS:
+        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?!\d)", device_name, re.IGNORECASE):
+            return tflops * 1e12
+    return None
+
+
+def forward_flop(
+    num_tokens: float, num_scored: float, num_attended: float, body_parameters: float, head_parameters: float, width: float
+) -> float:
+    """FLOP of a forward pass.
+
+    Args:
+        num_scored: tokens that the head sees.
+        num_attended: query-key pairs.
+        body_parameters: that a token meets, without embedding and head.
+        width: of all queries, added up over the layers that attend to these pairs.
+    """
+    # Scores and weighted values: 2 FLOP each a pair and channel.
+    return 2 * body_parameters * num_tokens + 2 * head_parameters * num_scored + 4 * width * num_attended
+
+
+def body_parameters(shape: ModelShape) -> int:
+    """Entries of the matrices of all layers that a token meets."""
+    hidden, experts = shape.hidden_size, shape.experts
+    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
+    num_mixtures = 0 if experts is None else len(experts.layers)
+    total = shape.num_layers * attention + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
+    if experts is not None:
+        total += num_mixtures * (3 * hidden * experts.columns * experts.per_token + hidden * experts.count)
+    return total
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every group of a data set costs.
+
+    Attributes:
+        num_tokens_G, num_scored_G: tokens of its stream with its prompt once, and of its responses.
+        attended_G: for each kind of layer, by its window, the query-key pairs.
+    """
+
+    num_tokens_G: IntArray
+    num_scored_G: IntArray
+    attended_G: dict[int | None, FloatArray]
+
+    @staticmethod
+    def of(groups: GroupStore, *shapes: ModelShape) -> Work:
+        """Of these groups, for models of these shapes."""
+        columns = groups.columns
+        starts = np.asarray(columns.segment_offsets_S)
+        first = np.asarray(columns.group_segments_G)
+        num_scored_G = starts[first[1:]] - starts[first[:-1] + columns.num_prompts_G]
+        windows = {window for shape in shapes for window in shape.windows}
+        attended_G = {window: attention_pairs(groups, True, window) for window in windows}
+        return Work(groups.num_tokens(True), num_scored_G, attended_G)
+
+    def forward(self, shape: ModelShape, group_ids: IntArray) -> tuple[float, float]:
+        """FLOP of products with weights, and of attention, of a forward pass on these groups."""
+        tokens, scored = float(self.num_tokens_G[group_ids].sum()), float(self.num_scored_G[group_ids].sum())
+        head = shape.hidden_size * (shape.vocab_size if shape.head == "logprobs" else 1)
+        products = forward_flop(tokens, scored, 0, body_parameters(shape), head, 0)
+        attention = 0.0
+        for window, num_layers in Counter(shape.windows).items():
+            width = num_layers * shape.num_heads * shape.head_dim
+            attention += forward_flop(0, 0, float(self.attended_G[window][group_ids].sum()), 0, 0, width)
+        return products, attention
+
+    def step(self, policy: ModelShape, reference: ModelShape | None, group_ids: IntArray, num_adapter: int | None) -> float:
+        """FLOP of an optimizer step.
+
+        Args:
+            reference: that of a reference that runs in the step.
+            num_adapter: adapters' parameters where these are trained in place of the model's own; None: those are.
+        """
+        products, attention = self.forward(policy, group_ids)
+        of_adapters = 6 * (num_adapter or 0) * float(self.num_tokens_G[group_ids].sum())
+        total = (3 if num_adapter is None else 2) * products + 3 * attention + of_adapters
+        return total + (0 if reference is None else sum(self.forward(reference, group_ids)))

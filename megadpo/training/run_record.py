@@ -1,0 +1,158 @@
+"""What a run was and how it ended, in `run.json`, and its page, `report.html`: rank 0 writes both, and no failure of a disk
+there ends a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megadpo.errors import UserError, reason
+from megadpo.files import replacing
+from megadpo.launch.signals import EXIT_INTERRUPTED, WORDS, Stopped
+from megadpo.metrics.lengths import answer_lengths
+from megadpo.model.families import logical_shapes
+from megadpo.parallel.world import rank, world_size
+from megadpo.report.run_files import FACTS_FILE
+from megadpo.report.write import write_own_page
+from megadpo.secrets.redact import redact
+from megadpo.training.console import log
+from megadpo.training.setup import RunSetup
+
+PACKAGES = ("megadpo", "torch", "megatron-core", "transformers", "tokenizers", "deepspeed")
+FORMAT = 1
+GROUPS_MEASURED = 10_000
+"""Of which the mean lengths of a data set are taken."""
+
+
+@dataclass
+class RunRecord:
+    """The record of a run under way; on ranks above 0 it does nothing.
+
+    Attributes:
+        last_step: steps that are done.
+    """
+
+    setup: RunSetup | None = None
+    last_step: int = 0
+    _sessions: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self, setup: RunSetup) -> None:
+        """Write down what the run is, and that it begins."""
+        if rank() != 0:
+            return
+        self.setup = setup
+        earlier = _sessions_in(setup.output_dir / FACTS_FILE) if setup.resume is not None else []
+        self._sessions = [*earlier, {"began": round(time.time(), 3), "status": None}]
+        self._write()
+
+    def resumed_at(self, step: int) -> None:
+        """Take in how many steps were done before; with the first of them still to come, 0."""
+        self.last_step = step
+        if self._sessions:
+            self._sessions[-1]["first_step"] = step
+
+    def end(self, status: str, why: str | None = None) -> None:
+        """Write down how it ended, and the page."""
+        if self.setup is None:
+            return
+        self._sessions[-1] |= {
+            "ended": round(time.time(), 3),
+            "last_step": self.last_step,
+            "status": status,
+            **({"reason": redact(why)} if why else {}),
+        }
+        self._write()
+        if self.setup.config.logging.report:
+            try:
+                log(f"report: {write_own_page(self.setup.output_dir)}")
+            except Exception as error:  # a page that cannot be made takes nothing away from what was trained
+                log(f"warning: no report: {reason(error)}")
+        self.setup = None
+
+    def _write(self) -> None:
+        assert self.setup is not None
+        path = self.setup.output_dir / FACTS_FILE
+        try:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(facts_of(self.setup) | {"sessions": self._sessions}, indent=1) + "\n")
+        except OSError as error:
+            log(f"warning: {path} cannot be written: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[RunRecord]:
+    """Within, a run that has begun its record ends it, whichever way it ends; a second Ctrl-C is not kept waiting."""
+    record = RunRecord()
+    try:
+        yield record
+    except Stopped as stopped:
+        record.end(WORDS.get(stopped.status, "stopped"))
+        raise
+    except KeyboardInterrupt:
+        record.end(WORDS[EXIT_INTERRUPTED])
+        raise
+    except UserError as error:
+        record.end("failed", reason(error, 500))
+        raise
+    except Exception as error:
+        record.end("failed", f"{type(error).__name__}: {reason(error, 500)}")
+        raise
+    record.end("finished")
+
+
+def facts_of(setup: RunSetup) -> dict[str, Any]:
+    """Model, data, layout and versions of a run, as JSON."""
+    shapes = logical_shapes(setup.policy.shape)
+    return {
+        "format": FORMAT,
+        "num_steps": setup.num_steps,
+        "num_processes": world_size(),
+        "layout": str(setup.layout),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "model": {
+            "type": setup.policy.config.model_type,
+            "num_parameters": sum(map(math.prod, shapes.values())),
+            "num_trained": sum(map(math.prod, setup.trained_shapes.values())),
+        },
+        "data": {
+            which: {"sentence": setup.reports[which].sentence(), **_measured(packing)}
+            for which, packing in (("train", setup.train), ("eval", setup.eval))
+            if packing is not None
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _measured(packing: Any) -> dict[str, float]:
+    groups = packing.groups
+    lengths = answer_lengths(groups, np.arange(min(len(groups), GROUPS_MEASURED)))
+    return {"num_used": len(groups), "num_tokens": int(packing.num_tokens_G.sum()), **lengths}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _sessions_in(path: Path) -> list[dict[str, Any]]:
+    """The beginnings and ends that an earlier process of this run has written."""
+    try:
+        sessions = json.loads(path.read_bytes())["sessions"]
+        return [one for one in sessions if isinstance(one, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -49,7 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megadpo", "megadpo.*"]),
-    package_data={"megadpo": ["py.typed"]},
+    package_data={"megadpo": ["py.typed"], "megadpo.pages": ["page.css", "page.js"]},
     ext_modules=[extension(library) for library in NATIVE["LIBRARIES"].values() if not library.is_cuda],
     cmdclass={"build_py": BuildPackage},
     install_requires=[

@@ -36,6 +36,7 @@ class Floor:
 FLOORS = (
     Floor(("errors",), "what a user can put right: UserError"),
     Floor(("files",), "directories and files, written whole or not at all"),
+    Floor(("pages",), "self-contained HTML pages: sections, tables, charts"),
     Floor(("config",), "the options: one dataclass tree, read strictly"),
     Floor(("platform",), "CPU or CUDA, native code, where processes meet"),
     Floor(("launch",), "processes are started, watched and ended together"),

@@ -357,8 +357,8 @@ def _in_workers(
         ) from error
     finally:
         if waiting:  # nobody wants the rest
-            for process in list((pool._processes or {}).values()):
-                process.kill()
+            for worker in list((pool._processes or {}).values()):
+                worker.kill()
         pool.shutdown(cancel_futures=True)
 
 

@@ -8,6 +8,7 @@ megadpo convert merge ADAPTER OUT
 megadpo plan run.yaml --layouts 4 8
 megadpo plan run.yaml --schedule schedule.svg
 megadpo inspect run.yaml --html inspect.html
+megadpo doctor run.yaml --nproc 2
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, inspect, logprobs, plan, train
+from megadpo.commands import convert, doctor, inspect, logprobs, plan, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
@@ -46,8 +47,8 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert}
-COMMANDS |= {"inspect": inspect}
-LATER = ("doctor", "eval", "report")
+COMMANDS |= {"inspect": inspect, "doctor": doctor}
+LATER = ("eval", "report")
 """Commands that are well known but that this version does not have."""
 
 

@@ -1,4 +1,4 @@
-"""`megadpo doctor [CONFIG] [key.sub=value …]`: whether this machine and a run have what they need; each lack with its fix."""
+"""`megadpo doctor [CONFIG] [key.sub=value …]`: whether a machine and a run have what they need; each lack with its fix."""
 
 from __future__ import annotations
 

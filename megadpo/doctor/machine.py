@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megadpo.doctor.check import Check
 from megadpo.model.attention.backends import BACKENDS, backend_named, slow_on
 from megadpo.model.attention.base import AttentionNeeds
+from megadpo.model.attention.sequences import why_not_on_this_gpu
 from megadpo.platform import native
 from megadpo.platform.device import communication_backend, compute_device, resolve_dtype
 
@@ -32,15 +33,15 @@ def check_machine(needs: AttentionNeeds | None = None) -> Iterator[Check]:
         needs: what a model asks of attention; None: a usual one.
     """
     yield check_device()
-    yield check_communication()
+    yield check_communication(communication_backend())
     yield check_attention(needs or AttentionNeeds(compute_device(), resolve_dtype("auto"), USUAL_HEAD_DIM))
     yield from check_native()
     yield check_mpi()
     yield check_shared_memory()
 
 
-def check_device() -> Check:
-    """Which device computes."""
+def check_device(devices: Path = Path("/dev")) -> Check:
+    """Which device computes; `devices` is where the driver shows its cards."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         free, total = torch.cuda.mem_get_info()
@@ -51,7 +52,7 @@ def check_device() -> Check:
         if torch.cuda.get_device_capability() < OLDEST_BF16:
             return Check("device", "warning", found, "This card has no bf16 of its own: set model.dtype to fp32.")
         return Check("device", "ok", found)
-    cards = nvidia_cards()
+    cards = nvidia_cards(devices)
     if not cards:
         return Check("device", "ok", f"the CPU, {torch.get_num_threads()} threads; there is no NVIDIA card")
     if torch.version.cuda is None:
@@ -61,18 +62,17 @@ def check_device() -> Check:
     return Check("device", "failed", f"{cards} NVIDIA cards, which torch {torch.__version__} cannot use", fix)
 
 
-def nvidia_cards(devices: Path = Path("/dev")) -> int:
+def nvidia_cards(devices: Path) -> int:
     """How many cards the driver shows."""
     return sum(path.name[6:].isdecimal() for path in devices.glob("nvidia*"))
 
 
-def check_communication() -> Check:
-    """Whether torch has what its processes talk by."""
+def check_communication(wanted: str) -> Check:
+    """Whether torch has what its processes talk by: "gloo" or "nccl"."""
     if not dist.is_available():
         fix = "Install an official torch, which is built with torch.distributed."
         return Check("communication", "failed", "torch is built without torch.distributed", fix)
     kinds = [name for name, has in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if has]
-    wanted = communication_backend()
     if wanted not in kinds:
         fix = f"Install a torch that is built with {wanted}."
         return Check("communication", "failed", f"{wanted} is missing; there is {', '.join(kinds) or 'nothing'}", fix)
@@ -88,7 +88,9 @@ def check_attention(needs: AttentionNeeds) -> Check:
     found = f"{chosen}" + (f" (before it would come {'; '.join(before)})" if before else "")
     slow = slow_on(needs.device.type, chosen)
     if slow is not None:
-        return Check("attention", "warning", found, f"{slow.partition('; ')[2].capitalize()}.")
+        never = why_not_on_this_gpu(needs)
+        fix = f"{slow.partition('; ')[2].capitalize()}." if never is None else f"No installation helps: {never[5:]}."
+        return Check("attention", "warning", found, fix)
     return Check("attention", "ok", found)
 
 

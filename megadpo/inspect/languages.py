@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import chain
 
-MOST_CHARACTERS = 600
+MOST_CHARACTERS = 400
 """Of a text that are looked at."""
 FEWEST_LETTERS = 8
 """Fewer say nothing."""
@@ -52,9 +53,9 @@ def language_of(text: str) -> str:
     if script != LATIN:
         return script
     words = _WORD.findall(text.lower())
-    if sum(map(len, words)) < FEWEST_LETTERS:
+    if len("".join(words)) < FEWEST_LETTERS:
         return NOTHING
-    counts = Counter(language for word in words for language in _LANGUAGES.get(word, ()))
+    counts = Counter(chain.from_iterable(_LANGUAGES[word] for word in words if word in _LANGUAGES))
     (best, count), (_, second) = [*counts.most_common(2), (LATIN, 0), (LATIN, 0)][:2]
     return best if count >= FEWEST_WORDS and count > second else LATIN
 

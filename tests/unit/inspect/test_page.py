@@ -112,14 +112,14 @@ def test_the_command_writes_json_alone_and_the_page_once(files: Path, capsys: py
     found = json.loads(captured.out)
     assert status == int(any(one["level"] == "problem" for one in found["findings"]))
     assert found["data"]["train"]["num_rows"] == 61 and len(found["samples"]) == 1
-    assert found["samples"][0]["parts"][1]["tokens"][-1] == {
+    assert found["samples"][0]["parts"][1]["pieces"][-1] == {
         "text": "</s>",
         "ids": [1],
         "is_special": True,
         "is_learned": True,
     }
     assert f"wrote {target}" in captured.err and target.read_text().startswith("<!DOCTYPE html>")
-    with pytest.raises(UserError, match="inspect.html exists already"):
+    with pytest.raises(UserError, match=r"inspect\.html exists already"):
         cli.main(["inspect", str(files / "run.yaml"), "--html", str(target)])
 
 
@@ -139,12 +139,15 @@ def test_what_cannot_be_looked_at_is_one_sentence(files: Path, arguments: list[s
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_looking_at_thirty_thousand_rows_costs_seconds_beyond_tokenising(files: Path, tmp_path: Path) -> None:
+def test_looking_at_thousands_of_rows_costs_less_than_tokenising_them(files: Path, tmp_path: Path) -> None:
     from megadpo.data.rows.dataset import make_groups, tokenise_job
     from megadpo.data.rows.formats import PAIRS
 
-    rows = [{"prompt": f"{place}. {row['chosen'][:300]}", "chosen": row["chosen"][-200:], "rejected": f"{row['rejected'][-190:]} x"}
-            for place in range(300) for row in hh_rows(100)]  # fmt: skip
+    rows = []
+    for place in range(30):
+        for row in hh_rows(100):
+            answers = {"chosen": row["chosen"][-200:], "rejected": f"{row['rejected'][-190:]} x"}
+            rows.append({"prompt": f"{place}. {row['chosen'][:300]}", **answers})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     places = [f"data.train={tmp_path}/rows.jsonl", f"data.cache_dir={tmp_path}/cache", "data.num_workers=1"]
     options = load_config(files / "run.yaml", places)
@@ -153,4 +156,5 @@ def test_looking_at_thirty_thousand_rows_costs_seconds_beyond_tokenising(files: 
     tokenised = time.process_time()
     looked = look_at_all(options, 3)
     seconds, alone = time.process_time() - tokenised, tokenised - start
-    assert len(looked.train.groups) == len(groups) and seconds - alone < 20, (seconds, alone)
+    assert len(looked.train.groups) == len(groups) and len(rows) == 3000
+    assert seconds < 2 * alone + 1, (seconds, alone)

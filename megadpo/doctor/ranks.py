@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megadpo import __version__
 from megadpo.doctor.check import Check
 from megadpo.doctor.files import nearest
 from megadpo.errors import UserError, first_line
@@ -36,17 +36,17 @@ SLOW_NETWORK_GB_PER_SECOND = 1.0
 
 @dataclass(frozen=True)
 class Rank:
-    """What a process says of itself."""
+    """What a process says of itself; `code` is a digest of megadpo's own."""
 
     host: str
     python: str
     torch: str
-    megadpo: str
+    code: str
     device: str
     sees_output_dir: bool | None
 
     def versions(self) -> tuple[str, str, str]:
-        return self.python, self.torch, self.megadpo
+        return self.python, self.torch, self.code
 
 
 def check_ranks(output_dir: str = "") -> list[Check]:
@@ -90,7 +90,7 @@ def _roll_call(output_dir: str) -> list[Rank]:
     dist.broadcast_object_list(told, src=0)
     sees = token.exists() if told[0] else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    own = Rank(socket.gethostname(), platform.python_version(), torch.__version__, __version__, device, sees)
+    own = Rank(socket.gethostname(), platform.python_version(), torch.__version__, code_digest(), device, sees)
     ranks: list[Any] = [None] * world_size()
     dist.all_gather_object(ranks, own)
     if made:
@@ -123,15 +123,23 @@ def _seconds(tensor: torch.Tensor) -> float:
     return max(min(times[1:]), 1e-9)
 
 
+def code_digest() -> str:
+    """Of all of megadpo's Python files: two checkouts with the same version may differ."""
+    package, hasher = Path(__file__).parents[1], hashlib.blake2b(digest_size=4)
+    for file in sorted(package.rglob("*.py")):
+        hasher.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()
+
+
 def judge_versions(ranks: list[Rank]) -> list[Check]:
     """All ranks have the same of what computes."""
     odd = next((number for number, one in enumerate(ranks) if one.versions() != ranks[0].versions()), None)
     if odd is None:
-        return [Check("same versions", "ok", f"torch {ranks[0].torch}, megadpo {ranks[0].megadpo} everywhere")]
+        return [Check("same versions", "ok", f"torch {ranks[0].torch} and the same megadpo everywhere")]
     other, first = ranks[odd], ranks[0]
     found = (
-        f"rank {odd} on {other.host} has Python {other.python}, torch {other.torch}, megadpo {other.megadpo}; rank 0 on "
-        f"{first.host} has {first.python}, {first.torch}, {first.megadpo}"
+        f"rank {odd} on {other.host} has Python {other.python}, torch {other.torch}, megadpo's code {other.code}; "
+        f"rank 0 on {first.host} has {first.python}, {first.torch}, {first.code}"
     )
     return [Check("same versions", "failed", found, "Install the same environment on every machine.")]
 

@@ -13,6 +13,7 @@ from megadpo.data.rows.tokenise import IDENTICAL_TRUNCATED, TRUNCATED_AWAY
 from megadpo.inspect.data import Inspected, Side
 from megadpo.inspect.languages import differ
 from megadpo.inspect.rows import RowLook
+from megadpo.training.console import balance
 
 MOST_ROWS_NAMED = 5
 MUCH_OF_LENGTH = 0.65
@@ -247,6 +248,30 @@ def languages(inspected: Inspected, side: Side) -> Iterable[Finding]:
         yield Finding("other_language", "note", side.name, sentence, advice, rows)
 
 
+def label_balance(inspected: Inspected, side: Side) -> Iterable[Finding]:
+    """Whether desirable and undesirable answers weigh about the same, of those that are trained on."""
+    report = side.report
+    if side.name != "train" or report.kind != "labels" or not (report.num_desirable and report.num_undesirable):
+        return
+    words, advice = balance(inspected.config.objective, report)
+    if advice:
+        numbers = f"{report.num_desirable:,} desirable, {report.num_undesirable:,} undesirable"
+        yield Finding("label_balance", "note", side.name, f"{words.capitalize()} ({numbers}).", f"{advice}.")
+
+
+def too_long(inspected: Inspected, side: Side) -> Iterable[Finding]:
+    """Rows longer than what the model has seen."""
+    positions, longest = inspected.model.shape.max_positions, inspected.config.data.max_length
+    rows = []
+    for row in side.looks:
+        tokens = row.prompt_tokens + max(row.answer_tokens, default=0)
+        if row.dropped is None and (tokens if longest is None else min(tokens, longest)) > positions:
+            rows.append(row.location)
+    if rows:
+        sentence = f"{_counted(rows, side)} longer than the {positions:,} positions of the model (max_position_embeddings)."
+        yield Finding("too_long", "warning", side.name, sentence, f"Set data.max_length to {positions} or less.", rows)
+
+
 def remarks(inspected: Inspected, side: Side) -> Iterable[Finding]:
     """What the trainer itself remarks on the rows, but for what is said above in more words."""
     for line in side.report.remarks():
@@ -256,7 +281,7 @@ def remarks(inspected: Inspected, side: Side) -> Iterable[Finding]:
 
 CHECKS: tuple[Callable[[Inspected, Side], Iterable[Finding]], ...] = (
     *(refused, dropped, truncated, without_prompt, moved, open_ends, special_tokens, repeated, length_bias, languages),
-    remarks,
+    *(label_balance, too_long, remarks),
 )
 """Of one side each."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -11,14 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from megadpo import cli
 from megadpo.commands import doctor
 from megadpo.config.schema import Config
 from megadpo.doctor import machine, ranks
 from megadpo.doctor.check import Check, has_failed
+from megadpo.doctor.examine import examine_ranks
 from megadpo.doctor.files import bytes_needed, check_directories, check_directory, check_disk
 from megadpo.doctor.model import check_model
 from megadpo.doctor.ranks import Rank, check_ranks, judge_all_reduce, judge_output_dir, judge_versions
@@ -310,6 +315,51 @@ def test_two_processes_meet_add_up_and_see_the_same_directory(tmp_path: Path) ->
     assert first[2].found.startswith("sums are right; ") and list(tmp_path.iterdir()) == []
 
 
+def by_our_launcher(nproc: int, config: str) -> tuple[list[Check], list[Check]]:
+    """What `doctor --nproc` has the launcher do, with forked workers; and with workers that die."""
+    from tests.helpers.launched import _Worker
+
+    class Forked(_Worker):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            Forked.main = staticmethod(lambda: cli.main(command[3:]))
+            super().__init__(command, **options)
+
+    class Dying(_Worker):
+        main = staticmethod(lambda: 7)
+
+    found = []
+    for workers in (Forked, Dying):
+        subprocess.Popen = workers  # type: ignore[assignment,misc]
+        found.append(examine_ranks(nproc, ["doctor", config, doctor.RANKS]))
+    return found[0], found[1]
+
+
+def test_nproc_has_our_launcher_start_the_processes_and_says_where_they_die(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}/run\n")
+    ((found, died),) = run_world(1, by_our_launcher, 2, str(tmp_path / "run.yaml"))
+    names = ["2 processes", "same versions", "all-reduce", "shared output_dir"]
+    assert [check.name for check in found] == names and not has_failed(found)
+    words = "they ended with status 7 and said nothing"
+    assert died == [Check("2 processes", "failed", words, "See what they printed above.")]
+
+
+def test_the_command_prints_one_json_object_and_its_status_is_for_scripts(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": {"path": str(model)}, "output_dir": str(tmp_path / "run"), "data": {"cache_dir": str(tmp_path)}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    assert cli.main(["doctor", str(tmp_path / "run.yaml"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert {"python", "packages", "device", "attention", "kernels head", "MPI", "model", "vocabulary", "disk"} <= {
+        check["name"] for check in answer["checks"]
+    }
+    assert cli.main(["doctor", str(tmp_path / "run.yaml"), "output_dir=/proc/run", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    failed = [one["name"] for one in answer["checks"] if one["status"] == "failed"]
+    assert not answer["ok"] and failed == ["output_dir writable", "disk"]
+
+
 def alone_of_two() -> list[Check]:
     os.environ |= {"WORLD_SIZE": "2", "MEGADPO_RENDEZVOUS_TIMEOUT": "1"}
     return check_ranks()
@@ -332,6 +382,7 @@ def test_ranks_that_differ_are_told() -> None:
     assert judge_versions([one, one])[0].status == "ok" and judge_output_dir([one, one], "run").status == "ok"
     (check,) = judge_versions([one, other])
     assert check.status == "failed" and check.found.startswith("rank 1 on b has Python 3.11.7, torch 2.12.0")
+    assert judge_versions([one, dataclasses.replace(one, code="0.1.1")])[0].status == "failed"
     assert judge_output_dir([one, other], "run").found == "b cannot see rank 0's run"
 
 

@@ -195,6 +195,27 @@ def test_labelled_answers_lists_and_examples_are_looked_at_as_what_they_are(tmp_
         assert looked.samples[0].parts[1].pieces[-1].text == "</s>"
 
 
+def test_labels_out_of_balance_are_told_with_the_trainer_s_own_advice(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": place % 4 == 0}
+        for place, row in enumerate(clean(40))
+    ]
+    (one,) = found(tmp_path, model, rows, objective={"loss_type": "kto"})
+    assert (
+        one.name == "label_balance"
+        and "weigh 0.333 times" in one.sentence
+        and "(10 desirable, 30 undesirable)" in one.sentence
+    )
+    assert "objective.desirable_weight 3 to 4" in one.advice
+
+
+def test_rows_longer_than_the_model_s_positions_are_told(tmp_path: Path, model: Path) -> None:
+    options = config(tmp_path, model, [*clean(8), {**clean(1)[0], "prompt": "river " * 3000}], max_length=None)
+    options.train.tokens_per_micro_batch = 40_000
+    (one,) = findings(read_data(options))
+    assert (one.name, one.rows) == ("too_long", [f"{tmp_path}/train.jsonl:9"]) and "2,048 positions" in one.sentence
+
+
 def test_what_the_trainer_would_refuse_is_said_with_its_sentence(tmp_path: Path, model: Path) -> None:
     options = config(tmp_path, model, clean(40))
     options.train.tokens_per_micro_batch = 40
@@ -202,7 +223,7 @@ def test_what_the_trainer_would_refuse_is_said_with_its_sentence(tmp_path: Path,
     assert (
         looked.findings[0].name == "refused" and "more than train.tokens_per_micro_batch = 40" in looked.findings[0].sentence
     )
-    assert (looked.inspected.packed is None and looked.samples == []) or looked.samples
+    assert looked.inspected.packed is None and len(looked.samples) == 1
     identical = [{**row, "chosen": row["rejected"]} for row in clean(5)]
     names = [one.name for one in found(tmp_path, model, identical)]
     assert names == ["refused", "identical"]

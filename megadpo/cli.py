@@ -8,6 +8,8 @@ megadpo convert merge ADAPTER OUT
 megadpo plan run.yaml --layouts 4 8
 megadpo plan run.yaml --schedule schedule.svg
 megadpo report runs/first runs/second
+megadpo inspect run.yaml --html inspect.html
+megadpo doctor run.yaml --nproc 2
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, logprobs, plan, report, train
+from megadpo.commands import convert, doctor, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
@@ -45,8 +47,9 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert, "report": report}
-LATER = ("inspect", "doctor", "eval")
+COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert}
+COMMANDS |= {"inspect": inspect, "report": report, "doctor": doctor}
+LATER = ("eval",)
 """Commands that are well known but that this version does not have."""
 
 

@@ -49,6 +49,8 @@ FLOORS = (
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),
+    Floor(("inspect",), "what the trainer sees of the data"),
+    Floor(("doctor",), "what a machine and a run need, tried out"),
     Floor(("__init__",), "import megadpo: train, Config, Callbacks, Result, UserError"),
     Floor(("commands",), "a file a command"),
     Floor(("cli",), "the table of commands"),

@@ -123,11 +123,17 @@ def log_origin(setup: RunSetup) -> None:
 
 
 def log_balance(options: ObjectiveConfig, report: DataReport) -> None:
-    """How desirable and undesirable answers weigh against each other; the advice is KTO's (arXiv:2402.01306, 4.2)."""
+    """How desirable and undesirable answers weigh against each other."""
+    words, advice = balance(options, report)
+    log(f"{words}{f'; {advice}' if advice else ''}")
+
+
+def balance(options: ObjectiveConfig, report: DataReport) -> tuple[str, str]:
+    """The same in words, and what to do, KTO's advice (arXiv:2402.01306, 4.2); "" where nothing is to be done."""
     undesirable = options.undesirable_weight * report.num_undesirable
     ratio = options.desirable_weight * report.num_desirable / undesirable if undesirable else math.inf
     advice = ""
     if not 0.99 <= ratio <= 1.34:
         least = undesirable / report.num_desirable
-        advice = f"; KTO's authors advise 1 to 4/3, as objective.desirable_weight {least:.3g} to {least * 4 / 3:.3g} gives"
-    log(f"desirable answers weigh {ratio:.3g} times what undesirable ones do{advice}")
+        advice = f"KTO's authors advise 1 to 4/3, as objective.desirable_weight {least:.3g} to {least * 4 / 3:.3g} gives"
+    return f"desirable answers weigh {ratio:.3g} times what undesirable ones do", advice

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -128,11 +128,11 @@ def prepare(config: Config) -> RunSetup:
         check_adapters(config, policy.shape, layout, adapter.spec)
     output_dir = Path(config.output_dir)
     claim_output_dir(output_dir, config)
-    _look_at_data(config)
+    look_at_data(config)
     reports: dict[str, DataReport] = {}
-    train = _packing(config, config.data.train, policy, layout, reports, "train")
-    held_out = None if config.data.eval is None else _packing(config, config.data.eval, policy, layout, reports, "eval")
-    sampler = _sampler(config, train)
+    train = packed_data(config, config.data.train, policy, layout, reports, "train")
+    held_out = None if config.data.eval is None else packed_data(config, config.data.eval, policy, layout, reports, "eval")
+    sampler = step_sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
     check_logging(config.logging, world_size(), num_steps)
@@ -220,7 +220,21 @@ def scoring_packing(config: Config, groups: GroupStore, layout: Layout, shape: M
     return data_packing(config, groups, layout, shape, own or config.train.tokens_per_micro_batch, setting)
 
 
-def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
+class ModelOfTokens(Protocol):
+    """What token ids are held to of a model: `ModelFiles` has it, and so has one whose tensors are not here."""
+
+    @property
+    def huggingface(self) -> Path:
+        """The directory with the tokenizer."""
+        ...
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model that reads them."""
+        ...
+
+
+def check_token_ids(groups: GroupStore, model: ModelOfTokens) -> None:
     """Refuse groups with token ids that the model has no row for.
 
     Raises:
@@ -233,21 +247,31 @@ def check_token_ids(groups: GroupStore, model: ModelFiles) -> None:
         )
 
 
-def _look_at_data(config: Config) -> None:
+def look_at_data(config: Config) -> None:
     """Sources that cannot be read are said before any of them is tokenised."""
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
         if sources is not None:
             look_at(config.data, sources, reading_of(config.objective), held_out=name == "eval")
 
 
-def _packing(
-    config: Config, sources: Any, model: ModelFiles, layout: Layout, reports: dict[str, DataReport], which: str
+def packed_data(
+    config: Config,
+    sources: Any,
+    model: ModelOfTokens,
+    layout: Layout,
+    reports: dict[str, DataReport],
+    which: str,
+    made: tuple[GroupStore, DataReport] | None = None,
 ) -> PackedDataset:
     """The groups of `sources`, tokenised or from the cache, checked, and ready to be packed.
 
     What became of the rows goes into `reports` under the name `which`.
+
+    Args:
+        made: as of `prepare_groups`.
     """
-    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading_of(config.objective), which == "eval")
+    reading, held_out = reading_of(config.objective), which == "eval"
+    prepared = prepare_groups(config.data, sources, str(model.huggingface), reading, held_out, made)
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if which == "eval" and config.eval.pairs is not None:
@@ -265,7 +289,7 @@ def _packing(
     )
 
 
-def _sampler(config: Config, train: PackedDataset) -> StepSampler:
+def step_sampler(config: Config, train: PackedDataset) -> StepSampler:
     """Which training groups each step sees."""
     sampler = StepSampler(
         train.groups.sources,

@@ -121,6 +121,22 @@ def test_the_plan_command_draws_the_schedule(workplace: Path) -> None:
     assert (workplace / command.split()[-1]).read_text().startswith("<svg")
 
 
+@pytest.mark.slow
+def test_the_inspect_and_doctor_commands_find_nothing_that_stops_a_run(workplace: Path) -> None:
+    found = [command for command in commands() if command.startswith(("megadpo inspect", "megadpo doctor"))]
+    assert found == [
+        command
+        for name in ("inspect", "doctor")
+        for command in shell_lines(ROOT / "docs" / f"{name}.md")
+        if command != "megadpo doctor"
+    ]
+    alone = [f"{command.partition(' --nproc')[0]} output_dir=runs/looked" for command in found]
+    inspected, examined = (run(command.split(), workplace) for command in alone)
+    assert "8 of 8 pairs kept" in inspected and (workplace / found[0].split()[-1]).read_text().startswith("<!DOCTYPE html>")
+    assert examined.endswith(" 0 failed\n") and "ok      disk: " in examined
+    assert not (workplace / "runs" / "looked").exists()
+
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

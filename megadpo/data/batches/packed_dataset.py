@@ -79,18 +79,10 @@ class PackedDataset:
         micro-batches, some micro-batches hold padding only, which adds nothing to any sum.
         """
         options = self.options
-        step_ids = np.asarray(group_ids, np.int64)
-        positions = pack_micro_batches(
-            self.num_tokens_G[step_ids],
-            self.costs_G[step_ids],
-            options.tokens_per_micro_batch,
-            options.num_data_parallel,
-            options.micro_batches_multiple_of,
-        )
         micro_batches = collate_step(
             self.groups,
-            step_ids,
-            positions[data_rank],
+            np.asarray(group_ids, np.int64),
+            self.bins(group_ids)[data_rank],
             options.share_prompts,
             options.stream_multiple,
             score_prompts=options.score_prompts,
@@ -98,6 +90,17 @@ class PackedDataset:
         if options.split_pairs:
             return [with_halves(micro_batch, options.stream_multiple) for micro_batch in micro_batches]
         return micro_batches
+
+    def bins(self, group_ids: Sequence[int] | IntArray) -> list[list[list[int]]]:
+        """[replica][micro-batch] -> positions among `group_ids` of the groups that go through the model together."""
+        step_ids = np.asarray(group_ids, np.int64)
+        return pack_micro_batches(
+            self.num_tokens_G[step_ids],
+            self.costs_G[step_ids],
+            self.options.tokens_per_micro_batch,
+            self.options.num_data_parallel,
+            self.options.micro_batches_multiple_of,
+        )
 
     def mismatched(self, group_ids: Sequence[int] | IntArray) -> PackedDataset:
         """KTO's mismatched answers: each group's prompt, followed by the first response of the group before it.

@@ -7,14 +7,15 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -38,7 +39,8 @@ _CHUNK = 250
 CACHE_SETTING = "data.cache_dir"
 
 LocatedRow = tuple[int, int, str, Row]  # row number, source number, location, row
-Results = Generator[tuple[GroupColumns, DataReport], None, None]
+Seen = TypeVar("Seen")
+Result = TypeVar("Result")
 
 
 class DataOptions(Protocol):
@@ -74,8 +76,25 @@ class TokeniseJob:
     allow_no_prompt: bool = False
 
 
+@dataclass(frozen=True)
+class RowTokens:
+    """A tokenised row before and after `max_length`; a string is the reason why it is dropped there."""
+
+    whole: GroupTokens | str
+    cut: GroupTokens | str
+
+
+Look = Callable[[Sequence[LocatedRow], Sequence[RowTokens], TokeniseJob, Any], Seen]
+"""Called where rows are tokenised, with some of them, their tokens and the tokenizer; what it returns comes back."""
+
+
 def prepare_groups(
-    data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading = PAIRS, held_out: bool = False
+    data: DataOptions,
+    sources_value: object,
+    tokenizer_path: str,
+    reading: Reading = PAIRS,
+    held_out: bool = False,
+    made: tuple[GroupStore, DataReport] | None = None,
 ) -> Prepared:
     """Read and tokenise the sources, or load them from the cache. Call it before process groups are made.
 
@@ -87,11 +106,27 @@ def prepare_groups(
         tokenizer_path: a local directory with a tokenizer that transformers can load.
         reading: what the objective reads of every row.
         held_out: whether rows to evaluate on are meant, of sources with splits.
+        made: what `look_through` has made of the same sources: kept in the cache where that has nothing.
 
     Raises:
         UserError: for anything wrong with the files, the rows, the tokenizer or the options, when no row is left, or
             when labelled answers are all desirable or all undesirable.
     """
+    sources, job = tokenise_job(data, sources_value, tokenizer_path, reading, held_out)
+    directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
+    cached = _load(directory)
+    if cached is None:
+        cached = _make_once(directory, sources, job, data.num_workers, made)
+    store, report = cached
+    names, weights = [source.name for source in sources], [source.weight for source in sources]
+    report = replace(report, splits=[line for source in sources if (line := split_taken(source)) is not None])
+    return Prepared(GroupStore(store.columns, names, weights, store.digest), report)
+
+
+def tokenise_job(
+    data: DataOptions, sources_value: object, tokenizer_path: str, reading: Reading, held_out: bool = False
+) -> tuple[list[Source], TokeniseJob]:
+    """The sources, and how their rows are tokenised; arguments and errors as of `prepare_groups`."""
     if data.truncation not in TRUNCATIONS:
         raise UserError(f"data.truncation is {data.truncation!r}; it must be one of {', '.join(TRUNCATIONS)}")
     if data.max_length is not None and data.max_length < 2:
@@ -101,14 +136,7 @@ def prepare_groups(
     sources = parse_sources(sources_value, data.columns, ignored=data.ignore_columns, held_out=held_out)
     template = read_template(data.chat_template)
     job = TokeniseJob(tokenizer_path, template, data.max_length, data.truncation, reading, data.allow_no_prompt)
-    directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
-    cached = _load(directory)
-    if cached is None:
-        cached = _make_once(directory, sources, job, data.num_workers)
-    store, report = cached
-    names, weights = [source.name for source in sources], [source.weight for source in sources]
-    report = replace(report, splits=[line for source in sources if (line := split_taken(source)) is not None])
-    return Prepared(GroupStore(store.columns, names, weights, store.digest), report)
+    return sources, job
 
 
 def look_at(data: DataOptions, sources_value: object, reading: Reading = PAIRS, held_out: bool = False) -> None:
@@ -135,7 +163,11 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def _make_once(
-    directory: Path, sources: list[Source], job: TokeniseJob, num_workers: int | None
+    directory: Path,
+    sources: list[Source],
+    job: TokeniseJob,
+    num_workers: int | None,
+    made: tuple[GroupStore, DataReport] | None = None,
 ) -> tuple[GroupStore, DataReport]:
     """Make what is not in the cache, or is damaged there, while others that want it wait."""
     from filelock import FileLock
@@ -149,7 +181,7 @@ def _make_once(
             if cached is not None:
                 return cached
             put_away(directory)
-            store, report = make_groups(sources, job, num_workers)
+            store, report = made or make_groups(sources, job, num_workers)
             store.save(directory, extra=report.to_dict())
     except KeyboardInterrupt:
         names = ", ".join(source.name for source in sources)
@@ -185,24 +217,40 @@ def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataR
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
     """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
+    store, report, _ = look_through(sources, job, num_workers, _unseen)
+    report.check([source.name for source in sources])
+    return store, report
+
+
+def look_through(
+    sources: Sequence[Source], job: TokeniseJob, num_workers: int | None, look: Look[Seen]
+) -> tuple[GroupStore, DataReport, list[Seen]]:
+    """What `make_groups` makes, without its last check, and what `look` saw of every row on the way.
+
+    Args:
+        look: a module's function: it is called where the rows are tokenised, which may be another process.
+    """
     rows = _located_rows(sources, job)
     head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
-    chunks = _chunks(chain(head, rows))
+    chunks, process = _chunks(chain(head, rows)), partial(_process, look=look)
     if num_workers <= 1 or len(head) < MIN_ROWS_FOR_WORKERS:
         tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
-        results: Results = (_process(chunk, job, tokenizer) for chunk in chunks)
+        results = (process(chunk, job, tokenizer) for chunk in chunks)
     else:
-        results = _in_workers(chunks, job, num_workers)
+        results = _in_workers(chunks, job, num_workers, process)
     report = DataReport(kind=job.reading.kind)
-    parts = [GroupColumns.of([])]
+    parts, seen = [GroupColumns.of([])], []
     with contextlib.closing(results):  # whose workers end with it
-        for columns, part in results:
+        for columns, part, seen_of_chunk in results:
             parts.append(columns)
             report.add(part)
-    names = [source.name for source in sources]
-    report.check(names)
-    return GroupStore(GroupColumns.concatenate(parts), names), report
+            seen.append(seen_of_chunk)
+    return GroupStore(GroupColumns.concatenate(parts), [source.name for source in sources]), report, seen
+
+
+def _unseen(chunk: Sequence[LocatedRow], tokens: Sequence[RowTokens], job: TokeniseJob, tokenizer: Any) -> None:
+    """The look of those who only want groups."""
 
 
 def _located_rows(sources: Sequence[Source], job: TokeniseJob) -> Iterator[LocatedRow]:
@@ -218,15 +266,16 @@ def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
         yield chunk
 
 
-def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple[GroupColumns, DataReport]:
+def _process(
+    chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any, look: Look[Seen]
+) -> tuple[GroupColumns, DataReport, Seen]:
     report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
     report.unread = dict(Counter(name for *_, row in chunk for name in row.unread))
     dropped: Counter[str] = Counter()
     groups, group_sources = [], []
-    tokenised = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
-    for (number, source, location, row), tokens in zip(chunk, tokenised, strict=True):
-        if not isinstance(tokens, str):
-            tokens = _truncate(row, tokens, job, tokenizer, location)
+    tokenised = _tokens_of(chunk, job, tokenizer)
+    for (number, source, _, row), row_tokens in zip(chunk, tokenised, strict=True):
+        tokens = row_tokens.cut
         if isinstance(tokens, str):
             dropped[tokens] += 1
             continue
@@ -242,7 +291,17 @@ def _process(chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any) -> tuple
         report.num_moved_boundaries += tokens.moved_boundary
         report.num_desirable += row.row_values.get("label", ()).count(1.0)
         report.num_undesirable += row.row_values.get("label", ()).count(0.0)
-    return GroupColumns.of(groups, group_sources), replace(report, num_kept=len(groups), dropped=dict(dropped))
+    report = replace(report, num_kept=len(groups), dropped=dict(dropped))
+    return GroupColumns.of(groups, group_sources), report, look(chunk, tokenised, job, tokenizer)
+
+
+def _tokens_of(chunk: Sequence[LocatedRow], job: TokeniseJob, tokenizer: Any) -> list[RowTokens]:
+    tokenised = []
+    wholes = tokenise_rows([(location, row) for _, _, location, row in chunk], tokenizer)
+    for (_, _, location, row), whole in zip(chunk, wholes, strict=True):
+        cut = whole if isinstance(whole, str) else _truncate(row, whole, job, tokenizer, location)
+        tokenised.append(RowTokens(whole, cut))
+    return tokenised
 
 
 def _truncate(row: Row, tokens: GroupTokens, job: TokeniseJob, tokenizer: Any, location: str) -> GroupTokens | str:
@@ -263,12 +322,14 @@ def _start_worker(job: TokeniseJob) -> None:
     _worker = (job, load_tokenizer(job.tokenizer_path, job.chat_template))
 
 
-def _process_in_worker(chunk: list[LocatedRow]) -> tuple[GroupColumns, DataReport]:
+def _process_in_worker(process: Callable[..., Result], chunk: list[LocatedRow]) -> Result:
     assert _worker is not None
-    return _process(chunk, *_worker)
+    return process(chunk, *_worker)
 
 
-def _in_workers(chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int) -> Results:
+def _in_workers(
+    chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int, process: Callable[..., Result]
+) -> Generator[Result, None, None]:
     """Results in the chunks' order; at most 4 chunks a worker are in memory. However this ends, the workers have ended."""
     tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are raised here, not in a worker
     try:
@@ -279,13 +340,13 @@ def _in_workers(chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_worker
             "that one process tokenises",
             file=sys.stderr,
         )
-        yield from (_process(chunk, job, tokenizer) for chunk in chunks)
+        yield from (process(chunk, job, tokenizer) for chunk in chunks)
         return
-    waiting: deque[Future[tuple[GroupColumns, DataReport]]] = deque()
+    waiting: deque[Future[Result]] = deque()
     try:
         for chunk in chunks:
             with _without_main_module(), _deaf_to_interrupts():
-                waiting.append(pool.submit(_process_in_worker, chunk))
+                waiting.append(pool.submit(_process_in_worker, process, chunk))
             if len(waiting) >= 4 * num_workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -296,8 +357,8 @@ def _in_workers(chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_worker
         ) from error
     finally:
         if waiting:  # nobody wants the rest
-            for process in list((pool._processes or {}).values()):
-                process.kill()
+            for worker in list((pool._processes or {}).values()):
+                worker.kill()
         pool.shutdown(cancel_futures=True)
 
 

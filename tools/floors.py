@@ -44,6 +44,7 @@ FLOORS = (
     Floor(("model", "metrics"), "a pipeline stage of the model; figures that add up over ranks"),
     Floor(("validation",), "every refusal that needs more than one option"),
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
+    Floor(("planning",), "memory and time of a step, reckoned"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),
     Floor(("__init__",), "import megadpo: train, Config, Callbacks, Result, UserError"),

@@ -42,7 +42,9 @@ def job_of(
     if has_reward_head(config.objective.loss_types):
         hf_config = with_reward_head(hf_config, hf_config.pad_token_id)
     shape = shape_of(hf_config)
-    other = config.reference.path
+    other, train = config.reference.path, config.train
+    if train.recompute_num_layers is not None or train.recompute_method != "uniform":
+        held = [*held, "train.recompute"]  # these go with full alone
     return Job(
         config,
         shape,

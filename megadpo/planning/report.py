@@ -120,7 +120,7 @@ def yaml_of(job: Job, options: Options) -> str:
         said = getattr(getattr(job.config, section), name)
         if dotted in DEFAULTS and value == said == DEFAULTS[dotted]:
             continue
-        sections.setdefault(section, []).append(f"  {name}: {value}")
+        sections.setdefault(section, []).append(f"  {name}: {'null' if value is None else value}")
     return "".join(f"{section}:\n" + "\n".join(lines) + "\n" for section, lines in sections.items())
 
 

@@ -66,16 +66,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A layout that does not fit, whatever is recomputed or moved away, in the way of it that needs least.
-
-    Attributes:
-        seconds: that a step would take at least.
-    """
+    """A layout that does not fit, whatever is recomputed or moved away, in the way of it that needs least."""
 
     options: Options
     plan: Plan
     memory: RankMemory
-    seconds: float
 
 
 @dataclass
@@ -84,7 +79,7 @@ class Search:
 
     Attributes:
         fits: the fastest first.
-        misfits: the fastest first.
+        misfits: what needs least first.
         refused: why layouts were refused, with how many.
         num_tried: ways whose memory was reckoned.
     """
@@ -166,7 +161,7 @@ def search(job: Job, rates: Rates, usable_bytes: float, top: int = 5) -> Search:
     bounds: list[Found] = []
     for config, options in _candidates(job, rates.node, result):
         last: tuple[Options, Plan, RankMemory] | None = None
-        for rung in _rungs(job, config):
+        for rung in _rungs(job):
             candidate, more = _with(config, rung), options | rung
             try:
                 plan = _checked(job, candidate)
@@ -184,9 +179,9 @@ def search(job: Job, rates: Rates, usable_bytes: float, top: int = 5) -> Search:
             if last is None or memory.peak < last[2].peak:
                 last = more, plan, memory
         if last is not None:
-            result.misfits.append(Misfit(*last, 0.0))
+            result.misfits.append(Misfit(*last))
     result.fits = _fastest(bounds, job.workload, rates, top)
-    result.misfits = _nearest(result.misfits, job.workload, rates, top)
+    result.misfits = _nearest(result.misfits, top)
     return result
 
 
@@ -201,18 +196,12 @@ def _fastest(bounds: list[Found], workload: Workload, rates: Rates, top: int) ->
     return best
 
 
-def _nearest(misfits: list[Misfit], workload: Workload, rates: Rates, top: int) -> list[Misfit]:
-    """Of the layouts that need least, what a step would take, fastest first."""
-    nearest: list[Misfit] = []
-    layouts: set[Layout] = set()
+def _nearest(misfits: list[Misfit], top: int) -> list[Misfit]:
+    """Of the layouts that need least, each in the way of it that does."""
+    nearest: dict[Layout, Misfit] = {}
     for each in sorted(misfits, key=lambda each: each.memory.peak):
-        if each.plan.layout not in layouts:  # one micro-batch of each
-            layouts.add(each.plan.layout)
-            seconds = predict(each.plan, workload, rates, with_bubbles=False).seconds
-            nearest.append(dataclasses.replace(each, seconds=seconds))
-        if len(nearest) == top:
-            break
-    return nearest
+        nearest.setdefault(each.plan.layout, each)
+    return list(nearest.values())[:top]
 
 
 def _candidates(job: Job, node: int, result: Search) -> Iterator[tuple[Config, Options]]:
@@ -226,15 +215,14 @@ def _candidates(job: Job, node: int, result: Search) -> Iterator[tuple[Config, O
             f"the longest pair has {longest} tokens, more than train.tokens_per_micro_batch {own}; raise that to at least "
             f"{longest}, or lower data.max_length"
         )
-    for sizes, engine in itertools.product(_sizes(job, node), ENGINES):
-        chosen = {**sizes, **{name: value for name, value in engine.items() if name not in job.held}}
-        if any(_value(job.config, name) != value for name, value in engine.items() if name in job.held):
-            continue
-        candidate = _with(job.config, {"parallel.offload": "none"} if "parallel.offload" not in job.held else {})
-        configured = (job.config.parallel.pipeline, job.config.parallel.virtual_pipeline)
-        candidate = _with(candidate, chosen | ({"train.recompute": "none"} if "train.recompute" not in job.held else {}))
-        if configured != (candidate.parallel.pipeline, candidate.parallel.virtual_pipeline):
-            candidate.parallel.pipeline_layout = None  # made for the sizes that the configuration names
+    unsaved = {name: "none" for name in ("train.recompute", "parallel.offload") if name not in job.held}
+    configured = (job.config.parallel.pipeline, job.config.parallel.virtual_pipeline)
+    for sizes, engine in itertools.product(_sizes(job, node), _engines(job)):
+        chosen = sizes | engine
+        is_own = configured == (sizes["parallel.pipeline"], sizes["parallel.virtual_pipeline"])
+        if job.config.parallel.pipeline_layout is not None and not is_own:
+            chosen["parallel.pipeline_layout"] = None  # made for the sizes that the configuration names
+        candidate = _with(job.config, chosen | unsaved)
         try:
             validate(candidate)
             _checked(job, candidate)
@@ -272,14 +260,17 @@ def _sizes(job: Job, node: int) -> Iterator[Options]:
             yield dict(zip(SIZES, (tensor, pipeline, context, expert, chunks), strict=True))
 
 
-def _rungs(job: Job, config: Config) -> Iterator[Options]:
-    for rung in RUNGS:
-        held = {name: _value(job.config, name) for name in rung if name in job.held}
-        if all(rung[name] == value or value == "auto" for name, value in held.items()) or set(held) == set(rung):
-            yield {name: value for name, value in rung.items() if name not in job.held}
-        elif "parallel.offload" not in rung and held:
-            yield {}
-            return
+def _rungs(job: Job) -> list[Options]:
+    """RUNGS, without what is held to."""
+    free = [{name: value for name, value in rung.items() if name not in job.held} for rung in RUNGS]
+    return [rung for number, rung in enumerate(free) if rung not in free[:number]]
+
+
+def _engines(job: Job) -> list[Options]:
+    """ENGINES that have what is held to, or just that."""
+    own = {name: _value(job.config, name) for name in ENGINES[0]}
+    held = {name: value for name, value in own.items() if name in job.held}
+    return [engine for engine in ENGINES if engine | held == engine] or [own]
 
 
 def _checked(job: Job, config: Config) -> Plan:

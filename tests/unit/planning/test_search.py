@@ -207,6 +207,9 @@ def test_the_commands_of_the_page_work(
     page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
     commands = re.findall(r"^megadpo plan .*$", page, re.MULTILINE)
     assert len(commands) == 3
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    commands += re.findall(r"^megadpo plan .*--devices.*$", readme, re.MULTILINE)
+    assert len(commands) == 4
     monkeypatch.chdir(run_yaml.parent)
     for command in commands:
         assert cli.main(command.split()[1:]) == 0

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common import print_table
-from benchmarks.step_model import Plan, Rates, Step, mix_of, predict
+from benchmarks.material import synthetic_groups
 from megadpo.config.schema import copy_config
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
-from megadpo.model.shape import ModelShape
+from megadpo.model.shape import ModelShape, head_work
 from megadpo.parallel.layout import Layout, choose_layout
+from megadpo.planning.hardware import Rates
+from megadpo.planning.plan import Plan
+from megadpo.planning.step_time import Step, predict
+from megadpo.planning.workload import Workload
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 from megadpo.validation.values import validate
@@ -60,6 +66,17 @@ MEASURED = (
 )
 
 
+MIX, VOCABULARY, NUM_GROUPS = "UltraFeedback-like", 151_936, 192
+"""Lengths of pairs: of those on which the card was measured."""
+
+
+@functools.cache
+def workload_of(shape: ModelShape) -> Workload:
+    """What a step of the model has to compute."""
+    groups = synthetic_groups(MIX, NUM_GROUPS, VOCABULARY, longest=2048)
+    return Workload.of(GroupStore.of(groups), shape.hidden_size, head_work(shape), MIX)
+
+
 def plans(shape: ModelShape, num_gpus: int, num_pairs: int, rates: Rates, reference: str) -> Iterator[Plan]:
     """Every layout that the package's checks let pass, with what else is tried."""
     for layout in _layouts(shape, num_gpus, num_pairs, rates, reference):
@@ -96,13 +113,14 @@ def _layouts(shape: ModelShape, num_gpus: int, num_pairs: int, rates: Rates, ref
 
 def best_step(shape: ModelShape, num_gpus: int, num_pairs: int, rates: Rates, reference: str = "before") -> Step | None:
     """The fastest of `plans` that fits into memory; None: none does."""
-    mix = mix_of(192)
-    bounds = [predict(plan, mix, rates, with_bubbles=False) for plan in plans(shape, num_gpus, num_pairs, rates, reference)]
+    pairs = workload_of(shape)
+    tried = plans(shape, num_gpus, num_pairs, rates, reference)
+    bounds = [predict(plan, pairs, rates, with_bubbles=False) for plan in tried]
     best: Step | None = None
     for bound in sorted((each for each in bounds if each.gib <= rates.gib), key=lambda each: each.seconds):
         if best is not None and bound.seconds >= best.seconds:
             break
-        step = predict(bound.plan, mix, rates)
+        step = predict(bound.plan, pairs, rates)
         if best is None or step.seconds < best.seconds:
             best = step
     return best
@@ -110,9 +128,9 @@ def best_step(shape: ModelShape, num_gpus: int, num_pairs: int, rates: Rates, re
 
 def one_card(rates: Rates) -> list[tuple[Step, float, float]]:
     """Predicted steps of what was measured on one card, each with the seconds and GiB of that."""
-    shape, mix = shape_of(MODELS["1.7B"]), mix_of(192)
+    shape = shape_of(MODELS["1.7B"])
     return [
-        (predict(Plan(shape, Layout(), 64, recompute, reference=reference), mix, rates), seconds, gib)
+        (predict(Plan(shape, Layout(), 64, recompute, reference=reference), workload_of(shape), rates), seconds, gib)
         for reference, recompute, seconds, gib in MEASURED
     ]
 

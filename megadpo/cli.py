@@ -5,6 +5,7 @@ megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
+megadpo plan run.yaml --devices 8 --memory 80GiB
 megadpo plan run.yaml --layouts 4 8
 megadpo plan run.yaml --schedule schedule.svg
 megadpo report runs/first runs/second

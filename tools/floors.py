@@ -47,6 +47,7 @@ FLOORS = (
     Floor(("validation",), "every refusal that needs more than one option"),
     Floor(("report",), "a run's curves and findings, as a page and pictures"),
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
+    Floor(("planning",), "memory and time of a step, reckoned"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),
     Floor(("inspect",), "what the trainer sees of the data"),

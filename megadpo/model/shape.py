@@ -118,3 +118,13 @@ class ModelShape:
             "moe_router_load_balancing_type": "none",
             "moe_layer_freq": [int(layer in self.experts.layers) for layer in range(self.num_layers)],
         }
+
+
+def head_work(shape: ModelShape) -> float:
+    """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
+    hidden, experts = shape.hidden_size, shape.experts
+    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
+    num_expert_layers = 0 if experts is None else len(experts.layers)
+    columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
+    columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
+    return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)

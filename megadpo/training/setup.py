@@ -22,7 +22,7 @@ from megadpo.errors import UserError
 from megadpo.model.adapters.spec import adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
-from megadpo.model.shape import ModelShape
+from megadpo.model.shape import ModelShape, head_work
 from megadpo.objectives.custom import load_custom
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
@@ -201,16 +201,6 @@ def data_packing(
             split_pairs=split_pairs,
         ),
     )
-
-
-def head_work(shape: ModelShape) -> float:
-    """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
-    hidden, experts = shape.hidden_size, shape.experts
-    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
-    num_expert_layers = 0 if experts is None else len(experts.layers)
-    columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
-    columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
-    return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)
 
 
 def scoring_packing(config: Config, groups: GroupStore, layout: Layout, shape: ModelShape) -> PackedDataset:

@@ -6,11 +6,13 @@ import dataclasses
 
 import pytest
 
-from benchmarks.predict import MODELS, best_step, one_card
-from benchmarks.step_model import Plan, Rates, mix_of, parameters, predict
+from benchmarks.predict import MODELS, best_step, one_card, workload_of
 from megadpo.commands.plan_layouts import most_parameters
 from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout
+from megadpo.planning.hardware import Rates
+from megadpo.planning.plan import Plan, parameters
+from megadpo.planning.step_time import predict
 from tools.prediction_table import PART, render
 
 SHAPES = {name: shape_of(config) for name, config in MODELS.items()}
@@ -62,7 +64,8 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_more_communication_never_makes_a_step_faster(name: str) -> None:
-    plan, rates, mix = PLANS[name], Rates(), mix_of(192)
+    plan, rates = PLANS[name], Rates()
+    mix = workload_of(plan.shape)
     usual = predict(plan, mix, rates).seconds
     slower = [
         predict(plan, mix, dataclasses.replace(rates, **change)).seconds

@@ -24,15 +24,7 @@ from torch import Tensor
 
 from megadpo.model.heads.base import StreamHead
 from megadpo.model.heads.kernels import PARTS, head_kernels
-
-TILE_ROWS = 1 << 14
-"""Scored positions projected at once where the vocabulary is so small that `tile_bytes` would allow more."""
-
-CPU_TILE_BYTES = 240 << 20
-"""Memory of a tile on a CPU: every row that is not in the last tile costs a product again in the backward pass."""
-
-CUDA_TILE_SHARE = 48
-"""On CUDA a tile takes at most one part in so many of the device's memory."""
+from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
 
 TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
 """Columns of the head's output: log-prob of the target, entropy of the distribution, 1 where the target has the

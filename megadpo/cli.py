@@ -2,6 +2,7 @@
 
 megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
 megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
+megadpo eval runs/first
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, logprobs, plan, train
+from megadpo.commands import convert, evaluate, logprobs, plan, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
@@ -44,8 +45,8 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert}
-LATER = ("inspect", "doctor", "eval", "report")
+COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "eval": evaluate, "plan": plan, "convert": convert}
+LATER = ("inspect", "doctor", "report")
 """Commands that are well known but that this version does not have."""
 
 

@@ -46,6 +46,7 @@ FLOORS = (
     Floor(("checkpoint", "pipeline"), "states on disk; micro-batches through the stages"),
     Floor(("engine",), "gradients and optimizer: Megatron's or DeepSpeed's"),
     Floor(("training",), "the story: from a plan to the last step"),
+    Floor(("evaluation",), "a trained model judged: pairs, answers, tasks"),
     Floor(("__init__",), "import megadpo: train, Config, Callbacks, Result, UserError"),
     Floor(("commands",), "a file a command"),
     Floor(("cli",), "the table of commands"),

@@ -69,10 +69,12 @@ setup(
         "protobuf>=4.25",
         "packaging>=23",
         "xxhash>=3.4",
+        "rich>=13",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "mpi": ["mpi4py>=4.0"],
+        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dev": [
             'trl>=1.16,<1.17; python_version >= "3.11"',
             "peft>=0.18",
@@ -86,6 +88,7 @@ setup(
             "psutil>=6",
             "deepspeed>=0.19,<0.20",
             "mpi4py>=4.0",
+            "lm-eval[hf]>=0.4.13,<0.5",
             "triton>=3.2; platform_system == 'Linux'",
         ],
     },

@@ -79,6 +79,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3.0"],
         "trackio": ["trackio>=0.10"],
         "swanlab": ["swanlab>=0.6"],
+        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dev": [
             'trl>=1.16,<1.17; python_version >= "3.11"',
             "peft>=0.18",
@@ -97,6 +98,7 @@ setup(
             "mlflow-skinny>=3.0",
             "trackio>=0.10",
             "swanlab>=0.6",
+            "lm-eval[hf]>=0.4.13,<0.5",
             "triton>=3.2; platform_system == 'Linux'",
         ],
     },

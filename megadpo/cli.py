@@ -1,15 +1,14 @@
 """The command line: a table of commands, no logic.
 
+megadpo inspect run.yaml --html inspect.html
+megadpo plan run.yaml --devices 8 --memory 80GiB
 megadpo train run.yaml train.learning_rate=5e-7 --nproc 2
+megadpo report runs/first runs/second
+megadpo eval --model runs/first/hf --data pairs.jsonl
 megadpo logprobs --model DIR --data pairs.jsonl --out logprobs.jsonl
 megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
-megadpo plan run.yaml --devices 8 --memory 80GiB
-megadpo plan run.yaml --layouts 4 8
-megadpo plan run.yaml --schedule schedule.svg
-megadpo report runs/first runs/second
-megadpo inspect run.yaml --html inspect.html
 megadpo doctor run.yaml --nproc 2
 """
 
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, doctor, inspect, logprobs, plan, report, train
+from megadpo.commands import convert, doctor, evaluate, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
 from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
@@ -48,10 +47,8 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"train": train, "logprobs": logprobs, "plan": plan, "convert": convert}
-COMMANDS |= {"inspect": inspect, "report": report, "doctor": doctor}
-LATER = ("eval",)
-"""Commands that are well known but that this version does not have."""
+COMMANDS: dict[str, Command] = {"inspect": inspect, "plan": plan, "train": train, "report": report, "eval": evaluate}
+COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor}
 
 
 def console() -> NoReturn:
@@ -68,8 +65,6 @@ def main(argv: Sequence[str]) -> int:
     # mpirun reaches other machines through srun, whose variables are then those of mpirun's own helpers.
     adopt_mpi_environment(os.environ)
     adopt_slurm_environment(os.environ)
-    if argv and argv[0] in LATER:
-        raise UserError(f"the command {argv[0]!r} is not available in this version of megadpo; see megadpo --help")
     arguments = parser().parse_args(argv)
     return COMMANDS[arguments.command].run(arguments, argv)
 

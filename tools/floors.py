@@ -52,6 +52,7 @@ FLOORS = (
     Floor(("training",), "the story: from a plan to the last step"),
     Floor(("inspect",), "what the trainer sees of the data"),
     Floor(("doctor",), "what a machine and a run need, tried out"),
+    Floor(("evaluation",), "a trained model judged: pairs, answers, tasks"),
     Floor(("__init__",), "import megadpo: train, Config, Callbacks, Result, UserError"),
     Floor(("commands",), "a file a command"),
     Floor(("cli",), "the table of commands"),

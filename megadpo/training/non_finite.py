@@ -98,12 +98,18 @@ def own_weights(stage: Stage, kind: str = "weights") -> Iterator[Part]:
 
 
 def require_finite_logps(
-    groups: GroupStore, responses: Sequence[int] | npt.NDArray[np.int64], logps_R: npt.NDArray[np.float64]
+    groups: GroupStore,
+    responses: Sequence[int] | npt.NDArray[np.int64],
+    logps_R: npt.NDArray[np.float64],
+    setting: str = "reference.path",
+    what: str = "log-probs",
 ) -> None:
-    """Refuse reference log-probs that are not finite, before anybody keeps them; every rank has the same.
+    """Refuse log-probs that are not finite, before anybody keeps them; every rank has the same.
 
     Args:
         responses: their ids in `groups`.
+        setting: the option that names the model.
+        what: they are.
 
     Raises:
         UserError: naming the rows.
@@ -113,8 +119,8 @@ def require_finite_logps(
         group_ids = np.searchsorted(groups.response_offsets_G, np.asarray(responses)[bad], side="right") - 1
         rows = described_rows(sorted({int(groups.rows[group_id]) for group_id in group_ids}))
         raise UserError(
-            f"reference.path: the log-probs of {rows} are not finite, so they were not kept; look at these rows and at the "
-            "reference's weights"
+            f"{setting}: the {what} of {rows} are not finite, so they were not kept; look at these rows and at the "
+            f"{'reference' if setting == 'reference.path' else 'model'}'s weights"
         )
 
 

@@ -1,4 +1,4 @@
-"""Log-probs of every response of a data set under one frozen model, in any layout: no gradients, no objective."""
+"""Log-probs, or rewards, of every response of a data set under a frozen model, in any layout: no gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.model.build import Stage
+from megadpo.objectives.statistics import RESPONSE_SUMS
 from megadpo.parallel.context import is_first_rank_of_stage, local_micro_batches
 from megadpo.pipeline.megatron_schedule import MegatronSchedule
 from megadpo.platform.device import compute_device
@@ -19,9 +20,14 @@ GROUPS_AT_ONCE = 1024
 
 
 def response_logps(
-    stage: Stage, packing: PackedDataset, ld_alpha: float | None = None
+    stage: Stage, packing: PackedDataset, ld_alpha: float | None = None, statistic: str = "logps"
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Sequence log-probs of all groups, lot by lot, on every rank: (group ids, float64 of each of their responses)."""
+    """Sequence log-probs of all groups, lot by lot, on every rank: (group ids, float64 of each of their responses).
+
+    Args:
+        statistic: another one of `RESPONSE_SUMS` in their place: "reward" with a reward model.
+    """
+    column = RESPONSE_SUMS.index(statistic)
     for model in stage.models:
         model.eval()
     num_groups = len(packing.groups)
@@ -34,7 +40,7 @@ def response_logps(
         if is_first_rank_of_stage():
             for micro_batch, sums_RS in zip(micro_batches, sums, strict=False):
                 places_R = torch.from_numpy(packing.groups.response_ids_of(micro_batch.group_ids) - first)
-                logps_R[places_R.to(logps_R.device)] = sums_RS[:, 0]
+                logps_R[places_R.to(logps_R.device)] = sums_RS[:, column]
         # One rank of each replica brings each value; the others add zeros.
         dist.all_reduce(logps_R)
         yield group_ids, logps_R.cpu().numpy()

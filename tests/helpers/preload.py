@@ -20,6 +20,7 @@ for name in (
     "megadpo.training.step",
     "megadpo.training.setup",
     "megadpo.training.logprobs",
+    "megadpo.evaluation.evaluate",
     "megadpo.engine.megatron",
     "megadpo.model.build",
 ):

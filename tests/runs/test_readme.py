@@ -80,6 +80,15 @@ def test_the_train_command_leaves_a_model_that_transformers_loads(workplace: Pat
     AutoModelForCausalLM.from_pretrained(output / "hf")
 
 
+def test_the_eval_command_judges_what_was_trained(workplace: Path) -> None:
+    command = next(command for command in commands() if command.startswith("megadpo eval"))
+    if not (workplace / "runs" / "first" / "hf").is_dir():
+        test_the_train_command_leaves_a_model_that_transformers_loads(workplace)
+    assert "Reward accuracy by log_ratio" in run(command.split(), workplace)
+    (subset,) = json.loads((workplace / "runs" / "first" / "eval" / "eval.json").read_text())["subsets"]
+    assert subset["name"] == "pairs" and subset["num_pairs"] > 0
+
+
 @pytest.mark.slow
 def test_the_report_command_writes_the_page_of_the_run_that_the_train_command_has_left(workplace: Path) -> None:
     command = next(command for command in commands() if command.startswith("megadpo report"))

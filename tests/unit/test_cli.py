@@ -44,7 +44,6 @@ def megadpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (["inspect"], "the following arguments are required: CONFIG; see megadpo inspect --help"),
         (["doctor", "--fix"], "unrecognized arguments: --fix"),
         (["doctor", "--nproc", "0"], "--nproc must be at least 1, got 0"),
-        (["eval"], "the command 'eval' is not available in this version"),
         (["convert", "import", "a", "b", "context=2"], "unknown layout 'context=2'"),
         (["convert", "import", "a", "b", "tensor=0"], "parallel.tensor must be at least 1"),
         (["logprobs", "--model", "m"], "the following arguments are required: --data, --out"),

@@ -36,6 +36,13 @@ class ModelConfig:
     fp8: bool = False
     """With `layers: transformer_engine` on GPUs that have it: multiply in FP8 inside the layers, each tensor scaled by its
     own largest value (so numbers depend on the micro-batch, as far as FP8 rounds)."""
+    quantization: str = "none"
+    """How the frozen weights of the layers are held with `adapter.kind: lora`: `none` (in `dtype`), or `nf4`: in 4 bits, by
+    bitsandbytes (QLoRA, arXiv:2305.14314), each rank's part for itself. Embedding, norms and head stay in `dtype`."""
+    quantization_block_size: int = 64
+    """With `nf4`: weights that share a scale; 32, 64, 128, 256, 512, 1024, 2048 or 4096."""
+    double_quantization: bool = True
+    """With `nf4`: hold the scales in 8 bits themselves, which saves 0.37 bits a weight."""
 
 
 @dataclass

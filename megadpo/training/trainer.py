@@ -33,6 +33,7 @@ from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
+from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
@@ -99,6 +100,7 @@ def announce(number: signal.Signals) -> None:
 
 def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
+    from megadpo.model.four_bit.linear import bytes_in_four_bits
     from megadpo.model.heads.kernels import choose_kernels
     from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
@@ -118,6 +120,9 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "small operations": stage.small_ops,
         "activations": stage.activations,
     }
+    if setup.config.model.quantization != "none":
+        held = f"{bytes_in_four_bits(stage.models) / 2**20:,.1f} MiB on rank 0"
+        described["frozen weights"] = f"{quantization_text(setup.config.model)} ({held})"
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
     if setup.adapter is not None:

@@ -15,6 +15,7 @@ from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.memory import check_memory_options
+from megadpo.validation.quantization import check_quantization_options
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig
@@ -25,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", *BACKENDS),
     "model.small_ops": ("auto", "torch", "triton"),
     "model.layers": ("local", "transformer_engine"),
+    "model.quantization": ("none", "nf4"),
     "adapter.kind": ("none", "lora"),
     "adapter.init": ("kaiming", "gaussian"),
     "reference.mode": ("auto", "adapter", "resident", "precomputed", "cached", "none"),
@@ -60,6 +62,7 @@ SPELLINGS: dict[str, dict[str, str]] = {
 HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("qlora",),
+    "model.quantization": ("fp4", "int8"),
     "adapter.init": ("pissa", "olora", "loftq"),
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
@@ -68,8 +71,8 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 WHY_NOT = {
-    "loftq": " (it makes up for the error of frozen weights in 4 bits, and these stay in bf16 or fp32)",
-    "qlora": " (frozen weights stay in bf16 or fp32)",
+    "loftq": " (it searches by alternating between quantisation and SVD what model.quantization nf4 then has to find again)",
+    "qlora": " under that name (it is adapter.kind lora with model.quantization nf4)",
 }
 """Why such a value is not built, where that says more than that it is not."""
 
@@ -140,6 +143,7 @@ def validate(config: Config) -> None:
     _check_ranges(config)
     _check_numbers(config)
     _check_objective(config)
+    check_quantization_options(config)
     check_adapter_options(config)
     _check_moving_reference(config)
     _check_contradictions(config)

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 PREFIX = "base_model.model."
 
 
-def adapted_model(directory: Path, seed: int = 0, **options: Any) -> Any:
+def adapted_model(directory: Path, seed: int = 0, quantization: Any = None, **options: Any) -> Any:
     """A PeftModel on the model of `directory`, in eager attention, whose every adapter adds something; `options` are
-    LoraConfig's."""
+    LoraConfig's, `quantization` is transformers' BitsAndBytesConfig."""
     import peft
 
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if quantization is not None:
+        how |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    base = AutoModelForCausalLM.from_pretrained(directory, **how)
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.checkpoint.merged import MemorySource
-from megadpo.config.schema import ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -50,11 +50,13 @@ class AdapterOutcome(Outcome):
     Attributes:
         before, off: log-probs of all responses by the adapters' absence, before and after training.
         num_bytes: of gradients and optimizer state on rank 0.
+        num_four_bit_bytes: of weights in 4 bits on rank 0.
     """
 
     before: Tensor = field(default_factory=lambda: torch.empty(0))
     off: Tensor = field(default_factory=lambda: torch.empty(0))
     num_bytes: int = 0
+    num_four_bit_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Adapted:
     tensors: dict[str, Tensor] | None = None
     is_reference: bool = False
     """The reference has the same adapters as they are before training; else none."""
+    built: ModelConfig = field(default_factory=ModelConfig)
+    """The model's options: in how many bits its frozen weights are."""
 
 
 def outcomes(
@@ -104,6 +108,7 @@ def _outcome(
     adapted: Adapted, groups: Sequence[Group], case: Case, num_steps: int, options: ObjectiveConfig
 ) -> AdapterOutcome:
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
+    from megadpo.model.four_bit.linear import bytes_in_four_bits
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
     from megadpo.training.global_batch import pack_global_batch
@@ -150,6 +155,7 @@ def _outcome(
         outcome.off = found
     if num_steps:
         outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
+    outcome.num_four_bit_bytes = bytes_in_four_bits(stage.models)
     if case.zero_stage is None:
         outcome.num_bytes = _bytes_of(engine)
     return outcome
@@ -168,13 +174,14 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     spec = spec_of(adapted.options, shape)
     trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else MemorySource(adapted.tensors)
     if case.zero_stage is None:
-        stage = build_stage(shape, case.layout, case.dtype, case.memory, adapter=spec)
+        stage = build_stage(shape, case.layout, case.dtype, case.memory, options=adapted.built, adapter=spec)
         load_weights(stage, source, trained)
     else:
         from megadpo.engine.deepspeed.engine import policy_stage
 
         parallel = ParallelConfig(engine="deepspeed", zero_stage=case.zero_stage)
-        stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, parallel, adapter=spec, trained=trained)
+        options = parallel, adapted.built, spec, trained
+        stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, *options)
     if adapted.tensors is None and spec.use_dora:
         begin_magnitudes(stage.models)
     return stage, source, trained

@@ -73,6 +73,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "mpi": ["mpi4py>=4.0"],
+        "quantization": ["bitsandbytes>=0.46"],
         "dev": [
             'trl>=1.16,<1.17; python_version >= "3.11"',
             "peft>=0.18",
@@ -86,6 +87,7 @@ setup(
             "psutil>=6",
             "deepspeed>=0.19,<0.20",
             "mpi4py>=4.0",
+            "bitsandbytes>=0.46",
             "triton>=3.2; platform_system == 'Linux'",
         ],
     },

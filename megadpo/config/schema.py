@@ -10,6 +10,7 @@ from typing import Any
 
 from megadpo.config import yaml_core
 from megadpo.config.sources import is_dataset
+from megadpo.config.strict import elsewhere
 from megadpo.errors import UserError
 
 
@@ -36,12 +37,14 @@ class ModelConfig:
     fp8: bool = False
     """With `layers: transformer_engine` on GPUs that have it: multiply in FP8 inside the layers, each tensor scaled by its
     own largest value (so numbers depend on the micro-batch, as far as FP8 rounds)."""
-    quantization: str = "none"
+    quantization: str = field(
+        default="none", metadata=elsewhere("load_in_4bit", "bnb_4bit_quant_type", "quantization_bit", "quantization_config")
+    )
     """How the frozen weights of the layers are held with `adapter.kind: lora`: `none` (in `dtype`), or `nf4`: in 4 bits, by
     bitsandbytes (QLoRA, arXiv:2305.14314), each rank's part for itself. Embedding, norms and head stay in `dtype`."""
     quantization_block_size: int = 64
     """With `nf4`: weights that share a scale; 32, 64, 128, 256, 512, 1024, 2048 or 4096."""
-    double_quantization: bool = True
+    double_quantization: bool = field(default=True, metadata=elsewhere("bnb_4bit_use_double_quant", "use_double_quant"))
     """With `nf4`: hold the scales in 8 bits themselves, which saves 0.37 bits a weight."""
 
 
@@ -50,26 +53,28 @@ class AdapterConfig:
     kind: str = "none"
     """What is trained: `none` = every weight of the model; `lora` = low-rank adapters beside its linear layers, the model
     itself frozen (arXiv:2106.09685); the reference is then the model with its adapters off."""
-    rank: int = 16
+    rank: int = field(default=16, metadata=elsewhere("r", "lora_r", "lora_rank"))
     """Rank of each adapter's two matrices."""
-    alpha: float = 32.0
+    alpha: float = field(default=32.0, metadata=elsewhere("lora_alpha"))
     """An adapter's output is multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata=elsewhere("lora_dropout"))
     """Dropout of an adapter's input, in [0, 1)."""
     use_rslora: bool = False
     """Multiply by alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)."""
     use_dora: bool = False
     """Train each row's magnitude beside the direction that the adapter changes (DoRA, arXiv:2402.09353)."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = field(default="all-linear", metadata=elsewhere("lora_target_modules", "lora_target"))
     """Which linear layers, as in PEFT: `all-linear` (all but the head), a list of names (`[q_proj, v_proj]`), or a regular
     expression over whole names (`.*self_attn.*`)."""
     layers_to_transform: list[int] | None = None
     """Numbers of the layers that get adapters, from 0; null = all."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole beside the adapters and saved with them: `embed_tokens`, `lm_head`, `norm`."""
-    init: str = "kaiming"
-    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), or `gaussian` (A normal, B
-    zero). PiSSA, OLoRA and LoftQ, which change the frozen weights, are not in this version."""
+    init: str = field(default="kaiming", metadata=elsewhere("init_lora_weights"))
+    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), `gaussian` (A normal, B zero), `pissa`
+    (the largest singular values of the weights, arXiv:2404.02948) or `olora` (a part of their QR decomposition,
+    arXiv:2406.01775); these two are taken out of the frozen weights, and `hf/` has an adapter of the model as it was, of
+    twice the rank."""
     path: str | None = None
     """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout` and `merge`. null
     = a new one."""

@@ -155,7 +155,7 @@ def build(tree: type[Tree], values: Mapping[Any, Any], places: Places, root: typ
 
 
 def _unknown_key(root: type, dotted: str, place: str | None) -> str:
-    suggestion = closest(dotted, all_keys(root))
+    suggestion = _known_elsewhere(root).get(dotted.rpartition(".")[2]) or closest(dotted, all_keys(root))
     hint = f"; did you mean {suggestion}?" if suggestion else ""
     return f"{place + ': ' if place else ''}unknown key {dotted}{hint}"
 
@@ -168,6 +168,26 @@ def all_keys(tree: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             keys += all_keys(hint, f"{prefix}{name}.")
     return keys
+
+
+NAMES_ELSEWHERE = "names_elsewhere"
+
+
+def elsewhere(*names: str) -> dict[str, tuple[str, ...]]:
+    """The metadata of a field: what other libraries call it, for the hint on a key that is unknown here."""
+    return {NAMES_ELSEWHERE: names}
+
+
+def _known_elsewhere(tree: type, prefix: str = "") -> dict[str, str]:
+    """Dotted path of every option by the names that other libraries have for it."""
+    found: dict[str, str] = {}
+    hints = typing.get_type_hints(tree)
+    for each in dataclasses.fields(tree):
+        found |= dict.fromkeys(each.metadata.get(NAMES_ELSEWHERE, ()), prefix + each.name)
+        hint = hints[each.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= _known_elsewhere(hint, f"{prefix}{each.name}.")
+    return found
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

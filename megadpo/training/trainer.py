@@ -33,6 +33,7 @@ from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
+from megadpo.training.decomposition import begin_with_parts
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
@@ -77,6 +78,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             log_origin(setup)
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
+            setup = begin_with_parts(setup)
             run = build(setup, callbacks)
             run.stopping, run.lock, run.progress = stopping, lock, progress
             if stopping.deadline is not None:
@@ -140,7 +142,7 @@ def build_policy(setup: RunSetup) -> Stage:
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    config, shape, source = setup.config, setup.policy.shape, setup.policy.source
+    config, shape, source = setup.config, setup.policy.shape, setup.frozen
     activations = Activations.of(config.train)
     spec, trained = (None, None) if setup.adapter is None else (setup.adapter.spec, setup.adapter.source)
     if config.parallel.engine == "deepspeed":

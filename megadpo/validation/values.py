@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.config import strict
 from megadpo.errors import UserError
+from megadpo.model.adapters.spec import DECOMPOSED
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.validation.adapters import check_adapter_options
@@ -28,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.layers": ("local", "transformer_engine"),
     "model.quantization": ("none", "nf4"),
     "adapter.kind": ("none", "lora"),
-    "adapter.init": ("kaiming", "gaussian"),
+    "adapter.init": ("kaiming", "gaussian", *DECOMPOSED),
     "reference.mode": ("auto", "adapter", "resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
@@ -63,7 +64,7 @@ HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("qlora",),
     "model.quantization": ("fp4", "int8"),
-    "adapter.init": ("pissa", "olora", "loftq"),
+    "adapter.init": ("loftq",),
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
     "train.moments_dtype": HALF,

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 PREFIX = "base_model.model."
 
 
-def adapted_model(directory: Path, seed: int = 0, quantization: Any = None, **options: Any) -> Any:
-    """A PeftModel on the model of `directory`, in eager attention, whose every adapter adds something; `options` are
+def new_model(directory: Path, seed: int = 0, quantization: Any = None, **options: Any) -> Any:
+    """A PeftModel on the model of `directory`, in eager attention, that has not learned anything; `options` are
     LoraConfig's, `quantization` is transformers' BitsAndBytesConfig."""
     import peft
 
@@ -22,7 +22,12 @@ def adapted_model(directory: Path, seed: int = 0, quantization: Any = None, **op
         how |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
     base = AutoModelForCausalLM.from_pretrained(directory, **how)
     torch.manual_seed(seed)
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def adapted_model(directory: Path, seed: int = 0, quantization: Any = None, **options: Any) -> Any:
+    """The same whose every adapter adds something."""
+    model = new_model(directory, seed, quantization, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

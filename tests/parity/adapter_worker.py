@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.checkpoint.merged import MemorySource
+from megadpo.checkpoint.merged import MemorySource, MergedSource
 from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -164,7 +164,9 @@ def _outcome(
 def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     """The policy's stage on this rank, loaded, and the sources of the model and of what is trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
+    from megadpo.model.adapters.decomposed import beginnings
     from megadpo.model.adapters.initial import NewAdapter
+    from megadpo.model.adapters.spec import DECOMPOSED
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
@@ -173,6 +175,11 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     shape = shape_of(hf_config)
     spec = spec_of(adapted.options, shape)
     trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else MemorySource(adapted.tensors)
+    original = source
+    if spec.init in DECOMPOSED:
+        begun = beginnings(spec, source)
+        trained = NewAdapter(spec, shape, 0, source, begun)
+        source = MergedSource(source, MemorySource(begun), spec, factor=-1.0)
     if case.zero_stage is None:
         stage = build_stage(shape, case.layout, case.dtype, case.memory, options=adapted.built, adapter=spec)
         load_weights(stage, source, trained)
@@ -184,7 +191,7 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
         stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, *options)
     if adapted.tensors is None and spec.use_dora:
         begin_magnitudes(stage.models)
-    return stage, source, trained
+    return stage, original, trained
 
 
 def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:

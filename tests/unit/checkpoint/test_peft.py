@@ -223,6 +223,9 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": "1"}, "layers_to_transform is '1'; it must be a list of layers' numbers"),
     ({"modules_to_save": ["lm_head"]}, "its tensors do not have lm_head, of which modules_to_save says otherwise"),
     ({"rank_pattern": {"((": 2}}, "rank_pattern has '((', which is no regular expression"),
+    ({"rank_pattern": {"(a+)+b": 2}}, "rank_pattern has the expression '(a+)+b', which could take too long to match"),
+    ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "alpha_pattern has the expression '.*.*.*.*.*x', which could take too long"),
+    ({"target_modules": "(.*a|.*b)*"}, "target_modules has the expression '(.*a|.*b)*', which could take too long to"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with whole numbers above 0"),
 ]
 FILES: list[tuple[Callable[[Path], None], str]] = [

@@ -226,6 +226,21 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(key: str, suggest
     assert f"unknown key {key}; did you mean {suggestion}?" in error_of({}, f"{key}=1")
 
 
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("adapter.r", "adapter.rank"),
+        ("adapter.lora_alpha", "adapter.alpha"),
+        ("lora_dropout", "adapter.dropout"),
+        ("adapter.init_lora_weights", "adapter.init"),
+        ("model.load_in_4bit", "model.quantization"),
+        ("bnb_4bit_use_double_quant", "model.double_quantization"),
+    ],
+)
+def test_a_name_of_peft_or_transformers_leads_to_ours(key: str, ours: str) -> None:
+    assert error_of({}, f"{key}=1").endswith(f"unknown key {key}; did you mean {ours}?")
+
+
 def test_an_unknown_key_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", "model:\n  path: m\ntrain:\n  lerning_rate: 1\n")
     assert error_of(path) == f"{path}, line 4: unknown key train.lerning_rate; did you mean train.learning_rate?"

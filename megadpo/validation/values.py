@@ -72,7 +72,7 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 WHY_NOT = {
-    "loftq": " (it searches by alternating between quantisation and SVD what model.quantization nf4 then has to find again)",
+    "loftq": " (what it trains makes up for the error of 4 bits, and so fits neither other bits nor the model as it was)",
     "qlora": " under that name (it is adapter.kind lora with model.quantization nf4)",
 }
 """Why such a value is not built, where that says more than that it is not."""

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megadpo.checkpoint.hf import read_hf_config
+from megadpo.config.schema import AdapterConfig
+from megadpo.model.adapters.spec import adapter_shapes, resolve
+from megadpo.model.families import shape_of
+from tests.helpers import oracle
+
 PREFIX = "base_model.model."
 
 
@@ -54,3 +60,30 @@ def gradients(model: Any) -> dict[str, Tensor]:
     state = {name: found.get(name, tensor) for name, tensor in model.state_dict().items()}
     tensors = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     return {name.removeprefix(PREFIX): tensor.clone() for name, tensor in tensors.items()}
+
+
+def chain_rule(gradients: dict[str, Tensor], tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Gradients of A and B from those of the matrices W + scaling B A."""
+    found = {}
+    for name, tensor in tensors.items():
+        module, kind = name.removesuffix(".weight").rsplit(".", 1)
+        whole = gradients[f"{module}.weight"] * scaling
+        other = tensors[f"{module}.{'lora_B' if kind == 'lora_A' else 'lora_A'}.weight"]
+        found[name] = other.t() @ whole if kind == "lora_A" else whole @ other.t()
+        assert found[name].shape == tensor.shape
+    return found
+
+
+def shapes_of(model: Path, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the adapters' tensors."""
+    shape = shape_of(read_hf_config(model))
+    return adapter_shapes(shape, resolve(AdapterConfig(kind="lora", **options), shape))
+
+
+def add_to_matrices(model: torch.nn.Module, tensors: dict[str, Tensor], scaling: float) -> None:
+    """W + scaling B A in the place of each W, in matrices that transformers holds for all experts, too."""
+    named = oracle.in_files({name: p.data for name, p in model.named_parameters()}, model.config)
+    for name, b in tensors.items():
+        if name.endswith("lora_B.weight"):
+            a = tensors[name.replace("lora_B", "lora_A")]
+            named[name.replace("lora_B.weight", "weight")] += scaling * b @ a

@@ -51,12 +51,14 @@ class AdapterOutcome(Outcome):
         before, off: log-probs of all responses by the adapters' absence, before and after training.
         num_bytes: of gradients and optimizer state on rank 0.
         num_four_bit_bytes: of weights in 4 bits on rank 0.
+        num_frozen_bytes: of all other frozen parameters there.
     """
 
     before: Tensor = field(default_factory=lambda: torch.empty(0))
     off: Tensor = field(default_factory=lambda: torch.empty(0))
     num_bytes: int = 0
     num_four_bit_bytes: int = 0
+    num_frozen_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def _outcome(
     if num_steps:
         outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
     outcome.num_four_bit_bytes = bytes_in_four_bits(stage.models)
+    frozen = [p for model in stage.models for p in model.parameters() if not p.requires_grad]
+    outcome.num_frozen_bytes = sum(parameter.nbytes for parameter in frozen)
     if case.zero_stage is None:
         outcome.num_bytes = _bytes_of(engine)
     return outcome

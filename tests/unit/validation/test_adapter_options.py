@@ -54,11 +54,14 @@ def test_auto_is_the_reference_that_losses_and_adapters_ask_for(overrides: list[
             [LORA, "adapter.path=p", "adapter.rank=8"],
             "adapter.rank is 8, but the adapter of ",
         ),
-        ([LORA, "adapter.init=loftq"], "megadpo (it searches by alternating between quantisation and SVD"),
+        ([LORA, "adapter.init=loftq"], "megadpo (what it trains makes up for the error of 4 bits, and so"),
         (
             ["adapter.kind=qlora"],
             "under that name (it is adapter.kind lora with model.quantization nf4)",
         ),
+        ([LORA, "adapter.init=pissa", "adapter.use_dora=true"], "adapter.init is pissa with adapter.use_dora, whose"),
+        ([LORA, NF4, "adapter.init=olora"], "adapter.init is olora with model.quantization nf4: what is left of the"),
+        ([LORA, "adapter.init=pissa", "reference.adapter=p"], "reference.adapter is p, an adapter of the whole model, but"),
         (
             ["model.quantization=nf4"],
             "model.quantization is nf4, but weights in 4 bits are frozen, and without adapters they",

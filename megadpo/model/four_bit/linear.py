@@ -31,6 +31,7 @@ class _FourBitLinear:
 
     def __init__(self, *arguments: Any, quantization: FourBit, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # Megatron takes memory for it, which goes at once: one layer's at a time.
         made: torch.nn.Parameter = self.weight
         self.four_bit = FourBitWeight(quantization, made.dtype, compute_device())
         self.weight = torch.nn.Parameter(torch.empty_like(made, device="meta"), requires_grad=False)

@@ -66,18 +66,24 @@ class FourBitWeight:
     @torch.no_grad()
     def fill(self, shard: ParameterShard, source: TensorSource) -> None:
         """Quantise what `shard` says of `source`; one matrix at a time is in memory as it was."""
-        from bitsandbytes.functional import quantize_4bit
-
         self._shape, self._matrices = shard.shape, []
         assert sum(piece.length for piece in shard.pieces) == shard.shape[shard.pieces[0].dim], shard.name
         for name in dict.fromkeys(piece.logical_name for piece in shard.pieces):
             pieces = sorted((p for p in shard.pieces if p.logical_name == name), key=lambda piece: piece.logical_start)
-            parts = [source.read(name, p.dim, p.logical_start, p.length).to(self.dtype) for p in pieces]
-            values = torch.cat(parts, pieces[0].dim).to(self.device).contiguous()
-            packed, state = quantize_4bit(
-                values, blocksize=self.options.block_size, compress_statistics=self.options.double, quant_type="nf4"
-            )
+            packed, state = self._quantised(name, pieces, source)
             self._matrices.append(_Matrix(packed, state, _rows_of(pieces, shard.shape[0])))
+
+    def _quantised(self, name: str, pieces: list[ShardPiece], source: TensorSource) -> tuple[Tensor, Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        parts = [source.read(name, p.dim, p.logical_start, p.length).to(self.dtype) for p in pieces]
+        values = torch.cat(parts, pieces[0].dim) if len(parts) > 1 else parts[0]
+        return quantize_4bit(
+            values.to(self.device).contiguous(),
+            blocksize=self.options.block_size,
+            compress_statistics=self.options.double,
+            quant_type="nf4",
+        )
 
     def dense(self) -> Tensor:
         """The weight in the layer's type, made anew: it is the caller's, to be read and let go."""

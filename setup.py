@@ -80,6 +80,7 @@ setup(
         "trackio": ["trackio>=0.10"],
         "swanlab": ["swanlab>=0.6"],
         "harness": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "quantization": ["bitsandbytes>=0.46"],
         "dev": [
             'trl>=1.16,<1.17; python_version >= "3.11"',
             "peft>=0.18",
@@ -99,6 +100,7 @@ setup(
             "trackio>=0.10",
             "swanlab>=0.6",
             "lm-eval[hf]>=0.4.13,<0.5",
+            "bitsandbytes>=0.46",
             "triton>=3.2; platform_system == 'Linux'",
         ],
     },

@@ -23,7 +23,6 @@ from typing import NoReturn, Protocol
 from megadpo import __version__
 from megadpo.commands import convert, doctor, evaluate, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
-from megadpo.errors import UserError
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED

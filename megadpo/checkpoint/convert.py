@@ -16,7 +16,7 @@ from megadpo.checkpoint.companions import companion_files, companions_of
 from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.finite import finite_only, is_finite
-from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.hf import hf_directory, is_quantised, read_hf_config
 from megadpo.checkpoint.merged import MergedSource
 from megadpo.checkpoint.peft import (
     adapter_dtype,
@@ -154,7 +154,13 @@ def merge_adapter(
     if not Path(adapter).is_dir() or not is_adapter(adapter):
         raise UserError(f"{adapter} is no adapter: neither a PEFT directory nor a checkpoint of a run with adapters")
     refuse_existing(out)
-    model = _open_base(base_of(adapter) if base is None else base, is_reward_adapter(adapter))
+    base_path = base_of(adapter) if base is None else base
+    if is_quantised(base_path):
+        raise UserError(
+            f"{base_path} is quantised (its config.json has quantization_config), and such weights take no adapter in; name "
+            "the model that it was made from, in bf16 or fp32: --base DIR"
+        )
+    model = _open_base(base_path, is_reward_adapter(adapter))
     opened = open_adapter(adapter, model.shape, "ADAPTER", verify=verify)
     digest = model_files_digest(hf_directory(model.path), Path(model.path))
     opened.check_base(model.path, digest, "ADAPTER" if base is None else "--base")

@@ -194,6 +194,12 @@ def hf_directory(path: str | Path) -> Path:
     return directory / "huggingface" if (directory / "checkpoint.json").is_file() else directory
 
 
+def is_quantised(path: str | Path) -> bool:
+    """Whether a model directory has weights that are packed in fewer bits, by its config.json."""
+    file = hf_directory(path) / "config.json"
+    return file.is_file() and bool(read_json(file).get("quantization_config"))
+
+
 def read_hf_config(path: str | Path) -> PretrainedConfig:
     """The transformers config of a Hugging Face directory or of one of our checkpoints. No code of the model's runs.
 
@@ -213,7 +219,10 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         raise UserError(f"{file}: {error}") from error
     for field, why in (
         ("auto_map", "the model's own code is never run"),
-        ("quantization_config", "weights must be plain, not in 4 or 8 bits; give the model in bf16 or fp32"),
+        (
+            "quantization_config",
+            "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",
+        ),
     ):
         if settings.get(field):
             raise UserError(f"{file} has {field}, which is not supported: {why}")

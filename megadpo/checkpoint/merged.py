@@ -46,10 +46,11 @@ class MergedSource:
     Args:
         base: of the model alone.
         adapter: with the names of `adapter_shapes`.
+        factor: of what is added; -1: it is taken away, as where an adapter began as a part of the model.
     """
 
-    def __init__(self, base: TensorSource, adapter: TensorSource, spec: AdapterSpec) -> None:
-        self._base, self._adapter, self._spec = base, adapter, spec
+    def __init__(self, base: TensorSource, adapter: TensorSource, spec: AdapterSpec, factor: float = 1.0) -> None:
+        self._base, self._adapter, self._spec, self._factor = base, adapter, spec, factor
         self._adapted = {f"{module}{_WEIGHT}": module for module in spec.modules}
         self._saved = {f"{module}{_WEIGHT}" for module in spec.modules_to_save}
         self._row_factors = functools.lru_cache(maxsize=4)(self._row_factors_of)
@@ -89,7 +90,7 @@ class MergedSource:
     def _product(self, module: str, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
         b = self._adapter.read(f"{module}.{B}", 0, *rows).float()
         a = self._adapter.read(f"{module}.{A}", 1, *columns).float()
-        return b @ a * self._spec.scaling(module)
+        return b @ a * (self._factor * self._spec.scaling(module))
 
     def _row_factors_of(self, module: str) -> Tensor:
         """DoRA's magnitude over the length of each row [out], some rows in memory at a time."""

@@ -23,6 +23,7 @@ from megadpo.checkpoint.staging import publish, staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import (
+    DECOMPOSED,
     MAGNITUDE,
     AdapterSpec,
     adapter_shapes,
@@ -189,6 +190,11 @@ def _open_checkpoint_s(directory: Path, shape: ModelShape, setting: str, dropout
     if verify:
         checkpoint.check_files()
     settings, source = _settings_of(checkpoint), checkpoint.source("weights")
+    if (how := settings.values.get("init_lora_weights")) in DECOMPOSED:
+        raise UserError(
+            f"{setting}: the adapter of {directory} began as a part of its base (adapter.init {how}), whose files it does "
+            "not fit; take hf/ of its run, where it is a plain one (the same command goes on with a run that has not ended)"
+        )
     spec = spec_of(settings, source.names(), shape, dropout)
     for name, size in adapter_shapes(shape, spec).items():
         if name not in source.names() or source.shape(name) != size:
@@ -295,7 +301,7 @@ def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, An
         "ensure_weight_tying": shape.tied_embeddings and "model.embed_tokens" in spec.modules_to_save,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": spec.init if spec.init in DECOMPOSED else True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": _plain(spec.alpha),

@@ -41,6 +41,10 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Fields that may have any value: what the adapter computes does not depend on them."""
 
+MOST_REPEATS = 4
+"""Of `.*` and the like in an expression of a foreign adapter: with more, or one within the other, matching a name could take
+for ever."""
+
 _LEFT_BASE_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` for which the base's weights are those of its files."""
 
@@ -97,9 +101,21 @@ class PeftSettings:
             raise UserError(f"{self.file}: {name} is {value!r}; it must be a list of names")
         return value
 
+    def check_time(self, name: str, expression: str) -> None:
+        """Raises UserError for an expression whose time on a name of a module has no bound worth the name."""
+        plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", expression))
+        if len(re.findall(r"[*+{]", plain)) > MOST_REPEATS or re.search(r"\)[*+{]", plain):
+            raise UserError(
+                f"{self.file}: {name} has the expression {expression[:60]!r}, which could take too long to match; write the "
+                "modules' names in its place"
+            )
+
     def targets(self) -> str | list[str]:
         value = self.values.get("target_modules")
-        return value if isinstance(value, str) else self.texts("target_modules")
+        if isinstance(value, str):
+            self.check_time("target_modules", value)
+            return value
+        return self.texts("target_modules")
 
     def layers(self) -> list[int] | None:
         value = self.values.get("layers_to_transform")
@@ -117,6 +133,7 @@ class PeftSettings:
                 re.compile(f"({key})$")
             except re.error as error:
                 raise UserError(f"{self.file}: {name} has {key!r}, which is no regular expression ({error})") from error
+            self.check_time(name, key)
         return value
 
 
@@ -196,6 +213,8 @@ def _check_targets(settings: PeftSettings, spec: AdapterSpec, shape: ModelShape)
         field = "layers_pattern" if targets else "target_modules"
         raise UserError(f"{settings.file}: {field} is {settings.values.get(field)!r}, which is not supported")
     excluded, field = settings.values.get("exclude_modules") or [], "exclude_modules"
+    if isinstance(excluded, str):
+        settings.check_time(field, excluded)
     try:
         without = {*matching(excluded, None, shape), *spec.modules_to_save} if excluded else {*spec.modules_to_save}
         field = "target_modules"

@@ -16,7 +16,6 @@ STREAMS = "micro-batches are streams of tokens without padding"
 TORCHRUN = "processes are started by --nproc, torchrun, mpirun, srun or deepspeed: see docs/launching.md"
 ALWAYS = "always done"
 NO_HUB = "nothing is uploaded: `hf upload` takes OUTPUT_DIR/hf"
-NO_GENERATION = "training generates nothing"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
 ZERO = "the engine does that: parallel.engine, parallel.zero_stage"
@@ -70,7 +69,7 @@ TRL: Table = {
     "use_num_logits_to_keep": ("", "logits are only made where a response's tokens are scored"),
     "use_liger_loss": ("", "the full logits never exist: model.kernels says how log-probs are made"),
     "tools": ("", "a row's `tools` go to the chat template"),
-    "generate_during_eval": ("", NO_GENERATION),
+    "generate_during_eval": ("", "megadpo eval --generate does, after training"),
     "is_encoder_decoder": ("", "only decoders are trained"),
     "desirable_weight": ("objective.desirable_weight", ""),
     "undesirable_weight": ("objective.undesirable_weight", ""),
@@ -93,7 +92,11 @@ TRL: Table = {
     "torch_dtype": ("model.dtype", ""),
     "attn_implementation": ("model.attention", ""),
     "load_in_8bit": ("", "8-bit bases are not in this version"),
-    "load_in_4bit": ("", "4-bit bases are not in this version"),
+    "load_in_4bit": ("model.quantization", "nf4"),
+    "bnb_4bit_quant_type": ("model.quantization", "nf4"),
+    "quantization_config": ("model.quantization", "nf4"),
+    "bnb_4bit_use_double_quant": ("model.double_quantization", ""),
+    "use_bnb_nested_quant": ("model.double_quantization", ""),
     "dataset_name": ("data.train", ""),
     "dataset_config": ("data.train", "a list of {path, subset, split, weight}"),
     "dataset_train_split": ("data.train", "a list of {path, subset, split, weight}"),
@@ -158,10 +161,13 @@ TRAINER: Table = {
     "include_num_input_tokens_seen": ("", ALWAYS + ": num_tokens in the metrics"),
     "log_level": ("", "there is no such choice: what is printed is short"),
     "log_level_replica": ("", "rank 0 prints"),
-    "disable_tqdm": ("", "a bar is only shown on a terminal"),
-    "report_to": ("logging.tensorboard", "metrics.jsonl is always written"),
-    "run_name": ("output_dir", "a run's name is its directory"),
-    "project": ("output_dir", "a run's name is its directory"),
+    "disable_tqdm": ("", "moving lines are only shown on a terminal"),
+    "report_to": (
+        "logging.trackers",
+        "[wandb, mlflow, trackio, swanlab], beside metrics.jsonl and TensorBoard's files",
+    ),
+    "run_name": ("logging.run_name", ""),
+    "project": ("logging.project", ""),
     "trackio_space_id": ("", NO_HUB),
     "trackio_bucket_id": ("", NO_HUB),
     "trackio_static_space_id": ("", NO_HUB),
@@ -229,7 +235,7 @@ TRAINER: Table = {
     "skip_memory_metrics": ("", ALWAYS + ": peak_memory_gib in the metrics"),
     "do_train": ("", "megadpo train trains"),
     "do_eval": ("data.eval", "is evaluated where it is given"),
-    "do_predict": ("", "megadpo logprobs gives the log-probs of rows"),
+    "do_predict": ("", "megadpo eval judges a model, megadpo logprobs gives the log-probs of rows"),
     "resume_from_checkpoint": ("checkpoint.resume", "auto is the default: the same command goes on"),
     "local_rank": ("", TORCHRUN),
     "output_dir": ("output_dir", ""),
@@ -279,10 +285,10 @@ LLAMA_FACTORY: Table = {
     "val_size": ("data.eval", "a list of {path, split}, as split: train[95%:]"),
     "preprocessing_num_workers": ("data.num_workers", ""),
     "overwrite_cache": ("data.cache_dir", "the cache knows its files' content; another directory begins anew"),
-    "quantization_bit": ("", "4-bit bases are not in this version"),
+    "quantization_bit": ("model.quantization", "nf4"),
     "flash_attn": ("model.attention", "flash_attn; auto takes the fastest there is"),
     "rope_scaling": ("", "the model's config.json says it"),
-    "plot_loss": ("logging.tensorboard", ""),
+    "plot_loss": ("logging.report", ""),
     "use_rslora": ("adapter.use_rslora", ""),
     "use_dora": ("adapter.use_dora", ""),
     "pissa_init": ("adapter.init", ""),
@@ -332,9 +338,10 @@ OPENRLHF: Table = {
     "tokenizer_chat_template": ("data.chat_template", ""),
     "dataset_probs": ("data.train", "a list of {path, weight}"),
     "eval_split": ("data.eval", "a list of {path, split}"),
-    "use_wandb": ("logging.tensorboard", "metrics.jsonl is always written"),
-    "wandb_project": ("logging.tensorboard", "metrics.jsonl is always written"),
-    "wandb_run_name": ("logging.tensorboard", "metrics.jsonl is always written"),
+    "use_wandb": ("logging.trackers", "[wandb]"),
+    "wandb_project": ("logging.project", ""),
+    "wandb_run_name": ("logging.run_name", ""),
+    "wandb_org": ("logging.trackers", "the account's own settings say it: WANDB_ENTITY"),
     "use_tensorboard": ("logging.tensorboard", ""),
     "disable_fast_tokenizer": ("", "the model directory's tokenizer is used as transformers loads it"),
 }

@@ -37,6 +37,13 @@ class ModelConfig:
     fp8: bool = False
     """With `layers: transformer_engine` on GPUs that have it: multiply in FP8 inside the layers, each tensor scaled by its
     own largest value (so numbers depend on the micro-batch, as far as FP8 rounds)."""
+    quantization: str = "none"
+    """How the frozen weights of the layers are held with `adapter.kind: lora`: `none` (in `dtype`), or `nf4`: in 4 bits, by
+    bitsandbytes (QLoRA, arXiv:2305.14314), each rank's part for itself. Embedding, norms and head stay in `dtype`."""
+    quantization_block_size: int = 64
+    """With `nf4`: weights that share a scale; 32, 64, 128, 256, 512, 1024, 2048 or 4096."""
+    double_quantization: bool = True
+    """With `nf4`: hold the scales in 8 bits themselves, which saves 0.37 bits a weight."""
 
 
 @dataclass
@@ -62,8 +69,10 @@ class AdapterConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole beside the adapters and saved with them: `embed_tokens`, `lm_head`, `norm`."""
     init: str = "kaiming"
-    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), or `gaussian` (A normal, B
-    zero). PiSSA, OLoRA and LoftQ, which change the frozen weights, are not in this version."""
+    """Where a new adapter begins: `kaiming` (A uniform, B zero: PEFT's default), `gaussian` (A normal, B zero), `pissa`
+    (the largest singular values of the weights, arXiv:2404.02948) or `olora` (a part of their QR decomposition,
+    arXiv:2406.01775); these two are taken out of the frozen weights, and `hf/` has an adapter of the model as it was, of
+    twice the rank."""
     path: str | None = None
     """PEFT directory of an adapter to go on training; its adapter_config.json then says all but `dropout` and `merge`. null
     = a new one."""

@@ -38,6 +38,8 @@ from megadpo.model.families import (
     ParameterShard,
     shard_parameters,
 )
+from megadpo.model.four_bit.linear import use_four_bit_layers, without_parameters
+from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
@@ -62,7 +64,8 @@ class Stage:
         models: the GPTModel of each chunk of this pipeline stage and tensor rank; one without virtual stages.
         parameters: by global name (layers numbered over the whole model), of all chunks: the parameter and where its
             values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
-        base: the others in the same way, with adapters: the model itself, frozen.
+        base: the others in the same way, with adapters: the model itself, frozen. Of weights in 4 bits the parameter has no
+            memory, and its attribute `four_bit` is what is held.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
@@ -145,8 +148,10 @@ def build_stage(
     activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    quantization = FourBit.of(options)
     models = [
-        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops) for chunk in range(layout.virtual)
+        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization)
+        for chunk in range(layout.virtual)
     ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     tensor_rank, place = parallel_state.get_tensor_model_parallel_rank(), _expert_place(layout)
@@ -159,7 +164,9 @@ def build_stage(
             attach_adapters(model, adapted, adapter, switch, name_of)
             shards += [shard for layer in adapted for shard in layer.shards.values()]
         parameters |= _match(model, shards, name_of)
-    base = {} if adapter is None else _freeze(parameters, adapter)
+    base = {} if adapter is None and quantization is None else _freeze(parameters, adapter)
+    for model in models:
+        without_parameters(model)
     if adapter is not None and activations.recompute == "full" and _has_embedding(0):
         # A checkpointed layer whose input needs no gradient gives none to its parameters either.
         models[0].embedding.register_forward_hook(_needs_gradient)
@@ -169,12 +176,12 @@ def build_stage(
 
 
 def _freeze(
-    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], adapter: AdapterSpec
+    parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], adapter: AdapterSpec | None
 ) -> dict[str, tuple[torch.nn.Parameter, ParameterShard]]:
-    """Take out of `parameters` what is neither an adapter's nor trained whole."""
+    """Take out of `parameters` what is neither an adapter's nor trained whole; without adapters all: it is a reference's."""
     base = {}
     for name, (parameter, shard) in list(parameters.items()):
-        is_trained = is_adapters(shard) or is_trained_whole(adapter, shard)
+        is_trained = adapter is not None and (is_adapters(shard) or is_trained_whole(adapter, shard))
         parameter.requires_grad_(is_trained)
         if not is_trained:
             base[name] = parameters.pop(name)
@@ -194,6 +201,7 @@ def _build_chunk(
     backend: AttentionBackend,
     layers: Layers,
     small_ops: SmallOps,
+    quantization: FourBit | None,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
@@ -214,6 +222,7 @@ def _build_chunk(
                 _layers(shape, layout, chunk),
                 functools.partial(_layer_spec, config, layers.kind, attention, small_ops),
                 small_ops,
+                quantization,
             ),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
@@ -368,14 +377,28 @@ def _megatron_layout(shape: ModelShape, layout: Layout) -> list[list[str]]:
 
 
 def _block_spec(
-    shape: ModelShape, layers: range, dense: Callable[[], ModuleSpec], small_ops: SmallOps
+    shape: ModelShape,
+    layers: range,
+    dense: Callable[[], ModuleSpec],
+    small_ops: SmallOps,
+    quantization: FourBit | None,
 ) -> TransformerBlockSubmodules:
-    experts = shape.experts
+    experts, plain = shape.experts, _in_four_bits(dense(), quantization)
     if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[dense()] * len(layers), layer_norm=small_ops.norm)
-    mixture = expert_layer_spec(dense(), experts, small_ops.activation)
-    specs = [mixture if layer in experts.layers else dense() for layer in layers]
+        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=small_ops.norm)
+    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation), quantization)
+    specs = [mixture if layer in experts.layers else plain for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=small_ops.norm)
+
+
+def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
+    """The layer with quantised linear layers, those of experts too; routers stay as they are."""
+    if quantization is not None:
+        mlp = layer.submodules.mlp.submodules
+        experts = getattr(mlp, "experts", None)
+        linear = mlp if experts is None else experts.submodules
+        use_four_bit_layers([layer.submodules.self_attention.submodules, linear], quantization)
+    return layer
 
 
 def _layer_spec(

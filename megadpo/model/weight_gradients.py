@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor
 
 from megadpo.model.adapters.linear import OFF, AdapterSwitch, LinearAdapter
+from megadpo.model.four_bit.weight import FourBitWeight
 from megadpo.model.heads.logprob import add_product, adds_in_one_call
 
 AddWeightGradient = Callable[[Tensor, Tensor, Tensor], None]
@@ -145,10 +146,12 @@ class _TakesAdapters:
 
     Attributes:
         adapters: by the switch's state; none in most models.
+        four_bit: the weight, in layers of four_bit/linear.py, which have no parameter for it.
     """
 
     adapters: Mapping[str, LinearAdapter] = MappingProxyType({})
     adapter_switch: AdapterSwitch | None = None
+    four_bit: FourBitWeight | None = None
 
     def use_adapter(self, state: str, adapter: LinearAdapter, switch: AdapterSwitch) -> None:
         """Compute with `adapter` where the switch is turned to `state`."""
@@ -158,7 +161,16 @@ class _TakesAdapters:
         state = OFF if self.adapter_switch is None else self.adapter_switch.state
         if state in self.adapters:
             return self.adapters[state].output(self, input_)
+        return self.base_output(input_, *arguments, **options)
+
+    def base_output(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """What the layer gives without any adapter."""
         return super().forward(input_, *arguments, **options)  # type: ignore[misc]
+
+    def dense_weight(self) -> Tensor:
+        """The weight [O, I] as a tensor."""
+        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        return weight
 
 
 class ColumnLinear(_TakesAdapters, _AddsWeightGradient, ColumnParallelLinear):

@@ -41,6 +41,10 @@ def keep_originals(stage: Stage, source: TensorSource, reference: TensorSource |
 def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], source: TensorSource) -> None:
     with torch.no_grad():
         for parameter, shard in parameters.values():
+            four_bit = getattr(parameter, "four_bit", None)
+            if four_bit is not None:
+                four_bit.fill(shard, source)
+                continue
             if not is_partitioned(parameter):
                 fill_shard(shard, source, parameter.data)
                 continue

@@ -15,8 +15,8 @@ from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
-from megadpo.training.lr_schedule import warmup_steps
 from megadpo.secrets.redact import redact
+from megadpo.training.lr_schedule import warmup_steps
 from megadpo.training.setup import RunSetup
 
 

@@ -19,6 +19,7 @@ from megadpo.checkpoint.merged import MemorySource, MergedSource
 from megadpo.checkpoint.peft import adapter_dtype, write_peft
 from megadpo.checkpoint.staging import staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
+from megadpo.model.adapters.decomposed import as_plain, plain_tensor
 from megadpo.model.adapters.spec import AdapterSpec
 
 if TYPE_CHECKING:
@@ -76,8 +77,19 @@ class _AdapterFiles:
     stage: int
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> object:
-        own = {name: tensor.to("cpu", adapter_dtype(name, self.setup.dtype)) for name, tensor in tensors}
+        own = dict(self._converted(tensors))
         return write_tensor_file(own, staging(directory) / _part(self.stage))
+
+    def _converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As they are written: of adapters that began as a part of the model, those that fit the model as it was."""
+        begun = self.setup.begun
+        for name, tensor in tensors:
+            if begun is None:
+                yield name, tensor.to("cpu", adapter_dtype(name, self.setup.dtype))
+            elif name in begun.tensors:
+                yield name, plain_tensor(name, tensor.cpu(), begun.tensors)
+            else:
+                yield name, tensor.to("cpu", self.setup.dtype)
 
     def finish(self, directory: Path) -> None:
         parts = [SafetensorsFile(staging(directory) / _part(stage)) for stage in range(self.setup.layout.pipeline)]
@@ -89,7 +101,7 @@ class _AdapterFiles:
             part.path.unlink()
         write_peft(
             directory,
-            self.spec,
+            self.spec if setup.begun is None else as_plain(self.spec),
             setup.policy.shape,
             tensors,
             base=str(Path(setup.policy.path).resolve()),
@@ -120,7 +132,7 @@ class _MergedFiles:
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> object:
         trained = MemorySource({name: tensor.to("cpu") for name, tensor in tensors})
-        source = MergedSource(self.setup.policy.source, trained, self.spec)
+        source = MergedSource(self.setup.frozen, trained, self.spec)
         written = write_export_files(self.plan, directory, self._merged(source))
         source.release()
         return written

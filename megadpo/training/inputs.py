@@ -13,7 +13,7 @@ import xxhash
 
 from megadpo.checkpoint.digest import file_digest, joined, named_digest
 from megadpo.checkpoint.peft import adapter_files
-from megadpo.config.schema import Config
+from megadpo.config.schema import Config, ModelConfig
 from megadpo.data.rows.cache_key import tokenizer_files
 from megadpo.data.rows.templates import read_template
 from megadpo.errors import UserError
@@ -30,12 +30,13 @@ NAMES = {
     "tokenizer": "the tokenizer",
     "template": "data.chat_template",
     "data": "the training pairs that data.train gives",
+    "quantization": "model.quantization",
 }
 """What each digest is of, in the words of a sentence."""
 
 
 def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: GroupStore) -> dict[str, str]:
-    """A digest of each of NAMES, in hexadecimal; of the reference where there is one.
+    """A digest of each of NAMES, in hexadecimal; of the reference where there is one; of quantisation, how it is done.
 
     Raises:
         UserError: a file cannot be read.
@@ -45,6 +46,7 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         "tokenizer": joined(file_digest(file) for file in tokenizer_files(policy.huggingface)),
         "template": xxhash.xxh3_128_hexdigest((read_template(config.data.chat_template) or "").encode()),
         "data": groups.digest,
+        "quantization": quantization_text(config.model),
     }
     if config.reference.mode != "none":
         found["reference"] = found["model"] if reference is policy else model_digest(reference)
@@ -52,6 +54,13 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         if path is not None:
             found[name] = named_digest(adapter_files(path))
     return found
+
+
+def quantization_text(options: ModelConfig) -> str:
+    """How frozen weights are held, for what is made with them."""
+    if options.quantization == "none":
+        return "none"
+    return f"{options.quantization} by {options.quantization_block_size}{', double' * options.double_quantization}"
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
@@ -81,6 +84,19 @@ class AdapterFiles:
     spec: AdapterSpec
     source: TensorSource
     is_new: bool
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What adapters began with, where that is a part of the model (`adapter.init: pissa`, `olora`).
+
+    Attributes:
+        tensors: their A and B, float32, by the names of `adapter_shapes`.
+        residual: the model without them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    residual: TensorSource
 
 
 def open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]:

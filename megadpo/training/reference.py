@@ -38,6 +38,7 @@ from megadpo.pipeline.select import pipeline_schedule
 from megadpo.platform.device import compute_device
 from megadpo.training.console import log
 from megadpo.training.global_batch import GlobalBatch
+from megadpo.training.inputs import quantization_text
 from megadpo.training.models import AdapterFiles, ModelFiles
 from megadpo.training.non_finite import require_finite_logps
 from megadpo.training.reference_cache import LogpTable, read_logps, write_logps
@@ -283,7 +284,10 @@ def within_reference(
 
 
 def _cache_path(setup: RunSetup, packing: PackedDataset) -> Path:
-    arithmetic = f"{setup.dtype}, FP8" if setup.config.model.fp8 else str(setup.dtype)
+    options = setup.config.model
+    arithmetic = f"{setup.dtype}, FP8" if options.fp8 else str(setup.dtype)
+    if options.quantization != "none":
+        arithmetic += f", {quantization_text(options)}"
     key = cache_key(reference_digest(setup.reference), packing.groups.digest, arithmetic, setup.config.objective.ld_alpha)
     return cache_root(setup.config.data.cache_dir) / "reference" / f"{key}.safetensors"
 

@@ -20,7 +20,7 @@ from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import adapter_shapes
-from megadpo.model.families import logical_shapes
+from megadpo.model.families import TensorSource, logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape, head_work
 from megadpo.objectives.custom import load_custom
@@ -32,6 +32,7 @@ from megadpo.platform.device import resolve_dtype
 from megadpo.training.inputs import digests
 from megadpo.training.models import (
     AdapterFiles,
+    Begun,
     ModelFiles,
     open_models,
     reference_adapter,
@@ -48,6 +49,7 @@ from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
 from megadpo.validation.model import (
     check_adapters,
 )
+from megadpo.validation.quantization import check_quantization_machine
 
 if TYPE_CHECKING:
     pass
@@ -67,6 +69,7 @@ class RunSetup:
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
         origin: the checkpoint to go on from, if there is one.
+        begun: what an adapter began with that is a part of the policy, once `decomposition.begin_with_parts` has made it.
         adapter: what is trained in place of the policy's own parameters; None: those are.
         reference_adapter: what the reference has in place of it, with `reference.adapter`.
     """
@@ -85,8 +88,14 @@ class RunSetup:
     output_dir: Path
     search: Search
     origin: Origin
+    begun: Begun | None = None
     adapter: AdapterFiles | None = None
     reference_adapter: AdapterFiles | None = None
+
+    @property
+    def frozen(self) -> TensorSource:
+        """What the policy's own parameters are read from: its files, without what an adapter has begun with."""
+        return self.policy.source if self.begun is None else self.begun.residual
 
     @property
     def resume(self) -> Path | None:
@@ -170,6 +179,7 @@ def _check_surroundings(config: Config) -> None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
+    check_quantization_machine(config)
     check_gradient_dtype(config.parallel, resolve_dtype(config.model.dtype) is torch.bfloat16)
     if config.checkpoint.before_deadline == "slurm":
         slurm_end(os.environ)

@@ -35,6 +35,8 @@ from megadpo.platform.device import compute_device
 from megadpo.platform.step_clock import part
 from megadpo.secrets.redact import redacted
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
+from megadpo.training.decomposition import begin_with_parts
+from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
 from megadpo.training.resume import settle_checkpoint
@@ -82,6 +84,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
             record.begin(setup)
+            setup = begin_with_parts(setup)
             run = build(setup, callbacks)
             run.stopping, run.lock, run.progress, run.record = stopping, lock, progress, record
             if stopping.deadline is not None:
@@ -105,6 +108,7 @@ def announce(number: signal.Signals) -> None:
 
 def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     """Models, reference and engine on this rank; resumed where there is a checkpoint."""
+    from megadpo.model.four_bit.linear import bytes_in_four_bits
     from megadpo.model.heads.kernels import choose_kernels
     from megadpo.model.heads.logprob import TOKEN_STATISTICS
     from megadpo.training.reference import build_references
@@ -124,6 +128,9 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "small operations": stage.small_ops,
         "activations": stage.activations,
     }
+    if setup.config.model.quantization != "none":
+        held = f"{bytes_in_four_bits(stage.models) / 2**20:,.1f} MiB on rank 0"
+        described["frozen weights"] = f"{quantization_text(setup.config.model)} ({held})"
     if not setup.objective.has_reward_head:
         described["log-prob head"] = kernels
     if setup.adapter is not None:
@@ -141,7 +148,7 @@ def build_policy(setup: RunSetup) -> Stage:
     from megadpo.model.build import build_stage
     from megadpo.model.weights import load_weights
 
-    config, shape, source = setup.config, setup.policy.shape, setup.policy.source
+    config, shape, source = setup.config, setup.policy.shape, setup.frozen
     activations = Activations.of(config.train)
     spec, trained = (None, None) if setup.adapter is None else (setup.adapter.spec, setup.adapter.source)
     if config.parallel.engine == "deepspeed":

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
+from megadpo.model.adapters.spec import DECOMPOSED
 from megadpo.objectives.specs import SPECS, needs_reference
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def check_adapter_options(config: Config) -> None:
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"adapter.dropout must be in [0, 1), got {adapter.dropout!r}")
     _check_layers(config)
+    _check_decomposed(config)
     said = [name for name in changed if name in SAID_BY_PATH]
     if adapter.path is not None and said:
         raise UserError(
@@ -59,6 +61,28 @@ def check_adapter_options(config: Config) -> None:
 
 def _differs(adapter: object, defaults: object, name: str) -> bool:
     return name != "kind" and getattr(adapter, name) != getattr(defaults, name)
+
+
+def _check_decomposed(config: Config) -> None:
+    adapter, reference = config.adapter, config.reference
+    if adapter.init not in DECOMPOSED:
+        return
+    if adapter.use_dora:
+        raise UserError(
+            f"adapter.init is {adapter.init} with adapter.use_dora, whose magnitudes are the lengths of the model's own "
+            f"rows, and {adapter.init} takes a part of these away; remove one of them"
+        )
+    if config.model.quantization != "none":
+        raise UserError(
+            f"adapter.init is {adapter.init} with model.quantization {config.model.quantization}: what is left of the "
+            "weights would be quantised, and the adapter that is exported would fit neither the model nor its 4 bits; "
+            "remove one of them"
+        )
+    if reference.adapter is not None:
+        raise UserError(
+            f"reference.adapter is {reference.adapter}, an adapter of the whole model, but adapter.init {adapter.init} "
+            "takes a part of its weights away; set reference.path to that adapter and reference.mode to resident"
+        )
 
 
 def _check_layers(config: Config) -> None:

@@ -99,6 +99,12 @@ FEATURES: tuple[Feature, ...] = (
         ("reference.sync_every=8",),
     ),
     Feature("adapters", "adapter.kind", lambda c: c.adapter.kind != "none", ("adapter.kind=lora",)),
+    Feature(
+        "4-bit weights",
+        "model.quantization",
+        lambda c: c.model.quantization != "none",
+        ("model.quantization=nf4", "adapter.kind=lora"),
+    ),
     Feature("own schedule", "schedule.name", lambda c: c.schedule.name != "megatron", ("schedule.name=1f1b",)),
     Feature(
         "interleaved reference",
@@ -160,6 +166,8 @@ EXCLUDED: tuple[Rule, ...] = (
         "precomputed reference",
         "that moves a resident reference, not log-probs that are computed once; set reference.mode to resident or remove it",
     ),
+    Rule("TransformerEngine", "4-bit weights", "local layers only have weights in 4 bits; use those"),
+    Rule("moving reference", "4-bit weights", "weights in 4 bits are frozen, those of the reference too; remove sync_every"),
     Rule("moving reference", "adapters", "no model is held beside that with adapters to be moved; remove sync_every"),
     Rule("TransformerEngine", "adapters", "adapters are built beside local layers only; use those"),
     Rule(
@@ -200,6 +208,12 @@ NEEDS: tuple[Rule, ...] = (
         "virtual pipeline",
         "pipeline",
         "chunks take turns over several stages, which needs parallel.pipeline > 1; raise that or leave it at 1",
+    ),
+    Rule(
+        "4-bit weights",
+        "adapters",
+        "weights in 4 bits are frozen, and without adapters they would be what is trained; set adapter.kind to lora, or "
+        "model.quantization to none",
     ),
     Rule("interleaved reference", "own schedule", "Megatron's schedules know no reference; set schedule.name to 1f1b"),
     Rule("split pairs", "own schedule", "Megatron's schedules run whole micro-batches; set schedule.name to 1f1b"),

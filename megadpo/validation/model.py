@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
+from megadpo.model.adapters.spec import DECOMPOSED, all_shapes
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.specs import couples_batch
 
@@ -69,6 +70,14 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
             f"parallel.expert_tensor is {layout.expert_tensor} with adapter.use_dora, whose magnitudes are built for whole "
             "experts; leave it at 1, or leave experts out of adapter.target_modules"
         )
+    if adapter.init in DECOMPOSED:
+        sizes = all_shapes(shape)
+        smallest = min(adapter.modules, key=lambda module: min(sizes[f"{module}.weight"]))
+        if adapter.rank > min(sizes[f"{smallest}.weight"]):
+            raise UserError(
+                f"adapter.rank is {adapter.rank}, but with adapter.init {adapter.init} an adapter is a part of its matrix, "
+                f"and {smallest} has {' x '.join(map(str, sizes[f'{smallest}.weight']))} numbers; lower it"
+            )
     if adapter.use_dora and adapter.dropout:
         raise UserError(
             f"adapter.dropout is {adapter.dropout} with adapter.use_dora, whose magnitudes would then be those of other "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.config import strict
 from megadpo.errors import UserError
+from megadpo.model.adapters.spec import DECOMPOSED
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.validation.adapters import check_adapter_options
@@ -16,6 +17,7 @@ from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
+from megadpo.validation.quantization import check_quantization_options
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
@@ -26,8 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", *BACKENDS),
     "model.small_ops": ("auto", "torch", "triton"),
     "model.layers": ("local", "transformer_engine"),
+    "model.quantization": ("none", "nf4"),
     "adapter.kind": ("none", "lora"),
-    "adapter.init": ("kaiming", "gaussian"),
+    "adapter.init": ("kaiming", "gaussian", *DECOMPOSED),
     "reference.mode": ("auto", "adapter", "resident", "precomputed", "cached", "none"),
     "data.truncation": ("prompt_left", "keep_start", "keep_end"),
     "objective.f_divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
@@ -63,7 +66,8 @@ SPELLINGS: dict[str, dict[str, str]] = {
 HALF = ("fp16", "float16", "half", "torch.float16", "torch.half")
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("qlora",),
-    "adapter.init": ("pissa", "olora", "loftq"),
+    "model.quantization": ("fp4", "int8"),
+    "adapter.init": ("loftq",),
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
     "train.moments_dtype": HALF,
@@ -71,8 +75,8 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
 WHY_NOT = {
-    "loftq": " (it makes up for the error of frozen weights in 4 bits, and these stay in bf16 or fp32)",
-    "qlora": " (frozen weights stay in bf16 or fp32)",
+    "loftq": " (what it trains makes up for the error of 4 bits, and so fits neither other bits nor the model as it was)",
+    "qlora": " under that name (it is adapter.kind lora with model.quantization nf4)",
 }
 """Why such a value is not built, where that says more than that it is not."""
 
@@ -147,6 +151,7 @@ def validate(config: Config) -> None:
     _check_ranges(config)
     _check_numbers(config)
     _check_objective(config)
+    check_quantization_options(config)
     check_adapter_options(config)
     _check_moving_reference(config)
     _check_contradictions(config)

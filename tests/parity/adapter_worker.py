@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.checkpoint.merged import MemorySource
-from megadpo.config.schema import ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
+from megadpo.checkpoint.merged import MemorySource, MergedSource
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PipelineScheduleConfig, TrainConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
 from megadpo.model.activations import Activations
@@ -50,11 +50,15 @@ class AdapterOutcome(Outcome):
     Attributes:
         before, off: log-probs of all responses by the adapters' absence, before and after training.
         num_bytes: of gradients and optimizer state on rank 0.
+        num_four_bit_bytes: of weights in 4 bits on rank 0.
+        num_frozen_bytes: of all other frozen parameters there.
     """
 
     before: Tensor = field(default_factory=lambda: torch.empty(0))
     off: Tensor = field(default_factory=lambda: torch.empty(0))
     num_bytes: int = 0
+    num_four_bit_bytes: int = 0
+    num_frozen_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Adapted:
     tensors: dict[str, Tensor] | None = None
     is_reference: bool = False
     """The reference has the same adapters as they are before training; else none."""
+    built: ModelConfig = field(default_factory=ModelConfig)
+    """The model's options: in how many bits its frozen weights are."""
 
 
 def outcomes(
@@ -104,6 +110,7 @@ def _outcome(
     adapted: Adapted, groups: Sequence[Group], case: Case, num_steps: int, options: ObjectiveConfig
 ) -> AdapterOutcome:
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
+    from megadpo.model.four_bit.linear import bytes_in_four_bits
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
     from megadpo.training.global_batch import pack_global_batch
@@ -150,6 +157,9 @@ def _outcome(
         outcome.off = found
     if num_steps:
         outcome.parts["weights"] = parts_of(stage, {name: tensor for _, name, tensor in engine.state(["weights"])})
+    outcome.num_four_bit_bytes = bytes_in_four_bits(stage.models)
+    frozen = [p for model in stage.models for p in model.parameters() if not p.requires_grad]
+    outcome.num_frozen_bytes = sum(parameter.nbytes for parameter in frozen)
     if case.zero_stage is None:
         outcome.num_bytes = _bytes_of(engine)
     return outcome
@@ -158,7 +168,9 @@ def _outcome(
 def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     """The policy's stage on this rank, loaded, and the sources of the model and of what is trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
+    from megadpo.model.adapters.decomposed import beginnings
     from megadpo.model.adapters.initial import NewAdapter
+    from megadpo.model.adapters.spec import DECOMPOSED
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights
@@ -167,17 +179,23 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     shape = shape_of(hf_config)
     spec = spec_of(adapted.options, shape)
     trained: Any = NewAdapter(spec, shape, 0, source) if adapted.tensors is None else MemorySource(adapted.tensors)
+    original = source
+    if spec.init in DECOMPOSED:
+        begun = beginnings(spec, source)
+        trained = NewAdapter(spec, shape, 0, source, begun)
+        source = MergedSource(source, MemorySource(begun), spec, factor=-1.0)
     if case.zero_stage is None:
-        stage = build_stage(shape, case.layout, case.dtype, case.memory, adapter=spec)
+        stage = build_stage(shape, case.layout, case.dtype, case.memory, options=adapted.built, adapter=spec)
         load_weights(stage, source, trained)
     else:
         from megadpo.engine.deepspeed.engine import policy_stage
 
         parallel = ParallelConfig(engine="deepspeed", zero_stage=case.zero_stage)
-        stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, parallel, adapter=spec, trained=trained)
+        options = parallel, adapted.built, spec, trained
+        stage = policy_stage(shape, source, case.layout, case.dtype, case.memory, *options)
     if adapted.tensors is None and spec.use_dora:
         begin_magnitudes(stage.models)
-    return stage, source, trained
+    return stage, original, trained
 
 
 def spec_of(options: dict[str, Any], shape: Any) -> AdapterSpec:

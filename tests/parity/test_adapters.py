@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megadpo.checkpoint.hf import read_hf_config
-from megadpo.config.schema import AdapterConfig, PipelineScheduleConfig
+from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.data.groups import Group
 from megadpo.model.activations import Activations
-from megadpo.model.adapters.spec import adapter_shapes, resolve
-from megadpo.model.families import shape_of
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle, peft_oracle
 from tests.helpers.marks import all_but_the_first_slow
@@ -156,18 +152,6 @@ def test_weights_after_two_steps_do_not_depend_on_the_way(measured):
         assert worst <= 1e-4, f"{case}: {name} {worst}"
 
 
-def chain_rule(gradients: dict[str, Tensor], tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Gradients of A and B from those of the matrices W + scaling B A."""
-    found = {}
-    for name, tensor in tensors.items():
-        module, kind = name.removesuffix(".weight").rsplit(".", 1)
-        whole = gradients[f"{module}.weight"] * scaling
-        other = tensors[f"{module}.{'lora_B' if kind == 'lora_A' else 'lora_A'}.weight"]
-        found[name] = other.t() @ whole if kind == "lora_A" else whole @ other.t()
-        assert found[name].shape == tensor.shape
-    return found
-
-
 MIXTURES = {
     "mixtral": (["w1", "w2", "w3", "q_proj", "o_proj"], {1: [Case()], 2: [Case(EXPERTS), Case(TENSOR), Case(SHARED)]}),
     "qwen3_moe": (ALL, {1: [Case()], 2: [Case(Layout(data=2)), Case(SHARED)]}),
@@ -184,34 +168,20 @@ def test_gradients_of_experts_adapters_follow_from_those_of_their_matrices(tmp_p
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tensors = {
-            name: torch.randn(size) * (0.1 if "lora_A" in name else 0.02) for name, size in shapes_of(model, options).items()
+            name: torch.randn(size) * (0.1 if "lora_A" in name else 0.02)
+            for name, size in peft_oracle.shapes_of(model, options).items()
         }
     plain, changed = oracle.load(model), oracle.load(model)
     reference = oracle.all_logps(plain, groups)
-    add_to_matrices(changed, tensors, 0.5)
+    peft_oracle.add_to_matrices(changed, tensors, 0.5)
     loss, whole = oracle.dpo_step(changed, groups, reference, 0.1)
-    gradients = chain_rule(whole, tensors, 0.5)
+    gradients = peft_oracle.chain_rule(whole, tensors, 0.5)
     for case, outcome in in_every_case(Adapted(model, options, tensors), groups, cases, 1):
         assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
         worst, name = oracle.worst_relative_error(outcome.gradients, gradients)
         assert worst <= 1e-5, f"{case}: {name} {worst}"
         norm = float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
         assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
-
-
-def shapes_of(model: Path, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the adapters' tensors."""
-    shape = shape_of(read_hf_config(model))
-    return adapter_shapes(shape, resolve(AdapterConfig(kind="lora", **options), shape))
-
-
-def add_to_matrices(model: torch.nn.Module, tensors: dict[str, Tensor], scaling: float) -> None:
-    """W + scaling B A in the place of each W, in matrices that transformers holds for all experts, too."""
-    named = oracle.in_files({name: p.data for name, p in model.named_parameters()}, model.config)
-    for name, b in tensors.items():
-        if name.endswith("lora_B.weight"):
-            a = tensors[name.replace("lora_B", "lora_A")]
-            named[name.replace("lora_B.weight", "weight")] += scaling * b @ a
 
 
 ZERO_CASES = {

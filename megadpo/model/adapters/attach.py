@@ -121,5 +121,6 @@ def _linear_adapter(layer: LayerAdapter, spec: AdapterSpec, prefix: str = "") ->
 
 def _empty(linear: Any, name: str, shard: ParameterShard) -> Tensor:
     # A magnitude is compared with a norm, of which bfloat16 knows two digits.
-    dtype = torch.float32 if name.startswith("magnitude") else linear.weight.dtype
-    return torch.empty(shard.shape, dtype=dtype, device=linear.weight.device)
+    weight = linear.weight if linear.four_bit is None else linear.four_bit
+    dtype = torch.float32 if name.startswith("magnitude") else weight.dtype
+    return torch.empty(shard.shape, dtype=dtype, device=weight.device)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B, adapter_shapes
+from megadpo.model.adapters.spec import DECOMPOSED, MAGNITUDE, A, AdapterSpec, B, adapter_shapes
 from megadpo.model.families import TensorSource
 from megadpo.model.shape import ModelShape
 
@@ -19,11 +19,18 @@ class NewAdapter(TensorSource):
     did; modules that are trained whole as the model has them, and DoRA's magnitudes the norms of its rows.
 
     A is uniform in ±1 / sqrt(inputs) (`kaiming`, PEFT's default: torch's Kaiming bound with a = sqrt 5) or normal with a
-    deviation of 1 / rank (`gaussian`).
+    deviation of 1 / rank (`gaussian`); or both are `begun`, a part of the model (decomposed.py).
     """
 
-    def __init__(self, spec: AdapterSpec, shape: ModelShape, seed: int, model: TensorSource) -> None:
-        assert spec.init in ("kaiming", "gaussian"), spec.init
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        shape: ModelShape,
+        seed: int,
+        model: TensorSource,
+        begun: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.begun = begun or {}
         self.spec, self.seed, self.model = spec, seed, model
         self._shapes = adapter_shapes(shape, spec)
         self._drawn: tuple[str, Tensor] | None = None
@@ -39,6 +46,8 @@ class NewAdapter(TensorSource):
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         kind = self._kind_of(name)
+        if kind in (A, B) and self.spec.init in DECOMPOSED:
+            return self.begun[name].narrow(dim, start, length)
         if kind == A:
             return self._a(name).narrow(dim, start, length)
         if kind == B:

@@ -2,13 +2,7 @@
 
 A Megatron layer may be several Hugging Face projections in one (queries, keys and values; gate and up). Each has an adapter
 of its own; here their A are stacked to one matrix, which reads x once, and the products with their B are added to the
-layer's own output as they are computed. W is frozen: there is no product for its gradient, and x is kept for A's alone.
-
-Tensor parallelism follows the layer. Column-parallel: A is whole on every rank, B is cut by rows as W is. Row-parallel: A
-is cut by columns as W is, B is whole. What is summed over ranks is as narrow as the rank of the adapters. Under sequence
-parallelism the matrix that is whole sees this rank's tokens only, so that its gradient is summed over the tensor ranks at
-the end of the step, as those of norms are (the attribute `sequence_parallel`). Experts have no sums on the way: their
-dispatcher does them for hidden states, and what several ranks hold of an expert's adapter has its gradient summed here.
+layer's own output as they are computed. The operation, and what is summed over ranks, is in products.py.
 
 Axes: T tokens of the layer's stream, t of this rank's part under sequence parallelism, I inputs and O outputs of the layer
 on this rank, R the ranks of its adapters added up.
@@ -17,15 +11,17 @@ on this rank, R the ranks of its adapters added up.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
+
+from megadpo.model.adapters.products import ColumnParallel, Operands, RowParallel
+from megadpo.model.layer_ranks import LayerRanks
 
 MOST_RUNS = {"cpu": 128}
 """Of rows of one projection after the other (queries, keys and values come by groups of heads): up to so many have a product
@@ -124,19 +120,19 @@ class LinearAdapter:
     def output(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the layer's forward gives, adapters added: hidden [T or t, 1, I] -> ([t or T, 1, O], bias or None)."""
         bias = None if layer.skip_bias_add else layer.bias
-        operation = _RowParallel if self.is_row_parallel else _ColumnParallel
-        operands = _Operands.of(layer, self)
+        operation = RowParallel if self.is_row_parallel else ColumnParallel
+        ranks = LayerRanks.of(layer)
         output = operation.apply(
             hidden,
-            layer.weight,
+            None if layer.four_bit is not None else layer.weight,
             None if self.use_dora or self.is_row_parallel else bias,
             self._tensor(layer, "lora_A"),
-            self._kept_inputs(layer, hidden, operands),
-            operands,
+            self._kept_inputs(layer, hidden, ranks),
+            Operands(self, ranks, layer.four_bit),
             *(self._tensor(layer, f"lora_B_{each.short_name}") for each in self.projections),
         )
         if self.use_dora:
-            output = (output * self._magnitudes_over_norms_O(layer, operands)).to(output.dtype)
+            output = (output * self._magnitudes_over_norms_O(layer, ranks)).to(output.dtype)
         if bias is not None and (self.use_dora or self.is_row_parallel):
             output = output + bias
         return output, layer.bias if layer.skip_bias_add else None
@@ -199,25 +195,25 @@ class LinearAdapter:
             ]
         return self._rows[device]
 
-    def _kept_inputs(self, layer: Any, hidden: Tensor, operands: _Operands) -> Tensor | None:
+    def _kept_inputs(self, layer: Any, hidden: Tensor, ranks: LayerRanks) -> Tensor | None:
         """Which inputs dropout leaves, [t, 1, I]; None without. Ranks with parts of the inputs draw for themselves."""
         if not self.dropout or not layer.adapter_switch.drops:
             return None
-        has_part = self.is_row_parallel or operands.is_sequence_parallel
-        with get_cuda_rng_tracker().fork() if has_part and operands.group is not None else contextlib.nullcontext():
+        has_part = self.is_row_parallel or ranks.is_sequence_parallel
+        with get_cuda_rng_tracker().fork() if has_part and ranks.group is not None else contextlib.nullcontext():
             return torch.rand_like(hidden, dtype=torch.float32) >= self.dropout
 
     def set_magnitudes(self, layer: Any) -> None:
         """DoRA begins with the norms of the rows that there are: the layer then computes what it did."""
-        norms_O = self._norms_O(layer, _Operands.of(layer, self))
+        norms_O = self._norms_O(layer, LayerRanks.of(layer))
         with torch.no_grad():
             for each, rows in zip(self.projections, self.rows(norms_O.device), strict=True):
                 self._tensor(layer, f"magnitude_{each.short_name}").data.copy_(norms_O[rows])
 
-    def _magnitudes_over_norms_O(self, layer: Any, operands: _Operands) -> Tensor:
+    def _magnitudes_over_norms_O(self, layer: Any, ranks: LayerRanks) -> Tensor:
         """DoRA's factor on every output: magnitude over the norm of the row, which is held constant (section 4.3 of the
         paper); 1 where a projection has no adapter."""
-        norms_O = self._norms_O(layer, operands)
+        norms_O = self._norms_O(layer, ranks)
         magnitudes_O = norms_O.clone()
         for each, rows in zip(self.projections, self.rows(norms_O.device), strict=True):
             magnitude = self._tensor(layer, f"magnitude_{each.short_name}")
@@ -225,9 +221,9 @@ class LinearAdapter:
         return magnitudes_O / norms_O
 
     @torch.no_grad()
-    def _norms_O(self, layer: Any, operands: _Operands) -> Tensor:
+    def _norms_O(self, layer: Any, ranks: LayerRanks) -> Tensor:
         """Norms of the rows of W + scaling B A, float32, from the parts of the square: no matrix of W's size is made."""
-        weight_OI, a_RI = layer.weight, self._tensor(layer, "lora_A")
+        weight_OI, a_RI = layer.dense_weight(), self._tensor(layer, "lora_A")
         bs = [self._tensor(layer, f"lora_B_{each.short_name}") for each in self.projections]
         if self._squares_O is None:
             # PEFT makes new magnitudes by this function, and the root of a square is what it was: then the quotient is 1.
@@ -235,169 +231,6 @@ class LinearAdapter:
         stacked_OR = self.stacked_OR(bs, len(weight_OI)).float()
         products_OR = 2 * (weight_OI @ a_RI.t()).float() + stacked_OR @ (a_RI.float() @ a_RI.float().t())
         squares_O = self._squares_O + (products_OR * stacked_OR).sum(1)
-        if self.is_row_parallel and operands.group is not None:
-            dist.all_reduce(squares_O, group=operands.group)
+        if self.is_row_parallel and ranks.group is not None:
+            dist.all_reduce(squares_O, group=ranks.group)
         return squares_O.sqrt()
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """What the operations take besides tensors.
-
-    Attributes:
-        group: the ranks that share the layer's matrices; None: there is one.
-        is_expert: sums over the group are the dispatcher's.
-    """
-
-    adapter: LinearAdapter
-    group: dist.ProcessGroup | None
-    is_sequence_parallel: bool
-    is_expert: bool
-
-    @classmethod
-    def of(cls, layer: Any, adapter: LinearAdapter) -> _Operands:
-        group = layer.tp_group if dist.get_world_size(layer.tp_group) > 1 else None
-        is_expert = bool(layer.is_expert)
-        return cls(adapter, group, group is not None and layer.sequence_parallel and not is_expert, is_expert)
-
-    def summed_for_parameter(self, tensor: Tensor) -> Tensor:
-        """What the dispatcher leaves in parts, whole, where a gradient is taken of it."""
-        if self.group is not None and self.is_expert:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def gathered(self, tensor: Tensor, new: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
-        """The rows of all ranks where each has its part of the sequence."""
-        if not self.is_sequence_parallel:
-            return tensor
-        shape = (len(tensor) * dist.get_world_size(self.group), *tensor.shape[1:])
-        whole = tensor.new_empty(shape) if new is None else new(shape)
-        dist.all_gather_into_tensor(whole, tensor.contiguous(), group=self.group)
-        return whole
-
-    def reduced(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """The sum over the group, of this rank's part of the sequence where each has one; and what to wait for."""
-        if self.group is None or self.is_expert:
-            return tensor, None
-        if not self.is_sequence_parallel:
-            return tensor, dist.all_reduce(tensor, group=self.group, async_op=True)
-        part = tensor.new_empty((len(tensor) // dist.get_world_size(self.group), *tensor.shape[1:]))
-        return part, dist.reduce_scatter_tensor(part, tensor, group=self.group, async_op=True)
-
-    def dropped(self, input_TI: Tensor, kept_TI: Tensor | None) -> Tensor:
-        """What dropout makes of the adapters' input, or of its gradient."""
-        return input_TI if kept_TI is None else input_TI * kept_TI / (1 - self.adapter.dropout)
-
-
-class _ColumnParallel(torch.autograd.Function):
-    """(hidden, W, bias, A, kept, operands, *B) -> the layer's output with its adapters'."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        kept: Tensor | None,
-        operands: _Operands,
-        *bs: Tensor,
-    ) -> Tensor:
-        input_tI = _rows(hidden)
-        output_TO = operands.gathered(input_tI, _buffer(hidden)) @ weight_OI.t()
-        if bias_O is not None:
-            output_TO += bias_O
-        low_TR = operands.gathered(operands.dropped(input_tI, _flat(kept)) @ a_RI.t())
-        operands.adapter.add_outputs(output_TO, low_TR, bs)
-        ctx.save_for_backward(hidden, weight_OI, a_RI, kept, low_TR, *bs)
-        ctx.operands = operands
-        return output_TO.view(-1, *hidden.shape[1:-1], len(weight_OI))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight_OI, a_RI, kept, low_TR, *bs = ctx.saved_tensors
-        operands, gradient_TO = ctx.operands, _rows(gradients[0])
-        low_gradient_TR = operands.adapter.low_gradient_TR(gradient_TO, bs)
-        low_gradient_tR, low_sum = operands.reduced(low_gradient_TR)
-        input_gradient, input_sum = None, None
-        if ctx.needs_input_grad[0]:
-            input_gradient, input_sum = operands.reduced(gradient_TO @ weight_OI)
-        b_gradients = operands.adapter.b_gradients(gradient_TO, low_TR)
-        _wait(low_sum)
-        dropped_tI = operands.dropped(_rows(hidden), _flat(kept))
-        a_gradient = operands.summed_for_parameter(low_gradient_tR).t() @ dropped_tI
-        _wait(input_sum)
-        if input_gradient is not None:
-            _add_low(input_gradient, low_gradient_tR, a_RI, operands, _flat(kept))
-            input_gradient = input_gradient.view(hidden.shape)
-        return input_gradient, None, None, a_gradient, None, None, *b_gradients
-
-
-class _RowParallel(torch.autograd.Function):
-    """(hidden, W, None, A, kept, operands, *B) -> the layer's output with its adapters', before its bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_OI: Tensor,
-        bias_O: None,
-        a_RI: Tensor,
-        kept: Tensor | None,
-        operands: _Operands,
-        *bs: Tensor,
-    ) -> Tensor:
-        input_TI = _rows(hidden)
-        output_tO, output_sum = operands.reduced(input_TI @ weight_OI.t())
-        low_tR, low_sum = operands.reduced(operands.dropped(input_TI, _flat(kept)) @ a_RI.t())
-        _wait(output_sum)
-        _wait(low_sum)
-        operands.adapter.add_outputs(output_tO, low_tR, bs)
-        ctx.save_for_backward(hidden, weight_OI, a_RI, kept, low_tR, *bs)
-        ctx.operands = operands
-        return output_tO.view(-1, *hidden.shape[1:-1], len(weight_OI))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight_OI, a_RI, kept, low_tR, *bs = ctx.saved_tensors
-        operands, gradient_tO = ctx.operands, _rows(gradients[0])
-        gradient_TO = operands.gathered(gradient_tO, _buffer(gradients[0]))
-        low_gradient_TR = operands.adapter.low_gradient_TR(gradient_TO, bs)
-        b_gradients = operands.adapter.b_gradients(gradient_tO, operands.summed_for_parameter(low_tR))
-        a_gradient = low_gradient_TR.t() @ operands.dropped(_rows(hidden), _flat(kept))
-        input_gradient = None
-        if ctx.needs_input_grad[0]:
-            input_gradient = gradient_TO @ weight_OI
-            _add_low(input_gradient, low_gradient_TR, a_RI, operands, _flat(kept))
-            input_gradient = input_gradient.view(hidden.shape)
-        return input_gradient, None, None, a_gradient, None, None, *b_gradients
-
-
-def _add_low(
-    input_gradient_TI: Tensor, low_gradient_TR: Tensor, a_RI: Tensor, operands: _Operands, kept_TI: Tensor | None
-) -> None:
-    """Add what the adapters' input gets to what the layer's own gets."""
-    if kept_TI is None:
-        input_gradient_TI.addmm_(low_gradient_TR, a_RI)
-    else:
-        input_gradient_TI += operands.dropped(low_gradient_TR @ a_RI, kept_TI)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., columns] -> contiguous [rows, columns]."""
-    return tensor.contiguous().flatten(0, -2)
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.flatten(0, -2)
-
-
-def _wait(collective: Any) -> None:
-    if collective is not None:
-        collective.wait()
-
-
-def _buffer(like: Tensor) -> Callable[[Sequence[int]], Tensor]:
-    """Megatron's shared buffer for what is gathered over tensor ranks and read at once."""
-    return lambda shape: parallel_state.get_global_memory_buffer().get_tensor(list(shape), like.dtype, "mpu")

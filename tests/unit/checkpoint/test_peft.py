@@ -223,6 +223,9 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": "1"}, "layers_to_transform is '1'; it must be a list of layers' numbers"),
     ({"modules_to_save": ["lm_head"]}, "its tensors do not have lm_head, of which modules_to_save says otherwise"),
     ({"rank_pattern": {"((": 2}}, "rank_pattern has '((', which is no regular expression"),
+    ({"rank_pattern": {"(a+)+b": 2}}, "rank_pattern has the expression '(a+)+b', which could take too long to match"),
+    ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "alpha_pattern has the expression '.*.*.*.*.*x', which could take too long"),
+    ({"target_modules": "(.*a|.*b)*"}, "target_modules has the expression '(.*a|.*b)*', which could take too long to"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}; it must be names with whole numbers above 0"),
 ]
 FILES: list[tuple[Callable[[Path], None], str]] = [
@@ -337,7 +340,5 @@ def test_a_quantised_base_is_refused(root: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    with pytest.raises(
-        UserError, match=r"has quantization_config, which is not supported: weights must be plain, not in 4 or 8 bits"
-    ):
+    with pytest.raises(UserError, match=r"base is quantised .*; name the model that it was made from, in bf16 or fp32"):
         merge_adapter(root / "llama" / "peft", tmp_path / "out", base=base)

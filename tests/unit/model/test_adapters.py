@@ -13,11 +13,14 @@ from torch import Tensor
 from megadpo.config.schema import AdapterConfig, Config
 from megadpo.errors import UserError
 from megadpo.model.adapters import linear
+from megadpo.model.adapters.decomposed import as_plain, decompose, plain_tensor
 from megadpo.model.adapters.initial import NewAdapter
 from megadpo.model.adapters.linear import LinearAdapter, Projection
+from megadpo.model.adapters.products import ColumnParallel, Operands
 from megadpo.model.adapters.shards import adapter_shards
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
 from megadpo.model.families import ExpertPlace, shape_of, shard_parameters
+from megadpo.model.layer_ranks import LayerRanks
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard
 from megadpo.parallel.layout import Layout
@@ -116,6 +119,11 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
             "adapter.target_modules names lm_head, beside which no adapter",
         ),
         (Layout(pipeline=2), {"layers_to_transform": [0]}, "leave chunk 2 of the pipeline"),
+        (
+            Layout(),
+            {"init": "pissa", "rank": 65},
+            "adapter.rank is 65, but with adapter.init pissa an adapter is a part of",
+        ),
         (Layout(), {"use_dora": True, "dropout": 0.1}, "adapter.dropout is 0.1 with adapter.use_dora"),
         (Layout(), {"use_dora": True, "changes": DEEPSPEED}, "are built for parallel.engine megatron only"),
         (Layout(), {"modules_to_save": ["lm_head"], "changes": DEEPSPEED}, "whose original values the reference needs"),
@@ -163,3 +171,49 @@ def test_products_by_runs_of_rows_and_by_blocks_are_the_same(monkeypatch):
     stacked[[0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], :2] = 0.5 * bs[0]
     stacked[[6, 7, 14, 15, 22, 23], 2:] = 2.0 * bs[1]
     torch.testing.assert_close(by_runs[0], output_TO + low_TR @ stacked.t())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_begins_as_a_part_of_a_matrix_has_pefts_numbers(init):
+    peft = pytest.importorskip("peft")
+    linear_layer = torch.nn.Linear(24, 40, bias=False)
+    weight, model = linear_layer.weight.detach().clone(), torch.nn.Sequential(linear_layer)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=init))
+    theirs = {name.split(".")[-3]: p.detach() for name, p in adapted.named_parameters() if "lora_" in name}
+    a, b = decompose(weight, init, 4, 1.5)
+    assert torch.equal(a, theirs["lora_A"]) and torch.equal(b, theirs["lora_B"])
+    torch.testing.assert_close(weight - 1.5 * b @ a, adapted.base_model.model[0].base_layer.weight.detach())
+
+
+def test_a_plain_adapter_of_twice_the_rank_adds_what_the_trained_one_has_over_its_beginning():
+    for use_rslora in (False, True):
+        spec = AdapterSpec(4, 6.0, 0.0, use_rslora, False, ("m",), (), "pissa")
+        begun = {"m.lora_A.weight": torch.randn(4, 8), "m.lora_B.weight": torch.randn(6, 4)}
+        trained = {name: tensor + torch.randn_like(tensor) for name, tensor in begun.items()}
+        a, b = (plain_tensor(name, tensor, begun) for name, tensor in trained.items())
+        expected = trained["m.lora_B.weight"] @ trained["m.lora_A.weight"]
+        expected -= begun["m.lora_B.weight"] @ begun["m.lora_A.weight"]
+        torch.testing.assert_close(as_plain(spec).scaling("m") * b @ a, spec.scaling("m") * expected)
+
+
+def test_bf16_products_are_those_of_peft_s_fp32_adapters_under_autocast():
+    """A and B are rounded where they are multiplied; the optimizer's own are in fp32 in either."""
+    peft = pytest.importorskip("peft")
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False).bfloat16())
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"], init_lora_weights=False))
+    theirs = {name.split(".")[-3]: p for name, p in adapted.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in theirs.values()} == {torch.float32}
+    hidden, gradient = torch.randn(30, 1, 64).bfloat16(), torch.randn(30, 1, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = adapted(hidden)
+    expected.backward(gradient)
+    a, b = (theirs[name].detach().bfloat16().requires_grad_() for name in ("lora_A", "lora_B"))
+    layer = LinearAdapter([Projection("x.q_proj", 8, 2.0, 0, ((0, 48),))], is_row_parallel=False)
+    operands = Operands(layer, LayerRanks(None, False, False), None)
+    weight = adapted.base_model.model[0].base_layer.weight.detach()
+    output = ColumnParallel.apply(hidden, weight, None, a, None, operands, b)
+    output.backward(gradient)
+    torch.testing.assert_close(output, expected.to(torch.bfloat16), rtol=2**-7, atol=2**-6)
+    for own, name in ((a, "lora_A"), (b, "lora_B")):
+        error = float((own.grad.float() - theirs[name].grad).norm() / theirs[name].grad.norm())
+        assert error <= 2**-8, (name, error)  # one rounding to bf16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 from megadpo.errors import UserError
 from megadpo.training.output_dir import claim_output_dir
 from megadpo.validation.load import load_config
+from megadpo.validation.quantization import check_quantization_machine
 
-LORA = "adapter.kind=lora"
+LORA, NF4 = "adapter.kind=lora", "model.quantization=nf4"
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,29 @@ def test_auto_is_the_reference_that_losses_and_adapters_ask_for(overrides: list[
             [LORA, "adapter.path=p", "adapter.rank=8"],
             "adapter.rank is 8, but the adapter of ",
         ),
-        ([LORA, "adapter.init=loftq"], "megadpo (it makes up for the error of frozen weights in 4 bits, and"),
+        ([LORA, "adapter.init=loftq"], "megadpo (what it trains makes up for the error of 4 bits, and so"),
         (
             ["adapter.kind=qlora"],
-            "(frozen weights stay in bf16 or fp32); choose one of: none, lora",
+            "under that name (it is adapter.kind lora with model.quantization nf4)",
+        ),
+        ([LORA, "adapter.init=pissa", "adapter.use_dora=true"], "adapter.init is pissa with adapter.use_dora, whose"),
+        ([LORA, NF4, "adapter.init=olora"], "adapter.init is olora with model.quantization nf4: what is left of the"),
+        ([LORA, "adapter.init=pissa", "reference.adapter=p"], "reference.adapter is p, an adapter of the whole model, but"),
+        (
+            ["model.quantization=nf4"],
+            "model.quantization is nf4, but weights in 4 bits are frozen, and without adapters they",
+        ),
+        ([LORA, "model.quantization=fp4"], "model.quantization: 'fp4' is not available in this version"),
+        ([LORA, "model.quantization_block_size=128"], "model.quantization_block_size has no effect with model.quantization"),
+        ([LORA, "model.double_quantization=false"], "model.double_quantization has no effect with model.quantization none"),
+        ([LORA, NF4, "model.quantization_block_size=48"], "model.quantization_block_size is 48; choose one of: 32, 64, 128"),
+        (
+            [LORA, NF4, "adapter.merge=true"],
+            "take no adapter in: set it to false, and after the run add the adapter to the model as it was: megadpo convert",
+        ),
+        (
+            [LORA, NF4, "parallel.engine=deepspeed", "parallel.zero_stage=3"],
+            "parallel.zero_stage is 3, which cuts parameters",
         ),
         (["adapter.kind=dora"], "adapter.kind: 'dora' is not known; choose one of: none, lora"),
         (["reference.mode=adapter"], "but adapter.kind is none; use resident, or set adapter.kind to lora"),
@@ -88,3 +109,12 @@ def test_a_run_of_a_version_without_adapters_goes_on(tmp_path: Path) -> None:
     config.adapter.kind = "lora"
     with pytest.raises(UserError, match=r"holds a different run \(adapter\.kind was 'none', now 'lora'\)"):
         claim_output_dir(tmp_path, config)
+
+
+def test_a_machine_without_bitsandbytes_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config({}, [LORA, NF4])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"model\.quantization is nf4, but the package bitsandbytes is not installed; install"
+    ):
+        check_quantization_machine(config)

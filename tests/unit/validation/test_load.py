@@ -44,7 +44,8 @@ def test_defaults_are_those_that_users_of_trl_know() -> None:
 
 def test_the_contract_has_exactly_these_keys() -> None:
     contract = {
-        "model": "path dtype kernels attention small_ops layers fp8",
+        "model": "path dtype kernels attention small_ops layers fp8 quantization "
+        "quantization_block_size double_quantization",
         "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
         "path merge",
         "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",

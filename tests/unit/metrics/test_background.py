@@ -134,3 +134,16 @@ def test_several_that_hang_are_waited_for_together(released: threading.Event) ->
     started = time.monotonic()
     assert list(close_all(sinks, False)) == []
     assert time.monotonic() - started < 1.5
+
+
+def test_a_command_ends_at_once_where_a_library_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadpo import cli
+
+    left: list[int] = []
+    monkeypatch.setattr(cli, "run_as_one", lambda main: 0)
+    monkeypatch.setattr(cli, "leave_now", left.append)
+    for hangs, expected in ((False, []), (True, [0])):
+        monkeypatch.setattr(worker, "_has_hung_threads", hangs)
+        with pytest.raises(SystemExit):
+            cli.console()
+        assert left == expected

@@ -47,9 +47,11 @@ class BackgroundSink:
         open_tracker: Callable[[], Tracker],
         warn: Callable[[str], None],
         most_waiting: int = MOST_WAITING_RECORDS,
-        seconds_to_close: float = SECONDS_TO_CLOSE,
+        seconds_to_close: float | None = None,
     ) -> None:
-        self._name, self._open, self._warn, self._seconds = name, open_tracker, warn, seconds_to_close
+        """No `seconds_to_close`: `SECONDS_TO_CLOSE`."""
+        self._name, self._open, self._warn = name, open_tracker, warn
+        self._seconds = SECONDS_TO_CLOSE if seconds_to_close is None else seconds_to_close
         self._waiting: queue.Queue[Record | bool] = queue.Queue(most_waiting)
         self._has_ended = False
         self._is_behind = False

@@ -21,6 +21,7 @@ from megadpo.files import expanded, make_directory, replacing
 from megadpo.metrics.background import BackgroundSink, Record
 from megadpo.metrics.progress import ProgressSink
 from megadpo.metrics.trackers import KEPT, TRACKERS, TrackedRun
+from megadpo.secrets.redact import redact
 
 logger = logging.getLogger(__name__)
 
@@ -257,14 +258,14 @@ def _tracked(
 ) -> TrackedRun:
     directory = output_dir / "trackers" if options.directory is None else expanded(options.directory, "logging.directory")
     return TrackedRun(
-        project=options.project,
-        name=options.run_name or output_dir.absolute().name,
+        project=redact(options.project),
+        name=redact(options.run_name or output_dir.absolute().name),
         directory=directory,
         has_chosen_directory=options.directory is not None,
         is_offline=options.offline,
         kept=output_dir / KEPT,
         is_resumed=is_resumed,
-        tags=list(options.tags),
+        tags=[redact(tag) for tag in options.tags],
         config=config,
         log=log,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from megadpo.config import strict
@@ -11,6 +12,7 @@ from megadpo.metrics.trackers import TRACKERS, require_installed
 if TYPE_CHECKING:
     from megadpo.config.schema import LoggingConfig
 
+TAG = re.compile(r"[A-Za-z0-9._:/-][A-Za-z0-9 ._:/-]{0,63}")
 MOST_PROFILED_STEPS = 100
 """A trace of more is too large to be opened."""
 
@@ -27,6 +29,12 @@ def check_logging_options(options: LoggingConfig) -> None:
         raise UserError(f"logging.trackers is {options.trackers}; name each tracker once")
     if not options.project.strip():
         raise UserError("logging.project is empty; give a name, or leave it out")
+    for tag in options.tags:
+        if not TAG.fullmatch(tag):
+            raise UserError(
+                f"logging.tags: {tag!r} is not a tag that every tracker takes; give 1 to 64 letters, digits, "
+                "spaces and . _ - : /"
+            )
     steps = options.profile_steps
     if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         raise UserError(f"logging.profile_steps is {steps}; give [first, last], steps from 1 on, for example [10, 12]")

@@ -67,7 +67,7 @@ def test_mfu_is_useful_work_over_time_and_the_peak_of_all_devices_and_left_out_w
 ) -> None:
     records = records_of(directory, "data")
     flop = [record["mfu"] * record["step_seconds"] * 2 * 0.01e12 for record in records]
-    # The tied model of save_files has a few thousand parameters: what a step costs follows from its tokens within bounds.
+    # Answers and prompts alike meet every parameter: what a step costs follows from its tokens, nearly.
     tokens = [
         b - a for a, b in zip([0, *(r["num_tokens"] for r in records)], [r["num_tokens"] for r in records], strict=False)
     ]

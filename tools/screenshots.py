@@ -21,7 +21,7 @@ from tests.helpers.models import save_model, write_hh
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "screenshots"
-NUM_ROWS, NUM_HELD_OUT = 460, 60
+NUM_ROWS, NUM_HELD_OUT = 360, 40
 HEIGHT = 1500
 """Of a page, in pixels, from its top."""
 KEPT = contextlib.ExitStack()
@@ -59,7 +59,7 @@ def trained() -> Path:
             "warmup_steps": 5,
             "tokens_per_micro_batch": 4096,
         },
-        "eval": {"every": 10},
+        "eval": {"every": 8},
         "logging": {"tensorboard": False},
         "output_dir": "runs/first",
     }

@@ -81,15 +81,15 @@ def gradient_spikes(run: RunFiles) -> Finding | None:
         return None
     named = ", ".join(map(str, steps[: limits.MOST_STEPS_NAMED])) + (" …" if len(steps) > limits.MOST_STEPS_NAMED else "")
     left_out = len({spike["step"] for spike in records if spike.get("updated") is False})
-    what = str(records[0].get("what", ""))
+    what = str(min(records, key=lambda spike: spike["step"]).get("what", "")).rstrip(".")
+    what = what[:1].upper() + what[1:] if len(steps) == 1 else what
     return Finding(
         "gradient_spikes",
         "warning" if len(steps) > 1 else "note",
         "The gradient or the loss spikes",
         steps[0],
-        (f"{len(steps)} steps ({named})" if len(steps) > 1 else f"Step {steps[0]}")
-        + f" stood out; of step {records[0]['step']}: {what}"
-        + (f". {left_out} of them updated nothing (train.on_spike)." if left_out else "."),
+        (f"{len(steps)} steps ({named}) stand out; of step {steps[0]}: {what}." if len(steps) > 1 else f"{what}.")
+        + (f" {'It' if len(steps) == 1 else f'{left_out} of them'} updated nothing (train.on_spike)." if left_out else ""),
         "Look at the rows below: very long, damaged or mislabelled ones are usual. train.on_spike=skip leaves such steps "
         "out; a lower train.learning_rate, more train.pairs_per_step or a longer train.warmup_steps makes them rarer.",
         _pairs(records),

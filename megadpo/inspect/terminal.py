@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megadpo.data.rows.report import counted
 from megadpo.inspect.samples import Part, Piece, Sample
 from megadpo.inspect.summary import QUANTILES, Summary, side_summary
 
@@ -132,8 +133,8 @@ def _packing(console: Console, summary: Summary) -> None:
     _heading(console, "micro-batches")
     console.print(
         Text(
-            f"{inspected.config.train.pairs_per_step} rows a step, {packed.num_all_steps:,} steps; of the first "
-            f"{packed.num_steps} steps: {packed.per_step:.1f} micro-batches of at most "
+            f"{inspected.config.train.pairs_per_step} rows a step, {counted(packed.num_all_steps, 'step')}; of the first "
+            f"{counted(packed.num_steps, 'step')}: {packed.per_step:.1f} micro-batches of at most "
             f"{inspected.config.train.tokens_per_micro_batch:,} tokens each, {packed.fill:.1%} full, "
             f"{packed.pairs_per_micro_batch:.1f} rows in one ({inspected.layout})"
         )
@@ -147,7 +148,7 @@ def _findings(console: Console, summary: Summary) -> None:
     for finding in summary.findings:
         word, style = LEVELS[finding.level]
         line = Text(f"{word} ", style)
-        line.append(f"[{finding.side}] ", "dim").append(finding.sentence, "default")
+        line.append(f"[{finding.side}] ", "not bold dim default").append(finding.sentence, "not bold default")
         console.print(line)
         if finding.rows:
             console.print(Padding(Text(finding.places(), "dim"), (0, 0, 0, 4)))

@@ -210,7 +210,7 @@ def test_labels_out_of_balance_are_told_with_the_trainer_s_own_advice(tmp_path: 
 
 
 def test_rows_longer_than_the_model_s_positions_are_told(tmp_path: Path, model: Path) -> None:
-    options = config(tmp_path, model, [*clean(8), {**clean(1)[0], "prompt": "river " * 3000}], max_length=None)
+    options = config(tmp_path, model, [*clean(8), {**clean(1)[0], "prompt": "river " * 3000 + "?\n"}], max_length=None)
     options.train.tokens_per_micro_batch = 40_000
     (one,) = findings(read_data(options))
     assert (one.name, one.rows) == ("too_long", [f"{tmp_path}/train.jsonl:9"]) and "2,048 positions" in one.sentence

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from megadpo.planning.memory import RankMemory
+from tests.helpers.tensor_bytes import Held
 from tests.unit.planning.measured import CASES, Case, measured, reckoned, save_files
 from tools.generated import Part
 
@@ -26,7 +29,7 @@ def render() -> str:
     return "\n".join(["| " + " | ".join(COLUMNS) + " |", f"| {rule} |", *lines]) + "\n"
 
 
-def line(case: Case, held: list, memories: list) -> str:
+def line(case: Case, held: Sequence[Held], memories: Sequence[RankMemory]) -> str:
     """Of the rank that held most."""
     rank = max(range(len(held)), key=lambda rank: held[rank].peak)
     of_rank, memory = held[rank], memories[rank]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
@@ -52,16 +53,17 @@ def _print(job: Job, found: Search, title: Sequence[str], usable_gib: float) -> 
     for line in title:
         console.print(line, markup=False)
     if found.fits:
+        rows = [report.row(each) for each in found.fits]
+        shown = [number for number, name in enumerate(report.COLUMNS) if name not in report.SIZES or _varies(rows, number)]
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in report.COLUMNS:
-            is_text = column in ("engine", "recompute", "bound by")
-            table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
-        for each in found.fits:
-            table.add_row(*report.row(each))
+        for number in shown:
+            is_text = report.COLUMNS[number] in ("engine", "recompute", "bound by")
+            table.add_column(report.COLUMNS[number], justify="left" if is_text else "right", no_wrap=True)
+        for cells in rows:
+            table.add_row(*(cells[number] for number in shown))
         console.print()
         # A table is as wide as it has to be: a terminal wraps it, a file keeps it.
-        wide = Console(highlight=False, width=max(console.width, 200))
-        wide.print(table)
+        Console(highlight=False, width=max(console.width, 160)).print(table)
         best = found.fits[0]
         console.print("\nThe fastest:", style="bold")
         console.print(report.bottleneck(best.step), markup=False)
@@ -80,10 +82,15 @@ def _print(job: Job, found: Search, title: Sequence[str], usable_gib: float) -> 
             console.print(reason + (f" ({count:,} ways)" if count > 1 else ""), markup=False)
 
 
+def _varies(rows: Sequence[Sequence[str]], number: int) -> bool:
+    """Whether a column says anything but 1."""
+    return any(cells[number] != "1" for cells in rows)
+
+
 def _rates(card: str, arguments: argparse.Namespace) -> Rates:
     """The card's rates, with what the command line says in their place."""
     rates = rates_of(card)
-    given = {
+    given: dict[str, Any] = {
         "peak": arguments.peak,
         "products": arguments.share_of_peak,
         "nvlink": arguments.intra_node,

@@ -73,8 +73,10 @@ def row(found: Found) -> list[str]:
     return [*sizes, engine, plan.recompute + away, micro_batches, *figures, f"{name} {share:.0%}"]
 
 
+SIZES = ("tensor", "context", "pipeline", "data", "expert")
 COLUMNS = (
-    *("tensor", "context", "pipeline", "data", "expert", "engine", "recompute", "micro-batches"),
+    *SIZES,
+    *("engine", "recompute", "micro-batches"),
     *("s / step", "pairs / s", "MFU", "GiB", "bound by"),
 )
 

@@ -53,8 +53,8 @@ def held_on_this_rank(configs: Sequence[dict[str, Any]], groups: Sequence[Group]
             run = build(setup, Callbacks())
             for step in range(2):
                 training_step(run, step)
-            run.engine.forward_backward = _after(_mark, run.engine.forward_backward)
-            run.engine.finish_gradients = _after(_mark, run.engine.finish_gradients)
+            for name in ("forward_backward", "finish_gradients"):
+                setattr(run.engine, name, _after(_mark, getattr(run.engine, name)))
             between = sum(size for address, size in _storages().items() if address not in before)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
                 training_step(run, 2)

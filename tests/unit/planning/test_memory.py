@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from megadpo.planning.plan import Plan, adapter_numbers, parameters
 from megadpo.planning.workload import MicroBatches, Mix
 from tests.helpers.marks import all_but_the_first_slow
 from tests.unit.planning.measured import CASES, Case, measured, reckoned, save_files
-from tools.plan_table import COLUMNS, PART, line
+from tools.plan_table import COLUMNS, PART
 
 SMALL = shape_of(
     {
@@ -86,7 +87,7 @@ STATES = [
 
 
 @pytest.mark.parametrize(("options", "weights", "gradients", "optimizer"), STATES)
-def test_states_of_the_engines(options: dict, weights: float, gradients: float, optimizer: float) -> None:
+def test_states_of_the_engines(options: dict[str, Any], weights: float, gradients: float, optimizer: float) -> None:
     kinds, host = between_steps(Plan(SMALL, Layout(data=2), 2, **options), 0)
     expected = {"weights": weights, "reference": weights, "gradients": gradients, "optimizer": optimizer}
     assert {kind: size / P for kind, size in kinds.items()} == {kind: each for kind, each in expected.items() if each}
@@ -111,7 +112,7 @@ def test_a_layer_keeps_what_the_table_of_parallelism_md_says() -> None:
     h, f, q, k, heads, groups = 8, 12, 8, 4, 4, 2
     floats = 4 * (2 + heads + heads + groups)
 
-    def kept(recompute: str, **options: object) -> dict[str, float]:
+    def kept(recompute: str, **options: Any) -> dict[str, float]:
         return dict(kept_by_kind(Plan(SMALL, Layout(), 1, **options), MIX, False, recompute, 10))
 
     # Keys and values are copied 1.5 times and repeated for q / k heads, in place of k.
@@ -151,7 +152,7 @@ def test_the_fullest_moment_counts_once() -> None:
     memory = rank_memory(Plan(SMALL, Layout(), 1), MIX, ONE, 0)
     assert memory.peak == pytest.approx(sum(memory.between.values()) + sum(memory.gradients.values()))
     assert (HEAD in memory.gradients) != (WORKING in memory.gradients)
-    full = rank_memory(Plan(SMALL, Layout(), 1, gradient_bytes=2, adapter=None), MIX, MicroBatches(1, 1.0, (1,)), 0)
+    full = rank_memory(Plan(SMALL, Layout(), 1, gradient_bytes=2), MIX, MicroBatches(1, 1.0, (1,)), 0)
     assert full.peak == pytest.approx(sum(full.between.values()) + 4 * P), "with few tokens the update's copy is the most"
 
 
@@ -191,4 +192,3 @@ def test_the_page_has_a_line_for_each_case_and_what_is_reckoned_now(files: Path)
         memory = reckoned(case, files)[int(found["rank"])]
         assert cells[7] == f"{memory.peak / 2**20:.1f}", f"{case}: run: python -m tools.plan_table --write"
         assert abs(float(found["reckoned / measured"]) - 1) <= 0.1, str(case)
-        assert line.__doc__

@@ -44,26 +44,26 @@ def run_evaluation(request: Request) -> Report:
     prompts = _prompts(request, prepared, tokenizer)
     if request.out is not None and rank() == 0:
         make_writable_directory(request.out, "--out")
-    report = _about(request, models)
+    report, lines = _about(request, models), []
     with joined_world(models.layout, request.config.train.seed):
         if rows is not None and prepared is not None:
             groups = prepared.groups
             measured = measure(models, groups)
             subsets = [rows.subsets[row] for row in groups.rows]
             report |= figures_of(request, models, measured, subsets) | {"rows": prepared.report.to_dict()}
+            report["empty_subsets"] = sorted(set(rows.subsets) - set(subsets))
             lines = lines_of(groups, subsets, measured, report["score"], request.config)
         if request.generation is not None:
             report |= side_by_side(models, prompts, request.generation, tokenizer)
+    report["remarks"] = [*request.remarks, *remarks_of(report)]
+    if rank() == 0:
+        _write(request.out, report, lines)
     if request.harness is not None and rank() == 0:
         dtype = resolve_dtype(models.config.model.dtype)
         with exported(request.model, dtype, request.config.checkpoint.verify) as directory:
             seed = request.config.train.seed
             report["harness"] = run_harness(directory, models.tokenizer, request.harness, dtype, seed)
-    report["remarks"] = [*request.remarks, *remarks_of(report)]
-    if request.out is not None and rank() == 0:
-        if request.data:
-            _write(request.out / "pairs.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-        _write(request.out / "eval.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        _write(request.out, report, lines)  # again: what was computed before is not lost where a task fails
     return report
 
 
@@ -139,9 +139,15 @@ def _prompts(request: Request, prepared: Prepared | None, tokenizer: Any) -> lis
     return prompts_of_data(prepared.groups, options.prompts)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(out: Path | None, report: Report, lines: list[Report]) -> None:
+    if out is None:
+        return
+    texts = {"eval.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
+    if lines:
+        texts["pairs.jsonl"] = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     try:
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            with replacing(out / name) as partial:
+                partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from error

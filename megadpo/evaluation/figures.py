@@ -92,6 +92,10 @@ def remarks_of(report: Report) -> list[str]:
         if few:
             named = ", ".join(few[:5]) + (" …" if len(few) > 5 else "")
             remarks.append(f"fewer than {FEW_PAIRS} pairs in {named}: look at the intervals")
+        if report["empty_subsets"]:
+            remarks.append(f"no pair was evaluated of {', '.join(report['empty_subsets'])}")
+        if report["rows"]["num_truncated"]:
+            remarks.append(f"{report['rows']['num_truncated']:,} pairs lost tokens to data.max_length")
         dropped = report["rows"]["dropped"]
         if dropped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))

@@ -175,7 +175,7 @@ def with_vllm(
 ) -> dict[int, Answer]:
     """All prompts at once, over all visible devices; see `generate`."""
     require_generator(options)
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
 
     model = LLM(
         model=directory,
@@ -193,7 +193,7 @@ def with_vllm(
         )
         for number, _ in prompts
     ]
-    outputs = model.generate([TokensPrompt(prompt_token_ids=ids) for _, ids in prompts], settings)
+    outputs = model.generate([{"prompt_token_ids": ids} for _, ids in prompts], settings)
     return {
         number: Answer(list(output.outputs[0].token_ids), output.outputs[0].finish_reason == "stop")
         for (number, _), output in zip(prompts, outputs, strict=True)

@@ -100,6 +100,14 @@ def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int,
     return launched.wait(), launched.output()
 
 
+def finish_command(argv: list[str], directory: Path) -> tuple[int, str]:
+    """Exit status and output of any `megadpo` command, on one process, whose relative paths are below `directory`."""
+    log = directory / f"{argv[0]}-{time.monotonic_ns()}.log"
+    log.touch()
+    launched = Launched(forked(_command_in, argv, str(log), str(directory)), log)
+    return launched.wait(), launched.output()
+
+
 def finish_workers(nproc: int, log: Path, main: Callable[..., int], *arguments: Any) -> tuple[int, str]:
     """Exit status and output of our launcher with `nproc` workers, each of which does `main(*arguments)`.
 
@@ -139,6 +147,11 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     else:
         _arrange(moments, output_dir)
     _leave(run_as_one(lambda: main(argv)))
+
+
+def _command_in(argv: list[str], log: str, directory: str) -> None:
+    os.chdir(directory)
+    _command(argv, log, (), directory)
 
 
 def _print_to(log: str) -> None:

@@ -21,7 +21,7 @@ from tests.helpers.runs import run_settings, save_files, train_run
 from tests.helpers.worlds import run_world
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 QUESTIONS = [("the sky is", [" blue", " a question that nobody asks"]), ("one and one are", [" two", " three"])]
 DOCUMENTS = [
@@ -74,7 +74,15 @@ def of_run(files: Path) -> tuple[list[dict[str, float]], list[Any]]:
     bench = ["--data", str(files / "bench.jsonl"), "--generate", "2", "--max-new-tokens", "4", "--reference", "none"]
     commands = [
         [str(run)],
-        [str(files / "run.yaml"), "--model", str(run / "checkpoints" / "step_00000002"), "--generate", "1"],
+        [
+            str(files / "run.yaml"),
+            "--model",
+            str(run / "checkpoints" / "step_00000002"),
+            "--generate",
+            "1",
+            "--max-new-tokens",
+            "2",
+        ],
         ["--model", str(run / "hf"), *bench, "data.max_length=64"],
         ["--model", str(files / "model"), "--reference", str(files / "model"), "--data", str(files / "eval.jsonl")],
         [str(run), "--data", str(files / "bench.jsonl"), "--chat", "no"],
@@ -104,7 +112,7 @@ def test_prompts_of_reward_bench_are_messages_to_the_template_as_trained(
     files: Path, of_run: tuple[list[dict[str, float]], list[Any]]
 ) -> None:
     report, plain = of_run[1][2], of_run[1][4]
-    assert [record["prompt"] for record in report["generations"]] == [f"user: Say {n}.\nassistant:" + " " for n in (0, 1)]
+    assert [record["prompt"] for record in report["generations"]] == [f"user:Say {n}.\nassistant:" for n in (0, 1)]
     assert report["score"] == "log_prob" and report["reference"] is None
     assert [(one["name"], one["num_subsets"]) for one in report["sections"]] == [("Chat", 1), ("Reasoning", 1)]
     tokenizer = AutoTokenizer.from_pretrained(files / "run" / "hf")
@@ -165,7 +173,7 @@ def test_the_manual_s_commands_do_what_it_says(
     printed = capsys.readouterr().out
     if "--json" in arguments:
         report = json.loads(printed)
-        assert [record["name"] for record in report["subsets"]] == ["easy", "hard"] and len(report["generations"]) == 8
+        assert [record["name"] for record in report["subsets"]] == ["easy", "hard"] and len(report["generations"]) == 2
         return
     assert "Reward accuracy by log_ratio" in printed and "Calibration" in printed
     out = arguments[arguments.index("--out") + 1] if "--out" in arguments else "runs/first/eval"

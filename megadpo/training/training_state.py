@@ -31,7 +31,8 @@ class TrainingState:
         num_tokens: stream tokens trained on, padding left out.
         delta: BCO's running mean of the rewards: their sum and their count.
         metrics: the last ones of every name.
-        inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only.
+        inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only (and had nothing in
+            4 bits).
         spikes: of `train.on_spike`; earlier versions had none.
         evaluation_due: the evaluation after `step` was left out; earlier versions left none out.
         random_state: of torch's generator on the CPU.
@@ -65,7 +66,7 @@ class TrainingState:
             num_tokens=fields.count("num_tokens"),
             delta=fields.delta(),
             metrics=fields.numbers("metrics"),
-            inputs={"data": fields.text("data_digest"), **fields.texts("inputs")},
+            inputs={"data": fields.text("data_digest"), "quantization": "none", **fields.texts("inputs")},
             spikes=fields.spikes(),
             evaluation_due=state.get("evaluation_due") is True,
             random_state=fields.random_state("rng"),

@@ -69,7 +69,6 @@ setup(
         "protobuf>=4.25",
         "packaging>=23",
         "xxhash>=3.4",
-        "rich>=13",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],

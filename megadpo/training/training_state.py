@@ -31,8 +31,8 @@ class TrainingState:
         num_tokens: stream tokens trained on, padding left out.
         delta: BCO's running mean of the rewards: their sum and their count.
         metrics: the last ones of every name.
-        inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only, and no
-            quantization.
+        inputs: digests of what the run was made from, see inputs.py; earlier versions knew the data's only, and had nothing
+            in 4 bits.
         spikes: of `train.on_spike`; earlier versions had none.
         evaluation_due: the evaluation after `step` was left out; earlier versions left none out.
         random_state: of torch's generator on the CPU.

@@ -100,6 +100,7 @@ setup(
             "swanlab>=0.6",
             "lm-eval[hf]>=0.4.13,<0.5",
             "bitsandbytes>=0.46",
+            "pyte>=0.8",
             "triton>=3.2; platform_system == 'Linux'",
         ],
     },

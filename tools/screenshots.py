@@ -10,11 +10,17 @@ import atexit
 import contextlib
 import io
 import os
+import pty
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.models import save_model, write_hh
@@ -24,6 +30,21 @@ FOLDER = ROOT / "docs" / "screenshots"
 NUM_ROWS, NUM_HELD_OUT = 360, 40
 HEIGHT = 1500
 """Of a page, in pixels, from its top."""
+OPTIONS: dict[str, Any] = {
+    "model": {"path": "models/small", "dtype": "fp32"},
+    "data": {"train": "pairs.jsonl", "eval": "held-out.jsonl", "max_length": 256, "cache_dir": "cache"},
+    "train": {
+        "epochs": 1,
+        "pairs_per_step": 8,
+        "learning_rate": 5e-4,
+        "warmup_steps": 5,
+        "tokens_per_micro_batch": 4096,
+    },
+    "eval": {"every": 8},
+    "logging": {"tensorboard": False},
+    "output_dir": "runs/first",
+}
+"""Of the run that is shown; paths from the workplace, so that no others are in the pictures."""
 KEPT = contextlib.ExitStack()
 atexit.register(KEPT.close)
 
@@ -42,32 +63,13 @@ def workplace() -> Path:
 @cache
 def trained() -> Path:
     """The run whose pictures are shown: in the workplace, so that no other path is in them."""
-    import megadpo
+    import megadpo as package
 
-    options: dict[str, object] = {
-        "model": {"path": "models/small", "dtype": "fp32"},
-        "data": {
-            "train": "pairs.jsonl",
-            "eval": "held-out.jsonl",
-            "max_length": 256,
-            "cache_dir": str(workplace() / "cache"),
-        },
-        "train": {
-            "epochs": 1,
-            "pairs_per_step": 8,
-            "learning_rate": 5e-4,
-            "warmup_steps": 5,
-            "tokens_per_micro_batch": 4096,
-        },
-        "eval": {"every": 8},
-        "logging": {"tensorboard": False},
-        "output_dir": "runs/first",
-    }
     before = os.getcwd()
     os.chdir(workplace())  # so that the page names no path of this machine
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            megadpo.train(options)
+            package.train(OPTIONS)
     finally:
         os.chdir(before)
     return workplace() / "runs" / "first"
@@ -90,7 +92,68 @@ def page_as_png(page: Path, width: int, height: int = HEIGHT) -> bytes:
         return picture.read_bytes()
 
 
-PICTURES: dict[str, Callable[[], dict[str, bytes]]] = {"report": report_page}
+def inspect_page() -> dict[str, bytes]:
+    """The page of what the trainer will see of the data."""
+    page = workplace() / "inspect.html"
+    megadpo("inspect", "run.yaml", "--html", page.name)
+    return {"inspect": page_as_png(page, 1280), "inspect-narrow": page_as_png(page, 390)}
+
+
+def terminal() -> dict[str, bytes]:
+    """What a run shows on a terminal while it trains."""
+    page = workplace() / "terminal.html"
+    page.write_text(screen_of("train", "run.yaml", "output_dir=runs/watched", until="step 20/"), encoding="utf-8")
+    return {"terminal": page_as_png(page, 1280, height=420)}
+
+
+def megadpo(*arguments: str) -> None:
+    """A command, run in the workplace."""
+    (workplace() / "run.yaml").write_text(yaml.safe_dump(OPTIONS), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "megadpo", *arguments], cwd=workplace(), env=environment, check=False)
+
+
+def screen_of(*arguments: str, until: str, columns: int = 118, lines: int = 18) -> str:
+    """The screen of a terminal in which a command runs, when it first shows `until`, as an HTML page."""
+    import pyte
+
+    (workplace() / "run.yaml").write_text(yaml.safe_dump(OPTIONS), encoding="utf-8")
+    screen = pyte.Screen(columns, lines)
+    stream = pyte.ByteStream(screen)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(workplace())
+        os.environ.update(PYTHONPATH=str(ROOT), TERM="xterm-256color", COLUMNS=str(columns), LINES=str(lines))
+        os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "megadpo", *arguments])
+    while until not in "\n".join(screen.display):
+        stream.feed(os.read(terminal, 4096))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return _as_html(screen)
+
+
+def _as_html(screen: Any) -> str:
+    """A terminal's screen with its colours, dark."""
+    from rich.console import Console
+    from rich.terminal_theme import MONOKAI
+    from rich.text import Text
+
+    console = Console(record=True, width=screen.columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for row in range(screen.lines):
+        text = Text(no_wrap=True)
+        for column in range(screen.columns):
+            cell = screen.buffer[row][column]
+            named = "default" if cell.fg == "default" else cell.fg if not _is_hex(cell.fg) else f"#{cell.fg}"
+            text.append(cell.data, style=("bold " if cell.bold else "") + named.replace("brown", "yellow"))
+        console.print(text)
+    return console.export_html(theme=MONOKAI, inline_styles=True)
+
+
+def _is_hex(colour: str) -> bool:
+    return len(colour) == 6 and all(digit in "0123456789abcdef" for digit in colour)
+
+
+PICTURES: dict[str, Callable[[], dict[str, bytes]]] = {"report": report_page, "inspect": inspect_page, "terminal": terminal}
 """What can be shown -> makes its pictures, by file name without suffix."""
 
 

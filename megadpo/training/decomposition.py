@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 from megadpo.checkpoint.merged import MemorySource, MergedSource
+from megadpo.model.adapters.beginnings import DECOMPOSED
 from megadpo.model.adapters.initial import NewAdapter
-from megadpo.model.adapters.spec import DECOMPOSED
 from megadpo.training.console import log
 from megadpo.training.models import AdapterFiles, Begun
 from megadpo.training.setup import RunSetup

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import DECOMPOSED
+from megadpo.model.adapters.beginnings import DECOMPOSED
 from megadpo.objectives.specs import SPECS, needs_reference
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import DECOMPOSED, all_shapes
+from megadpo.model.adapters.beginnings import DECOMPOSED
+from megadpo.model.adapters.spec import all_shapes
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.specs import couples_batch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.config import strict
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import DECOMPOSED
+from megadpo.model.adapters.beginnings import DECOMPOSED
 from megadpo.model.attention.backends import BACKENDS
 from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward_head, kinds_of, measures_kl, needs_reference
 from megadpo.validation.adapters import check_adapter_options

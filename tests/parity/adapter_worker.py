@@ -170,7 +170,7 @@ def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.adapters.decomposed import beginnings
     from megadpo.model.adapters.initial import NewAdapter
-    from megadpo.model.adapters.spec import DECOMPOSED
+    from megadpo.model.adapters.beginnings import DECOMPOSED
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.model.adapters.spec import DECOMPOSED, A, AdapterSpec, B
+from megadpo.model.adapters.beginnings import DECOMPOSED
+from megadpo.model.adapters.spec import A, AdapterSpec, B
 from megadpo.model.families import TensorSource
 from megadpo.platform.device import compute_device
 

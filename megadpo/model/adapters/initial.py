@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megadpo.model.adapters.spec import DECOMPOSED, MAGNITUDE, A, AdapterSpec, B, adapter_shapes
+from megadpo.model.adapters.beginnings import DECOMPOSED
+from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B, adapter_shapes
 from megadpo.model.families import TensorSource
 from megadpo.model.shape import ModelShape
 

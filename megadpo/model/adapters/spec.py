@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 ALL_LINEAR = "all-linear"
-DECOMPOSED = ("pissa", "olora")
-"""Values of `init` whose adapters begin as a part of the frozen weights."""
 _WEIGHT = ".weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

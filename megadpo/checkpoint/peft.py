@@ -22,8 +22,8 @@ from megadpo.checkpoint.sharded import INDEX, Checkpoint, is_checkpoint, open_ch
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
+from megadpo.model.adapters.beginnings import DECOMPOSED
 from megadpo.model.adapters.spec import (
-    DECOMPOSED,
     MAGNITUDE,
     AdapterSpec,
     adapter_shapes,

@@ -168,9 +168,9 @@ def _outcome(
 def adapted_stage(adapted: Adapted, case: Case) -> tuple[Stage, Any, Any]:
     """The policy's stage on this rank, loaded, and the sources of the model and of what is trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
+    from megadpo.model.adapters.beginnings import DECOMPOSED
     from megadpo.model.adapters.decomposed import beginnings
     from megadpo.model.adapters.initial import NewAdapter
-    from megadpo.model.adapters.beginnings import DECOMPOSED
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.model.weights import load_weights

@@ -122,7 +122,7 @@ def test_prompts_of_reward_bench_are_messages_to_the_template_as_trained(
     model = AutoModelForCausalLM.from_pretrained(files / "run" / "hf", dtype=torch.float32)
     answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4)[0, len(ids) :].tolist()
     assert report["generations"][0]["policy_ids"] == answer
-    assert plain["kinds"]["log_prob"]["margin"] != report["kinds"]["log_prob"]["margin"], "--chat no: the text as it is"
+    assert plain["all"]["chosen_logp"] != report["all"]["chosen_logp"], "--chat no: the text as it is"
 
 
 def test_a_model_against_itself_is_all_ties_and_that_is_said(of_run: tuple[list[dict[str, float]], list[Any]]) -> None:

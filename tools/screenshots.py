@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def inspect_page() -> dict[str, bytes]:
 def terminal() -> dict[str, bytes]:
     """What a run shows on a terminal while it trains."""
     page = workplace() / "terminal.html"
-    page.write_text(screen_of("train", "run.yaml", "output_dir=runs/watched", until="step 20/"), encoding="utf-8")
+    page.write_text(screen_of("train", "run.yaml", "output_dir=runs/watched", until=r"step 2\d/"), encoding="utf-8")
     return {"terminal": page_as_png(page, 1280, height=420)}
 
 
@@ -114,7 +115,7 @@ def megadpo(*arguments: str) -> None:
 
 
 def screen_of(*arguments: str, until: str, columns: int = 118, lines: int = 18) -> str:
-    """The screen of a terminal in which a command runs, when it first shows `until`, as an HTML page."""
+    """The screen of a terminal in which a command runs, when it first shows what `until` matches, as an HTML page."""
     import pyte
 
     (workplace() / "run.yaml").write_text(yaml.safe_dump(OPTIONS), encoding="utf-8")
@@ -125,7 +126,7 @@ def screen_of(*arguments: str, until: str, columns: int = 118, lines: int = 18) 
         os.chdir(workplace())
         os.environ.update(PYTHONPATH=str(ROOT), TERM="xterm-256color", COLUMNS=str(columns), LINES=str(lines))
         os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "megadpo", *arguments])
-    while until not in "\n".join(screen.display):
+    while not re.search(until, "\n".join(screen.display)):
         stream.feed(os.read(terminal, 4096))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

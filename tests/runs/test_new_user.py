@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.cli import COMMANDS
 from tests.helpers.launched import finish_command
 from tests.helpers.models import save_model, write_hh
 
@@ -31,7 +30,6 @@ MOST_SECONDS = 300
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not COMMANDS.keys() >= WAY.keys(), reason="not all of the commands are in this version"),
 ]
 
 

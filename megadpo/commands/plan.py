@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         print(_layouts(arguments), end="")
     else:
         raise UserError(
-            "plan reckons for --devices N, lists --layouts or draws a --schedule: one of them is missing; for example "
-            "megadpo plan run.yaml --devices 8 --memory 80GiB"
+            "plan reckons for devices, lists layouts or draws a schedule: --devices, --layouts or --schedule is missing; "
+            "for example megadpo plan run.yaml --devices 8 --memory 80GiB"
         )
     return 0
 

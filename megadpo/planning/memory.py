@@ -29,6 +29,7 @@ from megadpo.planning.plan import (
     trained,
 )
 from megadpo.planning.workload import MicroBatches, Mix
+from megadpo.validation.deepspeed import LARGEST_BUCKET
 
 CARD_BYTES = 80e9
 """A card's memory, of which a tile of logits is a share."""
@@ -260,6 +261,9 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     passes = dict(kept)
     passes |= {TILE: tile, HEAD: head - tile} if head > working else {WORKING: working}
     passes[BUFFERS] = _buffers(plan, stage, one)
+    if plan.engine == "deepspeed" and plan.zero_stage > 0:
+        away = host if plan.offload != "none" else passes
+        away["gradients"] = 4 * trained(plan, stage)[0] / (plan.replicas if plan.zero_stage > 1 else 1)
     forward, _ = layer_works_with(plan, mix, is_mixture, backward=False)
     reference = 0.0
     if plan.num_forwards > 1:
@@ -313,7 +317,7 @@ def _layers(plan: Plan, stage: int) -> list[tuple[bool, float, str]]:
 
 
 def _buffers(plan: Plan, stage: int, num_tokens: float) -> float:
-    """Gathered inputs of tensor ranks, messages between stages, gradients on their way."""
+    """Gathered inputs of tensor ranks, messages between stages, DeepSpeed's bucket of gradients on their way."""
     layout, w = plan.layout, plan.number_bytes
     found = 0.0
     if layout.sequence:
@@ -322,8 +326,7 @@ def _buffers(plan: Plan, stage: int, num_tokens: float) -> float:
         own_h = plan.shape.hidden_size / (layout.tensor if layout.sequence else 1)
         found += 2 * own_h * w * num_tokens
     if plan.engine == "deepspeed" and plan.zero_stage > 0:
-        dense, _ = trained(plan, stage)
-        found += 4 * dense / (plan.replicas if plan.zero_stage > 1 else 1)
+        found += 4 * min(LARGEST_BUCKET, trained(plan, stage)[0] / 20)
     return found
 
 

@@ -36,7 +36,7 @@ def megadpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
             ["train", str(ROOT / "configs/dpo.yaml"), "--train.steps=3"],
             "option of the configuration is written train.steps=3,",
         ),
-        (["plan", "c.yaml"], "one of them is missing; for example megadpo plan run.yaml --devices 8 --memory 80GiB"),
+        (["plan", "c.yaml"], "--devices, --layouts or --schedule is missing; for example megadpo plan run.yaml --devices 8"),
         (["plan", "--layouts", "4"], "plan needs the configuration file CONFIG"),
         (["plan", "--schedule"], "plan needs the configuration file CONFIG"),
         (["plan", "--layouts", "4", "no.yaml", "8"], "configuration file 'no.yaml' does not exist"),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from benchmarks.predict import MODELS
-from megadpo.commands.plan_layouts import most_parameters
 from megadpo.config.schema import AdapterConfig
 from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
@@ -55,14 +54,6 @@ def test_a_rank_s_parameters_are_those_of_its_layers_and_ends() -> None:
     plan = Plan(SMALL, Layout(tensor=2, pipeline=2, sequence=True), 1)
     cut = (LAYER - 16 - 4) / 2 + 16 + 4
     assert parameters(plan, 0) == (2 * cut + 5 * 8, 0) and parameters(plan, 1) == (2 * cut + 5 * 8 + 8, 0)
-
-
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=4, sequence=True, pipeline=4), Layout(pipeline=3)])
-@pytest.mark.parametrize("name", ["8B", "70B"])
-def test_they_are_those_of_the_shards_that_a_run_builds(name: str, layout: Layout) -> None:
-    shape = shape_of(MODELS[name])
-    counted = max(sum(parameters(Plan(shape, layout, 64), stage)) for stage in range(layout.pipeline))
-    assert counted == pytest.approx(most_parameters(layout, shape), rel=1e-12)
 
 
 def test_an_adapter_s_numbers_are_those_of_its_tensors_and_inputs_or_outputs_are_cut() -> None:
@@ -170,8 +161,6 @@ def check(cases: tuple[Case, ...], files: Path) -> None:
         memories = reckoned(case, files)
         peak = max(memory.peak for memory in memories)
         assert peak == pytest.approx(max(one.peak for one in held), rel=0.1), str(case)
-        between = max(sum(memory.between.values()) for memory in memories)
-        assert between == pytest.approx(max(one.between for one in held), rel=0.1), str(case)
 
 
 @pytest.mark.parametrize("cases", all_but_the_first_slow([FEW, CASES[:3]]), ids=["few", "more"])

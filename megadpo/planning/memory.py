@@ -11,7 +11,6 @@ inner size; T tokens of this context rank.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
 from megadpo.model.offload import MIN_BYTES
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, context_method
+from megadpo.planning.amounts import Amounts
 from megadpo.planning.plan import (
     Plan,
     adapter_numbers,
@@ -138,14 +138,14 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     yield Kept(EXPERTS, 16 * experts.count / share)  # router: logits, probabilities, choices
 
 
-def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float) -> Counter[str]:
+def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float) -> Amounts:
     """Bytes that a layer keeps of so many tokens; with offloaded activations, large ones under MOVED."""
     if recompute == "full":
         h = plan.shape.hidden_size / (plan.layout.tensor if plan.layout.sequence else 1)
         found = [Kept(STREAM, h * plan.number_bytes)]
     else:
         found = [each for each in layer_keeps(plan, mix, is_mixture) if recompute != "small" or not each.again]
-    kinds: Counter[str] = Counter()
+    kinds: Amounts = Amounts()
     for each in found:
         is_moved = plan.activation_offload != "none" and each.num_bytes * num_tokens >= MIN_BYTES
         kinds[MOVED if is_moved else each.kind] += each.num_bytes * num_tokens
@@ -184,8 +184,8 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     if zero_3:
         small = small_parameters(plan, stage)
         held = w * (small + (dense - small) / cut)
-    kinds: Counter[str] = Counter()
-    host: Counter[str] = Counter()
+    kinds: Amounts = Amounts()
+    host: Amounts = Amounts()
     kinds["weights"] = held
     if plan.adapter is not None:
         kinds["adapters"] = w * (own_dense + own_experts) / cut
@@ -240,7 +240,7 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     one = micro_batches.most_tokens(1) / layout.context
     # Forwards of chunks that wait for their backward, in tokens.
     waiting = micro_batches.most_tokens(together) / layout.context * under_way / (together * layout.virtual * halves)
-    kept: Counter[str] = Counter()
+    kept: Amounts = Amounts()
     for is_mixture, num_layers, recomputed in _layers(plan, stage):
         for kind, size in kept_by_kind(plan, mix, is_mixture, recomputed, one).items():
             kept[kind] += size / one * waiting * num_layers

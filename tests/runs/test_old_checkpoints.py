@@ -34,6 +34,8 @@ def test_a_run_of_older_code_goes_on_from_its_checkpoint(name, tmp_path):
     shutil.copytree(OLD_RUNS / name, tmp_path / "run", ignore=shutil.ignore_patterns("expected.json"))
     metrics, here = run_world(expected["num_processes"], _resumed, tmp_path, expected["settings"])[0]
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    # What this code measures beside that is its own.
+    metrics = [{name: record[name] for name in old} for record, old in zip(metrics, expected["metrics"], strict=True)]
     if here == expected["machine"]:
         assert metrics == expected["metrics"]
         assert digest_of(tmp_path / "run" / "hf") == expected["weights"]

@@ -11,7 +11,6 @@ inner size; T tokens of this context rank.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from megadpo.planning.plan import (
     parameters,
     trained,
 )
+from megadpo.planning.sums import Sums
 from megadpo.planning.workload import MicroBatches, Mix
 from megadpo.validation.deepspeed import LARGEST_BUCKET
 
@@ -138,14 +138,14 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     yield Kept(EXPERTS, 16 * experts.count / share)  # router: logits, probabilities, choices
 
 
-def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float) -> Counter[str]:
+def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float) -> Sums:
     """Bytes that a layer keeps of so many tokens; with offloaded activations, large ones under MOVED."""
     if recompute == "full":
         h = plan.shape.hidden_size / (plan.layout.tensor if plan.layout.sequence else 1)
         found = [Kept(STREAM, h * plan.number_bytes)]
     else:
         found = [each for each in layer_keeps(plan, mix, is_mixture) if recompute != "small" or not each.again]
-    kinds: Counter[str] = Counter()
+    kinds = Sums()
     for each in found:
         is_moved = plan.activation_offload != "none" and each.num_bytes * num_tokens >= MIN_BYTES
         kinds[MOVED if is_moved else each.kind] += each.num_bytes * num_tokens
@@ -184,8 +184,8 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     if zero_3:
         small = small_parameters(plan, stage)
         held = w * (small + (dense - small) / cut)
-    kinds: Counter[str] = Counter()
-    host: Counter[str] = Counter()
+    kinds = Sums()
+    host = Sums()
     kinds["weights"] = held
     if plan.adapter is not None:
         kinds["adapters"] = w * (own_dense + own_experts) / cut
@@ -240,7 +240,7 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     one = micro_batches.most_tokens(1) / layout.context
     # Forwards of chunks that wait for their backward, in tokens.
     waiting = micro_batches.most_tokens(together) / layout.context * under_way / (together * layout.virtual * halves)
-    kept: Counter[str] = Counter()
+    kept = Sums()
     for is_mixture, num_layers, recomputed in _layers(plan, stage):
         for kind, size in kept_by_kind(plan, mix, is_mixture, recomputed, one).items():
             kept[kind] += size / one * waiting * num_layers
@@ -317,7 +317,7 @@ def _layers(plan: Plan, stage: int) -> list[tuple[bool, float, str]]:
 
 
 def _buffers(plan: Plan, stage: int, num_tokens: float) -> float:
-    """Gathered inputs of tensor ranks, messages between stages, DeepSpeed's bucket of gradients on their way."""
+    """Gathered inputs of tensor ranks, messages between stages, DeepSpeed's gradients on their way, what ZeRO-3 gathers."""
     layout, w = plan.layout, plan.number_bytes
     found = 0.0
     if layout.sequence:
@@ -327,6 +327,11 @@ def _buffers(plan: Plan, stage: int, num_tokens: float) -> float:
         found += 2 * own_h * w * num_tokens
     if plan.engine == "deepspeed" and plan.zero_stage > 0:
         found += 4 * min(LARGEST_BUCKET, trained(plan, stage)[0] / 20)
+    if plan.engine == "deepspeed" and plan.zero_stage == 3:  # parameters of the module under way
+        num_layers, h = sum(chunk_layers(layout, plan.shape.num_layers)[stage]), plan.shape.hidden_size
+        vocabulary = plan.shape.vocab_size * h / layout.tensor if stage in (0, layout.pipeline - 1) else 0.0
+        body = parameters(plan, stage)[0] - small_parameters(plan, stage)
+        found += w * max(vocabulary, (body - vocabulary) / num_layers)
     return found
 
 

@@ -6,7 +6,6 @@ hidden, q and k a token's queries and keys, f the MLP's inner size (of experts, 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from megadpo.model.shape import ModelShape
@@ -16,6 +15,7 @@ from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.planning.hardware import Rates
 from megadpo.planning.memory import FULL_GRADIENT_BUCKET, RankMemory, moved_bytes, rank_memory
 from megadpo.planning.plan import Plan, adapter_numbers, chunk_layers, expert_replicas, parameters, trained
+from megadpo.planning.sums import Sums
 from megadpo.planning.workload import MicroBatches, Mix, Workload
 
 PRODUCTS, KERNELS, REST = "matrix products", "memory-bound kernels", "launches and the rest"
@@ -46,10 +46,11 @@ class Step:
 
     def bounds(self) -> list[tuple[str, float]]:
         """What the step's time goes to, with its share, largest first."""
-        return [(name, each / self.seconds) for name, each in Counter(self.seconds_by).most_common()]
+        most = sorted(self.seconds_by.items(), key=lambda item: -item[1])
+        return [(name, each / self.seconds) for name, each in most]
 
 
-def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Counter[str], Counter[str]]:
+def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Sums, Sums]:
     """A layer's forward and backward of a micro-batch of `tokens`, by what they go to.
 
     Each operation reads its inputs and writes its results once, as in benchmarks/results.md. Under sequence parallelism a
@@ -61,9 +62,10 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Co
     inner = shape.ffn_size if experts is None else experts.per_token * experts.columns
     own = tokens / layout.context
     product, copied = own / tensor / rates.product_rate(own), w * own / tensor / rates.memory
-    products, busiest = dense_products(shape) * product, 0.0
+    products: float = dense_products(shape) * product
+    busiest = 0.0
     head_norms = q + k if shape.qk_norm else 0
-    moved = 4 * h + 2 * head_norms + 2 * (q + k) + 3 * inner + 6 * h  # norms, rope, SwiGLU, residual adds
+    moved: float = 4 * h + 2 * head_norms + 2 * (q + k) + 3 * inner + 6 * h  # norms, rope, SwiGLU, residual adds
     moved += 2 * k + 2 * mix.keys * q + 2 * (q + k)  # keys gathered and repeated for their readers; strided copies
     moved_back = 6 * h + 3 * head_norms + 2 * (q + k) + 5 * inner + 6 * h + 2 * mix.keys * q + 2 * k + 2 * q + 6 * k
     num_launches = 26.0
@@ -79,9 +81,9 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Co
     num_layers = sum(chunk_layers(layout, shape.num_layers)[0])
     adapters = sum(low_rank[:2]) / num_layers * own / rates.product_rate(own)
     attention = 4 * q / tensor * own * mix.attended / rates.attention
-    forward = Counter({PRODUCTS: 2 * (products + adapters), "attention": attention, KERNELS: moved * copied})
+    forward = Sums({PRODUCTS: 2 * (products + adapters), "attention": attention, KERNELS: moved * copied})
     back = 4 if plan.adapter is None else 2
-    backward = Counter({PRODUCTS: back * products + 4 * adapters, "attention": 2 * attention, KERNELS: moved_back * copied})
+    backward = Sums({PRODUCTS: back * products + 4 * adapters, "attention": 2 * attention, KERNELS: moved_back * copied})
     for way, times in ((forward, 1), (backward, 2)):
         way[REST] = _rest(way, rates, times * num_launches)
         if experts is not None:
@@ -92,7 +94,7 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Co
     return forward, backward
 
 
-def _rest(way: Counter[str], rates: Rates, num_launches: float) -> float:
+def _rest(way: Sums, rates: Rates, num_launches: float) -> float:
     """Kernels that have no name here, and what the host needs to launch all if that is longer."""
     named = sum(way.values())
     return max(rates.rest * named, num_launches * rates.launch - named)
@@ -115,9 +117,7 @@ def _context_seconds(plan: Plan, rates: Rates, own: float, q: int, k: int) -> fl
     return rates.ring(w * own * layout.context * 2 * k / layout.tensor, layout.tensor, layout.context)
 
 
-def _add_tensor_messages(
-    forward: Counter[str], backward: Counter[str], plan: Plan, rates: Rates, own: float, product: float
-) -> None:
+def _add_tensor_messages(forward: Sums, backward: Sums, plan: Plan, rates: Rates, own: float, product: float) -> None:
     """Gathers before column layers and scatters after row layers, forward in the open. Backward the gradient of each row
     layer is gathered in the open; input gathered again and gradient scattered, of each column layer, go beside its two
     products (megadpo/model/weight_gradients.py). Experts are whole and have none."""
@@ -131,20 +131,20 @@ def _add_tensor_messages(
     backward["tensor messages"] = num_blocks * one + max(0.0, 2 * num_blocks * one - beside)
 
 
-def stage_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> list[tuple[Counter[str], Counter[str]]]:
+def stage_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> list[tuple[Sums, Sums]]:
     """Each stage's forward and backward of a micro-batch, all its chunks, with what is recomputed, gathered or moved."""
     shape, layout = plan.shape, plan.layout
     forward, backward = layer_seconds(plan, mix, rates, tokens)
     if plan.recompute == "full":
         again = 1.0 if plan.block_layers is None else _share_again(plan)
-        backward = backward + Counter({name: again * each for name, each in forward.items()})
+        backward = backward.plus(forward.times(again))
     elif plan.recompute == "selective":
-        backward = backward + Counter({"attention": forward["attention"]})
+        backward = backward.plus({"attention": forward["attention"]})
     elif plan.recompute == "small":
-        backward = backward + Counter({KERNELS: forward[KERNELS]})
+        backward = backward.plus({KERNELS: forward[KERNELS]})
     stages = []
     for stage, chunks in enumerate(chunk_layers(layout, shape.num_layers)):
-        stages.append((_times(forward, sum(chunks)), _times(backward, sum(chunks))))
+        stages.append((forward.times(sum(chunks)), backward.times(sum(chunks))))
         if plan.engine == "deepspeed" and plan.zero_stage == 3:
             gathered = plan.number_bytes * sum(parameters(plan, stage))
             for way in stages[-1]:
@@ -166,12 +166,12 @@ def _share_again(plan: Plan) -> float:
     return min(1.0, (plan.block_layers or 0) / chunk)
 
 
-def _add_head(last: tuple[Counter[str], Counter[str]], plan: Plan, mix: Mix, rates: Rates, tokens: float) -> None:
+def _add_head(last: tuple[Sums, Sums], plan: Plan, mix: Mix, rates: Rates, tokens: float) -> None:
     """The head computes the logits again in the backward, before their gradient's two products."""
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
     scored, rows = mix.scored * tokens / layout.context, shape.vocab_size / layout.tensor
     for way, products, passes in zip(last, (1, 3 if plan.adapter is None else 2), (1, 2), strict=True):
-        head = Counter(
+        head = Sums(
             {
                 PRODUCTS: 2 * products * scored * rows * shape.hidden_size / rates.product_rate(scored),
                 KERNELS: w * passes * scored * rows / rates.memory,
@@ -179,11 +179,7 @@ def _add_head(last: tuple[Counter[str], Counter[str]], plan: Plan, mix: Mix, rat
         )
         head[REST] = rates.rest * head.total()
         head["tensor messages"] = rates.ring(w * tokens / layout.context * shape.hidden_size, 1, layout.tensor)
-        way.update(head)
-
-
-def _times(way: Counter[str], count: int) -> Counter[str]:
-    return Counter({name: count * seconds for name, seconds in way.items()})
+        way.add(head)
 
 
 def fullest_rank(plan: Plan, workload: Workload, micro_batches: MicroBatches) -> RankMemory:
@@ -204,7 +200,7 @@ def predict(plan: Plan, workload: Workload, rates: Rates, with_bubbles: bool = T
     found = workload.packed(plan.num_pairs, layout.data, plan.capacity, layout.micro_batches_multiple_of)
     tokens, count = mix.pair * plan.num_pairs / layout.data / found.count, found.count
     ways = stage_seconds(plan, mix, rates, tokens)
-    seconds_by: Counter[str] = Counter()
+    seconds_by = Sums()
     for forward, backward in ways:
         for name in forward | backward:
             seconds_by[name] += count * (plan.num_forwards * forward[name] + backward[name]) / layout.pipeline
@@ -221,7 +217,7 @@ def predict(plan: Plan, workload: Workload, rates: Rates, with_bubbles: bool = T
 
 
 def _pipeline_seconds(
-    plan: Plan, rates: Rates, ways: list[tuple[Counter[str], Counter[str]]], tokens: float, count: int, steady: float
+    plan: Plan, rates: Rates, ways: list[tuple[Sums, Sums]], tokens: float, count: int, steady: float
 ) -> float:
     """Simulated from the first operation of a step to the last; of an interleaved reference, a step in the middle of a run.
 
@@ -250,7 +246,7 @@ def _pipeline_seconds(
     return simulate(schedule, costs).seconds + (count - simulated) * steady
 
 
-def _add_optimizer(seconds_by: Counter[str], plan: Plan, rates: Rates, forward: float, backward: float) -> None:
+def _add_optimizer(seconds_by: Sums, plan: Plan, rates: Rates, forward: float, backward: float) -> None:
     """Of the first stage, which is the last to end. Gradients are summed bucket by bucket beside the last micro-batch's
     backward, parameters gathered beside the next policy forward; one bucket of each is always waited for."""
     layout = plan.layout
@@ -282,7 +278,7 @@ def _useful_flop(plan: Plan, mix: Mix) -> float:
     per_layer, experts = dense_products(shape), shape.experts
     if experts is not None:
         per_layer += 3 * shape.hidden_size * experts.per_token * experts.columns
-    each = 2 * shape.num_layers * per_layer
+    each: float = 2 * shape.num_layers * per_layer
     if shape.head == "logprobs":
         each += 2 * mix.scored * shape.hidden_size * shape.vocab_size
     each += 4 * shape.num_layers * shape.num_heads * shape.head_dim * mix.attended

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,5 +136,5 @@ def assumed_groups(prompt: float, response: float, longest: int | None, num_pair
 
 
 def _group(prompt: int, first: int, second: int, row: int) -> Group:
-    sized: Sequence[IntArray] = [np.zeros(size, np.int32) for size in (prompt, first, second)]
-    return Group((sized[0],), (sized[1], sized[2]), row)
+    prompt_T, first_T, second_T = (np.zeros(size, np.int32) for size in (prompt, first, second))
+    return Group((prompt_T,), (first_T, second_T), row)

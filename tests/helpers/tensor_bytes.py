@@ -1,13 +1,18 @@
-"""The bytes of tensors that a run holds: what is alive between two steps, and every allocation and release during one."""
+"""The bytes of tensors that a run holds: what is alive between two steps, and the most during the parts of one."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megadpo.data.groups import Group
 
@@ -33,11 +38,7 @@ class Held:
 
 
 def held_on_this_rank(configs: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[Held]:
-    """Of each configuration's run on the groups, in its third step, by the trainer's own functions.
-
-    Between steps, tensors that Python knows are counted; within one, what torch's allocator is asked for and given back, by
-    its own account.
-    """
+    """Of each configuration's run on the groups, in its third step, by the trainer's own functions."""
     from benchmarks.runs import setup_on
     from megadpo.parallel.world import joined_world
     from megadpo.training.run import Callbacks
@@ -48,21 +49,74 @@ def held_on_this_rank(configs: Sequence[dict[str, Any]], groups: Sequence[Group]
     found = []
     for config in configs:
         setup = setup_on(prepare(load_config(config)), groups)
-        before = _storages()  # what an earlier run has left to be collected is not this one's
+        gc.collect()
+        before = {storage._cdata for storage in _storages()}  # what an earlier run has left is not this one's
         with joined_world(setup.layout, setup.config.train.seed):
             run = build(setup, Callbacks())
             for step in range(2):
                 training_step(run, step)
+            gc.collect()
+            live = _Live(storage for storage in _storages() if storage._cdata not in before)
             for name in ("forward_backward", "finish_gradients"):
-                setattr(run.engine, name, _after(_mark, getattr(run.engine, name)))
-            between = sum(size for address, size in _storages().items() if address not in before)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                setattr(run.engine, name, _after(live.begin_part, getattr(run.engine, name)))
+            between = live.now
+            with _eager_collector(), live:
                 training_step(run, 2)
             run.close()
             del run
         gc.collect()
-        found.append(Held(between, *(between + most for most in _most_of_each_part(profile))))
+        found.append(Held(between, *live.most))
     return found
+
+
+class _Live(TorchDispatchMode):
+    """Follows storages from the operation that gives the first tensor on them until they are gone, on whatever thread.
+
+    Attributes:
+        now: bytes of those that are alive.
+        most: bytes that were alive at once, of each part that has begun.
+    """
+
+    def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        super().__init__()
+        self.now, self.most = 0, [0]
+        self._sizes: dict[weakref.ref[torch.UntypedStorage], int] = {}
+        for storage in storages:
+            self._follow(storage)
+
+    def begin_part(self) -> None:
+        """From here on another part of the step is looked at."""
+        self.most.append(self.now)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        results = function(*arguments, **(named or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.device.type != "meta":
+                self._follow(result.untyped_storage())
+        return results
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        reference = weakref.ref(storage, self._gone)
+        if reference not in self._sizes:
+            self._sizes[reference] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most[-1] = max(self.most[-1], self.now)
+
+    def _gone(self, reference: weakref.ref[torch.UntypedStorage]) -> None:
+        self.now -= self._sizes.pop(reference, 0)
+
+
+@contextlib.contextmanager
+def _eager_collector() -> Iterator[None]:
+    """Tensors in circles of Python objects go at once, where else they would wait for Python's collector, now and then."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,30 +127,8 @@ def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[
     return both
 
 
-MARK = "megadpo: another part of the step"
-
-
-def _mark() -> None:
-    with torch.profiler.record_function(MARK):
-        pass
-
-
-def _most_of_each_part(profile: Any) -> list[int]:
-    """The most bytes that were allocated since the profile began, of each part of it that a mark ends, and of the last."""
-    most, now = [0], 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == MARK:
-            most.append(now)
-        elif event.name() == "[memory]":
-            now += event.nbytes()
-            most[-1] = max(most[-1], now)
-    return most
-
-
-def _storages() -> dict[int, int]:
-    """Bytes of each live storage of a tensor, by address."""
-    gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.device.type != "meta"]
+def _storages() -> list[torch.UntypedStorage]:
+    """Each live storage of a tensor that Python knows."""
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device.type != "meta"]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return list({storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values())

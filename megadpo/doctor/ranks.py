@@ -11,7 +11,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from megadpo.doctor.check import Check
 from megadpo.doctor.files import nearest
 from megadpo.errors import UserError, first_line
 from megadpo.parallel.layout import Layout
+from megadpo.parallel.messages import gathered
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import communication_backend, compute_device
 
@@ -76,9 +76,8 @@ def check_ranks(output_dir: str = "") -> list[Check]:
 def _roll_call(output_dir: str) -> list[Rank]:
     """What every rank says of itself. Whether all see the same directory is tried with a file of rank 0's."""
     above, here = (nearest(Path(output_dir)), rank()) if output_dir else (Path(), rank())
-    told: list[Any] = [(str(above), f".megadpo-doctor-{uuid.uuid4().hex}")]
-    dist.broadcast_object_list(told, src=0)
-    token = Path(told[0][0]) / told[0][1]
+    directory, name = gathered([str(above), f".megadpo-doctor-{uuid.uuid4().hex}"])[0]
+    token = Path(directory) / name
     made = False
     if output_dir and here == 0:
         try:
@@ -86,13 +85,10 @@ def _roll_call(output_dir: str) -> list[Rank]:
             made = True
         except OSError:
             made = False
-    told = [made]
-    dist.broadcast_object_list(told, src=0)
-    sees = token.exists() if told[0] else None
+    sees = token.exists() if gathered(made)[0] else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     own = Rank(socket.gethostname(), platform.python_version(), torch.__version__, code_digest(), device, sees)
-    ranks: list[Any] = [None] * world_size()
-    dist.all_gather_object(ranks, own)
+    ranks = [Rank(**told) for told in gathered(asdict(own))]
     if made:
         token.unlink()
     return ranks

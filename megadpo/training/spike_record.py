@@ -90,6 +90,8 @@ def _pairs_here(groups: GroupStore, objective: Objective, result: StepResult) ->
     found = []
     reference = [*result.reference_logps, *[None] * len(result.response_sums)]
     for micro_batch, sums_RS, reference_R in zip(result.micro_batches, result.response_sums, reference, strict=False):
+        if not len(micro_batch.group_ids):  # it only fills a round
+            continue
         statistics = response_statistics(sums_RS, reference_R, micro_batch)
         slope_R = _slopes(statistics, objective, groups, micro_batch.group_ids)
         weight_R = (slope_R * statistics.token_logps_R).abs()

@@ -131,3 +131,15 @@ def test_a_disk_that_refuses_the_record_and_the_page_is_a_warning(
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[2][:8] for line in said] == ["warning:"] * 3 and "run.json cannot be written" in said[0]
     assert json.dumps(said).count("gone") == 3
+
+
+def test_a_spike_is_written_down_where_a_rank_has_a_micro_batch_without_pairs(tmp_path: Path) -> None:
+    files = save_files(tmp_path / "files", "llama", 30, num_hidden_layers=1, hidden_size=16, intermediate_size=16)
+    settings = run_settings(
+        files,
+        tmp_path / "run",
+        train={"steps": 26, "pairs_per_step": 3, "tokens_per_micro_batch": 256, "spike_deviations": 1e-3},
+    )
+    metrics = run_world(2, train_run, settings)[0]
+    spikes = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
+    assert len(metrics) == 26 and spikes and all(len(spike["pairs"]) == 3 for spike in spikes)

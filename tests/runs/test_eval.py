@@ -103,6 +103,38 @@ def test_a_run_s_evaluation_is_the_one_that_training_did_after_its_last_step(
     assert written == of_run[1][4], "the last evaluation replaces the first"
 
 
+@pytest.mark.parametrize(
+    ("options", "reference", "mode", "remark"),
+    [
+        (
+            {"model": {"quantization": "nf4", "quantization_block_size": 128}, "adapter": {"kind": "lora"}},
+            "model",
+            "precomputed",
+            "the run held its frozen weights in 4 bits (model.quantization nf4); here they are not quantised",
+        ),
+        ({"objective": {"loss_type": "kto", "desirable_weight": 1.5}}, "model", "resident", None),
+        ({"objective": {"loss_type": ["bco", "kto"]}, "reference": {"path": "other"}}, "other", "resident", None),
+        ({"objective": {"loss_type": "simpo"}}, None, "none", None),
+    ],
+    ids=["QLoRA", "KTO", "KTO beside another loss", "SimPO"],
+)
+def test_a_run_is_evaluated_whatever_it_was_trained_with(
+    options: dict[str, Any], reference: str | None, mode: str, remark: str | None, tmp_path: Path
+) -> None:
+    from megadpo.evaluation.request import open_run
+
+    settings = {"output_dir": str(tmp_path / "run"), **options}
+    settings["model"] = {"path": str(tmp_path / "model")} | options.get("model", {})
+    if "reference" in options:
+        settings["reference"] = {"path": str(tmp_path / reference)}
+    settings["data"] = {"train": str(tmp_path / "train.jsonl")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    found = open_run(str(tmp_path / "run.yaml"), [])
+    assert found.reference == (None if reference is None else str(tmp_path / reference))
+    assert found.config.reference.mode == mode and found.config.model.quantization == "none"
+    assert found.remarks == (() if remark is None else (remark,))
+
+
 def test_a_checkpoint_of_a_run_is_evaluated_as_its_export_is(of_run: tuple[list[dict[str, float]], list[Any]]) -> None:
     export, checkpoint, *_ = of_run[1]
     assert checkpoint["subsets"] == export["subsets"]

@@ -84,6 +84,10 @@ def _check(request: Request, models: Models) -> None:
             raise UserError(f"--generate {request.generation.prompts} takes prompts of --data, and there is none; add it")
     if request.harness is not None:
         require_harness(request.harness)
+        if request.harness.apply_chat_template and not getattr(load_tokenizer(models.tokenizer), "chat_template", None):
+            raise UserError(
+                f"--harness-chat: the tokenizer in {models.tokenizer} has no chat template; leave the option out"
+            )
     if not request.data and request.generation is None and request.harness is None:
         raise UserError(
             "there is nothing to evaluate on: give pairs with --data FILE, or --generate FILE, or --harness TASKS"

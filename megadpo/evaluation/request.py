@@ -64,7 +64,7 @@ class Harness:
         task_dir: a directory with the YAML of tasks of one's own.
         limit: of each task only so many documents.
         num_fewshot: examples before each question; None: as the task says.
-        apply_chat_template: whether questions are messages to the model.
+        apply_chat_template: whether questions are messages to the chat template in the model's directory.
     """
 
     tasks: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_tasks_of_the_harness_run_on_the_export(
     assert report["harness"]["TASK"]["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
+@pytest.mark.parametrize("has_template", [False, True])
+def test_questions_of_the_harness_are_messages_where_that_is_asked_for_and_can_be(
+    wrong: Path, tmp_path: Path, has_template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(wrong / "model", tmp_path / "model")
+    if has_template:
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+    asked: list[Any] = []
+    monkeypatch.setattr("megadpo.evaluation.evaluate.require_harness", lambda options: None)
+    monkeypatch.setattr("megadpo.evaluation.evaluate.run_harness", lambda *arguments: asked.append(arguments[2]) or {})
+    arguments = ["eval", "--model", str(model), "--harness", "task"]
+    assert main(arguments) == 0 and not asked.pop().apply_chat_template
+    if has_template:
+        assert main([*arguments, "--harness-chat"]) == 0 and asked.pop().apply_chat_template
+    else:
+        with pytest.raises(UserError, match=r"--harness-chat: the tokenizer in .* has no chat template"):
+            main([*arguments, "--harness-chat"])
+
+
 @pytest.mark.exhaustive  # the harness looks through all of its tasks, which takes it ten seconds
 def test_a_task_that_the_harness_does_not_have_is_named() -> None:
     pytest.importorskip("lm_eval")
@@ -284,6 +304,7 @@ DATA = "--data pairs.jsonl"
         (f"--model model {DATA} --beta 0", "objective.beta must be greater than 0"),
         (f"--model model {DATA} --top-p 0.5", "--top-p has no effect without --generate N"),
         (f"--model model {DATA} --harness-limit 3", "--harness-limit has no effect without --harness TASK"),
+        (f"--model model {DATA} --harness-chat", "--harness-chat has no effect without --harness TASK"),
         (f"--model model {DATA} --generate 0", "--generate must be a number of prompts from 1 up or a file, got 0"),
         (f"--model model {DATA} --generate 2 --temperature -1", "--temperature must be 0 (greedy) or more, got -1.0"),
         (f"--model model {DATA} --generate 2 --top-p 0.5", "--top-p 0.5 is for sampling"),

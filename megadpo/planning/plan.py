@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.flop import AdapterWork
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout
@@ -205,11 +206,28 @@ class _Hashable:
         return isinstance(other, _Hashable) and other.spec is self.spec
 
 
-def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
-    """Of a rank of a stage: an adapter's numbers, those of experts, and a layer's inner columns of a token."""
+def low_rank_numbers(plan: Plan) -> tuple[float, float, float]:
+    """Of a rank's mean layer: the numbers of adapters' A and B, those of experts, and their inner columns of a token."""
     if plan.adapter is None:
         return 0.0, 0.0, 0.0
-    dense, own, inner = _adapter_of_layer(_Hashable(plan.adapter), plan.shape, plan.layout.tensor, plan.layout.expert)
+    return _adapter_of_layer(_Hashable(plan.adapter), plan.shape, plan.layout.tensor, plan.layout.expert)
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter_work(spec: _Hashable, shape: ModelShape) -> AdapterWork:
+    return AdapterWork.of(shape, spec.spec)
+
+
+def adapter_work(plan: Plan) -> AdapterWork | None:
+    """The products of what is trained in place of the whole model, which is None."""
+    return None if plan.adapter is None else _adapter_work(_Hashable(plan.adapter), plan.shape)
+
+
+def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
+    """Of a rank of a stage: what is trained beside a frozen model, that of experts, a layer's inner columns of a token."""
+    if plan.adapter is None:
+        return 0.0, 0.0, 0.0
+    dense, own, inner = low_rank_numbers(plan)
     num_layers = sum(chunk_layers(plan.layout, plan.shape.num_layers)[stage])
     whole = 0.0
     for module in plan.adapter.modules_to_save:  # embedding and head are of the ends, norms are small

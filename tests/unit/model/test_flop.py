@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.flop import useful_flop
 from megadpo.config.schema import AdapterConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -87,6 +88,14 @@ def test_products_are_two_flop_a_parameter_and_token_three_times_with_backward()
         work.step(shape, None, np.array([1]), AdapterWork.of(shape, adapter))
         == 2 * products + 3 * attention + 6 * numbers * 15
     )
+
+
+def test_the_benchmarks_count_what_a_run_counts() -> None:
+    config = config_of("llama")
+    shape, groups = shape_of(config), groups_of((4, 3, 5), (0, 2, 6))
+    assert shape.num_heads * shape.head_dim == shape.hidden_size
+    of_run = Work.of(GroupStore.of(groups), shape).step(shape, shape, np.arange(2), None)
+    assert useful_flop(groups, config, body_parameters(shape), live_reference=True) == of_run
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--harness-tasks", metavar="DIR", help="YAML files of tasks of your own")
     parser.add_argument("--harness-limit", type=int, metavar="N", help="documents a task")
     parser.add_argument("--harness-fewshot", type=int, metavar="N", help="examples before a question")
+    harness_chat = "questions are messages to the model's chat template"
+    parser.add_argument("--harness-chat", action="store_true", default=None, help=harness_chat)
     parser.add_argument("--out", metavar="DIR", help="write eval.json and pairs.jsonl (default: eval/ beside a run's hf/)")
     parser.add_argument("--json", action="store_true", help="eval.json on stdout in place of tables")
     add_nproc(parser)
@@ -151,14 +153,15 @@ def _generation(arguments: argparse.Namespace) -> Generation | None:
 
 
 def _harness(arguments: argparse.Namespace) -> Harness | None:
-    names = ("harness_tasks", "harness_limit", "harness_fewshot")
+    names = ("harness_tasks", "harness_limit", "harness_fewshot", "harness_chat")
     if arguments.harness is None:
         _refuse([name for name in names if getattr(arguments, name) is not None], "--harness TASK")
         return None
     from megadpo.evaluation.request import Harness
 
     tasks = tuple(task.strip() for task in arguments.harness.split(",") if task.strip())
-    return Harness(tasks, arguments.harness_tasks, arguments.harness_limit, arguments.harness_fewshot)
+    chat = bool(arguments.harness_chat)
+    return Harness(tasks, arguments.harness_tasks, arguments.harness_limit, arguments.harness_fewshot, chat)
 
 
 def _refuse(options: Iterable[str], needed: str) -> None:

@@ -13,7 +13,7 @@ from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.errors import UserError
 from megadpo.evaluation import reward_bench
 from megadpo.evaluation.answers import side_by_side
-from megadpo.evaluation.figures import Report, figures_of, lines_of, remarks_of
+from megadpo.evaluation.figures import Report, figures_of, finite, lines_of, remarks_of
 from megadpo.evaluation.generate import exported, prompts_of_data, prompts_of_file, require_generator
 from megadpo.evaluation.harness import require_harness, run_harness
 from megadpo.evaluation.measure import Models, measure, open_models
@@ -52,9 +52,10 @@ def run_evaluation(request: Request) -> Report:
             subsets = [rows.subsets[row] for row in groups.rows]
             report |= figures_of(request, models, measured, subsets) | {"rows": prepared.report.to_dict()}
             report["empty_subsets"] = sorted(set(rows.subsets) - set(subsets))
-            lines = lines_of(groups, subsets, measured, report["score"], request.config)
+            lines = finite(lines_of(groups, subsets, measured, report["score"], request.config))
         if request.generation is not None:
             report |= side_by_side(models, prompts, request.generation, tokenizer)
+    report = finite(report)
     report["remarks"] = [*request.remarks, *remarks_of(report)]
     if rank() == 0:
         _write(request.out, report, lines)
@@ -83,6 +84,10 @@ def _check(request: Request, models: Models) -> None:
             raise UserError(f"--generate {request.generation.prompts} takes prompts of --data, and there is none; add it")
     if request.harness is not None:
         require_harness(request.harness)
+        if request.harness.apply_chat_template and not getattr(load_tokenizer(models.tokenizer), "chat_template", None):
+            raise UserError(
+                f"--harness-chat: the tokenizer in {models.tokenizer} has no chat template; leave the option out"
+            )
     if not request.data and request.generation is None and request.harness is None:
         raise UserError(
             "there is nothing to evaluate on: give pairs with --data FILE, or --generate FILE, or --harness TASKS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ Report = dict[str, Any]
 """Plain values, as JSON has them."""
 
 
+@np.errstate(invalid="ignore")
 def figures_of(request: Request, models: Models, measured: Measured, subsets: Sequence[str]) -> Report:
     """Everything that follows from the scores."""
     options = request.config.objective
@@ -77,17 +79,31 @@ def lines_of(
     return lines
 
 
+def finite(value: Any) -> Any:
+    """Plain values as JSON can have them: a number that is infinite or none at all is None."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 FEW_PAIRS = 100
 
 
 def remarks_of(report: Report) -> list[str]:
-    """What the figures do not say by themselves, a sentence each."""
+    """What the figures, of which all are `finite`, do not say by themselves, a sentence each."""
     remarks = []
     if "subsets" in report:
         whole = report["all"]
         if whole["num_ties"]:
             same = " (model and reference are the same)" if whole["num_ties"] == whole["num_pairs"] else ""
             remarks.append(f"{whole['num_ties']:,} of {whole['num_pairs']:,} pairs are ties, which count as not won{same}")
+        if whole["num_pairs"] and whole["margin"] is None:
+            remarks.append(
+                f"a score by {report['score']} is larger than any float, and what follows from it is null; choose another "
+                "--score"
+            )
         few = [record["name"] for record in report["subsets"] if record["num_pairs"] < FEW_PAIRS]
         if few:
             named = ", ".join(few[:5]) + (" …" if len(few) > 5 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ def require_harness(options: Harness) -> None:
 
 
 def run_harness(directory: str, tokenizer: str, options: Harness, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """The figures of every task: name -> metric ("acc,none", "acc_stderr,none", …) -> number; in this process alone.
+    """The figures of every task: name -> metric ("acc,none", "acc_stderr,none", …) -> number, or None of one that is not
+    finite; in this process alone.
 
     Args:
         directory: a Hugging Face model directory.
@@ -89,11 +91,12 @@ def _task_manager(options: Harness) -> Any:
     )
 
 
-def _numbers(figures: dict[str, Any]) -> dict[str, float]:
+def _numbers(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Those figures that are numbers; of one that is infinite (the perplexity of what cannot be) or none at all, None."""
     return {
-        name: float(value)
+        name: float(value) if math.isfinite(value) else None
         for name, value in figures.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 

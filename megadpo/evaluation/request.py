@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megadpo.checkpoint.hf import hf_directory, read_json
@@ -13,12 +13,14 @@ from megadpo.errors import UserError
 from megadpo.evaluation.scores import KINDS, kind_of_objective
 from megadpo.evaluation.subsets import EvaluationData
 from megadpo.model.families import head_of
-from megadpo.objectives.specs import needs_reference
+from megadpo.objectives.specs import measures_kl, needs_reference
 from megadpo.validation.load import load_config
 
 NO_REFERENCE = "none"
 SETTINGS = ("reference.mode=precomputed",)
 """As in `megadpo logprobs`: the options of scoring (larger micro-batches) apply."""
+QUANTIZATION = ("quantization", "quantization_block_size", "double_quantization")
+"""Of `model`: how weights were held in training; what is evaluated is the adapter on the weights as they are in the file."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Harness:
         task_dir: a directory with the YAML of tasks of one's own.
         limit: of each task only so many documents.
         num_fewshot: examples before each question; None: as the task says.
-        apply_chat_template: whether questions are messages to the model.
+        apply_chat_template: whether questions are messages to the chat template in the model's directory.
     """
 
     tasks: tuple[str, ...]
@@ -142,8 +144,11 @@ def open_run(path: str, overrides: Sequence[str]) -> RunDirectory:
 def _reference_of(config: Config) -> tuple[str | None, tuple[str, ...]]:
     """The directory of a run's reference as it was at the first step, and what is to be said of it."""
     remarks: tuple[str, ...] = ()
+    if config.model.quantization != "none":
+        kind = config.model.quantization
+        remarks = (f"the run held its frozen weights in 4 bits (model.quantization {kind}); here they are not quantised",)
     if config.reference.sync_every is not None:
-        remarks = ("the run's reference moved (reference.sync_every); here it is what the run began with",)
+        remarks += ("the run's reference moved (reference.sync_every); here it is what the run began with",)
     if config.reference.mode == "none":
         return None, remarks
     if config.reference.mode == "adapter" and config.reference.adapter is not None:
@@ -154,9 +159,14 @@ def _reference_of(config: Config) -> tuple[str | None, tuple[str, ...]]:
 def _for_scoring(trained: Config) -> Config:
     """Of a run's options those that decide what its model gives for its data, with the defaults for all else."""
     config = Config()
-    config.model, config.data, config.objective, config.eval = trained.model, trained.data, trained.objective, trained.eval
+    config.data, config.objective, config.eval = trained.data, trained.objective, trained.eval
+    plain = {name: getattr(config.model, name) for name in QUANTIZATION}
+    config.model = replace(trained.model, **plain)
     config.train.seed, config.train.tokens_per_micro_batch = trained.train.seed, trained.train.tokens_per_micro_batch
-    config.reference.mode = "precomputed" if needs_reference(trained.objective.loss_types) else "none"
+    losses = trained.objective.loss_types
+    # Of pairs no KL is measured, but the options of such an objective stand with a resident reference only.
+    with_reference = "resident" if measures_kl(losses) else "precomputed"
+    config.reference.mode = with_reference if needs_reference(losses) else "none"
     # The export has the template that it was trained with; a relative path would be looked for from here.
     config.data.chat_template = None
     return config

@@ -54,7 +54,8 @@ def scores(kind: str, measured: Measured, options: ObjectiveConfig) -> Floats:
     """[P, 2]: the scores of a kind.
 
     Args:
-        options: `beta`, and AlphaPO's alpha, which turns log-probs into rewards where it is not 0.
+        options: `beta`, and AlphaPO's alpha, which turns log-probs into rewards where it is not 0: those of the kind that
+            the objective has, for which it was chosen. The reward may be infinite.
     """
     if kind == "reward":
         assert measured.rewards_P2 is not None
@@ -66,8 +67,9 @@ def scores(kind: str, measured: Measured, options: ObjectiveConfig) -> Floats:
         values_P2 = values_P2 - measured.reference_logps_P2
     if kind.startswith("mean_"):
         values_P2 = values_P2 / np.maximum(measured.num_tokens_P2, 1)
-    if kind.endswith("log_prob") and options.alphapo_alpha:
-        values_P2 = (1 - np.exp(-options.alphapo_alpha * values_P2)) / options.alphapo_alpha
+    if options.alphapo_alpha and kind.endswith("log_prob") and kind == kind_of_objective(options):
+        with np.errstate(over="ignore"):
+            values_P2 = (1 - np.exp(-options.alphapo_alpha * values_P2)) / options.alphapo_alpha
     return np.asarray(options.beta * values_P2)
 
 

@@ -85,8 +85,12 @@ def calibration_of(margins_P: Floats, num_bins: int = NUM_BINS) -> tuple[list[Re
     right where that is the chosen one. A tie is right by half, as its probability says.
 
     Returns:
-        A record for each bin of equal width that has pairs; the mean over pairs of |accuracy - prediction| there.
+        A record for each bin of equal width that has pairs; the mean over pairs of |accuracy - prediction| there. Pairs
+        whose margin is NaN are left out; NaN of none.
     """
+    margins_P = margins_P[~np.isnan(margins_P)]
+    if not len(margins_P):
+        return [], math.nan
     predicted_P = 1 / (1 + np.exp(-np.abs(margins_P)))
     right_P = np.where(margins_P == 0, 0.5, (margins_P > 0).astype(np.float64))
     bin_P = np.minimum(((predicted_P - 0.5) * 2 * num_bins).astype(int), num_bins - 1)

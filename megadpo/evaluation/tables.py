@@ -98,7 +98,7 @@ def _kinds(report: Mapping[str, Any]) -> Table:
 
 
 def _calibration(report: Mapping[str, Any]) -> Table:
-    title = f"Calibration of sigmoid(margin): expected error {report['calibration_error']:.3f}"
+    title = f"Calibration of sigmoid(margin): expected error {_number(report['calibration_error'])}"
     table = _table(title, ["probability", "pairs", "predicted", "right", "95 %", ""])
     for record in report["calibration"]:
         cells = [f"{record['num_pairs']:,}", _share(record["predicted"]), _share(record["accuracy"]), _interval(record)]
@@ -143,7 +143,7 @@ def _short(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
-def _harness(results: Mapping[str, Mapping[str, float]]) -> Table:
+def _harness(results: Mapping[str, Mapping[str, float | None]]) -> Table:
     table = _table("lm-evaluation-harness", ["task", "metric", "value", "±"], 2)
     for task, figures in results.items():
         for name, value in figures.items():

@@ -3,7 +3,7 @@
 Counted are the products of the model's own tokens: 2 FLOP a parameter forward, 4 backward, 2 for a live reference; each
 prompt once for all its responses, no credit for recomputation, for the optimizer or for padding. Attention counts the
 query-key pairs that the mask lets through, the head scored tokens only, a mixture the experts that a token goes to. Frozen
-weights need no gradient: with adapters these products cost 2 backward.
+weights need no gradient: with adapters these products cost 2 backward, and the adapters' own are added.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 
 from megadpo.data.batches.bin_packing import FloatArray, IntArray, attention_pairs
 from megadpo.data.store import GroupStore
+from megadpo.model.adapters.spec import AdapterSpec, all_shapes
+from megadpo.model.families.common import EMBEDDING, HEAD, SCORE
 from megadpo.model.shape import ModelShape
 
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -86,6 +88,59 @@ def body_parameters(shape: ModelShape) -> int:
     return total
 
 
+def head_parameters(shape: ModelShape) -> int:
+    """Entries of the head, which a scored token meets."""
+    return shape.hidden_size * (shape.vocab_size if shape.head == "logprobs" else 1)
+
+
+@dataclass(frozen=True)
+class AdapterWork:
+    """What is trained in place of a model's own parameters, as products.
+
+    Attributes:
+        body, head: entries of the adapters' A and B that a token meets (of experts' adapters those of the experts that it
+            goes to), and of the head's that a scored token meets.
+        has_whole_head: whether the head is trained whole. Of the other modules that are, the embedding and norms, none is a
+            product.
+    """
+
+    body: float
+    head: float
+    has_whole_head: bool
+
+    @staticmethod
+    def of(shape: ModelShape, adapter: AdapterSpec) -> AdapterWork:
+        """Of the adapters of a model of this shape."""
+        shapes, experts = all_shapes(shape), shape.experts
+        body = head = 0.0
+        for module in adapter.modules:
+            size = adapter.rank_of(module) * sum(shapes[f"{module}.weight"])
+            if f"{module}.weight" == HEAD:
+                head += size
+            elif ".experts." in module and experts is not None:
+                body += size * experts.per_token / experts.count
+            else:
+                body += size
+        heads = [HEAD, SCORE, *([EMBEDDING] if shape.tied_embeddings else [])]
+        return AdapterWork(body, head, any(f"{module}.weight" in heads for module in adapter.modules_to_save))
+
+
+def training_flop(
+    shape: ModelShape, num_tokens: float, num_scored: float, attention: float, adapter: AdapterWork | None
+) -> float:
+    """FLOP of the policy's forward and backward passes.
+
+    Args:
+        attention: FLOP of the forward pass's attention.
+        adapter: what is trained in place of the model's own parameters; None: those are.
+    """
+    body, head = 2 * body_parameters(shape) * num_tokens, 2 * head_parameters(shape) * num_scored
+    if adapter is None:
+        return 3 * (body + head + attention)
+    own = 6 * (adapter.body * num_tokens + adapter.head * num_scored)
+    return 2 * body + (3 if adapter.has_whole_head else 2) * head + 3 * attention + own
+
+
 @dataclass(frozen=True)
 class Work:
     """What every group of a data set costs.
@@ -112,23 +167,27 @@ class Work:
 
     def forward(self, shape: ModelShape, group_ids: IntArray) -> tuple[float, float]:
         """FLOP of products with weights, and of attention, of a forward pass on these groups."""
-        tokens, scored = float(self.num_tokens_G[group_ids].sum()), float(self.num_scored_G[group_ids].sum())
-        head = shape.hidden_size * (shape.vocab_size if shape.head == "logprobs" else 1)
-        products = forward_flop(tokens, scored, 0, body_parameters(shape), head, 0)
+        tokens, scored = self._tokens(group_ids)
+        products = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0)
         attention = 0.0
         for window, num_layers in Counter(shape.windows).items():
             width = num_layers * shape.num_heads * shape.head_dim
             attention += forward_flop(0, 0, float(self.attended_G[window][group_ids].sum()), 0, 0, width)
         return products, attention
 
-    def step(self, policy: ModelShape, reference: ModelShape | None, group_ids: IntArray, num_adapter: int | None) -> float:
+    def _tokens(self, group_ids: IntArray) -> tuple[float, float]:
+        """Of these groups: all, and those that are scored."""
+        return float(self.num_tokens_G[group_ids].sum()), float(self.num_scored_G[group_ids].sum())
+
+    def step(
+        self, policy: ModelShape, reference: ModelShape | None, group_ids: IntArray, adapter: AdapterWork | None
+    ) -> float:
         """FLOP of an optimizer step.
 
         Args:
             reference: that of a reference that runs in the step.
-            num_adapter: adapters' parameters where these are trained in place of the model's own; None: those are.
+            adapter: what is trained in place of the model's own parameters; None: those are.
         """
-        products, attention = self.forward(policy, group_ids)
-        of_adapters = 6 * (num_adapter or 0) * float(self.num_tokens_G[group_ids].sum())
-        total = (3 if num_adapter is None else 2) * products + 3 * attention + of_adapters
+        _, attention = self.forward(policy, group_ids)
+        total = training_flop(policy, *self._tokens(group_ids), attention, adapter)
         return total + (0 if reference is None else sum(self.forward(reference, group_ids)))

@@ -23,6 +23,7 @@ from megadpo.planning.plan import (
     adapter_numbers,
     chunk_layers,
     expert_replicas,
+    linear_parameters,
     num_expert_layers,
     parameters,
     trained,
@@ -156,7 +157,7 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
     """The most that the operations of a layer under way need beside what is kept: bytes of a token, and bytes in all.
 
     Backward, that is SwiGLU's gradient with what it is made of, or attention's; and where the products do not add to where
-    gradients are kept, the gradient of a matrix.
+    gradients are kept, the gradient of a matrix. A quantised matrix is made dense for its product.
     """
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
     tensor = layout.tensor
@@ -166,12 +167,18 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
     if is_mixture:
         assert shape.experts is not None
         f = shape.experts.per_token * shape.experts.columns / layout.expert_tensor / (tensor if layout.sequence else 1)
+    in_all = 0.0
+    if plan.four_bit is not None:  # the widest: gate and up are one
+        inner = shape.ffn_size / tensor
+        if is_mixture and shape.experts is not None:
+            inner = shape.experts.columns / layout.expert_tensor
+        in_all = w * h * max(q + 2 * k, 2 * inner)
     if not backward:
-        return w * (2 * own_h + h + max(3 * f, 3 * q + 4 * k)), 0.0
+        return w * (2 * own_h + h + max(3 * f, 3 * q + 4 * k)), in_all
     if plan.on_cpu:  # the MLP's results are gone when attention goes backward, which there pads queries, keys and values
         of_token = w * max(own_h + h + 3 * f, own_h + 9 * q + 2 * k - 3 * f, 6 * own_h)
-        return of_token, 0.0 if plan.fusion or plan.adapter is not None else 2.0 * w * shape.hidden_size * f
-    return w * max(own_h + h + 3 * f, own_h + 3 * q + 2 * mix.keys * q), 0.0
+        return of_token, in_all if plan.fusion or plan.adapter is not None else 2.0 * w * shape.hidden_size * f
+    return w * max(own_h + h + 3 * f, own_h + 3 * q + 2 * mix.keys * q), in_all
 
 
 def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -184,12 +191,15 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     if zero_3:
         small = small_parameters(plan, stage)
         held = w * (small + (dense - small) / cut)
+    if plan.four_bit is not None:
+        linear = linear_parameters(plan, stage)
+        held += plan.four_bit.num_bytes(round(linear)) - w * linear
     kinds = Sums()
     host = Sums()
     kinds["weights"] = held
     if plan.adapter is not None:
         kinds["adapters"] = w * (own_dense + own_experts) / cut
-    if plan.reference in ("before", "interleaved"):
+    if plan.reference in ("before", "interleaved", "cached"):
         kinds["reference"] = held
     for numbers, replicas in ((own_dense, plan.replicas), (own_experts, expert_replicas(plan.layout))):
         if not numbers:
@@ -264,10 +274,10 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     if plan.engine == "deepspeed" and plan.zero_stage > 0:
         away = host if plan.offload != "none" else passes
         away["gradients"] = 4 * trained(plan, stage)[0] / (plan.replicas if plan.zero_stage > 1 else 1)
-    forward, _ = layer_works_with(plan, mix, is_mixture, backward=False)
+    forward, made_dense = layer_works_with(plan, mix, is_mixture, backward=False)
     reference = 0.0
-    if plan.num_forwards > 1:
-        reference = max(forward * one, tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0)
+    if plan.runs_reference:
+        reference = max(forward * one + made_dense, tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0)
         reference += kept["masks of attention"] / together
     return RankMemory(stage, between, passes, reference, _update(plan, stage), host)
 

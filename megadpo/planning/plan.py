@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.flop import AdapterWork
+from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout
 from megadpo.pipeline.fill import policy_schedule
@@ -27,14 +29,16 @@ class Plan:
         num_pairs: of a step.
         recompute: as train.recompute, settled: none, small, selective, full.
         capacity: train.tokens_per_micro_batch.
-        reference: how it is run: before, interleaved, precomputed (or cached), none, or adapter (the policy with its
-            adapters off).
+        reference: how it is run: before, interleaved, precomputed, none, or adapter (the policy with its adapters off);
+            cached and cached_adapter: before and adapter in the first epoch, whose memory counts, precomputed in the later
+            ones, whose time does.
         engine, zero_stage, offload: as in `parallel`.
         number_bytes, gradient_bytes, moment_bytes: of a weight or an activation, of a gradient's sum, of one of two moments.
         activation_offload, window_bytes: as in `train`.
         block_layers: with recompute full and recompute_method block, how many layers of a chunk; None: uniform.
         unit_layers: layers of a uniform unit.
         adapter: what is trained in place of the model.
+        four_bit: how its frozen linear layers are quantised.
         on_cpu: whether the ranks compute on CPUs, by torch's operations.
         overlap: whether gradients are summed beside the backward pass.
         fusion: whether products add weights' gradients to where they are kept.
@@ -58,6 +62,7 @@ class Plan:
     block_layers: int | None = None
     unit_layers: int = 1
     adapter: AdapterSpec | None = field(default=None, hash=False)
+    four_bit: FourBit | None = None
     on_cpu: bool = False
     overlap: bool = True
     fusion: bool = True
@@ -77,7 +82,12 @@ class Plan:
     @property
     def num_forwards(self) -> int:
         """Forward passes of a step: the policy's, and a live reference's."""
-        return 1 if self.reference in ("precomputed", "none") else 2
+        return 2 if self.reference in ("before", "interleaved", "adapter") else 1
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether there are steps, if only in the first epoch, with a reference's forwards."""
+        return self.reference not in ("precomputed", "none")
 
     def schedule(self, num_micro_batches: int) -> Schedule:
         """The policy's operations; beyond some rounds a pipeline only repeats itself."""
@@ -149,6 +159,15 @@ def parameters(plan: Plan, stage: int) -> tuple[float, float]:
     return parameters_of(plan.shape, plan.layout, stage)
 
 
+def linear_parameters(plan: Plan, stage: int) -> float:
+    """Of `parameters`, the entries of linear layers: what is neither norm nor bias, router, embedding nor head."""
+    shape, layout = plan.shape, plan.layout
+    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_key_value_heads) * shape.head_dim
+    num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
+    dense = num_layers * attention + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    return dense / layout.tensor + parameters(plan, stage)[1]
+
+
 COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
 """Linear layers whose outputs are cut over tensor ranks, by the last part of their names; the others' inputs are."""
 
@@ -187,11 +206,28 @@ class _Hashable:
         return isinstance(other, _Hashable) and other.spec is self.spec
 
 
-def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
-    """Of a rank of a stage: an adapter's numbers, those of experts, and a layer's inner columns of a token."""
+def low_rank_numbers(plan: Plan) -> tuple[float, float, float]:
+    """Of a rank's mean layer: the numbers of adapters' A and B, those of experts, and their inner columns of a token."""
     if plan.adapter is None:
         return 0.0, 0.0, 0.0
-    dense, own, inner = _adapter_of_layer(_Hashable(plan.adapter), plan.shape, plan.layout.tensor, plan.layout.expert)
+    return _adapter_of_layer(_Hashable(plan.adapter), plan.shape, plan.layout.tensor, plan.layout.expert)
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter_work(spec: _Hashable, shape: ModelShape) -> AdapterWork:
+    return AdapterWork.of(shape, spec.spec)
+
+
+def adapter_work(plan: Plan) -> AdapterWork | None:
+    """The products of what is trained in place of the whole model, which is None."""
+    return None if plan.adapter is None else _adapter_work(_Hashable(plan.adapter), plan.shape)
+
+
+def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
+    """Of a rank of a stage: what is trained beside a frozen model, that of experts, a layer's inner columns of a token."""
+    if plan.adapter is None:
+        return 0.0, 0.0, 0.0
+    dense, own, inner = low_rank_numbers(plan)
     num_layers = sum(chunk_layers(plan.layout, plan.shape.num_layers)[stage])
     whole = 0.0
     for module in plan.adapter.modules_to_save:  # embedding and head are of the ends, norms are small

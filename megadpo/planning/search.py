@@ -17,6 +17,7 @@ from typing import Any
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.planning.hardware import Rates
@@ -119,7 +120,9 @@ def plan_of(
         UserError: its sizes do not fit the number of devices.
     """
     parallel, train, schedule, mode = config.parallel, config.train, config.schedule, config.reference.mode
-    reference = {"precomputed": "precomputed", "cached": "precomputed", "none": "none", "adapter": "adapter"}.get(mode)
+    reference = schedule.reference if mode == "resident" else mode
+    if mode == "cached" and adapter is not None and config.reference.path in (None, config.model.path):
+        reference = "cached_adapter"
     is_bf16 = config.model.dtype == "bf16" or (config.model.dtype == "auto" and not on_cpu)
     return Plan(
         shape,
@@ -127,7 +130,7 @@ def plan_of(
         train.pairs_per_step,
         recompute=("none" if on_cpu else "small") if train.recompute == "auto" else train.recompute,
         capacity=train.tokens_per_micro_batch,
-        reference=reference or schedule.reference,
+        reference=reference,
         engine=parallel.engine,
         zero_stage=parallel.zero_stage,
         offload=parallel.offload,
@@ -139,6 +142,7 @@ def plan_of(
         block_layers=train.recompute_num_layers if train.recompute_method == "block" else None,
         unit_layers=(train.recompute_num_layers or 1) if train.recompute_method != "block" else 1,
         adapter=adapter,
+        four_bit=FourBit.of(config.model),
         on_cpu=on_cpu,
         overlap=parallel.overlap if parallel.overlap is not None else not on_cpu,
         fusion=parallel.gradient_accumulation_fusion

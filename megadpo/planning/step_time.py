@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megadpo.model.flop import body_parameters, forward_flop, head_parameters, training_flop
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import context_method
 from megadpo.pipeline.fill import Progress, with_reference, with_reference_before
 from megadpo.pipeline.simulate import Costs, simulate
 from megadpo.planning.hardware import Rates
 from megadpo.planning.memory import FULL_GRADIENT_BUCKET, RankMemory, moved_bytes, rank_memory
-from megadpo.planning.plan import Plan, adapter_numbers, chunk_layers, expert_replicas, parameters, trained
+from megadpo.planning.plan import Plan, adapter_work, chunk_layers, expert_replicas, low_rank_numbers, parameters, trained
 from megadpo.planning.sums import Sums
 from megadpo.planning.workload import MicroBatches, Mix, Workload
 
@@ -77,9 +78,10 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
         expert_products = 3 * h * inner * own / tensor / rates.product_rate(routed_rows)
         products += expert_products
         busiest = (rates.expert_imbalance - 1) * expert_products if layout.expert > 1 else 0.0
-    low_rank = adapter_numbers(plan, 0)
-    num_layers = sum(chunk_layers(layout, shape.num_layers)[0])
-    adapters = sum(low_rank[:2]) / num_layers * own / rates.product_rate(own)
+    low_rank, of_experts, _ = low_rank_numbers(plan)
+    if experts is not None:  # a token meets those of its experts
+        low_rank += of_experts * layout.expert * experts.per_token / experts.count / tensor
+    adapters = low_rank * own / rates.product_rate(own)
     attention = 4 * q / tensor * own * mix.attended / rates.attention
     forward = Sums({PRODUCTS: 2 * (products + adapters), "attention": attention, KERNELS: moved * copied})
     back = 4 if plan.adapter is None else 2
@@ -170,7 +172,9 @@ def _add_head(last: tuple[Sums, Sums], plan: Plan, mix: Mix, rates: Rates, token
     """The head computes the logits again in the backward, before their gradient's two products."""
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
     scored, rows = mix.scored * tokens / layout.context, shape.vocab_size / layout.tensor
-    for way, products, passes in zip(last, (1, 3 if plan.adapter is None else 2), (1, 2), strict=True):
+    adapter = adapter_work(plan)
+    back = 3 if adapter is None or adapter.has_whole_head else 2
+    for way, products, passes in zip(last, (1, back), (1, 2), strict=True):
         head = Sums(
             {
                 PRODUCTS: 2 * products * scored * rows * shape.hidden_size / rates.product_rate(scored),
@@ -273,14 +277,9 @@ def _add_optimizer(seconds_by: Sums, plan: Plan, rates: Rates, forward: float, b
 
 
 def _useful_flop(plan: Plan, mix: Mix) -> float:
-    """As benchmarks/flop.py counts them, with the queries' own width; what is frozen has no gradient of its own."""
-    shape = plan.shape
-    per_layer, experts = dense_products(shape), shape.experts
-    if experts is not None:
-        per_layer += 3 * shape.hidden_size * experts.per_token * experts.columns
-    each: float = 2 * shape.num_layers * per_layer
-    if shape.head == "logprobs":
-        each += 2 * mix.scored * shape.hidden_size * shape.vocab_size
-    each += 4 * shape.num_layers * shape.num_heads * shape.head_dim * mix.attended
-    backward = 2 if plan.adapter is None else 1
-    return each * mix.pair * plan.num_pairs * (plan.num_forwards + backward)
+    """As megadpo/model/flop.py counts them, but of mean lengths, and every layer attending without a window."""
+    shape, tokens = plan.shape, mix.pair * plan.num_pairs
+    scored, width = mix.scored * tokens, shape.num_layers * shape.num_heads * shape.head_dim
+    attention = forward_flop(0, 0, mix.attended * tokens, 0, 0, width)
+    forward = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0) + attention
+    return training_flop(shape, tokens, scored, attention, adapter_work(plan)) + (plan.num_forwards - 1) * forward

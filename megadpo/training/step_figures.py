@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -11,7 +10,7 @@ import torch
 
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.metrics.throughput import peak_memory, throughput
-from megadpo.model.flop import Work, peak_flop
+from megadpo.model.flop import AdapterWork, Work, peak_flop
 from megadpo.parallel.world import rank, world_size
 from megadpo.platform.device import compute_device
 from megadpo.platform.step_clock import PARTS, StepClock
@@ -57,10 +56,8 @@ class StepFigures:
         """Of the step that has just ended."""
         found = throughput(step_seconds, num_tokens, len(group_ids)) | peak_memory(compute_device())
         if self._peak is not None and self._work is not None:
-            setup, adapter = self._setup, self._setup.adapter
-            num_adapter = None if adapter is None else self._num_trained
-            reference = setup.reference.shape if has_live_reference else None
-            flop = self._work.step(setup.policy.shape, reference, group_ids, num_adapter)
+            reference = self._setup.reference.shape if has_live_reference else None
+            flop = self._work.step(self._setup.policy.shape, reference, group_ids, self._adapter)
             found["mfu"] = flop / (step_seconds * world_size() * self._peak)
         return found | {f"seconds/{part}": seconds for part, seconds in self._seconds.items()} | self._about_ranks
 
@@ -81,5 +78,6 @@ class StepFigures:
         return Work.of(self._setup.train.groups, self._setup.policy.shape, self._setup.reference.shape)
 
     @cached_property
-    def _num_trained(self) -> int:
-        return sum(math.prod(shape) for shape in self._setup.trained_shapes.values())
+    def _adapter(self) -> AdapterWork | None:
+        adapter = self._setup.adapter
+        return None if adapter is None else AdapterWork.of(self._setup.policy.shape, adapter.spec)

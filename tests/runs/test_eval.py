@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,38 @@ def test_a_run_s_evaluation_is_the_one_that_training_did_after_its_last_step(
     assert [record["name"] for record in report["subsets"]] == ["eval"]
     written = json.loads((files / "run" / "eval" / "eval.json").read_text())
     assert written == of_run[1][4], "the last evaluation replaces the first"
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "mode", "remark"),
+    [
+        (
+            {"model": {"quantization": "nf4", "quantization_block_size": 128}, "adapter": {"kind": "lora"}},
+            "model",
+            "precomputed",
+            "the run held its frozen weights in 4 bits (model.quantization nf4); here they are not quantised",
+        ),
+        ({"objective": {"loss_type": "kto", "desirable_weight": 1.5}}, "model", "resident", None),
+        ({"objective": {"loss_type": ["bco", "kto"]}, "reference": {"path": "other"}}, "other", "resident", None),
+        ({"objective": {"loss_type": "simpo"}}, None, "none", None),
+    ],
+    ids=["QLoRA", "KTO", "KTO beside another loss", "SimPO"],
+)
+def test_a_run_is_evaluated_whatever_it_was_trained_with(
+    options: dict[str, Any], reference: str | None, mode: str, remark: str | None, tmp_path: Path
+) -> None:
+    from megadpo.evaluation.request import open_run
+
+    settings = {"output_dir": str(tmp_path / "run"), **options}
+    settings["model"] = {"path": str(tmp_path / "model")} | options.get("model", {})
+    if "reference" in options:
+        settings["reference"] = {"path": str(tmp_path / reference)}
+    settings["data"] = {"train": str(tmp_path / "train.jsonl")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    found = open_run(str(tmp_path / "run.yaml"), [])
+    assert found.reference == (None if reference is None else str(tmp_path / reference))
+    assert found.config.reference.mode == mode and found.config.model.quantization == "none"
+    assert found.remarks == (() if remark is None else (remark,))
 
 
 def test_a_checkpoint_of_a_run_is_evaluated_as_its_export_is(of_run: tuple[list[dict[str, float]], list[Any]]) -> None:
@@ -204,6 +237,25 @@ def test_tasks_of_the_harness_run_on_the_export(
     assert report["harness"]["TASK"]["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
+@pytest.mark.parametrize("has_template", [False, True])
+def test_questions_of_the_harness_are_messages_where_that_is_asked_for_and_can_be(
+    wrong: Path, tmp_path: Path, has_template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(wrong / "model", tmp_path / "model")
+    if has_template:
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+    asked: list[Any] = []
+    monkeypatch.setattr("megadpo.evaluation.evaluate.require_harness", lambda options: None)
+    monkeypatch.setattr("megadpo.evaluation.evaluate.run_harness", lambda *arguments: asked.append(arguments[2]) or {})
+    arguments = ["eval", "--model", str(model), "--harness", "task"]
+    assert main(arguments) == 0 and not asked.pop().apply_chat_template
+    if has_template:
+        assert main([*arguments, "--harness-chat"]) == 0 and asked.pop().apply_chat_template
+    else:
+        with pytest.raises(UserError, match=r"--harness-chat: the tokenizer in .* has no chat template"):
+            main([*arguments, "--harness-chat"])
+
+
 @pytest.mark.exhaustive  # the harness looks through all of its tasks, which takes it ten seconds
 def test_a_task_that_the_harness_does_not_have_is_named() -> None:
     pytest.importorskip("lm_eval")
@@ -252,6 +304,7 @@ DATA = "--data pairs.jsonl"
         (f"--model model {DATA} --beta 0", "objective.beta must be greater than 0"),
         (f"--model model {DATA} --top-p 0.5", "--top-p has no effect without --generate N"),
         (f"--model model {DATA} --harness-limit 3", "--harness-limit has no effect without --harness TASK"),
+        (f"--model model {DATA} --harness-chat", "--harness-chat has no effect without --harness TASK"),
         (f"--model model {DATA} --generate 0", "--generate must be a number of prompts from 1 up or a file, got 0"),
         (f"--model model {DATA} --generate 2 --temperature -1", "--temperature must be 0 (greedy) or more, got -1.0"),
         (f"--model model {DATA} --generate 2 --top-p 0.5", "--top-p 0.5 is for sampling"),

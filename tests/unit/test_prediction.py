@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from benchmarks.predict import MODELS, best_step, one_card, workload_of
 from megadpo.commands.plan_layouts import most_parameters
+from megadpo.config.schema import AdapterConfig
+from megadpo.data.store import GroupStore
+from megadpo.model.adapters.spec import resolve
 from megadpo.model.families import shape_of
+from megadpo.model.flop import AdapterWork, Work
+from megadpo.model.shape import head_work
 from megadpo.parallel.layout import Layout
 from megadpo.planning.hardware import Rates
 from megadpo.planning.plan import Plan, parameters
-from megadpo.planning.step_time import predict
+from megadpo.planning.step_time import PRODUCTS, layer_seconds, predict
+from megadpo.planning.workload import Workload, assumed_groups
 from tools.prediction_table import PART, render
 
 SHAPES = {name: shape_of(config) for name, config in MODELS.items()}
@@ -51,6 +58,34 @@ def test_experts_are_cut_over_their_ranks() -> None:
     assert dense + experts == pytest.approx(235.1e9, rel=1e-3)
     cut = Layout(tensor=2, sequence=True, data=8, expert=16)
     assert parameters(Plan(SHAPES["235B-A22B"], cut, 64), 0)[1] == experts / 16
+
+
+@pytest.mark.parametrize("name", ["8B", "235B-A22B"])
+def test_adapters_take_a_layer_the_products_that_a_token_has_with_them(name: str) -> None:
+    shape, tokens = SHAPES[name], 4096.0
+    mix, rates = workload_of(shape).mix, Rates()
+
+    def products(options: AdapterConfig | None) -> float:
+        adapter = None if options is None else resolve(options, shape)
+        forward, _ = layer_seconds(Plan(shape, Layout(), 64, adapter=adapter), mix, rates, tokens)
+        return forward[PRODUCTS]
+
+    low_rank = AdapterConfig(kind="lora", rank=16)
+    numbers = AdapterWork.of(shape, resolve(low_rank, shape)).body
+    expected = 2 * numbers / shape.num_layers * tokens / rates.product_rate(tokens)
+    assert products(low_rank) - products(None) == pytest.approx(expected, rel=1e-6)
+    saved = dataclasses.replace(low_rank, modules_to_save=["embed_tokens", "lm_head"])
+    assert products(saved) == products(low_rank), "these are no part of a layer"
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_step_s_useful_work_is_counted_as_in_a_run(has_adapter: bool) -> None:
+    shape, rates, store = SHAPES["1.7B"], Rates(), GroupStore.of(assumed_groups(110, 230, None))
+    adapter = resolve(AdapterConfig(kind="lora"), shape) if has_adapter else None
+    workload = Workload.of(store, shape.hidden_size, head_work(shape), "assumed")
+    step = predict(Plan(shape, Layout(), len(store), adapter=adapter), workload, rates)
+    of_run = Work.of(store, shape).step(shape, shape, np.arange(len(store)), adapter and AdapterWork.of(shape, adapter))
+    assert step.mfu * step.seconds * rates.peak == pytest.approx(of_run)
 
 
 PLANS = {

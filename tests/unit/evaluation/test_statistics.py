@@ -1,5 +1,6 @@
 """Figures of pairs against their definitions."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.evaluation import reward_bench
+from megadpo.evaluation.figures import finite
+from megadpo.evaluation.harness import _numbers
 from megadpo.evaluation.scores import Measured, kind_of_objective, kinds_there_are, scores
 from megadpo.evaluation.statistics import accuracy_of, by_length, calibration_of, kl_of, record_of, wilson
 
@@ -68,6 +71,35 @@ def test_kinds_of_score_are_those_that_the_models_give() -> None:
 )
 def test_a_run_is_judged_by_what_its_objective_calls_reward(loss: str, kind: str) -> None:
     assert kind_of_objective(ObjectiveConfig(loss_type=loss)) == kind
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "other"), [("simpo", "mean_log_prob", "log_prob"), ("cpo", "log_prob", "mean_log_prob")]
+)
+def test_alphapo_s_alpha_is_for_the_kind_that_its_objective_calls_reward(loss: str, kind: str, other: str) -> None:
+    measured = Measured(np.array([[2.0, 4.0]]), logps_P2=np.array([[-1.0, -8.0]]))
+    plain, alpha = ObjectiveConfig(loss_type=loss, beta=2.0), ObjectiveConfig(loss_type=loss, beta=2.0, alphapo_alpha=0.5)
+    values_P2 = scores(kind, measured, plain) / 2
+    assert scores(kind, measured, alpha) == pytest.approx(2 * (1 - np.exp(-0.5 * values_P2)) / 0.5)
+    assert (scores(other, measured, alpha) == scores(other, measured, plain)).all()
+
+
+def test_scores_that_overflow_leave_a_report_that_json_can_have() -> None:
+    measured = Measured(np.full((3, 2), 900.0), logps_P2=np.array([[-2000.0, -3000.0], [-1.0, -2000.0], [-1.0, -2.0]]))
+    overflows = scores("log_prob", measured, ObjectiveConfig(loss_type="cpo", alphapo_alpha=1.0))
+    assert np.isinf(overflows).tolist() == [[True, True], [False, True], [False, False]]
+    with np.errstate(invalid="ignore"):
+        record = record_of(overflows, measured, np.ones(3, bool))
+        bins, error = calibration_of(overflows[:, 0] - overflows[:, 1])
+    assert sum(one["num_pairs"] for one in bins) == 2 and math.isfinite(error)
+    told = finite({"all": record, "lines": [[math.inf, 1.5, "a", None]]})
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert told["all"]["margin"] is None and told["all"]["accuracy"] == 2 / 3 and told["lines"] == [[None, 1.5, "a", None]]
+
+
+def test_of_the_harness_s_figures_one_that_is_not_finite_is_none() -> None:
+    figures = {"alias": "lambada", "perplexity,none": math.inf, "acc,none": 0, "acc_stderr,none": math.nan, "is": True}
+    assert _numbers(figures) == {"perplexity,none": None, "acc,none": 0.0, "acc_stderr,none": None}
 
 
 def test_the_kl_estimates_of_equal_models_are_zero() -> None:

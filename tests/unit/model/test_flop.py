@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from benchmarks.flop import useful_flop
+from megadpo.config.schema import AdapterConfig
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
+from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
-from megadpo.model.flop import Work, body_parameters, peak_flop
+from megadpo.model.flop import AdapterWork, Work, body_parameters, peak_flop
 from tests.helpers.families import config_of
 
 
@@ -78,7 +82,54 @@ def test_products_are_two_flop_a_parameter_and_token_three_times_with_backward()
     assert products == 2 * body * 15 + 2 * shape.hidden_size * shape.vocab_size * 8
     assert work.step(shape, None, np.array([1]), None) == 3 * (products + attention)
     assert work.step(shape, shape, np.array([1]), None) == 4 * (products + attention)
-    assert work.step(shape, None, np.array([1]), 100) == 2 * products + 3 * attention + 600 * 15
+    adapter = resolve(AdapterConfig(kind="lora", rank=3), shape)
+    numbers = sum(map(math.prod, adapter_shapes(shape, adapter).values()))
+    assert (
+        work.step(shape, None, np.array([1]), AdapterWork.of(shape, adapter))
+        == 2 * products + 3 * attention + 6 * numbers * 15
+    )
+
+
+def test_the_benchmarks_count_what_a_run_counts() -> None:
+    config = config_of("llama")
+    shape, groups = shape_of(config), groups_of((4, 3, 5), (0, 2, 6))
+    assert shape.num_heads * shape.head_dim == shape.hidden_size
+    of_run = Work.of(GroupStore.of(groups), shape).step(shape, shape, np.arange(2), None)
+    assert useful_flop(groups, config, body_parameters(shape), live_reference=True) == of_run
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_modules_that_are_trained_whole_the_head_is_a_product_of_scored_tokens_and_the_embedding_none(tied: bool) -> None:
+    shape = replace(shape_of(config_of("llama")), tied_embeddings=tied)
+    work, group = Work.of(GroupStore.of(groups_of((7, 2, 6))), shape), np.array([0])
+
+    def added(*modules: str) -> float:
+        adapters = [AdapterConfig(kind="lora", rank=3, modules_to_save=list(names)) for names in (modules, ())]
+        trained = [AdapterWork.of(shape, resolve(options, shape)) for options in adapters]
+        with_them, without = (work.step(shape, None, group, each) for each in trained)
+        return with_them - without
+
+    head = 2 * shape.hidden_size * shape.vocab_size * 8
+    assert added("norm") == 0 and added("embed_tokens") == (head if tied else 0)
+    if not tied:
+        assert added("lm_head") == added("embed_tokens", "lm_head") == head
+
+
+def test_of_a_mixture_the_adapters_of_a_token_s_experts_count() -> None:
+    shape = shape_of(config_of("mixtral"))
+    assert shape.experts is not None
+    adapter = resolve(AdapterConfig(kind="lora", rank=3), shape)
+    numbers = {name: math.prod(size) for name, size in adapter_shapes(shape, adapter).items()}
+    of_experts = sum(number for name, number in numbers.items() if ".experts." in name)
+    assert of_experts > 0
+    met = sum(numbers.values()) - of_experts + of_experts * shape.experts.per_token / shape.experts.count
+    assert AdapterWork.of(shape, adapter) == AdapterWork(pytest.approx(met), 0, has_whole_head=False)
+
+
+def test_an_adapter_of_the_head_is_met_by_scored_tokens() -> None:
+    shape = shape_of(config_of("llama"))
+    adapter = resolve(AdapterConfig(kind="lora", rank=3, target_modules=["lm_head"]), shape)
+    assert AdapterWork.of(shape, adapter) == AdapterWork(0, 3 * (shape.hidden_size + shape.vocab_size), False)
 
 
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.predict import MODELS
 from megadpo.config.schema import AdapterConfig
 from megadpo.model.adapters.spec import adapter_shapes, resolve
 from megadpo.model.families import shape_of
+from megadpo.model.four_bit.weight import FourBit
 from megadpo.parallel.layout import Layout
 from megadpo.planning.memory import (
     ATTENTION,
@@ -21,11 +23,14 @@ from megadpo.planning.memory import (
     WORKING,
     between_steps,
     kept_by_kind,
+    layer_works_with,
     rank_memory,
     tile_bytes,
 )
 from megadpo.planning.plan import Plan, adapter_numbers, parameters
+from megadpo.planning.search import plan_of
 from megadpo.planning.workload import MicroBatches, Mix
+from megadpo.validation.load import load_config
 from tests.helpers.marks import all_but_the_first_slow
 from tests.unit.planning.measured import CASES, Case, measured, reckoned, save_files
 from tools.plan_table import COLUMNS, PART
@@ -97,6 +102,47 @@ def test_frozen_weights_have_no_gradients_and_a_precomputed_reference_no_weights
     kinds, _ = between_steps(Plan(SMALL, Layout(), 1, adapter=adapter, reference="adapter"), 0)
     assert kinds["weights"] == 2 * P and kinds["gradients"] == 2 * kinds["adapters"] and "reference" not in kinds
     assert "reference" not in between_steps(Plan(SMALL, Layout(), 1, reference="precomputed"), 0)[0]
+
+
+def test_frozen_linear_layers_in_four_bits_take_half_a_byte_a_weight_and_their_scales() -> None:
+    adapter, four_bit = resolve(AdapterConfig(kind="lora", rank=1), SMALL), FourBit(64, double=False)
+    plan = Plan(SMALL, Layout(), 1, adapter=adapter, reference="adapter", four_bit=four_bit)
+    linear = 4 * (LAYER - 2 * 8 - 2 * 2)  # all but norms
+    kinds, _ = between_steps(plan, 0)
+    assert kinds["weights"] == 2 * (P - linear) + linear / 2 + 4 * linear / 64
+    passes = layer_works_with(plan, MIX, False, backward=True)
+    assert passes[1] == 2 * 8 * 2 * 12, "gate and up, dense for their product"
+    assert between_steps(replace(plan, reference="before"), 0)[0]["reference"] == kinds["weights"]
+
+
+def test_a_cached_reference_takes_a_resident_one_s_memory_and_a_precomputed_one_s_time() -> None:
+    cached, resident, precomputed = (Plan(SMALL, Layout(), 1, reference=how) for how in ("cached", "before", "precomputed"))
+    assert between_steps(cached, 0) == between_steps(resident, 0) and cached.num_forwards == precomputed.num_forwards == 1
+    assert rank_memory(cached, MIX, ONE, 0).reference == rank_memory(resident, MIX, ONE, 0).reference > 0
+    assert "reference" not in between_steps(replace(cached, reference="cached_adapter"), 0)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "before"),
+        (["reference.mode=cached"], "cached"),
+        (["reference.mode=cached", "adapter.kind=lora"], "cached_adapter"),
+        (["reference.mode=cached", "adapter.kind=lora", "reference.path=other"], "cached"),
+        (["reference.mode=precomputed"], "precomputed"),
+        (["adapter.kind=lora"], "adapter"),
+        (["objective.loss_type=simpo"], "none"),
+    ],
+)
+def test_a_configuration_s_reference_is_planned_as_it_is_run(options: list[str], expected: str) -> None:
+    config = load_config({"model": {"path": "model"}}, options)
+    adapter = None if config.adapter.kind == "none" else resolve(config.adapter, SMALL)
+    assert plan_of(config, SMALL, 1, adapter).reference == expected
+
+
+def test_a_configuration_s_quantisation_is_planned() -> None:
+    config = load_config({"model": {"path": "model"}}, ["model.quantization=nf4", "adapter.kind=lora"])
+    assert plan_of(config, SMALL, 1, resolve(config.adapter, SMALL)).four_bit == FourBit(64, double=True)
 
 
 def test_a_layer_keeps_what_the_table_of_parallelism_md_says() -> None:

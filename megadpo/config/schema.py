@@ -11,7 +11,7 @@ from typing import Any
 from megadpo.config import yaml_core
 from megadpo.config.sources import is_dataset
 from megadpo.errors import UserError
-from megadpo.secrets.redact import redacted
+from megadpo.secrets.redact import redacted, redacted_paths
 
 
 @dataclass
@@ -455,8 +455,32 @@ class Config:
         return _plain(self)
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML, in the order of this file, with secrets in it hidden."""
-        return yaml_core.dump(redacted(self.resolved().to_dict()), sort_keys=False, allow_unicode=True)
+        """The resolved configuration as YAML, in the order of this file, with secrets in it hidden; in paths that are here,
+        which are read again, only the credentials of URLs."""
+        plain = self.resolved().to_dict()
+        shown = redacted(plain)
+        for dotted in (*PATHS, *DATA_PATHS):
+            section, _, name = dotted.rpartition(".")
+            given, written = (plain[section], shown[section]) if section else (plain, shown)
+            written[name] = redacted_paths(given[name])
+        return yaml_core.dump(shown, sort_keys=False, allow_unicode=True)
+
+
+PATHS = (
+    *(
+        "model.path",
+        "adapter.path",
+        "reference.path",
+        "reference.adapter",
+        "objective.module",
+        "parallel.offload_dir",
+        "parallel.deepspeed_config",
+    ),
+    *("train.activation_offload_dir", "checkpoint.resume", "output_dir"),
+)
+"""Options that name a path and in which `~` and `$VARIABLES` are replaced when they are read."""
+DATA_PATHS = ("data.train", "data.eval", "data.chat_template", "data.cache_dir", "logging.directory")
+"""Those in which they are replaced where the path is used."""
 
 
 def copy_config(config: Config) -> Config:

@@ -7,6 +7,7 @@ a name such as `HF_TOKEN` or `WANDB_API_KEY` has them as its value. A password t
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -18,11 +19,16 @@ LEAST_CHARACTERS = 8
 """Of a variable's value: shorter ones are words of the language as well."""
 _SECRET_WORDS = {"token", "secret", "password", "passwd", "passphrase", "pass", "key", "apikey", "credential", "credentials"}
 _SECRET_WORDS |= {"jwt", "pat", "cookie", "bearer", "authorization", "signature", "sig"}
+_WORDS_OF_NO_SECRET = {"name", "type", "dir", "path", "file", "url", "uri", "id"}
+"""As the last word of a name: it says where a secret is, or which."""
 _NAME = r"[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credentials?)"
 _FORMS = (
-    r"hf_[A-Za-z0-9]{16,}",
+    r"hf_[A-Za-z0-9]{34,}",
     r"wandb_v\d_[A-Za-z0-9_]{16,}",
-    r"(?:sk|pk)-[A-Za-z0-9_-]{20,}",
+    # A long run of letters and digits, or what makers of such keys put first: sk-learn-preference-dataset is a directory.
+    r"(?:sk|pk)-(?=[\w-]*?(?<![A-Za-z0-9])(?=[A-Za-z]*\d)[A-Za-z0-9]{20,})[\w-]+",
+    r"sk-(?:proj|svcacct|admin|ant-[a-z]+\d\d)-(?=[\w-]*\d)[\w-]{40,}",
+    r"(?:sk|pk)-lf-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     r"gh[opsur]_[A-Za-z0-9]{20,}",
     r"github_pat_\w{20,}",
     r"glpat-[\w-]{16,}",
@@ -31,7 +37,7 @@ _FORMS = (
     r"AIza[\w-]{30,}",
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
 )
-_PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
+_IN_URLS: tuple[tuple[re.Pattern[str], str], ...] = (
     # scheme://user:password@host, also where the password has an @ of its own
     (re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@"), rf"\1{HIDDEN}@"),
     # ?token=…, &X-Amz-Signature=…
@@ -41,6 +47,9 @@ _PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         rf"\1{HIDDEN}",
     ),
+)
+_PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
+    *_IN_URLS,
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"((?:x-)?(?:api-key|auth-token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     # HF_TOKEN=…, --password=…, api_key: …; not pad_token: …, which is no secret
@@ -82,6 +91,30 @@ def redacted(value: Any, name: str = "") -> Any:
     return HIDDEN if value and is_secret_name(name) else redact(value)
 
 
+def redacted_paths(value: Any) -> Any:
+    """As `redacted`, of what names paths (a path, a mapping with a `path`, a list of these) and is read again: of one that
+    is here only the credentials of a URL are hidden, whatever it looks like and whatever the environment says."""
+    if isinstance(value, Mapping):
+        return {key: redacted_paths(item) if key == "path" else redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_paths(item) for item in value]
+    if not isinstance(value, str) or not _is_here(value):
+        return redacted(value)
+    for pattern, hidden in _IN_URLS:
+        value = pattern.sub(hidden, value)
+    return value
+
+
+def _is_here(path: str) -> bool:
+    """Whether a path, or the directory in which a pattern of paths begins, exists."""
+    try:
+        found = os.path.expandvars(os.path.expanduser(path))
+    except ValueError:  # no path at all
+        return False
+    begin, magic, _ = re.split(r"([*?\[])", found, maxsplit=1) if glob.has_magic(found) else (found, "", "")
+    return os.path.exists(found) or (bool(magic) and os.path.isdir(os.path.dirname(begin)))
+
+
 def redact_exception(error: BaseException) -> None:
     """Redact the messages of an exception, and of those that it came of, in place: a traceback shows them all."""
     seen: set[int] = set()
@@ -101,8 +134,11 @@ def redact_exception(error: BaseException) -> None:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or field of this name holds a secret: one of its last two words says so (AWS_ACCESS_KEY_ID)."""
+    """Whether a variable or field of this name holds a secret: one of its last two words says so, unless the last one says
+    that it only tells where the secret is, or which (S3_SECRET_NAME; but AWS_ACCESS_KEY_ID is half of one)."""
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", name) if word]
+    if words[-1:] and words[-1] in _WORDS_OF_NO_SECRET and words[-3:] != ["access", "key", "id"]:
+        return False
     return any(word in _SECRET_WORDS for word in words[-2:])
 
 

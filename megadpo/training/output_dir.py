@@ -13,9 +13,11 @@ import yaml
 
 from megadpo.checkpoint.sharded import is_checkpoint
 from megadpo.checkpoint.staging import clean_up, followed, remove
+from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.files import make_writable_directory, replacing
+from megadpo.secrets.redact import HIDDEN, redacted
 from megadpo.training import run_lock
 from megadpo.training.resume import came_of, newest_that_opens
 
@@ -154,17 +156,34 @@ def _refuse_other_run(written: Path, config: Config) -> None:
         earlier = yaml.safe_load(written.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"output_dir: {written} cannot be read ({error}); choose another directory") from error
-    ours, defaults = yaml.safe_load(config.to_yaml()), Config().to_dict()
+    ours, defaults = yaml.safe_load(yaml_core.dump(config.resolved().to_dict())), Config().to_dict()
     for section, names in IDENTITY.items():
         for name in names or ours[section]:
             before, is_input = _value(earlier, section, name, defaults[section][name]), (section, name) in INPUTS
-            if before == ours[section][name] or (is_input and config.checkpoint.changed_inputs == "accept"):
+            if _is_same(before, ours[section][name]) or (is_input and config.checkpoint.changed_inputs == "accept"):
                 continue
+            was, now = redacted(before), redacted(ours[section][name])
             hint = "; or, where it may be another, set checkpoint.changed_inputs to accept" if is_input else ""
             raise UserError(
-                f"output_dir: {written.parent} holds a different run ({section}.{name} was {before!r}, now "
-                f"{ours[section][name]!r}); choose another directory or remove this one{hint}"
+                f"output_dir: {written.parent} holds a different run ({section}.{name} was {was!r}, now {now!r}); "
+                f"choose another directory or remove this one{hint}"
             )
+
+
+def _is_same(written: Any, ours: Any) -> bool:
+    """Whether an option is what an earlier process of the run has written, by whatever version and in whatever environment:
+    for what is hidden there, or would be today, anything may stand."""
+    return bool(written == ours) or _fits(redacted(written), ours)
+
+
+def _fits(written: Any, ours: Any) -> bool:
+    if isinstance(written, str) and isinstance(ours, str) and HIDDEN in written:
+        return re.fullmatch(".*".join(map(re.escape, written.split(HIDDEN))), ours, re.DOTALL) is not None
+    if isinstance(written, dict) and isinstance(ours, dict):
+        return written.keys() == ours.keys() and all(_fits(item, ours[key]) for key, item in written.items())
+    if isinstance(written, list) and isinstance(ours, list):
+        return len(written) == len(ours) and all(map(_fits, written, ours))
+    return bool(written == ours)
 
 
 def _value(config: Any, section: str, name: str, default: Any) -> Any:

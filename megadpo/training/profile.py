@@ -33,11 +33,16 @@ class ProfileWindow:
             return
         self._first = step
         if self._is_here:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
-            self._profiler.start()
+            try:
+                activities = [torch.profiler.ProfilerActivity.CPU]
+                if torch.cuda.is_available():
+                    activities.append(torch.profiler.ProfilerActivity.CUDA)
+                self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
+                self._profiler.start()
+            except Exception as error:
+                self.close()
+                self._steps = None
+                log(f"warning: the profiler cannot be started ({reason(error)}); going on without the profile")
 
     def after(self, step: int, is_last: bool = False) -> None:
         """Writes the trace after the window's last step, or the run's."""
@@ -45,11 +50,11 @@ class ProfileWindow:
             return
         steps, self._steps = f"steps {self._first} to {step}", None
         if self._profiler is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._profiler.stop()
             path = self._directory / f"rank_{rank():05d}_steps_{self._first}_to_{step}.json.gz"
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # outside: an error of the steps' own work shows here
             try:
+                self._profiler.stop()
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._profiler.export_chrome_trace(str(path))
             except Exception as error:

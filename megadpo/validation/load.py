@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.config import foreign, strict
-from megadpo.config.schema import Config
+from megadpo.config.schema import PATHS, Config
 from megadpo.config.sources import check_sources
 from megadpo.errors import UserError
 from megadpo.files import expanded
@@ -58,21 +58,6 @@ def _in_our_words(error: strict.UnknownKey) -> UserError:
     if answer is None or answer.name in error.leaves:
         return error
     return UserError(f"{error.place}unknown key {error.dotted}: {answer.sentence()}")
-
-
-PATHS = (
-    *(
-        "model.path",
-        "adapter.path",
-        "reference.path",
-        "reference.adapter",
-        "objective.module",
-        "parallel.offload_dir",
-        "parallel.deepspeed_config",
-    ),
-    *("train.activation_offload_dir", "checkpoint.resume", "output_dir"),
-)
-"""Options in which `~` and `$VARIABLES` are replaced here; those of `data` are where they are read, as they always were."""
 
 
 def _expand_paths(config: Config) -> None:

@@ -100,7 +100,7 @@ def test_a_run_leaves_no_secret_in_what_it_writes_and_says(files: Path, tmp_path
     [
         ("data", "train", URL),
         ("model", "path", f"/models/{CANARY}/nowhere"),
-        ("model", "dtype", f"hf_{CANARY.replace('-', '')}abcdef"),
+        ("model", "dtype", f"hf_{CANARY.replace('-', '') * 3}"),
         ("logging", "tags", [URL]),
         ("checkpoint", "resume", URL),
     ],

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megadpo.config.schema import TrainConfig
 from megadpo.metrics.spikes import SpikeWatch
 from megadpo.pages.numbers import number
 from megadpo.report import limits
 from megadpo.report.findings.finding import Check, Finding, reads_reference
 from megadpo.report.run_files import RunFiles
 from megadpo.report.series import median, together
+from megadpo.training.lr_schedule import warmup_steps
 
 SPIKED = ("loss", "grad_norm")
 
@@ -133,9 +135,9 @@ def learning_rate_is_zero(run: RunFiles) -> Finding | None:
     """Nothing is learned, for the learning rate is zero all the time, or for most of it."""
     rate = run.curve("learning_rate").finite()
     zeros = [step for step, value in zip(rate.steps, rate.values, strict=True) if value == 0]
-    warmup = run.option("train.warmup_steps")
     num_steps = run.num_steps or run.last_step
-    never_up = isinstance(warmup, int) and len(rate) and 0 < num_steps <= warmup
+    warmup = _warmup_steps(run, num_steps)
+    never_up = len(rate) and 0 < num_steps <= warmup
     # The first step of a warm-up has rate zero, and the last ones of a schedule may come to it.
     if not zeros and not never_up:
         return None
@@ -154,7 +156,18 @@ def learning_rate_is_zero(run: RunFiles) -> Finding | None:
         zeros[0] if zeros else rate.steps[0],
         what,
         "Set train.learning_rate (whole models: 5e-7 to 5e-6; adapters: 5e-6 to 1e-4) and train.warmup_steps to a tenth of "
-        "the run or less.",
+        "the run or less (train.warmup_ratio to 0.1 or less).",
+    )
+
+
+def _warmup_steps(run: RunFiles, num_steps: int) -> int:
+    steps, ratio = run.option("train.warmup_steps"), run.option("train.warmup_ratio")
+    return warmup_steps(
+        num_steps,
+        TrainConfig(
+            warmup_steps=steps if isinstance(steps, int) else 0,
+            warmup_ratio=ratio if isinstance(ratio, int | float) and math.isfinite(ratio) else None,
+        ),
     )
 
 

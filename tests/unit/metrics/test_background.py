@@ -12,6 +12,8 @@ import pytest
 from megadpo.launch import worker
 from megadpo.metrics.background import BackgroundSink
 
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyzabcdefgh"
+
 
 class Listed:
     """Keeps what it is given."""
@@ -55,8 +57,8 @@ def test_records_arrive_in_order_and_how_the_run_ended(has_failed: bool) -> None
 def test_what_it_raises_is_told_once_without_secrets_and_ends_it_alone(where: str) -> None:
     def fail() -> None:
         if where == "write":
-            raise SystemExit("no, with hf_abcdefghijklmnopqrstuvwx")
-        raise OSError("no, with hf_abcdefghijklmnopqrstuvwx")
+            raise SystemExit(f"no, with {TOKEN}")
+        raise OSError(f"no, with {TOKEN}")
 
     class Failing(Listed):
         def write(self, record: Any) -> None:

@@ -136,6 +136,12 @@ def test_a_chart_tells_the_values_under_the_pointer(browser: Browser, tmp_path: 
     assert browser.console() == []
 
 
+def test_the_policy_names_what_has_no_default_too() -> None:
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page("a page", []))
+    for directive in ("default-src 'none'", "base-uri 'none'", "form-action 'none'"):
+        assert directive in policy.split("; ")
+
+
 @needs_chromium
 def test_a_page_can_run_no_script_but_its_own(browser: Browser, tmp_path: Path) -> None:
     """The policy holds even where markup slips in, and the helper of these tests hears what is refused."""

@@ -138,6 +138,7 @@ FAULTS: dict[str, tuple[str, str, tuple[int, int] | None, dict[str, Any]]] = {
     "not finite, written": ("not_finite", "warning", (101, 101), {"change": not_a_number}),
     "no learning rate": ("learning_rate_zero", "problem", (1, 1), {"change": without_rate}),
     "an endless warm-up": ("learning_rate_zero", "warning", (1, 1), {"options": {"train.warmup_steps": 500}}),
+    "nothing but warm-up": ("learning_rate_zero", "warning", (1, 1), {"options": {"train.warmup_ratio": 0.996}}),
     "waiting": ("waits_for_data", "note", (1, 1), {"change": long_waits}),
     "apart": ("starts_apart", "warning", (1, 1), {"change": apart}),
     "failed": ("did_not_finish", "problem", (200, 200), {"facts": FAILED}),

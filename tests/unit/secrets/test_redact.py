@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megadpo.errors import UserError
-from megadpo.secrets.redact import is_secret_name, redact, redact_exception, redacted
+from megadpo.secrets.redact import is_secret_name, redact, redact_exception, redacted, redacted_paths
 
 CANARY = "canary4f1c9e77"
 
@@ -25,7 +27,9 @@ CANARY = "canary4f1c9e77"
         f"--api-key={CANARY}",
         f"password: {CANARY}",
         f"{{'Authorization': 'Bearer {CANARY}'}}",
-        f"hf_{CANARY}{CANARY}",
+        f"hf_{CANARY}{CANARY}{CANARY}",
+        f"sk-{CANARY}{CANARY}",
+        f"sk-proj-{CANARY}_{CANARY}-{CANARY}",
         f"ghp_{CANARY}{CANARY}",
     ],
 )
@@ -53,6 +57,7 @@ def test_a_password_in_a_variable_s_url_is_hidden_alone_and_as_a_url_writes_it()
         "https://host:8080/path/to/rows.jsonl?page=2 and git@github.com:me/x",
         "num_tokens: 12, key.sub=value",
         "model meta-llama/Llama-3.1-8B-Instruct, keys step_00000001",
+        "/data/sk-learn-preference-dataset-v2/train.jsonl and /models/hf_llama3instructfinal2",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -61,6 +66,19 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 def test_names_of_directories_and_counts_are_no_secrets() -> None:
     assert not any(map(is_secret_name, ["PATH", "PWD", "TOKENIZERS_PARALLELISM", "tokens_per_micro_batch", "KEYBOARD_MAP"]))
+    telling = ["AWS_SECRET_NAME", "TOKEN_TYPE", "KEY_DIR", "S3_KEY_PATH", "HF_TOKEN_FILE", "TOKEN_URL", "VAULT_SECRET_ID"]
+    assert not any(map(is_secret_name, telling))
+
+
+def test_of_a_path_that_is_here_only_the_credentials_of_a_url_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_KEY", "preferences")
+    here = tmp_path / "preferences" / "hf_llama3instructfinal2withalonglongname"
+    here.mkdir(parents=True)
+    given = [str(here), f"{here}/*.jsonl", {"path": str(here), "split": "preferences"}]
+    assert redacted_paths(given) == [str(here), f"{here}/*.jsonl", {"path": str(here), "split": "***"}]
+    assert redacted_paths([f"https://a:{CANARY}@h/x", "s3://preferences/x", None]) == ["https://***@h/x", "s3://***/x", None]
 
 
 def test_a_configuration_is_hidden_text_by_text(monkeypatch: pytest.MonkeyPatch) -> None:

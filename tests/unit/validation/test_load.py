@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megadpo.config import strict
 from megadpo.config.schema import Config
 from megadpo.errors import UserError
+from megadpo.training.output_dir import claim_output_dir
 from megadpo.validation.load import load_config
 from megadpo.validation.values import validate
 
@@ -375,6 +376,37 @@ def test_the_resolved_yaml_loads_to_the_same_resolved_configuration(tmp_path: Pa
     assert again == config.resolved() == again.resolved()
     assert again.parallel.sequence is True and again.reference.path == "m" and again.train.epochs == 1.0
     assert config.parallel.sequence is None, "resolving leaves the original alone"
+
+
+def test_paths_that_are_here_are_read_back_as_they_were_whatever_they_look_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_KEY", "preferences")
+    model = tmp_path / "preferences" / "sk-1234567890abcdefghijklmn"
+    model.mkdir(parents=True)
+    (model / "rows.jsonl").touch()
+    given = {"model": {"path": str(model)}, "data": {"train": [{"path": f"{model}/rows.jsonl"}]}}
+    config = load_config(given | {"logging": {"run_name": "preferences"}})
+    again = load_config(write(tmp_path / "config.yaml", config.to_yaml()))
+    assert (again.model.path, again.data.train) == (str(model), [{"path": f"{model}/rows.jsonl"}])
+    assert again.logging.run_name == "***"
+
+
+def test_a_run_is_the_same_whatever_was_hidden_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(train: str, model: str = "models/preferences") -> Config:
+        return load_config({"model": {"path": model}, "data": {"train": train}, "output_dir": str(tmp_path)})
+
+    ours = of("https://me:password1@host/preferences/rows.jsonl")
+    plain = yaml.safe_dump(ours.resolved().to_dict())  # as versions that hid nothing wrote it
+    for written in (plain, plain.replace("preferences", "***"), ours.to_yaml()):
+        write(tmp_path / "config.yaml", written)
+        for value in (None, "preferences"):
+            monkeypatch.setenv("S3_KEY", value) if value else monkeypatch.delenv("S3_KEY", raising=False)
+            claim_output_dir(tmp_path, ours)
+            claim_output_dir(tmp_path, of("https://me:password2@host/preferences/rows.jsonl"))
+    for other in (of("https://me:password1@host/preferences/more.jsonl"), of(ours.data.train, "others/preferences")):
+        with pytest.raises(UserError, match="holds a different run"):
+            claim_output_dir(tmp_path, other)
 
 
 def test_datasets_from_python_are_kept_as_they_are_and_written_as_a_summary() -> None:

@@ -7,11 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megadpo.config.schema import LoggingConfig
 from megadpo.errors import UserError
 from megadpo.metrics import trackers
+from megadpo.training.profile import ProfileWindow
 from megadpo.validation.load import load_config
 from megadpo.validation.logging import check_logging
 
@@ -54,6 +56,23 @@ def test_what_this_run_does_not_have_is_refused_before_it_starts(monkeypatch: py
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="mlflow is not installed; run `pip install mlflow-skinny`, or take it out"):
         check_logging(LoggingConfig(trackers=["mlflow"]), 1, 9)
+
+
+@pytest.mark.parametrize("where", ["__init__", "start", "stop", "export_chrome_trace"])
+def test_a_profiler_that_fails_is_told_once_and_ends_no_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, *arguments: object, **named: object) -> None:
+        raise RuntimeError("no counters here")
+
+    monkeypatch.setattr(torch.profiler.profile, where, fail)
+    window = ProfileWindow(LoggingConfig(profile_steps=[1, 2], profile_ranks=[0]), tmp_path)
+    for step in (1, 2, 3):
+        window.before(step)
+        window.after(step)
+    window.close()
+    said = capsys.readouterr().err
+    assert said.count("no counters here") == said.count("warning") == 1 and "going on without the profile" in said
 
 
 def test_the_examples_of_the_page_are_taken() -> None:

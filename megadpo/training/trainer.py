@@ -92,7 +92,10 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             try:
                 metrics = training_loop(run)
             except BaseException as error:
-                run.close(has_failed=not isinstance(error, Stopped), at_once=isinstance(error, KeyboardInterrupt))
+                has_failed = not isinstance(error, Stopped)
+                if has_failed:  # at once: where another rank has failed, our launcher soon kills this one
+                    record.end_by(error)
+                run.close(has_failed=has_failed, at_once=isinstance(error, KeyboardInterrupt))
                 raise
             run.close()
             model_path = export(run)

@@ -19,7 +19,9 @@ Record = Mapping[str, float | int]
 
 MOST_WAITING_RECORDS = 1000
 SECONDS_TO_CLOSE = 30.0
-"""That all trackers have at the run's end to hand on what they have; a run that fails waits a third of it."""
+"""That all trackers have at the run's end to hand on what they have."""
+SECONDS_TO_CLOSE_FAILED = 3.0
+"""At most, of a run that has failed: less than the launcher's SECONDS_TO_STOP, after which it kills this process."""
 
 
 class Tracker(Protocol):
@@ -73,7 +75,9 @@ class BackgroundSink:
     def begin_close(self, has_failed: bool = False) -> None:
         """No record comes any more; does not wait, so that several trackers end at the same time."""
         if self._deadline is None:
-            self._deadline = time.monotonic() + (self._seconds / 3 if has_failed else self._seconds)
+            self._deadline = time.monotonic() + (
+                min(self._seconds, SECONDS_TO_CLOSE_FAILED) if has_failed else self._seconds
+            )
             try:
                 self._waiting.put_nowait(has_failed)
             except queue.Full:  # whoever does not keep up is not waited for

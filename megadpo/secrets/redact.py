@@ -19,6 +19,8 @@ LEAST_CHARACTERS = 8
 """Of a variable's value: shorter ones are words of the language as well."""
 _SECRET_WORDS = {"token", "secret", "password", "passwd", "passphrase", "pass", "key", "apikey", "credential", "credentials"}
 _SECRET_WORDS |= {"jwt", "pat", "cookie", "bearer", "authorization", "signature", "sig"}
+_SECRET_ENDINGS = ("password", "passwd", "token", "secret", "apikey")
+"""Of words that are written together: PGPASSWORD, HFTOKEN."""
 _WORDS_OF_NO_SECRET = {"name", "type", "dir", "path", "file", "url", "uri", "id"}
 """As the last word of a name: it says where a secret is, or which."""
 _NAME = r"[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credentials?)"
@@ -35,6 +37,7 @@ _FORMS = (
     r"xox[abeoprs]-[\w-]{10,}",
     r"(?:AKIA|ASIA)[A-Z0-9]{16}",
     r"AIza[\w-]{30,}",
+    r"nvapi-[\w-]{20,}",
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
 )
 _IN_URLS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -52,8 +55,29 @@ _PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
     *_IN_URLS,
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"((?:x-)?(?:api-key|auth-token)['\"]?\s*[:=]\s*['\"]?)[^\s'\",;]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    # HF_TOKEN=…, --password=…, api_key: …; not pad_token: …, which is no secret
+    # The whole block, or what there is of it
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
+    (re.compile(r"((?:Account|SharedAccess)Key=)[^\s;'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    # HF_TOKEN=…, HF_TOKEN: …, --password=…, api_key: …; not pad_token: …, which is no secret
     (re.compile(r"(\b[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|_KEY|APIKEY)=['\"]?)[^\s'\",;&]+"), rf"\1{HIDDEN}"),
+    (
+        re.compile(r"(\b[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|_KEY|APIKEY)['\"]?\s*:\s*['\"]?)[^\s'\",;&]{8,}"),
+        rf"\1{HIDDEN}",
+    ),
+    # --token …, and the same as a list of arguments; not --pad-token …
+    (
+        re.compile(
+            r"(?<![\w-])(--(?!(?:pad|eos|bos|unk|sep|cls|mask|image)[-_])(?:[\w-]*[-_])?(?:token|secret|password|passwd|"
+            r"api[-_]?key|(?:access|secret|private)[-_]key)['\"]?(?:\s*=\s*|,?\s+)['\"]?)(?!-)[^\s'\",;]{8,}",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    # A key of W&B's older form, 40 hexadecimal digits as a commit has them, where a word says what it is
+    (
+        re.compile(r"(\b(?:wandb|login|\w*key|\w*token|secret|password)\W{1,4}(?:is\W{1,3})?)[0-9a-f]{40}\b", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
     (
         re.compile(
             r"(\b(?:[\w-]*[_-])?(?:password|passwd|api[_-]?key|secret(?:[_-](?:access[_-])?key)?)['\"]?\s*[=:]\s*['\"]?)"
@@ -139,7 +163,7 @@ def is_secret_name(name: str) -> bool:
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", name) if word]
     if words[-1:] and words[-1] in _WORDS_OF_NO_SECRET and words[-3:] != ["access", "key", "id"]:
         return False
-    return any(word in _SECRET_WORDS for word in words[-2:])
+    return any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS) for word in words[-2:])
 
 
 def _values_of(environ: Mapping[str, str]) -> list[str]:

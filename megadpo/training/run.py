@@ -70,7 +70,8 @@ class Result:
     """What training gives back, on every rank.
 
     Attributes:
-        metrics: of the last step, and of the last evaluation under names that begin with "eval_".
+        metrics: of the last step, and of the last evaluation under names that begin with "eval_". What a rank measures of
+            itself (times, memory, what is counted a second) is its own; `mfu` is rank 0's alone.
         steps: optimizer steps of the whole run.
         model_path: the exported Hugging Face directory.
         output_dir: the run's directory.

@@ -62,9 +62,32 @@ class RunRecord:
         if self._sessions:
             self._sessions[-1]["first_step"] = step
 
-    def end(self, status: str, why: str | None = None) -> None:
-        """Write down how it ended, and the page."""
+    def end_by(self, error: BaseException) -> None:
+        """Write down what ended it; the page comes with `end`."""
+        if isinstance(error, Stopped):
+            self._note(WORDS.get(error.status, "stopped"))
+        elif isinstance(error, KeyboardInterrupt):
+            self._note(WORDS[EXIT_INTERRUPTED])
+        elif isinstance(error, UserError):
+            self._note("failed", reason(error, 500))
+        elif isinstance(error, Exception):
+            self._note("failed", f"{type(error).__name__}: {reason(error, 500)}")
+
+    def end(self) -> None:
+        """Write down that it has finished, where nothing else has ended it, and the page."""
         if self.setup is None:
+            return
+        self._note("finished")
+        if self.setup.config.logging.report:
+            try:
+                log(f"report: {write_own_page(self.setup.output_dir)}")
+            except Exception as error:  # a page that cannot be made takes nothing away from what was trained
+                log(f"warning: no report: {reason(error)}")
+        self.setup = None
+
+    def _note(self, status: str, why: str | None = None) -> None:
+        """Write down how it ended; what was noted first stays."""
+        if self.setup is None or self._sessions[-1]["status"] is not None:
             return
         self._sessions[-1] |= {
             "ended": round(time.time(), 3),
@@ -73,12 +96,6 @@ class RunRecord:
             **({"reason": redact(why)} if why else {}),
         }
         self._write()
-        if self.setup.config.logging.report:
-            try:
-                log(f"report: {write_own_page(self.setup.output_dir)}")
-            except Exception as error:  # a page that cannot be made takes nothing away from what was trained
-                log(f"warning: no report: {reason(error)}")
-        self.setup = None
 
     def _write(self) -> None:
         assert self.setup is not None
@@ -96,19 +113,11 @@ def recorded() -> Iterator[RunRecord]:
     record = RunRecord()
     try:
         yield record
-    except Stopped as stopped:
-        record.end(WORDS.get(stopped.status, "stopped"))
+    except (Stopped, KeyboardInterrupt, Exception) as error:
+        record.end_by(error)
+        record.end()
         raise
-    except KeyboardInterrupt:
-        record.end(WORDS[EXIT_INTERRUPTED])
-        raise
-    except UserError as error:
-        record.end("failed", reason(error, 500))
-        raise
-    except Exception as error:
-        record.end("failed", f"{type(error).__name__}: {reason(error, 500)}")
-        raise
-    record.end("finished")
+    record.end()
 
 
 def facts_of(setup: RunSetup) -> dict[str, Any]:

@@ -92,7 +92,10 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             try:
                 metrics = training_loop(run)
             except BaseException as error:
-                run.close(has_failed=not isinstance(error, Stopped), at_once=isinstance(error, KeyboardInterrupt))
+                has_failed = not isinstance(error, Stopped)
+                if has_failed:  # at once: where another rank has failed, our launcher soon kills this one
+                    record.end_by(error)
+                run.close(has_failed=has_failed, at_once=isinstance(error, KeyboardInterrupt))
                 raise
             run.close()
             model_path = export(run)
@@ -267,7 +270,8 @@ def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
 
 
 def training_step(run: Run, step: int) -> Metrics:
-    """One optimizer step on one global batch; its metrics, the same on every rank.
+    """One optimizer step on one global batch; its metrics, the same on every rank but for what a rank measures of
+    itself: times and what is counted a second, memory, and `mfu`, which only rank 0 has.
 
     Raises:
         UserError: a spike, as `train.on_spike` says.
@@ -342,8 +346,7 @@ def make_up_for_evaluation(run: Run, step: int) -> None:
     if not held_out:
         raise stopped(run, step, is_saved=True)
     run.metrics |= held_out
-    for sink in run.sinks:
-        sink.write({"step": step, **held_out})
+    run.write({"step": step, **held_out})
     call(run.callbacks.on_evaluation, step, held_out)
 
 

@@ -19,6 +19,36 @@ from tests.helpers.worlds import run_world
 SPIKED, STEPS = 22, 24
 
 
+def status_at_close(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sessions in run.json when a run that fails begins to close what it has open."""
+    from megadpo.training import trainer
+
+    original, seen = trainer.Run.close, []
+
+    def closing(run: Any, *arguments: Any, **named: Any) -> None:
+        seen.extend(json.loads((run.setup.output_dir / "run.json").read_bytes())["sessions"])
+        original(run, *arguments, **named)
+
+    def fail(run: Any) -> Any:
+        raise UserError("the reason")
+
+    trainer.Run.close, loop, trainer.training_loop = closing, trainer.training_loop, fail  # type: ignore[method-assign]
+    try:
+        train_run(settings)
+    except UserError:
+        return seen
+    finally:
+        trainer.Run.close, trainer.training_loop = original, loop  # type: ignore[method-assign]
+    raise AssertionError("the run has not failed")
+
+
+def test_how_a_run_failed_is_written_before_anything_is_waited_for(tmp_path: Path) -> None:
+    settings = run_settings(save_files(tmp_path / "files", "llama", 20), tmp_path / "run", train={"steps": 2})
+    (session,) = run_world(1, status_at_close, settings)[0]
+    assert (session["status"], session["reason"]) == ("failed", "the reason")
+    assert "the reason" in (tmp_path / "run" / "report.html").read_text()
+
+
 def with_a_spike(settings: dict[str, Any], at: int | None) -> tuple[str | None, list[int]]:
     """Train, with gradients that are 10,000 times too large at one step; how the run fails, and the rows of that step."""
     from megadpo.training import step as step_module

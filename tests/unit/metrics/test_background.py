@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from megadpo.launch import worker
+from megadpo.launch.supervisor import SECONDS_TO_STOP
+from megadpo.metrics import background
 from megadpo.metrics.background import BackgroundSink
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyzabcdefgh"
@@ -136,6 +138,19 @@ def test_several_that_hang_are_waited_for_together(released: threading.Event) ->
     started = time.monotonic()
     assert list(close_all(sinks, False)) == []
     assert time.monotonic() - started < 1.5
+
+
+def test_a_failed_run_waits_less_than_its_launcher_does(released: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Listed):
+        def close(self, has_failed: bool) -> None:
+            released.wait()
+
+    assert background.SECONDS_TO_CLOSE_FAILED < SECONDS_TO_STOP - 1
+    monkeypatch.setattr(background, "SECONDS_TO_CLOSE_FAILED", 0.2)
+    sink = BackgroundSink("mine", Hanging, lambda line: None, seconds_to_close=60)
+    started = time.monotonic()
+    sink.close(has_failed=True)
+    assert time.monotonic() - started < 2
 
 
 def test_a_command_ends_at_once_where_a_library_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

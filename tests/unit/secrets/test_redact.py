@@ -26,6 +26,15 @@ CANARY = "canary4f1c9e77"
         f"WANDB_API_KEY='{CANARY}'",
         f"--api-key={CANARY}",
         f"password: {CANARY}",
+        f"HF_TOKEN: {CANARY}",
+        f"{{'WANDB_API_KEY': '{CANARY}'}}",
+        f"mine --token {CANARY} run.yaml",
+        f"mine --hf-token={CANARY}",
+        f"['mine', '--api-key', '{CANARY}']",
+        f"nvapi-{CANARY}{CANARY}",
+        f"AccountName=me;AccountKey={CANARY}==;EndpointSuffix=x",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{CANARY}\n{CANARY}\n-----END RSA PRIVATE KEY-----",
+        f"-----BEGIN PRIVATE KEY-----\n{CANARY}",
         f"{{'Authorization': 'Bearer {CANARY}'}}",
         f"hf_{CANARY}{CANARY}{CANARY}",
         f"sk-{CANARY}{CANARY}",
@@ -38,9 +47,18 @@ def test_a_secret_is_hidden_by_where_it_stands_or_what_it_looks_like(text: str) 
     assert CANARY not in shown and "***" in shown
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DB_PASSWORD"])
+NAMES = ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DB_PASSWORD"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "PGPASSWORD", "HFTOKEN", "WANDBAPIKEY"])
 def test_the_value_of_a_variable_with_such_a_name_is_hidden_wherever_it_stands(name: str) -> None:
     assert redact(f"no access with {CANARY}/x, as asked for", {name: CANARY}) == "no access with ***/x, as asked for"
+
+
+@pytest.mark.parametrize("before", ["wandb login ", "API key: ", "the token is '", "password "])
+def test_forty_hexadecimal_digits_are_a_key_where_a_word_says_so(before: str) -> None:
+    assert redact(f"{before}{'0123456789abcdef' * 2}01234567", {}) == f"{before}***"
+    assert redact(f"commit {'0123456789abcdef' * 2}01234567", {}).endswith("01234567")
 
 
 def test_a_password_in_a_variable_s_url_is_hidden_alone_and_as_a_url_writes_it() -> None:
@@ -56,6 +74,7 @@ def test_a_password_in_a_variable_s_url_is_hidden_alone_and_as_a_url_writes_it()
         "the tokenizer has no pad_token: set pad_token: <pad>, eos_token='</s>'",
         "https://host:8080/path/to/rows.jsonl?page=2 and git@github.com:me/x",
         "num_tokens: 12, key.sub=value",
+        "--pad-token <|endoftext|> --max-new-tokens 123456789 --token",
         "model meta-llama/Llama-3.1-8B-Instruct, keys step_00000001",
         "/data/sk-learn-preference-dataset-v2/train.jsonl and /models/hf_llama3instructfinal2",
     ],

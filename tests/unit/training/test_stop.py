@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megadpo.config.schema import Config
+from megadpo.errors import UserError
 from megadpo.launch.foreign import ancestors
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
+from megadpo.training import trainer
+from megadpo.training.run import Callbacks, Run
 from megadpo.training.saving import SaveTimes
 from megadpo.training.stop import Deadline, Stopping, deadline_of
 
@@ -27,6 +34,26 @@ def test_the_sum_of_the_votes_says_what_was_asked_for(asked: list[int | None], s
     stopping = Stopping()
     stopping.count(sum(Stopping(Request(one)).vote() for one in asked))
     assert stopping.agreed == status
+
+
+@pytest.mark.parametrize("on_failed_write", ["stop", "skip"])
+def test_an_evaluation_made_up_for_is_written_as_any_record_is(
+    on_failed_write: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class FullDisk:
+        def write(self, record: Any) -> None:
+            raise UserError("metrics.jsonl cannot be written")
+
+        def close(self, has_failed: bool = False) -> None: ...
+
+    monkeypatch.setattr(trainer, "evaluation", lambda run: {"eval_loss": 0.5})
+    run: Any = Run.__new__(Run)
+    run.setup, run.sinks, run.metrics, run.callbacks = SimpleNamespace(config=Config()), [FullDisk()], {}, Callbacks()
+    run.setup.config.checkpoint.on_failed_write = on_failed_write
+    with pytest.raises(UserError) if on_failed_write == "stop" else contextlib.nullcontext():
+        trainer.make_up_for_evaluation(run, 3)
+    assert ("without the metrics of step 3" in capsys.readouterr().err) == (on_failed_write == "skip")
+    assert run.metrics == {"eval_loss": 0.5}
 
 
 def test_what_was_agreed_on_first_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -338,6 +339,10 @@ class TrainConfig:
     a hang: the rank is named, the stacks of all go to `output_dir`/stacks, and the run ends with status 1; 0 = wait on."""
     seed: int = 42
     """Seed of the data order and of every random number."""
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up in a run of `num_steps`: `warmup_steps`, or `warmup_ratio` of them, rounded up."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(num_steps * self.warmup_ratio)
 
 
 @dataclass

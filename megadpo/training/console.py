@@ -16,7 +16,6 @@ from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
 from megadpo.secrets.redact import redact
-from megadpo.training.lr_schedule import warmup_steps
 from megadpo.training.setup import RunSetup
 
 
@@ -57,7 +56,7 @@ def log_setup(setup: RunSetup) -> None:
     log(f"{steps} of {rows}, {setup.layout}, {setup.dtype} on {device}")
     if setup.dtype is torch.bfloat16 and bf16_is_slow():
         log("warning: this processor has no instructions for bf16 and is many times faster in fp32; set model.dtype=fp32")
-    num_warmup = warmup_steps(setup.num_steps, setup.config.train)
+    num_warmup = setup.config.train.num_warmup_steps(setup.num_steps)
     if num_warmup >= setup.num_steps > 0 and num_warmup > 0:
         option = "warmup_steps" if setup.config.train.warmup_ratio is None else "warmup_ratio"
         log(

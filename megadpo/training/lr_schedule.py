@@ -7,11 +7,6 @@ import math
 from megadpo.config.schema import TrainConfig
 
 
-def warmup_steps(num_steps: int, train: TrainConfig) -> int:
-    """Steps of the warm-up in a run of `num_steps`: `train.warmup_steps`, or its `warmup_ratio`, rounded up."""
-    return train.warmup_steps if train.warmup_ratio is None else math.ceil(num_steps * train.warmup_ratio)
-
-
 def learning_rate_at(step: int, num_steps: int, train: TrainConfig) -> float:
     """Linear warm-up from 0, then the chosen schedule down to `min_learning_rate` at `num_steps`.
 
@@ -19,7 +14,7 @@ def learning_rate_at(step: int, num_steps: int, train: TrainConfig) -> float:
         step: optimizer steps already taken (0 for the first).
         num_steps: of the whole run.
     """
-    num_warmup = warmup_steps(num_steps, train)
+    num_warmup = train.num_warmup_steps(num_steps)
     if step < num_warmup:
         return train.learning_rate * step / num_warmup
     share = _share_at(step, num_steps, num_warmup, train)

@@ -12,7 +12,6 @@ from megadpo.report import limits
 from megadpo.report.findings.finding import Check, Finding, reads_reference
 from megadpo.report.run_files import RunFiles
 from megadpo.report.series import median, together
-from megadpo.training.lr_schedule import warmup_steps
 
 SPIKED = ("loss", "grad_norm")
 
@@ -162,13 +161,11 @@ def learning_rate_is_zero(run: RunFiles) -> Finding | None:
 
 def _warmup_steps(run: RunFiles, num_steps: int) -> int:
     steps, ratio = run.option("train.warmup_steps"), run.option("train.warmup_ratio")
-    return warmup_steps(
-        num_steps,
-        TrainConfig(
-            warmup_steps=steps if isinstance(steps, int) else 0,
-            warmup_ratio=ratio if isinstance(ratio, int | float) and math.isfinite(ratio) else None,
-        ),
+    train = TrainConfig(
+        warmup_steps=steps if isinstance(steps, int) else 0,
+        warmup_ratio=ratio if isinstance(ratio, int | float) and math.isfinite(ratio) else None,
     )
+    return train.num_warmup_steps(num_steps)
 
 
 def starts_apart(run: RunFiles) -> Finding | None:

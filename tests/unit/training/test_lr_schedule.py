@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from megadpo.config.schema import TrainConfig
-from megadpo.training.lr_schedule import learning_rate_at, warmup_steps
+from megadpo.training.lr_schedule import learning_rate_at
 
 THEIRS = {
     "cosine": ("cosine", {}, {}),
@@ -54,7 +54,7 @@ def test_a_ratio_is_rounded_up_to_steps_as_in_transformers():
 
     for num_steps, ratio in ((7, 0.1), (10, 0.25), (1000, 0.03), (5, 0.0), (4, 1.0)):
         theirs = TrainingArguments("unused", warmup_steps=ratio if ratio < 1 else num_steps, use_cpu=True)
-        assert warmup_steps(num_steps, TrainConfig(warmup_ratio=ratio)) == theirs.get_warmup_steps(num_steps)
+        assert TrainConfig(warmup_ratio=ratio).num_warmup_steps(num_steps) == theirs.get_warmup_steps(num_steps)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial"])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megadpo.config.schema import TrainConfig
 from megadpo.metrics.spikes import SpikeWatch
 from megadpo.pages.numbers import number
 from megadpo.report import limits
 from megadpo.report.findings.finding import Check, Finding, reads_reference
 from megadpo.report.run_files import RunFiles
 from megadpo.report.series import median, together
-from megadpo.training.lr_schedule import warmup_steps
 
 SPIKED = ("loss", "grad_norm")
 
@@ -161,14 +159,11 @@ def learning_rate_is_zero(run: RunFiles) -> Finding | None:
 
 
 def _warmup_steps(run: RunFiles, num_steps: int) -> int:
+    """By the rule of training/lr_schedule.py."""
     steps, ratio = run.option("train.warmup_steps"), run.option("train.warmup_ratio")
-    return warmup_steps(
-        num_steps,
-        TrainConfig(
-            warmup_steps=steps if isinstance(steps, int) else 0,
-            warmup_ratio=ratio if isinstance(ratio, int | float) and math.isfinite(ratio) else None,
-        ),
-    )
+    if isinstance(ratio, int | float) and math.isfinite(ratio):
+        return math.ceil(num_steps * ratio)
+    return steps if isinstance(steps, int) else 0
 
 
 def starts_apart(run: RunFiles) -> Finding | None:

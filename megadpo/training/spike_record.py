@@ -46,7 +46,7 @@ def begin_spikes(output_dir: Path, kept_step: int | None) -> None:
     try:
         if kept_step is not None and path.exists():
             drop_later_steps(path, kept_step)
-        elif path.exists():
+        elif path.exists() and path.stat().st_size:
             set_aside(path)
         path.touch()  # so that its being empty says something
     except OSError as error:

@@ -195,7 +195,7 @@ def fullest_rank(plan: Plan, workload: Workload, micro_batches: MicroBatches) ->
 
 
 def predict(plan: Plan, workload: Workload, rates: Rates, with_bubbles: bool = True) -> Step:
-    """A step of `plan`; without bubbles it is a lower bound, which is quick.
+    """A step of `plan`; without bubbles but those of the first and the last micro-batch it is a lower bound, which is quick.
 
     Raises:
         UserError: a group is longer than a micro-batch.
@@ -210,14 +210,31 @@ def predict(plan: Plan, workload: Workload, rates: Rates, with_bubbles: bool = T
             seconds_by[name] += count * (plan.num_forwards * forward[name] + backward[name]) / layout.pipeline
     busy = [count * (plan.num_forwards * sum(forward.values()) + sum(backward.values())) for forward, backward in ways]
     longest = max(busy)
-    if with_bubbles and layout.pipeline > 1:
-        longest = _pipeline_seconds(plan, rates, ways, tokens, count, longest / count)
+    if layout.pipeline > 1:
+        longest = (
+            _pipeline_seconds(plan, rates, ways, tokens, count, longest / count)
+            if with_bubbles
+            else _least_pipeline_seconds(plan, ways, busy)
+        )
     seconds_by[BUBBLES] = longest - sum(busy) / layout.pipeline
     seconds_by[IMBALANCE] += longest * (found.imbalance - 1)
     _add_optimizer(seconds_by, plan, rates, *(sum(way.values()) for way in ways[0]))
     memory = fullest_rank(plan, workload, found)
     mfu = _useful_flop(plan, mix) / (layout.world_size * rates.peak * seconds_by.total())
     return Step(plan, {name: each for name, each in seconds_by.items() if each > 0}, memory, found, mfu)
+
+
+def _least_pipeline_seconds(plan: Plan, ways: list[tuple[Sums, Sums]], busy: list[float]) -> float:
+    """A stage begins when the first forward has come through the stages before it, and those end when its last backward
+    has gone back through them; of schedules that fill these times with what belongs to other steps, the busiest stage."""
+    if plan.zero_bubble or plan.reference == "interleaved":
+        return max(busy)
+    at_once = plan.layout.virtual * (2 if plan.split_pairs else 1)
+    before, longest = 0.0, 0.0
+    for (forward, backward), own in zip(ways, busy, strict=True):
+        longest = max(longest, before + own)
+        before += (sum(forward.values()) + sum(backward.values())) / at_once
+    return longest
 
 
 def _pipeline_seconds(

@@ -84,7 +84,7 @@ class SaveTimes:
 
 @dataclass
 class Saver:
-    """The saves of a run. Every method but `report` is collective.
+    """The saves of a run. Every method but `report` and `remove_oldest` is collective.
 
     Attributes:
         root: where the checkpoints are.
@@ -243,10 +243,15 @@ class Saver:
                 abandon(directory)
         problem = first_problem(problem, self._group)
         if is_first and problem is None:
-            self._not_removed = problem_of(lambda: self._remove_oldest(save.step))
+            self._not_removed = problem_of(lambda: self.remove_oldest(save.step))
         return problem
 
-    def _remove_oldest(self, step: int) -> None:
+    def remove_oldest(self, step: int) -> None:
+        """Of the checkpoints up to that of `step`, remove all but the newest `keep`; rank 0 alone calls it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         earlier = [path for path in step_checkpoints(self.root) if (step_of(path) or 0) <= step]
         for old in earlier[: -self.options.keep]:
             with writing(old):

@@ -30,6 +30,7 @@ from megadpo.metrics.sinks import open_sinks
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
 from megadpo.objectives.terms import normalisers_of
+from megadpo.parallel.agreement import problem_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
 from megadpo.platform.step_clock import part
@@ -199,6 +200,8 @@ def training_loop(run: Run) -> Metrics:
         set_aside_later(root, first_step if is_own else 0)
         for path in remove_leftovers(setup.output_dir):
             log(f"removed {path}, which a run that was killed had left")
+        if is_own and (problem := problem_of(lambda: run.saver.remove_oldest(first_step))) is not None:
+            log(f"warning: an old checkpoint stays: {problem}")
         known = setup.num_steps, first_step or None, is_own, redacted(config.to_dict()), log
         run.sinks = open_sinks(setup.output_dir, config.logging, *known)
         if first_step == setup.num_steps:

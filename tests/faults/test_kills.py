@@ -31,6 +31,7 @@ FAST = {
     "in the first save": ("pipeline", Moment(operation="open .*step_00000001.tmp/checkpoint.json")),
     "another rank in a save": ("pipeline", Moment("megadpo.training.saving:write_shard_file", 2, rank=1)),
     "in the removal of the oldest checkpoint": ("data", Moment(operation="os.remove .*step_00000001.deleted/", count=3)),
+    "before the last save removes the one before": ("data", Moment(operation="os.rename checkpoints/step_00000003$")),
     "before the export gets its name": ("deepspeed tensor", Moment(operation="os.rename hf.tmp")),
 }
 NUM_OPERATIONS = 95

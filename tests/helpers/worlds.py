@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from megadpo.launch.supervisor import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.preload"])
@@ -38,8 +39,8 @@ def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any,
     """
     for _ in range(3):
         answers, failure = _run_world(num_processes, function, arguments, timeout)
-        if failure is None or "EADDRINUSE" not in failure:  # the port was free a moment ago
-            break
+        if failure is None or not any(words in failure for words in ("EADDRINUSE", "Address already in use")):
+            break  # else the port was free a moment ago
     assert failure is None, failure
     return [answers[rank] for rank in range(num_processes)]
 
@@ -48,7 +49,7 @@ def _run_world(
     num_processes: int, function: Callable[..., Any], arguments: Any, timeout: float
 ) -> tuple[dict[int, Any], str | None]:
     """Answers by rank, and what the first rank to fail said."""
-    port = _free_port()
+    port = free_port()
     results: Any = _context.Queue()
     processes = [
         _context.Process(target=_rank_main, args=(rank, num_processes, port, results, function, arguments), daemon=True)
@@ -101,12 +102,6 @@ def _as_bytes(value: Any) -> bytes:
     written = io.BytesIO()
     Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
     return written.getvalue()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def path_with_mpirun(directory: Path, kind: str) -> str:

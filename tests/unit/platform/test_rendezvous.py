@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megadpo.errors import UserError
+from megadpo.launch.supervisor import free_port
 from megadpo.platform import rendezvous
-from tests.helpers.worlds import _free_port, run_world
+from tests.helpers.worlds import run_world
 
 HOUR = timedelta(hours=1)
 
@@ -37,7 +38,7 @@ def test_every_rank_that_came_names_the_one_that_did_not() -> None:
 
 def test_a_port_that_is_taken_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("0.0.0.0", _free_port()))
+        taken.bind(("0.0.0.0", free_port()))
         taken.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))

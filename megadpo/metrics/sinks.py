@@ -73,18 +73,14 @@ class JsonlSink:
     Args:
         path: the file.
         resume_step: the last step that the resumed checkpoint has done: lines of later steps are dropped (they will be
-            written anew), as is a half line left by a process that was killed. None for a new run: an older file is
-            kept under the next free name, metrics.1.jsonl, metrics.2.jsonl, …
+            written anew), as is a half line left by a process that was killed. None for a new run: an older file with
+            anything in it is kept under the next free name, metrics.1.jsonl, metrics.2.jsonl, …
     """
 
     def __init__(self, path: Path | str, resume_step: int | None = None) -> None:
         self._path = path = Path(path)
         with _refusals_of(path):
-            if path.exists():
-                if resume_step is None:
-                    set_aside(path)
-                else:
-                    drop_later_steps(path, resume_step)
+            keep_earlier(path, resume_step)
             self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
@@ -135,6 +131,15 @@ def set_aside(path: Path) -> Path:
         number += 1
     path.rename(other)
     return other
+
+
+def keep_earlier(path: Path, kept_step: int | None) -> None:
+    """Of a file with a line a record, keep what this run has written up to `kept_step`; None: what is there is another
+    run's, and is put aside where there is anything."""
+    if kept_step is not None and path.exists():
+        drop_later_steps(path, kept_step)
+    elif path.exists() and path.stat().st_size:
+        set_aside(path)
 
 
 def drop_later_steps(path: Path, last_step: int) -> None:

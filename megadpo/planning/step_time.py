@@ -225,8 +225,9 @@ def predict(plan: Plan, workload: Workload, rates: Rates, with_bubbles: bool = T
 
 
 def _least_pipeline_seconds(plan: Plan, ways: list[tuple[Sums, Sums]], busy: list[float]) -> float:
-    """A stage begins when the first forward has come through the stages before it, and those end when its last backward
-    has gone back through them; of schedules that fill these times with what belongs to other steps, the busiest stage."""
+    """What the pipeline takes at least: a stage's own work, after the first forward has come to it through the stages before
+    it, and before its last backward has gone back through them. An interleaved reference and separate weight gradients
+    fill these times: there it is the busiest stage's own work."""
     if plan.zero_bubble or plan.reference == "interleaved":
         return max(busy)
     at_once = plan.layout.virtual * (2 if plan.split_pairs else 1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megadpo.metrics.sinks import drop_later_steps, set_aside
+from megadpo.metrics.sinks import keep_earlier
 from megadpo.objectives.evaluate import evaluate
 from megadpo.objectives.statistics import ResponseStatistics, response_statistics
 from megadpo.objectives.terms import normalisers_of
@@ -44,10 +44,7 @@ def begin_spikes(output_dir: Path, kept_step: int | None) -> None:
     it."""
     path = output_dir / SPIKES_FILE
     try:
-        if kept_step is not None and path.exists():
-            drop_later_steps(path, kept_step)
-        elif path.exists() and path.stat().st_size:
-            set_aside(path)
+        keep_earlier(path, kept_step)
         path.touch()  # so that its being empty says something
     except OSError as error:
         log(f"warning: {path} cannot be written: {error.strerror or error}")

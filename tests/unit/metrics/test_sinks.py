@@ -80,6 +80,10 @@ def test_a_new_run_keeps_older_files_under_another_name(tmp_path: Path) -> None:
         sink = JsonlSink(tmp_path / "metrics.jsonl")
         sink.write({"step": 1, "loss": loss})
         sink.close()
+    JsonlSink(tmp_path / "empty.jsonl").close()
+    JsonlSink(tmp_path / "empty.jsonl").close()
+    assert not (tmp_path / "empty.1.jsonl").exists(), "nothing of what never had a line"
+    (tmp_path / "empty.jsonl").unlink()
     losses = {path.name: strict_lines(path)[0]["loss"] for path in tmp_path.iterdir()}
     assert losses == {"metrics.1.jsonl": 0.1, "metrics.2.jsonl": 0.2, "metrics.jsonl": 0.3}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -16,7 +17,7 @@ from megadpo.errors import UserError
 from megadpo.parallel.layout import choose_layout
 from megadpo.planning.hardware import Rates, rates_of
 from megadpo.planning.job import job_of
-from megadpo.planning.search import Search, search
+from megadpo.planning.search import Search, plan_of, search
 from megadpo.planning.step_time import predict
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
@@ -110,6 +111,18 @@ def test_no_way_that_was_left_out_is_faster(run_yaml: Path, found: Search) -> No
             )
             assert not held.fits or held.fits[0].step.seconds >= found.fits[0].step.seconds * (1 - 1e-9)
     assert job.num_devices == 16
+
+
+def test_what_ways_are_sorted_by_is_never_more_than_what_they_take(run_yaml: Path) -> None:
+    layouts = [(2, 1), (4, 1), (8, 1), (4, 2), (4, 4)]
+    also = ["split_pairs=true", "zero_bubble=true", "reference=interleaved"]
+    one_chunk = [(layout, f"schedule.{option}") for layout, option in itertools.product(layouts[:3], also)]
+    for (pipeline, virtual), option in [*((layout, None) for layout in layouts), *one_chunk]:
+        sizes = [f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}", "schedule.name=1f1b"]
+        job = job_of(load_config(run_yaml, [*sizes, *([option] if option else [])]), 16)
+        plan = plan_of(job.config, job.shape, 16)
+        least, whole = (predict(plan, job.workload, Rates(), with_bubbles=each).seconds for each in (False, True))
+        assert 0.7 * whole < least <= whole * (1 + 1e-9), (sizes, option, least / whole)
 
 
 def test_what_the_command_line_names_is_held_to(run_yaml: Path) -> None:

@@ -147,7 +147,8 @@ def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelF
     """The model that the adapter of a directory makes of its base."""
     adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
     adapter.check_base(base.path, model_digest(base), setting)
-    adapter.check_mergeable(base.shape, setting)
+    adapter.check_copies(base.source, base.path, setting)
+    adapter.check_one_matrix(base.shape, setting)
     return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
 
 
@@ -181,6 +182,7 @@ def trained_adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
     if options.path is not None:
         adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, config.checkpoint.verify)
         adapter.check_base(policy.path, model_digest(policy), "adapter.path")
+        adapter.check_copies(policy.source, policy.path, "adapter.path")
         return AdapterFiles(adapter.spec, adapter.source, is_new=False)
     spec = resolve(options, policy.shape)
     return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
@@ -192,6 +194,7 @@ def reference_adapter(config: Config, policy: ModelFiles, trained: AdapterFiles 
         return None
     adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
     adapter.check_base(policy.path, model_digest(policy), "reference.adapter")
+    adapter.check_copies(policy.source, policy.path, "reference.adapter")
     check_reference_adapter(adapter.spec, trained.spec)
     return AdapterFiles(adapter.spec, adapter.source, is_new=False)
 

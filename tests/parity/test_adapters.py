@@ -95,11 +95,48 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
 }
 """Family, changes to the model, the adapters' options, and the ways to train them."""
 
+OF_VOCABULARY = {
+    1: [Case(), Case(memory=Activations("full")), Case(offload="cpu")],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(STAGES),
+        Case(STAGES, schedule=OWN(zero_bubble=True)),
+        Case(STAGES, schedule=OWN(reference="interleaved")),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(data=2), overlap=True),
+        Case(Layout(data=2), zero_stage=1),
+        Case(Layout(data=2), zero_stage=3),
+    ],
+}
+ENDS = {
+    "embedding": ["embed_tokens", "down_proj"],
+    "head": ["lm_head", "q_proj"],
+    "embedding and head": ["embed_tokens", "lm_head"],
+}
+VOCABULARY = {
+    f"{name}, {'tied' if tied else 'untied'}": (
+        "qwen2",
+        {"tie_word_embeddings": tied},
+        {"target_modules": modules, "use_rslora": tied, "rank": 5},
+        OF_VOCABULARY,
+    )
+    for tied in (False, True)
+    for name, modules in ENDS.items()
+}
+"""The same with adapters of matrices of the vocabulary, which two ranks cannot share alike."""
 
-@pytest.fixture(scope="module", params=all_but_the_first_slow(KINDS))
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *all_but_the_first_slow(KINDS),
+        *(pytest.param(kind, marks=pytest.mark.slow if " and " in kind else pytest.mark.exhaustive) for kind in VOCABULARY),
+    ],
+)
 def measured(request, tmp_path_factory):
     """What PEFT says of a step, and what every case says."""
-    family, changes, options, cases = KINDS[request.param]
+    family, changes, options, cases = (KINDS | VOCABULARY)[request.param]
     changes = {"num_hidden_layers": 2, **changes}
     model = save_model(tmp_path_factory.mktemp("adapters") / "model", family, tokenizer=False, **changes)
     groups = random_groups(8)

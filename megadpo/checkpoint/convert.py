@@ -17,7 +17,7 @@ from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.finite import finite_only, is_finite
 from megadpo.checkpoint.hf import hf_directory, is_quantised, read_hf_config
-from megadpo.checkpoint.merged import MergedSource, UntiedSource, untied, unties
+from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import (
     adapter_dtype,
     base_of,
@@ -48,6 +48,7 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    untied,
 )
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +21,6 @@ from megadpo.model.adapters.spec import (
 from megadpo.model.families import HEAD, TensorSource
 from megadpo.model.families.common import EMBEDDING
 from megadpo.model.shape import ModelShape
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 ROWS_AT_A_TIME = 1024
 _WEIGHT = ".weight"
@@ -58,13 +53,6 @@ def unties(spec: AdapterSpec, shape: ModelShape) -> bool:
     each has its own."""
     is_one = shape.tied_embeddings and shape.head == "logprobs"
     return is_one and (EMBEDDING_MODULE in spec.modules or HEAD_MODULE in spec.modules)
-
-
-def untied(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration with a head of its own."""
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
-    return config
 
 
 class UntiedSource:

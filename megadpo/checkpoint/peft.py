@@ -17,7 +17,6 @@ from megadpo.checkpoint.companions import Companions, write_companions
 from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import write_json
 from megadpo.checkpoint.hf import hf_directory, read_json
-from megadpo.checkpoint.merged import unties
 from megadpo.checkpoint.peft_settings import CONFIG_NAME, WEIGHTS_NAME, PeftSettings, spec_of
 from megadpo.checkpoint.peft_tensors import (
     PREFIX,
@@ -35,8 +34,6 @@ from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
 from megadpo.model.adapters.beginnings import DECOMPOSED
 from megadpo.model.adapters.spec import (
-    EMBEDDING_MODULE,
-    HEAD_MODULE,
     MAGNITUDE,
     AdapterSpec,
     adapter_shapes,
@@ -103,19 +100,6 @@ class PeftAdapter:
             raise UserError(
                 f"{setting}: {self.path} has weights of its base itself ({other}), as PEFT writes them beside an adapter of "
                 f"the embedding or the head, and they are not those of {path}; give the base that it was trained on"
-            )
-
-    def check_one_matrix(self, shape: ModelShape, setting: str) -> None:
-        """Refuse an adapter that makes two matrices of one, where a model is read as its base has it.
-
-        Raises:
-            UserError: it is the embedding's or the head's, which are the same in this model.
-        """
-        if unties(self.spec, shape):
-            module = next(module for module in (HEAD_MODULE, EMBEDDING_MODULE) if module in self.spec.modules)
-            raise UserError(
-                f"{setting}: {self.path} has an adapter of {module}, and head and embedding of its base are one matrix "
-                "(tie_word_embeddings), of which it makes two; write that model (megadpo convert merge) and give it here"
             )
 
 

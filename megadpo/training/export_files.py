@@ -15,13 +15,13 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions
 from megadpo.checkpoint.export import ExportPlan, finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import SafetensorsFile
-from megadpo.checkpoint.merged import MemorySource, MergedSource, UntiedSource, untied, unties
+from megadpo.checkpoint.merged import MemorySource, MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import adapter_dtype, write_peft
 from megadpo.checkpoint.staging import staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.adapters.decomposed import as_plain, plain_tensor
 from megadpo.model.adapters.spec import AdapterSpec
-from megadpo.model.families import TensorSource
+from megadpo.model.families import TensorSource, untied
 
 if TYPE_CHECKING:
     from megadpo.training.setup import RunSetup

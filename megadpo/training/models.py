@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
-from megadpo.checkpoint.merged import MergedSource
+from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
@@ -21,7 +21,7 @@ from megadpo.model.adapters.initial import NewAdapter
 from megadpo.model.adapters.spec import AdapterSpec, resolve
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionNeeds
-from megadpo.model.families import TensorSource, check_tensors, shape_of
+from megadpo.model.families import TensorSource, check_tensors, shape_of, untied
 from megadpo.model.layers import choose_layers
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import choose_small_ops
@@ -148,7 +148,9 @@ def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelF
     adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
     adapter.check_base(base.path, model_digest(base), setting)
     adapter.check_copies(base.source, base.path, setting)
-    adapter.check_one_matrix(base.shape, setting)
+    if unties(adapter.spec, base.shape):
+        config = untied(base.config)
+        base = replace(base, config=config, shape=shape_of(config), source=UntiedSource(base.source))
     return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
 
 

@@ -84,7 +84,7 @@ def _of_vocabulary(spec: AdapterSpec, shards: Sequence[ParameterShard], is_first
     if EMBEDDING_MODULE in spec.modules and _EMBEDDING in matrices:
         found.append(_embedding_adapter(spec, matrices[_EMBEDDING], is_first))
     if HEAD_MODULE in spec.modules and _LAST_NORM in matrices:
-        found.append(_head_adapter(spec, matrices.get(_HEAD, matrices.get(_EMBEDDING)), is_first))
+        found.append(_head_adapter(spec, matrices.get(_HEAD) or matrices[_EMBEDDING], is_first))
     return found
 
 

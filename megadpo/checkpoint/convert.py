@@ -17,7 +17,7 @@ from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.finite import finite_only, is_finite
 from megadpo.checkpoint.hf import hf_directory, is_quantised, read_hf_config
-from megadpo.checkpoint.merged import MergedSource
+from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import (
     adapter_dtype,
     base_of,
@@ -48,6 +48,7 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    untied,
 )
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard
@@ -88,6 +89,7 @@ def import_hf(
     source, spec, shapes = model.source, None, None
     if is_peft_directory(hf_dir):
         adapter = open_adapter(hf_dir, model.shape, "HF_DIR")
+        adapter.check_copies(model.source, model.path, "HF_DIR")
         source, spec, shapes = adapter.source, adapter.spec, adapter_shapes(model.shape, adapter.spec)
         state["adapter"] = peft_config(spec, model.shape, adapter.base or model.path)
         if adapter.base_digest is not None:
@@ -163,11 +165,15 @@ def merge_adapter(
     model = _open_base(base_path, is_reward_adapter(adapter))
     opened = open_adapter(adapter, model.shape, "ADAPTER", verify=verify)
     digest = model_files_digest(hf_directory(model.path), Path(model.path))
-    opened.check_base(model.path, digest, "ADAPTER" if base is None else "--base")
-    opened.check_mergeable(model.shape, "ADAPTER")
-    source = MergedSource(model.source, opened.source, opened.spec)
-    dtypes = {name: model.source.dtype(name) for name in logical_shapes(model.shape)}
-    _export_model(model.config, source, dtype or dtypes, out, str(adapter), model.path)
+    setting = "ADAPTER" if base is None else "--base"
+    opened.check_base(model.path, digest, setting)
+    opened.check_copies(model.source, model.path, setting)
+    config, frozen = model.config, model.source
+    if unties(opened.spec, model.shape):
+        config, frozen = untied(config), UntiedSource(frozen)
+    source = MergedSource(frozen, opened.source, opened.spec)
+    dtypes = {name: frozen.dtype(name) for name in logical_shapes(shape_of(config))}
+    _export_model(config, source, dtype or dtypes, out, str(adapter), model.path)
 
 
 def _export_model(

@@ -64,7 +64,7 @@ class AdapterConfig:
     """Train each row's magnitude beside the direction that the adapter changes (DoRA, arXiv:2402.09353)."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers, as in PEFT: `all-linear` (all but the head), a list of names (`[q_proj, v_proj]`), or a regular
-    expression over whole names (`.*self_attn.*`)."""
+    expression over whole names (`.*self_attn.*`). By name also the head and the embedding (`lm_head`, `embed_tokens`)."""
     layers_to_transform: list[int] | None = None
     """Numbers of the layers that get adapters, from 0; null = all."""
     modules_to_save: list[str] = field(default_factory=list)

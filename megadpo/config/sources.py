@@ -71,7 +71,7 @@ def parse_sources(
     if checked is None:
         raise UserError(_empty(name))
     entries = checked if isinstance(checked, list) else [checked]
-    given = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+    given = [entry if type(entry) is dict else {"path": entry} for entry in entries]
     common = {"ignored": tuple(ignored), "held_out": held_out}
     return [Source(**{**entry, "columns": {**(columns or {}), **entry.get("columns", {})}, **common}) for entry in given]
 
@@ -93,7 +93,7 @@ def check_sources(value: Any, name: str) -> Any:
             raise UserError(f"{name} is an empty list; name at least one source")
         return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
     source = _check_source(value, name)
-    return [source] if isinstance(source, dict) else source
+    return [source] if type(source) is dict else source
 
 
 def _check_source(value: Any, name: str) -> Any:

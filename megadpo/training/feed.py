@@ -104,5 +104,5 @@ def news(before: Position | None, now: Position) -> list[str]:
     lines += [f"nothing reads the text in `{name}`" for name in later.unread if name not in earlier.unread]
     lines = [f"{line}; how many there were is said at the end" for line in lines[:MOST_NAMED]]
     if now.num_passes > (0 if before is None else before.num_passes):
-        lines.append(f"{now.num_passes} pass{'es' * (now.num_passes > 1)} over the data done: {later.sentence()}")
+        lines.append(f"pass {now.num_passes + 1} over the data has begun; so far {later.sentence()}")
     return lines

@@ -57,7 +57,7 @@ def test_a_stream_in_the_file_s_order_is_bit_for_bit_the_stored_run_over_two_pas
     assert [record["epoch"] for record in streamed] == [0.0] * 7 + [1.0] * 2
     assert_same_weights(tmp_path / "streamed", tmp_path / "stored")
     facts = json.loads((tmp_path / "streamed" / "run.json").read_text())
-    assert facts["data"]["train"]["sentence"].startswith("72 of 76 pairs kept, 4 dropped (identical completions), ")
+    assert facts["data"]["train"]["sentence"].startswith("72 of 76 pairs kept, 4 dropped (identical chosen and rejected), ")
 
 
 @pytest.mark.slow

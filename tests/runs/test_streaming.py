@@ -112,3 +112,56 @@ def test_a_stream_that_is_drawn_otherwise_is_another_one(files: Path, tmp_path: 
     words, num_steps = run_world(1, _train_again, made, {"streaming_buffer": 8})[0]
     assert "data.shuffle, data.streaming_buffer or train.seed, by which data.train is streamed; put back" in words
     assert num_steps == 3
+
+
+def _rows_from_python(made: dict[str, Any], rows: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """The same rows as a list of dicts, as a table and as datasets, stored and streamed."""
+    from datasets import DatasetDict, IterableDataset
+    from pandas import DataFrame
+
+    import megadpo
+
+    dataset = IterableDataset.from_generator(lambda: iter(rows))
+    records = []
+    for number, (train, streaming) in enumerate(((rows, False), (DataFrame(rows), True), (dataset, True))):
+        settings = {**made, "data": made["data"] | {"streaming": streaming}, "output_dir": f"{made['output_dir']}-{number}"}
+        del settings["data"]["train"]
+        held_out = DatasetDict(validation=__import__("datasets").Dataset.from_list(rows[:4]))
+        megadpo.train(settings, train=train, eval=held_out)
+        records.append(read_metrics(Path(settings["output_dir"])))
+    return records
+
+
+@pytest.mark.slow
+def test_rows_from_python_of_every_kind_train_alike_on_every_rank(files: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    made = settings(files, tmp_path / "run", {"shuffle": False}, train={"steps": 2})
+    for records in run_world(2, _rows_from_python, made, rows):
+        listed, table, iterable = map(without_epoch, records)
+        assert len(listed) == 2 and listed == table == iterable and "eval_loss" in listed[-1]
+
+
+@pytest.mark.slow
+def test_the_page_s_commands_run(files: Path, tmp_path: Path) -> None:
+    import re
+    import shlex
+
+    import yaml
+
+    from tests.helpers.launched import finish_command
+
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (command,) = re.findall(r"^megadpo (train .*data\.streaming.*)$", page, re.MULTILINE)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes((files / "train.jsonl").read_bytes())
+    made = settings(files, Path("run"), {})
+    del made["data"]["train"], made["train"]["steps"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(made))
+    status, output = finish_command(shlex.split(command.replace("train.steps=1000", "train.steps=2")), tmp_path)
+    assert status == 0, output
+    assert "train: read as the run goes on, drawn from a buffer of 10,000 rows" in output
+    assert "train: 16 of 1" in output
+    (script,) = re.findall(r"```python\n(import megadpo\nrows = .*?)```", page, re.DOTALL)
+    script = script.replace("MODEL_DIR", str(files / "model")).replace("runs/rows", str(tmp_path / "rows"))
+    run_world(1, exec, script)
+    assert len(read_metrics(tmp_path / "rows")) == 1

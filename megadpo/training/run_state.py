@@ -166,7 +166,9 @@ def resume(run: Run) -> int:
         is_same = state.inputs.get("stream") == setup.search.inputs["stream"]
         run.position = state.position if is_same else None
         run.feed.go_on(state.step, run.position)
-        if run.position is None:
+        if run.position is not None:
+            log(f"data.train goes on after {counted(run.position.report.num_rows, 'row')}")
+        else:
             log("warning: data.train is read from its beginning again: the checkpoint is of another stream, or of none")
     torch.set_rng_state(state.random_state)
     return state.step

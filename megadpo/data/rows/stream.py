@@ -52,7 +52,8 @@ class Position:
             KeyError, TypeError, ValueError: it is nothing of that kind.
         """
         place, report = Place(**values["place"]), DataReport(**values["report"])
-        counts = (values["num_passes"], values["num_kept"], place.num_drawn, place.num_read)
+        counts = [values["num_passes"], values["num_kept"], place.num_drawn, place.num_read]
+        counts += [value for name, value in asdict(report).items() if name.startswith("num_")]
         if not all(type(count) is int and count >= 0 for count in counts) or place.num_drawn > place.num_read:
             raise ValueError(f"{counts} are not the counts of a stream")
         return Position(values["num_passes"], place, values["num_kept"], report)

@@ -109,8 +109,10 @@ def log_stream(setup: RunSetup, position: Position | None) -> None:
     report = setup.reports["train"] = position.report
     for line in (report.sentence(), *report.remarks()):
         log(f"train: {line}")
-    if report.kind == "labels" and report.num_desirable:
+    if report.kind == "labels" and report.num_desirable and report.num_undesirable:
         log_balance(setup.config.objective, report)
+    elif report.kind == "labels":
+        log(f"train: warning: all of them are {'' if report.num_desirable else 'un'}desirable, which teaches no difference")
 
 
 def log_adapter(setup: RunSetup, adapter: AdapterSpec) -> None:

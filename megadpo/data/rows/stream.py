@@ -125,8 +125,8 @@ class GroupStream:
         return ShuffleBuffer(self._read, options.buffer_size, options.seed, number, self.position.place)
 
     def _begin_next_pass(self) -> None:
+        self.position.report.check([source.name for source in self._options.sources])
         if not self.position.num_kept:
-            self.position.report.check([source.name for source in self._options.sources])
             raise UserError("data: no row of a whole pass over data.train is left; look at what was left out")
         self.position = replace(self.position, num_passes=self.position.num_passes + 1, place=Place(), num_kept=0)
         self._rows = None

@@ -13,7 +13,7 @@ from megadpo.config.schema import DataConfig
 from megadpo.data.groups import Group
 from megadpo.data.rows.buffer import Place, ShuffleBuffer
 from megadpo.data.rows.dataset import prepare_groups, tokenise_job
-from megadpo.data.rows.formats import PAIRS
+from megadpo.data.rows.formats import PAIRS, Reading
 from megadpo.data.rows.row_files import Skip
 from megadpo.data.rows.sources import iter_rows
 from megadpo.data.rows.stream import GroupStream, Position, StreamOptions, check_streamable
@@ -182,6 +182,15 @@ def test_a_pass_of_which_nothing_is_left_ends_the_run(options: DataConfig, bpe_d
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"there is no row in it"):
         GroupStream(options_of(options, str(tmp_path / "a.jsonl"), bpe_dir)).next_groups(2)
+
+
+def test_labels_that_are_all_the_same_are_refused_after_a_pass(options: DataConfig, bpe_dir: str) -> None:
+    labelled = [{"prompt": "p", "completion": f" {n}", "label": True} for n in range(5)]
+    found, job = tokenise_job(options, labelled, bpe_dir, Reading("labels"))
+    stream = GroupStream(StreamOptions(found, job, 4, 0))
+    assert len(stream.next_groups(5)) == 5
+    with pytest.raises(UserError, match=r"data: all 5 rows are desirable"):
+        stream.next_groups(1)
 
 
 def test_what_cannot_be_streamed_is_said_at_once(options: DataConfig, bpe_dir: str, tmp_path: Path) -> None:

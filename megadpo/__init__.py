@@ -29,13 +29,19 @@ def train(
     config: Config | Mapping[str, Any] | str | Path,
     callbacks: Callbacks | None = None,
     overrides: Sequence[str] = (),
+    *,
+    train: Any = None,
+    eval: Any = None,
 ) -> Result:
     """Trains as ``megadpo train`` does, in this process alone or as one rank of torchrun's.
 
     Args:
-        config: a Config, a nested dict or the path of a YAML file; `data.train`, `data.eval` may be `datasets.Dataset`.
+        config: a Config, a nested dict or the path of a YAML file; `data.train` and `data.eval` may be rows, too.
         callbacks: functions called on rank 0 at the end of steps, evaluations and saves.
         overrides: ``key.sub=value`` texts applied on top.
+        train: in place of `data.train`: rows as a list of dicts, a pandas.DataFrame, or a Dataset, DatasetDict (its train
+            split) or IterableDataset (with `data.streaming`) of `datasets`; or a path. The same on every rank.
+        eval: in place of `data.eval`, of the same kinds (of a DatasetDict its validation or test split).
 
     Returns:
         The last metrics and the path of the exported Hugging Face directory.
@@ -47,7 +53,8 @@ def train(
     """
     from megadpo.training.trainer import run_training
 
-    loaded = load_config(config, overrides)
+    given = {name: value for name, value in (("train", train), ("eval", eval)) if value is not None}
+    loaded = load_config(config, overrides, given)
     loaded.require_for_training()
     try:
         return run_training(loaded, callbacks)

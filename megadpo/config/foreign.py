@@ -18,6 +18,7 @@ ALWAYS = "always done"
 NO_HUB = "nothing is uploaded: `hf upload` takes OUTPUT_DIR/hf"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
+DISPATCH = "each process reads the data itself, with data.streaming as well, and takes its share of a step's pairs"
 ZERO = "the engine does that: parallel.engine, parallel.zero_stage"
 
 TRL: Table = {
@@ -217,6 +218,9 @@ TRAINER: Table = {
     "dataloader_prefetch_factor": ("", LOADER),
     "dataloader_multiprocessing_context": ("", LOADER),
     "dataloader_in_order": ("", LOADER),
+    "dispatch_batches": ("", DISPATCH),
+    "split_batches": ("", BATCH),
+    "even_batches": ("", BATCH),
     "remove_unused_columns": ("data.ignore_columns", "a field that is not known is refused, so that none is lost silently"),
     "label_names": ("data.columns", ""),
     "group_by_length": ("data.step_tokens_multiple_of", STREAMS),
@@ -284,6 +288,9 @@ LLAMA_FACTORY: Table = {
     "max_samples": ("data.train", "a list of {path, split}, as split: train[:1000]"),
     "val_size": ("data.eval", "a list of {path, split}, as split: train[95%:]"),
     "preprocessing_num_workers": ("data.num_workers", ""),
+    "buffer_size": ("data.streaming_buffer", "rows, with data.streaming"),
+    "mix_strategy": ("data.train", "a list of {path, weight}: how many times an epoch sees each row of a source"),
+    "interleave_probs": ("data.train", "a list of {path, weight}: how many times an epoch sees each row of a source"),
     "overwrite_cache": ("data.cache_dir", "the cache knows its files' content; another directory begins anew"),
     "quantization_bit": ("model.quantization", "nf4"),
     "flash_attn": ("model.attention", "flash_attn; auto takes the fastest there is"),

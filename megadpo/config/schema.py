@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megadpo.config import yaml_core
-from megadpo.config.sources import is_dataset
+from megadpo.config.given import described, is_given
 from megadpo.errors import UserError
 from megadpo.secrets.redact import redacted, redacted_paths
 
@@ -106,9 +106,14 @@ class ReferenceConfig:
 class DataConfig:
     train: Any = None
     """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
-    from Python also `datasets.Dataset`. Required for training."""
+    from Python also a list of dicts, a DataFrame or what `datasets` has. Required for training."""
     eval: Any = None
     """Held-out pairs, given like `data.train`; null = no evaluation."""
+    streaming: bool = False
+    """Read, tokenise and pack `data.train` while training, in bounded memory and without a pass over it first; needs
+    `train.steps`. The data is read again from its beginning where it ends before them."""
+    streaming_buffer: int = 10_000
+    """With `streaming` and `shuffle`: rows in memory, of which the next one is drawn."""
     shuffle: bool = True
     """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
     step_tokens_multiple_of: int | None = None
@@ -456,7 +461,7 @@ class Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with rows and fingerprint."""
+        """Plain nested dicts, lists and scalars; rows from Python appear as a text that says what they are."""
         return _plain(self)
 
     def to_yaml(self) -> str:
@@ -489,7 +494,7 @@ DATA_PATHS = ("data.train", "data.eval", "data.chat_template", "data.cache_dir",
 
 
 def copy_config(config: Config) -> Config:
-    """A deep copy that keeps the very same `datasets.Dataset` objects."""
+    """A deep copy that keeps the very same rows from Python."""
     data = dataclasses.replace(config.data, train=None, eval=None)
     result = copy.deepcopy(dataclasses.replace(config, data=data))
     result.data.train, result.data.eval = config.data.train, config.data.eval
@@ -497,12 +502,12 @@ def copy_config(config: Config) -> Config:
 
 
 def _plain(value: Any) -> Any:
+    if is_given(value):
+        return described(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if is_dataset(value):
-        return f"<datasets.Dataset, {value.num_rows} rows, fingerprint {value._fingerprint}>"
     return value

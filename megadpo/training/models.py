@@ -12,6 +12,7 @@ from torch import Tensor
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
 from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
+from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
@@ -127,8 +128,7 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     Raises:
         UserError: naming `setting`, the file or tensor, and what is wrong.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
+    check_is_directory(path, setting)
     if is_adapter(path):
         return _merged(open_model(base_of(path), setting, config), path, setting, config)
     hf_config, directory = read_hf_config(path), hf_directory(path)
@@ -141,6 +141,21 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     model = as_reward_model(hf_config, source, directory, config.train.seed)
     shape, warning = shape_of(model.config), size_warning(path)
     return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
+
+
+def check_is_directory(path: str, setting: str) -> None:
+    """Refuse what is no directory, a file with what it is.
+
+    Raises:
+        UserError: naming `setting`.
+    """
+    if not Path(path).is_dir():
+        what = why_no_model(path)
+        raise UserError(
+            f"{setting}: {path} is no directory: {what}"
+            if what
+            else f"{setting}: there is no directory {path}; give a local Hugging Face model directory"
+        )
 
 
 def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelFiles:

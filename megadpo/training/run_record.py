@@ -137,9 +137,10 @@ def facts_of(setup: RunSetup) -> dict[str, Any]:
         },
         "data": {
             which: {"sentence": setup.reports[which].sentence(), **_measured(packing)}
-            for which, packing in (("train", setup.train), ("eval", setup.eval))
+            for which, packing in (("train", None if setup.stream else setup.train), ("eval", setup.eval))
             if packing is not None
-        },
+        }
+        | ({"train": _of_stream(setup)} if setup.stream else {}),
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
@@ -148,6 +149,13 @@ def _measured(packing: Any) -> dict[str, float]:
     groups = packing.groups
     lengths = answer_lengths(groups, np.arange(min(len(groups), GROUPS_MEASURED)))
     return {"num_used": len(groups), "num_tokens": int(packing.num_tokens_G.sum()), **lengths}
+
+
+def _of_stream(setup: RunSetup) -> dict[str, Any]:
+    """What is known of streamed groups: their number at the end alone, lengths from the first of them."""
+    report = setup.reports["train"]
+    lengths = answer_lengths(setup.train.groups, np.arange(len(setup.train.groups)))
+    return {"sentence": report.sentence() if report.num_rows else "read as the run goes on", **lengths}
 
 
 def _versions() -> dict[str, str]:

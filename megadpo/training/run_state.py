@@ -32,6 +32,7 @@ from megadpo.platform.device import compute_device
 from megadpo.secrets.redact import redacted
 from megadpo.training.console import log
 from megadpo.training.export_files import export_files
+from megadpo.training.feed import StreamFeed
 from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Run
@@ -64,7 +65,8 @@ def save(run: Run, step: int) -> Path:
         "evaluation_due": run.evaluation_due,
         "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
         "dtype": str(setup.dtype).removeprefix("torch."),
-        "data_digest": setup.train.groups.digest,
+        "data_digest": setup.search.inputs["data"],
+        **({} if run.position is None else {"stream": run.position.to_dict()}),
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
         "config": redacted(setup.config.to_dict()),
@@ -160,6 +162,14 @@ def resume(run: Run) -> int:
     run.running_mean = RunningMean(*state.delta)
     run.metrics = dict(state.metrics)
     run.evaluation_due = state.evaluation_due
+    if isinstance(run.feed, StreamFeed):
+        is_same = state.inputs.get("stream") == setup.search.inputs["stream"]
+        run.position = state.position if is_same else None
+        run.feed.go_on(state.step, run.position)
+        if run.position is not None:
+            log(f"data.train goes on after {counted(run.position.report.num_rows, 'row')}")
+        else:
+            log("warning: data.train is read from its beginning again: the checkpoint is of another stream, or of none")
     torch.set_rng_state(state.random_state)
     return state.step
 

@@ -301,6 +301,7 @@ def training_step(run: Run, step: int) -> Metrics:
 
     with run.figures.step():
         batch = run.batches.get(step)
+        run.take(batch)
         result = optimizer_step(
             run.engine,
             run.references.train,
@@ -314,19 +315,20 @@ def training_step(run: Run, step: int) -> Metrics:
     step_seconds = time.perf_counter() - started
     if is_updated:
         run.running_mean = result.running_mean
-    num_tokens = int(setup.train.num_tokens_G[batch.group_ids].sum())
+    assert batch.packing is not None
+    num_tokens = int(batch.packing.num_tokens_G[batch.group_ids].sum())
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
         **metrics,
-        **answer_lengths(setup.train.groups, batch.group_ids),
+        **answer_lengths(run.groups, batch.group_ids),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         **({"num_left_out": run.spikes.num_left_out} if setup.config.train.on_spike == "skip" else {}),
-        "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.sampler.samples_per_epoch,
+        "epoch": run.feed.epoch(step, batch.position),
         "num_tokens": run.num_tokens_seen,
-        **run.figures.metrics(step_seconds, batch.group_ids, num_tokens, has_live_reference),
+        **run.figures.metrics(step_seconds, run.groups, batch.group_ids, num_tokens, has_live_reference),
         "data_wait_seconds": run.batches.seconds_waited,
         "time": time.time(),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
+from megadpo.data.rows.stream import Position
 from megadpo.errors import UserError
 
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
@@ -36,6 +37,7 @@ class TrainingState:
         spikes: of `train.on_spike`; earlier versions had none.
         evaluation_due: the evaluation after `step` was left out; earlier versions left none out.
         random_state: of torch's generator on the CPU.
+        position: of a stream of training groups, after `step`.
     """
 
     step: int
@@ -47,6 +49,7 @@ class TrainingState:
     spikes: dict[str, Any]
     evaluation_due: bool
     random_state: Tensor
+    position: Position | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> TrainingState:
@@ -70,6 +73,7 @@ class TrainingState:
             spikes=fields.spikes(),
             evaluation_due=state.get("evaluation_due") is True,
             random_state=fields.random_state("rng"),
+            position=fields.position("stream"),
         )
 
 
@@ -138,6 +142,14 @@ class _Fields:
         except (ValueError, RuntimeError, TypeError) as error:
             raise self._refuse(name, "the state of a random generator") from error
         return state
+
+    def position(self, name: str) -> Position | None:
+        if name not in self.state:
+            return None
+        try:
+            return Position.of(self.section(name))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refuse(name, "a position in a stream") from error
 
 
 def _is_number(value: Any) -> bool:

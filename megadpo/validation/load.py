@@ -22,10 +22,17 @@ from megadpo.validation.adapters import choose_reference_mode
 from megadpo.validation.values import replace_spellings, validate
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+) -> Config:
     """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
 
     An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
+
+    Args:
+        data: options of the section `data` in place of the source's: rows from Python.
 
     Raises:
         UserError: file missing or not YAML, unknown or repeated key, wrong type, anything that `validate` refuses.
@@ -38,6 +45,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         values = source
     else:
         values, places = strict.read_yaml(Path(source))
+    if data:
+        values = {**values, "data": {**(values.get("data") or {}), **data}}
     overrides = _displacing(overrides)
     try:
         config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)

@@ -217,7 +217,7 @@ def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataR
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
     """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
-    store, report, _ = look_through(sources, job, num_workers, _unseen)
+    store, report, _ = look_through(sources, job, num_workers, unseen)
     report.check([source.name for source in sources])
     return store, report
 
@@ -233,7 +233,7 @@ def look_through(
     rows = _located_rows(sources, job)
     head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
-    chunks, process = _chunks(chain(head, rows)), partial(_process, look=look)
+    chunks, process = _chunks(chain(head, rows)), partial(process_rows, look=look)
     if num_workers <= 1 or len(head) < MIN_ROWS_FOR_WORKERS:
         tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
         results = (process(chunk, job, tokenizer) for chunk in chunks)
@@ -249,7 +249,7 @@ def look_through(
     return GroupStore(GroupColumns.concatenate(parts), [source.name for source in sources]), report, seen
 
 
-def _unseen(chunk: Sequence[LocatedRow], tokens: Sequence[RowTokens], job: TokeniseJob, tokenizer: Any) -> None:
+def unseen(chunk: Sequence[LocatedRow], tokens: Sequence[RowTokens], job: TokeniseJob, tokenizer: Any) -> None:
     """The look of those who only want groups."""
 
 
@@ -266,9 +266,10 @@ def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
         yield chunk
 
 
-def _process(
+def process_rows(
     chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any, look: Look[Seen]
 ) -> tuple[GroupColumns, DataReport, Seen]:
+    """The groups of some rows, what became of them, and what `look` saw."""
     report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
     report.unread = dict(Counter(name for *_, row in chunk for name in row.unread))
     dropped: Counter[str] = Counter()

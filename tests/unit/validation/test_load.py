@@ -54,7 +54,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
         "path merge",
         "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",
-        "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
+        "data": "train eval streaming streaming_buffer "
+        "shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "ignore_columns allow_no_prompt "
         "num_workers cache_dir",
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "

@@ -23,6 +23,8 @@ from typing import NoReturn, Protocol
 from megadpo import __version__
 from megadpo.commands import convert, doctor, evaluate, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
+from megadpo.console.activity import begin
+from megadpo.console.heartbeat import speaking
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
@@ -52,7 +54,8 @@ COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor}
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
-    status = run_as_one(lambda: main(sys.argv[1:]))
+    with speaking():
+        status = run_as_one(lambda: main(sys.argv[1:]))
     if status in (EXIT_FAILED, EXIT_INTERRUPTED) or has_hung_threads():
         leave_now(status)  # a thread that still writes a checkpoint is not waited for
     sys.exit(status)
@@ -65,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     adopt_mpi_environment(os.environ)
     adopt_slurm_environment(os.environ)
     arguments = parser().parse_args(argv)
+    begin(f"{arguments.command} is at work")
     return COMMANDS[arguments.command].run(arguments, argv)
 
 

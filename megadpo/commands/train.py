@@ -10,6 +10,7 @@ from typing import Any
 from megadpo.commands.parsing import add_nproc, add_overrides
 from megadpo.console.activity import activity
 from megadpo.console.heartbeat import is_rank_0, write_line
+from megadpo.errors import UserError
 from megadpo.launch.launchers import LAUNCHERS, Request, start_processes
 from megadpo.validation.load import load_config
 
@@ -40,7 +41,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     with activity("loading torch"):
         from megadpo.training.trainer import run_training
 
-    run_training(config)
+    result = run_training(config)
+    if config.hub.push is not None and result.pushed_to is None and is_rank_0():
+        raise UserError(f"the run is finished, but its model was not pushed to {config.hub.push}, see above")
     return 0
 
 

@@ -30,6 +30,7 @@ from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import resolve_dtype
+from megadpo.training.hub import require_hub, with_fetched
 from megadpo.training.inputs import digests
 from megadpo.training.models import (
     AdapterFiles,
@@ -129,7 +130,8 @@ def prepare(config: Config) -> RunSetup:
         UserError: whatever cannot work.
     """
     config.require_for_training()
-    config = with_adapter_s_base(config).resolved()
+    require_hub(config)
+    config = with_adapter_s_base(with_fetched(config)).resolved()
     _check_surroundings(config)
     layout = choose_layout(config.parallel, world_size())
     with activity("opening the model"):

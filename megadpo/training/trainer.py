@@ -39,6 +39,7 @@ from megadpo.platform.step_clock import part
 from megadpo.secrets.redact import redacted
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
+from megadpo.training.hub import pushed
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
@@ -48,6 +49,7 @@ from megadpo.training.run_record import recorded
 from megadpo.training.setup import RunSetup, prepare
 from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
+from megadpo.training.summary import tell_end
 from megadpo.training.watchdog import watched
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
                 raise
             run.close()
             model_path = export(run)
-    return Result(metrics, setup.num_steps, model_path, setup.output_dir)
+    tell_end(setup, run.record.first_step, time.time() - began, metrics)
+    return Result(metrics, setup.num_steps, model_path, setup.output_dir, pushed(setup.config, model_path))
 
 
 def announce(number: signal.Signals) -> None:

@@ -10,6 +10,7 @@ megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
 megadpo doctor run.yaml --nproc 2
+megadpo completion bash
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, doctor, evaluate, inspect, logprobs, plan, report, train
+from megadpo.commands import completion, convert, doctor, evaluate, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
 from megadpo.console.activity import begin
 from megadpo.console.heartbeat import speaking
@@ -49,7 +50,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {"inspect": inspect, "plan": plan, "train": train, "report": report, "eval": evaluate}
-COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor}
+COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor, "completion": completion}
 
 
 def console() -> NoReturn:
@@ -79,4 +80,5 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for name, command in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
+    commands.choices["completion"].set_defaults(whole=parser)  # whose words it writes down
     return parser

@@ -39,6 +39,7 @@ from megadpo.checkpoint.sharded import (
     writer_name,
 )
 from megadpo.checkpoint.staging import abandon, begin, refuse_existing
+from megadpo.console.activity import activity, counted_through
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import (
@@ -121,7 +122,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, verify: bool = Tr
     out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint, verify)
     refuse_existing(out)
     if verify:
-        opened.check_files()
+        with activity("verifying the checkpoint"):
+            opened.check_files()
     config, source = read_hf_config(checkpoint), opened.source("weights")
     named = opened.state.get("dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
@@ -187,7 +189,8 @@ def _export_model(
     plan = plan_export(config, dtype)
     begin(out)
     try:
-        tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in plan.shapes.items())
+        shapes = counted_through(plan.shapes.items(), "converting", len(plan.shapes), "tensors")
+        tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in shapes)
         write_export_files(plan, out, finite_only(tensors, what))
         finish_export(plan, out, companions or what)
     except BaseException:
@@ -245,7 +248,7 @@ def _shards(
         from megadpo.model.adapters.shards import adapter_shards, is_trained_whole
 
         shards = [s for s in shards if is_trained_whole(adapter, s)] + adapter_shards(adapter, shards, rank)
-    for shard in shards:
+    for shard in counted_through(shards, f"converting stage {stage}, tensor rank {rank}", len(shards), "tensors"):
         if shard.is_primary and shard.pieces:
             # Fused projections may differ in type: the widest holds them all exactly.
             dtype = functools.reduce(torch.promote_types, [source.dtype(piece.logical_name) for piece in shard.pieces])

@@ -15,7 +15,7 @@ BATCH = "a step has train.pairs_per_step pairs in all, however many processes th
 STREAMS = "micro-batches are streams of tokens without padding"
 TORCHRUN = "processes are started by --nproc, torchrun, mpirun, srun or deepspeed: see docs/launching.md"
 ALWAYS = "always done"
-NO_HUB = "nothing is uploaded: `hf upload` takes OUTPUT_DIR/hf"
+NO_HUB = "trackio's own settings say it: TRACKIO_SPACE_ID"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
 DISPATCH = "each process reads the data itself, with data.streaming as well, and takes its share of a step's pairs"
@@ -191,13 +191,13 @@ TRAINER: Table = {
     "save_on_each_node": ("output_dir", "a directory that all machines share"),
     "save_safetensors": ("", ALWAYS),
     "enable_jit_checkpoint": ("checkpoint.before_deadline", "a run that is sent SIGTERM or SIGUSR1 saves, too"),
-    "push_to_hub": ("", NO_HUB),
-    "hub_token": ("", NO_HUB),
-    "hub_private_repo": ("", NO_HUB),
-    "hub_model_id": ("", NO_HUB),
-    "hub_strategy": ("", NO_HUB),
-    "hub_always_push": ("", NO_HUB),
-    "hub_revision": ("", NO_HUB),
+    "push_to_hub": ("hub.push", "OWNER/NAME"),
+    "hub_token": ("", "the token is that of HF_TOKEN or of `hf auth login`: a configuration is no place for it"),
+    "hub_private_repo": ("hub.private", "true is the default"),
+    "hub_model_id": ("hub.push", ""),
+    "hub_strategy": ("hub.push", "pushed once, when the run has finished"),
+    "hub_always_push": ("hub.push", "pushed once, when the run has finished"),
+    "hub_revision": ("hub.revision", ""),
     "load_best_model_at_end": ("checkpoint.keep", "every checkpoint can be exported: megadpo convert export"),
     "metric_for_best_model": ("checkpoint.keep", "every checkpoint can be exported: megadpo convert export"),
     "greater_is_better": ("checkpoint.keep", "every checkpoint can be exported: megadpo convert export"),

@@ -18,7 +18,9 @@ from megadpo.secrets.redact import redacted, redacted_paths
 @dataclass
 class ModelConfig:
     path: str = ""
-    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
+    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer), or its id on the Hub. Required."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; null = `main`."""
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
     fp32 on CPU. `float32`, `torch.float32`, `bfloat16` and `torch.bfloat16` are read as these."""
@@ -395,6 +397,8 @@ class LoggingConfig:
     """Write TensorBoard event files under `output_dir`."""
     report: bool = True
     """Write `report.html`, the page with curves and findings, when the run ends."""
+    model_card: bool = True
+    """Write `hf/README.md`, the model card: data, objective, results, versions, command, how to load it."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers that get the metrics and the configuration, too: any of wandb, mlflow, trackio, swanlab
     (docs/watching.md)."""
@@ -418,6 +422,16 @@ class LoggingConfig:
 
 
 @dataclass
+class HubConfig:
+    push: str | None = None
+    """Repository on the Hugging Face Hub, OWNER/NAME, that `hf/` is pushed to when the run has finished; null = none."""
+    private: bool = True
+    """Whether a repository that is made then is private."""
+    revision: str | None = None
+    """Branch that is pushed to; null = `main`."""
+
+
+@dataclass
 class Config:
     """All options. Built by `load_config`; attributes may be changed before a run, which checks them again."""
 
@@ -432,6 +446,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str = ""
     """Directory for config.yaml, metrics.jsonl, checkpoints/ and hf/. Required for training."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 
 from megadpo.checkpoint.peft import why_peft_cannot
 from megadpo.checkpoint.sharded import is_checkpoint, open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
+from megadpo.console.heartbeat import write_line
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.data.rows.sources import split_taken
 from megadpo.data.rows.stream import Position
@@ -17,14 +17,13 @@ from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
-from megadpo.secrets.redact import redact
 from megadpo.training.setup import RunSetup
 
 
 def log(line: str) -> None:
     """A line for the user, from rank 0, with its secrets hidden."""
     if rank() == 0:
-        print(f"megadpo: {redact(line)}", file=sys.stderr, flush=True)
+        write_line(line)
 
 
 def log_setup(setup: RunSetup) -> None:

@@ -78,12 +78,14 @@ class Result:
         steps: optimizer steps of the whole run.
         model_path: the exported Hugging Face directory.
         output_dir: the run's directory.
+        pushed_to: the address of the repository on the Hub that the model was pushed to, on rank 0; None: it was not.
     """
 
     metrics: Metrics
     steps: int
     model_path: Path
     output_dir: Path
+    pushed_to: str | None = None
 
 
 @dataclass

@@ -40,10 +40,12 @@ class RunRecord:
     """The record of a run under way; on ranks above 0 it does nothing.
 
     Attributes:
+        first_step: steps that were done before this process began.
         last_step: steps that are done.
     """
 
     setup: RunSetup | None = None
+    first_step: int = 0
     last_step: int = 0
     _sessions: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ class RunRecord:
 
     def resumed_at(self, step: int) -> None:
         """Take in how many steps were done before; with the first of them still to come, 0."""
-        self.last_step = step
+        self.first_step = self.last_step = step
         if self._sessions:
             self._sessions[-1]["first_step"] = step
 
@@ -141,7 +143,7 @@ def facts_of(setup: RunSetup) -> dict[str, Any]:
             if packing is not None
         }
         | ({"train": _of_stream(setup)} if setup.stream else {}),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
 
@@ -158,7 +160,8 @@ def _of_stream(setup: RunSetup) -> dict[str, Any]:
     return {"sentence": report.sentence() if report.num_rows else "read as the run goes on", **lengths}
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Of PACKAGES, where they are installed."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

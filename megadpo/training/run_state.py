@@ -33,6 +33,7 @@ from megadpo.secrets.redact import redacted
 from megadpo.training.console import log
 from megadpo.training.export_files import export_files
 from megadpo.training.feed import StreamFeed
+from megadpo.training.model_card import with_card
 from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Run
@@ -193,7 +194,7 @@ def export_policy(run: Run) -> Path:
     Raises:
         UserError: a disk is full or refuses; the earlier export is as it was.
     """
-    setup, directory = run.setup, run.setup.output_dir / "hf"
+    setup, directory = with_card(run.setup, run.metrics), run.setup.output_dir / "hf"
     watch, export = FiniteWatch(), export_files(setup, parallel_state.get_pipeline_model_parallel_rank())
     is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
     problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)

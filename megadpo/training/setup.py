@@ -13,6 +13,7 @@ import torch
 from megadpo.checkpoint.companions import Companions, companions_of
 from megadpo.checkpoint.peft import peft_config
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups, tokenise_job
@@ -30,6 +31,7 @@ from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import resolve_dtype
+from megadpo.training.hub import require_hub, with_fetched
 from megadpo.training.inputs import digests
 from megadpo.training.models import (
     AdapterFiles,
@@ -131,16 +133,19 @@ def prepare(config: Config) -> RunSetup:
         UserError: whatever cannot work.
     """
     config.require_for_training()
-    config = with_adapter_s_base(config).resolved()
+    require_hub(config)
+    config = with_adapter_s_base(with_fetched(config)).resolved()
     _check_surroundings(config)
     layout = choose_layout(config.parallel, world_size())
-    policy, reference = open_models(config, layout)
+    with activity("opening the model"):
+        policy, reference = open_models(config, layout)
     adapter = trained_adapter(config, policy)
     if adapter is not None:
         check_adapters(config, policy.shape, layout, adapter.spec)
     output_dir = Path(config.output_dir)
     claim_output_dir(output_dir, config)
-    look_at_data(config)
+    with activity("looking at the data"):
+        look_at_data(config)
     reports: dict[str, DataReport] = {}
     stream, sampler = stream_options(config, policy) if config.data.streaming else None, None
     if stream is None:
@@ -153,13 +158,15 @@ def prepare(config: Config) -> RunSetup:
     num_steps = config.train.steps or (None if sampler is None else sampler.num_steps)
     assert num_steps is not None
     check_logging(config.logging, world_size(), num_steps)
-    inputs = digests(config, policy, reference, train.groups.digest if stream is None else stream)
+    with activity("hashing the inputs"):
+        inputs = digests(config, policy, reference, train.groups.digest if stream is None else stream)
     if adapter is None:
         search = Search.of(config, logical_shapes(policy.shape), inputs, num_steps)
     else:
         settings = peft_config(adapter.spec, policy.shape, str(Path(policy.path).resolve()))
         search = Search.of(config, adapter_shapes(policy.shape, adapter.spec), inputs, num_steps, settings)
-    origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
+    with activity("looking for a checkpoint"):
+        origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)
     return RunSetup(
         config=config,

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity, counted_through
+from megadpo.console.heartbeat import speaking
 from megadpo.data.rows.report import counted
 from megadpo.launch.signals import WORDS, Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
@@ -37,6 +39,7 @@ from megadpo.platform.step_clock import part
 from megadpo.secrets.redact import redacted
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
+from megadpo.training.hub import pushed
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
@@ -46,6 +49,7 @@ from megadpo.training.run_record import recorded
 from megadpo.training.setup import RunSetup, prepare
 from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
+from megadpo.training.summary import tell_end
 from megadpo.training.watchdog import watched
 
 if TYPE_CHECKING:
@@ -68,7 +72,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
     callbacks = Callbacks.checked(callbacks)
     began = time.time()
     config.require_for_training()
-    with noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
+    with speaking(), noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
         setup = prepare(config)
         stopping = Stopping(request)
         if rank() == 0:
@@ -80,13 +84,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
             recorded() as record,
         ):
-            setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
+            with activity("verifying the checkpoint"):
+                setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
             log_origin(setup)
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
             record.begin(setup)
             setup = begin_with_parts(setup)
-            run = build(setup, callbacks)
+            with activity("building the model"):
+                run = build(setup, callbacks)
             run.stopping, run.lock, run.progress, run.record = stopping, lock, progress, record
             if stopping.deadline is not None:
                 stopping.deadline.saves = run.saver.times
@@ -100,7 +106,8 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
                 raise
             run.close()
             model_path = export(run)
-    return Result(metrics, setup.num_steps, model_path, setup.output_dir)
+    tell_end(setup, run.record.first_step, time.time() - began, metrics)
+    return Result(metrics, setup.num_steps, model_path, setup.output_dir, pushed(setup.config, model_path))
 
 
 def announce(number: signal.Signals) -> None:
@@ -369,7 +376,8 @@ def evaluation(run: Run) -> Metrics:
     num_groups, at_once = len(setup.eval.groups), setup.config.train.pairs_per_step
     normalisers = normalisers_of(setup.eval.groups, range(num_groups))
     metric_sums = collect.empty_vector(compute_device(), objective)
-    for start in range(0, num_groups, at_once):
+    num_batches = -(-num_groups // at_once)
+    for start in counted_through(range(0, num_groups, at_once), "evaluating", num_batches, "batches"):
         group_ids = np.arange(start, min(start + at_once, num_groups))
         if run.stopping.agreed is not None or run.stopping.agree():
             run.evaluation_due = True
@@ -385,6 +393,7 @@ def export(run: Run) -> Path:
     from megadpo.training.run_state import export_policy
 
     run.progress.begin("exporting")
-    directory = export_policy(run)
+    with activity("exporting the trained model"):
+        directory = export_policy(run)
     log(f"trained model: {directory}")
     return directory

@@ -15,6 +15,7 @@ from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward
 from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.hub import check_hub_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 from megadpo.validation.quantization import check_quantization_options
@@ -161,6 +162,7 @@ def validate(config: Config) -> None:
     check_deepspeed_options(config)
     check_memory_options(config)
     check_logging_options(config.logging)
+    check_hub_options(config)
     check_combinations(config)
 
 

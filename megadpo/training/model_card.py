@@ -125,7 +125,8 @@ def _data(setup: RunSetup) -> Iterator[tuple[str, str, str]]:
     for (name, sources, packing), which in zip(sides, ("train", "eval"), strict=True):
         if packing is not None:
             report = setup.reports[which]
-            used = f"{len(packing.groups):,} of {report.num_rows:,} {report.noun}s"
+            num_used = report.num_kept if which == "train" and setup.stream else len(packing.groups)
+            used = f"{num_used:,} of {report.num_rows:,} {report.noun}s"
             yield name, ", ".join(f"`{source}`" for source in _source_names(sources)), used
 
 

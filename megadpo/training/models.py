@@ -128,7 +128,9 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
         UserError: naming `setting`, the file or tensor, and what is wrong.
     """
     if not Path(path).is_dir():
-        raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
+        raise UserError(
+            f"{setting}: there is no directory {path}; give a local Hugging Face model directory, or an id of the Hub"
+        )
     if is_adapter(path):
         return _merged(open_model(base_of(path), setting, config), path, setting, config)
     hf_config, directory = read_hf_config(path), hf_directory(path)

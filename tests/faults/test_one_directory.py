@@ -38,7 +38,7 @@ def test_of_two_runs_started_at_once_in_one_directory_the_second_is_refused(file
     statuses = [run.wait() for run in runs]
     assert sorted(statuses) == [0, 2], [run.output() for run in runs]
     refused = runs[statuses.index(2)].output()
-    (line,) = refused.splitlines()
+    (line,) = [line for line in refused.splitlines() if "error" in line]
     where = f"output_dir: {tmp_path / 'run'} is in use by another run ({socket.gethostname()}, process "
     assert f"megadpo: error: {where}" in line, line
     assert "since 20" in line and "wait until that has ended, end it, or choose another directory" in line

@@ -90,7 +90,7 @@ def test_help_and_version_answer_without_importing_torch() -> None:
 def test_every_command_says_what_it_is() -> None:
     page = megadpo("--help").stdout
     for name, command in cli.COMMANDS.items():
-        assert f"    {name} " in page and command.HELP in " ".join(page.split())
+        assert f"    {name}" in page and command.HELP in " ".join(page.split())
 
 
 def test_megadpo_train_is_a_function_even_after_its_module_is_imported() -> None:

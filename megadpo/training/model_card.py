@@ -22,10 +22,12 @@ from megadpo.checkpoint.companions import Companions
 from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.config.sources import parse_sources
+from megadpo.errors import reason
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import world_size
 from megadpo.platform.hub import id_of_snapshot, is_id
 from megadpo.secrets.redact import redact, redacted
+from megadpo.training.console import log
 from megadpo.training.run_record import installed_versions
 from megadpo.training.setup import RunSetup
 from megadpo.training.summary import how_to_load
@@ -44,7 +46,11 @@ def with_card(setup: RunSetup, metrics: Mapping[str, float]) -> RunSetup:
     """
     if not setup.config.logging.model_card:
         return setup
-    card = model_card(setup, metrics).encode()
+    try:
+        card = model_card(setup, metrics).encode()
+    except Exception as error:  # a card that cannot be made takes nothing away from what was trained
+        log(f"warning: no model card: {reason(error)}")
+        return setup
     return replace(setup, companions=Companions(setup.companions.settings, {**setup.companions.files, NAME: card}))
 
 

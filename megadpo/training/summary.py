@@ -62,7 +62,7 @@ def evaluations(path: Path) -> list[Record]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    found = []
+    found: list[Record] = []
     for line in lines:
         if '"eval_loss"' in line:
             try:

@@ -358,7 +358,7 @@ def make_up_for_evaluation(run: Run, step: int) -> None:
     if not held_out:
         raise stopped(run, step, is_saved=True)
     run.metrics |= held_out
-    run.write({"step": step, **held_out})
+    run.write({"step": step, **held_out, "time": time.time()})
     call(run.callbacks.on_evaluation, step, held_out)
 
 

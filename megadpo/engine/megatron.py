@@ -17,9 +17,10 @@ from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import MOMENTS, STATE_KINDS
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.engine.host_moments import AdamWWithHostMoments
+from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
+from megadpo.engine.parameter_groups import Run, is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
 from megadpo.model.router_load import RouterWatch
@@ -55,10 +56,11 @@ class MegatronEngine:
         self.gradient_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else torch.float32
         self.models = _data_parallel(stage, self.overlap, self.gradient_dtype)
         self.fusion = self._fuse_weight_gradients(parallel.gradient_accumulation_fusion)
-        self.optimizer = _distributed_optimizer(self.models, train, self.overlap, parallel.offload == "cpu")
+        self.optimizer = _distributed_optimizer(self.models, train, self.overlap)
         # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
         # are fewer: either may be missing on a stage.
         self.optimizers = list(self.optimizer.chained_optimizers)
+        self._choose_rules("host" if parallel.offload == "cpu" else train.moments_dtype)
         self.watch: RouterWatch | None = None
         self._clear_gradients()
         when_undone(self._break_circles)
@@ -125,6 +127,8 @@ class MegatronEngine:
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
         finalize_model_grads(self.models, num_tokens=None)
+        for parameter, place in self._frozen:
+            getattr(parameter, "main_grad").view(-1)[place].zero_()  # noqa: B009
 
     def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> float:
         for group in self.optimizer.param_groups:
@@ -186,21 +190,26 @@ class MegatronEngine:
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         self.wait_for_parameters()
-        for name, (parameter, _) in self.stage.parameters.items():
+        for name, (parameter, _) in self.stage.held.items():
             yield name, parameter.data
 
-    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
-        for name, (parameter, _) in self.stage.parameters.items():
+    def state(self, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        for name, (parameter, shard) in self.stage.held.items():
+            kept = ("weights", *kept_of(shard, self.train))
+            asked = [kind for kind in kept if kinds is None or kind in kinds]
+            if name not in self.stage.parameters:
+                yield from (("weights", name, parameter.data.float().clone()) for _ in asked)
+                continue
             owned = self._owned_range(parameter)
-            tensors = {} if owned is None else self._main_state(parameter)
-            for kind in kinds:
+            tensors = {} if owned is None else self._main_state(parameter, shard)
+            for kind in asked:
                 yield kind, name, _join_over_data(parameter, owned, tensors.get(kind))
 
     def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
         for parameter, shard in self.stage.parameters.values():
             owned = self._owned_range(parameter)
             if owned is not None:
-                for kind, values in self._main_state(parameter).items():
+                for kind, values in self._main_state(parameter, shard).items():
                     yield kind, shard, owned.start, values
 
     def own_gradients(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
@@ -211,7 +220,7 @@ class MegatronEngine:
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         with torch.no_grad():
-            for name, (parameter, _) in self.stage.parameters.items():
+            for name, (parameter, shard) in self.stage.held.items():
                 weights = read("weights", name)
                 parameter.data.copy_(weights)
                 owned = self._owned_range(parameter)
@@ -219,14 +228,16 @@ class MegatronEngine:
                     continue
                 main = self._main_parameter(parameter)
                 main.data.copy_(weights.view(-1)[owned])
-                moments = {kind: read(kind, name).view(-1)[owned] for kind in MOMENTS}
-                _set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
+                moments = {kind: read(kind, name).view(-1)[owned] for kind in kept_of(shard, self.train)}
+                set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
 
     def describe(self) -> dict[str, Any]:
-        optimizer = self.optimizers[0].optimizer
+        found = [part.optimizer for part in self.optimizers]
+        used = [rule for each in found for rule in (each.rules.values() if isinstance(each, OverPieces) else [each])]
+        names = dict.fromkeys(f"{type(rule).__module__}.{type(rule).__name__}" for rule in used)
         return {
             "engine": "megatron",
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+            "optimizer": " and ".join(names),
             "gradient accumulation fusion": self.fusion,
         }
 
@@ -247,15 +258,29 @@ class MegatronEngine:
         group, order = optimizer.model_param_group_index_map[parameter]
         return optimizer.optimizer.param_groups[group]["params"][order]
 
-    def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    def _main_state(self, parameter: torch.nn.Parameter, shard: ParameterShard) -> dict[str, Tensor]:
         """The owned part of fp32 weights and moments; the moments are zeros before the first step."""
         main = self._main_parameter(parameter)
         optimizer = self._optimizer_of(parameter).optimizer
-        if isinstance(optimizer, AdamWWithHostMoments):
-            return {"weights": main.detach(), **optimizer.moments(main)}
-        moments = optimizer.state.get(main, {})
-        zeros = torch.zeros_like(main, dtype=torch.float32)
-        return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in MOMENTS}}
+        return {"weights": main.detach(), **moments_of(optimizer, main, kept_of(shard, self.train))}
+
+    def _choose_rules(self, moments: str) -> None:
+        """What updates Megatron's flat fp32 parameters: AdamW of one kind or another, or what the options ask for."""
+        self._frozen: list[tuple[torch.nn.Parameter, slice]] = []
+        """Of parameters that are trained in part, what is not."""
+        if is_plain(self.train):
+            _choose_adamw(self.optimizer, moments)
+            return
+        pieces: list[list[Piece]] = [[] for _ in self.optimizers]
+        for parameter, shard in self.stage.parameters.values():
+            runs = runs_of(shard, self.train)
+            self._frozen += [(parameter, slice(run.start, run.end)) for run in runs if run.settings.rule == "frozen"]
+            owned = self._owned_range(parameter)
+            if owned is not None:
+                optimizer, main = self._optimizer_of(parameter), self._main_parameter(parameter)
+                pieces[self.optimizers.index(optimizer)] += _pieces(runs, owned, main)
+        for optimizer, of_it in zip(self.optimizers, pieces, strict=True):
+            optimizer.optimizer = OverPieces(optimizer.optimizer, of_it, self.train, moments)
 
 
 def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> list[DistributedDataParallel]:
@@ -283,10 +308,16 @@ def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> 
     return models
 
 
-def _distributed_optimizer(
-    models: list[DistributedDataParallel], train: TrainConfig, overlap: bool, offload_to_cpu: bool
-) -> Any:
-    """Megatron's ZeRO-1 AdamW (`ChainedOptimizer` of `DistributedOptimizer`s), with the AdamW that `train` asks for."""
+def _pieces(runs: Sequence[Run], owned: slice, main: Tensor) -> Iterator[Piece]:
+    """The parts of the runs of a flattened shard that lie in `main`, which is its elements `owned`."""
+    for run in runs:
+        start, end = max(run.start, owned.start), min(run.end, owned.stop)
+        if start < end:
+            yield Piece.of(main, slice(start - owned.start, end - owned.start), run.settings)
+
+
+def _distributed_optimizer(models: list[DistributedDataParallel], train: TrainConfig, overlap: bool) -> Any:
+    """Megatron's ZeRO-1 AdamW (`ChainedOptimizer` of `DistributedOptimizer`s)."""
     params_dtype = models[0].config.params_dtype
     options = OptimizerConfig(
         optimizer="adam",
@@ -304,37 +335,21 @@ def _distributed_optimizer(
     )
     with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = get_megatron_optimizer(options, models, use_gloo_process_groups=False)
-    _choose_adamw(optimizer, train.moments_dtype, offload_to_cpu)
-    return optimizer
+        return get_megatron_optimizer(options, models, use_gloo_process_groups=False)
 
 
-def _choose_adamw(optimizer: Any, moments_dtype: str, offload_to_cpu: bool) -> None:
+def _choose_adamw(optimizer: Any, moments: str) -> None:
     """Replace torch's AdamW by ours where moments are bfloat16 or in host memory, else by torch's fused one."""
-    if offload_to_cpu:
+    if moments == "host":
         for part in optimizer.chained_optimizers:
             part.optimizer = AdamWWithHostMoments.with_groups_of(part.optimizer)
-    elif moments_dtype == "bf16":
+    elif moments == "bf16":
         for part in optimizer.chained_optimizers:
             part.optimizer = AdamWWithBf16Moments.with_groups_of(part.optimizer)
     elif isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
         # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
         for group in optimizer.param_groups:
             group["fused"] = True
-
-
-def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
-    """`main` has its weights already."""
-    if isinstance(optimizer, AdamWWithHostMoments):
-        optimizer.set_moments(main, moments, num_steps)
-    elif isinstance(optimizer, torch.optim.AdamW):
-        dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
-        stored = {kind: moment.to(main.device, dtype, copy=True) for kind, moment in moments.items()}
-        optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
-    else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
-        optimizer.state[main] = {kind: moment.to(main.device, copy=True) for kind, moment in moments.items()}
-        for group in optimizer.param_groups:
-            group["step"] = num_steps
 
 
 def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:

@@ -66,6 +66,7 @@ class Stage:
             values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
         base: the others in the same way, with adapters: the model itself, frozen. Of weights in 4 bits the parameter has no
             memory, and its attribute `four_bit` is what is held.
+        held: `parameters` with what `train.freeze` has taken out of them, in the model's order: what is exported.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
@@ -83,6 +84,10 @@ class Stage:
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
+    held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.held = self.held or self.parameters
 
     @property
     def model(self) -> GPTModel:

@@ -29,6 +29,7 @@ from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
+from megadpo.model.by_name import first_match
 from megadpo.objectives.terms import normalisers_of
 from megadpo.parallel.agreement import problem_of
 from megadpo.parallel.world import joined_world, rank, seed_step
@@ -150,6 +151,7 @@ def build_policy(setup: RunSetup) -> Stage:
     """This rank's stage of the policy, loaded, with the adapters that are trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.build import build_stage
+    from megadpo.model.freezing import freeze
     from megadpo.model.weights import load_weights
 
     config, shape, source = setup.config, setup.policy.shape, setup.frozen
@@ -165,6 +167,8 @@ def build_policy(setup: RunSetup) -> Stage:
         load_weights(stage, source, trained)
     if setup.adapter is not None and setup.adapter.is_new and setup.adapter.spec.use_dora:
         begin_magnitudes(stage.models)
+    if config.train.freeze:
+        freeze(stage, lambda name: first_match(config.train.freeze, name) is not None)
     return stage
 
 

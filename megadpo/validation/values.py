@@ -17,10 +17,11 @@ from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
+from megadpo.validation.optimizer import check_optimizer_options, check_schedule
 from megadpo.validation.quantization import check_quantization_options
 
 if TYPE_CHECKING:
-    from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
+    from megadpo.config.schema import Config, ObjectiveConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
@@ -47,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd"),
     "train.decay_shape": ("cosine", "linear", "1-sqrt"),
     "train.moments_dtype": ("fp32", "bf16"),
+    "train.optimizer": ("adamw", "sgd", "lion"),
     "train.on_spike": ("warn", "skip", "stop"),
     "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
@@ -58,6 +60,7 @@ DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch
 SPELLINGS: dict[str, dict[str, str]] = {
     "model.dtype": DTYPES,
     "train.moments_dtype": DTYPES,
+    "train.optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
     "train.schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "parallel.gradient_dtype": DTYPES,
 }
@@ -71,6 +74,17 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
     "train.moments_dtype": HALF,
+    "train.optimizer": (
+        "adafactor",
+        "adagrad",
+        "rmsprop",
+        "galore_adamw",
+        "apollo_adamw",
+        "lomo",
+        "shampoo",
+        "soap",
+        "adam",
+    ),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
@@ -157,6 +171,8 @@ def validate(config: Config) -> None:
     _check_contradictions(config)
     check_deepspeed_options(config)
     check_memory_options(config)
+    check_schedule(config.train)
+    check_optimizer_options(config)
     check_logging_options(config.logging)
     check_combinations(config)
 
@@ -327,46 +343,6 @@ def _check_moving_reference(config: Config) -> None:
         )
 
 
-OF_SCHEDULES = {
-    "schedule_cycles": "cosine_with_restarts",
-    "schedule_power": "polynomial",
-    "decay_ratio": "wsd",
-    "decay_shape": "wsd",
-}
-"""Options of `train` that one schedule reads."""
-
-
-def _check_schedule(train: TrainConfig) -> None:
-    """Options of the learning rate that contradict each other, or that nothing reads."""
-    for name, schedule in OF_SCHEDULES.items():
-        if train.schedule != schedule and getattr(train, name) != getattr(type(train)(), name):
-            raise UserError(
-                f"train.{name} is read by train.schedule {schedule}, but that is {train.schedule}; change one of them"
-            )
-    if train.schedule == "constant" and train.min_learning_rate > 0:
-        raise UserError(
-            "train.min_learning_rate has no effect with train.schedule constant; remove it or choose cosine or linear"
-        )
-    if train.steps is not None and train.warmup_steps > train.steps:
-        raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
-    if train.warmup_ratio is not None and train.warmup_steps:
-        raise UserError(
-            f"train.warmup_steps ({train.warmup_steps}) and train.warmup_ratio ({train.warmup_ratio:g}) are both given; "
-            "set the one to 0 or the other to null"
-        )
-    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio <= 1:
-        raise UserError(
-            f"train.warmup_ratio must be in [0, 1], got {train.warmup_ratio!r}; it is a share of the run's steps"
-        )
-    if train.decay_ratio > 1:
-        raise UserError(f"train.decay_ratio is a share of the run's steps, in (0, 1], got {train.decay_ratio!r}")
-    if train.schedule == "wsd" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
-        raise UserError(
-            f"train.warmup_ratio ({train.warmup_ratio:g}) and train.decay_ratio ({train.decay_ratio:g}) are more than the "
-            "whole run; lower one of them"
-        )
-
-
 def _check_contradictions(config: Config) -> None:
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
@@ -377,7 +353,6 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"train.min_learning_rate ({train.min_learning_rate!r}) is above learning_rate ({train.learning_rate!r})"
         )
-    _check_schedule(train)
     if config.parallel.context == 1 and config.parallel.context_method != "auto":
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "

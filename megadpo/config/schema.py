@@ -280,9 +280,10 @@ class TrainConfig:
     """Most tokens that go through a model replica at once (over all its context ranks); changes memory and speed, not the
     result."""
     optimizer: str = "adamw"
-    """What updates the weights: `adamw`, `sgd` or `lion` (docs/optimizers.md)."""
+    """What updates the weights: `adamw`, `adamw_8bit` (bitsandbytes'), `sgd`, `lion`, or `muon` (matrices of the layers by
+    Muon, the rest by AdamW); see docs/optimizers.md."""
     momentum: float | None = None
-    """`sgd`: momentum, in [0, 1); null = 0.9."""
+    """Momentum of `sgd` and `muon`, in [0, 1); null = 0.9 and 0.95."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -319,6 +320,9 @@ class TrainConfig:
     moments_dtype: str = "fp32"
     """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
     rounding is right on average over the steps), in any spelling of `model.dtype`. With `engine: megatron`."""
+    neftune_alpha: float | None = None
+    """NEFTune (arXiv:2310.05914): uniform noise of at most alpha / sqrt(length x hidden size) on the policy's embeddings in
+    training, the length that of prompt and longest response; the paper has 5, 10 and 15. null = none."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     on_spike: str = "warn"

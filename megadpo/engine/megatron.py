@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.bf16_moments import AdamWWithBf16Moments
-from megadpo.engine.host_moments import AdamWWithHostMoments
+from megadpo.engine.megatron_optimizer import choose_adamw, distributed_optimizer, muon_shard, pieces_of, replicas_of
+from megadpo.engine.muon import Muon, MuonShard
 from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
-from megadpo.engine.parameter_groups import Run, is_plain, kept_of, runs_of
+from megadpo.engine.parameter_groups import is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
 from megadpo.model.router_load import RouterWatch
@@ -31,7 +28,7 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.patches import when_undone
-from megadpo.platform.step_clock import TIMERS, part
+from megadpo.platform.step_clock import part
 
 BUCKET_ELEMENTS: int | None = None
 """Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
@@ -56,7 +53,7 @@ class MegatronEngine:
         self.gradient_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else torch.float32
         self.models = _data_parallel(stage, self.overlap, self.gradient_dtype)
         self.fusion = self._fuse_weight_gradients(parallel.gradient_accumulation_fusion)
-        self.optimizer = _distributed_optimizer(self.models, train, self.overlap)
+        self.optimizer = distributed_optimizer(self.models, train, self.overlap)
         # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
         # are fewer: either may be missing on a stage.
         self.optimizers = list(self.optimizer.chained_optimizers)
@@ -142,6 +139,8 @@ class MegatronEngine:
         if accepts is None or accepts(norm):
             with cpu_tensors_pass_for_cuda():
                 self._clip_gradients(norm)
+                if self._muon is not None:
+                    self._muon.step(learning_rate)
                 self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
@@ -233,7 +232,9 @@ class MegatronEngine:
 
     def describe(self) -> dict[str, Any]:
         found = [part.optimizer for part in self.optimizers]
-        used = [rule for each in found for rule in (each.rules.values() if isinstance(each, OverPieces) else [each])]
+        used: list[Any] = [] if self._muon is None else [self._muon]
+        for each in found:
+            used += each.rules.values() if isinstance(each, OverPieces) else [each]
         names = dict.fromkeys(f"{type(rule).__module__}.{type(rule).__name__}" for rule in used)
         return {
             "engine": "megatron",
@@ -268,19 +269,26 @@ class MegatronEngine:
         """What updates Megatron's flat fp32 parameters: AdamW of one kind or another, or what the options ask for."""
         self._frozen: list[tuple[torch.nn.Parameter, slice]] = []
         """Of parameters that are trained in part, what is not."""
+        self._muon: Muon | None = None
         if is_plain(self.train):
-            _choose_adamw(self.optimizer, moments)
+            choose_adamw(self.optimizer, moments)
             return
         pieces: list[list[Piece]] = [[] for _ in self.optimizers]
+        of_muon: list[MuonShard] = []
         for parameter, shard in self.stage.parameters.values():
             runs = runs_of(shard, self.train)
             self._frozen += [(parameter, slice(run.start, run.end)) for run in runs if run.settings.rule == "frozen"]
-            owned = self._owned_range(parameter)
+            owned, own = self._owned_range(parameter), []
             if owned is not None:
-                optimizer, main = self._optimizer_of(parameter), self._main_parameter(parameter)
-                pieces[self.optimizers.index(optimizer)] += _pieces(runs, owned, main)
+                own = list(pieces_of(runs, owned, self._main_parameter(parameter)))
+                pieces[self.optimizers.index(self._optimizer_of(parameter))] += own
+            if self.train.optimizer == "muon":
+                of_muon += muon_shard(parameter, shard, self.train, 0 if owned is None else owned.start, own)
+        if self.train.optimizer == "muon":
+            self._muon = Muon(of_muon, self.train.momentum, self.train.weight_decay)
+        others = {} if self._muon is None else {"muon": self._muon}
         for optimizer, of_it in zip(self.optimizers, pieces, strict=True):
-            optimizer.optimizer = OverPieces(optimizer.optimizer, of_it, self.train, moments)
+            optimizer.optimizer = OverPieces(optimizer.optimizer, of_it, self.train, moments, others)
 
 
 def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> list[DistributedDataParallel]:
@@ -306,62 +314,6 @@ def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> 
     else:
         _skip_collectives_of_one_rank(models)
     return models
-
-
-def _pieces(runs: Sequence[Run], owned: slice, main: Tensor) -> Iterator[Piece]:
-    """The parts of the runs of a flattened shard that lie in `main`, which is its elements `owned`."""
-    for run in runs:
-        start, end = max(run.start, owned.start), min(run.end, owned.stop)
-        if start < end:
-            yield Piece.of(main, slice(start - owned.start, end - owned.start), run.settings)
-
-
-def _distributed_optimizer(models: list[DistributedDataParallel], train: TrainConfig, overlap: bool) -> Any:
-    """Megatron's ZeRO-1 AdamW (`ChainedOptimizer` of `DistributedOptimizer`s)."""
-    params_dtype = models[0].config.params_dtype
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=train.learning_rate,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1],
-        adam_eps=train.eps,
-        clip_grad=train.clip_norm,
-        bf16=params_dtype is torch.bfloat16,
-        params_dtype=params_dtype,
-        use_distributed_optimizer=True,
-        overlap_param_gather=overlap,
-        timers=TIMERS,
-    )
-    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_megatron_optimizer(options, models, use_gloo_process_groups=False)
-
-
-def _choose_adamw(optimizer: Any, moments: str) -> None:
-    """Replace torch's AdamW by ours where moments are bfloat16 or in host memory, else by torch's fused one."""
-    if moments == "host":
-        for part in optimizer.chained_optimizers:
-            part.optimizer = AdamWWithHostMoments.with_groups_of(part.optimizer)
-    elif moments == "bf16":
-        for part in optimizer.chained_optimizers:
-            part.optimizer = AdamWWithBf16Moments.with_groups_of(part.optimizer)
-    elif isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
-        # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
-        for group in optimizer.param_groups:
-            group["fused"] = True
-
-
-def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """The ranks that hold the same shard of a parameter: experts have fewer replicas."""
-    if getattr(parameter, "allreduce", True):
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()
-
-
-def is_first_replica(parameter: torch.nn.Parameter) -> bool:
-    """Whether this rank is the first of `replicas_of` a parameter."""
-    return dist.get_rank(replicas_of(parameter)) == 0
 
 
 def _skip_collectives_of_one_rank(models: Sequence[DistributedDataParallel]) -> None:

@@ -7,7 +7,7 @@ views of the ranges: one for each run of elements that are updated alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megadpo.config.schema import TrainConfig
+from megadpo.engine import eight_bit
 from megadpo.engine.bf16_moments import AdamWWithBf16Moments
 from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.engine.lion import Lion
@@ -46,8 +47,19 @@ class Piece:
 class OverPieces(torch.optim.Optimizer):
     """Takes the place of the optimizer of a Megatron DistributedOptimizer, whose parameter groups it shows."""
 
-    def __init__(self, outer: torch.optim.Optimizer, pieces: Sequence[Piece], train: TrainConfig, moments: str) -> None:
-        """`moments`: where AdamW keeps its moments, and in what: "fp32", "bf16" or "host"."""
+    def __init__(
+        self,
+        outer: torch.optim.Optimizer,
+        pieces: Sequence[Piece],
+        train: TrainConfig,
+        moments: str,
+        others: Mapping[str, Any],
+    ) -> None:
+        """
+        Args:
+            moments: where AdamW keeps its moments, and in what: "fp32", "bf16" or "host".
+            others: rules that are followed elsewhere, in steps of their own, and what has their state.
+        """
         super().__init__([torch.empty(0)], {})
         self.param_groups = outer.param_groups
         self._train = train
@@ -57,8 +69,9 @@ class OverPieces(torch.optim.Optimizer):
         self.rules = {
             rule: _make(rule, _groups(pieces, rule, train), train, moments)
             for rule in dict.fromkeys(piece.settings.rule for piece in pieces)
-            if rule != "frozen"
+            if rule != "frozen" and rule not in others
         }
+        self.others = dict(others)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -80,7 +93,7 @@ class OverPieces(torch.optim.Optimizer):
         kept: dict[str, Tensor] = {}
         for piece in self._pieces.get(main, []):
             kinds = kinds_of(piece.settings, self._train)
-            found = moments_of(self.rules[piece.settings.rule], piece.view, kinds) if kinds else {}
+            found = moments_of(self._rule_of(piece), piece.view, kinds) if kinds else {}
             for kind, values in found.items():
                 whole = kept.setdefault(kind, torch.zeros_like(main, dtype=torch.float32))
                 whole[piece.place] = values
@@ -92,7 +105,10 @@ class OverPieces(torch.optim.Optimizer):
             kinds = kinds_of(piece.settings, self._train)
             if kinds:
                 own = {kind: moments[kind][piece.place] for kind in kinds}
-                set_moments(self.rules[piece.settings.rule], piece.view, own, num_steps)
+                set_moments(self._rule_of(piece), piece.view, own, num_steps)
+
+    def _rule_of(self, piece: Piece) -> Any:
+        return (self.rules | self.others)[piece.settings.rule]
 
 
 def _groups(pieces: Sequence[Piece], rule: str, train: TrainConfig) -> list[dict[str, Any]]:
@@ -123,6 +139,8 @@ def _make(rule: str, groups: list[dict[str, Any]], train: TrainConfig, moments: 
 
 def make_rule(rule: str, groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a rule that is not AdamW's, of these parameter groups."""
+    if rule == "adamw_8bit":
+        return eight_bit.adamw(groups, train.betas, train.eps)
     if rule == "sgd":
         return torch.optim.SGD(groups, momentum=SGD_MOMENTUM if train.momentum is None else train.momentum, fused=True)
     assert rule == "lion", rule
@@ -136,6 +154,8 @@ def moments_of(optimizer: Any, main: Tensor, kinds: Sequence[str]) -> dict[str, 
     if isinstance(optimizer, AdamWWithHostMoments):
         return optimizer.moments(main)
     kept = optimizer.state.get(main, {})
+    if any(eight_bit.SCALE in kind for kind in kinds):
+        return eight_bit.decoded(kept, main)
     return {kind: kept[kind] if kind in kept else torch.zeros_like(main, dtype=torch.float32) for kind in kinds}
 
 
@@ -143,6 +163,9 @@ def set_moments(optimizer: Any, main: Tensor, moments: dict[str, Tensor], num_st
     """What `moments_of` gives, after `num_steps` steps; `main` has its weights already."""
     if isinstance(optimizer, OverPieces | AdamWWithHostMoments):
         optimizer.set_moments(main, moments, num_steps)
+        return
+    if any(eight_bit.SCALE in kind for kind in moments):
+        eight_bit.encode(optimizer, main, moments, num_steps)
         return
     dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
     stored: dict[str, Any] = {kind: moment.to(main.device, dtype, copy=True) for kind, moment in moments.items()}

@@ -12,7 +12,9 @@ from megadpo.model.families import ParameterShard
 
 KEPT = {
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw_8bit": ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"),
     "sgd": ("momentum_buffer",),
+    "muon": ("momentum_buffer",),
     "lion": ("exp_avg",),
     "frozen": (),
 }
@@ -40,14 +42,18 @@ FROZEN = Settings("frozen", 0.0, False)
 def settings_of(name: str, num_dimensions: int, train: TrainConfig) -> Settings:
     """What the options say of the tensor with this Hugging Face name.
 
-    Vectors, which norms and biases are, have weight decay only with `train.decay_norms_and_biases`.
+    Vectors, which norms and biases are, have weight decay only with `train.decay_norms_and_biases`. Muon is for the matrices
+    of the layers; embedding, head and vectors are AdamW's then.
     """
     if first_match(train.freeze, name) is not None:
         return FROZEN
     pattern = first_match(train.learning_rates, name)
     factor = 1.0 if pattern is None else train.learning_rates[pattern] / train.learning_rate
     decays = train.decay_norms_and_biases or (num_dimensions > 1 and not name.endswith(".bias"))
-    return Settings(train.optimizer, factor, decays)
+    rule = train.optimizer
+    if rule == "muon" and not (num_dimensions == 2 and name.startswith("model.layers.")):
+        rule = "adamw"
+    return Settings(rule, factor, decays)
 
 
 def kinds_of(settings: Settings, train: TrainConfig) -> tuple[str, ...]:

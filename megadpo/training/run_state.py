@@ -20,7 +20,7 @@ from megadpo.checkpoint.finite import FiniteWatch
 from megadpo.checkpoint.sharded import begin, step_directories, writer_name
 from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
-from megadpo.engine.megatron import is_first_replica
+from megadpo.engine.megatron_optimizer import is_first_replica
 from megadpo.engine.parameter_groups import kept_of
 from megadpo.errors import UserError
 from megadpo.model.build import stage_shards

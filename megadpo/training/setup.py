@@ -50,7 +50,7 @@ from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
 from megadpo.validation.model import (
     check_adapters,
 )
-from megadpo.validation.optimizer import check_optimizer_names
+from megadpo.validation.optimizer import check_optimizer_machine, check_optimizer_names
 from megadpo.validation.quantization import check_quantization_machine
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def _check_surroundings(config: Config) -> None:
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
     check_quantization_machine(config)
+    check_optimizer_machine(config)
     check_gradient_dtype(config.parallel, resolve_dtype(config.model.dtype) is torch.bfloat16)
     if config.checkpoint.before_deadline == "slurm":
         slurm_end(os.environ)

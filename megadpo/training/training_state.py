@@ -186,7 +186,7 @@ def open_training_state(
 def optimizer_record(train: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says of the optimizer: a run that goes on from it must say the same."""
     record: dict[str, Any] = {"name": train.optimizer, "freeze": sorted(train.freeze)}
-    return record | ({"has_momentum": train.momentum != 0} if train.optimizer == "sgd" else {})
+    return record | ({"has_momentum": train.momentum != 0} if train.optimizer in ("sgd", "muon") else {})
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: Mapping[str, Any]) -> None:

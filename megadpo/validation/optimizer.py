@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,18 @@ if TYPE_CHECKING:
 
     from megadpo.config.schema import Config, TrainConfig
 
-READ_BY = {"momentum": ("sgd",), "betas": ("adamw", "lion"), "eps": ("adamw",)}
+READ_BY = {
+    "momentum": ("sgd", "muon"),
+    "betas": ("adamw", "adamw_8bit", "lion", "muon"),
+    "eps": ("adamw", "adamw_8bit", "muon"),
+}
 """Options of `train` -> the optimizers that read them."""
+
+NOT_WITH_DEEPSPEED = {
+    "adamw_8bit": "whose flat groups join parameters that are to have blocks of their own",
+    "muon": "which keeps flat parts of parameters, where Muon needs whole matrices",
+}
+"""Optimizers that are built for Megatron's engine only, and why."""
 
 KEY, FREEZE = "train.learning_rates", "train.freeze"
 
@@ -46,11 +57,60 @@ def check_optimizer_options(config: Config) -> None:
                     f"{name} is {value}, but train.optimizer is {train.optimizer}, and only adamw's moments are kept like "
                     f"that; leave it at {default}, or use adamw"
                 )
+    if config.parallel.engine == "deepspeed" and train.optimizer in NOT_WITH_DEEPSPEED:
+        why = NOT_WITH_DEEPSPEED[train.optimizer]
+        raise UserError(
+            f"train.optimizer is {train.optimizer}, but parallel.engine is deepspeed, {why}; use engine megatron, or adamw, "
+            "sgd or lion"
+        )
     if train.decay_norms_and_biases and train.weight_decay == 0:
         raise UserError("train.decay_norms_and_biases is true, but train.weight_decay is 0; set that too or remove it")
     _check_rates(train)
     check_expressions(KEY, train.learning_rates)
     check_expressions(FREEZE, train.freeze)
+
+
+def check_optimizer_machine(config: Config) -> None:
+    """The library that has the optimizer is installed and works on this machine's device.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    if config.train.optimizer == "muon":
+        import torch
+
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(
+                f"train.optimizer is muon, which torch has from 2.9 on, and torch {torch.__version__} is installed; install "
+                "a newer one, or use adamw"
+            )
+    if config.train.optimizer == "adamw_8bit":
+        _check_eight_bits()
+
+
+def _check_eight_bits() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.optimizer is adamw_8bit, but the package bitsandbytes is not installed; install it (pip install "
+            "bitsandbytes; constraints.txt has the tested version) or use adamw, with train.moments_dtype bf16"
+        )
+    import torch
+
+    from megadpo.platform.device import compute_device
+
+    try:
+        from bitsandbytes.optim import AdamW8bit
+
+        tried = torch.nn.Parameter(torch.zeros(4096, device=compute_device()))
+        tried.grad = torch.ones_like(tried)
+        AdamW8bit([tried], lr=1.0).step()
+        assert bool((tried < 0).all()), "a step changed nothing"
+    except Exception as error:  # a native library that does not load, or has no kernels for this device
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"train.optimizer is adamw_8bit, but bitsandbytes does not take such a step on {compute_device().type} here "
+            f"({reason}); install a version for this machine or use adamw, with train.moments_dtype bf16"
+        ) from error
 
 
 def _shown(value: Any) -> Any:

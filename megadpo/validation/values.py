@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd"),
     "train.decay_shape": ("cosine", "linear", "1-sqrt"),
     "train.moments_dtype": ("fp32", "bf16"),
-    "train.optimizer": ("adamw", "sgd", "lion"),
+    "train.optimizer": ("adamw", "adamw_8bit", "sgd", "lion", "muon"),
     "train.on_spike": ("warn", "skip", "stop"),
     "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
@@ -60,7 +60,11 @@ DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch
 SPELLINGS: dict[str, dict[str, str]] = {
     "model.dtype": DTYPES,
     "train.moments_dtype": DTYPES,
-    "train.optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "train.optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+        **dict.fromkeys(("adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
+        **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "lion"),
+    },
     "train.schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "parallel.gradient_dtype": DTYPES,
 }
@@ -143,6 +147,7 @@ ABOVE_ZERO: Sequence[str] = (
     "train.epochs",
     "train.eps",
     "train.schedule_power",
+    "train.neftune_alpha",
     "train.decay_ratio",
     "train.spike_deviations",
     "checkpoint.before_deadline",

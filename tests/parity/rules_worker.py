@@ -3,6 +3,7 @@ gradients, which rank 0 puts together under Hugging Face names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class Case:
 
     @property
     def options(self) -> TrainConfig:
-        return TrainConfig(learning_rate=RATE, weight_decay=DECAY, clip_norm=CLIP, **self.train)
+        return TrainConfig(**{"learning_rate": RATE, "weight_decay": DECAY, "clip_norm": CLIP, **self.train})
 
     def __str__(self) -> str:
         engine = "Megatron" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
@@ -152,7 +153,7 @@ class Oracle:
 
     def __init__(self, weights: dict[str, Tensor], case: Case) -> None:
         self.parameters = {name: torch.nn.Parameter(values.clone()) for name, values in weights.items()}
-        self.rates: list[float] = []
+        self.clip_norm = case.options.clip_norm
         train, groups, muon = case.train, [], []
         for name, parameter in self.parameters.items():
             if is_frozen(name, case):
@@ -178,13 +179,17 @@ class Oracle:
                 from bitsandbytes.optim import Lion
 
                 return [Lion(groups, betas=train.get("betas", (0.9, 0.999)), min_8bit_size=1 << 60)]
+            case "muon":
+                momentum = train.get("momentum", 0.95)
+                of_layers = torch.optim.Muon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+                return [of_layers, torch.optim.AdamW(groups)]
         return [torch.optim.AdamW(groups)]
 
     def step(self, gradients: dict[str, Tensor], rate: float) -> float:
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         for name, parameter in trained.items():
             parameter.grad = gradients[name].clone()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), self.clip_norm or math.inf)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate / RATE

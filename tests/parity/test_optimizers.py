@@ -16,12 +16,16 @@ GROUPS = {
     "freeze": ["k_proj", "layers.1.mlp.up_proj", "input_layernorm"],
     "decay_norms_and_biases": True,
 }
+WHOLE = {"clip_norm": 0.0}
+"""Newton-Schulz computes in bfloat16, in which gradients whose norms differ in the last bit of float32 may round apart."""
 RULES = {
     "sgd": {"optimizer": "sgd"},
     "sgd, no momentum": {"optimizer": "sgd", "momentum": 0.0},
     "lion": {"optimizer": "lion", "betas": (0.9, 0.99)},
     "groups": GROUPS,
     "a stage that is frozen": {"freeze": ["embed_tokens", "layers.0.*"]},
+    "muon": {"optimizer": "muon", **WHOLE},
+    "groups of muon": {"optimizer": "muon", "momentum": 0.9, **WHOLE, **GROUPS},
     "groups of lion": {"optimizer": "lion", "betas": (0.95, 0.98), **GROUPS},
 }
 ALIKE = {
@@ -72,4 +76,14 @@ def test_fifty_steps_of_deepspeed_are_those_of_the_library_on_the_same_gradients
             Case(Layout(pipeline=2), OF_DEEPSPEED["groups of sgd"], 1),
         ]
     for case, outcome in zip(cases, run_world(2, outcomes, model, cases)[0], strict=True):
+        check(case, outcome)
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_experts_are_those_of_the_library_on_the_same_gradients(tmp_path):
+    mixture = save_model(tmp_path / "model", "qwen3_moe", tokenizer=False, num_hidden_layers=1)
+    patterns = {"learning_rates": {"experts.0.*": 1e-3}, "freeze": ["experts.1.up_proj", "experts.2.*"]}
+    cases = [Case(Layout(data=2, expert=2), {"optimizer": name, **WHOLE, **patterns}) for name in ("muon", "sgd")]
+    cases += [Case(Layout(tensor=2, sequence=True, expert_tensor=2), {"optimizer": "muon", **WHOLE, **patterns})]
+    for case, outcome in zip(cases, run_world(2, outcomes, mixture, cases)[0], strict=True):
         check(case, outcome)

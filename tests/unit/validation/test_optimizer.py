@@ -7,6 +7,7 @@ import pytest
 from megadpo.errors import UserError
 from megadpo.model.by_name import first_match
 from megadpo.validation.load import load_config
+from megadpo.validation.optimizer import check_optimizer_machine
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,10 @@ from megadpo.validation.load import load_config
             r"train\.optimizer: 'adafactor' is not available in this version .*; choose one of: adamw",
         ),
         ({"optimizer": "loin"}, r"train\.optimizer: 'loin' is not known; .*did you mean 'lion'\?"),
-        ({"momentum": 0.8}, r"train\.momentum is 0\.8, but train\.optimizer is adamw, which does not read it; .* use sgd"),
+        (
+            {"momentum": 0.8},
+            r"train\.momentum is 0\.8, but train\.optimizer is adamw, which does not read it; .* sgd or muon",
+        ),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, r"train\.betas is \[0\.9, 0\.99\], but train\.optimizer is sgd, which"),
         ({"optimizer": "lion", "eps": 1e-6}, r"train\.eps is 1e-06, but train\.optimizer is lion, which does not read it"),
         ({"optimizer": "sgd", "momentum": 1.0}, r"train\.momentum must be in \[0, 1\), got 1\.0"),
@@ -32,6 +36,24 @@ from megadpo.validation.load import load_config
 def test_what_makes_no_sense_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         load_config({"train": options})
+
+
+@pytest.mark.parametrize(("optimizer", "reason"), [("adamw_8bit", "whose flat groups"), ("muon", "which keeps flat parts")])
+def test_what_is_not_built_for_deepspeed_is_refused_with_the_reason(optimizer, reason):
+    with pytest.raises(UserError, match=rf"^train\.optimizer is {optimizer}, but parallel\.engine is deepspeed, {reason}"):
+        load_config({"train": {"optimizer": optimizer}, "parallel": {"engine": "deepspeed"}})
+
+
+def test_a_missing_library_is_said_at_the_start(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^train\.optimizer is adamw_8bit, but the package bitsandbytes is not installed"):
+        check_optimizer_machine(load_config({"train": {"optimizer": "adamw_8bit"}}))
+
+
+def test_a_torch_without_muon_is_said_at_the_start(monkeypatch):
+    monkeypatch.delattr("torch.optim.Muon")
+    with pytest.raises(UserError, match=r"^train\.optimizer is muon, which torch has from 2\.9 on, and torch "):
+        check_optimizer_machine(load_config({"train": {"optimizer": "muon"}}))
 
 
 def test_offload_is_adamw_s():

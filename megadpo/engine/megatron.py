@@ -238,7 +238,7 @@ class MegatronEngine:
         names = dict.fromkeys(f"{type(rule).__module__}.{type(rule).__name__}" for rule in used)
         return {
             "engine": "megatron",
-            "optimizer": " and ".join(names),
+            "optimizer": " and ".join(names) or "none on this rank",
             "gradient accumulation fusion": self.fusion,
         }
 

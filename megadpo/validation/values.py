@@ -62,8 +62,8 @@ SPELLINGS: dict[str, dict[str, str]] = {
     "train.moments_dtype": DTYPES,
     "train.optimizer": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-        **dict.fromkeys(("adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
-        **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "lion"),
+        "adamw_bnb_8bit": "adamw_8bit",
+        "lion_32bit": "lion",
     },
     "train.schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "parallel.gradient_dtype": DTYPES,
@@ -79,15 +79,9 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
     "model.dtype": HALF,
     "train.moments_dtype": HALF,
     "train.optimizer": (
-        "adafactor",
-        "adagrad",
-        "rmsprop",
-        "galore_adamw",
-        "apollo_adamw",
-        "lomo",
-        "shampoo",
-        "soap",
-        "adam",
+        *("adafactor", "adagrad", "rmsprop", "galore_adamw", "apollo_adamw", "lomo", "shampoo", "soap", "adam"),
+        *("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+        *("paged_lion", "paged_lion_32bit", "paged_lion_8bit", "lion_8bit"),
     ),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
@@ -98,7 +92,17 @@ WHY_NOT = {
 }
 """Why such a value is not built, where that says more than that it is not."""
 
-NEAREST = dict.fromkeys(HALF, "bf16")
+NEAREST = {
+    **dict.fromkeys(HALF, "bf16"),
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_adamw": "adamw with parallel.offload cpu",
+    "paged_adamw_32bit": "adamw with parallel.offload cpu",
+    "paged_lion": "lion",
+    "paged_lion_32bit": "lion",
+    "paged_lion_8bit": "lion",
+    "lion_8bit": "lion",
+    "adam": "adamw",
+}
 """What to use in place of a well-known value, where its spelling does not lead there."""
 
 AT_LEAST: dict[str, int] = {

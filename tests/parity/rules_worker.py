@@ -160,7 +160,8 @@ class Oracle:
                 parameter.requires_grad_(False)
                 continue
             decays = parameter.ndim > 1 or train.get("decay_norms_and_biases", False)
-            found = [rate for part, rate in train.get("learning_rates", {}).items() if part in name]
+            rates = train.get("learning_rates", {})
+            found = [rate for part, rate in rates.items() if part.removesuffix(".*") in name]
             group = {
                 "params": [parameter],
                 "lr": found[0] if found else RATE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -57,10 +59,17 @@ def check(case: Case, outcome: Outcome) -> None:
         assert norm == pytest.approx(expected, rel=1e-5), str(case)
 
 
+IN_LAYOUT = {
+    "data": ("sgd", "sgd, no momentum", "lion", "groups of lion", "muon"),
+    "tensor": ("sgd", "groups", "groups of muon"),
+    "pipeline": ("lion", "groups of lion", "muon", "a stage that is frozen"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fifty_steps_are_those_of_the_library_on_the_same_gradients(model, layout):
-    cases = [Case(LAYOUTS[layout], train) for train in RULES.values()]
+    cases = [Case(LAYOUTS[layout], RULES[name]) for name in IN_LAYOUT[layout]]
     for case, outcome in zip(cases, run_world(2, outcomes, model, cases)[0], strict=True):
         check(case, outcome)
 
@@ -86,4 +95,16 @@ def test_fifty_steps_of_experts_are_those_of_the_library_on_the_same_gradients(t
     cases = [Case(Layout(data=2, expert=2), {"optimizer": name, **WHOLE, **patterns}) for name in ("muon", "sgd")]
     cases += [Case(Layout(tensor=2, sequence=True, expert_tensor=2), {"optimizer": "muon", **WHOLE, **patterns})]
     for case, outcome in zip(cases, run_world(2, outcomes, mixture, cases)[0], strict=True):
+        check(case, outcome)
+
+
+@pytest.mark.slow
+def test_an_embedding_that_is_the_head_of_another_stage_too_is_updated_or_frozen_as_one(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "tie_word_embeddings": True}
+    tied = save_model(tmp_path / "model", "qwen2", tokenizer=False, **sizes)
+    both = ({"learning_rates": {"embed_tokens": 5e-4}}, {"optimizer": "lion", "freeze": ["embed_tokens"]})
+    cases = [Case(Layout(pipeline=2), train) for train in both]
+    if importlib.util.find_spec("deepspeed") is not None:
+        cases += [Case(Layout(pipeline=2), train, 1) for train in both]
+    for case, outcome in zip(cases, run_world(2, outcomes, tied, cases, 10)[0], strict=True):
         check(case, outcome)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from megadpo.errors import UserError
 from megadpo.model.by_name import first_match
@@ -16,6 +20,10 @@ from megadpo.validation.optimizer import check_optimizer_machine
         (
             {"optimizer": "adafactor"},
             r"train\.optimizer: 'adafactor' is not available in this version .*; choose one of: adamw",
+        ),
+        (
+            {"optimizer": "paged_adamw_8bit"},
+            r"'paged_adamw_8bit' is not available .* megadpo; use adamw_8bit",
         ),
         ({"optimizer": "loin"}, r"train\.optimizer: 'loin' is not known; .*did you mean 'lion'\?"),
         (
@@ -59,6 +67,13 @@ def test_a_torch_without_muon_is_said_at_the_start(monkeypatch):
 def test_offload_is_adamw_s():
     with pytest.raises(UserError, match=r"^parallel\.offload is cpu, but train\.optimizer is sgd, and only adamw's moments"):
         load_config({"train": {"optimizer": "sgd"}, "parallel": {"offload": "cpu"}})
+
+
+def test_the_manual_s_configurations_are_read():
+    manual = (Path(__file__).parents[3] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", manual, re.DOTALL)]
+    options = [load_config(block).train for block in blocks]
+    assert [train.optimizer for train in options] == ["lion", "adamw"] and options[0].freeze[0] == r"layers\.[0-7]\..*"
 
 
 def test_names_that_other_trainers_have_for_adamw_are_read():

@@ -171,7 +171,7 @@ def open_training_state(
     state = TrainingState.of(checkpoint)
     _check_adapter(checkpoint, adapter)
     _check_optimizer(checkpoint, optimizer)
-    for kind, sizes in (shapes | ({"reference": shapes["weights"]} if with_reference else {})).items():
+    for kind, sizes in (dict(shapes) | ({"reference": shapes["weights"]} if with_reference else {})).items():
         source = checkpoint.source(kind)
         found = set(source.names())
         for name, size in sizes.items():

@@ -89,12 +89,12 @@ def test_fifty_steps_of_deepspeed_are_those_of_the_library_on_the_same_gradients
 
 
 @pytest.mark.slow
-def test_fifty_steps_of_experts_are_those_of_the_library_on_the_same_gradients(tmp_path):
+def test_steps_of_experts_are_those_of_the_library_on_the_same_gradients(tmp_path):
     mixture = save_model(tmp_path / "model", "qwen3_moe", tokenizer=False, num_hidden_layers=1)
     patterns = {"learning_rates": {"experts.0.*": 1e-3}, "freeze": ["experts.1.up_proj", "experts.2.*"]}
     cases = [Case(Layout(data=2, expert=2), {"optimizer": name, **WHOLE, **patterns}) for name in ("muon", "sgd")]
     cases += [Case(Layout(tensor=2, sequence=True, expert_tensor=2), {"optimizer": "muon", **WHOLE, **patterns})]
-    for case, outcome in zip(cases, run_world(2, outcomes, mixture, cases)[0], strict=True):
+    for case, outcome in zip(cases, run_world(2, outcomes, mixture, cases, 8)[0], strict=True):
         check(case, outcome)
 
 

@@ -11,7 +11,15 @@ import torch
 
 from megadpo.checkpoint.sharded import open_checkpoint
 from megadpo.errors import UserError
-from tests.helpers.runs import exported_weights, resumed_and_whole, run_settings, save_files, train_run, weights_in
+from tests.helpers.runs import (
+    exported_weights,
+    resumed_and_whole,
+    run_settings,
+    save_files,
+    train_each,
+    train_run,
+    weights_in,
+)
 from tests.helpers.worlds import run_world
 
 GROUPS = {"learning_rates": {"embed_tokens": 1e-4, r"layers\.1\..*": 3e-3}, "freeze": ["k_proj", "input_layernorm"]}
@@ -102,6 +110,15 @@ def test_rates_and_freezing_go_by_the_names_of_adapters_where_these_are_trained(
 
     trained = {name: bool(values.any()) for name, values in load_file(path).items() if "lora_B" in name}
     assert trained == {name: ".layers.1." in name for name in trained} and len(trained) == 4
+
+
+def test_layers_that_are_computed_again_learn_above_a_frozen_embedding(files, tmp_path):
+    runs = [
+        settings_of(files, tmp_path / how, {"freeze": ["embed_tokens"], "recompute": how, "steps": 2})
+        for how in ("none", "full")
+    ]
+    kept, again = run_world(1, train_each, runs)[0]
+    assert [record["grad_norm"] for record in again] == pytest.approx([record["grad_norm"] for record in kept], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from megadpo.checkpoint.finite import FiniteWatch
 from megadpo.checkpoint.sharded import begin, step_directories, writer_name
 from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
-from megadpo.engine.megatron import is_first_replica
+from megadpo.engine.megatron_optimizer import is_first_replica
+from megadpo.engine.parameter_groups import kept_of
 from megadpo.errors import UserError
 from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
@@ -38,7 +40,6 @@ from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Run
 from megadpo.training.saving import Save
-from megadpo.training.training_state import STATE_KINDS
 
 
 def save(run: Run, step: int) -> Path:
@@ -71,6 +72,7 @@ def save(run: Run, step: int) -> Path:
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
         "config": redacted(setup.config.to_dict()),
+        "optimizer": setup.search.optimizer,
         **({} if setup.search.adapter is None else {"adapter": setup.search.adapter}),
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }
@@ -84,9 +86,10 @@ def save(run: Run, step: int) -> Path:
 
 def _num_bytes(run: Run) -> int:
     """Of what `_owned_state` gives here: fp32 weights and moments, and a moving reference."""
-    owned = [shard for parameter, shard in run.engine.stage.parameters.values() if is_first_replica(parameter)]
-    num_kinds = len(STATE_KINDS) + (run.setup.config.reference.sync_every is not None)
-    return 4 * num_kinds * sum(math.prod(shard.shape) for shard in owned)
+    owned = [shard for parameter, shard in run.engine.stage.held.values() if is_first_replica(parameter)]
+    num_always = 1 + (run.setup.config.reference.sync_every is not None)
+    num_kinds = [num_always + len(kept_of(shard, run.setup.config.train)) for shard in owned]
+    return 4 * sum(num * math.prod(shard.shape) for num, shard in zip(num_kinds, owned, strict=True))
 
 
 def _last_stage_delta(run: Run) -> list[float]:
@@ -99,15 +102,21 @@ def _last_stage_delta(run: Run) -> list[float]:
 def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     """What this rank writes: each shard that several ranks hold is written by the first of them."""
     for kind, name, tensor in run.engine.state():  # every rank takes part in putting each tensor together
-        parameter, shard = run.engine.stage.parameters[name]
+        parameter, shard = run.engine.stage.held[name]
         if is_first_replica(parameter):
-            yield kind, shard, tensor
+            yield kind, _kept_part(run, kind, shard), tensor
     if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
         for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
                 yield "reference", shard, values.clone()  # it moves while it is written
+
+
+def _kept_part(run: Run, kind: str, shard: ParameterShard) -> ParameterShard:
+    """The shard without the tensors of which a checkpoint does not have this kind."""
+    names = run.setup.search.kept[kind]
+    return replace(shard, pieces=tuple(piece for piece in shard.pieces if piece.logical_name in names))
 
 
 def _seen(
@@ -146,12 +155,12 @@ def resume(run: Run) -> int:
             f"the run was planned for {counted(state.num_steps, 'step')} and now has {setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
-    sources = {kind: checkpoint.source(kind) for kind in STATE_KINDS}
+    sources = {kind: checkpoint.source(kind) for kind in setup.search.kept}
 
     def read(kind: str, name: str) -> Tensor:
-        parameter, shard = run.engine.stage.parameters[name]
+        parameter, shard = run.engine.stage.held[name]
         tensor = torch.empty(shard.shape, dtype=torch.float32, device=parameter.device)
-        fill_shard(shard, sources[kind], tensor)
+        fill_shard(_kept_part(run, kind, shard), sources[kind], tensor)
         return tensor
 
     run.spikes.load(state.spikes)
@@ -241,7 +250,7 @@ def _whole_tensors(run: Run, watch: FiniteWatch) -> Iterator[tuple[str, Tensor]]
         return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks, spec)}
 
     for name, values in watch.passing(run.engine.parameters()):
-        parameter, shard = stage.parameters[name]
+        parameter, shard = stage.held[name]
         if not shard.is_primary or not is_first_replica(parameter):
             continue  # the embedding's stage, or the first replica, gives it
         if is_expert(name):

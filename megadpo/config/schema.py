@@ -108,7 +108,8 @@ class DataConfig:
     """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
     from Python also `datasets.Dataset`. Required for training."""
     eval: Any = None
-    """Held-out pairs, given like `data.train`; null = no evaluation."""
+    """Held-out pairs, given like `data.train`, or several sets of them, each evaluated on its own: `{name: source, …}`; from
+    Python also a dict of datasets or a `datasets.DatasetDict`; null = no evaluation. See docs/held_out.md."""
     shuffle: bool = True
     """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
     step_tokens_multiple_of: int | None = None
@@ -350,7 +351,19 @@ class EvalConfig:
     every: int = 0
     """Evaluate on `data.eval` every this many steps; 0 = only after the last step."""
     pairs: int | None = None
-    """Use only the first this many pairs of `data.eval`; null = all."""
+    """Use only the first this many pairs of each set of `data.eval`; null = all."""
+    at_start: bool = False
+    """Evaluate before the first step, too, as step 0."""
+    best_metric: str | None = None
+    """Keep the checkpoint of the best evaluation by this metric, beyond `checkpoint.keep`, and export it, not the last one:
+    named as in metrics.jsonl (`eval_loss`, `eval_NAME_rewards/accuracies`), with or without `eval_`; null = the last."""
+    best_direction: str = "auto"
+    """What is better of `best_metric`: `max`, `min`, or `auto`: less of a loss, more of accuracies and margins; of others it
+    must be said."""
+    patience: int | None = None
+    """End the run after this many evaluations without a better `best_metric`; null = never."""
+    min_improvement: float = 0.0
+    """By how much `best_metric` must be better than the best before, to count for `patience`."""
 
 
 @dataclass

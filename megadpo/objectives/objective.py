@@ -108,7 +108,7 @@ class Objective:
             couples_batch=specs.couples_batch(options),
             measures_kl=specs.measures_kl(losses),
             runs_delta=specs.runs_delta(options),
-            metric_names=_metric_names(options),
+            metric_names=metric_names(options),
         )
 
     @property
@@ -132,7 +132,7 @@ def loss_function(name: str) -> Loss:
     return function
 
 
-def _metric_names(options: ObjectiveConfig) -> tuple[str, ...]:
+def metric_names(options: ObjectiveConfig) -> tuple[str, ...]:
     """Of several losses, each has its own "loss/NAME"."""
     kind = specs.kind_of(options.loss_types)
     names: tuple[str, ...]

@@ -13,6 +13,7 @@ import torch
 from megadpo.checkpoint.companions import Companions, companions_of
 from megadpo.checkpoint.peft import peft_config
 from megadpo.config.schema import Config
+from megadpo.config.sources import eval_label, eval_sets, is_held_out
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
@@ -63,8 +64,8 @@ class RunSetup:
         config: resolved.
         companions: config.json and tokenizer of the policy, for checkpoints and export.
         train: the training groups, ready to be packed.
-        eval: the held-out groups, where there are any.
-        reports: what became of the rows of "train" and "eval".
+        eval: the held-out sets by name; one without a name is "".
+        reports: what became of the rows of "train", and of each held-out set under its `eval_label`.
         sampler: which training groups each step sees.
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
@@ -81,7 +82,7 @@ class RunSetup:
     reference: ModelFiles
     companions: Companions
     train: PackedDataset
-    eval: PackedDataset | None
+    eval: dict[str, PackedDataset]
     reports: dict[str, DataReport]
     sampler: StepSampler
     num_steps: int
@@ -101,6 +102,12 @@ class RunSetup:
     def resume(self) -> Path | None:
         """The step directory to go on from, or None."""
         return self.origin.checkpoint
+
+    @property
+    def resumes_own(self) -> bool:
+        """Whether the run goes on from a checkpoint of its own directory."""
+        root = (self.output_dir / "checkpoints").resolve()
+        return self.resume is not None and self.resume.resolve().parent == root
 
     @property
     def resumed_from(self) -> str | None:
@@ -140,7 +147,10 @@ def prepare(config: Config) -> RunSetup:
     look_at_data(config)
     reports: dict[str, DataReport] = {}
     train = packed_data(config, config.data.train, policy, layout, reports, "train")
-    held_out = None if config.data.eval is None else packed_data(config, config.data.eval, policy, layout, reports, "eval")
+    held_out = {
+        name: packed_data(config, sources, policy, layout, reports, eval_label(name))
+        for name, sources in eval_sets(config.data.eval).items()
+    }
     sampler = step_sampler(config, train)
     num_steps = config.train.steps or sampler.num_steps
     assert num_steps is not None
@@ -249,9 +259,9 @@ def check_token_ids(groups: GroupStore, model: ModelOfTokens) -> None:
 
 def look_at_data(config: Config) -> None:
     """Sources that cannot be read are said before any of them is tokenised."""
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        if sources is not None:
-            look_at(config.data, sources, reading_of(config.objective), held_out=name == "eval")
+    look_at(config.data, config.data.train, reading_of(config.objective), held_out=False)
+    for sources in eval_sets(config.data.eval).values():
+        look_at(config.data, sources, reading_of(config.objective), held_out=True)
 
 
 def packed_data(
@@ -270,11 +280,11 @@ def packed_data(
     Args:
         made: as of `prepare_groups`.
     """
-    reading, held_out = reading_of(config.objective), which == "eval"
+    reading, held_out = reading_of(config.objective), is_held_out(which)
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading, held_out, made)
     check_token_ids(prepared.groups, model)
     groups = prepared.groups
-    if which == "eval" and config.eval.pairs is not None:
+    if held_out and config.eval.pairs is not None:
         groups = groups.first(config.eval.pairs)
     check_mismatched_fit(config, groups)
     reports[which] = prepared.report

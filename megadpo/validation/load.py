@@ -15,7 +15,7 @@ from typing import Any
 
 from megadpo.config import foreign, strict
 from megadpo.config.schema import PATHS, Config
-from megadpo.config.sources import check_sources
+from megadpo.config.sources import check_eval_sets, check_sources
 from megadpo.errors import UserError
 from megadpo.files import expanded
 from megadpo.validation.adapters import choose_reference_mode
@@ -43,8 +43,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
     except strict.UnknownKey as error:
         raise _in_our_words(error) from None
-    for name in ("train", "eval"):
-        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    config.data.train = check_sources(config.data.train, "data.train")
+    config.data.eval = check_eval_sets(config.data.eval, "data.eval")
     replace_spellings(config)
     _expand_paths(config)
     choose_reference_mode(config)

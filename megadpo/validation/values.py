@@ -15,6 +15,7 @@ from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward
 from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.evaluation import check_evaluation
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 from megadpo.validation.quantization import check_quantization_options
@@ -51,6 +52,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),
+    "eval.best_direction": ("auto", "min", "max"),
 }
 """The values each option may have in this version."""
 
@@ -117,6 +119,8 @@ AT_LEAST: dict[str, int] = {
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,
+    "eval.patience": 1,
+    "eval.min_improvement": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "logging.every": 1,
@@ -157,6 +161,7 @@ def validate(config: Config) -> None:
     _check_contradictions(config)
     check_deepspeed_options(config)
     check_memory_options(config)
+    check_evaluation(config)
     check_logging_options(config.logging)
     check_combinations(config)
 
@@ -368,7 +373,7 @@ def _check_schedule(train: TrainConfig) -> None:
 
 
 def _check_contradictions(config: Config) -> None:
-    train, data = config.train, config.data
+    train = config.train
     if train.steps is not None and train.epochs is not None:
         raise UserError(
             f"train.steps ({train.steps}) and train.epochs ({train.epochs:g}) are both given; set one of them to null"
@@ -395,6 +400,3 @@ def _check_contradictions(config: Config) -> None:
             f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a reference that is "
             f"{config.reference.mode} runs on train's micro-batches; remove it"
         )
-    if data.eval is None and (config.eval.every or config.eval.pairs is not None):
-        option = "eval.every" if config.eval.every else "eval.pairs"
-        raise UserError(f"{option} is set, but there is nothing to evaluate on; set data.eval as well")

@@ -15,6 +15,7 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.formats import Reading
 from megadpo.objectives import specs
+from megadpo.objectives.custom import own_loss
 from megadpo.objectives.reference_free import alpha_reward
 from megadpo.objectives.specs import SPECS
 from megadpo.objectives.statistics import ResponseStatistics
@@ -86,14 +87,18 @@ class Objective:
     metric_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, options: ObjectiveConfig) -> Objective:
+    def of(cls, options: ObjectiveConfig, own: Loss | None = None) -> Objective:
         """The objective of checked options.
+
+        Args:
+            own: the loss `custom`, in place of what `objective.module` names.
 
         Raises:
             ImportError, AttributeError: a line of `specs.SPECS` names no function.
         """
         losses = options.loss_types
-        terms = [Term(name, weight, loss_function(name)) for name, weight in zip(losses, options.weights, strict=True)]
+        functions = [own_loss(own) if own is not None and name == "custom" else loss_function(name) for name in losses]
+        terms = [Term(*one) for one in zip(losses, options.weights, functions, strict=True)]
         if options.nll_coef:
             terms.append(Term("nll", options.nll_coef, sft, weighted_by_wpo=False))
         needs_reference = specs.needs_reference(losses)

@@ -60,7 +60,7 @@ class EvaluatedSet:
         lengths: int64 [R]: the tokens that were summed.
         rewards: float64 [R]: what the metrics call the reward.
         labels: float64 [R]: of labelled answers, 1 for a desirable one and 0 for an undesirable one; of others 1.
-        metrics: what the evaluation has given for this set, by the names that metrics.jsonl has.
+        metrics: what the evaluation has given for this set, by name without prefix: "loss", "rewards/margins", …
     """
 
     name: str

@@ -160,7 +160,7 @@ def _own_metrics(run: Run, name: str, packing: PackedDataset, table_RC: Tensor, 
             lengths=lengths.astype(np.int64),
             rewards=rewards,
             labels=labels,
-            metrics=metrics,
+            metrics={metric.removeprefix(eval_prefix(name)): value for metric, value in metrics.items()},
         )
         assert run.callbacks.compute_metrics is not None
         found.update(checked_metrics(run.callbacks.compute_metrics(evaluated), eval_prefix(name), metrics))

@@ -25,7 +25,7 @@ from megadpo.model.families import TensorSource, logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape, head_work
 from megadpo.objectives.custom import load_custom
-from megadpo.objectives.objective import Objective
+from megadpo.objectives.objective import Loss, Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
@@ -73,6 +73,7 @@ class RunSetup:
         begun: what an adapter began with that is a part of the policy, once `decomposition.begin_with_parts` has made it.
         adapter: what is trained in place of the policy's own parameters; None: those are.
         reference_adapter: what the reference has in place of it, with `reference.adapter`.
+        own_objective: the loss `custom` where it is a function that was given in Python.
     """
 
     config: Config
@@ -92,6 +93,7 @@ class RunSetup:
     begun: Begun | None = None
     adapter: AdapterFiles | None = None
     reference_adapter: AdapterFiles | None = None
+    own_objective: Loss | None = None
 
     @property
     def frozen(self) -> TensorSource:
@@ -125,18 +127,21 @@ class RunSetup:
     @cached_property
     def objective(self) -> Objective:
         """What is trained for, from `config.objective`."""
-        return Objective.of(self.config.objective)
+        return Objective.of(self.config.objective, self.own_objective)
 
 
-def prepare(config: Config) -> RunSetup:
+def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
     """Check everything and make the data ready, before any process group exists.
+
+    Args:
+        own_objective: as in `RunSetup`.
 
     Raises:
         UserError: whatever cannot work.
     """
     config.require_for_training()
     config = with_adapter_s_base(config).resolved()
-    _check_surroundings(config)
+    _check_surroundings(config, own_objective)
     layout = choose_layout(config.parallel, world_size())
     policy, reference = open_models(config, layout)
     adapter = trained_adapter(config, policy)
@@ -180,12 +185,13 @@ def prepare(config: Config) -> RunSetup:
         origin=origin,
         adapter=adapter,
         reference_adapter=reference_adapter(config, policy, adapter),
+        own_objective=own_objective,
     )
 
 
-def _check_surroundings(config: Config) -> None:
+def _check_surroundings(config: Config, own_objective: Loss | None) -> None:
     """What the options name outside of models and data is here: a loss function, packages, devices, directories."""
-    if config.objective.module is not None:
+    if config.objective.module is not None and own_objective is None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)

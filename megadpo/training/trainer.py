@@ -26,6 +26,7 @@ from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
+from megadpo.objectives.objective import Loss
 from megadpo.parallel.agreement import from_all_ranks, problem_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
@@ -54,8 +55,11 @@ if TYPE_CHECKING:
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
 
 
-def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
+def run_training(config: Config, callbacks: Callbacks | None = None, objective: Loss | None = None) -> Result:
     """The whole of training; see the head of this file.
+
+    Args:
+        objective: the loss `custom`, in place of what `objective.module` names.
 
     Raises:
         UserError: whatever cannot work, in one sentence, before anything but the lock is written; a spike; what is not
@@ -64,11 +68,12 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         KeyboardInterrupt: SIGINT came before the first step, or for the second time.
     """
     callbacks = Callbacks.checked(callbacks)
-    check_best_metric(config, None if callbacks.compute_metrics is None else [])
+    if callbacks.compute_metrics is None:  # else the first evaluation tells which names there are
+        check_best_metric(config)
     began = time.time()
     config.require_for_training()
     with noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
-        setup = prepare(config)
+        setup = prepare(config, objective)
         stopping = Stopping(request)
         if rank() == 0:
             num_parameters = sum(math.prod(shape) for shape in setup.trained_shapes.values())

@@ -56,18 +56,18 @@ def metrics_of_evaluation(config: Config) -> list[str]:
     return [eval_prefix(one) + name for one in eval_sets(config.data.eval) for name in (*names, "seconds")]
 
 
-def check_best_metric(config: Config, own: Iterable[str] | None = None) -> None:
+def check_best_metric(config: Config, own: Iterable[str] = ()) -> None:
     """Refuse a metric that no evaluation gives.
 
     Args:
-        own: names that a user's own function has given; None: there is no such function.
+        own: names that a user's own function has given.
 
     Raises:
         UserError: with the names that there are.
     """
     if config.eval.best_metric is None:
         return
-    metric, known = full_name(config.eval.best_metric), [*metrics_of_evaluation(config), *(own or ())]
+    metric, known = full_name(config.eval.best_metric), [*metrics_of_evaluation(config), *own]
     if metric in known:
         return
     guess = strict.closest(metric, known)

@@ -22,10 +22,15 @@ from megadpo.validation.adapters import choose_reference_mode
 from megadpo.validation.values import replace_spellings, validate
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), own_objective: str | None = None
+) -> Config:
     """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
 
     An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
+
+    Args:
+        own_objective: how a function is called that the loss `custom` is, in place of one that `objective.module` names.
 
     Raises:
         UserError: file missing or not YAML, unknown or repeated key, wrong type, anything that `validate` refuses.
@@ -43,6 +48,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
     except strict.UnknownKey as error:
         raise _in_our_words(error) from None
+    if own_objective is not None:
+        _take_own_objective(config, own_objective)
     config.data.train = check_sources(config.data.train, "data.train")
     config.data.eval = check_eval_sets(config.data.eval, "data.eval")
     replace_spellings(config)
@@ -50,6 +57,15 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     choose_reference_mode(config)
     validate(config)
     return config
+
+
+def _take_own_objective(config: Config, name: str) -> None:
+    options = config.objective
+    if "custom" not in options.loss_types:
+        raise UserError(f"objective={name} was given, but objective.loss_type is {options.loss_type}; set it to custom")
+    if options.module is not None:
+        raise UserError(f"objective={name} was given, and objective.module is {options.module}; leave one of them out")
+    options.module = name
 
 
 def _in_our_words(error: strict.UnknownKey) -> UserError:

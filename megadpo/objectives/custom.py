@@ -1,4 +1,4 @@
-"""An objective of the user's own, `objective.loss_type: custom`: that of `objective.module: path.py:function`, or a function.
+"""An objective of the user's own, `objective.loss_type: custom`: what `objective.module` names, or a function from Python.
 
 The file is named by the user's own YAML or command line and is run as it is; nothing read from a model or a checkpoint can
 name one.

@@ -18,31 +18,42 @@ from megadpo.errors import UserError
 from tests.helpers.runs import exported_weights, read_metrics, resumed_and_whole, run_settings, save_files, weights_in
 from tests.helpers.worlds import run_world
 
-METRIC = "eval_other_loss"
+METRIC = "eval_noisy_loss"
 PATIENCE = 3
 EXAMPLE = "examples/custom_objective.py:squared_hinge"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Few pairs to learn by heart, and others."""
+    """Four pairs, and the same with one of their labels wrong: who becomes too sure of the four is punished there."""
     directory = save_files(
-        *(tmp_path_factory.mktemp("files"), "qwen3", 24), num_hidden_layers=1, hidden_size=32, intermediate_size=48
+        *(tmp_path_factory.mktemp("files"), "qwen3", 24), num_hidden_layers=2, hidden_size=32, intermediate_size=48
     )
     rows = (directory / "train.jsonl").read_text().splitlines(keepends=True)
     (directory / "few.jsonl").write_text("".join(rows[:4]))
+    last = json.loads(rows[3])
+    flipped = json.dumps({"chosen": last["rejected"], "rejected": last["chosen"]})
+    (directory / "noisy.jsonl").write_text("".join(rows[:3]) + flipped + "\n" + "".join(rows[3:]))
     return directory
 
 
 def overfitting(files: Path, output_dir: Path, **changes: dict[str, Any]) -> dict[str, Any]:
-    """A run that learns four pairs by heart: what it says of others becomes better for some steps, then worse."""
-    sets = {"other": str(files / "eval.jsonl"), "seen": [{"path": str(files / "few.jsonl")}]}
+    """A run that learns four pairs by heart: on the noisy ones it becomes better for some steps, then worse."""
+    sets = {"noisy": str(files / "noisy.jsonl"), "seen": [{"path": str(files / "few.jsonl")}]}
     given: dict[str, dict[str, Any]] = {
         "data": {"train": str(files / "few.jsonl"), "eval": sets, "max_length": 96},
-        "train": {"steps": 20, "pairs_per_step": 4, "tokens_per_micro_batch": 512, "warmup_steps": 0, "learning_rate": 1e-2},
-        "eval": {"every": 1, "pairs": 8, "best_metric": METRIC, "patience": PATIENCE},
+        "train": {
+            "steps": 20,
+            "pairs_per_step": 4,
+            "tokens_per_micro_batch": 512,
+            "warmup_steps": 0,
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+        },
+        "eval": {"every": 1, "pairs": 4, "best_metric": METRIC, "patience": PATIENCE},
         "checkpoint": {"keep": 1},
     }
+    given["train"] |= {"learning_rate": 5e-4, "schedule": "constant"}
     for section, values in changes.items():
         given[section] = given.get(section, {}) | values
     return run_settings(files, output_dir, **given)
@@ -91,8 +102,8 @@ def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_f
     assert [record["step"] for record in records] == list(range(result.steps + 1)), "from the start to the end, each once"
     assert records[0].keys() & {"loss", METRIC, "eval_seen_loss"} == {METRIC, "eval_seen_loss"}
     assert records[0][METRIC] == pytest.approx(math.log(2)) == records[0]["eval_seen_loss"]
-    assert records[-1]["eval_seen_loss"] < 0.2 < records[-1][METRIC] and "eval_loss" not in records[-1]
-    assert "step 0: held-out other: loss 0.6931" in said and f"step {best}: held-out seen: loss" in said
+    assert records[-1]["eval_seen_loss"] < 0.1 < 0.5 < records[-1][METRIC] and "eval_loss" not in records[-1]
+    assert "step 0: held-out noisy: loss 0.6931" in said and f"step {best}: held-out seen: loss" in said
     assert f"the run ends after step {result.steps} of 20: {METRIC}" in said and f"model of step {best}, the best by" in said
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,7 +118,7 @@ def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_f
     assert f"nothing is left to train: the run has ended after step {result.steps} of 20" in said
     assert (again.steps, again.best_step, again.ended) == (result.steps, best, result.ended)
     assert_is_export_of(run, best, tmp_path / "again")
-    assert "eval_other_loss" in (run / "report.html").read_text()
+    assert "eval_noisy_loss" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -169,7 +180,7 @@ def _with_callbacks(settings: dict[str, Any], ends_in: str) -> tuple[Any, list[A
 @pytest.mark.slow
 @pytest.mark.parametrize(("ends_in", "parallel"), [("step", {"pipeline": 2}), ("evaluation", {})])
 def test_a_callback_ends_the_run_on_all_ranks_and_own_metrics_see_every_pair(ends_in, parallel, files, tmp_path):
-    settings = overfitting(files, tmp_path / "run", parallel=parallel, eval={"every": 2, "best_metric": "other_own_loss"})
+    settings = overfitting(files, tmp_path / "run", parallel=parallel, eval={"every": 2, "best_metric": "noisy_own_loss"})
     results = run_world(2, _with_callbacks, settings, ends_in)
     (result, heard), (other, silent) = results
     assert silent == [] and heard[0] == (20, 0, "run", True)
@@ -179,11 +190,11 @@ def test_a_callback_ends_the_run_on_all_ranks_and_own_metrics_see_every_pair(end
         2,
         f"on_{ends_in}{'_end' * (ends_in == 'step')} returned False",
     )
-    seen = [one for one in heard if one[0] in ("other", "seen")]
-    assert seen == [("other", "pairs", list(range(8)), True, 16), ("seen", "pairs", list(range(4)), True, 8)]
+    seen = [one for one in heard if one[0] in ("noisy", "seen")]
+    assert seen == [("noisy", "pairs", list(range(4)), True, 8), ("seen", "pairs", list(range(4)), True, 8)]
     (last,) = [record for record in read_metrics(tmp_path / "run") if METRIC in record]
-    assert last["eval_other_own_loss"] == pytest.approx(last[METRIC], rel=1e-9)
-    assert (last["eval_other_own/pairs"], last["eval_seen_own/pairs"]) == (8, 4)
+    assert last["eval_noisy_own_loss"] == pytest.approx(last[METRIC], rel=1e-9)
+    assert (last["eval_noisy_own/pairs"], last["eval_seen_own/pairs"]) == (4, 4)
     assert open_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002").state["ended"]["by"] == "callback"
 
 

@@ -185,9 +185,8 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` was probably meant to be: the right name in another section counts as close."""
     choices = list(choices)
     leaf = word.rsplit(".", 1)[-1]
-    for choice in choices:
-        if choice.rsplit(".", 1)[-1] == leaf:
-            return choice
+    if namesakes := [choice for choice in choices if choice.rsplit(".", 1)[-1] == leaf]:
+        return difflib.get_close_matches(word, namesakes, n=1, cutoff=0.0)[0]
     if matches := difflib.get_close_matches(word, choices, n=1, cutoff=0.6):
         return matches[0]
     leaves = {choice.rsplit(".", 1)[-1]: choice for choice in choices}

@@ -68,7 +68,9 @@ def run_as_one(main: Callable[[], int]) -> int:
     except Exception as error:
         status = EXIT_FAILED
         who = f"rank {_rank()} failed" if _world_size() > 1 else "failed"
-        message = f"{traceback.format_exc()}megadpo: {who}: {type(error).__name__}: {error}"
+        wanting = out_of_memory(error)
+        trace = "" if wanting else traceback.format_exc()
+        message = f"{trace}megadpo: {who}: {wanting or f'{type(error).__name__}: {error}'}"
         if _world_size() > 1 and blames_peer(error):
             time.sleep(SECONDS_BEFORE_BLAMING_PEERS)
             message += f"\nmegadpo: rank {_rank()} lost another rank of the run; what that one's machine printed says why"
@@ -76,6 +78,19 @@ def run_as_one(main: Callable[[], int]) -> int:
     if _world_size() > 1:
         leave_now(status)
     return status
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to do where torch, on a GPU or a CPU, or Python had no memory left; None: something else went wrong."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"
+    if not is_gpu and not isinstance(error, MemoryError) and "DefaultCPUAllocator: can't allocate" not in str(error):
+        return None
+    asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]?i?B))", str(error))
+    wanted = f" ({asked[1]} more were asked for)" if asked else ""
+    return (
+        f"out of memory{wanted}: lower train.tokens_per_micro_batch, set train.recompute=full or "
+        "reference.mode=precomputed, or use more processes; megadpo plan RUN.yaml --devices N says what fits"
+    )
 
 
 def blames_peer(error: BaseException) -> bool:

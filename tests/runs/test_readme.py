@@ -199,6 +199,19 @@ def test_the_commands_of_contributing_are_known_to_launch_sh_or_write_a_page() -
             assert "--write" in (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8"), line
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_take_the_arguments_and_the_keys_that_it_gives_them(page: Path) -> None:
+    from megadpo.cli import parser
+
+    for line in shell_lines(page):
+        words = shlex.split(line)
+        if words[0] == "megadpo":
+            arguments = parser().parse_args(words[1:])
+            overrides = [word for word in words[2:] if re.fullmatch(r"[a-z_]+\.\w+=.*|output_dir=.*", word)]
+            files = [ROOT / word for word in words if word.startswith(("configs/", "examples/"))]
+            load_config(files[0] if files else {}, [word for word in overrides if arguments.command != "convert"])
+
+
 @pytest.mark.parametrize(
     "page",
     [ROOT / "docs" / "performance.md", ROOT / "docs" / "many_gpus.md", ROOT / "benchmarks" / "results.md"],

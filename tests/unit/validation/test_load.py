@@ -2,7 +2,10 @@
 
 import dataclasses
 import datetime
+import random
 import re
+import string
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from megadpo.config import strict
 from megadpo.config.schema import Config
+from megadpo.config.strict import all_keys
 from megadpo.errors import UserError
 from megadpo.training.output_dir import claim_output_dir
 from megadpo.validation.load import load_config
@@ -227,6 +231,38 @@ def test_home_and_variables_in_paths_are_replaced(monkeypatch: pytest.MonkeyPatc
 )
 def test_an_unknown_key_is_refused_with_the_key_that_was_meant(key: str, suggestion: str) -> None:
     assert f"unknown key {key}; did you mean {suggestion}?" in error_of({}, f"{key}=1")
+
+
+def misspellings(key: str) -> list[str]:
+    """A key with a letter left out, two letters exchanged, and one put in, at every place in it."""
+    drawn = random.Random(key)
+    letters = [drawn.choice(string.ascii_lowercase) for _ in key]
+    found = [key[:n] + key[n + 1 :] for n in range(len(key))]
+    found += [key[:n] + key[n + 1] + key[n] + key[n + 2 :] for n in range(len(key) - 1)]
+    found += [key[:n] + letter + key[n:] for n, letter in enumerate(letters)]
+    return sorted({word for word in found if word and word == word.strip(".") and word not in KEYS})
+
+
+# Whoever types the last part of another key exactly is asked for that one.
+NAMESAKES = {"mode": "reference.mode", "train.beta": "objective.beta"}
+KEYS = all_keys(Config)
+
+
+def ask_for_misspelt(words: Iterable[tuple[str, str]]) -> None:
+    for word, key in words:
+        assert error_of({}, f"{word}=1").endswith(f"unknown key {word}; did you mean {NAMESAKES.get(word, key)}?"), key
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one() -> None:
+    drawn = random.Random(0)
+    ask_for_misspelt((word, key) for key in KEYS for word in drawn.sample(misspellings(key), 2))
+
+
+@pytest.mark.exhaustive
+def test_every_misspelling_of_every_key_is_answered_with_the_right_one() -> None:
+    words = [(word, key) for key in KEYS for word in misspellings(key)]
+    assert len(words) > 40 * len(KEYS)
+    ask_for_misspelt(words)
 
 
 def test_an_unknown_key_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
-from megadpo.launch.signals import WORDS, Stopped, noting
+from megadpo.launch.signals import Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
 from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
@@ -35,6 +35,7 @@ from megadpo.secrets.redact import redacted
 from megadpo.training.callbacks import RunInfo
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
+from megadpo.training.ending import save_where_due, stopped
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
@@ -287,35 +288,6 @@ def before_first_step(run: Run, first_step: int) -> None:
         raise stopped(run, first_step, is_saved)
     if not is_there and (is_best or run.ended is not None):
         save_where_due(run, first_step, is_last=run.ended is not None, is_best=is_best)
-
-
-def save_where_due(run: Run, done: int, is_last: bool, is_best: bool = False) -> bool:
-    """Save after every so many steps, at the run's end, whichever end that is, and after an evaluation that is the best;
-    whether it was saved. Collective."""
-    from megadpo.training.run_state import save
-
-    options, ends = run.setup.config.checkpoint, is_last or run.stopping.agreed is not None
-    if not is_best and not (options.every and done % options.every == 0) and not (options.at_end and ends):
-        return False
-    run.check_owner()
-    run.progress.begin("saving")
-    save(run, done)
-    if ends:
-        run.saver.finish()
-    run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
-    if run.stopping.agreed is not None:
-        run.saver.finish()
-    return run.saver.last_step == done or run.stopping.agreed is None
-
-
-def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
-    """What ends a run before its last step, told to the user."""
-    status, num_steps = run.stopping.agreed, run.setup.num_steps
-    assert status is not None
-    why = "its save failed" if run.setup.config.checkpoint.at_end else "checkpoint.at_end is false"
-    what = "saved, and the same command goes on from there" if is_saved else f"not saved ({why})"
-    log(f"{WORDS[status]} after step {done} of {num_steps}: {what}")
-    return Stopped(status, is_told=True)
 
 
 def training_step(run: Run, step: int) -> Metrics:

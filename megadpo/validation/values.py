@@ -19,6 +19,7 @@ from megadpo.validation.evaluation import check_evaluation
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 from megadpo.validation.quantization import check_quantization_options
+from megadpo.validation.reference import check_moving_reference
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
@@ -157,7 +158,7 @@ def validate(config: Config) -> None:
     _check_objective(config)
     check_quantization_options(config)
     check_adapter_options(config)
-    _check_moving_reference(config)
+    check_moving_reference(config)
     _check_contradictions(config)
     check_deepspeed_options(config)
     check_memory_options(config)
@@ -317,19 +318,6 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"checkpoint.before_deadline must be a number of seconds or slurm, got {before!r}")
     if not config.checkpoint.resume:
         raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
-
-
-def _check_moving_reference(config: Config) -> None:
-    reference = config.reference
-    if not 0 < reference.mixup_alpha <= 1:
-        raise UserError(f"reference.mixup_alpha must be in (0, 1], got {reference.mixup_alpha!r}")
-    if reference.sync_every is None and reference.mixup_alpha != type(reference)().mixup_alpha:
-        raise UserError("reference.mixup_alpha has no effect without reference.sync_every; set that too or remove it")
-    if reference.sync_every is not None and reference.mode == "none":
-        raise UserError(
-            "reference.sync_every moves a resident reference, but reference.mode is none; "
-            "set it to resident or remove sync_every"
-        )
 
 
 OF_SCHEDULES = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,34 @@ def test_a_function_is_the_objective_as_the_same_one_in_a_file_is(files, tmp_pat
     first, second = read_metrics(tmp_path / "named"), read_metrics(tmp_path / "given")
     assert first == second and first[0]["loss"] == pytest.approx(1.0) and first[-1]["eval_loss"] < 1
     assert "module: examples.custom_objective.squared_hinge" in (tmp_path / "given" / "config.yaml").read_text()
+
+
+def _as_the_manual_says(workplace: str, page: str) -> Any:
+    import megadpo.cli
+
+    os.chdir(workplace)
+    os.environ["MEGADPO_CACHE"] = f"{workplace}/cache"
+    assert megadpo.cli.main(["train", "run.yaml"]) == 0
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "script"}
+    exec(script, names)
+    return names["result"]
+
+
+@pytest.mark.slow
+def test_what_the_manual_shows_runs(files, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "held_out.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(text)
+    shutil.copytree(files / "model", tmp_path / "models" / "start")
+    rows = (files / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("pairs", rows[:16]), ("helpful", rows[16:20]), ("harmless", rows[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    result = run_world(1, _as_the_manual_says, str(tmp_path), page)[0]
+    records = read_metrics(tmp_path / "runs" / "best")
+    assert [record["step"] for record in records if "eval_helpful_loss" in record] == [0, 2, 4]
+    assert "eval_harmless_worst_margin" in read_metrics(tmp_path / "runs" / "own")[-1]
+    assert result.ended is None and result.best_step in (2, 4) and result.model_path == Path("runs/own/hf")
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megadpo.config.schema import copy_config
 from megadpo.data.rows.dataset import Prepared, prepare_groups
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import load_tokenizer
-from megadpo.data.store import GroupColumns, GroupStore
 from megadpo.errors import UserError
 from megadpo.evaluation import reward_bench
 from megadpo.evaluation.answers import side_by_side
@@ -22,7 +18,7 @@ from megadpo.evaluation.generate import exported, prompts_of_data, prompts_of_fi
 from megadpo.evaluation.harness import require_harness, run_harness
 from megadpo.evaluation.measure import Models, measure, open_models
 from megadpo.evaluation.request import Request, check_score
-from megadpo.evaluation.subsets import COLUMN, REWARD_BENCH_COLUMNS, LabelledRows, read_subsets, sources_of
+from megadpo.evaluation.subsets import COLUMN, REWARD_BENCH_COLUMNS, LabelledRows, first_of_each, read_subsets, sources_of
 from megadpo.files import make_writable_directory, replacing
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import resolve_dtype
@@ -123,18 +119,8 @@ def _pairs(request: Request, models: Models, tokenizer: Any) -> tuple[LabelledRo
     prepared = prepare_groups(data, sources, models.tokenizer, held_out=True)
     if request.config.eval.pairs is not None:
         sets = [one.name for one in request.data]
-        prepared = Prepared(_first_of_each(prepared.groups, sets, request.config.eval.pairs), prepared.report)
+        prepared = Prepared(first_of_each(prepared.groups, sets, request.config.eval.pairs), prepared.report)
     return rows, prepared
-
-
-def _first_of_each(groups: GroupStore, sets: Sequence[str | None], count: int) -> GroupStore:
-    """The first groups of each set; `sets` has the name of each source's."""
-    if len(set(sets)) == 1:
-        return groups.first(count)
-    set_G = np.array([sets.index(name) for name in sets])[groups.sources]
-    kept = np.sort(np.concatenate([np.flatnonzero(set_G == number)[:count] for number in np.unique(set_G)]))
-    columns = GroupColumns.of([groups[group_id] for group_id in kept], groups.sources[kept].tolist())
-    return GroupStore(columns, groups.source_names, groups.source_weights.tolist())
 
 
 def _conversations(request: Request, rows: LabelledRows, has_template: bool) -> list[bool]:

@@ -197,13 +197,15 @@ def _resume_best(run: Run, state: TrainingState) -> None:
 def take_best(run: Run, last_step: int) -> int | None:
     """Put the model of the best evaluation in place of the last one, from its checkpoint; the step of the one that is there
     now, None where it is the last and was not chosen."""
+    if run.best.step == last_step:
+        return last_step
     root = run.setup.output_dir / "checkpoints"
     there = (step for step in reversed(run.best.steps) if is_checkpoint(step_directory(root, step)))
     best: int | None = from_all_ranks(next(there, None))[0]  # rank 0's view of a shared disk is everybody's
-    if best is None or best == last_step:
-        if best is None and run.best.metric is not None:
+    if best is None:
+        if run.best.metric is not None:
             log("warning: no evaluation has a checkpoint to export as the best one: hf/ is the last model")
-        return best
+        return None
     directory, search = step_directory(root, best), run.setup.search
 
     def examine() -> None:

@@ -124,10 +124,11 @@ def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {}], ids=["tensor 2", "data 2"])
-def test_a_run_that_is_broken_off_goes_on_with_its_best_and_its_patience(parallel, files, tmp_path):
+@pytest.mark.parametrize(("parallel", "dtype"), [({"tensor": 2}, "fp32"), ({}, "bf16")], ids=["tensor 2", "data 2 in bf16"])
+def test_a_run_that_is_broken_off_goes_on_with_its_best_and_its_patience(parallel, dtype, files, tmp_path):
     def settings(name: str) -> dict[str, Any]:
-        return overfitting(files, tmp_path / name, parallel=parallel, checkpoint={"every": 1, "keep": 1})
+        changes: dict[str, Any] = {"parallel": parallel, "model": {"dtype": dtype}}
+        return overfitting(files, tmp_path / name, checkpoint={"every": 1, "keep": 1}, **changes)
 
     resumed, whole = resumed_and_whole(2, settings, 6)
     best, last = best_of(whole), int(whole[-1]["step"])

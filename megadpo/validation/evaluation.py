@@ -22,9 +22,8 @@ def check_evaluation(config: Config) -> None:
         UserError: naming the option.
     """
     options = config.eval
-    given = {"every": options.every, "pairs": options.pairs, "at_start": options.at_start}
-    given |= {"best_metric": options.best_metric, "patience": options.patience}
-    for name, value in given.items():
+    for name in ("every", "pairs", "at_start", "best_metric", "patience"):
+        value = getattr(options, name)
         if config.data.eval is None and (value or value == ""):
             raise UserError(f"eval.{name} is set, but there is nothing to evaluate on; set data.eval as well")
     if options.best_metric is None:

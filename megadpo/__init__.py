@@ -31,16 +31,22 @@ def train(
     overrides: Sequence[str] = (),
     *,
     objective: Callable[[Any, Any], Any] | None = None,
+    train: Any = None,
+    eval: Any = None,
 ) -> Result:
     """Trains as ``megadpo train`` does, in this process alone or as one rank of torchrun's.
 
     Args:
-        config: a Config, a nested dict or the path of a YAML file; `data.train`, `data.eval` may be `datasets.Dataset`.
+        config: a Config, a nested dict or the path of a YAML file; `data.train` and `data.eval` may be rows, too.
         callbacks: functions called on rank 0: before the first step, after steps, evaluations and saves, and for metrics of
             one's own. Of those after steps and evaluations one that returns False ends the run.
         overrides: ``key.sub=value`` texts applied on top.
         objective: the function of `objective.loss_type: custom`, as `objective.module` names one: given `Pairs` and
             `Normalisers`, it gives one loss a pair.
+        train: in place of `data.train`: rows as a list of dicts, a pandas.DataFrame, or a Dataset, DatasetDict (its train
+            split) or IterableDataset (with `data.streaming`) of `datasets`; or a path. The same on every rank.
+        eval: in place of `data.eval`, of the same kinds (of a DatasetDict with a train split its validation or test split),
+            or several sets by name: a dict of these, or a DatasetDict without a train split.
 
     Returns:
         The last metrics, the path of the exported Hugging Face directory, and with `eval.best_metric` whose it is.
@@ -55,7 +61,8 @@ def train(
 
     if objective is not None and not callable(objective):
         raise UserError(f"objective is a {type(objective).__name__}, not a function of pairs and normalisers")
-    loaded = load_config(config, overrides, None if objective is None else words_of(objective))
+    given = {name: value for name, value in (("train", train), ("eval", eval)) if value is not None}
+    loaded = load_config(config, overrides, given, None if objective is None else words_of(objective))
     loaded.require_for_training()
     try:
         return run_training(loaded, callbacks, objective)

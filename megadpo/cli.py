@@ -10,6 +10,7 @@ megadpo convert import HF_DIR OUT tensor=2 pipeline=2
 megadpo convert export CHECKPOINT OUT
 megadpo convert merge ADAPTER OUT
 megadpo doctor run.yaml --nproc 2
+megadpo completion bash
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from megadpo import __version__
-from megadpo.commands import convert, doctor, evaluate, inspect, logprobs, plan, report, train
+from megadpo.commands import completion, convert, doctor, evaluate, inspect, logprobs, plan, report, train
 from megadpo.commands.parsing import Parser
+from megadpo.console.activity import begin
+from megadpo.console.heartbeat import speaking
 from megadpo.launch.foreign import adopt_deepspeed_arguments, adopt_slurm_environment
 from megadpo.launch.mpi import adopt_mpi_environment
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED
@@ -47,12 +50,13 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {"inspect": inspect, "plan": plan, "train": train, "report": report, "eval": evaluate}
-COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor}
+COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor, "completion": completion}
 
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
-    status = run_as_one(lambda: main(sys.argv[1:]))
+    with speaking():
+        status = run_as_one(lambda: main(sys.argv[1:]))
     if status in (EXIT_FAILED, EXIT_INTERRUPTED) or has_hung_threads():
         leave_now(status)  # a thread that still writes a checkpoint is not waited for
     sys.exit(status)
@@ -65,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     adopt_mpi_environment(os.environ)
     adopt_slurm_environment(os.environ)
     arguments = parser().parse_args(argv)
+    begin(f"{arguments.command} is at work")
     return COMMANDS[arguments.command].run(arguments, argv)
 
 
@@ -75,4 +80,5 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for name, command in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
+    commands.choices["completion"].set_defaults(whole=parser)  # whose words it writes down
     return parser

@@ -35,6 +35,7 @@ class Floor:
 
 FLOORS = (
     Floor(("secrets",), "what is never shown: passwords, tokens, keys"),
+    Floor(("console",), "what is going on, said before anyone wonders"),
     Floor(("errors",), "what a user can put right: UserError"),
     Floor(("files",), "directories and files, written whole or not at all"),
     Floor(("pages",), "self-contained HTML pages: sections, tables, charts"),

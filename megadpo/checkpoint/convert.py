@@ -17,7 +17,7 @@ from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.finite import finite_only, is_finite
 from megadpo.checkpoint.hf import hf_directory, is_quantised, read_hf_config
-from megadpo.checkpoint.merged import MergedSource
+from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import (
     adapter_dtype,
     base_of,
@@ -39,6 +39,7 @@ from megadpo.checkpoint.sharded import (
     writer_name,
 )
 from megadpo.checkpoint.staging import abandon, begin, refuse_existing
+from megadpo.console.activity import activity, counted_through
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import (
@@ -48,6 +49,7 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    untied,
 )
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard
@@ -88,6 +90,7 @@ def import_hf(
     source, spec, shapes = model.source, None, None
     if is_peft_directory(hf_dir):
         adapter = open_adapter(hf_dir, model.shape, "HF_DIR")
+        adapter.check_copies(model.source, model.path, "HF_DIR")
         source, spec, shapes = adapter.source, adapter.spec, adapter_shapes(model.shape, adapter.spec)
         state["adapter"] = peft_config(spec, model.shape, adapter.base or model.path)
         if adapter.base_digest is not None:
@@ -119,7 +122,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, verify: bool = Tr
     out, opened = Path(os.path.abspath(out)), open_checkpoint(checkpoint, verify)
     refuse_existing(out)
     if verify:
-        opened.check_files()
+        with activity("verifying the checkpoint"):
+            opened.check_files()
     config, source = read_hf_config(checkpoint), opened.source("weights")
     named = opened.state.get("dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
@@ -163,11 +167,15 @@ def merge_adapter(
     model = _open_base(base_path, is_reward_adapter(adapter))
     opened = open_adapter(adapter, model.shape, "ADAPTER", verify=verify)
     digest = model_files_digest(hf_directory(model.path), Path(model.path))
-    opened.check_base(model.path, digest, "ADAPTER" if base is None else "--base")
-    opened.check_mergeable(model.shape, "ADAPTER")
-    source = MergedSource(model.source, opened.source, opened.spec)
-    dtypes = {name: model.source.dtype(name) for name in logical_shapes(model.shape)}
-    _export_model(model.config, source, dtype or dtypes, out, str(adapter), model.path)
+    setting = "ADAPTER" if base is None else "--base"
+    opened.check_base(model.path, digest, setting)
+    opened.check_copies(model.source, model.path, setting)
+    config, frozen = model.config, model.source
+    if unties(opened.spec, model.shape):
+        config, frozen = untied(config), UntiedSource(frozen)
+    source = MergedSource(frozen, opened.source, opened.spec)
+    dtypes = {name: frozen.dtype(name) for name in logical_shapes(shape_of(config))}
+    _export_model(config, source, dtype or dtypes, out, str(adapter), model.path)
 
 
 def _export_model(
@@ -181,7 +189,8 @@ def _export_model(
     plan = plan_export(config, dtype)
     begin(out)
     try:
-        tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in plan.shapes.items())
+        shapes = counted_through(plan.shapes.items(), "converting", len(plan.shapes), "tensors")
+        tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in shapes)
         write_export_files(plan, out, finite_only(tensors, what))
         finish_export(plan, out, companions or what)
     except BaseException:
@@ -239,7 +248,7 @@ def _shards(
         from megadpo.model.adapters.shards import adapter_shards, is_trained_whole
 
         shards = [s for s in shards if is_trained_whole(adapter, s)] + adapter_shards(adapter, shards, rank)
-    for shard in shards:
+    for shard in counted_through(shards, f"converting stage {stage}, tensor rank {rank}", len(shards), "tensors"):
         if shard.is_primary and shard.pieces:
             # Fused projections may differ in type: the widest holds them all exactly.
             dtype = functools.reduce(torch.promote_types, [source.dtype(piece.logical_name) for piece in shard.pieces])

@@ -67,3 +67,21 @@ def file_digest(file: Path) -> str:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     return hasher.hexdigest()
+
+
+def ends_digest(file: Path) -> str:
+    """Of one of very many or very large files: its size, its first MiB and its last block.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    hasher = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            hasher.update(str(size).encode() + stream.read(1 << 20))
+            stream.seek(max(size - BLOCK_BYTES, 0))
+            hasher.update(stream.read())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    return hasher.hexdigest()

@@ -25,7 +25,7 @@ from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
 from megadpo.checkpoint.staging import publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
-from megadpo.model.families import ParameterShard, family_of, head_settings, logical_shapes, shape_of
+from megadpo.model.families import HEAD, ParameterShard, family_of, head_settings, logical_shapes, shape_of, tying_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -169,6 +169,7 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
     spellings = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(spellings, plan.config["dtype"])
     settings |= {key: value for key, value in plan.config.items() if key != "dtype"}
+    settings |= tying_settings(settings, has_own_head=HEAD in plan.shapes)
     write_json(partial / "config.json", settings)
     write_companions(companions, partial)
     publish(directory)

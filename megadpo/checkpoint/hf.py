@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.errors import UserError, reason
 from megadpo.model.families import TensorSource, family_of, shape_of
 
@@ -141,7 +142,9 @@ def open_hf(path: str | Path) -> TensorSource:
             f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
             "load it in transformers and call save_pretrained to get safetensors"
         )
-    raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+    what = why_no_model(directory)
+    more = f"; {what}" if what else ""
+    raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{more}")
 
 
 def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
@@ -208,10 +211,12 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
             code, quantised weights, values that transformers refuses.
     """
     if not Path(path).is_dir():
-        raise UserError(f"{path} (model.path) is not a directory; give a Hugging Face model directory or a checkpoint")
+        what = why_no_model(path) or "give a Hugging Face model directory or a checkpoint"
+        raise UserError(f"{path} (model.path) is not a directory; {what}")
     file = hf_directory(path) / "config.json"
     if not file.is_file():
-        raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory")
+        what = why_no_model(path)
+        raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory{f': {what}' if what else ''}")
     settings = read_json(file)
     try:
         family_of(settings)

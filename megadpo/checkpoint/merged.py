@@ -8,8 +8,19 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B
-from megadpo.model.families import TensorSource
+from megadpo.model.adapters.spec import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    MAGNITUDE,
+    A,
+    AdapterSpec,
+    B,
+)
+from megadpo.model.families import HEAD, TensorSource
+from megadpo.model.families.common import EMBEDDING
+from megadpo.model.shape import ModelShape
 
 ROWS_AT_A_TIME = 1024
 _WEIGHT = ".weight"
@@ -35,6 +46,39 @@ class MemorySource:
 
     def release(self) -> None:
         """Nothing is read from files."""
+
+
+def unties(spec: AdapterSpec, shape: ModelShape) -> bool:
+    """Whether embedding and head, one matrix in this model, are two with the adapter added: it is added to one of them, or
+    each has its own."""
+    is_one = shape.tied_embeddings and shape.head == "logprobs"
+    return is_one and (EMBEDDING_MODULE in spec.modules or HEAD_MODULE in spec.modules)
+
+
+class UntiedSource:
+    """The tensors of a tied model with the embedding as its head, too, as a TensorSource."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self._source.names(), HEAD])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._held(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(self._held(name))
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        return self._source.read(self._held(name), dim, start, length)
+
+    def release(self) -> None:
+        self._source.release()
+
+    @staticmethod
+    def _held(name: str) -> str:
+        return EMBEDDING if name == HEAD else name
 
 
 class MergedSource:
@@ -88,9 +132,13 @@ class MergedSource:
         self._adapter.release()
 
     def _product(self, module: str, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        b = self._adapter.read(f"{module}.{B}", 0, *rows).float()
-        a = self._adapter.read(f"{module}.{A}", 1, *columns).float()
-        return b @ a * (self._factor * self._spec.scaling(module))
+        if module == EMBEDDING_MODULE:
+            left = self._adapter.read(f"{module}.{EMBEDDING_A}", 1, *rows).float().t()
+            right = self._adapter.read(f"{module}.{EMBEDDING_B}", 0, *columns).float().t()
+        else:
+            left = self._adapter.read(f"{module}.{B}", 0, *rows).float()
+            right = self._adapter.read(f"{module}.{A}", 1, *columns).float()
+        return left @ right * (self._factor * self._spec.scaling(module))
 
     def _row_factors_of(self, module: str) -> Tensor:
         """DoRA's magnitude over the length of each row [out], some rows in memory at a time."""

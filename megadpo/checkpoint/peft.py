@@ -5,7 +5,7 @@ Tensors have PEFT's names; inside megadpo these are without ``base_model.model.`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,18 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions, write_companions
 from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import write_json
-from megadpo.checkpoint.hf import SafetensorsFile, hf_directory, read_json
+from megadpo.checkpoint.hf import hf_directory, read_json
 from megadpo.checkpoint.peft_settings import CONFIG_NAME, WEIGHTS_NAME, PeftSettings, spec_of
+from megadpo.checkpoint.peft_tensors import (
+    PREFIX,
+    PeftSource,
+    check_copies,
+    check_tensors,
+    leave_out_tied_head,
+    own_name,
+    take_copies,
+    weights_file,
+)
 from megadpo.checkpoint.sharded import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megadpo.checkpoint.staging import publish, staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
@@ -33,8 +43,6 @@ from megadpo.model.families import HEAD, TensorSource
 from megadpo.model.families.common import EMBEDDING
 from megadpo.model.shape import ModelShape
 
-PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
 BASE_DIGEST = "megadpo_base"
 """The key of adapter_model.safetensors' metadata under which the digest of the base's files stands."""
 
@@ -81,16 +89,17 @@ class PeftAdapter:
                 "use the model that it was trained on"
             )
 
-    def check_mergeable(self, shape: ModelShape, setting: str) -> None:
-        """Refuse an adapter that no matrix of the model could take in.
+    def check_copies(self, base: TensorSource, path: str, setting: str) -> None:
+        """Refuse an adapter that has other weights of its base beside it than that has: they are not read from here.
 
-        Raises:
-            UserError: it is the head's, which is the embedding in this model.
+        Args:
+            base, path: the base's tensors and directory.
         """
-        if shape.tied_embeddings and "lm_head" in self.spec.modules:
+        other = self.source.other_than(base) if isinstance(self.source, PeftSource) else None
+        if other is not None:
             raise UserError(
-                f"{setting}: {self.path} has an adapter of lm_head, the embedding of its base (tie_word_embeddings), so "
-                "that there is no matrix to add it to; use it unmerged, in PEFT"
+                f"{setting}: {self.path} has weights of its base itself ({other}), as PEFT writes them beside an adapter of "
+                f"the embedding or the head, and they are not those of {path}; give the base that it was trained on"
             )
 
 
@@ -170,16 +179,18 @@ def open_adapter(
         )
     settings = PeftSettings(read_json(directory / CONFIG_NAME), directory / CONFIG_NAME)
     settings.check()
-    file = _weights_file(directory)
-    names = {_own_name(key, file.path): key for key in sorted(file.keys)}
+    file = weights_file(directory)
+    names = {own_name(key, file.path): key for key in sorted(file.keys)}
+    copies = take_copies(names)
     if shape.tied_embeddings and HEAD in names:
-        _leave_out_tied_head(file, names)
+        leave_out_tied_head(file, names)
     spec = spec_of(settings, names, shape, dropout)
     expected = adapter_shapes(shape, spec)
-    _check_tensors(file, names, expected)
+    check_tensors(file, names, expected)
+    check_copies(file, copies, spec, shape)
     base = settings.values.get("base_model_name_or_path")
     digest = file.metadata().get(BASE_DIGEST)
-    source = _PeftSource(file, {name: names[name] for name in expected})
+    source = PeftSource(file, {name: names[name] for name in expected}, copies)
     return PeftAdapter(directory, spec, source, base if isinstance(base, str) and base else None, digest)
 
 
@@ -209,75 +220,6 @@ def _settings_of(checkpoint: Checkpoint) -> PeftSettings:
     if not isinstance(values, dict):
         raise UserError(f"{checkpoint.directory}: its state's adapter is {values!r}, which is no object; it is damaged")
     return PeftSettings(values, checkpoint.directory / INDEX)
-
-
-def _weights_file(directory: Path) -> SafetensorsFile:
-    if (directory / WEIGHTS_NAME).is_file():
-        return SafetensorsFile(directory / WEIGHTS_NAME)
-    if (directory / PICKLE_NAME).is_file():
-        raise UserError(
-            f"{directory} has its adapter as a pickle ({PICKLE_NAME}) only, which megadpo does not open; load it with "
-            "peft.PeftModel.from_pretrained and call save_pretrained to get safetensors"
-        )
-    raise UserError(f"{directory} has no {WEIGHTS_NAME}; copy or download the adapter again")
-
-
-def _leave_out_tied_head(file: SafetensorsFile, names: dict[str, str]) -> None:
-    """PEFT writes a tied embedding that is trained whole twice."""
-    tensors = [file.read(names[name], 0, 0, file.shape(names[name])[0]) for name in (HEAD, EMBEDDING) if name in names]
-    if len(tensors) < 2 or not torch.equal(*tensors):
-        raise UserError(
-            f"{file.path} has a head of its own ({names[HEAD]}), but the model's is the embedding (tie_word_embeddings); "
-            "save the adapter with ensure_weight_tying=True"
-        )
-    del names[HEAD]
-
-
-def _own_name(key: str, path: Path) -> str:
-    """The name inside megadpo of a tensor of the file."""
-    if not key.startswith(PREFIX):
-        raise UserError(f"{path}: tensor {key} has no name of PEFT's (they begin with {PREFIX}); save it with PEFT")
-    return key.removeprefix(PREFIX)
-
-
-def _check_tensors(file: SafetensorsFile, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]) -> None:
-    for name, size in expected.items():
-        if name not in names:
-            raise UserError(f"{file.path} has no tensor {PREFIX}{name}, which its {CONFIG_NAME} asks for; get it again")
-        if file.shape(names[name]) != size:
-            raise UserError(
-                f"{file.path}: tensor {names[name]} has shape {list(file.shape(names[name]))}, but with this model and the "
-                f"rank of its {CONFIG_NAME} it has {list(size)}; the adapter belongs to another model or is damaged"
-            )
-        if not file.dtype(names[name]).is_floating_point or file.dtype(names[name]).itemsize < 2:
-            raise UserError(f"{file.path}: tensor {names[name]} is {file.dtype(names[name])}, which is not supported")
-    surplus = sorted(names.keys() - expected.keys())
-    if surplus:
-        raise UserError(
-            f"{file.path} has the tensor {names[surplus[0]]}, of which its {CONFIG_NAME} says nothing; get the adapter again"
-        )
-
-
-class _PeftSource:
-    """A TensorSource on an adapter's file: `names` are the keys of the file by our names."""
-
-    def __init__(self, file: SafetensorsFile, names: Mapping[str, str]) -> None:
-        self._file, self._names = file, names
-
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.shape(self._names[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._file.dtype(self._names[name])
-
-    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        return self._file.read(self._names[name], dim, start, length)
-
-    def release(self) -> None:
-        self._file.release()
 
 
 def peft_config(spec: AdapterSpec, shape: ModelShape, base: str) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B, linear_modules, matching, whole_modules
+from megadpo.model.adapters.spec import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    KINDS,
+    AdapterSpec,
+    adaptable_modules,
+    matching,
+    whole_modules,
+)
 from megadpo.model.shape import ModelShape
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -140,10 +148,10 @@ class PeftSettings:
 def spec_of(settings: PeftSettings, names: Iterable[str], shape: ModelShape, dropout: float | None) -> AdapterSpec:
     """What the tensors' names say that there is, held to what the settings say."""
     file = settings.file
-    linear, whole = linear_modules(shape), whole_modules(shape)
+    linear, whole = adaptable_modules(shape), whole_modules(shape)
     found, saved = set(), set()
     for name in names:
-        for ending in (A, B, MAGNITUDE):
+        for ending in KINDS:
             if name.endswith(f".{ending}"):
                 found.add(name.removesuffix(f".{ending}"))
                 break
@@ -152,14 +160,8 @@ def spec_of(settings: PeftSettings, names: Iterable[str], shape: ModelShape, dro
     unknown = sorted(found - set(linear))
     if unknown:
         raise UserError(
-            f"{file.parent}: it has an adapter of {unknown[0]}, which is no linear layer of the model that can have one; it "
+            f"{file.parent}: it has an adapter of {unknown[0]}, which is no module of the model that can have one; it "
             "belongs to another model"
-        )
-    copied = [name for name in names if name.endswith(".base_layer.weight")]
-    if copied:
-        raise UserError(
-            f"{file.parent}: it has weights of the base itself ({copied[0]}), as PEFT writes them where the embedding or "
-            "the head has an adapter; save it with save_embedding_layers=False"
         )
     unknown = sorted(saved - set(whole))
     if unknown:
@@ -183,6 +185,14 @@ def spec_of(settings: PeftSettings, names: Iterable[str], shape: ModelShape, dro
         alphas={m: float(value) for m in modules if (value := _by_pattern(alphas, m, alpha)) != alpha},
     )
     _check_targets(settings, spec, shape)
+    if spec.use_dora and EMBEDDING_MODULE in modules:
+        raise UserError(f"{file}: it has a DoRA adapter of the embedding, which is not supported; use plain LoRA for it")
+    has_ends = EMBEDDING_MODULE in modules or HEAD_MODULE in modules
+    if has_ends and shape.tied_embeddings and settings.truth("ensure_weight_tying"):
+        raise UserError(
+            f"{file}: ensure_weight_tying is true, so that embedding and head share an adapter, which is not supported; "
+            "give one that was trained without it"
+        )
     meant = {module for module in whole if any(module.endswith(name) for name in settings.texts("modules_to_save"))}
     if shape.tied_embeddings and "model.embed_tokens" in saved and not settings.truth("ensure_weight_tying"):
         raise UserError(

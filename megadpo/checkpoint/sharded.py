@@ -30,7 +30,7 @@ from megadpo.checkpoint.staging import begin, publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
 from megadpo.files import SEAL, is_sealed, sealed
-from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes, shape_of
+from megadpo.model.families import ParameterShard, TensorSource, head_settings, logical_shapes, shape_of, tying_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -166,7 +166,9 @@ def commit(
     partial = staging(directory)
     with writing(partial / "huggingface"):
         (partial / "huggingface").mkdir()
-    records = {"config.json": write_json(partial / CONFIG, companions.settings | head_settings(hf_config))}
+    settings = companions.settings | head_settings(hf_config)
+    settings |= tying_settings(settings, has_own_head=not hf_config.tie_word_embeddings)
+    records = {"config.json": write_json(partial / CONFIG, settings)}
     records |= write_companions(companions, partial / "huggingface")
     files |= {f"huggingface/{name}": record.to_json() for name, record in records.items()}
     text = sealed({"format": FORMAT, "version": VERSION, "files": files, "state": state, "tensors": tensors})

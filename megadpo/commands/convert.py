@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.commands.parsing import report_written
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity
 from megadpo.errors import UserError
 from megadpo.validation.load import load_config
 
@@ -42,18 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.direction == "import":
         layout = _layout(arguments.layout)
-        from megadpo.checkpoint.convert import import_hf
-
+        with activity("loading torch"):
+            from megadpo.checkpoint.convert import import_hf
         import_hf(arguments.hf_dir, arguments.out, layout.tensor, layout.pipeline, layout.chunk_layers)
     elif arguments.direction == "merge":
-        from megadpo.checkpoint.convert import merge_adapter
-        from megadpo.platform.device import resolve_dtype
-
+        with activity("loading torch"):
+            from megadpo.checkpoint.convert import merge_adapter
+            from megadpo.platform.device import resolve_dtype
         dtype = None if arguments.dtype is None else resolve_dtype(arguments.dtype)
         merge_adapter(arguments.adapter, arguments.out, arguments.base, dtype, verify=not arguments.no_verify)
     else:
-        from megadpo.checkpoint.convert import export_checkpoint
-
+        with activity("loading torch"):
+            from megadpo.checkpoint.convert import export_checkpoint
         export_checkpoint(arguments.checkpoint, arguments.out, verify=not arguments.no_verify)
     report_written(arguments.out)
     return 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.commands.parsing import add_nproc, report_written
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity
 from megadpo.errors import UserError
 from megadpo.launch.launchers import Request as Launch
 from megadpo.launch.launchers import start_processes
@@ -61,8 +62,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     status = start_processes(Launch(nproc=arguments.nproc), argv)
     if status is not None:
         return status
-    from megadpo.evaluation.evaluate import run_evaluation
-    from megadpo.parallel.world import rank
+    with activity("loading torch"):
+        from megadpo.evaluation.evaluate import run_evaluation
+        from megadpo.parallel.world import rank
 
     request = _request(arguments, runs, overrides, data)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megadpo.commands.parsing import add_nproc, add_overrides, report_written
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity
 from megadpo.launch.launchers import Request, start_processes
 from megadpo.validation.load import load_config
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     status = start_processes(Request(nproc=arguments.nproc), argv)
     if status is not None:
         return status
-    from megadpo.training.logprobs import run_logprobs
-
+    with activity("loading torch"):
+        from megadpo.training.logprobs import run_logprobs
     report_written(run_logprobs(arguments.model, arguments.data, arguments.out, config, arguments.force))
     return 0

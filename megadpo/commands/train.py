@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megadpo.commands.parsing import add_nproc, add_overrides
+from megadpo.console.activity import activity
+from megadpo.console.heartbeat import is_rank_0, write_line
+from megadpo.errors import UserError
 from megadpo.launch.launchers import LAUNCHERS, Request, start_processes
 from megadpo.validation.load import load_config
 
@@ -32,7 +36,19 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     status = start_processes(request, ["train", arguments.config, *arguments.override])
     if status is not None:
         return status
-    from megadpo.training.trainer import run_training
+    if is_rank_0():
+        write_line(f"training {config.model.path} on {_data(config.data.train)}, into {config.output_dir}")
+    with activity("loading torch"):
+        from megadpo.training.trainer import run_training
 
-    run_training(config)
+    result = run_training(config)
+    if config.hub.push is not None and result.pushed_to is None and is_rank_0():
+        raise UserError(f"the run is finished, but its model was not pushed to {config.hub.push}, see above")
     return 0
+
+
+def _data(sources: Any) -> str:
+    """Where rows come from, in a few words."""
+    first, *more = sources if isinstance(sources, list) else [sources]
+    name = first.get("path", first) if isinstance(first, dict) else first
+    return f"{name} and {len(more)} more" if more else str(name)

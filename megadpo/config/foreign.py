@@ -15,9 +15,10 @@ BATCH = "a step has train.pairs_per_step pairs in all, however many processes th
 STREAMS = "micro-batches are streams of tokens without padding"
 TORCHRUN = "processes are started by --nproc, torchrun, mpirun, srun or deepspeed: see docs/launching.md"
 ALWAYS = "always done"
-NO_HUB = "nothing is uploaded: `hf upload` takes OUTPUT_DIR/hf"
+NO_HUB = "trackio's own settings say it: TRACKIO_SPACE_ID"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
+DISPATCH = "each process reads the data itself, with data.streaming as well, and takes its share of a step's pairs"
 ZERO = "the engine does that: parallel.engine, parallel.zero_stage"
 
 TRL: Table = {
@@ -194,13 +195,13 @@ TRAINER: Table = {
     "save_on_each_node": ("output_dir", "a directory that all machines share"),
     "save_safetensors": ("", ALWAYS),
     "enable_jit_checkpoint": ("checkpoint.before_deadline", "a run that is sent SIGTERM or SIGUSR1 saves, too"),
-    "push_to_hub": ("", NO_HUB),
-    "hub_token": ("", NO_HUB),
-    "hub_private_repo": ("", NO_HUB),
-    "hub_model_id": ("", NO_HUB),
-    "hub_strategy": ("", NO_HUB),
-    "hub_always_push": ("", NO_HUB),
-    "hub_revision": ("", NO_HUB),
+    "push_to_hub": ("hub.push", "OWNER/NAME"),
+    "hub_token": ("", "the token is that of HF_TOKEN or of `hf auth login`: a configuration is no place for it"),
+    "hub_private_repo": ("hub.private", "true is the default"),
+    "hub_model_id": ("hub.push", ""),
+    "hub_strategy": ("hub.push", "pushed once, when the run has finished"),
+    "hub_always_push": ("hub.push", "pushed once, when the run has finished"),
+    "hub_revision": ("hub.revision", ""),
     "load_best_model_at_end": ("eval.best_metric", "the metric by which the best model is kept and exported"),
     "metric_for_best_model": ("eval.best_metric", "with it the best model is kept and exported"),
     "greater_is_better": ("eval.best_direction", "max for true, min for false"),
@@ -223,6 +224,9 @@ TRAINER: Table = {
     "dataloader_prefetch_factor": ("", LOADER),
     "dataloader_multiprocessing_context": ("", LOADER),
     "dataloader_in_order": ("", LOADER),
+    "dispatch_batches": ("", DISPATCH),
+    "split_batches": ("", BATCH),
+    "even_batches": ("", BATCH),
     "remove_unused_columns": ("data.ignore_columns", "a field that is not known is refused, so that none is lost silently"),
     "label_names": ("data.columns", ""),
     "group_by_length": ("data.step_tokens_multiple_of", STREAMS),
@@ -290,6 +294,9 @@ LLAMA_FACTORY: Table = {
     "max_samples": ("data.train", "a list of {path, split}, as split: train[:1000]"),
     "val_size": ("data.eval", "a list of {path, split}, as split: train[95%:]"),
     "preprocessing_num_workers": ("data.num_workers", ""),
+    "buffer_size": ("data.streaming_buffer", "rows, with data.streaming"),
+    "mix_strategy": ("data.train", "a list of {path, weight}: how many times an epoch sees each row of a source"),
+    "interleave_probs": ("data.train", "a list of {path, weight}: how many times an epoch sees each row of a source"),
     "overwrite_cache": ("data.cache_dir", "the cache knows its files' content; another directory begins anew"),
     "quantization_bit": ("model.quantization", "nf4"),
     "flash_attn": ("model.attention", "flash_attn; auto takes the fastest there is"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megadpo.config import yaml_core
-from megadpo.config.sources import is_dataset
+from megadpo.config.given import described, is_given
 from megadpo.errors import UserError
 from megadpo.secrets.redact import redacted, redacted_paths
 
@@ -18,7 +18,9 @@ from megadpo.secrets.redact import redacted, redacted_paths
 @dataclass
 class ModelConfig:
     path: str = ""
-    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer). Required."""
+    """Directory of the Hugging Face model to train (config.json, safetensors, tokenizer), or its id on the Hub. Required."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; null = `main`."""
     dtype: str = "auto"
     """Arithmetic of the forward and backward pass: `fp32`, `bf16` (with fp32 master weights), or `auto`: bf16 on CUDA,
     fp32 on CPU. `float32`, `torch.float32`, `bfloat16` and `torch.bfloat16` are read as these."""
@@ -64,7 +66,7 @@ class AdapterConfig:
     """Train each row's magnitude beside the direction that the adapter changes (DoRA, arXiv:2402.09353)."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers, as in PEFT: `all-linear` (all but the head), a list of names (`[q_proj, v_proj]`), or a regular
-    expression over whole names (`.*self_attn.*`)."""
+    expression over whole names (`.*self_attn.*`). By name also the head and the embedding (`lm_head`, `embed_tokens`)."""
     layers_to_transform: list[int] | None = None
     """Numbers of the layers that get adapters, from 0; null = all."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -106,10 +108,15 @@ class ReferenceConfig:
 class DataConfig:
     train: Any = None
     """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
-    from Python also `datasets.Dataset`. Required for training."""
+    from Python also a list of dicts, a DataFrame or what `datasets` has. Required for training."""
     eval: Any = None
     """Held-out pairs, given like `data.train`, or several sets of them, each evaluated on its own: `{name: source, …}`; from
-    Python also a dict of datasets or a `datasets.DatasetDict`; null = no evaluation. See docs/held_out.md."""
+    Python also a dict of what `data.train` takes, or a DatasetDict; null = no evaluation. See docs/held_out.md."""
+    streaming: bool = False
+    """Read, tokenise and pack `data.train` while training, in bounded memory and without a pass over it first; needs
+    `train.steps`. The data is read again from its beginning where it ends before them."""
+    streaming_buffer: int = 10_000
+    """With `streaming` and `shuffle`: rows in memory, of which the next one is drawn."""
     shuffle: bool = True
     """Draw pairs in a new seeded order each epoch; false keeps the file's order."""
     step_tokens_multiple_of: int | None = None
@@ -403,6 +410,8 @@ class LoggingConfig:
     """Write TensorBoard event files under `output_dir`."""
     report: bool = True
     """Write `report.html`, the page with curves and findings, when the run ends."""
+    model_card: bool = True
+    """Write `hf/README.md`, the model card: data, objective, results, versions, command, how to load it."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers that get the metrics and the configuration, too: any of wandb, mlflow, trackio, swanlab
     (docs/watching.md)."""
@@ -426,6 +435,16 @@ class LoggingConfig:
 
 
 @dataclass
+class HubConfig:
+    push: str | None = None
+    """Repository on the Hugging Face Hub, OWNER/NAME, that `hf/` is pushed to when the run has finished; null = none."""
+    private: bool = True
+    """Whether a repository that is made then is private."""
+    revision: str | None = None
+    """Branch that is pushed to; null = `main`."""
+
+
+@dataclass
 class Config:
     """All options. Built by `load_config`; attributes may be changed before a run, which checks them again."""
 
@@ -440,6 +459,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str = ""
     """Directory for config.yaml, metrics.jsonl, checkpoints/ and hf/. Required for training."""
 
@@ -469,7 +489,7 @@ class Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars; a `datasets.Dataset` appears as a text with rows and fingerprint."""
+        """Plain nested dicts, lists and scalars; rows from Python appear as a text that says what they are."""
         return _plain(self)
 
     def to_yaml(self) -> str:
@@ -502,7 +522,7 @@ DATA_PATHS = ("data.train", "data.eval", "data.chat_template", "data.cache_dir",
 
 
 def copy_config(config: Config) -> Config:
-    """A deep copy that keeps the very same `datasets.Dataset` objects."""
+    """A deep copy that keeps the very same rows from Python."""
     data = dataclasses.replace(config.data, train=None, eval=None)
     result = copy.deepcopy(dataclasses.replace(config, data=data))
     result.data.train, result.data.eval = config.data.train, config.data.eval
@@ -510,12 +530,12 @@ def copy_config(config: Config) -> Config:
 
 
 def _plain(value: Any) -> Any:
+    if is_given(value):
+        return described(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if is_dataset(value):
-        return f"<datasets.Dataset, {value.num_rows} rows, fingerprint {value._fingerprint}>"
     return value

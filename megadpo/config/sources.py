@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megadpo.config import strict
+from megadpo.config.given import called, is_given, taken
 from megadpo.errors import UserError
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Source:
     """One entry of `data.train` or `data.eval`.
 
     Attributes:
-        path: a file, a directory (of files, or written by `save_to_disk`), a Hub id, or a `datasets.Dataset`.
+        path: a file, a directory (of files, or written by `save_to_disk`), a Hub id, or rows from Python (config/given.py).
         weight: how many times an epoch sees each of its rows.
         split: of a Hugging Face dataset; None means "train".
         subset: the configuration name of a dataset on the Hub.
@@ -29,7 +26,7 @@ class Source:
         held_out: whether rows are to be evaluated on, so that of a data set with splits the held-out one is meant.
     """
 
-    path: str | datasets.Dataset
+    path: Any
     weight: float = 1.0
     split: str | None = None
     subset: str | None = None
@@ -39,8 +36,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The path, or a description of a dataset that was handed over in memory."""
-        return self.path if isinstance(self.path, str) else "datasets.Dataset"
+        """The path, or what rows from Python are."""
+        return self.path if isinstance(self.path, str) else called(self.path)
 
 
 _TYPES: dict[str, Any] = {
@@ -65,7 +62,7 @@ def parse_sources(
     """The sources that the value of `data.train` or `data.eval` stands for.
 
     Args:
-        value: a path, a Hub id, a `datasets.Dataset`, a {path, weight, split, subset, columns} mapping, or a list of those.
+        value: a path, a Hub id, rows from Python, a {path, weight, split, subset, columns} mapping, or a list of those.
         columns: renames for every source; a source's own renames win.
         name: the option's name, for error messages.
         ignored, held_out: of every source.
@@ -77,7 +74,7 @@ def parse_sources(
     if checked is None:
         raise UserError(_empty(name))
     entries = checked if isinstance(checked, list) else [checked]
-    given = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+    given = [entry if type(entry) is dict else {"path": entry} for entry in entries]
     common = {"ignored": tuple(ignored), "held_out": held_out}
     return [Source(**{**entry, "columns": {**(columns or {}), **entry.get("columns", {})}, **common}) for entry in given]
 
@@ -86,19 +83,20 @@ def check_sources(value: Any, name: str) -> Any:
     """The value of `data.train` or `data.eval` with its types checked, in the form in which config.yaml shows it.
 
     Returns:
-        None, a text, a Dataset, or a list of texts, dicts and Datasets.
+        None, a text, rows from Python as `given.taken` gives them, or a list of these and of dicts.
 
     Raises:
         UserError: an empty list or path, an unknown key, or a value of the wrong type or out of range.
     """
-    if value is None or is_dataset(value):
+    value = taken(value, name)
+    if value is None or is_given(value):
         return value
     if isinstance(value, (list, tuple)):
         if not value:
             raise UserError(f"{name} is an empty list; name at least one source")
         return [_check_source(item, f"{name}[{index}]") for index, item in enumerate(value)]
     source = _check_source(value, name)
-    return [source] if isinstance(source, dict) else source
+    return [source] if type(source) is dict else source
 
 
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -107,12 +105,13 @@ SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 def check_eval_sets(value: Any, name: str) -> Any:
     """The value of `data.eval` as `check_sources` gives it, or, where it names several sets, a dict of such values by name.
 
-    A mapping with a `path` is one source; any other (a `datasets.DatasetDict`, too) is names with sources.
+    A mapping with a `path` is one source; any other is names with sources. So is a DatasetDict, but for one that has a train
+    split: that is a data set, of which the held-out split is meant.
 
     Raises:
         UserError: as `check_sources`, or a name that is none.
     """
-    if not isinstance(value, Mapping) or "path" in value or not _is_names(value):
+    if not isinstance(value, Mapping) or not _is_names(value):
         return check_sources(value, name)
     if not value:
         raise UserError(f"{name} is an empty mapping; give a source, or a name with a source for each set")
@@ -128,7 +127,9 @@ def check_eval_sets(value: Any, name: str) -> Any:
 
 
 def _is_names(value: Mapping[Any, Any]) -> bool:
-    """Whether a mapping without a path is meant as names of sets: no key is one of a source or of a row."""
+    """Whether a mapping is meant as names of sets: no key is one of a source or of a row."""
+    if is_given(value):
+        return "train" not in value
     return {*_TYPES, *ROW_FIELDS}.isdisjoint(value)
 
 
@@ -136,7 +137,7 @@ def eval_sets(value: Any) -> dict[str, Any]:
     """The held-out sets that a checked `data.eval` has, by name: one without a name is "", null is none."""
     if value is None:
         return {}
-    return dict(value) if isinstance(value, Mapping) else {"": value}
+    return dict(value) if isinstance(value, Mapping) and not is_given(value) else {"": value}
 
 
 def eval_label(name: str) -> str:
@@ -155,11 +156,12 @@ def eval_prefix(name: str) -> str:
 
 
 def _check_source(value: Any, name: str) -> Any:
-    if is_dataset(value):
+    value = taken(value, name)
+    if is_given(value):
         return value
     if isinstance(value, Mapping):
         if "path" not in value:
-            rows = "; write rows to a file or hand over datasets.Dataset.from_list(rows)"
+            rows = "; rows are given as a list with a dict a row"
             is_row = not ROW_FIELDS.isdisjoint(value)
             names = "; several sets are {name: source, …}" if name == "data.eval" else ""
             said = rows if is_row else names
@@ -169,7 +171,7 @@ def _check_source(value: Any, name: str) -> Any:
                 guess = strict.closest(str(key), _TYPES)
                 raise UserError(f"unknown key {name}.{key}" + (f"; did you mean {name}.{guess}?" if guess else ""))
         source = {
-            key: item if key == "path" and is_dataset(item) else strict.convert(_TYPES[key], item, f"{name}.{key}", {})
+            key: _path(item, f"{name}.path") if key == "path" else strict.convert(_TYPES[key], item, f"{name}.{key}", {})
             for key, item in value.items()
         }
         if isinstance(source["path"], str) and not source["path"].strip():
@@ -183,11 +185,10 @@ def _check_source(value: Any, name: str) -> Any:
     return text
 
 
+def _path(value: Any, name: str) -> Any:
+    given = taken(value, name)
+    return given if is_given(given) else strict.convert(str, given, name, {})
+
+
 def _empty(name: str) -> str:
     return f"{name} is empty; give a file, a directory or a Hugging Face dataset id"
-
-
-def is_dataset(value: Any) -> bool:
-    """True for a `datasets.Dataset`, without importing datasets."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(value, datasets.Dataset)

@@ -130,7 +130,9 @@ def apply_overrides(tree: type, values: Mapping[str, Any], overrides: Sequence[s
 
 
 def _copy_mappings(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy_mappings(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    # Of a DatasetDict, which is a mapping too, the very same object stays.
+    is_ours = {key: isinstance(value, Mapping) and not hasattr(value, "num_columns") for key, value in values.items()}
+    return {key: _copy_mappings(value) if is_ours[key] else value for key, value in values.items()}
 
 
 def _hint_at(tree: type, dotted: str, place: str) -> Any:

@@ -27,7 +27,7 @@ from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.specs import reading_of
 from megadpo.parallel.layout import Layout, choose_layout
-from megadpo.training.models import with_adapter_s_base
+from megadpo.training.models import check_is_directory, with_adapter_s_base
 from megadpo.training.setup import look_at_data, packed_data, step_sampler
 
 MOST_STEPS = 64
@@ -132,6 +132,8 @@ def read_data(config: Config) -> Inspected:
     for name, value in (("model.path", config.model.path), ("data.train", config.data.train)):
         if value is None or value == "":
             raise UserError(f"{name} is required: set it in the configuration or as {name}=… on the command line")
+    if config.data.streaming:
+        raise UserError("data.streaming is true, and inspect reads all rows; give a part of them, and data.streaming=false")
     config = with_adapter_s_base(config).resolved()
     model, layout = open_shape(config), smallest_layout(config)
     look_at_data(config)
@@ -156,8 +158,7 @@ def sources_by_label(config: Config) -> dict[str, Any]:
 def open_shape(config: Config) -> Model:
     """The shape of the model at `model.path`, which may be an adapter of it; its tensors are not looked for."""
     path = config.model.path
-    if not Path(path).is_dir():
-        raise UserError(f"model.path: there is no directory {path}; give a local Hugging Face model directory")
+    check_is_directory(path, "model.path")
     path = base_of(path) if is_adapter(path) else path
     return Model(hf_directory(path), shape_of(read_hf_config(path)))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from megadpo.console.heartbeat import write_line
 from megadpo.errors import UserError
 from megadpo.launch.foreign import is_distributed
 from megadpo.launch.hostfile import Host, number_of_this_machine, read_hostfile
@@ -68,6 +69,7 @@ def start_processes(request: Request, worker: Sequence[str]) -> int | None:
         become(request.launcher, found, worker)
     if found.nproc * found.node.count == 1:
         return None
+    write_line(f"starting {found.nproc} {'process' if found.nproc == 1 else 'processes'}")
     return start_workers(found.nproc, [sys.executable, "-m", "megadpo", *worker], found.node)
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megadpo.console import heartbeat
 from megadpo.errors import UserError
 from megadpo.launch.signals import EXIT_FAILED, EXIT_INTERRUPTED, STATUS_OF_SIGNAL, WORDS
 from megadpo.launch.worker import FAILURE_FILE, claim_failure, first_failure
@@ -88,6 +89,7 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
     """
     node = node or Node()
     node.require_free_port()
+    heartbeat.lend()  # to the workers
     # Only its name: a worker that fails makes it, so that nothing stays where this process is killed.
     failure_file = Path(tempfile.gettempdir()) / f"megadpo-{os.getpid()}-{uuid.uuid4().hex}.json"
     workers: list[subprocess.Popen[bytes]] = []
@@ -124,6 +126,7 @@ def start_workers(nproc: int, command: Sequence[str], node: Node | None = None) 
         return EXIT_INTERRUPTED
     finally:
         _stop(workers)
+        heartbeat.take_back()
         failure_file.unlink(missing_ok=True)
         for number, handler in old_handlers.items():
             signal.signal(number, handler)

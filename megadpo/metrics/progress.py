@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from megadpo.config.sources import eval_prefix
+from megadpo.console import heartbeat
+from megadpo.console.activity import current
+from megadpo.console.terminal import can_draw, start_live
 from megadpo.platform.step_clock import PARTS
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ SHOWN: tuple[tuple[str, str, str], ...] = (
 )
 MOST_PLAIN_LINES = 50  # a log of a long run stays readable
 REFRESHES_PER_SECOND = 2.0
+SECONDS_BEFORE_SHOWN = 3.0
+"""What takes longer, a step, an evaluation or a save, is shown with how far it is."""
 SLOW_RATIO = 1.1
 """A rank that works for so much longer than the median is shown as the slowest."""
 
@@ -92,7 +97,10 @@ class ProgressSink:
         self._steps_between_lines = max(every, -(-total_steps // MOST_PLAIN_LINES))
         self._started = self._last = clock()
         self._record: Mapping[str, float | int] = {}
-        self._live: Live | None = _live(self._stream, self._render) if self._stream.isatty() else None
+        self._live: Live | None = None
+        if can_draw(self._stream):
+            heartbeat.lend()
+            self._live = start_live(self._stream, self._render, REFRESHES_PER_SECOND)
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Shows a step's record, and in full every record of held-out pairs (names that begin with "eval_")."""
@@ -102,6 +110,7 @@ class ProgressSink:
                 self._say(f"step {record['step']}: {what} {describe(record, eval_prefix(name))}")
         if "loss" not in record:
             return
+        heartbeat.steady()
         step = int(record["step"])
         self._step, self._record, self._last = step, record, self._clock()
         if self._live is None and step >= min(self._next_plain_step, self._total_steps):
@@ -113,6 +122,7 @@ class ProgressSink:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            heartbeat.take_back()
 
     def _seconds_left(self) -> float:
         """By the mean of the steps so far, counted from the last record."""
@@ -142,34 +152,13 @@ class ProgressSink:
         for found, style in ((words(self._record), ""), (time_by_part(self._record), "dim")):
             if found:
                 lines.append(Text("  ".join(found), style=style, no_wrap=True, overflow="ellipsis"))
+        if current().seconds() >= SECONDS_BEFORE_SHOWN:
+            lines.append(Text(current().words(), style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
     def _say(self, line: str) -> None:
         if self._live is not None:
             self._live.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=self._stream, flush=True)
-
-
-def _live(stream: TextIO, render: Callable[[], RenderableType]) -> Live:
-    """Lines at the end of a terminal that are drawn anew now and then; what is printed meanwhile stands above them.
-
-    The cursor stays visible: a run that is killed could not bring it back.
-    """
-    from rich.console import Console
-    from rich.live import Live
-
-    class VisibleCursor(Console):
-        def show_cursor(self, show: bool = True) -> bool:
-            return False
-
-    console = VisibleCursor(file=stream, force_terminal=True)
-    live = Live(
-        console=console,
-        get_renderable=render,
-        refresh_per_second=REFRESHES_PER_SECOND,
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=stream is sys.stderr,
-    )
-    live.start(refresh=True)
-    return live
+            print(f"{line}\n", end="", file=self._stream, flush=True)
+            heartbeat.said()

@@ -99,7 +99,7 @@ class AdapterWork:
 
     Attributes:
         body, head: entries of the adapters' A and B that a token meets (of experts' adapters those of the experts that it
-            goes to), and of the head's that a scored token meets.
+            goes to; of an embedding's B alone), and of the head's that a scored token meets.
         has_whole_head: whether the head is trained whole. Of the other modules that are, the embedding and norms, none is a
             product.
     """
@@ -117,6 +117,8 @@ class AdapterWork:
             size = adapter.rank_of(module) * sum(shapes[f"{module}.weight"])
             if f"{module}.weight" == HEAD:
                 head += size
+            elif f"{module}.weight" == EMBEDDING:
+                body += adapter.rank_of(module) * shape.hidden_size
             elif ".experts." in module and experts is not None:
                 body += size * experts.per_token / experts.count
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadpo.console.activity import activity
 from megadpo.model.adapters.attach import switch_of
 from megadpo.model.adapters.shards import is_adapters
 from megadpo.model.build import Stage
@@ -39,8 +40,9 @@ def keep_originals(stage: Stage, source: TensorSource, reference: TensorSource |
 
 
 def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], source: TensorSource) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), activity("loading weights", len(parameters), "tensors") as loading:
         for parameter, shard in parameters.values():
+            loading.advance()
             four_bit = getattr(parameter, "four_bit", None)
             if four_bit is not None:
                 four_bit.fill(shard, source)

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megadpo.console.activity import activity
 from megadpo.parallel.layout import Layout
 from megadpo.platform.device import communication_backend, compute_device, seed_everything
 from megadpo.platform.megatron_cpu import prepare_megatron
@@ -57,7 +58,8 @@ def joined_world(layout: Layout, seed: int, timeout_minutes: float = 30) -> Iter
     left_groups: list[dist.ProcessGroup] = []
     try:
         with patches_undone():
-            prepare_megatron()
+            with activity("preparing Megatron"):
+                prepare_megatron()
             with _joined(layout, seed, timeout_minutes, left_groups):
                 yield
     finally:
@@ -92,7 +94,8 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float, left_groups: list
         torch.cuda.set_device(compute_device())
     made_here = not dist.is_initialized()
     if made_here:
-        _initialize(timedelta(minutes=timeout_minutes))
+        with activity("joining the processes"):
+            _initialize(timedelta(minutes=timeout_minutes))
     seed_everything(seed)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

@@ -6,9 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megadpo.checkpoint.hf import read_hf_config
+from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.config.schema import Config
 from megadpo.config.sources import parse_sources
-from megadpo.data.rows.dataset import prepare_groups
+from megadpo.data.rows.dataset import prepare_groups, tokenise_job
+from megadpo.data.rows.stream import GroupStream, StreamOptions
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import resolve
@@ -37,7 +39,12 @@ def job_of(
     """
     path = config.model.path
     if not path or not Path(path).is_dir():
-        raise UserError(f"model.path: there is no directory {path!r}; plan reads the model's config.json in it")
+        what = why_no_model(path) if path else None
+        raise UserError(
+            f"model.path: {path} is no directory: {what}"
+            if what
+            else f"model.path: there is no directory {path!r}; plan reads the model's config.json in it"
+        )
     hf_config = read_hf_config(path)
     if has_reward_head(config.objective.loss_types):
         hf_config = with_reward_head(hf_config, hf_config.pad_token_id)
@@ -86,10 +93,19 @@ def _own_groups(config: Config) -> tuple[GroupStore | None, str]:
     if missing:
         return None, f"data.train: {missing[0]} is not here"
     try:
+        if config.data.streaming:
+            return _head(config), ""
         prepared = prepare_groups(config.data, config.data.train, config.model.path, reading_of(config.objective))
     except UserError as error:
         return None, str(error)
     return prepared.groups.first(NUM_PAIRS), ""
+
+
+def _head(config: Config) -> GroupStore:
+    """The first groups of a stream, of which the rest is not looked at."""
+    reading = reading_of(config.objective)
+    sources, job = tokenise_job(config.data, config.data.train, config.model.path, reading)
+    return GroupStream(StreamOptions(sources, job, buffer_size=1, seed=0)).next_groups(NUM_PAIRS)
 
 
 def _is_here(path: str) -> bool:

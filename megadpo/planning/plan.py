@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.adapters.spec import EMBEDDING_MODULE, HEAD_MODULE, AdapterSpec
 from megadpo.model.flop import AdapterWork
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
@@ -180,6 +180,8 @@ def _adapter_of_layer(spec: _Hashable, shape: ModelShape, tensor: int, expert: i
     sizes = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h)}
     dense = own = inner = 0.0
     for module in spec.spec.modules:
+        if module in (EMBEDDING_MODULE, HEAD_MODULE):  # of the ends
+            continue
         name, rank = module.rpartition(".")[2], spec.spec.rank_of(module)
         is_expert = ".experts." in module
         shape_in, shape_out = sizes.get(name, (columns, h) if name in ("down_proj", "w2") else (h, columns))
@@ -234,6 +236,10 @@ def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
         is_here = stage == 0 if "embed" in module else stage == plan.layout.pipeline - 1
         if is_here and not module.endswith("norm"):
             whole += plan.shape.vocab_size * plan.shape.hidden_size / plan.layout.tensor
+    for module, at in ((EMBEDDING_MODULE, 0), (HEAD_MODULE, plan.layout.pipeline - 1)):
+        if module in plan.adapter.modules and stage == at:
+            rows = plan.shape.vocab_size / plan.layout.tensor
+            whole += plan.adapter.rank_of(module) * (rows + plan.shape.hidden_size)
     return num_layers * dense + whole, num_layers * own, inner
 
 

@@ -174,10 +174,13 @@ def _add_head(last: tuple[Sums, Sums], plan: Plan, mix: Mix, rates: Rates, token
     scored, rows = mix.scored * tokens / layout.context, shape.vocab_size / layout.tensor
     adapter = adapter_work(plan)
     back = 3 if adapter is None or adapter.has_whole_head else 2
-    for way, products, passes in zip(last, (1, back), (1, 2), strict=True):
+    low_rank = 0.0 if adapter is None else adapter.head / layout.tensor
+    added = 1 if low_rank else 0  # to each tile
+    for way, products, of_adapter, passes in zip(last, (1, back), (1, 3), (1 + added, 2 + added), strict=True):
+        work = products * rows * shape.hidden_size + of_adapter * low_rank
         head = Sums(
             {
-                PRODUCTS: 2 * products * scored * rows * shape.hidden_size / rates.product_rate(scored),
+                PRODUCTS: 2 * work * scored / rates.product_rate(scored),
                 KERNELS: w * passes * scored * rows / rates.memory,
             }
         )

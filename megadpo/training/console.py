@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 
@@ -11,28 +10,33 @@ from megadpo.checkpoint.peft import why_peft_cannot
 from megadpo.checkpoint.sharded import is_checkpoint, open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.config.sources import eval_label
+from megadpo.console.heartbeat import write_line
 from megadpo.data.rows.report import DataReport, counted
+from megadpo.data.rows.sources import split_taken
+from megadpo.data.rows.stream import Position
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
-from megadpo.secrets.redact import redact
 from megadpo.training.setup import RunSetup
 
 
 def log(line: str) -> None:
     """A line for the user, from rank 0, with its secrets hidden."""
     if rank() == 0:
-        print(f"megadpo: {redact(line)}", file=sys.stderr, flush=True)
+        write_line(line)
 
 
 def log_setup(setup: RunSetup) -> None:
     """Data, layout, device and dtype of the run that is about to start."""
     for which, report in setup.reports.items():
+        if which == "train" and setup.stream is not None:
+            log_stream_setup(setup)
+            continue
         log(f"{which}: {report.sentence()}")
         for remark in report.remarks():
             log(f"{which}: {remark}")
-    if setup.reports["train"].kind == "labels":
+    if setup.reports["train"].kind == "labels" and setup.stream is None:
         log_balance(setup.config.objective, setup.reports["train"])
     positions, longest = setup.policy.shape.max_positions, setup.config.data.max_length
     if longest is None or longest > positions:
@@ -74,6 +78,42 @@ def log_setup(setup: RunSetup) -> None:
             log(f"{eval_label(name)}: {len(packing.groups)} of them are used (eval.pairs)")
     if not setup.resume and (setup.output_dir / "hf").is_dir():
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def log_stream_setup(setup: RunSetup) -> None:
+    """How training groups are streamed, and where that is known less of than of stored ones."""
+    config = setup.config
+    assert setup.stream is not None
+    for source in setup.stream.sources:
+        if (line := split_taken(source)) is not None:
+            log(f"train: {line}")
+    size = config.data.streaming_buffer
+    order = (
+        f"drawn from a buffer of {size:,} rows, which mixes no further than it reaches"
+        if config.data.shuffle
+        else "in order"
+    )
+    log(f"train: read as the run goes on, {order}")
+    longest, capacity = config.data.max_length, config.train.tokens_per_micro_batch
+    noun = setup.reports["train"].noun
+    if setup.reports["train"].kind == "lists" or longest is None or 2 * longest > capacity:
+        log(
+            f"warning: a {noun} of more than train.tokens_per_micro_batch {capacity} tokens, which data.max_length "
+            f"{'null' if longest is None else longest} does not rule out, will end the run when it comes"
+        )
+
+
+def log_stream(setup: RunSetup, position: Position | None) -> None:
+    """What became of the rows of a stream, at the run's end; `setup.reports` has it from then on."""
+    if setup.stream is None or position is None:
+        return
+    report = setup.reports["train"] = position.report
+    for line in (report.sentence(), *report.remarks()):
+        log(f"train: {line}")
+    if report.kind == "labels" and report.num_desirable and report.num_undesirable:
+        log_balance(setup.config.objective, report)
+    elif report.kind == "labels":
+        log(f"train: warning: all of them are {'' if report.num_desirable else 'un'}desirable, which teaches no difference")
 
 
 def log_adapter(setup: RunSetup, adapter: AdapterSpec) -> None:

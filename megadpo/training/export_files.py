@@ -15,12 +15,13 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions
 from megadpo.checkpoint.export import ExportPlan, finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import SafetensorsFile
-from megadpo.checkpoint.merged import MemorySource, MergedSource
+from megadpo.checkpoint.merged import MemorySource, MergedSource, UntiedSource, unties
 from megadpo.checkpoint.peft import adapter_dtype, write_peft
 from megadpo.checkpoint.staging import staging
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.adapters.decomposed import as_plain, plain_tensor
 from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.families import TensorSource, untied
 
 if TYPE_CHECKING:
     from megadpo.training.setup import RunSetup
@@ -49,11 +50,14 @@ def export_files(setup: RunSetup, stage: int) -> ExportFiles:
     layout, num_layers = setup.layout, setup.policy.shape.num_layers
     if setup.adapter is not None and not setup.config.adapter.merge:
         return _AdapterFiles(setup, setup.adapter.spec, stage)
-    plan = plan_export(setup.policy.config, setup.dtype, layout.layers_of_chunks(num_layers))
+    config, frozen = setup.policy.config, setup.frozen
+    if setup.adapter is not None and unties(setup.adapter.spec, setup.policy.shape):
+        config, frozen = untied(config), UntiedSource(frozen)
+    plan = plan_export(config, setup.dtype, layout.layers_of_chunks(num_layers))
     if setup.adapter is None:
         return _ModelFiles(plan, setup.companions)
     layers = [layer for chunk in range(layout.virtual) for layer in layout.layers_of_stage(num_layers, stage, chunk)]
-    return _MergedFiles(plan, setup, setup.adapter.spec, layers, stage == 0, stage == layout.pipeline - 1)
+    return _MergedFiles(plan, setup, frozen, setup.adapter.spec, layers, stage == 0, stage == layout.pipeline - 1)
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,14 @@ class _MergedFiles:
     """The policy's files are read again, and the adapters added to what is read of them.
 
     Attributes:
+        frozen: the model without adapters; of a tied one whose head an adapter makes another, with both.
         layers: of this writer's stage.
         is_first, is_last: the stage has the embedding, the head.
     """
 
     plan: ExportPlan
     setup: RunSetup
+    frozen: TensorSource
     spec: AdapterSpec
     layers: Sequence[int]
     is_first: bool
@@ -132,7 +138,7 @@ class _MergedFiles:
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> object:
         trained = MemorySource({name: tensor.to("cpu") for name, tensor in tensors})
-        source = MergedSource(self.setup.frozen, trained, self.spec)
+        source = MergedSource(self.frozen, trained, self.spec)
         written = write_export_files(self.plan, directory, self._merged(source))
         source.release()
         return written

@@ -26,6 +26,7 @@ from torch import Tensor
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
+from megadpo.data.rows.stream import Position
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.objectives.coupled import RunningMean
@@ -49,6 +50,8 @@ class GlobalBatch:
         response_offsets_G: int64 [groups of the whole batch + 1], where each group's responses begin among all of them.
         micro_batches: this replica's.
         mismatched: those of KTO's mismatched prompts and answers; empty without KTO.
+        packing: the data set that its groups are of.
+        position: of a stream: where that is after them.
     """
 
     group_ids: IntArray
@@ -56,6 +59,8 @@ class GlobalBatch:
     response_offsets_G: Tensor
     micro_batches: Sequence[MicroBatch]
     mismatched: Sequence[MicroBatch] = ()
+    packing: PackedDataset | None = None
+    position: Position | None = None
 
     def on_device(self) -> GlobalBatch:
         """The same batch with its micro-batches on this rank's device; the mismatched ones stay where they are."""
@@ -81,6 +86,7 @@ def pack_global_batch(
         torch.from_numpy(packing.groups.response_offsets_of(group_ids)),
         host_micro_batches(packing, group_ids),
         mismatched,
+        packing,
     )
 
 

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megadpo.config.sources import eval_prefix
+from megadpo.console.activity import counted_through
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.errors import UserError
@@ -105,7 +106,8 @@ def _of_set(run: Run, name: str, packing: PackedDataset) -> Metrics | None:
     metric_sums = collect.empty_vector(compute_device(), objective)
     has_own = "compute_metrics" in run.heard
     table_RC = torch.zeros(packing.groups.num_responses, len(COLUMNS) + 1, dtype=torch.float64) if has_own else None
-    for start in range(0, num_groups, at_once):
+    what, num_batches = f"evaluating {name}".rstrip(), -(-num_groups // at_once)
+    for start in counted_through(range(0, num_groups, at_once), what, num_batches, "batches"):
         group_ids = np.arange(start, min(start + at_once, num_groups))
         if run.stopping.agreed is not None or run.stopping.agree():
             return None

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from megadpo.checkpoint.digest import file_digest, joined, named_digest
+from megadpo.checkpoint.digest import ends_digest, file_digest, joined, named_digest
 from megadpo.checkpoint.peft import adapter_files
+from megadpo.config.given import GivenRows
 from megadpo.config.schema import Config, ModelConfig
-from megadpo.data.rows.cache_key import tokenizer_files
+from megadpo.data.rows.cache_key import given_digest, tokenizer_files
+from megadpo.data.rows.sources import source_files
+from megadpo.data.rows.stream import StreamOptions
 from megadpo.data.rows.templates import read_template
 from megadpo.errors import UserError
 
 if TYPE_CHECKING:
-    from megadpo.data.store import GroupStore
     from megadpo.training.models import ModelFiles
 
 NAMES = {
@@ -30,13 +32,17 @@ NAMES = {
     "tokenizer": "the tokenizer",
     "template": "data.chat_template",
     "data": "the training pairs that data.train gives",
+    "stream": "data.shuffle, data.streaming_buffer or train.seed, by which data.train is streamed",
     "quantization": "model.quantization",
 }
 """What each digest is of, in the words of a sentence."""
 
 
-def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: GroupStore) -> dict[str, str]:
+def digests(config: Config, policy: ModelFiles, reference: ModelFiles, data: str | StreamOptions) -> dict[str, str]:
     """A digest of each of NAMES, in hexadecimal; of the reference where there is one; of quantisation, how it is done.
+
+    Args:
+        data: the digest of the training groups, or the stream that they come from.
 
     Raises:
         UserError: a file cannot be read.
@@ -45,15 +51,36 @@ def digests(config: Config, policy: ModelFiles, reference: ModelFiles, groups: G
         "model": model_digest(policy),
         "tokenizer": joined(file_digest(file) for file in tokenizer_files(policy.huggingface)),
         "template": xxhash.xxh3_128_hexdigest((read_template(config.data.chat_template) or "").encode()),
-        "data": groups.digest,
+        "data": data if isinstance(data, str) else stream_digest(data),
         "quantization": quantization_text(config.model),
     }
     if config.reference.mode != "none":
         found["reference"] = found["model"] if reference is policy else model_digest(reference)
+    if isinstance(data, StreamOptions):
+        found["stream"] = f"{data.buffer_size} {data.seed if data.buffer_size > 1 else ''}"
     for name, path in (("adapter", config.adapter.path), ("reference_adapter", config.reference.adapter)):
         if path is not None:
             found[name] = named_digest(adapter_files(path))
     return found
+
+
+def stream_digest(stream: StreamOptions) -> str:
+    """Of what a stream's groups are made from, without a pass over it: sizes, heads and ends of files, and options.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    job = stream.job
+    parts = [f"stream {job.max_length} {job.truncation} {job.reading.kind} {sorted(job.reading.row_values)}"]
+    for source in stream.sources:
+        parts.append(f"{source.weight:g} {source.split} {sorted(source.columns.items())} {sorted(source.ignored)}")
+        if isinstance(source.path, GivenRows):
+            parts.append(given_digest(source.path))
+        elif (files := source_files(source)) is not None:
+            parts += [f"{file.name} {ends_digest(file)}" for file in files]
+        else:
+            parts.append(f"{source.name} {source.subset}")
+    return joined(parts)
 
 
 def quantization_text(options: ModelConfig) -> str:

@@ -18,6 +18,7 @@ from megadpo.files import is_special, replacing, require_new_file
 from megadpo.parallel.layout import choose_layout
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import compute_device, resolve_dtype
+from megadpo.platform.hub import fetched
 from megadpo.training.console import log
 from megadpo.training.models import check_modules, open_model
 from megadpo.training.setup import check_token_ids, scoring_packing
@@ -41,7 +42,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config, force: bool = 
     """
     path = require_new_file(Path(out), "--out", force)
     layout = choose_layout(config.parallel, world_size())
-    files = open_model(model, "--model", config)
+    files = open_model(fetched(model, "--model"), "--model", config)
     check_layout(layout, files.shape)
     check_modules(config, files.shape)
     prepared = prepare_groups(config.data, data, str(files.huggingface))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
-from megadpo.checkpoint.merged import MergedSource
+from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
+from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter
 from megadpo.checkpoint.reward_model import as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import open_weights
@@ -21,7 +22,7 @@ from megadpo.model.adapters.initial import NewAdapter
 from megadpo.model.adapters.spec import AdapterSpec, resolve
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionNeeds
-from megadpo.model.families import TensorSource, check_tensors, shape_of
+from megadpo.model.families import TensorSource, check_tensors, shape_of, untied
 from megadpo.model.layers import choose_layers
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import choose_small_ops
@@ -127,8 +128,7 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     Raises:
         UserError: naming `setting`, the file or tensor, and what is wrong.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"{setting}: there is no directory {path}; give a local Hugging Face model directory")
+    check_is_directory(path, setting)
     if is_adapter(path):
         return _merged(open_model(base_of(path), setting, config), path, setting, config)
     hf_config, directory = read_hf_config(path), hf_directory(path)
@@ -143,11 +143,29 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
 
 
+def check_is_directory(path: str, setting: str) -> None:
+    """Refuse what is no directory, a file with what it is.
+
+    Raises:
+        UserError: naming `setting`.
+    """
+    if not Path(path).is_dir():
+        what = why_no_model(path)
+        raise UserError(
+            f"{setting}: {path} is no directory: {what}"
+            if what
+            else f"{setting}: there is no directory {path}; give a local Hugging Face model directory"
+        )
+
+
 def _merged(base: ModelFiles, path: str, setting: str, config: Config) -> ModelFiles:
     """The model that the adapter of a directory makes of its base."""
     adapter = open_adapter(path, base.shape, setting, verify=config.checkpoint.verify)
     adapter.check_base(base.path, model_digest(base), setting)
-    adapter.check_mergeable(base.shape, setting)
+    adapter.check_copies(base.source, base.path, setting)
+    if unties(adapter.spec, base.shape):
+        config = untied(base.config)
+        base = replace(base, config=config, shape=shape_of(config), source=UntiedSource(base.source))
     return replace(base, source=MergedSource(base.source, adapter.source, adapter.spec), merged=path, has_new_head=False)
 
 
@@ -181,6 +199,7 @@ def trained_adapter(config: Config, policy: ModelFiles) -> AdapterFiles | None:
     if options.path is not None:
         adapter = open_adapter(options.path, policy.shape, "adapter.path", options.dropout, config.checkpoint.verify)
         adapter.check_base(policy.path, model_digest(policy), "adapter.path")
+        adapter.check_copies(policy.source, policy.path, "adapter.path")
         return AdapterFiles(adapter.spec, adapter.source, is_new=False)
     spec = resolve(options, policy.shape)
     return AdapterFiles(spec, NewAdapter(spec, policy.shape, config.train.seed, policy.source), is_new=True)
@@ -192,6 +211,7 @@ def reference_adapter(config: Config, policy: ModelFiles, trained: AdapterFiles 
         return None
     adapter = open_adapter(config.reference.adapter, policy.shape, "reference.adapter", verify=config.checkpoint.verify)
     adapter.check_base(policy.path, model_digest(policy), "reference.adapter")
+    adapter.check_copies(policy.source, policy.path, "reference.adapter")
     check_reference_adapter(adapter.spec, trained.spec)
     return AdapterFiles(adapter.spec, adapter.source, is_new=False)
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.config.schema import ModelConfig, PipelineScheduleConfig
+from megadpo.console.activity import activity
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
@@ -317,11 +318,13 @@ def frozen_stage(
 def reference_digest(model: ModelFiles) -> str:
     """blake2b over the names and all bytes of the files that decide what the model computes."""
     hasher = hashlib.blake2b(digest_size=20)
-    for path in model.files:
-        hasher.update(path.name.encode())
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                hasher.update(block)
+    with activity("hashing the reference's files", sum(path.stat().st_size for path in model.files), "bytes") as hashing:
+        for path in model.files:
+            hasher.update(path.name.encode())
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    hasher.update(block)
+                    hashing.advance(len(block))
     return hasher.hexdigest()
 
 
@@ -359,7 +362,7 @@ def cached_logps(
         shared = torch.from_numpy(logps_R).to(compute_device())
         dist.broadcast(shared, 0)
         return shared.cpu().numpy(), True
-    for group_ids, values in response_logps(build(), packing, ld_alpha):
+    for group_ids, values in response_logps(build(), packing, ld_alpha, telling="computing the reference's log-probs"):
         first, end = packing.groups.response_offsets_G[[group_ids.start, group_ids.stop]]
         require_finite_logps(packing.groups, range(first, end), values)
         logps_R[first:end] = values

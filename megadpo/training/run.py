@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from megadpo.metrics.spikes import SpikeWatch
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.world import rank
 from megadpo.training.callbacks import Callbacks, Metrics
-from megadpo.training.console import log
+from megadpo.training.console import log, log_stream
+from megadpo.training.feed import StoredFeed, StreamFeed, feed_of, news
 from megadpo.training.profile import ProfileWindow
 from megadpo.training.run_lock import Lock
 from megadpo.training.run_record import RunRecord
@@ -27,6 +28,8 @@ from megadpo.training.watchdog import Progress
 from megadpo.validation.evaluation import best_of
 
 if TYPE_CHECKING:
+    from megadpo.data.rows.stream import Position
+    from megadpo.data.store import GroupStore
     from megadpo.engine.base import Engine
     from megadpo.training.global_batch import GlobalBatch
     from megadpo.training.reference import References
@@ -44,6 +47,7 @@ class Result:
         steps: optimizer steps of the whole run; fewer than planned where it has ended early.
         model_path: the exported Hugging Face directory.
         output_dir: the run's directory.
+        pushed_to: the address of the repository on the Hub that the model was pushed to, on rank 0; None: it was not.
         best_step: with `eval.best_metric`, the step of the best evaluation, whose model is exported. None: it is the last.
         best_metric: the metric there.
         ended: why the run has ended before its last step, by `eval.patience` or a callback; None: it has not.
@@ -53,6 +57,7 @@ class Result:
     steps: int
     model_path: Path
     output_dir: Path
+    pushed_to: str | None = None
     best_step: int | None = None
     best_metric: float | None = None
     ended: str | None = None
@@ -92,6 +97,9 @@ class Run:
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
         figures: what steps take.
         profile: the steps that torch's profiler records.
+        feed: what gives each step its groups.
+        groups: those that the groups of the step under way are of.
+        position: of a stream: where it is after that step.
     """
 
     setup: RunSetup
@@ -116,6 +124,9 @@ class Run:
     saver: Saver = field(init=False)
     figures: StepFigures = field(init=False)
     profile: ProfileWindow = field(init=False)
+    feed: StoredFeed | StreamFeed = field(init=False)
+    groups: GroupStore = field(init=False)
+    position: Position | None = None
 
     def __post_init__(self) -> None:
         from megadpo.training.global_batch import pack_global_batch
@@ -123,9 +134,12 @@ class Run:
         setup = self.setup
 
         def pack(step: int) -> GlobalBatch:
-            return pack_global_batch(setup.train, setup.sampler.group_ids(step), setup.objective)
+            found = self.feed.step(step)
+            batch = pack_global_batch(found.packing, found.group_ids, setup.objective)
+            return replace(batch, position=found.position)
 
         self.best = best_of(setup.config)
+        self.feed, self.groups = feed_of(setup), setup.train.groups
         self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
         self.figures = StepFigures(setup)
@@ -147,6 +161,15 @@ class Run:
         if self.ended is None and self.record.last_step < self.setup.num_steps:
             self.ended = Ended(why, by)
             log(f"the run ends after step {self.record.last_step} of {self.setup.num_steps}: {why}")
+
+    def take(self, batch: GlobalBatch) -> None:
+        """The step under way is this batch's; of a stream, say what has become of its rows for the first time."""
+        assert batch.packing is not None
+        self.groups = batch.packing.groups
+        if batch.position is not None:
+            for line in news(self.position, batch.position):
+                log(f"train: {line}")
+        self.position = batch.position
 
     def check_owner(self) -> None:
         """Raises UserError where the output directory is another run's by now; on rank 0, which has the lock."""
@@ -180,6 +203,7 @@ class Run:
         self.profile.close()
         if not has_failed:
             self.figures.close()
+            log_stream(self.setup, self.position)
         self.references.train.write()
         self.saver.close(has_failed, at_once)
         for error in list(close_all(self.sinks, has_failed)):

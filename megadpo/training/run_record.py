@@ -41,12 +41,14 @@ class RunRecord:
     """The record of a run under way; on ranks above 0 it does nothing.
 
     Attributes:
+        first_step: steps that were done before this process began.
         last_step: steps that are done.
         best: of the evaluation whose model was exported: `best_step`, `best_metric` (its name), `best_value`.
         why: it has finished before its last step.
     """
 
     setup: RunSetup | None = None
+    first_step: int = 0
     last_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     why: str | None = None
@@ -63,7 +65,7 @@ class RunRecord:
 
     def resumed_at(self, step: int) -> None:
         """Take in how many steps were done before; with the first of them still to come, 0."""
-        self.last_step = step
+        self.first_step = self.last_step = step
         if self._sessions:
             self._sessions[-1]["first_step"] = step
 
@@ -143,9 +145,12 @@ def facts_of(setup: RunSetup) -> dict[str, Any]:
             "num_trained": sum(map(math.prod, setup.trained_shapes.values())),
         },
         "data": {
-            which: {"sentence": setup.reports[which].sentence(), **_measured(packing)} for which, packing in packings.items()
-        },
-        "versions": {"python": platform.python_version(), **_versions()},
+            which: {"sentence": setup.reports[which].sentence(), **_measured(packing)}
+            for which, packing in packings.items()
+            if which != "train" or not setup.stream
+        }
+        | ({"train": _of_stream(setup)} if setup.stream else {}),
+        "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
 
@@ -155,7 +160,15 @@ def _measured(packing: Any) -> dict[str, float]:
     return {"num_used": len(groups), "num_tokens": int(packing.num_tokens_G.sum()), **lengths}
 
 
-def _versions() -> dict[str, str]:
+def _of_stream(setup: RunSetup) -> dict[str, Any]:
+    """What is known of streamed groups: their number at the end alone, lengths from the first of them."""
+    report = setup.reports["train"]
+    lengths = answer_lengths(setup.train.groups, np.arange(len(setup.train.groups)))
+    return {"sentence": report.sentence() if report.num_rows else "read as the run goes on", **lengths}
+
+
+def installed_versions() -> dict[str, str]:
+    """Of PACKAGES, where they are installed."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -40,6 +40,8 @@ from megadpo.platform.device import compute_device
 from megadpo.secrets.redact import redacted
 from megadpo.training.console import log
 from megadpo.training.export_files import export_files
+from megadpo.training.feed import StreamFeed
+from megadpo.training.model_card import with_card
 from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Ended, Run
@@ -74,7 +76,8 @@ def save(run: Run, step: int) -> Path:
         "ended": {} if run.ended is None else asdict(run.ended),
         "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
         "dtype": str(setup.dtype).removeprefix("torch."),
-        "data_digest": setup.train.groups.digest,
+        "data_digest": setup.search.inputs["data"],
+        **({} if run.position is None else {"stream": run.position.to_dict()}),
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
         "config": redacted(setup.config.to_dict()),
@@ -162,6 +165,14 @@ def resume(run: Run) -> int:
     run.running_mean = RunningMean(*state.delta)
     run.metrics = dict(state.metrics)
     run.evaluation_due = state.evaluation_due
+    if isinstance(run.feed, StreamFeed):
+        is_same = state.inputs.get("stream") == setup.search.inputs["stream"]
+        run.position = state.position if is_same else None
+        run.feed.go_on(state.step, run.position)
+        if run.position is not None:
+            log(f"data.train goes on after {counted(run.position.report.num_rows, 'row')}")
+        else:
+            log("warning: data.train is read from its beginning again: the checkpoint is of another stream, or of none")
     torch.set_rng_state(state.random_state)
     _resume_best(run, state)
     return state.step
@@ -240,7 +251,7 @@ def export_policy(run: Run) -> Path:
     Raises:
         UserError: a disk is full or refuses; the earlier export is as it was.
     """
-    setup, directory = run.setup, run.setup.output_dir / "hf"
+    setup, directory = with_card(run.setup, run.metrics, exported_text(run)), run.setup.output_dir / "hf"
     watch, export = FiniteWatch(), export_files(setup, parallel_state.get_pipeline_model_parallel_rank())
     is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
     problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
@@ -263,6 +274,16 @@ def export_policy(run: Run) -> Path:
     if problem is not None:
         raise UserError(f"the trained model is not exported: {problem}")
     return directory
+
+
+def exported_text(run: Run) -> str:
+    """A sentence on whose the exported model is, where it is not that of the planned last step; else "". Not collective."""
+    last, found = run.record.last_step, run.record.best
+    parts = [f"the run ended after step {last} of {run.setup.num_steps} ({run.ended.why})"] if run.ended else []
+    if found:
+        parts.append(f"this is the model of step {found['best_step']}, the best by `{found['best_metric']}`")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _is_writer() -> bool:

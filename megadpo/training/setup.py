@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,9 +14,11 @@ from megadpo.checkpoint.companions import Companions, companions_of
 from megadpo.checkpoint.peft import peft_config
 from megadpo.config.schema import Config
 from megadpo.config.sources import eval_label, eval_sets, is_held_out
+from megadpo.console.activity import activity
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
-from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups
+from megadpo.data.rows.dataset import DataReport, look_at, prepare_groups, tokenise_job
+from megadpo.data.rows.stream import GroupStream, StreamOptions, check_streamable
 from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
@@ -30,6 +32,7 @@ from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
 from megadpo.platform.device import resolve_dtype
+from megadpo.training.hub import require_hub, with_fetched
 from megadpo.training.inputs import digests
 from megadpo.training.models import (
     AdapterFiles,
@@ -63,16 +66,17 @@ class RunSetup:
     Attributes:
         config: resolved.
         companions: config.json and tokenizer of the policy, for checkpoints and export.
-        train: the training groups, ready to be packed.
+        train: the training groups, ready to be packed; of a stream, as many of its first as a step has.
         eval: the held-out sets by name; one without a name is "".
         reports: what became of the rows of "train", and of each held-out set under its `eval_label`.
-        sampler: which training groups each step sees.
+        sampler: which training groups each step sees; None of a stream.
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
         origin: the checkpoint to go on from, if there is one.
         begun: what an adapter began with that is a part of the policy, once `decomposition.begin_with_parts` has made it.
         adapter: what is trained in place of the policy's own parameters; None: those are.
         reference_adapter: what the reference has in place of it, with `reference.adapter`.
+        stream: how training groups are made as the run goes on, with `data.streaming`.
         own_objective: the loss `custom` where it is a function that was given in Python.
     """
 
@@ -85,7 +89,7 @@ class RunSetup:
     train: PackedDataset
     eval: dict[str, PackedDataset]
     reports: dict[str, DataReport]
-    sampler: StepSampler
+    sampler: StepSampler | None
     num_steps: int
     output_dir: Path
     search: Search
@@ -93,6 +97,7 @@ class RunSetup:
     begun: Begun | None = None
     adapter: AdapterFiles | None = None
     reference_adapter: AdapterFiles | None = None
+    stream: StreamOptions | None = None
     own_objective: Loss | None = None
 
     @property
@@ -140,33 +145,43 @@ def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
         UserError: whatever cannot work.
     """
     config.require_for_training()
-    config = with_adapter_s_base(config).resolved()
+    require_hub(config)
+    config = with_adapter_s_base(with_fetched(config)).resolved()
     _check_surroundings(config, own_objective)
     layout = choose_layout(config.parallel, world_size())
-    policy, reference = open_models(config, layout)
+    with activity("opening the model"):
+        policy, reference = open_models(config, layout)
     adapter = trained_adapter(config, policy)
     if adapter is not None:
         check_adapters(config, policy.shape, layout, adapter.spec)
     output_dir = Path(config.output_dir)
     claim_output_dir(output_dir, config)
-    look_at_data(config)
+    with activity("looking at the data"):
+        look_at_data(config)
     reports: dict[str, DataReport] = {}
-    train = packed_data(config, config.data.train, policy, layout, reports, "train")
+    stream, sampler = stream_options(config, policy) if config.data.streaming else None, None
+    if stream is None:
+        train = packed_data(config, config.data.train, policy, layout, reports, "train")
+        sampler = step_sampler(config, train)
+    else:
+        train = head_of_stream(config, stream, policy, layout)
+        reports["train"] = DataReport(kind=stream.job.reading.kind)
     held_out = {
         name: packed_data(config, sources, policy, layout, reports, eval_label(name))
         for name, sources in eval_sets(config.data.eval).items()
     }
-    sampler = step_sampler(config, train)
-    num_steps = config.train.steps or sampler.num_steps
+    num_steps = config.train.steps or (None if sampler is None else sampler.num_steps)
     assert num_steps is not None
     check_logging(config.logging, world_size(), num_steps)
-    inputs = digests(config, policy, reference, train.groups)
+    with activity("hashing the inputs"):
+        inputs = digests(config, policy, reference, train.groups.digest if stream is None else stream)
     if adapter is None:
         search = Search.of(config, logical_shapes(policy.shape), inputs, num_steps)
     else:
         settings = peft_config(adapter.spec, policy.shape, str(Path(policy.path).resolve()))
         search = Search.of(config, adapter_shapes(policy.shape, adapter.spec), inputs, num_steps, settings)
-    origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
+    with activity("looking for a checkpoint"):
+        origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)
     return RunSetup(
         config=config,
@@ -185,6 +200,7 @@ def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
         origin=origin,
         adapter=adapter,
         reference_adapter=reference_adapter(config, policy, adapter),
+        stream=stream,
         own_objective=own_objective,
     )
 
@@ -288,12 +304,21 @@ def packed_data(
     """
     reading, held_out = reading_of(config.objective), is_held_out(which)
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading, held_out, made)
-    check_token_ids(prepared.groups, model)
     groups = prepared.groups
     if held_out and config.eval.pairs is not None:
         groups = groups.first(config.eval.pairs)
-    check_mismatched_fit(config, groups)
     reports[which] = prepared.report
+    return checked_packing(config, groups, model, layout)
+
+
+def checked_packing(config: Config, groups: GroupStore, model: ModelOfTokens, layout: Layout) -> PackedDataset:
+    """`groups`, ready to be packed for training.
+
+    Raises:
+        UserError: one of them fits neither the model nor a micro-batch.
+    """
+    check_token_ids(groups, model)
+    check_mismatched_fit(config, groups)
     return data_packing(
         config,
         groups,
@@ -319,3 +344,24 @@ def step_sampler(config: Config, train: PackedDataset) -> StepSampler:
     )
     check_steps_can_fill(config, train.num_tokens_G, sampler.samples_per_epoch)
     return sampler
+
+
+def stream_options(config: Config, model: ModelOfTokens) -> StreamOptions:
+    """How the rows of `data.train` become a stream of groups.
+
+    Raises:
+        UserError: they cannot be streamed.
+    """
+    sources, job = tokenise_job(config.data, config.data.train, str(model.huggingface), reading_of(config.objective))
+    check_streamable(sources)
+    return StreamOptions(sources, job, config.data.streaming_buffer if config.data.shuffle else 1, config.train.seed)
+
+
+def head_of_stream(config: Config, stream: StreamOptions, model: ModelOfTokens, layout: Layout) -> PackedDataset:
+    """As many groups as a step has, of the first rows in their order: what is wrong with these is said before training.
+
+    Raises:
+        UserError: a row, or all of them.
+    """
+    groups = GroupStream(replace(stream, buffer_size=1)).next_groups(config.train.pairs_per_step)
+    return checked_packing(config, groups, model, layout)

@@ -31,7 +31,7 @@ def accept_or_leave_out(run: Run, step: int, loss: float, result: StepResult) ->
         run.spikes.count(updated=True)
         return True
     if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
-        what += non_finite.cause(run.engine, run.setup.train.groups, result)
+        what += non_finite.cause(run.engine, run.groups, result)
     run.spikes.count(updated=False)
     record_spike(run, step, what, loss, result, updated=False)
     if policy == "skip" and run.spikes.num_in_a_row < MOST_IN_A_ROW:

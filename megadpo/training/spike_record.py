@@ -55,7 +55,7 @@ def record_spike(run: Run, step: int, what: str, loss: float, result: StepResult
     if run.num_spikes_written >= MOST_SPIKES:
         return
     run.num_spikes_written += 1
-    groups = run.setup.train.groups
+    groups = run.groups
     found = [pair for part in gathered(_pairs_here(groups, run.setup.objective, result)) for pair in part]
     if rank() != 0:
         return

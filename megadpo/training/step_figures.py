@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from megadpo.data.batches.bin_packing import IntArray
+from megadpo.data.store import GroupStore
 from megadpo.metrics.throughput import peak_memory, throughput
 from megadpo.model.flop import AdapterWork, Work, peak_flop
 from megadpo.parallel.world import rank, world_size
@@ -26,6 +27,7 @@ class StepFigures:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._own_work = 0.0
         self._about_ranks: dict[str, float] = {}
+        self._measured: tuple[GroupStore, Work] | None = None
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -51,13 +53,13 @@ class StepFigures:
             self._own_work += 0.0 if part == "communication" else seconds
 
     def metrics(
-        self, step_seconds: float, group_ids: IntArray, num_tokens: int, has_live_reference: bool
+        self, step_seconds: float, groups: GroupStore, group_ids: IntArray, num_tokens: int, has_live_reference: bool
     ) -> dict[str, float]:
-        """Of the step that has just ended."""
+        """Of the step that has just ended, whose groups are `group_ids` of `groups`."""
         found = throughput(step_seconds, num_tokens, len(group_ids)) | peak_memory(compute_device())
-        if self._peak is not None and self._work is not None:
+        if self._peak is not None and rank() == 0:
             reference = self._setup.reference.shape if has_live_reference else None
-            flop = self._work.step(self._setup.policy.shape, reference, group_ids, self._adapter)
+            flop = self._work(groups).step(self._setup.policy.shape, reference, group_ids, self._adapter)
             found["mfu"] = flop / (step_seconds * world_size() * self._peak)
         return found | {f"seconds/{part}": seconds for part, seconds in self._seconds.items()} | self._about_ranks
 
@@ -70,12 +72,11 @@ class StepFigures:
             return None
         return peak_flop(torch.cuda.get_device_name(compute_device()))
 
-    @cached_property
-    def _work(self) -> Work | None:
-        """What groups cost; on the rank that reports."""
-        if rank() != 0:
-            return None
-        return Work.of(self._setup.train.groups, self._setup.policy.shape, self._setup.reference.shape)
+    def _work(self, groups: GroupStore) -> Work:
+        """What groups cost; those of the last call are remembered."""
+        if self._measured is None or self._measured[0] is not groups:
+            self._measured = groups, Work.of(groups, self._setup.policy.shape, self._setup.reference.shape)
+        return self._measured[1]
 
     @cached_property
     def _adapter(self) -> AdapterWork | None:

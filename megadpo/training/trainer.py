@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadpo.config.schema import Config
+from megadpo.console.activity import activity
+from megadpo.console.heartbeat import speaking
 from megadpo.data.rows.report import counted
 from megadpo.launch.signals import Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
@@ -36,6 +38,7 @@ from megadpo.training.callbacks import RunInfo
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
 from megadpo.training.ending import save_where_due, stopped
+from megadpo.training.hub import pushed
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
@@ -45,6 +48,7 @@ from megadpo.training.run_record import recorded
 from megadpo.training.setup import RunSetup, prepare
 from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
+from megadpo.training.summary import tell_end
 from megadpo.training.watchdog import watched
 from megadpo.validation.evaluation import check_best_metric
 
@@ -73,7 +77,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None, objective: 
         check_best_metric(config)
     began = time.time()
     config.require_for_training()
-    with noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
+    with speaking(), noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
         setup = prepare(config, objective)
         stopping = Stopping(request)
         if rank() == 0:
@@ -85,13 +89,15 @@ def run_training(config: Config, callbacks: Callbacks | None = None, objective: 
             watched(setup.config.train.hang_timeout, setup.output_dir) as progress,
             recorded() as record,
         ):
-            setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
+            with activity("verifying the checkpoint"):
+                setup = replace(setup, origin=settle_checkpoint(setup.search, setup.origin))
             log_origin(setup)
             if rank() == 0:  # every rank has looked at what was there before, and nothing else is written yet
                 write_config(setup.output_dir, setup.config)
             record.begin(setup)
             setup = begin_with_parts(setup)
-            run = build(setup, callbacks)
+            with activity("building the model"):
+                run = build(setup, callbacks)
             run.stopping, run.lock, run.progress, run.record = stopping, lock, progress, record
             if stopping.deadline is not None:
                 stopping.deadline.saves = run.saver.times
@@ -105,7 +111,8 @@ def run_training(config: Config, callbacks: Callbacks | None = None, objective: 
                 raise
             run.close()
             result = export(run)
-    return result
+    tell_end(setup, run.record.first_step, time.time() - began, result)
+    return replace(result, pushed_to=pushed(setup.config, result.model_path))
 
 
 def announce(number: signal.Signals) -> None:
@@ -319,6 +326,7 @@ def training_step(run: Run, step: int) -> Metrics:
 
     with run.figures.step():
         batch = run.batches.get(step)
+        run.take(batch)
         result = optimizer_step(
             run.engine,
             run.references.train,
@@ -332,19 +340,20 @@ def training_step(run: Run, step: int) -> Metrics:
     step_seconds = time.perf_counter() - started
     if is_updated:
         run.running_mean = result.running_mean
-    num_tokens = int(setup.train.num_tokens_G[batch.group_ids].sum())
+    assert batch.packing is not None
+    num_tokens = int(batch.packing.num_tokens_G[batch.group_ids].sum())
     run.num_tokens_seen += num_tokens
     return {
         "step": step + 1,
         **metrics,
-        **answer_lengths(setup.train.groups, batch.group_ids),
+        **answer_lengths(run.groups, batch.group_ids),
         **run.engine.router_metrics(),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         **({"num_left_out": run.spikes.num_left_out} if setup.config.train.on_spike == "skip" else {}),
-        "epoch": (step + 1) * setup.config.train.pairs_per_step / setup.sampler.samples_per_epoch,
+        "epoch": run.feed.epoch(step, batch.position),
         "num_tokens": run.num_tokens_seen,
-        **run.figures.metrics(step_seconds, batch.group_ids, num_tokens, has_live_reference),
+        **run.figures.metrics(step_seconds, run.groups, batch.group_ids, num_tokens, has_live_reference),
         "data_wait_seconds": run.batches.seconds_waited,
         "time": time.time(),
     }
@@ -368,11 +377,14 @@ def export(run: Run) -> Result:
     run.progress.begin("exporting")
     setup, last, best = run.setup, run.record.last_step, run.best
     chosen = take_best(run, last)
-    directory = export_policy(run)
     value = None if chosen is None else best.value_at(chosen)
     if chosen is not None:
-        log(f"{directory} is the model of step {chosen}, the best by {best.metric} ({value:.6g}); the last step is {last}")
         run.record.best = {"best_step": chosen, "best_metric": best.metric, "best_value": value}
+    with activity("exporting the trained model"):
+        directory = export_policy(run)
+    if chosen is not None:
+        log(f"{directory} is the model of step {chosen}, the best by {best.metric} ({value:.6g}); the last step is {last}")
     log(f"trained model: {directory}")
     ended = run.record.why = None if run.ended is None else run.ended.why
-    return Result(run.metrics, last, directory, setup.output_dir, chosen, value, ended)
+    of_best = {"best_step": chosen, "best_metric": value}
+    return Result(run.metrics, last, directory, setup.output_dir, ended=ended, **of_best)

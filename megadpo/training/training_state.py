@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
+from megadpo.data.rows.stream import Position
 from megadpo.errors import UserError
 
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
@@ -38,6 +39,7 @@ class TrainingState:
         best: what the evaluations have given, see metrics/best.py; earlier versions did not look for it.
         ended: why the run has ended with `step`, before its last one, and by what; empty: it has not.
         random_state: of torch's generator on the CPU.
+        position: of a stream of training groups, after `step`.
     """
 
     step: int
@@ -51,6 +53,7 @@ class TrainingState:
     best: dict[str, Any]
     ended: dict[str, str]
     random_state: Tensor
+    position: Position | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> TrainingState:
@@ -76,6 +79,7 @@ class TrainingState:
             best=fields.best(),
             ended=fields.texts("ended"),
             random_state=fields.random_state("rng"),
+            position=fields.position("stream"),
         )
 
 
@@ -156,6 +160,14 @@ class _Fields:
         except (ValueError, RuntimeError, TypeError) as error:
             raise self._refuse(name, "the state of a random generator") from error
         return state
+
+    def position(self, name: str) -> Position | None:
+        if name not in self.state:
+            return None
+        try:
+            return Position.of(self.section(name))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refuse(name, "a position in a stream") from error
 
 
 def _is_number(value: Any) -> bool:

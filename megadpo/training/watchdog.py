@@ -31,6 +31,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megadpo.console.activity import begin as tell
 from megadpo.launch.worker import end_for_good
 from megadpo.parallel.world import rank, world_size
 from megadpo.platform.rendezvous import LOOPBACK, is_alone
@@ -65,6 +66,7 @@ class Progress:
         if self.doing not in UNTIMED:
             self.longest_step = max(self.longest_step, now - self.since)
         self.doing, self.since = doing, now
+        tell(doing)
 
     def lateness(self) -> float:
         """Seconds beyond the longest step so far."""

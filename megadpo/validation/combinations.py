@@ -92,6 +92,7 @@ FEATURES: tuple[Feature, ...] = (
         lambda c: c.reference.mode in ("precomputed", "cached"),
         ("reference.mode=precomputed",),
     ),
+    Feature("streaming", "data.streaming", lambda c: c.data.streaming, ("data.streaming=true", "train.steps=8")),
     Feature(
         "moving reference",
         "reference.sync_every",
@@ -165,6 +166,11 @@ EXCLUDED: tuple[Rule, ...] = (
         "moving reference",
         "precomputed reference",
         "that moves a resident reference, not log-probs that are computed once; set reference.mode to resident or remove it",
+    ),
+    Rule(
+        "streaming",
+        "precomputed reference",
+        "log-probs are computed once for rows that are all known; set reference.mode to auto, or streaming to false",
     ),
     Rule("TransformerEngine", "4-bit weights", "local layers only have weights in 4 bits; use those"),
     Rule("moving reference", "4-bit weights", "weights in 4 bits are frozen, those of the reference too; remove sync_every"),

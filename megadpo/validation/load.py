@@ -23,13 +23,17 @@ from megadpo.validation.values import replace_spellings, validate
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), own_objective: str | None = None
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+    own_objective: str | None = None,
 ) -> Config:
     """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
 
     An override of `train.steps` displaces the source's `train.epochs`, and the reverse.
 
     Args:
+        data: options of the section `data` in place of the source's: rows from Python.
         own_objective: how a function is called that the loss `custom` is, in place of one that `objective.module` names.
 
     Raises:
@@ -43,6 +47,8 @@ def load_config(
         values = source
     else:
         values, places = strict.read_yaml(Path(source))
+    if data:
+        values = {**values, "data": {**(values.get("data") or {}), **data}}
     overrides = _displacing(overrides)
     try:
         config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megadpo.data.rows.tokenise import tokenizers_differ
 from megadpo.errors import UserError
 from megadpo.model.adapters.beginnings import DECOMPOSED
-from megadpo.model.adapters.spec import all_shapes
+from megadpo.model.adapters.spec import EMBEDDING_MODULE, HEAD_MODULE, all_shapes
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.specs import couples_batch
 
@@ -46,15 +46,14 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
     Raises:
         UserError: in one sentence.
     """
-    numbers = [int(module.split(".")[2]) for module in adapter.modules if module.startswith("model.layers.")]
-    outside = [module for module in adapter.modules if not module.startswith("model.layers.")]
-    if outside:
-        raise UserError(
-            f"adapter.target_modules names {outside[0]}, beside which no adapter is built; leave it out, or train it whole "
-            "(adapter.modules_to_save)"
+    _check_vocabulary_adapters(shape, adapter)
+    numbers = {int(module.split(".")[2]) for module in adapter.modules if module.startswith("model.layers.")}
+    chunks = layout.layers_of_chunks(shape.num_layers)
+    for number, layers in enumerate(chunks):
+        has_end = (number == 0 and EMBEDDING_MODULE in adapter.modules) or (
+            number == len(chunks) - 1 and HEAD_MODULE in adapter.modules
         )
-    for number, layers in enumerate(layout.layers_of_chunks(shape.num_layers)):
-        if not set(layers) & set(numbers):
+        if not has_end and not numbers & set(layers):
             raise UserError(
                 f"adapter.layers_to_transform and adapter.target_modules leave chunk {number + 1} of the pipeline (layers "
                 f"{layers[0]} to {layers[-1]}) without an adapter, and so without anything to train; give it one, or lower "
@@ -104,13 +103,41 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
         )
 
 
+def _check_vocabulary_adapters(shape: ModelShape, adapter: AdapterSpec) -> None:
+    """Adapters of the embedding and the head are plain LoRA, and a tied matrix is trained in one way."""
+    ends = [module for module in (EMBEDDING_MODULE, HEAD_MODULE) if module in adapter.modules]
+    if not ends:
+        return
+    if adapter.use_dora:
+        raise UserError(
+            f"adapter.use_dora is true and {ends[0]} has an adapter, but lengths of rows of the vocabulary are not built; "
+            "remove one of them"
+        )
+    if adapter.init in DECOMPOSED:
+        raise UserError(
+            f"adapter.init is {adapter.init} and {ends[0]} has an adapter, but matrices of the vocabulary are not "
+            f"decomposed; set adapter.init to kaiming, or leave {ends[0]} out of adapter.target_modules"
+        )
+    if shape.tied_embeddings and EMBEDDING_MODULE in adapter.modules_to_save:
+        raise UserError(
+            "adapter.modules_to_save has the embedding, which is the head too in this model (tie_word_embeddings), and "
+            "adapter.target_modules has lm_head; remove one of them"
+        )
+
+
 def check_reference_adapter(reference: AdapterSpec, trained: AdapterSpec) -> None:
     """What the reference's adapter has trained whole is trained whole by the policy's, too: else the model under both would
-    be another one.
+    be another one. The embedding's and the head's are plain LoRA.
 
     Raises:
         UserError: it is not.
     """
+    ends = [module for module in (EMBEDDING_MODULE, HEAD_MODULE) if module in reference.modules]
+    if reference.use_dora and ends:
+        raise UserError(
+            f"reference.adapter is a DoRA adapter with {ends[0]}, but lengths of rows of the vocabulary are not built; give "
+            "another one, or merge it (megadpo convert merge) and set reference.path to the result"
+        )
     others = [module for module in reference.modules_to_save if module not in trained.modules_to_save]
     if others:
         raise UserError(

@@ -16,10 +16,12 @@ from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
 from megadpo.validation.evaluation import check_evaluation
+from megadpo.validation.hub import check_hub_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 from megadpo.validation.quantization import check_quantization_options
 from megadpo.validation.reference import check_moving_reference
+from megadpo.validation.streaming import check_streaming
 
 if TYPE_CHECKING:
     from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
@@ -93,6 +95,7 @@ AT_LEAST: dict[str, int] = {
     "data.max_length": 2,
     "data.step_tokens_multiple_of": 1,
     "data.num_workers": 1,
+    "data.streaming_buffer": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.context": 1,
@@ -160,10 +163,12 @@ def validate(config: Config) -> None:
     check_adapter_options(config)
     check_moving_reference(config)
     _check_contradictions(config)
+    check_streaming(config)
     check_deepspeed_options(config)
     check_memory_options(config)
     check_evaluation(config)
     check_logging_options(config.logging)
+    check_hub_options(config)
     check_combinations(config)
 
 

@@ -100,11 +100,11 @@ def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int,
     return launched.wait(), launched.output()
 
 
-def finish_command(argv: list[str], directory: Path) -> tuple[int, str]:
+def finish_command(argv: list[str], directory: Path, **environment: str) -> tuple[int, str]:
     """Exit status and output of any `megadpo` command, on one process, whose relative paths are below `directory`."""
     log = directory / f"{argv[0]}-{time.monotonic_ns()}.log"
     log.touch()
-    launched = Launched(forked(_command_in, argv, str(log), str(directory)), log)
+    launched = Launched(forked(_command_in, argv, str(log), str(directory), environment), log)
     return launched.wait(), launched.output()
 
 
@@ -149,8 +149,9 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     _leave(run_as_one(lambda: main(argv)))
 
 
-def _command_in(argv: list[str], log: str, directory: str) -> None:
+def _command_in(argv: list[str], log: str, directory: str, environment: dict[str, str]) -> None:
     os.chdir(directory)
+    os.environ.update(environment)
     _command(argv, log, (), directory)
 
 

@@ -36,7 +36,7 @@ def adapted_model(directory: Path, seed: int = 0, quantization: Any = None, **op
     model = new_model(directory, seed, quantization, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=0.05)
             elif "lora_magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))

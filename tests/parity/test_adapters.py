@@ -95,11 +95,48 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
 }
 """Family, changes to the model, the adapters' options, and the ways to train them."""
 
+OF_VOCABULARY = {
+    1: [Case(), Case(memory=Activations("full")), Case(offload="cpu")],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(tensor=2, sequence=True)),
+        Case(STAGES),
+        Case(STAGES, schedule=OWN(zero_bubble=True)),
+        Case(STAGES, schedule=OWN(reference="interleaved")),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(data=2), overlap=True),
+        Case(Layout(data=2), zero_stage=1),
+        Case(Layout(data=2), zero_stage=3),
+    ],
+}
+ENDS = {
+    "embedding": ["embed_tokens", "down_proj"],
+    "head": ["lm_head", "q_proj"],
+    "embedding and head": ["embed_tokens", "lm_head"],
+}
+VOCABULARY = {
+    f"{name}, {'tied' if tied else 'untied'}": (
+        "qwen2",
+        {"tie_word_embeddings": tied},
+        {"target_modules": modules, "use_rslora": tied, "rank": 5},
+        OF_VOCABULARY,
+    )
+    for tied in (False, True)
+    for name, modules in ENDS.items()
+}
+"""The same with adapters of matrices of the vocabulary, which two ranks cannot share alike."""
 
-@pytest.fixture(scope="module", params=all_but_the_first_slow(KINDS))
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *all_but_the_first_slow(KINDS),
+        *(pytest.param(kind, marks=pytest.mark.slow if " and " in kind else pytest.mark.exhaustive) for kind in VOCABULARY),
+    ],
+)
 def measured(request, tmp_path_factory):
     """What PEFT says of a step, and what every case says."""
-    family, changes, options, cases = KINDS[request.param]
+    family, changes, options, cases = (KINDS | VOCABULARY)[request.param]
     changes = {"num_hidden_layers": 2, **changes}
     model = save_model(tmp_path_factory.mktemp("adapters") / "model", family, tokenizer=False, **changes)
     groups = random_groups(8)
@@ -201,11 +238,14 @@ ZERO_3 = {2: [Case(Layout(data=2), zero_stage=3), Case(Layout(data=2), zero_stag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, use_dora):
-    model = save_model(tmp_path / "model", "qwen2", tokenizer=False)
-    adapted = Adapted(model, {"use_dora": use_dora})
-    ways = [ZERO_CASES] if use_dora else [ZERO_CASES, ZERO_3]
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"target_modules": [*ALL, "embed_tokens", "lm_head"]}], ids=["LoRA", "DoRA", "ends"]
+)
+def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, options):
+    tied = "target_modules" in options
+    model = save_model(tmp_path / "model", "qwen2", tokenizer=False, tie_word_embeddings=tied)
+    adapted = Adapted(model, options)
+    ways = [ZERO_CASES] if "use_dora" in options else [ZERO_CASES, ZERO_3]
     for case, outcome in [pair for cases in ways for pair in in_every_case(adapted, random_groups(8), cases, 2)]:
         assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
         assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), str(case)
@@ -219,14 +259,25 @@ WITH_REFERENCE = {
 }
 
 
+BODY = ["q_proj", "o_proj", "up_proj"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_reference_with_adapters_of_its_own_stays_as_it_was(tmp_path, use_dora):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": BODY, "modules_to_save": ["lm_head"]},
+        {"target_modules": BODY, "modules_to_save": ["lm_head"], "use_dora": True},
+        {"target_modules": [*BODY, "embed_tokens", "lm_head"]},
+    ],
+    ids=["LoRA", "DoRA", "ends"],
+)
+def test_a_reference_with_adapters_of_its_own_stays_as_it_was(tmp_path, options):
     """Two sets that begin alike: margins of exactly zero, then only one of them moves."""
     model = save_model(tmp_path / "model", "qwen2", tokenizer=False)
-    options = {"target_modules": ["q_proj", "o_proj", "up_proj"], "modules_to_save": ["lm_head"], "use_dora": use_dora}
     tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
-    tensors["lm_head.weight"] *= 1.01
+    if "modules_to_save" in options:
+        tensors["lm_head.weight"] *= 1.01
     adapted = Adapted(model, options, tensors, is_reference=True)
     for case, outcome in in_every_case(adapted, random_groups(8), WITH_REFERENCE, 2):
         assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
@@ -243,7 +294,7 @@ WITH_DROPOUT = {
 @pytest.mark.slow
 def test_recomputed_layers_drop_the_same_inputs(tmp_path):
     model = save_model(tmp_path / "model", "llama", tokenizer=False, num_hidden_layers=2)
-    options = {"target_modules": ALL}
+    options = {"target_modules": [*ALL, "lm_head"]}
     tensors = peft_oracle.adapter_tensors(peft_oracle.adapted_model(model, r=16, lora_alpha=32.0, **options))
     (_, without), *_ = in_every_case(Adapted(model, options, tensors), random_groups(8), {1: [Case()]}, 1)
     adapted = Adapted(model, {**options, "dropout": 0.3}, tensors)

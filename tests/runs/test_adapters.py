@@ -161,6 +161,45 @@ def test_a_run_goes_on_in_another_layout_and_exports_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tied", "parallel"),
+    [
+        (False, {"tensor": 2}),
+        (True, {"pipeline": 2}),
+        pytest.param(True, {"engine": "deepspeed", "zero_stage": 3}, marks=pytest.mark.exhaustive),
+    ],
+    ids=["untied, TP2", "tied, PP2", "tied, ZeRO-3"],
+)
+def test_adapters_of_embedding_and_head_go_on_in_another_layout_and_are_exported_and_merged(
+    tied: bool, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    files = save_files(tmp_path, "qwen2", 40, num_hidden_layers=2, tie_word_embeddings=tied)
+    ends = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+    whole = [of_run(files, tmp_path / "whole", adapter=ends), of_run(files, tmp_path / "run", adapter=ends)]
+    first = run_world(1, train_run, whole[0])[0]
+    assert first[0]["rewards/margins"] == 0.0 and first[-1]["rewards/margins"] != 0.0
+    run_world(1, train_run, whole[1], 2)
+    run_world(2, train_run, whole[1] | {"parallel": parallel})
+    ours, theirs = exported_weights(tmp_path / "run"), exported_weights(tmp_path / "whole")
+    assert {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_B.weight"} <= ours.keys()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=2e-5), name
+    adapter = Path(shutil.copytree(tmp_path / "run" / "hf", tmp_path / "adapter"))
+    merged = whole[1] | {"parallel": parallel, "adapter": LORA | ends | {"merge": True}}
+    run_world(2, train_run, merged)  # nothing is left to train
+    merge_adapter(adapter, tmp_path / "by-convert" / "hf")
+    assert_same_weights(tmp_path / "run", tmp_path / "by-convert")
+    expected = in_peft(files / "model", adapter)
+    assert (expected - logits_of(AutoModelForCausalLM.from_pretrained(files / "model"))).abs().max() > 1e-2
+    for out in (tmp_path / "run" / "hf", tmp_path / "by-convert" / "hf"):
+        assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(out)), expected, atol=1e-4)
+    for name, model in (("by-adapter", adapter), ("by-merged", tmp_path / "run" / "hf")):
+        run_world(1, log_probs, model, files / "eval.jsonl", tmp_path / name, {}, True, tmp_path / "cache")
+    assert (tmp_path / "by-adapter").read_text() == (tmp_path / "by-merged").read_text()
+
+
+@pytest.mark.slow
 def test_adapters_of_experts_are_gathered_from_the_ranks_that_have_them(tmp_path: Path) -> None:
     files = save_files(tmp_path, "mixtral", 40, num_hidden_layers=2)
     parallel = {"parallel": {"expert": 2}}

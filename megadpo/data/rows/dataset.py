@@ -20,8 +20,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from megadpo.config.sources import Source, parse_sources
+from megadpo.console.activity import activity
 from megadpo.data.groups import Group
 from megadpo.data.rows.cache_key import cache_key
+from megadpo.data.rows.count import cheap_count
 from megadpo.data.rows.formats import PAIRS, Reading, recognise
 from megadpo.data.rows.report import DataReport
 from megadpo.data.rows.row import Row
@@ -113,7 +115,8 @@ def prepare_groups(
             when labelled answers are all desirable or all undesirable.
     """
     sources, job = tokenise_job(data, sources_value, tokenizer_path, reading, held_out)
-    directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
+    with activity("hashing the rows' files"):
+        directory = cache_root(data.cache_dir) / "groups" / cache_key(sources, job)
     cached = _load(directory)
     if cached is None:
         cached = _make_once(directory, sources, job, data.num_workers, made)
@@ -174,7 +177,9 @@ def _make_once(
 
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock", mode=0o666):
+        with contextlib.ExitStack() as stack:
+            with activity("waiting for another process, which tokenises these rows"):
+                stack.enter_context(FileLock(f"{directory}.lock", mode=0o666))
             cached = _load(
                 directory, says_damage=True
             )  # one of those that wait finds it so; the others read what that makes
@@ -182,7 +187,8 @@ def _make_once(
                 return cached
             put_away(directory)
             store, report = made or make_groups(sources, job, num_workers)
-            store.save(directory, extra=report.to_dict())
+            with activity("writing the token cache"):
+                store.save(directory, extra=report.to_dict())
     except KeyboardInterrupt:
         names = ", ".join(source.name for source in sources)
         raise KeyboardInterrupt(
@@ -217,7 +223,7 @@ def _load(directory: Path, says_damage: bool = False) -> tuple[GroupStore, DataR
 
 def make_groups(sources: Sequence[Source], job: TokeniseJob, num_workers: int | None) -> tuple[GroupStore, DataReport]:
     """Tokenise every row of the sources, without the cache; raises what `prepare_groups` raises."""
-    store, report, _ = look_through(sources, job, num_workers, _unseen)
+    store, report, _ = look_through(sources, job, num_workers, unseen)
     report.check([source.name for source in sources])
     return store, report
 
@@ -233,23 +239,26 @@ def look_through(
     rows = _located_rows(sources, job)
     head = list(islice(rows, MIN_ROWS_FOR_WORKERS))
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
-    chunks, process = _chunks(chain(head, rows)), partial(_process, look=look)
+    chunks, process = _chunks(chain(head, rows)), partial(process_rows, look=look)
     if num_workers <= 1 or len(head) < MIN_ROWS_FOR_WORKERS:
-        tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
+        with activity("loading the tokenizer"):
+            tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)
         results = (process(chunk, job, tokenizer) for chunk in chunks)
     else:
         results = _in_workers(chunks, job, num_workers, process)
     report = DataReport(kind=job.reading.kind)
     parts, seen = [GroupColumns.of([])], []
-    with contextlib.closing(results):  # whose workers end with it
+    # Whose workers end with it
+    with activity("tokenising", cheap_count(sources), "rows") as tokenising, contextlib.closing(results):
         for columns, part, seen_of_chunk in results:
+            tokenising.advance(part.num_rows)
             parts.append(columns)
             report.add(part)
             seen.append(seen_of_chunk)
     return GroupStore(GroupColumns.concatenate(parts), [source.name for source in sources]), report, seen
 
 
-def _unseen(chunk: Sequence[LocatedRow], tokens: Sequence[RowTokens], job: TokeniseJob, tokenizer: Any) -> None:
+def unseen(chunk: Sequence[LocatedRow], tokens: Sequence[RowTokens], job: TokeniseJob, tokenizer: Any) -> None:
     """The look of those who only want groups."""
 
 
@@ -266,9 +275,10 @@ def _chunks(rows: Iterator[LocatedRow]) -> Iterator[list[LocatedRow]]:
         yield chunk
 
 
-def _process(
+def process_rows(
     chunk: list[LocatedRow], job: TokeniseJob, tokenizer: Any, look: Look[Seen]
 ) -> tuple[GroupColumns, DataReport, Seen]:
+    """The groups of some rows, what became of them, and what `look` saw."""
     report = DataReport(kind=job.reading.kind, num_rows=len(chunk))
     report.unread = dict(Counter(name for *_, row in chunk for name in row.unread))
     dropped: Counter[str] = Counter()
@@ -331,7 +341,8 @@ def _in_workers(
     chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int, process: Callable[..., Result]
 ) -> Generator[Result, None, None]:
     """Results in the chunks' order; at most 4 chunks a worker are in memory. However this ends, the workers have ended."""
-    tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are raised here, not in a worker
+    with activity("loading the tokenizer"):
+        tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are raised here, not in a worker
     try:
         pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
     except (OSError, ImportError, NotImplementedError) as error:  # no semaphores without /dev/shm
@@ -343,19 +354,26 @@ def _in_workers(
         yield from (process(chunk, job, tokenizer) for chunk in chunks)
         return
     waiting: deque[Future[Result]] = deque()
+    starting = contextlib.ExitStack()
+    starting.enter_context(activity(f"starting {num_workers} processes that tokenise"))
     try:
         for chunk in chunks:
             with _without_main_module(), _deaf_to_interrupts():
                 waiting.append(pool.submit(_process_in_worker, process, chunk))
             if len(waiting) >= 4 * num_workers:
-                yield waiting.popleft().result()
+                result = waiting.popleft().result()
+                starting.close()
+                yield result
         while waiting:
-            yield waiting.popleft().result()
+            result = waiting.popleft().result()
+            starting.close()
+            yield result
     except BrokenProcessPool as error:
         raise UserError(
             "data: a tokenisation worker died, perhaps for lack of memory; set data.num_workers lower"
         ) from error
     finally:
+        starting.close()
         if waiting:  # nobody wants the rest
             for worker in list((pool._processes or {}).values()):
                 worker.kill()

@@ -8,6 +8,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,25 +25,56 @@ MAX_LIST_BYTES = 8 << 30
 """Of a json file that is one list: it is read as a whole."""
 
 
-def file_rows(file: Path) -> Iterator[tuple[str, Any]]:
+@dataclass
+class Skip:
+    """How many rows are still to be left out before the first that is wanted; readers count it down."""
+
+    left: int = 0
+
+    def passes(self) -> bool:
+        """Whether the row at hand is to be left out."""
+        if self.left == 0:
+            return False
+        self.left -= 1
+        return True
+
+
+def file_rows(file: Path, skip: Skip | None = None) -> Iterator[tuple[str, Any]]:
     """The rows of a file in order, each with its location ("file.jsonl:17") for error messages.
+
+    Args:
+        skip: rows to be left out at the beginning, without parsing them where the format lets that be.
 
     Raises:
         UserError: it cannot be read, or is not what its suffix says, with the line where that is known.
     """
-    name = file.name.removesuffix(".gz")
+    name, skip = file.name.removesuffix(".gz"), skip or Skip()
     try:
         with _open(file) as stream:
             if name.endswith(".parquet"):
-                yield from _parquet_rows(file, stream)
+                yield from _parquet_rows(file, stream, skip)
             elif name.endswith(".csv"):
-                yield from _csv_rows(file, stream)
+                yield from (row for row in _csv_rows(file, stream) if not skip.passes())
             elif name.endswith(".jsonl") or not _starts_with_list(stream):
-                yield from _json_lines(
-                    file, stream, "" if name.endswith(".jsonl") else "; a .json file is a list or a row a line"
-                )
+                hint = "" if name.endswith(".jsonl") else "; a .json file is a list or a row a line"
+                yield from _json_lines(file, stream, hint, skip)
             else:
-                yield from _json_list(file, stream)
+                yield from (row for row in _json_list(file, stream) if not skip.passes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data: {file} cannot be read: {reason(error)}") from error
+
+
+def is_list(file: Path) -> bool:
+    """Whether a .json file is one list, which can only be read as a whole.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not file.name.removesuffix(".gz").endswith(".json"):
+        return False
+    try:
+        with _open(file) as stream:
+            return _starts_with_list(stream)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data: {file} cannot be read: {reason(error)}") from error
 
@@ -62,7 +94,7 @@ def _starts_with_list(stream: BinaryIO) -> bool:
     return first == b"["
 
 
-def _json_lines(file: Path, stream: BinaryIO, hint: str) -> Iterator[tuple[str, Any]]:
+def _json_lines(file: Path, stream: BinaryIO, hint: str, skip: Skip) -> Iterator[tuple[str, Any]]:
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -71,6 +103,9 @@ def _json_lines(file: Path, stream: BinaryIO, hint: str) -> Iterator[tuple[str, 
             raise UserError(
                 f"{location}: the line has more than {MAX_ROW_BYTES >> 20} MiB; a row is not that long; shorten it"
             )
+        if skip.left and (number > 1 or not line.startswith(b"\xef\xbb\xbf")):
+            skip.left -= not line.isspace()
+            continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             row = parse_json(text) if text else None
@@ -78,7 +113,7 @@ def _json_lines(file: Path, stream: BinaryIO, hint: str) -> Iterator[tuple[str, 
             raise UserError(f"{location}: invalid UTF-8 ({error.reason} at byte {error.start} of the line)") from error
         except ValueError as error:
             raise UserError(f"{location}: invalid JSON: {error}{hint}") from error
-        if text:
+        if text and not skip.passes():
             yield location, row
 
 
@@ -121,14 +156,23 @@ def _csv_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Fields]]:
         raise UserError(f"{file}:{reader.line_num}: invalid csv: {error}") from error
 
 
-def _parquet_rows(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: Path, stream: BinaryIO, skip: Skip) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number, first_group = 0, 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-            for row in arrow_rows(batch):
+        parquet = pyarrow.parquet.ParquetFile(stream)
+        while first_group < parquet.num_row_groups:
+            num_rows = parquet.metadata.row_group(first_group).num_rows
+            if num_rows > skip.left:
+                break
+            first_group, number, skip.left = first_group + 1, number + num_rows, skip.left - num_rows
+        row_groups = range(first_group, parquet.num_row_groups)
+        for batch in parquet.iter_batches(batch_size=1024, row_groups=row_groups):
+            num_skipped = min(skip.left, batch.num_rows)
+            number, skip.left = number + num_skipped, skip.left - num_skipped
+            for row in arrow_rows(batch.slice(num_skipped)):
                 yield f"{file}: row {number}", row
                 number += 1
     except (pyarrow.ArrowException, ValueError, OverflowError, RecursionError) as error:

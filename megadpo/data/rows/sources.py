@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from megadpo.config.given import GivenRows, dataset_kind
 from megadpo.config.sources import Source
 from megadpo.data.rows.columns import COMPARED
 from megadpo.data.rows.json_text import parse_json
-from megadpo.data.rows.row_files import SUFFIXES, Fields, arrow_rows, file_rows
+from megadpo.data.rows.row_files import SUFFIXES, Fields, Skip, arrow_rows, file_rows
 from megadpo.data.rows.scalars import SPELLINGS
 from megadpo.data.rows.splits import choose_split
 from megadpo.errors import UserError, reason
@@ -24,7 +25,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def source_files(source: Source) -> list[Path] | None:
-    """The files of a source on disk, sorted; None where it is a Hugging Face dataset.
+    """The files of a source on disk, sorted; None where it is a Hugging Face dataset or rows from Python.
 
     Raises:
         UserError: for a missing file, an unknown suffix, a pattern that fits none, a directory without a usable file or
@@ -43,6 +44,9 @@ def split_taken(source: Source) -> str | None:
     Raises:
         UserError: what `source_files` and `load_dataset` raise.
     """
+    kind = dataset_kind(source.path)
+    if kind is not None and kind.endswith("Dict"):
+        return f"of {source.name} the {source.split or _split_name(list(source.path), source)} split"
     chosen = _chosen_files(source)
     if chosen is None or not chosen[1]:
         return None
@@ -65,8 +69,9 @@ def _chosen_files(source: Source) -> tuple[list[Path], str, int] | None:
         meant_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
         if _HUB_ID.fullmatch(source.path) and not source.path.endswith(SUFFIXES) and not meant_here:
             return None
-        if source.path.startswith("<datasets.Dataset"):
-            raise UserError("data: this run was given a datasets.Dataset from Python; name a file or pass the Dataset again")
+        if source.path.startswith("<") and source.path.endswith(">"):
+            kind = source.path[1:-1].partition(",")[0]
+            raise UserError(f"data: this run was given a {kind} from Python; name a file or pass the {kind} again")
         raise UserError(f"data: {source.path} does not exist")
     if source.subset is not None or (source.split is not None and path.is_file()):
         raise UserError(f"data: {source.path} is not a Hugging Face dataset: remove its `split` and `subset`")
@@ -101,8 +106,11 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def load_dataset(source: Source) -> datasets.Dataset:
+def load_dataset(source: Source, streamed: bool = False) -> datasets.Dataset | datasets.IterableDataset:
     """The Hugging Face dataset of a source: handed over in memory, written by `save_to_disk`, or from the Hub.
+
+    Args:
+        streamed: whether one on the Hub is read as it is asked for, and one that can only be read so is taken.
 
     Raises:
         UserError: where it cannot be loaded or has no such split.
@@ -116,18 +124,18 @@ def load_dataset(source: Source) -> datasets.Dataset:
             if path.exists():
                 loaded = datasets.load_from_disk(str(path))
             else:
-                loaded = datasets.load_dataset(source.path, source.subset, split=_hub_split(source))
+                loaded = datasets.load_dataset(source.path, source.subset, split=_hub_split(source), streaming=streamed)
         except UserError:
             raise
         except Exception as error:
             where = "as a saved dataset" if path.exists() else "is no file here and could not be loaded from the Hub"
             raise UserError(f"data: {source.path} {where}: {reason(error)}") from error
-    if isinstance(loaded, datasets.DatasetDict):
+    if isinstance(loaded, datasets.DatasetDict | datasets.IterableDatasetDict):
         split = source.split or _split_name(list(loaded), source)
         if split not in loaded:
             raise UserError(f"data: {source.name} has no split {split!r}; it has {', '.join(loaded)}")
         loaded = loaded[split]
-    if not isinstance(loaded, datasets.Dataset):
+    if not isinstance(loaded, datasets.Dataset) and not (streamed and isinstance(loaded, datasets.IterableDataset)):
         raise UserError(f"data: {type(loaded).__name__} is not supported; hand over a map-style datasets.Dataset")
     return loaded
 
@@ -148,16 +156,20 @@ def _split_name(names: Sequence[str], source: Source) -> str:
     return str(first)
 
 
-def iter_rows(source: Source) -> Iterator[tuple[str, Fields]]:
+def iter_rows(source: Source, skip: Skip | None = None, streamed: bool = False) -> Iterator[tuple[str, Fields]]:
     """The rows of a source in order, columns renamed, each with its location ("file.jsonl:17") for error messages.
+
+    Args:
+        skip: rows to be left out at its beginning.
+        streamed: as of `load_dataset`.
 
     Raises:
         UserError: for a missing file, invalid JSON or UTF-8 (with file and line), or a row that is no object.
     """
-    files = source_files(source)
+    files, skip = source_files(source), skip or Skip()
     for file in [None] if files is None else files:
         is_csv = file is not None and file.name.removesuffix(".gz").endswith(".csv")
-        for location, row in _dataset_rows(source) if file is None else file_rows(file):
+        for location, row in _rows_from_datasets(source, skip, streamed) if file is None else file_rows(file, skip):
             if not isinstance(row, dict):
                 raise UserError(f"{location}: a row must be a JSON object, this one is {_json_type(row)}")
             renamed = _rename(row, source)
@@ -197,9 +209,37 @@ def _json_type(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _dataset_rows(source: Source) -> Iterator[tuple[str, Fields]]:
-    number = 0
-    for table in load_dataset(source).with_format("arrow").iter(batch_size=1000):
-        for row in arrow_rows(table):
+def _rows_from_datasets(source: Source, skip: Skip, streamed: bool) -> Iterator[tuple[str, Any]]:
+    """Rows of `datasets`, or of a list or a table in memory."""
+    if isinstance(source.path, GivenRows):
+        first = min(skip.left, len(source.path))
+        skip.left -= first
+        rows: Iterator[tuple[int, Any]] = enumerate(source.path.plain_rows(first), first)
+    else:
+        rows = _numbered_rows(load_dataset(source, streamed), skip)
+    number = -1
+    try:
+        for number, row in rows:
             yield f"{source.name}: row {number}", row
+    except UserError:
+        raise
+    except Exception as error:  # a user's generator, or the network
+        where = f"after row {number}" if number >= 0 else "from its beginning"
+        raise UserError(f"data: {source.name} cannot be read {where}: {reason(error)}") from error
+
+
+def _numbered_rows(dataset: Any, skip: Skip) -> Iterator[tuple[int, Fields]]:
+    number = 0
+    num_rows = getattr(dataset, "num_rows", None)  # of an IterableDataset it is not known
+    if num_rows is not None and skip.left:
+        number = min(skip.left, num_rows)
+        skip.left -= number
+        if number == num_rows:
+            return
+        dataset = dataset.select(range(number, num_rows))
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        num_skipped = min(skip.left, table.num_rows)
+        number, skip.left = number + num_skipped, skip.left - num_skipped
+        for row in arrow_rows(table.slice(num_skipped)):
+            yield number, row
             number += 1

@@ -1,1 +1,1 @@
-"""Low-rank adapters beside the linear layers of a frozen model: what they are, in PEFT's terms."""
+"""Low-rank adapters beside the linear layers and the embedding of a frozen model: what they are, in PEFT's terms."""

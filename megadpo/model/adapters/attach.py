@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor
 
 from megadpo.model.adapters.linear import OFF, POLICY, REFERENCE, AdapterSwitch, LinearAdapter
 from megadpo.model.adapters.shards import LayerAdapter
 from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.adapters.vocabulary import VocabularyAdapter, adapt_embedding
 from megadpo.model.families import ParameterShard
+from megadpo.model.heads.logprob import LogProbHead
 from megadpo.model.weight_gradients import ColumnLinear, RowLinear
 
 REFERENCE_PREFIX = "reference_"
@@ -28,24 +31,24 @@ def attach_adapters(
     """
     model.requires_grad_(False)
     model.adapter_switch = switch
-    for linear, layer in _linear_layers(model, layers, global_name):
+    for module, layer in _adapted_modules(model, layers, global_name):
         for name, shard in layer.shards.items():
-            linear.register_parameter(name, torch.nn.Parameter(_empty(linear, name, shard)))
-            if shard.partition_dim is None and linear.sequence_parallel and not linear.is_expert:
-                setattr(getattr(linear, name), "sequence_parallel", True)  # noqa: B010 - an attribute Megatron reads
-        linear.use_adapter(POLICY, _linear_adapter(layer, spec), switch)
+            module.register_parameter(name, torch.nn.Parameter(_empty(model, module, name, shard)))
+            if shard.partition_dim is None and _has_part_of_sequence(module):
+                setattr(getattr(module, name), "sequence_parallel", True)  # noqa: B010 - an attribute Megatron reads
+        _use(POLICY, module, layer, spec, switch)
 
 
 def attach_reference_adapters(
     model: Any, layers: Sequence[LayerAdapter], spec: AdapterSpec, global_name: Callable[[str], str]
 ) -> Iterator[tuple[Tensor, ParameterShard]]:
     """Give layers of a chunk a second, frozen set of adapters: buffers, each with where its values lie in PEFT's tensors."""
-    for linear, layer in _linear_layers(model, layers, global_name):
+    for module, layer in _adapted_modules(model, layers, global_name):
         for name, shard in layer.shards.items():
-            buffer = _empty(linear, name, shard)
-            linear.register_buffer(REFERENCE_PREFIX + name, buffer, persistent=False)
+            buffer = _empty(model, module, name, shard)
+            module.register_buffer(REFERENCE_PREFIX + name, buffer, persistent=False)
             yield buffer, shard
-        linear.use_adapter(REFERENCE, _linear_adapter(layer, spec, REFERENCE_PREFIX), model.adapter_switch)
+        _use(REFERENCE, module, layer, spec, model.adapter_switch)
 
 
 def begin_magnitudes(models: Sequence[Any]) -> None:
@@ -102,25 +105,44 @@ def _adapted(model: Any) -> Iterator[Any]:
             yield module
 
 
-def _linear_layers(
+def _adapted_modules(
     model: Any, layers: Sequence[LayerAdapter], global_name: Callable[[str], str]
 ) -> Iterator[tuple[Any, LayerAdapter]]:
     by_name = {
         global_name(f"{name}.weight").removesuffix(".weight"): module
         for name, module in model.named_modules()
-        if isinstance(module, ColumnLinear | RowLinear)
+        if isinstance(module, ColumnLinear | RowLinear | LogProbHead | VocabParallelEmbedding)
     }
     for layer in layers:
         yield by_name[layer.layer], layer
 
 
-def _linear_adapter(layer: LayerAdapter, spec: AdapterSpec, prefix: str = "") -> LinearAdapter:
-    dropout = 0.0 if prefix else spec.dropout
-    return LinearAdapter(layer.projections, layer.is_row_parallel, dropout, spec.use_dora, prefix)
+def _has_part_of_sequence(module: Any) -> bool:
+    """Whether what is whole in a module's adapter sees this tensor rank's tokens only."""
+    if isinstance(module, VocabParallelEmbedding):
+        return bool(module.reduce_scatter_embeddings)
+    return bool(module.sequence_parallel and not getattr(module, "is_expert", False))
 
 
-def _empty(linear: Any, name: str, shard: ParameterShard) -> Tensor:
+def _use(state: str, module: Any, layer: LayerAdapter, spec: AdapterSpec, switch: AdapterSwitch) -> None:
+    """Have a module compute with an adapter where the switch is turned to `state`; the reference's drops no inputs."""
+    prefix, dropout = (REFERENCE_PREFIX, 0.0) if state == REFERENCE else ("", spec.dropout)
+    if isinstance(module, ColumnLinear | RowLinear):
+        adapter = LinearAdapter(layer.projections, layer.is_row_parallel, dropout, spec.use_dora, prefix)
+        module.use_adapter(state, adapter, switch)
+        return
+    (projection,) = layer.projections
+    of_vocabulary = VocabularyAdapter(projection.scaling, dropout, prefix)
+    if isinstance(module, VocabParallelEmbedding):
+        adapt_embedding(module, state, of_vocabulary, switch)
+    else:
+        module.use_adapter(state, of_vocabulary, switch)
+
+
+def _empty(model: Any, module: Any, name: str, shard: ParameterShard) -> Tensor:
+    weight = module.weight if getattr(module, "four_bit", None) is None else module.four_bit
+    if weight is None:  # a head that is tied to the embedding
+        weight = model.embedding.word_embeddings.weight
     # A magnitude is compared with a norm, of which bfloat16 knows two digits.
-    weight = linear.weight if linear.four_bit is None else linear.four_bit
     dtype = torch.float32 if name.startswith("magnitude") else weight.dtype
     return torch.empty(shard.shape, dtype=dtype, device=weight.device)

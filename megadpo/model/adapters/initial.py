@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megadpo.model.adapters.beginnings import DECOMPOSED
-from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B, adapter_shapes
+from megadpo.model.adapters.spec import EMBEDDING_A, EMBEDDING_B, KINDS, MAGNITUDE, A, AdapterSpec, B, adapter_shapes
 from megadpo.model.families import TensorSource
 from megadpo.model.shape import ModelShape
 
@@ -20,7 +20,8 @@ class NewAdapter(TensorSource):
     did; modules that are trained whole as the model has them, and DoRA's magnitudes the norms of its rows.
 
     A is uniform in ±1 / sqrt(inputs) (`kaiming`, PEFT's default: torch's Kaiming bound with a = sqrt 5) or normal with a
-    deviation of 1 / rank (`gaussian`); or both are `begun`, a part of the model (decomposed.py).
+    deviation of 1 / rank (`gaussian`); or both are `begun`, a part of the model (decomposed.py). An embedding's A is
+    zero and its B normal, whatever `init` is.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class NewAdapter(TensorSource):
         kind = self._kind_of(name)
         if kind in (A, B) and self.spec.init in DECOMPOSED:
             return self.begun[name].narrow(dim, start, length)
-        if kind == A:
-            return self._a(name).narrow(dim, start, length)
-        if kind == B:
+        if kind in (A, EMBEDDING_B):
+            return self._drawn_values(name).narrow(dim, start, length)
+        if kind in (B, EMBEDDING_A):
             return torch.zeros(self._shapes[name]).narrow(dim, start, length)
         if kind == MAGNITUDE:
             rows = self.model.read(f"{name.removesuffix(f'.{MAGNITUDE}')}.weight", 0, start, length)
@@ -62,16 +63,18 @@ class NewAdapter(TensorSource):
         self._drawn = None
 
     def _kind_of(self, name: str) -> str | None:
-        return next((kind for kind in (A, B, MAGNITUDE) if name.endswith(f".{kind}")), None)
+        return next((kind for kind in KINDS if name.endswith(f".{kind}")), None)
 
-    def _a(self, name: str) -> Tensor:
+    def _drawn_values(self, name: str) -> Tensor:
         if self._drawn is None or self._drawn[0] != name:
             seed = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
             random = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
-            rank, num_inputs = self._shapes[name]
-            if self.spec.init == "gaussian":
-                values = torch.randn((rank, num_inputs), generator=random) / rank
+            size = self._shapes[name]
+            if self._kind_of(name) == EMBEDDING_B:
+                values = torch.randn(size, generator=random)
+            elif self.spec.init == "gaussian":
+                values = torch.randn(size, generator=random) / size[0]
             else:
-                values = (torch.rand((rank, num_inputs), generator=random) * 2 - 1) / math.sqrt(num_inputs)
+                values = (torch.rand(size, generator=random) * 2 - 1) / math.sqrt(size[1])
             self._drawn = name, values
         return self._drawn[1]

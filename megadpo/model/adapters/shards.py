@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megadpo.model.adapters.linear import Projection
-from megadpo.model.adapters.spec import MAGNITUDE, A, AdapterSpec, B
+from megadpo.model.adapters.spec import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    KINDS,
+    MAGNITUDE,
+    A,
+    AdapterSpec,
+    B,
+)
 from megadpo.model.families import ExpertPlace, ParameterShard, ShardPiece
 from megadpo.model.moe.layer import is_expert
 
 _WEIGHT = ".weight"
+_EMBEDDING, _HEAD, _LAST_NORM = "embedding.word_embeddings", "output_layer", "decoder.final_layernorm"
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,10 @@ def layer_adapters(
         tensor_rank: that rank's.
         expert_place: as in `shard_parameters`.
     """
-    adapted, found = frozenset(spec.modules), []
+    adapted, found = frozenset(spec.modules), _of_vocabulary(spec, shards, is_first=tensor_rank == 0)
     for shard in shards:
+        if shard.name in (_EMBEDDING + _WEIGHT, _HEAD + _WEIGHT):
+            continue
         modules = dict.fromkeys(piece.logical_name.removesuffix(_WEIGHT) for piece in shard.pieces)
         here = [module for module in modules if module in adapted and shard.name.endswith(_WEIGHT)]
         if here:
@@ -57,12 +70,48 @@ def adapter_shards(
 
 def is_adapters(shard: ParameterShard) -> bool:
     """Whether a parameter is an adapter's, none of the model's own."""
-    return bool(shard.pieces) and shard.pieces[0].logical_name.endswith((f".{A}", f".{B}", f".{MAGNITUDE}"))
+    return bool(shard.pieces) and shard.pieces[0].logical_name.endswith(tuple(f".{kind}" for kind in KINDS))
 
 
 def is_trained_whole(spec: AdapterSpec, shard: ParameterShard) -> bool:
     """Whether a parameter of the model is trained beside the adapters."""
     return any(piece.logical_name.rpartition(".")[0] in spec.modules_to_save for piece in shard.pieces)
+
+
+def _of_vocabulary(spec: AdapterSpec, shards: Sequence[ParameterShard], is_first: bool) -> list[LayerAdapter]:
+    """The adapters of embedding and head. The head of a tied model is the embedding, or a copy of it on the last stage."""
+    matrices, found = {shard.name.removesuffix(_WEIGHT): shard for shard in shards}, []
+    if EMBEDDING_MODULE in spec.modules and _EMBEDDING in matrices:
+        found.append(_embedding_adapter(spec, matrices[_EMBEDDING], is_first))
+    if HEAD_MODULE in spec.modules and _LAST_NORM in matrices:
+        found.append(_head_adapter(spec, matrices.get(_HEAD) or matrices[_EMBEDDING], is_first))
+    return found
+
+
+def _embedding_adapter(spec: AdapterSpec, matrix: ParameterShard, is_first: bool) -> LayerAdapter:
+    rank, (num_rows, hidden) = spec.rank_of(EMBEDDING_MODULE), matrix.shape
+    columns = tuple(replace(piece, logical_name=f"{EMBEDDING_MODULE}.{EMBEDDING_A}", dim=1) for piece in matrix.pieces)
+    whole = ShardPiece(f"{EMBEDDING_MODULE}.{EMBEDDING_B}", 0, 0, 0, hidden)
+    shards = {
+        "lora_A": ParameterShard(f"{_EMBEDDING}.lora_A", (rank, num_rows), 1, columns),
+        "lora_B": ParameterShard(f"{_EMBEDDING}.lora_B", (hidden, rank), None, (whole,), is_primary=is_first),
+    }
+    return LayerAdapter(_EMBEDDING, False, (_only_projection(spec, EMBEDDING_MODULE),), shards)
+
+
+def _head_adapter(spec: AdapterSpec, matrix: ParameterShard, is_first: bool) -> LayerAdapter:
+    rank, (num_rows, hidden) = spec.rank_of(HEAD_MODULE), matrix.shape
+    rows = tuple(replace(piece, logical_name=f"{HEAD_MODULE}.{B}") for piece in matrix.pieces)
+    whole = ShardPiece(f"{HEAD_MODULE}.{A}", 0, 0, 0, rank)
+    shards = {
+        "lora_A": ParameterShard(f"{_HEAD}.lora_A", (rank, hidden), None, (whole,), is_primary=is_first),
+        "lora_B": ParameterShard(f"{_HEAD}.lora_B", (num_rows, rank), 0, rows),
+    }
+    return LayerAdapter(_HEAD, False, (_only_projection(spec, HEAD_MODULE),), shards)
+
+
+def _only_projection(spec: AdapterSpec, module: str) -> Projection:
+    return Projection(module, spec.rank_of(module), spec.scaling(module), 0, ())
 
 
 def _layer_adapter(spec: AdapterSpec, shard: ParameterShard, modules: list[str], is_first: bool) -> LayerAdapter:

@@ -1,9 +1,11 @@
-"""Which linear layers have adapters and how large these are: PEFT's `target_modules` against the names of a model.
+"""Which modules have adapters and how large these are: PEFT's `target_modules` against the names of a model.
 
 An adapter of a linear layer W [out, in] is A [rank, in] and B [out, rank]: the layer computes W x + scaling * B A x (LoRA,
 arXiv:2106.09685). Its tensors have PEFT's names without the prefix ``base_model.model.``:
 ``model.layers.3.self_attn.q_proj.lora_A.weight``, ``….lora_B.weight`` and DoRA's ``….lora_magnitude_vector`` [out]; a module
-that is trained whole beside them keeps its plain name (``model.norm.weight``).
+that is trained whole beside them keeps its plain name (``model.norm.weight``). The embedding W [vocabulary, hidden] has
+``model.embed_tokens.lora_embedding_A`` [rank, vocabulary] and ``….lora_embedding_B`` [hidden, rank]: a token x is then
+W[x] + scaling * B A[:, x].
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
 from megadpo.model.families import HEAD, SCORE, logical_shapes
+from megadpo.model.families.common import EMBEDDING
 
 if TYPE_CHECKING:
     from megadpo.config.schema import AdapterConfig
     from megadpo.model.shape import ModelShape
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+KINDS = (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)
+"""What an adapter's tensors are called, behind the name of the module."""
+
 ALL_LINEAR = "all-linear"
 _WEIGHT = ".weight"
+EMBEDDING_MODULE, HEAD_MODULE = EMBEDDING.removesuffix(_WEIGHT), HEAD.removesuffix(_WEIGHT)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -37,7 +45,7 @@ class AdapterSpec:
         dropout: of an adapter's input, in training.
         use_rslora: scale by alpha / sqrt(rank) (arXiv:2312.03732).
         use_dora: each row of the sum has a magnitude that is trained as well (arXiv:2402.09353).
-        modules: full names of the linear layers that have one, in the model's order.
+        modules: full names of the linear layers (and embeddings) that have one, in the model's order.
         modules_to_save: full names of the modules that are trained whole, in the model's order.
         init: how a new adapter begins; not read of one that is loaded.
         ranks, alphas: by the full name of a module, where they differ.
@@ -95,7 +103,10 @@ def adapter_shapes(shape: ModelShape, spec: AdapterSpec) -> dict[str, tuple[int,
         module = name.removesuffix(_WEIGHT)
         if module in saved:
             shapes[name] = size
-        if module in adapted:
+        if module in adapted and module == EMBEDDING_MODULE:
+            rank = spec.rank_of(module)
+            shapes |= {f"{module}.{EMBEDDING_A}": (rank, size[0]), f"{module}.{EMBEDDING_B}": (size[1], rank)}
+        elif module in adapted:
             rank = spec.rank_of(module)
             shapes |= {f"{module}.{A}": (rank, size[1]), f"{module}.{B}": (size[0], rank)}
             if spec.use_dora:
@@ -103,8 +114,9 @@ def adapter_shapes(shape: ModelShape, spec: AdapterSpec) -> dict[str, tuple[int,
     return shapes
 
 
-def linear_modules(shape: ModelShape) -> tuple[str, ...]:
-    """Full names of the linear layers that can have an adapter, in the model's order: experts' too, and the head.
+def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
+    """Full names of the modules that can have an adapter, in the model's order: the embedding, linear layers, experts' too,
+    and the head.
 
     The routers of experts are none: no adapter moves where tokens go.
     """
@@ -113,13 +125,13 @@ def linear_modules(shape: ModelShape) -> tuple[str, ...]:
         routers = {f"model.layers.{layer}.{shape.experts.block}.gate" for layer in shape.experts.layers}
     matrices = (name for name, size in all_shapes(shape).items() if len(size) == 2 and name.endswith(_WEIGHT))
     modules = (name.removesuffix(_WEIGHT) for name in matrices)
-    return tuple(m for m in modules if m not in routers and m not in ("model.embed_tokens", SCORE.removesuffix(_WEIGHT)))
+    return tuple(m for m in modules if m not in routers and m != SCORE.removesuffix(_WEIGHT))
 
 
 def whole_modules(shape: ModelShape) -> tuple[str, ...]:
     """Full names of the modules that can be trained whole beside adapters: embedding, norms and head."""
     names = (name for name in logical_shapes(shape) if name.endswith(_WEIGHT))
-    linear = set(linear_modules(shape)) - {HEAD.removesuffix(_WEIGHT)}
+    linear = set(adaptable_modules(shape)) - {EMBEDDING_MODULE, HEAD_MODULE}
     return tuple(m for m in (name.removesuffix(_WEIGHT) for name in names) if m not in linear and not m.endswith(".gate"))
 
 
@@ -137,17 +149,17 @@ def matching(
     shape: ModelShape,
     excluded: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Full names of the linear layers that PEFT's `target_modules` means, in the model's order.
+    """Full names of the modules that PEFT's `target_modules` means, in the model's order.
 
     Args:
-        target_modules: ``all-linear`` (all but the head), a regular expression that a whole name must match, or names, of
-            which each means every module of that name or with it as its last parts.
+        target_modules: ``all-linear`` (all linear layers but the head), a regular expression that a whole name must match,
+            or names, of which each means every module of that name or with it as its last parts.
         layers: numbers of the layers that count, but for modules that are named in full; None: all, and what stands outside
             of layers.
         excluded: modules that have none, whatever `target_modules` says: those that are trained whole.
     """
     without = set(excluded)
-    names = [name for name in linear_modules(shape) if name not in without]
+    names = [name for name in adaptable_modules(shape) if name not in without]
     in_full: set[str] = set()
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         names = [name for name in names if _LAYER.match(name)]
@@ -189,6 +201,7 @@ def _modules(options: AdapterConfig, shape: ModelShape, saved: tuple[str, ...]) 
             )
     elif not isinstance(targets, str):
         _check_names(targets, shape)
+        _check_outside_of_layers(targets, layers, shape)
     modules = matching(targets, layers, shape, saved)
     if not modules:
         what = targets if isinstance(targets, str) else ", ".join(targets)
@@ -206,17 +219,28 @@ def _check_names(targets: Sequence[str], shape: ModelShape) -> None:
         why = "is no linear layer of this model"
         if shape.experts is not None and _is_named(f"{shape.experts.block}.gate", target):
             why = "is the experts' router, which gets no adapter"
-        elif _is_named("model.embed_tokens", target):
-            why = "is the embedding, which gets no adapter (adapter.modules_to_save trains it whole)"
         elif target.lower() == ALL_LINEAR:
             why = f"stands for all by itself only: write target_modules: {ALL_LINEAR}"
         raise UserError(f"adapter.target_modules: {target!r} {why}; there are {_there_is(shape)}")
 
 
+def _check_outside_of_layers(targets: Sequence[str], layers: Sequence[int] | None, shape: ModelShape) -> None:
+    """PEFT's rule: beside numbers of layers, what stands outside of these has to be named in full."""
+    for target in targets if layers is not None else ():
+        outside = [module for module in matching([target], None, shape) if not _LAYER.match(module)]
+        if outside and target not in outside:
+            raise UserError(
+                f"adapter.target_modules: {target!r} stands outside of layers, which adapter.layers_to_transform keeps to; "
+                f"name it in full: {outside[0]}"
+            )
+
+
 def _there_is(shape: ModelShape) -> str:
-    """The last parts of the linear layers' names, and an example of a whole one."""
-    modules = [module for module in linear_modules(shape) if module != HEAD.removesuffix(_WEIGHT)]
-    return f"{', '.join(dict.fromkeys(module.rpartition('.')[2] for module in modules))} (in full: {modules[0]}, …)"
+    """The last parts of the modules' names, those of the layers first, and an example of a whole one."""
+    layers = [module for module in adaptable_modules(shape) if _LAYER.match(module)]
+    ends = [module for module in adaptable_modules(shape) if not _LAYER.match(module)]
+    names = dict.fromkeys(module.rpartition(".")[2] for module in layers + ends)
+    return f"{', '.join(names)} (in full: {layers[0]}, …)"
 
 
 def _modules_to_save(names: Sequence[str], shape: ModelShape) -> tuple[str, ...]:
@@ -224,9 +248,9 @@ def _modules_to_save(names: Sequence[str], shape: ModelShape) -> tuple[str, ...]
     there = whole_modules(shape)
     for name in names:
         if not name or not any(module.endswith(name) for module in there):
-            if shape.tied_embeddings and name == HEAD.removesuffix(_WEIGHT) and shape.head == "logprobs":
+            if shape.tied_embeddings and name == HEAD_MODULE and shape.head == "logprobs":
                 why = "is the embedding in this model (tie_word_embeddings); name embed_tokens"
-            elif any(module.endswith(name) for module in linear_modules(shape)):
+            elif any(module.endswith(name) for module in adaptable_modules(shape)):
                 why = "is a linear layer, which gets an adapter (adapter.target_modules) or is frozen"
             else:
                 why = "matches no module of this model"

@@ -2,7 +2,7 @@
 
 from megadpo.model.families.check import check_tensors
 from megadpo.model.families.common import HEAD, SCORE, ExpertPlace, Family, ParameterShard, ShardPiece, TensorSource
-from megadpo.model.families.heads import head_of, head_settings, with_reward_head
+from megadpo.model.families.heads import head_of, head_settings, tying_settings, untied, with_reward_head
 from megadpo.model.families.registry import FAMILIES, family_of
 from megadpo.model.families.shape import shape_of
 from megadpo.model.families.shards import logical_shapes, shard_parameters
@@ -23,5 +23,7 @@ __all__ = [
     "logical_shapes",
     "shape_of",
     "shard_parameters",
+    "tying_settings",
+    "untied",
     "with_reward_head",
 ]

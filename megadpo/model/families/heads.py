@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
@@ -43,6 +44,19 @@ def with_reward_head(hf_config: PretrainedConfig, padding_token: int | None) -> 
     config.num_labels = 1
     config.pad_token_id = padding_token
     return config
+
+
+def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a transformers config that describes the model with a head of its own."""
+    config = copy.deepcopy(hf_config)
+    config.tie_word_embeddings = False
+    return config
+
+
+def tying_settings(settings: Mapping[str, Any], has_own_head: bool) -> dict[str, Any]:
+    """What config.json says in place of `settings`, the content of the original one, where an adapter has made two matrices
+    of one."""
+    return {"tie_word_embeddings": False} if has_own_head and settings.get("tie_word_embeddings") else {}
 
 
 def head_settings(hf_config: PretrainedConfig) -> dict[str, Any]:

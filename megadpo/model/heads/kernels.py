@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megadpo.console.activity import activity
 from megadpo.errors import UserError
 from megadpo.platform import native
 
@@ -89,7 +90,8 @@ class NativeKernels:
     def __init__(self, device_type: str) -> None:
         """Raises native.Unavailable where the library is not there and cannot be made, or does not run."""
         self.is_cuda = device_type == "cuda"
-        self.library = native.load("head_cuda" if self.is_cuda else "head")
+        with activity("loading the native log-prob head, compiled now where it is not"):
+            self.library = native.load("head_cuda" if self.is_cuda else "head")
         # Raw addresses and 64-bit counts; the last argument is a CUDA stream or a number of threads.
         pointer, count, last = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p if self.is_cuda else ctypes.c_int
         tile: list[Any] = [pointer, ctypes.c_int, count, count, count, pointer]

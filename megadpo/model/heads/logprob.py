@@ -4,16 +4,19 @@ Only scored positions (the ones a completion token follows) are projected, a til
 sharded over tensor ranks. One buffer of `tile_bytes` holds every tile in turn: logits going forward, and going backward the
 gradient in their place. The last tile stays in it between the two passes; the others are computed again.
 
+With an adapter, a second, narrow product is added to each tile (adapters/vocabulary.py).
+
 Axes: T stream tokens, N scored positions, H hidden, V this rank's vocabulary rows (padding included), S statistics, P parts
-(kernels.PARTS).
+(kernels.PARTS), R the rank of an adapter.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megadpo.model.adapters.linear import OFF, AdapterSwitch
+from megadpo.model.adapters.vocabulary import VocabularyAdapter
 from megadpo.model.heads.base import StreamHead
 from megadpo.model.heads.kernels import PARTS, head_kernels
 from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
@@ -51,8 +56,12 @@ class LogProbHead(StreamHead):
 
     Attributes:
         statistics: those of TOKEN_STATISTICS that are computed; the columns of the others are zeros.
-        gradient_buffer: where the gradient of the output matrix is added up.
+        gradient_buffer: where the gradient of the output matrix (or of an adapter's B) is added up.
+        adapters: by the state of `adapter_switch`; none in most models.
     """
+
+    adapters: Mapping[str, VocabularyAdapter] = MappingProxyType({})
+    adapter_switch: AdapterSwitch | None = None
 
     def __init__(self, weight: torch.nn.Parameter | None, vocab_size: int, sequence_parallel: bool) -> None:
         """`vocab_size` is the model's own, without the rows that pad it for tensor parallelism."""
@@ -73,12 +82,17 @@ class LogProbHead(StreamHead):
         if gradient_buffer is not None:
             self.gradient_buffer = gradient_buffer
 
+    def use_adapter(self, state: str, adapter: VocabularyAdapter, switch: AdapterSwitch) -> None:
+        """Compute with `adapter` where the switch is turned to `state`."""
+        self.adapters, self.adapter_switch = {**self.adapters, state: adapter}, switch
+
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
+        held = self.micro_batch.local
+        low_NR, b_VR = self._low_rank(hidden, held.scored_N)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        held = self.micro_batch.local
         scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
         matrix_VH = self.weight if weight is None else weight
         assert matrix_VH is not None
@@ -89,10 +103,19 @@ class LogProbHead(StreamHead):
             statistics=self.statistics,
             group=parallel_state.get_tensor_model_parallel_group(),
             gradient_buffer=self.gradient_buffer,
-            keeps_tile=torch.is_grad_enabled() and (scored_NH.requires_grad or matrix_VH.requires_grad),
+            keeps_tile=torch.is_grad_enabled()
+            and any(each is not None and each.requires_grad for each in (scored_NH, matrix_VH, low_NR)),
         )
-        statistics_NS = _TokenStatistics.apply(scored_NH, matrix_VH, held.targets_N - first_row, job)
+        statistics_NS = _TokenStatistics.apply(scored_NH, matrix_VH, low_NR, b_VR, held.targets_N - first_row, job)
         return statistics_NS.unsqueeze(1), None
+
+    def _low_rank(self, hidden: Tensor, scored_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The factors [N, R] and [V, R] of what the adapter that is turned on adds to the logits."""
+        state = OFF if self.adapter_switch is None else self.adapter_switch.state
+        if state not in self.adapters:
+            return None, None
+        adapter = self.adapters[state]
+        return adapter.low_NR(self, hidden, scored_N), adapter.b(self)
 
 
 @dataclass(frozen=True)
@@ -135,44 +158,59 @@ class _TokenStatistics(torch.autograd.Function):
     """Statistics of the next-token distribution at N positions, vocabulary-parallel; see TOKEN_STATISTICS."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, matrix_VH: Tensor, local_targets_N: Tensor, job: _Job) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        matrix_VH: Tensor,
+        low_NR: Tensor | None,
+        b_VR: Tensor | None,
+        local_targets_N: Tensor,
+        job: _Job,
+    ) -> Tensor:
         kernels, tiles = head_kernels(hidden_NH.device), job.tiles(hidden_NH)
         parts_NP = hidden_NH.new_empty((len(hidden_NH), len(PARTS)), dtype=torch.float32)
         buffer = _new_buffer(tiles, hidden_NH, job)
         for rows in tiles:
-            logits = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
+            logits = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer)
             kernels.parts(logits, local_targets_N[rows], job.statistics, parts_NP[rows])
         statistics_NS, log_normaliser_N = _statistics(parts_NP, job)
-        ctx.save_for_backward(hidden_NH, local_targets_N, log_normaliser_N)
+        ctx.save_for_backward(hidden_NH, low_NR, local_targets_N, log_normaliser_N)
         # Not saved with them: hooks on saved tensors hand out another one, which the engine does not know.
-        ctx.matrix_VH = matrix_VH
+        ctx.matrix_VH, ctx.b_VR = matrix_VH, b_VR
         ctx.job, ctx.buffer = job, buffer if job.keeps_tile else None
         return statistics_NS
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """d logp / d logits = onehot(target) - softmax; the other statistics are for reading only."""
-        hidden_NH, local_targets_N, log_normaliser_N = ctx.saved_tensors
-        matrix_VH, job = ctx.matrix_VH, ctx.job
+        hidden_NH, low_NR, local_targets_N, log_normaliser_N = ctx.saved_tensors
+        matrix_VH, b_VR, job = ctx.matrix_VH, ctx.b_VR, ctx.job
         kernels, tiles = head_kernels(hidden_NH.device), job.tiles(hidden_NH)
         is_kept, buffer = ctx.buffer is not None, ctx.buffer
         ctx.buffer = None  # freed with this call, and overwritten in it
         if buffer is None:
             buffer = _new_buffer(tiles, hidden_NH, job)
-        needs_hidden, needs_matrix = ctx.needs_input_grad[:2]
+        needs_hidden, needs_matrix, needs_low, needs_b = ctx.needs_input_grad[:4]
         hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         matrix_gradient = _MatrixGradient(matrix_VH, job, num_parts=len(tiles)) if needs_matrix else None
+        low_gradient_NR = torch.empty_like(low_NR) if needs_low else None
+        b_gradient = _MatrixGradient(b_VR, job, num_parts=len(tiles)) if needs_b else None
         for rows in reversed(tiles):
             if is_kept and rows is tiles[-1]:
                 tile = buffer[: rows.stop - rows.start]
             else:
-                tile = _tile_logits(hidden_NH[rows], matrix_VH, buffer)
+                tile = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer)
             kernels.gradient_(tile, local_targets_N[rows], log_normaliser_N[rows], gradients[0][rows, 0])
             if hidden_gradient_NH is not None:
                 torch.mm(tile, matrix_VH[: job.num_real_rows], out=hidden_gradient_NH[rows])
             if matrix_gradient is not None:
                 matrix_gradient.add(tile, hidden_NH[rows])
-        return hidden_gradient_NH, matrix_gradient.for_autograd() if matrix_gradient else None, None, None
+            if low_gradient_NR is not None:
+                torch.mm(tile, b_VR[: job.num_real_rows], out=low_gradient_NR[rows])
+            if b_gradient is not None:
+                b_gradient.add(tile, low_NR[rows])
+        whole, low = (each.for_autograd() if each else None for each in (matrix_gradient, b_gradient))
+        return hidden_gradient_NH, whole, low_gradient_NR, low, None, None
 
 
 def _new_buffer(tiles: list[slice], hidden_NH: Tensor, job: _Job) -> Tensor:
@@ -180,13 +218,20 @@ def _new_buffer(tiles: list[slice], hidden_NH: Tensor, job: _Job) -> Tensor:
     return hidden_NH.new_empty((num_rows, job.num_real_rows))
 
 
-def _tile_logits(hidden: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
+def _tile_logits(
+    rows: slice, hidden_NH: Tensor, matrix_VH: Tensor, low_NR: Tensor | None, b_VR: Tensor | None, buffer: Tensor
+) -> Tensor:
     """Logits of the vocabulary rows that are no padding, in the buffer."""
-    return torch.mm(hidden, matrix[: buffer.shape[1]].t(), out=buffer[: len(hidden)])
+    num_columns = buffer.shape[1]
+    logits = torch.mm(hidden_NH[rows], matrix_VH[:num_columns].t(), out=buffer[: rows.stop - rows.start])
+    if low_NR is not None and b_VR is not None:
+        logits.addmm_(low_NR[rows], b_VR[:num_columns].t())
+    return logits
 
 
 class _MatrixGradient:
-    """The sum of the tiles' gradient.t() @ hidden: in the engine's buffer where it has one, else in a tensor for autograd.
+    """The sum of the tiles' gradient.t() @ hidden (of an adapter's B: @ low): in the engine's buffer where it has one, else
+    in a tensor for autograd.
 
     The latter is float32 where there are several tiles to add up. Padded rows get none: zeros for autograd.
     """

@@ -46,6 +46,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "mixtral": ("mixtral", {}, {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]}),
+    "vocabulary": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "rank_pattern": {"lm_head": 3}}),
+    "tied head": ("qwen2", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "v_proj"]}),
+    "tied embedding and head": ("qwen3", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "embed_tokens"]}),
 }
 TOKENS = torch.arange(30)[None]
 
@@ -244,7 +247,7 @@ FILES: list[tuple[Callable[[Path], None], str]] = [
         with_tensors(
             lambda t: t.update({"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)})
         ),
-        "has an adapter of model.layers.7.self_attn.q_proj, which is no linear layer of the model",
+        "has an adapter of model.layers.7.self_attn.q_proj, which is no module of the model that can",
     ),
     (
         with_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(2, 2)})),
@@ -304,13 +307,52 @@ def test_an_adapter_is_nobody_s_base(root: Path, tmp_path: Path) -> None:
         base_of(adapter)
 
 
-def test_an_adapter_of_a_head_that_is_the_embedding_cannot_be_added_anywhere(root: Path, tmp_path: Path) -> None:
-    adapted = peft_oracle.adapted_model(root / "tied" / "base", r=4, target_modules=["v_proj", "lm_head"])
-    adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
-    with pytest.raises(UserError, match=r"ADAPTER: .* has an adapter of lm_head, the embedding of its base"):
-        merge_adapter(tmp_path / "peft", tmp_path / "out")
-    with pytest.raises(UserError, match=r"model\.path: .* has an adapter of lm_head, the embedding of its base"):
-        open_model(str(tmp_path / "peft"), "model.path", Config())
+@pytest.mark.parametrize("name", ["tied head", "tied embedding and head"])
+def test_an_adapter_that_makes_two_matrices_of_one_is_merged_to_a_model_with_a_head_of_its_own(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    merge_adapter(root / name / "peft", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    tensors, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(root / name / "base" / "model.safetensors")
+    is_embedding_as_it_was = torch.equal(tensors["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert is_embedding_as_it_was == (name == "tied head")
+    read, written = (open_model(str(path), "model.path", Config()) for path in (root / name / "peft", tmp_path / "out"))
+    assert read.shape == written.shape and not read.shape.tied_embeddings
+    assert torch.equal(*(model.source.read("lm_head.weight", 0, 5, 9) for model in (read, written)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_of_the_base_that_peft_writes_beside_adapters_of_its_ends_have_to_be_the_base_s(
+    tied: bool, root: Path, tmp_path: Path
+) -> None:
+    name = "tied head" if tied else "vocabulary"
+    adapted = peft_oracle.adapted_model(root / name / "base", r=4, lora_alpha=8, **ADAPTERS[name][2])
+    adapted.save_pretrained(tmp_path / "peft")
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert copy in load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for directory, out in ((tmp_path / "peft", tmp_path / "a"), (root / name / "peft", tmp_path / "b")):
+        merge_adapter(directory, out)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with_tensors(lambda tensors: tensors[copy].add_(1.0))(tmp_path / "peft")
+    with pytest.raises(UserError, match=r"has weights of its base itself \(base_model.model.lm_head.base_layer.weight\)"):
+        import_hf(tmp_path / "peft", tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=r"are not those of .*; give the base that it was trained on"):
+        merge_adapter(tmp_path / "peft", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("vocabulary", {"use_dora": True}, "it has a DoRA adapter of the embedding, which is not supported"),
+        ("tied head", {"ensure_weight_tying": True}, "ensure_weight_tying is true, so that embedding and head share an"),
+    ],
+)
+def test_what_is_not_plain_lora_of_embedding_and_head_is_refused(
+    name: str, settings: dict[str, Any], sentence: str, root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        import_hf(changed(root / name / "peft", tmp_path / "peft", **settings), tmp_path / "out")
 
 
 def test_the_command_merges_with_a_base_that_has_moved(root: Path, tmp_path: Path) -> None:

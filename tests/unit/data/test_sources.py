@@ -158,7 +158,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
         (" ", "data is empty; give a file"),
         ({"path": " "}, "data.path is empty; give a file"),
         (7, "data must be text or null, got the number 7"),
-        ([{"prompt": "p", "chosen": "c", "rejected": "r"}], "write rows to a file or hand over datasets.Dataset.from_list"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "rows are given as a list with a dict a row"),
         ({"weight": 1}, "data has no path; a source is a path or {path, weight, split, subset, columns}"),
         (["a", {"path": "a", "wieght": 1}], "unknown key data[1].wieght; did you mean data[1].weight?"),
         ({"path": "a", "weight": 0}, "data.weight must be greater than 0, got 0.0"),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megadpo.config.schema import AdapterConfig
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, linear_modules, resolve
+from megadpo.model.adapters.spec import AdapterSpec, adaptable_modules, adapter_shapes, resolve
 from megadpo.model.families import shape_of
 from tests.helpers.families import config_of
 from tests.helpers.peft_oracle import PREFIX
@@ -26,6 +26,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["k_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
     ),
     "the head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "the embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "the head by its full name beside some layers": (
+        "qwen2",
+        {"target_modules": ["q_proj", "lm_head", "model.embed_tokens"], "layers_to_transform": [1]},
+    ),
+    "a pattern for both": ("llama", {"target_modules": r".*(embed_tokens|lm_head)"}),
+    "an embedding that is trained whole": (
+        "llama",
+        {"target_modules": ["embed_tokens", "lm_head"], "modules_to_save": ["embed_tokens"]},
+    ),
     "modules that are trained whole": ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "embed_tokens"]}),
     "a head that is trained whole": ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
     "DoRA": ("llama", {"target_modules": ["o_proj"], "use_dora": True}),
@@ -51,7 +61,7 @@ def test_names_and_shapes_are_those_that_peft_saves(name: str) -> None:
 def test_experts_have_an_adapter_each_and_their_router_has_none() -> None:
     shape = shape_of(config_of("mixtral"))
     modules = resolve(AdapterConfig(kind="lora"), shape).modules
-    assert modules == linear_modules(shape)[:-1] and len(modules) == 4 * (4 + 4 * 3)
+    assert modules == adaptable_modules(shape)[1:-1] and len(modules) == 4 * (4 + 4 * 3)
     assert "model.layers.3.block_sparse_moe.experts.3.w2" in modules
     assert not any(module.endswith(".gate") for module in modules)
 
@@ -89,7 +99,11 @@ def test_scaling_is_alpha_over_the_rank_or_its_root(use_rslora: bool, expected: 
         ("llama", {"target_modules": "(("}, "'((' is no regular expression"),
         ("llama", {"target_modules": []}, "adapter.target_modules is empty; name linear layers"),
         ("llama", {"target_modules": ["all-linear"]}, "write target_modules: all-linear"),
-        ("llama", {"target_modules": ["embed_tokens"]}, "is the embedding, which gets no adapter (adapter.modules_to_save"),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens", "q_proj"], "layers_to_transform": [0]},
+            "'embed_tokens' stands outside of layers, which adapter.layers_to_transform keeps to; name it in full: model",
+        ),
         ("mixtral", {"target_modules": ["gate"]}, "is the experts' router, which gets no adapter"),
         ("llama", {"layers_to_transform": [4]}, "names layer 4, but the model has layers 0 to 3"),
         (

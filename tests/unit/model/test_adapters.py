@@ -17,7 +17,7 @@ from megadpo.model.adapters.decomposed import as_plain, decompose, plain_tensor
 from megadpo.model.adapters.initial import NewAdapter
 from megadpo.model.adapters.linear import LinearAdapter, Projection
 from megadpo.model.adapters.products import ColumnParallel, Operands
-from megadpo.model.adapters.shards import adapter_shards
+from megadpo.model.adapters.shards import adapter_shards, is_adapters
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
 from megadpo.model.families import ExpertPlace, shape_of, shard_parameters
 from megadpo.model.layer_ranks import LayerRanks
@@ -49,7 +49,19 @@ def shape_and_spec(family: str, **options: Any) -> tuple[ModelShape, AdapterSpec
 @pytest.mark.parametrize("num_tensor", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
 def test_adapters_of_all_tensor_ranks_join_to_pefts_tensors_bit_for_bit(family, num_tensor):
-    shape, spec = shape_and_spec(family, use_dora=True, rank=3)
+    _joins_bit_for_bit(*shape_and_spec(family, use_dora=True, rank=3), num_tensor)
+
+
+@pytest.mark.parametrize("num_tensor", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_so_do_those_of_embedding_and_head(tied, num_tensor):
+    shape = shape_of(config_of("llama", tie_word_embeddings=tied))
+    assert shape.vocab_size % 2, "the ranks' parts differ"
+    spec = resolve(AdapterConfig(kind="lora", target_modules=["embed_tokens", "lm_head"], rank=3), shape)
+    _joins_bit_for_bit(shape, spec, num_tensor)
+
+
+def _joins_bit_for_bit(shape: ModelShape, spec: AdapterSpec, num_tensor: int) -> None:
     shapes = adapter_shapes(shape, spec)
     source, joined = Drawn(shapes), {name: torch.full(size, math.nan) for name, size in shapes.items()}
     for rank in range(num_tensor):
@@ -60,6 +72,7 @@ def test_adapters_of_all_tensor_ranks_join_to_pefts_tensors_bit_for_bit(family, 
             values = torch.full(shard.shape, math.nan)
             fill_shard(shard, source, values)
             assert not values.isnan().any(), shard.name
+            assert is_adapters(shard), shard.name
             assert shard.is_primary == (rank == 0 or shard.partition_dim is not None), shard.name
             for piece in shard.pieces:
                 place_of = joined[piece.logical_name].narrow(piece.dim, piece.logical_start, piece.length)
@@ -96,8 +109,23 @@ def test_a_new_adapter_is_drawn_by_seed_and_name(init, low, high):
     assert not new.read(first.replace("lora_A", "lora_B"), 0, 0, 4).any()
 
 
-def refusal(layout: Layout, family: str = "llama", changes: dict[str, Any] | None = None, **options: Any) -> str:
-    shape, spec = shape_and_spec(family, **options)
+def test_a_new_embedding_s_adapter_begins_as_in_peft_and_the_head_s_as_any_other():
+    """A is zero and B normal, whatever init is."""
+    shape, spec = shape_and_spec("llama", init="gaussian", rank=8, target_modules=["embed_tokens", "lm_head"])
+    new = NewAdapter(spec, shape, 1, Drawn({}))
+    assert not new.read("model.embed_tokens.lora_embedding_A", 1, 3, 90).any()
+    b = new.read("model.embed_tokens.lora_embedding_B", 0, 0, shape.hidden_size)
+    assert float(b.std()) == pytest.approx(1, rel=0.1) and abs(float(b.mean())) < 0.1
+    assert torch.equal(b[2:5], new.read("model.embed_tokens.lora_embedding_B", 0, 2, 3))
+    assert float(new.read("lm_head.lora_A.weight", 0, 0, 8).std()) == pytest.approx(1 / 8, rel=0.2)
+    assert not new.read("lm_head.lora_B.weight", 0, 0, 9).any()
+
+
+def refusal(
+    layout: Layout, family: str = "llama", changes: dict[str, Any] | None = None, tied: bool = False, **options: Any
+) -> str:
+    shape = shape_of(config_of(family, tie_word_embeddings=tied))
+    spec = resolve(AdapterConfig(kind="lora", **options), shape)
     config = Config()
     for dotted, value in (changes or {}).items():
         section, name = dotted.split(".")
@@ -115,9 +143,21 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
     [
         (
             Layout(),
-            {"target_modules": ["lm_head", "q_proj"]},
-            "adapter.target_modules names lm_head, beside which no adapter",
+            {"target_modules": ["lm_head", "q_proj"], "use_dora": True},
+            "adapter.use_dora is true and lm_head has an adapter",
         ),
+        (
+            Layout(),
+            {"target_modules": ["embed_tokens", "q_proj"], "init": "pissa"},
+            "adapter.init is pissa and model.embed_tokens has an adapter",
+        ),
+        (
+            Layout(),
+            {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "tied": True},
+            "adapter.modules_to_save has the embedding, which is the head too in this model",
+        ),
+        (Layout(pipeline=2), {"target_modules": ["lm_head"]}, "leave chunk 1 of the pipeline"),
+        (Layout(pipeline=2), {"target_modules": ["embed_tokens"]}, "leave chunk 2 of the pipeline"),
         (Layout(pipeline=2), {"layers_to_transform": [0]}, "leave chunk 2 of the pipeline"),
         (
             Layout(),

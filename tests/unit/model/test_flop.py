@@ -132,6 +132,12 @@ def test_an_adapter_of_the_head_is_met_by_scored_tokens() -> None:
     assert AdapterWork.of(shape, adapter) == AdapterWork(0, 3 * (shape.hidden_size + shape.vocab_size), False)
 
 
+def test_of_an_adapter_of_the_embedding_a_token_meets_b_and_looks_a_up() -> None:
+    shape = shape_of(config_of("llama"))
+    adapter = resolve(AdapterConfig(kind="lora", rank=3, target_modules=["embed_tokens"]), shape)
+    assert AdapterWork.of(shape, adapter) == AdapterWork(3 * shape.hidden_size, 0, False)
+
+
 def test_of_a_mixture_the_experts_of_a_token_count() -> None:
     shape = shape_of(config_of("mixtral"))
     experts = shape.experts

@@ -71,6 +71,14 @@ def test_an_adapter_s_numbers_are_those_of_its_tensors_and_inputs_or_outputs_are
     assert cut == pytest.approx(4 * of_layer)
 
 
+def test_adapters_of_embedding_and_head_are_of_the_ends_and_their_vocabulary_is_cut() -> None:
+    adapter = resolve(AdapterConfig(kind="lora", rank=3, target_modules=["embed_tokens", "lm_head"]), SMALL)
+    whole = sum(size[0] * size[1] for size in adapter_shapes(SMALL, adapter).values())
+    assert adapter_numbers(Plan(SMALL, Layout(), 1, adapter=adapter), 0) == (whole, 0, 0)
+    plan = Plan(SMALL, Layout(tensor=2, pipeline=2, sequence=True), 1, adapter=adapter)
+    assert [adapter_numbers(plan, stage)[0] for stage in (0, 1)] == [3 * (10 / 2 + 8)] * 2
+
+
 P = 4 * LAYER + 168
 STATES = [
     # what differs, weights, gradients, optimizer, of N = 2 replicas: bytes over P

@@ -41,6 +41,8 @@ def test_sets_have_names_in_the_configuration_and_one_set_has_none():
 
 def test_from_python_sets_are_a_dict_of_datasets_or_a_dataset_dict():
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    whole = DatasetDict(train=rows, test=rows)
+    assert eval_sets(config_of(whole).data.eval) == {"": whole}, "a data set, of which the held-out split is meant"
     for given in ({"x": rows, "y": [rows, "more.jsonl"]}, DatasetDict(x=rows, y=rows)):
         config = config_of(given)
         assert eval_sets(config.data.eval)["x"] is rows and "<datasets.Dataset, 1 rows" in config.to_yaml()

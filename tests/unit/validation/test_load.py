@@ -49,12 +49,13 @@ def test_defaults_are_those_that_users_of_trl_know() -> None:
 
 def test_the_contract_has_exactly_these_keys() -> None:
     contract = {
-        "model": "path dtype kernels attention small_ops layers fp8 quantization "
+        "model": "path revision dtype kernels attention small_ops layers fp8 quantization "
         "quantization_block_size double_quantization",
         "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
         "path merge",
         "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",
-        "data": "train eval shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
+        "data": "train eval streaming streaming_buffer "
+        "shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "ignore_columns allow_no_prompt "
         "num_workers cache_dir",
         "objective": "loss_type loss_weights beta label_smoothing f_divergence f_alpha ld_alpha wpo nll_coef length_penalty "
@@ -71,8 +72,9 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
         "eval": "every pairs at_start best_metric best_direction patience min_improvement",
         "checkpoint": "every at_end before_deadline keep resume changed_inputs verify asynchronous on_failed_write",
-        "logging": "every tensorboard report trackers project run_name tags directory offline peak_tflops profile_steps "
-        "profile_ranks",
+        "logging": "every tensorboard report model_card trackers project run_name tags directory offline peak_tflops "
+        "profile_steps profile_ranks",
+        "hub": "push private revision",
     }
     keys = {section: set(names.split()) for section, names in contract.items()}
     plain = load_config({}).to_dict()

@@ -1,0 +1,188 @@
+"""The Hub, spoken to over HTTP on this machine: models that a run takes from it, a model that it gives; what is refused at
+once, and a token that is seen nowhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megadpo.errors import UserError
+from megadpo.platform.hub import id_of_snapshot, is_id, means_hub
+from megadpo.validation.load import load_config
+from tests.helpers.hub import COMMIT, READER, WRITER, Hub, local_hub
+from tests.helpers.runs import run_settings, save_files
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_files(tmp_path_factory.mktemp("hub"), "llama", 40)
+
+
+@pytest.fixture
+def hub(files: Path) -> Iterator[Hub]:
+    with local_hub() as hub:
+        there = hub.add("acme/tiny", files / "model")
+        there.files |= {
+            "README.md": b"---\nlicense: mit\n---\n",
+            "modeling.py": b"raise SystemExit",
+            "pytorch_model.bin": b"x",
+        }
+        yield hub
+
+
+def environment(hub: Hub, files: Path, token: str | None = WRITER, **more: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RANK", "WORLD_SIZE"))}
+    tokens = {} if token is None else {"HF_TOKEN": token}
+    return {
+        **clean,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(files / "hf-home"),
+        "PYTHONPATH": str(ROOT),
+        **tokens,
+        **more,
+    }
+
+
+def finish(local: Hub, files: Path, name: str, **changes: dict[str, Any]) -> tuple[int, str]:
+    settings = run_settings(
+        files, files / name, **{"train": {"steps": 1, "pairs_per_step": 4, "warmup_steps": 0}, **changes}
+    )
+    settings["model"] |= {"path": "acme/tiny"}
+    (files / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "megadpo", "train", str(files / f"{name}.yaml")]
+    done = subprocess.run(command, env=environment(local, files), cwd=files, capture_output=True, text=True, timeout=300)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_takes_its_model_from_the_hub_and_gives_what_it_trained(hub: Hub, files: Path) -> None:
+    options = {"hub": {"push": "acme/trained", "revision": "first-try"}}
+    hub.refuses_commits = True
+    status, output = finish(hub, files, "run", **options)
+    assert status == 2, output
+    assert "megadpo: the model will be pushed to acme/trained, by somebody" in output
+    assert f"megadpo: warning: {files / 'run' / 'hf'} was not pushed to acme/trained: " in output
+    assert output.splitlines()[-1].startswith("megadpo: error: the run is finished, but its model was not pushed"), output
+    exported = {
+        path.relative_to(files / "run" / "hf").as_posix(): path.read_bytes() for path in (files / "run" / "hf").rglob("*")
+    }
+    assert {"model.safetensors", "README.md", "config.json"} <= exported.keys(), "all of it is there"
+
+    hub.refuses_commits = False
+    status, again = finish(hub, files, "run", **options)
+    assert status == 0 and "nothing is left to train" in again, again
+    assert f"megadpo: pushed to {hub.endpoint}/acme/trained, branch first-try" in again
+    repository = hub.repositories["acme/trained"]
+    assert repository.is_private and repository.pushed_to == ["first-try"]
+    assert repository.files == {path.name: path.read_bytes() for path in (files / "run" / "hf").iterdir()}, "byte by byte"
+
+    snapshot = yaml.safe_load((files / "run" / "config.yaml").read_text())["model"]["path"]
+    assert snapshot.endswith(f"models--acme--tiny/snapshots/{COMMIT}") and id_of_snapshot(snapshot) == "acme/tiny"
+    assert not any("modeling.py" in request or ".bin" in request for request in hub.requests), "no code, no pickle"
+    card = repository.files["README.md"].decode()
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert (matter["base_model"], matter["license"]) == ("acme/tiny", "mit")
+    assert 'AutoModelForCausalLM.from_pretrained("acme/trained")' in card
+    for path in (files / "run").rglob("*"):
+        assert not path.is_file() or WRITER.encode() not in path.read_bytes(), path
+    assert WRITER not in output + again
+
+
+ASKED = """
+import sys
+from megadpo.errors import UserError
+from megadpo.platform import hub
+try:
+    print(eval(sys.argv[1]))
+except UserError as error:
+    print("refused:", error)
+"""
+PUSH, FETCH = 'hub.check_push("acme/out")', 'hub.fetched({!r}, "model.path", {!r})'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "token", "more", "words"),
+    [
+        (PUSH, WRITER, {}, "somebody"),
+        (PUSH, None, {}, "refused: hub.push acme/out: there is no token; put one that may write into HF_TOKEN, or run"),
+        (PUSH, READER, {}, "refused: hub.push acme/out: this token may only read"),
+        (PUSH, "hf_" + "x" * 36, {}, "does not know this token"),
+        (PUSH, WRITER, {"HF_HUB_OFFLINE": "1"}, "refused: hub.push acme/out: HF_HUB_OFFLINE is set"),
+        (
+            PUSH,
+            WRITER,
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "refused: hub.push acme/out: the Hub (http://127.0.0.1:9) cannot",
+        ),
+        (
+            FETCH.format("acme/none", None),
+            None,
+            {},
+            "refused: model.path: acme/none is no directory here, and there is no model",
+        ),
+        (FETCH.format("acme/tiny", "v9"), None, {}, "acme/tiny has no branch, tag or commit 'v9' on the Hub"),
+        (FETCH.format("acme/gated", None), None, {}, "a model whose licence has to be accepted at http://127.0.0.1"),
+        (
+            FETCH.format("acme/never", None),
+            None,
+            {"HF_HUB_OFFLINE": "1"},
+            "HF_HUB_OFFLINE is set and the Hub's cache does not",
+        ),
+        (
+            FETCH.format("acme/tiny", None),
+            None,
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "(http://127.0.0.1:9) cannot be reached",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(
+    call: str, token: str | None, more: dict[str, str], words: str, hub: Hub, files: Path, tmp_path: Path
+) -> None:
+    hub.add("acme/gated", files / "model", is_gated=True)
+    known = environment(hub, tmp_path, token, **more)  # a cache with nothing in it
+    done = subprocess.run([sys.executable, "-c", ASKED, call], env=known, capture_output=True, text=True, timeout=120)
+    said = done.stdout.strip()
+    assert done.returncode == 0 and words in said and "\n" not in said, (said, done.stderr)
+    assert token is None or token not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hub": {"push": "trained"}}, "hub.push: 'trained' is no repository's name; give OWNER/NAME"),
+        ({"hub": {"push": "acme/a..b"}}, "hub.push: 'acme/a..b' is no repository's name"),
+        ({"hub": {"push": "https://huggingface.co/acme/a"}}, "is no repository's name"),
+        ({"hub": {"private": False}}, "hub.private has no effect without hub.push"),
+        ({"hub": {"revision": "x"}}, "hub.revision has no effect without hub.push"),
+        ({"hub": {"push": "acme/a", "revision": "../x"}}, "hub.revision: '../x' is no name of a branch"),
+        ({"model": {"path": "acme/tiny", "revision": ""}}, "model.revision"),
+        ({"hub": {"token": "x"}}, "hub.token"),
+        ({"train": {"push_to_hub": True}}, "push_to_hub of transformers is hub.push here"),
+        ({"train": {"hub_token": "x"}}, "hub_token of transformers has no counterpart here: the token is that of HF_TOKEN"),
+    ],
+)
+def test_names_that_the_hub_would_not_take_are_refused_at_once(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(options)
+    assert words in str(refused.value)
+
+
+def test_a_path_means_the_hub_only_where_nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert means_hub("acme/tiny") and not means_hub("models/tiny"), "a directory that is here: a mistyped name in it"
+    for path in ("tiny", "/acme/tiny", "./acme/tiny", "a/b/c", "acme/tiny.git", "acme/a--b", "~/tiny", ""):
+        assert not means_hub(path), path
+    assert is_id("Qwen/Qwen2.5-0.5B-Instruct") and id_of_snapshot("/x/snapshots/1") is None

@@ -110,7 +110,8 @@ class DataConfig:
     """Training pairs: a file, directory or Hub id, or a list of those or of `{path, weight, split, subset, columns}`;
     from Python also a list of dicts, a DataFrame or what `datasets` has. Required for training."""
     eval: Any = None
-    """Held-out pairs, given like `data.train`; null = no evaluation."""
+    """Held-out pairs, given like `data.train`, or several sets of them, each evaluated on its own: `{name: source, …}`; from
+    Python also a dict of what `data.train` takes, or a DatasetDict; null = no evaluation. See docs/held_out.md."""
     streaming: bool = False
     """Read, tokenise and pack `data.train` while training, in bounded memory and without a pass over it first; needs
     `train.steps`. The data is read again from its beginning where it ends before them."""
@@ -373,7 +374,19 @@ class EvalConfig:
     every: int = 0
     """Evaluate on `data.eval` every this many steps; 0 = only after the last step."""
     pairs: int | None = None
-    """Use only the first this many pairs of `data.eval`; null = all."""
+    """Use only the first this many pairs of each set of `data.eval`; null = all."""
+    at_start: bool = False
+    """Evaluate before the first step, too, as step 0."""
+    best_metric: str | None = None
+    """Keep the checkpoint of the best evaluation by this metric, beyond `checkpoint.keep`, and export it, not the last one:
+    named as in metrics.jsonl (`eval_loss`, `eval_NAME_rewards/accuracies`), with or without `eval_`; null = the last."""
+    best_direction: str = "auto"
+    """What is better of `best_metric`: `max`, `min`, or `auto`: less of a loss, more of accuracies and margins; of others it
+    must be said."""
+    patience: int | None = None
+    """End the run after this many evaluations without a better `best_metric`; null = never."""
+    min_improvement: float = 0.0
+    """By how much `best_metric` must be better than the best before, to count for `patience`."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ _TYPES: dict[str, Any] = {
     "columns": dict[str, str],
 }
 """The keys of a source that is written as a mapping, and their types there."""
+ROW_FIELDS = {"chosen", "rejected", "prompt", "messages", "completion", "text"}
+"""Some that rows have."""
 
 
 def parse_sources(
@@ -96,6 +99,62 @@ def check_sources(value: Any, name: str) -> Any:
     return [source] if type(source) is dict else source
 
 
+SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def check_eval_sets(value: Any, name: str) -> Any:
+    """The value of `data.eval` as `check_sources` gives it, or, where it names several sets, a dict of such values by name.
+
+    A mapping with a `path` is one source; any other is names with sources. So is a DatasetDict, but for one that has a train
+    split: that is a data set, of which the held-out split is meant.
+
+    Raises:
+        UserError: as `check_sources`, or a name that is none.
+    """
+    if not isinstance(value, Mapping) or not _is_names(value):
+        return check_sources(value, name)
+    if not value:
+        raise UserError(f"{name} is an empty mapping; give a source, or a name with a source for each set")
+    sets = {}
+    for key, sources in value.items():
+        if not isinstance(key, str) or not SET_NAME.fullmatch(key):
+            raise UserError(f"{name}: {str(key)[:40]!r} is no name for a set; use letters, digits, `_`, `-` and `.`")
+        checked = check_sources(sources, f"{name}.{key}")
+        if checked is None:
+            raise UserError(f"{name}.{key} has no source; give one or take the name out")
+        sets[key] = checked
+    return sets
+
+
+def _is_names(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is meant as names of sets: no key is one of a source or of a row."""
+    if is_given(value):
+        return "train" not in value
+    return {*_TYPES, *ROW_FIELDS}.isdisjoint(value)
+
+
+def eval_sets(value: Any) -> dict[str, Any]:
+    """The held-out sets that a checked `data.eval` has, by name: one without a name is "", null is none."""
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) and not is_given(value) else {"": value}
+
+
+def eval_label(name: str) -> str:
+    """How a held-out set is called beside "train"."""
+    return f"eval {name}" if name else "eval"
+
+
+def is_held_out(label: str) -> bool:
+    """Whether a name is one that `eval_label` gives."""
+    return label.partition(" ")[0] == "eval"
+
+
+def eval_prefix(name: str) -> str:
+    """What the names of a held-out set's metrics begin with."""
+    return f"eval_{name}_" if name else "eval_"
+
+
 def _check_source(value: Any, name: str) -> Any:
     value = taken(value, name)
     if is_given(value):
@@ -103,10 +162,10 @@ def _check_source(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         if "path" not in value:
             rows = "; rows are given as a list with a dict a row"
-            is_row = not {"chosen", "rejected", "prompt", "messages", "completion", "text"}.isdisjoint(value)
-            raise UserError(
-                f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}{rows if is_row else ''}"
-            )
+            is_row = not ROW_FIELDS.isdisjoint(value)
+            names = "; several sets are {name: source, …}" if name == "data.eval" else ""
+            said = rows if is_row else names
+            raise UserError(f"{name} has no path; a source is a path or {{path, weight, split, subset, columns}}{said}")
         for key in value:
             if key not in _TYPES:
                 guess = strict.closest(str(key), _TYPES)

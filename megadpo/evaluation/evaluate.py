@@ -19,7 +19,7 @@ from megadpo.evaluation.generate import exported, prompts_of_data, prompts_of_fi
 from megadpo.evaluation.harness import require_harness, run_harness
 from megadpo.evaluation.measure import Models, measure, open_models
 from megadpo.evaluation.request import Request, check_score
-from megadpo.evaluation.subsets import COLUMN, REWARD_BENCH_COLUMNS, LabelledRows, read_subsets, sources_of
+from megadpo.evaluation.subsets import COLUMN, REWARD_BENCH_COLUMNS, LabelledRows, first_of_each, read_subsets, sources_of
 from megadpo.files import make_writable_directory, replacing
 from megadpo.parallel.world import joined_world, rank, world_size
 from megadpo.platform.device import resolve_dtype
@@ -120,7 +120,8 @@ def _pairs(request: Request, models: Models, tokenizer: Any) -> tuple[LabelledRo
     sources = sources_of(request.data, options.columns, as_messages)
     prepared = prepare_groups(data, sources, models.tokenizer, held_out=True)
     if request.config.eval.pairs is not None:
-        prepared = Prepared(prepared.groups.first(request.config.eval.pairs), prepared.report)
+        sets = [one.name for one in request.data]
+        prepared = Prepared(first_of_each(prepared.groups, sets, request.config.eval.pairs), prepared.report)
     return rows, prepared
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megadpo.checkpoint.hf import hf_directory, read_json
 from megadpo.checkpoint.peft import base_of, is_adapter, is_reward_adapter
 from megadpo.config.schema import Config
+from megadpo.config.sources import eval_sets
 from megadpo.errors import UserError
 from megadpo.evaluation.scores import KINDS, kind_of_objective
 from megadpo.evaluation.subsets import EvaluationData
@@ -134,11 +135,12 @@ def open_run(path: str, overrides: Sequence[str]) -> RunDirectory:
             raise UserError(f"{path} has no output_dir, so there is no run to evaluate; give the model as --model DIR")
     reference, remarks = _reference_of(trained)
     config = load_config(_for_scoring(trained), overrides)
-    data = config.data.eval
-    values = data if isinstance(data, list) else [] if data is None else [data]
-    return RunDirectory(
-        directory, config, str(directory / "hf"), reference, tuple(EvaluationData(value) for value in values), remarks
-    )
+    data = [
+        EvaluationData(value, name or None)
+        for name, values in eval_sets(config.data.eval).items()
+        for value in (values if isinstance(values, list) else [values])
+    ]
+    return RunDirectory(directory, config, str(directory / "hf"), reference, tuple(data), remarks)
 
 
 def _reference_of(config: Config) -> tuple[str | None, tuple[str, ...]]:

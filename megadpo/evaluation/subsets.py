@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megadpo.config.sources import Source, parse_sources
 from megadpo.data.rows.row_files import SUFFIXES
 from megadpo.data.rows.sources import iter_rows
+from megadpo.data.store import GroupColumns, GroupStore
 from megadpo.errors import UserError
 
 COLUMN = "subset"
@@ -148,3 +151,13 @@ def sources_of(
         named = {"split": source.split, "subset": source.subset}
         values.append(given | {key: value for key, value in named.items() if value is not None})
     return values
+
+
+def first_of_each(groups: GroupStore, sets: Sequence[str | None], count: int) -> GroupStore:
+    """The first groups of each set; `sets` has the name of each source's."""
+    if len(set(sets)) == 1:
+        return groups.first(count)
+    set_G = np.array([sets.index(name) for name in sets])[groups.sources]
+    kept = np.sort(np.concatenate([np.flatnonzero(set_G == number)[:count] for number in np.unique(set_G)]))
+    columns = GroupColumns.of([groups[group_id] for group_id in kept], groups.sources[kept].tolist())
+    return GroupStore(columns, groups.source_names, groups.source_weights.tolist())

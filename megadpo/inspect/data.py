@@ -14,6 +14,7 @@ import numpy.typing as npt
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.peft import base_of, is_adapter
 from megadpo.config.schema import Config
+from megadpo.config.sources import eval_label, eval_sets, is_held_out
 from megadpo.data.batches.packed_dataset import PackedDataset
 from megadpo.data.rows.dataset import look_through, tokenise_job
 from megadpo.data.rows.report import DataReport
@@ -47,10 +48,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Side:
-    """The rows of `data.train` or `data.eval`.
+    """The rows of `data.train` or of a set of `data.eval`.
 
     Attributes:
-        name: "train" or "eval".
+        name: "train", "eval", or "eval NAME" where sets have names.
         looks: of every row, in order.
         groups: what was kept, as the trainer gets it.
         packing: the same, ready for micro-batches; None where the trainer would refuse it.
@@ -137,8 +138,7 @@ def read_data(config: Config) -> Inspected:
     config = with_adapter_s_base(with_fetched(config)).resolved()
     model, layout = open_shape(config), smallest_layout(config)
     look_at_data(config)
-    sources = {"train": config.data.train, "eval": config.data.eval}
-    sides = [_side(config, value, name, model, layout) for name, value in sources.items() if value is not None]
+    sides = [_side(config, value, label, model, layout) for label, value in sources_by_label(config).items()]
     return Inspected(
         config=config,
         model=model,
@@ -148,6 +148,12 @@ def read_data(config: Config) -> Inspected:
         sides=sides,
         packed=packed_steps(config, sides[0]),
     )
+
+
+def sources_by_label(config: Config) -> dict[str, Any]:
+    """The sources of each of the configuration's sets of rows, by the name of its `Side`."""
+    held_out = {eval_label(name): value for name, value in eval_sets(config.data.eval).items()}
+    return {"train": config.data.train} | held_out
 
 
 def open_shape(config: Config) -> Model:
@@ -172,7 +178,7 @@ def smallest_layout(config: Config) -> Layout:
 
 
 def _side(config: Config, sources: Any, name: str, model: Model, layout: Layout) -> Side:
-    found, job = tokenise_job(config.data, sources, str(model.huggingface), reading_of(config.objective), name == "eval")
+    found, job = tokenise_job(config.data, sources, str(model.huggingface), reading_of(config.objective), is_held_out(name))
     groups, report, seen = look_through(found, job, config.data.num_workers, look)
     side = Side(name, report, [row for part in seen for row in part], groups, None)
     try:

@@ -34,7 +34,7 @@ class Finding:
     Attributes:
         name: for scripts, such as "identical".
         level: "problem" (training stops, or learns something wrong), "warning" or "note".
-        side: "train" or "eval".
+        side: the name of a `Side`.
         sentence: what was found.
         advice: what to do.
         count: rows it is about.
@@ -67,8 +67,9 @@ def findings(inspected: Inspected) -> list[Finding]:
     for side in inspected.sides:
         for check in CHECKS:
             found += [one for one in check(inspected, side) if one is not None]
-    if len(inspected.sides) > 1:
-        found += leaked(*inspected.sides[:2])
+    train, *held_out = inspected.sides
+    for side in held_out:
+        found += leaked(train, side)
     found += room_left(inspected)
     return sorted(found, key=lambda one: LEVELS.index(one.level))
 

@@ -91,7 +91,7 @@ def _rows(summary: Summary, side: Side) -> Section:
                 ),
             )
         )
-    return Section(f"Rows of data.{side.name}", *parts)
+    return Section(f"Rows of data.{side.name.replace(' ', '.')}", *parts)
 
 
 def _legend() -> Html:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from megadpo.config.schema import Config
+from megadpo.config.sources import is_held_out
 from megadpo.data.batches.collate import collate_step
 from megadpo.data.rows import templates
 from megadpo.data.rows.dataset import tokenise_job
 from megadpo.data.rows.formats import recognise
 from megadpo.data.rows.messages import joined
 from megadpo.data.rows.sources import iter_rows
-from megadpo.inspect.data import Inspected, Side
+from megadpo.inspect.data import Inspected, Side, sources_by_label
 from megadpo.objectives.specs import reading_of, scores_prompt
 
 MOST_TOKENS_OF_A_CHARACTER = 8
@@ -136,9 +137,9 @@ def printable(text: str) -> str:
 
 def rendered(config: Config, inspected: Inspected, name: str) -> tuple[str, str] | None:
     """Where the first conversation among the first rows stands, and what the template writes of it; None: there is none."""
-    sources = config.data.train if name == "train" else config.data.eval
+    sources = sources_by_label(config)[name]
     found, job = tokenise_job(
-        config.data, sources, str(inspected.model.huggingface), reading_of(config.objective), name == "eval"
+        config.data, sources, str(inspected.model.huggingface), reading_of(config.objective), is_held_out(name)
     )
     for source in found:
         for location, fields in islice(iter_rows(source), 100):

@@ -61,7 +61,7 @@ def look_at_all(config: Config, num_samples: int) -> Summary:
 
 
 def side_summary(side: Side) -> dict[str, Any]:
-    """The counts of the rows of `data.train` or `data.eval`."""
+    """The counts of the rows of `data.train` or of a set of `data.eval`."""
     report = side.report
     tokens = side.tokens() if len(side.groups) else {}
     return {

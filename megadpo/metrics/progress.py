@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from megadpo.config.sources import eval_prefix
 from megadpo.console import heartbeat
 from megadpo.console.activity import current
 from megadpo.console.terminal import can_draw, start_live
@@ -75,6 +76,7 @@ class ProgressSink:
         every: how many steps lie between two records (`logging.every`).
         stream: where to; live lines if it is a terminal, else plain ones, at most about `MOST_PLAIN_LINES` of them.
         clock: seconds, for the time left.
+        held_out: the names of the sets that are evaluated.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class ProgressSink:
         every: int = 1,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        held_out: Sequence[str] = ("",),
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
+        self._held_out = held_out
         self._total_steps = total_steps
         self._first_step = self._step = resume_step or 0
         self._next_plain_step = self._first_step
@@ -100,8 +104,10 @@ class ProgressSink:
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Shows a step's record, and in full every record of held-out pairs (names that begin with "eval_")."""
-        if "eval_loss" in record:
-            self._say(f"step {record['step']}: held-out {describe(record, 'eval_')}")
+        for name in self._held_out:
+            if f"{eval_prefix(name)}loss" in record:
+                what = f"held-out {name}:" if name else "held-out"
+                self._say(f"step {record['step']}: {what} {describe(record, eval_prefix(name))}")
         if "loss" not in record:
             return
         heartbeat.steady()

@@ -226,6 +226,7 @@ def open_sinks(
     keeps_records: bool = True,
     config: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = logger.warning,
+    held_out: Sequence[str] = ("",),
 ) -> list[Sink]:
     """The sinks of a run, for rank 0: `output_dir/metrics.jsonl`, `output_dir/tensorboard/`, trackers, progress on stderr.
 
@@ -237,6 +238,7 @@ def open_sinks(
         keeps_records: whether what was written up to that step is this run's; else it is set aside.
         config: the run's configuration, for trackers, without secrets.
         log: shows the user a line, from any thread.
+        held_out: the names of the sets that are evaluated.
 
     Raises:
         UserError: `logging.tensorboard` is on and TensorBoard is not installed; nothing is written then.
@@ -254,7 +256,7 @@ def open_sinks(
     sinks.append(JsonlSink(output_dir / "metrics.jsonl", kept_step))
     run = _tracked(output_dir, logging_config, kept_step is not None, config or {}, log)
     sinks += [BackgroundSink(name, partial(TRACKERS[name], run), log) for name in logging_config.trackers]
-    sinks.append(ProgressSink(total_steps, resume_step, logging_config.every))
+    sinks.append(ProgressSink(total_steps, resume_step, logging_config.every, held_out=held_out))
     return sinks
 
 

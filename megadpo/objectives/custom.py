@@ -1,4 +1,4 @@
-"""An objective from the user's own file: `objective.loss_type: custom`, `objective.module: path.py:function`.
+"""An objective of the user's own, `objective.loss_type: custom`: what `objective.module` names, or a function from Python.
 
 The file is named by the user's own YAML or command line and is run as it is; nothing read from a model or a checkpoint can
 name one.
@@ -44,19 +44,32 @@ def load_custom(module: str) -> PairLoss:
 
 
 def custom(pairs: Pairs, normalisers: Normalisers) -> Tensor:
-    """One loss a pair from the user's function.
+    """One loss a pair from the function that `objective.module` names.
 
     Raises:
         UserError: the function gives something else than one differentiable loss a pair.
     """
     module = pairs.options.module
     assert module is not None
-    losses_P = load_custom(module)(pairs, normalisers)
+    return _checked(load_custom(module), f"objective.module: {module}", pairs, normalisers)
+
+
+def own_loss(function: PairLoss) -> PairLoss:
+    """A function given in Python as a loss; it raises what `custom` raises."""
+    return functools.partial(_checked, function, f"objective: {words_of(function)}")
+
+
+def words_of(function: PairLoss) -> str:
+    """What a function given in Python is called: its module and name."""
+    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def _checked(function: PairLoss, name: str, pairs: Pairs, normalisers: Normalisers) -> Tensor:
+    losses_P = function(pairs, normalisers)
     num_pairs = len(pairs.statistics.chosen_P)
     if not isinstance(losses_P, torch.Tensor) or losses_P.shape != (num_pairs,) or not losses_P.requires_grad:
         found = f"a tensor of shape {list(losses_P.shape)}" if isinstance(losses_P, torch.Tensor) else repr(losses_P)[:80]
         raise UserError(
-            f"objective.module: {module} must give one loss a pair, shape [{num_pairs}], that depends on the policy's "
-            f"log-probs; it gave {found}"
+            f"{name} must give one loss a pair, shape [{num_pairs}], that depends on the policy's log-probs; it gave {found}"
         )
     return losses_P

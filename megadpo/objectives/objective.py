@@ -15,6 +15,7 @@ from torch import Tensor
 from megadpo.config.schema import ObjectiveConfig
 from megadpo.data.rows.formats import Reading
 from megadpo.objectives import specs
+from megadpo.objectives.custom import own_loss
 from megadpo.objectives.reference_free import alpha_reward
 from megadpo.objectives.specs import SPECS
 from megadpo.objectives.statistics import ResponseStatistics
@@ -86,14 +87,18 @@ class Objective:
     metric_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, options: ObjectiveConfig) -> Objective:
+    def of(cls, options: ObjectiveConfig, own: Loss | None = None) -> Objective:
         """The objective of checked options.
+
+        Args:
+            own: the loss `custom`, in place of what `objective.module` names.
 
         Raises:
             ImportError, AttributeError: a line of `specs.SPECS` names no function.
         """
         losses = options.loss_types
-        terms = [Term(name, weight, loss_function(name)) for name, weight in zip(losses, options.weights, strict=True)]
+        functions = [own_loss(own) if own is not None and name == "custom" else loss_function(name) for name in losses]
+        terms = [Term(*one) for one in zip(losses, options.weights, functions, strict=True)]
         if options.nll_coef:
             terms.append(Term("nll", options.nll_coef, sft, weighted_by_wpo=False))
         needs_reference = specs.needs_reference(losses)
@@ -108,7 +113,7 @@ class Objective:
             couples_batch=specs.couples_batch(options),
             measures_kl=specs.measures_kl(losses),
             runs_delta=specs.runs_delta(options),
-            metric_names=_metric_names(options),
+            metric_names=metric_names(options),
         )
 
     @property
@@ -132,7 +137,7 @@ def loss_function(name: str) -> Loss:
     return function
 
 
-def _metric_names(options: ObjectiveConfig) -> tuple[str, ...]:
+def metric_names(options: ObjectiveConfig) -> tuple[str, ...]:
     """Of several losses, each has its own "loss/NAME"."""
     kind = specs.kind_of(options.loss_types)
     names: tuple[str, ...]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megadpo.config.sources import eval_prefix
 from megadpo.pages.charts import Series
 from megadpo.report.run_files import EVAL_PREFIX, Curve, RunFiles
 from megadpo.report.series import median
@@ -74,14 +75,33 @@ GROUPS: dict[str, tuple[Chart, ...]] = {"Learning": LEARNING, "Optimisation": OP
 NOT_DRAWN = {"step", "epoch", "num_tokens", "time", "pairs_per_second"}
 
 
+HELD_OUT = "Held-out sets"
+"""The group of charts of sets that have names."""
+
+
 def groups_of(runs: Sequence[RunFiles]) -> dict[str, list[Chart]]:
     """The charts that there is something to draw in, by group; last those of metrics that nobody has foreseen."""
-    known = {name for run in runs for name in run.curves}
+    of_sets = _charts_of_sets(runs)
+    known = {name for run in runs for name in run.curves} - {name for chart in of_sets for name in chart.metrics}
     found = {group: [with_names(chart, known) for chart in some] for group, some in GROUPS.items()}
     drawn = {name for some in found.values() for chart in some for name in chart.metrics} | NOT_DRAWN
     rest = sorted(name for name in known if name not in drawn and name.removeprefix(EVAL_PREFIX) not in drawn)
+    found = {"Learning": found.pop("Learning"), HELD_OUT: of_sets, **found}
     found["More"] = [Chart(name, {name: name}) for name in rest]
     return {group: kept for group, some in found.items() if (kept := [chart for chart in some if chart.metrics])}
+
+
+def _charts_of_sets(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Of held-out sets with names: a chart a metric, with a curve a set."""
+    sets = dict.fromkeys(name for run in runs for name in run.held_out_sets if name)
+    known = dict.fromkeys(name for run in runs for name in run.curves)
+    metrics: dict[str, dict[str, str]] = {}
+    for one in sets:
+        for name in known:
+            if one == max((other for other in sets if name.startswith(eval_prefix(other))), key=len, default=None):
+                metrics.setdefault(name.removeprefix(eval_prefix(one)), {})[name] = one
+    titles = {next(iter(chart.metrics)): chart.title for chart in LEARNING if len(chart.metrics) == 1}
+    return [Chart(f"Held-out, {titles.get(name, name)}", found, is_noisy=False) for name, found in metrics.items()]
 
 
 def with_names(chart: Chart, known: set[str]) -> Chart:

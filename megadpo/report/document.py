@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megadpo.config.sources import eval_prefix
 from megadpo.data.rows.report import counted
 from megadpo.pages.charts import Mark, Series, bars, line_chart
 from megadpo.pages.html import Html, element, joined
@@ -168,6 +169,11 @@ def _results(run: RunFiles) -> Html:
         if ends is not None:
             theirs = (held_out.values[0], held_out.values[-1]) if len(held_out) else (None, None)
             rows.append((label, *ends, *theirs))
+    for name in filter(None, run.held_out_sets):
+        for metric, label in SUMMED_UP.items():
+            values = run.curve(f"{eval_prefix(name)}{metric}").finite().values
+            if values:
+                rows.append((f"{label}, {name}", None, None, values[0], values[-1]))
     has_held_out = any(row[3] is not None for row in rows)
     headings = ("", "training, first", "training, last", "held-out, first", "held-out, last")
     width = 5 if has_held_out else 3
@@ -279,6 +285,7 @@ def _what_it_was(run: RunFiles) -> Html:
         "Training data": _option(run.option("data.train")),
         "Its rows": run.fact("data", "train", "sentence"),
         "Held-out data": _option(run.option("data.eval")) if run.option("data.eval") else None,
+        "Exported": _exported(run),
         "Pairs a step": run.option("train.pairs_per_step"),
         "Layout": run.fact("layout"),
         "Processes": run.fact("num_processes"),
@@ -303,6 +310,12 @@ def _what_it_was(run: RunFiles) -> Html:
     rows = [(key, _option(value)) for key, value in flat_options(run).items()]
     parts.append(folded("All options", table(("option", "value"), rows)))
     return joined(*parts)
+
+
+def _exported(run: RunFiles) -> str | None:
+    """Which evaluation's model the run has exported; None: its last model."""
+    found = next((one for one in reversed(run.sessions) if one.get("best_step") is not None), None)
+    return found and f"the model of step {found['best_step']}, the best by {found.get('best_metric')}"
 
 
 def _versions(run: RunFiles) -> str | None:

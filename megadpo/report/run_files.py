@@ -88,6 +88,12 @@ class RunFiles:
         return value
 
     @property
+    def held_out_sets(self) -> list[str]:
+        """The names of the held-out sets; of one without a name, or of none, just ""."""
+        given = self.option("data.eval")
+        return [str(name) for name in given] if isinstance(given, Mapping) and "path" not in given else [""]
+
+    @property
     def last_step(self) -> int:
         """The last step that was written; 0 where none was."""
         return max((curve.steps[-1] for curve in self.curves.values() if curve.steps), default=0)

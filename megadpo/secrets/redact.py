@@ -116,8 +116,11 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def redacted_paths(value: Any) -> Any:
-    """As `redacted`, of what names paths (a path, a mapping with a `path`, a list of these) and is read again: of one that
-    is here only the credentials of a URL are hidden, whatever it looks like and whatever the environment says."""
+    """As `redacted`, of what names paths (a path, a mapping with a `path`, a list of these, a mapping of these by name) and
+    is read again: of one that is here only the credentials of a URL are hidden, whatever it looks like and whatever the
+    environment says."""
+    if isinstance(value, Mapping) and "path" not in value:
+        return {key: redacted_paths(item) for key, item in value.items()}
     if isinstance(value, Mapping):
         return {key: redacted_paths(item) if key == "path" else redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ import torch
 from megadpo.checkpoint.peft import why_peft_cannot
 from megadpo.checkpoint.sharded import is_checkpoint, open_checkpoint
 from megadpo.config.schema import ObjectiveConfig
+from megadpo.config.sources import eval_label
 from megadpo.console.heartbeat import write_line
 from megadpo.data.rows.report import DataReport, counted
 from megadpo.data.rows.sources import split_taken
@@ -72,8 +73,9 @@ def log_setup(setup: RunSetup) -> None:
             f"warning: {counted(len(setup.train.groups), noun)} are fewer than train.pairs_per_step "
             f"{setup.config.train.pairs_per_step}: a step sees some of them several times; lower it"
         )
-    if setup.eval is not None and len(setup.eval.groups) < setup.reports["eval"].num_kept:
-        log(f"eval: {len(setup.eval.groups)} of them are used (eval.pairs)")
+    for name, packing in setup.eval.items():
+        if len(packing.groups) < setup.reports[eval_label(name)].num_kept:
+            log(f"{eval_label(name)}: {len(packing.groups)} of them are used (eval.pairs)")
     if not setup.resume and (setup.output_dir / "hf").is_dir():
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
 

@@ -21,7 +21,7 @@ import yaml
 from megadpo.checkpoint.companions import Companions
 from megadpo.config import yaml_core
 from megadpo.config.schema import Config
-from megadpo.config.sources import parse_sources
+from megadpo.config.sources import eval_label, eval_sets, parse_sources
 from megadpo.errors import reason
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import world_size
@@ -38,23 +38,24 @@ SHOWN = re.compile(r"loss|rewards/(accuracies|margins|chosen|rejected)|logps/(ch
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def with_card(setup: RunSetup, metrics: Mapping[str, float]) -> RunSetup:
+def with_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "") -> RunSetup:
     """The set-up with a card among what is exported beside the weights, where `logging.model_card` asks for one.
 
     Args:
         metrics: the last ones of every name.
+        exported: whose the model is, where it is not that of the planned last step: a sentence.
     """
     if not setup.config.logging.model_card:
         return setup
     try:
-        card = model_card(setup, metrics).encode()
+        card = model_card(setup, metrics, exported).encode()
     except Exception as error:  # a card that cannot be made takes nothing away from what was trained
         log(f"warning: no model card: {reason(error)}")
         return setup
     return replace(setup, companions=Companions(setup.companions.settings, {**setup.companions.files, NAME: card}))
 
 
-def model_card(setup: RunSetup, metrics: Mapping[str, float]) -> str:
+def model_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "") -> str:
     """The card as Markdown with its front matter."""
     name = setup.config.logging.run_name or setup.output_dir.absolute().name
     base = base_name(setup)
@@ -67,7 +68,9 @@ def model_card(setup: RunSetup, metrics: Mapping[str, float]) -> str:
         "## Data\n\n" + _table(("", "sources", "rows used"), list(_data(setup))),
         "## Objective\n\n" + _table(("option", "value"), list(_objective(setup.config))),
         "## Training\n\n" + _table(("", ""), list(_training(setup))),
-        "## Results\n\n" + _table(("metric", "at the end"), list(_results(metrics))),
+        "## Results\n\n"
+        + (f"{exported}\n\n" if exported else "")
+        + _table(("metric", "at the end"), list(_results(metrics))),
         "## Versions\n\n" + _table(("", ""), list(_versions())),
         f"## Command\n\n```bash\n{command_line(sys.argv)}\n```",
         "## Configuration\n\n```yaml\n" + _configuration(setup.config) + "```",
@@ -127,13 +130,14 @@ def base_is_local(setup: RunSetup) -> bool:
 
 
 def _data(setup: RunSetup) -> Iterator[tuple[str, str, str]]:
-    sides = (("training", setup.config.data.train, setup.train), ("held out", setup.config.data.eval, setup.eval))
-    for (name, sources, packing), which in zip(sides, ("train", "eval"), strict=True):
-        if packing is not None:
-            report = setup.reports[which]
-            num_used = report.num_kept if which == "train" and setup.stream else len(packing.groups)
-            used = f"{num_used:,} of {report.num_rows:,} {report.noun}s"
-            yield name, ", ".join(f"`{source}`" for source in _source_names(sources)), used
+    sides = [("training", setup.config.data.train, setup.train, "train")]
+    for name, sources in eval_sets(setup.config.data.eval).items():
+        sides.append((f"held out, {name}" if name else "held out", sources, setup.eval[name], eval_label(name)))
+    for words, sources, packing, which in sides:
+        report = setup.reports[which]
+        num_used = report.num_kept if which == "train" and setup.stream else len(packing.groups)
+        used = f"{num_used:,} of {report.num_rows:,} {report.noun}s"
+        yield words, ", ".join(f"`{source}`" for source in _source_names(sources)), used
 
 
 def _source_names(sources: Any) -> list[str]:
@@ -182,7 +186,7 @@ def _training(setup: RunSetup) -> Iterator[tuple[str, str]]:
 
 def _results(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     for name, value in metrics.items():
-        if SHOWN.fullmatch(name) and name != "eval_seconds":
+        if SHOWN.fullmatch(name) and not name.endswith("_seconds"):
             yield f"`{name}`", f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

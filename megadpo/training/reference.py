@@ -8,7 +8,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,10 @@ class CachedReference(Reference):
 
 @dataclass(frozen=True)
 class References:
-    """The reference for the training groups and for the held-out ones (None: there are none)."""
+    """The reference for the training groups, and for those of each held-out set."""
 
     train: Reference
-    eval: Reference | None
+    eval: Mapping[str, Reference]
 
     def move(self, policy: Stage, alpha: float) -> None:
         """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
@@ -235,18 +235,18 @@ def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References
         return within_reference(policy(), model.shape, setup.layout, model.source, setup.reference_adapter)
 
     if mode == "none":
-        return References(NoReference(), NoReference())
+        return References(NoReference(), dict.fromkeys(setup.eval, NoReference()))
     if mode == "adapter":
         reference = kind(policy(), ld_alpha, schedule, within())
-        return References(reference, reference)
+        return References(reference, dict.fromkeys(setup.eval, reference))
     if mode == "resident":
         reference = kind(frozen(), ld_alpha, schedule)
-        return References(reference, reference)
+        return References(reference, dict.fromkeys(setup.eval, reference))
     if mode == "precomputed":
         train = _precomputed_for(setup, setup.train, frozen)
-        return References(train, None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen))
+        return References(train, {name: _precomputed_for(setup, packing, frozen) for name, packing in setup.eval.items()})
     # The model goes with the first epoch, so that held-out groups are scored before it.
-    held_out = None if setup.eval is None else _precomputed_for(setup, setup.eval, frozen)
+    held_out: dict[str, Reference] = {name: _precomputed_for(setup, packing, frozen) for name, packing in setup.eval.items()}
     table = LogpTable(_cache_path(setup, setup.train), setup.train.groups, log)
     num_responses = len(table.logps_R)
     log(f"reference log-probs of {num_responses - table.num_unknown:,} of {num_responses:,} responses read from the cache")

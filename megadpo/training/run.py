@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.errors import UserError
+from megadpo.metrics.best import Best
 from megadpo.metrics.sinks import Sink, close_all
 from megadpo.metrics.spikes import SpikeWatch
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.world import rank
+from megadpo.training.callbacks import Callbacks, Metrics
 from megadpo.training.console import log, log_stream
 from megadpo.training.feed import StoredFeed, StreamFeed, feed_of, news
 from megadpo.training.profile import ProfileWindow
@@ -23,6 +25,7 @@ from megadpo.training.setup import RunSetup
 from megadpo.training.step_figures import StepFigures
 from megadpo.training.stop import Stopping
 from megadpo.training.watchdog import Progress
+from megadpo.validation.evaluation import best_of
 
 if TYPE_CHECKING:
     from megadpo.data.rows.stream import Position
@@ -31,41 +34,7 @@ if TYPE_CHECKING:
     from megadpo.training.global_batch import GlobalBatch
     from megadpo.training.reference import References
 
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """Functions called on rank 0 while training; all optional.
-
-    Attributes:
-        on_step_end: (step, metrics) after every optimizer step; steps count from 1.
-        on_evaluation: (step, metrics) after every evaluation.
-        on_save: (step, directory) after a checkpoint is written.
-    """
-
-    on_step_end: Callable[[int, Metrics], None] | None = None
-    on_evaluation: Callable[[int, Metrics], None] | None = None
-    on_save: Callable[[int, Path], None] | None = None
-
-    @staticmethod
-    def checked(given: Any) -> Callbacks:
-        """What a user has given as callbacks, None for none.
-
-        Raises:
-            UserError: something else than Callbacks, or than functions in it.
-        """
-        if given is None:
-            return Callbacks()
-        if not isinstance(given, Callbacks):
-            raise UserError(
-                f"callbacks is a {type(given).__name__}; give megadpo.Callbacks(on_step_end=…, on_evaluation=…, on_save=…)"
-            )
-        for item in fields(given):
-            function = getattr(given, item.name)
-            if function is not None and not callable(function):
-                raise UserError(f"callbacks.{item.name} is a {type(function).__name__}, not a function")
-        return given
+__all__ = ["Callbacks", "Metrics", "Result", "Run", "call"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +44,13 @@ class Result:
     Attributes:
         metrics: of the last step, and of the last evaluation under names that begin with "eval_". What a rank measures of
             itself (times, memory, what is counted a second) is its own; `mfu` is rank 0's alone.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the whole run; fewer than planned where it has ended early.
         model_path: the exported Hugging Face directory.
         output_dir: the run's directory.
         pushed_to: the address of the repository on the Hub that the model was pushed to, on rank 0; None: it was not.
+        best_step: with `eval.best_metric`, the step of the best evaluation, whose model is exported. None: it is the last.
+        best_metric: the metric there.
+        ended: why the run has ended before its last step, by `eval.patience` or a callback; None: it has not.
     """
 
     metrics: Metrics
@@ -86,6 +58,22 @@ class Result:
     model_path: Path
     output_dir: Path
     pushed_to: str | None = None
+    best_step: int | None = None
+    best_metric: float | None = None
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a run ends before its last step, as after it.
+
+    Attributes:
+        why: for the user.
+        by: "patience" or "callback".
+    """
+
+    why: str
+    by: str
 
 
 @dataclass
@@ -103,6 +91,9 @@ class Run:
         progress: what the watchdog knows of this rank.
         num_spikes_written: lines of spikes.jsonl that this process has written.
         evaluation_due: the evaluation after the last step was left out, for the run is to stop.
+        best: the best evaluation so far, by `eval.best_metric`.
+        heard: the callbacks that rank 0 has, known to all ranks.
+        ended: what ends the run before its last step; None: it goes on.
         batches: `get(step)` gives a step's global batch on this rank, packed while the step before it computes.
         figures: what steps take.
         profile: the steps that torch's profiler records.
@@ -125,6 +116,9 @@ class Run:
     record: RunRecord = field(default_factory=RunRecord)
     progress: Progress = field(default_factory=Progress)
     evaluation_due: bool = False
+    best: Best = field(init=False)
+    heard: frozenset[str] = frozenset()
+    ended: Ended | None = None
     num_spikes_written: int = 0
     batches: Prefetcher[GlobalBatch] = field(init=False)
     saver: Saver = field(init=False)
@@ -144,6 +138,7 @@ class Run:
             batch = pack_global_batch(found.packing, found.group_ids, setup.objective)
             return replace(batch, position=found.position)
 
+        self.best = best_of(setup.config)
         self.feed, self.groups = feed_of(setup), setup.train.groups
         self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
@@ -159,7 +154,14 @@ class Run:
             log=log,
             check_owner=self.check_owner,
             on_saved=lambda step, directory: call(self.callbacks.on_save, step, directory),
+            kept_steps=lambda: self.best.steps,
         )
+
+    def end(self, why: str, by: str) -> None:
+        """End before the last step, as after it; the first reason stays."""
+        if self.ended is None and self.record.last_step < self.setup.num_steps:
+            self.ended = Ended(why, by)
+            log(f"the run ends after step {self.record.last_step} of {self.setup.num_steps}: {why}")
 
     def take(self, batch: GlobalBatch) -> None:
         """The step under way is this batch's; of a stream, say what has become of its rows for the first time."""
@@ -211,7 +213,7 @@ class Run:
             log(f"warning: {error}")
 
 
-def call(callback: Callable[..., None] | None, *arguments: Any) -> None:
+def call(callback: Callable[..., Any] | None, *arguments: Any) -> None:
     """Call a user's callback on rank 0."""
     if callback is not None and rank() == 0:
         callback(*arguments)

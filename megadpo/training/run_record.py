@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megadpo.config.sources import eval_label
 from megadpo.errors import UserError, reason
 from megadpo.files import replacing
 from megadpo.launch.signals import EXIT_INTERRUPTED, WORDS, Stopped
@@ -42,11 +43,15 @@ class RunRecord:
     Attributes:
         first_step: steps that were done before this process began.
         last_step: steps that are done.
+        best: of the evaluation whose model was exported: `best_step`, `best_metric` (its name), `best_value`.
+        why: it has finished before its last step.
     """
 
     setup: RunSetup | None = None
     first_step: int = 0
     last_step: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    why: str | None = None
     _sessions: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, setup: RunSetup) -> None:
@@ -79,7 +84,7 @@ class RunRecord:
         """Write down that it has finished, where nothing else has ended it, and the page."""
         if self.setup is None:
             return
-        self._note("finished")
+        self._note("finished", self.why)
         if self.setup.config.logging.report:
             try:
                 log(f"report: {write_own_page(self.setup.output_dir)}")
@@ -95,6 +100,7 @@ class RunRecord:
             "ended": round(time.time(), 3),
             "last_step": self.last_step,
             "status": status,
+            **self.best,
             **({"reason": redact(why)} if why else {}),
         }
         self._write()
@@ -125,6 +131,7 @@ def recorded() -> Iterator[RunRecord]:
 def facts_of(setup: RunSetup) -> dict[str, Any]:
     """Model, data, layout and versions of a run, as JSON."""
     shapes = logical_shapes(setup.policy.shape)
+    packings = {"train": setup.train} | {eval_label(name): packing for name, packing in setup.eval.items()}
     return {
         "format": FORMAT,
         "num_steps": setup.num_steps,
@@ -139,8 +146,8 @@ def facts_of(setup: RunSetup) -> dict[str, Any]:
         },
         "data": {
             which: {"sentence": setup.reports[which].sentence(), **_measured(packing)}
-            for which, packing in (("train", None if setup.stream else setup.train), ("eval", setup.eval))
-            if packing is not None
+            for which, packing in packings.items()
+            if which != "train" or not setup.stream
         }
         | ({"train": _of_stream(setup)} if setup.stream else {}),
         "versions": {"python": platform.python_version(), **installed_versions()},

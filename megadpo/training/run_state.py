@@ -6,7 +6,7 @@ import base64
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.finite import FiniteWatch
-from megadpo.checkpoint.sharded import begin, step_directories, writer_name
+from megadpo.checkpoint.sharded import (
+    Checkpoint,
+    begin,
+    is_checkpoint,
+    step_directories,
+    step_directory,
+    writer_name,
+)
 from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
 from megadpo.engine.megatron_optimizer import is_first_replica
@@ -28,7 +35,7 @@ from megadpo.model.families import ParameterShard
 from megadpo.model.moe.layer import is_expert, moved
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.objectives.coupled import RunningMean
-from megadpo.parallel.agreement import first_problem, problem_of
+from megadpo.parallel.agreement import first_problem, from_all_ranks, problem_of
 from megadpo.parallel.zero3 import whole
 from megadpo.platform.device import compute_device
 from megadpo.secrets.redact import redacted
@@ -38,8 +45,9 @@ from megadpo.training.feed import StreamFeed
 from megadpo.training.model_card import with_card
 from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
-from megadpo.training.run import Run
+from megadpo.training.run import Ended, Run
 from megadpo.training.saving import Save
+from megadpo.training.training_state import TrainingState
 
 
 def save(run: Run, step: int) -> Path:
@@ -65,6 +73,8 @@ def save(run: Run, step: int) -> Path:
         "delta": _last_stage_delta(run),
         "spikes": run.spikes.state(),
         "evaluation_due": run.evaluation_due,
+        "best": run.best.state(),
+        "ended": {} if run.ended is None else asdict(run.ended),
         "metrics": {name: value for name, value in run.metrics.items() if math.isfinite(value)},
         "dtype": str(setup.dtype).removeprefix("torch."),
         "data_digest": setup.search.inputs["data"],
@@ -155,16 +165,8 @@ def resume(run: Run) -> int:
             f"the run was planned for {counted(state.num_steps, 'step')} and now has {setup.num_steps}: "
             "the learning rate follows the new plan from here on"
         )
-    sources = {kind: checkpoint.source(kind) for kind in setup.search.kept}
-
-    def read(kind: str, name: str) -> Tensor:
-        parameter, shard = run.engine.stage.held[name]
-        tensor = torch.empty(shard.shape, dtype=torch.float32, device=parameter.device)
-        fill_shard(_kept_part(run, kind, shard), sources[kind], tensor)
-        return tensor
-
     run.spikes.load(state.spikes)
-    run.engine.load_state(read, state.step - run.spikes.num_left_out)
+    _load_engine(run, checkpoint, state)
     if setup.search.with_reference:
         assert run.references.train.stage is not None
         load_weights(run.references.train.stage, checkpoint.source("reference"))
@@ -181,7 +183,62 @@ def resume(run: Run) -> int:
         else:
             log("warning: data.train is read from its beginning again: the checkpoint is of another stream, or of none")
     torch.set_rng_state(state.random_state)
+    _resume_best(run, state)
     return state.step
+
+
+def _load_engine(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
+    """Weights and optimizer state of a checkpoint, in place of what the engine has."""
+    sources = {kind: checkpoint.source(kind) for kind in run.setup.search.kept}
+
+    def read(kind: str, name: str) -> Tensor:
+        parameter, shard = run.engine.stage.held[name]
+        tensor = torch.empty(shard.shape, dtype=torch.float32, device=parameter.device)
+        fill_shard(_kept_part(run, kind, shard), sources[kind], tensor)
+        return tensor
+
+    run.engine.load_state(read, state.step - int(state.spikes.get("num_left_out", 0)))
+
+
+def _resume_best(run: Run, state: TrainingState) -> None:
+    """The best evaluation so far, and whether the run has ended with the checkpoint; of another run's neither counts."""
+    metric = run.best.metric
+    goes_on = run.setup.resumes_own and run.best.load(state.best)
+    if metric is not None and not goes_on and state.step > 0:
+        log(f"the evaluations up to step {state.step} were not compared by {metric}: the best is looked for from here on")
+    if state.ended and run.setup.resumes_own:
+        ended = Ended(state.ended.get("why", ""), state.ended.get("by", ""))
+        if ended.by == "patience" and not run.best.is_out_of_patience:
+            log(f"the run had ended after step {state.step} ({ended.why}); with what eval.patience is now it goes on")
+        else:
+            run.ended = ended
+
+
+def take_best(run: Run, last_step: int) -> int | None:
+    """Put the model of the best evaluation in place of the last one, from its checkpoint; the step of the one that is there
+    now, None where it is the last and was not chosen."""
+    if run.best.step == last_step:
+        return last_step
+    root = run.setup.output_dir / "checkpoints"
+    there = (step for step in reversed(run.best.steps) if is_checkpoint(step_directory(root, step)))
+    best: int | None = from_all_ranks(next(there, None))[0]  # rank 0's view of a shared disk is everybody's
+    if best is None:
+        if run.best.metric is not None:
+            log("warning: no evaluation has a checkpoint to export as the best one: hf/ is the last model")
+        return None
+    directory, search = step_directory(root, best), run.setup.search
+
+    def examine() -> None:
+        search.look_at(directory)
+        search.hash_files(directory, dist.get_rank(), dist.get_world_size())
+
+    problem = first_problem(problem_of(examine))
+    if problem is not None:
+        log(f"warning: the checkpoint of the best evaluation cannot be exported ({problem}): hf/ is the last model")
+        return None
+    run.engine.wait_for_parameters()
+    _load_engine(run, *search.open(directory))
+    return best
 
 
 def set_aside_later(root: Path, step: int) -> None:
@@ -203,7 +260,7 @@ def export_policy(run: Run) -> Path:
     Raises:
         UserError: a disk is full or refuses; the earlier export is as it was.
     """
-    setup, directory = with_card(run.setup, run.metrics), run.setup.output_dir / "hf"
+    setup, directory = with_card(run.setup, run.metrics, exported_text(run)), run.setup.output_dir / "hf"
     watch, export = FiniteWatch(), export_files(setup, parallel_state.get_pipeline_model_parallel_rank())
     is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
     problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
@@ -226,6 +283,16 @@ def export_policy(run: Run) -> Path:
     if problem is not None:
         raise UserError(f"the trained model is not exported: {problem}")
     return directory
+
+
+def exported_text(run: Run) -> str:
+    """A sentence on whose the exported model is, where it is not that of the planned last step; else "". Not collective."""
+    last, found = run.record.last_step, run.record.best
+    parts = [f"the run ended after step {last} of {run.setup.num_steps} ({run.ended.why})"] if run.ended else []
+    if found:
+        parts.append(f"this is the model of step {found['best_step']}, the best by `{found['best_metric']}`")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _is_writer() -> bool:

@@ -14,7 +14,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -94,6 +94,7 @@ class Saver:
         log: shows the user a line.
         check_owner: raises UserError where the run's directory is another run's by now; called on rank 0.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
+        kept_steps: gives steps of which the last one that has a checkpoint stays, however old it is; asked on rank 0.
         last_step: of the newest checkpoint that this run has written, once `on_saved` was called.
         times: what its saves take.
     """
@@ -107,6 +108,7 @@ class Saver:
     log: Callable[[str], None]
     check_owner: Callable[[], None]
     on_saved: Callable[[int, Path], None]
+    kept_steps: Callable[[], Sequence[int]] = tuple
     last_step: int | None = None
     times: SaveTimes = field(default_factory=SaveTimes)
     _pool: ThreadPoolExecutor | None = field(default=None, init=False)
@@ -249,13 +251,17 @@ class Saver:
         return problem
 
     def remove_oldest(self, step: int) -> None:
-        """Of the checkpoints up to that of `step`, remove all but the newest `keep`; rank 0 alone calls it.
+        """Of the checkpoints up to that of `step`, remove all but the newest `keep` and that of `kept_steps`; on rank 0.
 
         Raises:
             UserError: the disk refuses.
         """
         earlier = [path for path in step_checkpoints(self.root) if (step_of(path) or 0) <= step]
+        by_step = {step_of(path): path for path in earlier}
+        kept = next((by_step[best] for best in reversed(self.kept_steps()) if best in by_step), None)
         for old in earlier[: -self.options.keep]:
+            if old == kept:
+                continue
             with writing(old):
                 remove(old)
 

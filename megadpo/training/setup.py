@@ -13,6 +13,7 @@ import torch
 from megadpo.checkpoint.companions import Companions, companions_of
 from megadpo.checkpoint.peft import peft_config
 from megadpo.config.schema import Config
+from megadpo.config.sources import eval_label, eval_sets, is_held_out
 from megadpo.console.activity import activity
 from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
 from megadpo.data.batches.sampler import StepSampler
@@ -27,7 +28,7 @@ from megadpo.model.families import TensorSource, logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape, head_work
 from megadpo.objectives.custom import load_custom
-from megadpo.objectives.objective import Objective
+from megadpo.objectives.objective import Loss, Objective
 from megadpo.objectives.specs import has_reward_head, reading_of, scores_prompt
 from megadpo.parallel.layout import Layout, choose_layout
 from megadpo.parallel.world import world_size
@@ -68,8 +69,8 @@ class RunSetup:
         config: resolved.
         companions: config.json and tokenizer of the policy, for checkpoints and export.
         train: the training groups, ready to be packed; of a stream, as many of its first as a step has.
-        eval: the held-out groups, where there are any.
-        reports: what became of the rows of "train" and "eval".
+        eval: the held-out sets by name; one without a name is "".
+        reports: what became of the rows of "train", and of each held-out set under its `eval_label`.
         sampler: which training groups each step sees; None of a stream.
         num_steps: optimizer steps of the whole run.
         search: what makes a checkpoint one to go on from.
@@ -78,6 +79,7 @@ class RunSetup:
         adapter: what is trained in place of the policy's own parameters; None: those are.
         reference_adapter: what the reference has in place of it, with `reference.adapter`.
         stream: how training groups are made as the run goes on, with `data.streaming`.
+        own_objective: the loss `custom` where it is a function that was given in Python.
     """
 
     config: Config
@@ -87,7 +89,7 @@ class RunSetup:
     reference: ModelFiles
     companions: Companions
     train: PackedDataset
-    eval: PackedDataset | None
+    eval: dict[str, PackedDataset]
     reports: dict[str, DataReport]
     sampler: StepSampler | None
     num_steps: int
@@ -98,6 +100,7 @@ class RunSetup:
     adapter: AdapterFiles | None = None
     reference_adapter: AdapterFiles | None = None
     stream: StreamOptions | None = None
+    own_objective: Loss | None = None
 
     @property
     def frozen(self) -> TensorSource:
@@ -108,6 +111,12 @@ class RunSetup:
     def resume(self) -> Path | None:
         """The step directory to go on from, or None."""
         return self.origin.checkpoint
+
+    @property
+    def resumes_own(self) -> bool:
+        """Whether the run goes on from a checkpoint of its own directory."""
+        root = (self.output_dir / "checkpoints").resolve()
+        return self.resume is not None and self.resume.resolve().parent == root
 
     @property
     def resumed_from(self) -> str | None:
@@ -126,11 +135,14 @@ class RunSetup:
     @cached_property
     def objective(self) -> Objective:
         """What is trained for, from `config.objective`."""
-        return Objective.of(self.config.objective)
+        return Objective.of(self.config.objective, self.own_objective)
 
 
-def prepare(config: Config) -> RunSetup:
+def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
     """Check everything and make the data ready, before any process group exists.
+
+    Args:
+        own_objective: as in `RunSetup`.
 
     Raises:
         UserError: whatever cannot work.
@@ -138,7 +150,7 @@ def prepare(config: Config) -> RunSetup:
     config.require_for_training()
     require_hub(config)
     config = with_adapter_s_base(with_fetched(config)).resolved()
-    _check_surroundings(config)
+    _check_surroundings(config, own_objective)
     layout = choose_layout(config.parallel, world_size())
     with activity("opening the model"):
         policy, reference = open_models(config, layout)
@@ -157,7 +169,10 @@ def prepare(config: Config) -> RunSetup:
     else:
         train = head_of_stream(config, stream, policy, layout)
         reports["train"] = DataReport(kind=stream.job.reading.kind)
-    held_out = None if config.data.eval is None else packed_data(config, config.data.eval, policy, layout, reports, "eval")
+    held_out = {
+        name: packed_data(config, sources, policy, layout, reports, eval_label(name))
+        for name, sources in eval_sets(config.data.eval).items()
+    }
     num_steps = config.train.steps or (None if sampler is None else sampler.num_steps)
     assert num_steps is not None
     check_logging(config.logging, world_size(), num_steps)
@@ -191,12 +206,13 @@ def prepare(config: Config) -> RunSetup:
         adapter=adapter,
         reference_adapter=reference_adapter(config, policy, adapter),
         stream=stream,
+        own_objective=own_objective,
     )
 
 
-def _check_surroundings(config: Config) -> None:
+def _check_surroundings(config: Config, own_objective: Loss | None) -> None:
     """What the options name outside of models and data is here: a loss function, packages, devices, directories."""
-    if config.objective.module is not None:
+    if config.objective.module is not None and own_objective is None:
         load_custom(config.objective.module)
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
@@ -271,9 +287,9 @@ def check_token_ids(groups: GroupStore, model: ModelOfTokens) -> None:
 
 def look_at_data(config: Config) -> None:
     """Sources that cannot be read are said before any of them is tokenised."""
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        if sources is not None:
-            look_at(config.data, sources, reading_of(config.objective), held_out=name == "eval")
+    look_at(config.data, config.data.train, reading_of(config.objective), held_out=False)
+    for sources in eval_sets(config.data.eval).values():
+        look_at(config.data, sources, reading_of(config.objective), held_out=True)
 
 
 def packed_data(
@@ -292,10 +308,10 @@ def packed_data(
     Args:
         made: as of `prepare_groups`.
     """
-    reading, held_out = reading_of(config.objective), which == "eval"
+    reading, held_out = reading_of(config.objective), is_held_out(which)
     prepared = prepare_groups(config.data, sources, str(model.huggingface), reading, held_out, made)
     groups = prepared.groups
-    if which == "eval" and config.eval.pairs is not None:
+    if held_out and config.eval.pairs is not None:
         groups = groups.first(config.eval.pairs)
     reports[which] = prepared.report
     return checked_packing(config, groups, model, layout)

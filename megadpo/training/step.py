@@ -129,13 +129,25 @@ def optimizer_step(
 
 
 def evaluate_batch(
-    engine: Engine, reference: Reference, batch: GlobalBatch, objective: Objective, running_mean: RunningMean
+    engine: Engine,
+    reference: Reference,
+    batch: GlobalBatch,
+    objective: Objective,
+    running_mean: RunningMean,
+    seen: Callable[[MicroBatch, Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
-    """The metrics' sums [2 M] of one global batch, see `StepResult`, without gradients: nothing changes. Collective."""
+    """The metrics' sums [2 M] of one global batch, see `StepResult`, without gradients: nothing changes. Collective.
+
+    Args:
+        seen: on last stages called with each micro-batch, its response sums [R, S] and the reference's log-probs [R].
+    """
     batch = batch.on_device()
     normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
     reference_logps = reference.logps(batch.micro_batches)
     sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+    for micro_batch, sums_RS, reference_R in zip(batch.micro_batches, sums, reference_logps, strict=False):
+        if seen is not None:
+            seen(micro_batch, sums_RS, reference_R)
     if objective.couples_batch:
         coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=False)
         return metric_sums + coupled.metric_sums

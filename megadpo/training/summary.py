@@ -11,66 +11,80 @@ from pathlib import Path
 import torch
 
 from megadpo.checkpoint.sharded import step_directories
+from megadpo.config.sources import eval_prefix
 from megadpo.data.rows.report import counted
 from megadpo.metrics.progress import clock_time, describe
 from megadpo.parallel.world import rank
 from megadpo.training.console import log
+from megadpo.training.run import Result
 from megadpo.training.setup import RunSetup
 
 Record = Mapping[str, float]
 
 
-def tell_end(setup: RunSetup, first_step: int, seconds: float, metrics: Record) -> None:
+def tell_end(setup: RunSetup, first_step: int, seconds: float, result: Result) -> None:
     """Three lines and one to be copied, on rank 0.
 
     Args:
         first_step: steps that were done before this process began.
         seconds: since it did.
-        metrics: the last ones of every name.
+        result: what it has given.
     """
     if rank() != 0:
         return
-    steps = counted(setup.num_steps, "step")
+    steps, metrics = counted(result.steps, "step"), result.metrics
+    if result.ended is not None:
+        steps += f" of {setup.num_steps}"
     if first_step:
-        steps += f" ({setup.num_steps - first_step} of them now)"
+        steps += f" ({result.steps - first_step} of them now)"
     where = "device" if torch.cuda.is_available() else "host"
     peak = metrics.get("peak_memory_gib")
-    memory = f", peak memory {peak:.1f} GiB ({where}, rank 0)" if peak is not None and setup.num_steps > first_step else ""
+    memory = f", peak memory {peak:.1f} GiB ({where}, rank 0)" if peak is not None and result.steps > first_step else ""
     log(f"finished: {steps} in {clock_time(seconds)}{memory}")
-    for line in results(metrics, evaluations(setup.output_dir / "metrics.jsonl")):
+    for line in results(metrics):
         log(line)
+    for name in setup.eval:
+        for line in results_of_set(name, evaluations(setup.output_dir / "metrics.jsonl", name)):
+            log(line)
     log(f"written to {setup.output_dir}: {', '.join(written(setup.output_dir))}")
     log(f"to load it: {how_to_load(setup, str(setup.output_dir / 'hf'))}")
 
 
-def results(metrics: Record, held_out: list[Record]) -> Iterator[str]:
-    """The last step's figures, the last evaluation's, and the best one's where that is another."""
+def results(metrics: Record) -> Iterator[str]:
+    """The last step's figures."""
     if "loss" in metrics:
         names = ("loss", "rewards/margins", "rewards/accuracies")
         yield f"last step: {describe({name: metrics[name] for name in names if name in metrics})}"
-    if held_out:
-        yield f"last evaluation (step {held_out[-1]['step']:.0f}): {describe(held_out[-1], 'eval_')}"
-        finite = [record for record in held_out if math.isfinite(record["eval_loss"])]
-        best = min(finite, key=lambda record: record["eval_loss"], default=held_out[-1])
-        if best is not held_out[-1]:
-            yield f"lowest held-out loss (step {best['step']:.0f}): {describe(best, 'eval_')}"
 
 
-def evaluations(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl that are of evaluations; of a file that cannot be read, none."""
+def results_of_set(name: str, held_out: list[Record]) -> Iterator[str]:
+    """The last evaluation's figures of a held-out set, and the best one's where that is another."""
+    if not held_out:
+        return
+    prefix, of = eval_prefix(name), f" of {name}" if name else ""
+    yield f"last evaluation{of} (step {held_out[-1]['step']:.0f}): {describe(held_out[-1], prefix)}"
+    loss = f"{prefix}loss"
+    finite = [record for record in held_out if math.isfinite(record[loss])]
+    best = min(finite, key=lambda record: record[loss], default=held_out[-1])
+    if best is not held_out[-1]:
+        yield f"lowest held-out loss{of} (step {best['step']:.0f}): {describe(best, prefix)}"
+
+
+def evaluations(path: Path, name: str = "") -> list[Record]:
+    """The records of a metrics.jsonl that are of evaluations of a held-out set; of a file that cannot be read, none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
     found: list[Record] = []
+    loss = f"{eval_prefix(name)}loss"
     for line in lines:
-        if '"eval_loss"' in line:
+        if f'"{loss}"' in line:
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            loss = record.get("eval_loss")
-            found.append({**record, "eval_loss": math.nan if loss is None else loss})
+            found.append({**record, loss: math.nan if record.get(loss) is None else record[loss]})
     return found
 
 

@@ -18,28 +18,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from megadpo.config.schema import Config
-from megadpo.console.activity import activity, counted_through
+from megadpo.console.activity import activity
 from megadpo.console.heartbeat import speaking
 from megadpo.data.rows.report import counted
-from megadpo.launch.signals import WORDS, Stopped, noting
+from megadpo.launch.signals import Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
-from megadpo.metrics import collect
 from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
 from megadpo.model.by_name import first_match
-from megadpo.objectives.terms import normalisers_of
-from megadpo.parallel.agreement import problem_of
+from megadpo.objectives.objective import Loss
+from megadpo.parallel.agreement import from_all_ranks, problem_of
 from megadpo.parallel.world import joined_world, rank, seed_step
 from megadpo.platform.device import compute_device
 from megadpo.platform.step_clock import part
 from megadpo.secrets.redact import redacted
+from megadpo.training.callbacks import RunInfo
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
+from megadpo.training.ending import save_where_due, stopped
 from megadpo.training.hub import pushed
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
@@ -52,6 +51,7 @@ from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
 from megadpo.training.summary import tell_end
 from megadpo.training.watchdog import watched
+from megadpo.validation.evaluation import check_best_metric
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -61,8 +61,11 @@ if TYPE_CHECKING:
 # What needs Megatron is imported inside the joined world, which has prepared it for this machine by then.
 
 
-def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
+def run_training(config: Config, callbacks: Callbacks | None = None, objective: Loss | None = None) -> Result:
     """The whole of training; see the head of this file.
+
+    Args:
+        objective: the loss `custom`, in place of what `objective.module` names.
 
     Raises:
         UserError: whatever cannot work, in one sentence, before anything but the lock is written; a spike; what is not
@@ -71,10 +74,12 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
         KeyboardInterrupt: SIGINT came before the first step, or for the second time.
     """
     callbacks = Callbacks.checked(callbacks)
+    if callbacks.compute_metrics is None:  # else the first evaluation tells which names there are
+        check_best_metric(config)
     began = time.time()
     config.require_for_training()
     with speaking(), noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:
-        setup = prepare(config)
+        setup = prepare(config, objective)
         stopping = Stopping(request)
         if rank() == 0:
             num_parameters = sum(math.prod(shape) for shape in setup.trained_shapes.values())
@@ -98,7 +103,7 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
             if stopping.deadline is not None:
                 stopping.deadline.saves = run.saver.times
             try:
-                metrics = training_loop(run)
+                training_loop(run)
             except BaseException as error:
                 has_failed = not isinstance(error, Stopped)
                 if has_failed:  # at once: where another rank has failed, our launcher soon kills this one
@@ -106,9 +111,9 @@ def run_training(config: Config, callbacks: Callbacks | None = None) -> Result:
                 run.close(has_failed=has_failed, at_once=isinstance(error, KeyboardInterrupt))
                 raise
             run.close()
-            model_path = export(run)
-    tell_end(setup, run.record.first_step, time.time() - began, metrics)
-    return Result(metrics, setup.num_steps, model_path, setup.output_dir, pushed(setup.config, model_path))
+            result = export(run)
+    tell_end(setup, run.record.first_step, time.time() - began, result)
+    return replace(result, pushed_to=pushed(setup.config, result.model_path))
 
 
 def announce(number: signal.Signals) -> None:
@@ -196,37 +201,51 @@ def build_engine(setup: RunSetup, stage: Stage, interleaved: InterleavedReferenc
     return MegatronEngine(stage, setup.config.train, setup.config.parallel, schedule)
 
 
+def begin(run: Run) -> int:
+    """Resume where there is a checkpoint, make the run's directory its own, open where metrics go; the steps done."""
+    from megadpo.training.run_state import resume, set_aside_later
+
+    setup, config = run.setup, run.setup.config
+    first_step = resume(run) if setup.resume else 0
+    run.record.resumed_at(first_step)
+    run.heard = frozenset(from_all_ranks(run.callbacks.names())[0])
+    if rank() != 0:
+        return first_step
+    root = setup.output_dir / "checkpoints"
+    # What did not come of this beginning is another way's.
+    set_aside_later(root, first_step if setup.resumes_own else 0)
+    for path in remove_leftovers(setup.output_dir):
+        log(f"removed {path}, which a run that was killed had left")
+    if setup.resumes_own and (problem := problem_of(lambda: run.saver.remove_oldest(first_step))) is not None:
+        log(f"warning: an old checkpoint stays: {problem}")
+    known = setup.num_steps, first_step or None, setup.resumes_own, redacted(config.to_dict()), log
+    run.sinks = open_sinks(setup.output_dir, config.logging, *known, held_out=list(setup.eval))
+    if run.ended is not None:
+        ended = f"the run has ended after step {first_step} of {setup.num_steps} ({run.ended.why})"
+        log(f"nothing is left to train: {ended}; only the model is exported again")
+    elif first_step == setup.num_steps:
+        log(f"nothing is left to train: all {counted(first_step, 'step')} are done; only the model is exported again")
+    begin_spikes(setup.output_dir, (first_step or None) if setup.resumes_own else None)
+    return first_step
+
+
 def training_loop(run: Run) -> Metrics:
     """Steps, evaluations and checkpoints until the last step; the last metrics (of a finished run, those it ended with).
 
     Raises:
         Stopped: the ranks have agreed to stop.
     """
-    from megadpo.training.run_state import resume, set_aside_later
+    from megadpo.training.held_out import ask, evaluate_and_write, evaluation, take
     from megadpo.training.stalls import StallWatch
 
     setup, config = run.setup, run.setup.config
-    first_step = resume(run) if setup.resume else 0
-    if rank() == 0:
-        root = setup.output_dir / "checkpoints"
-        is_own = setup.resume is not None and setup.resume.resolve().parent == root.resolve()
-        # What did not come of this beginning is another way's.
-        set_aside_later(root, first_step if is_own else 0)
-        for path in remove_leftovers(setup.output_dir):
-            log(f"removed {path}, which a run that was killed had left")
-        if is_own and (problem := problem_of(lambda: run.saver.remove_oldest(first_step))) is not None:
-            log(f"warning: an old checkpoint stays: {problem}")
-        known = setup.num_steps, first_step or None, is_own, redacted(config.to_dict()), log
-        run.sinks = open_sinks(setup.output_dir, config.logging, *known)
-        if first_step == setup.num_steps:
-            log(f"nothing is left to train: all {counted(first_step, 'step')} are done; only the model is exported again")
-        begin_spikes(setup.output_dir, (first_step or None) if is_own else None)
-    run.record.resumed_at(first_step)
+    first_step = begin(run)
     stalls = StallWatch(run.engine.stage, first_step, setup.num_steps, log)
     run.stopping.request.is_deferred = True  # from here on there is a state to save
-    if run.evaluation_due and setup.eval is not None:
-        make_up_for_evaluation(run, first_step)
+    before_first_step(run, first_step)
     for step in range(first_step, setup.num_steps):
+        if run.ended is not None:
+            break
         run.progress.begin("first step" if step == first_step else f"step {step + 1}")
         run.profile.before(step + 1)
         record = training_step(run, step)
@@ -239,17 +258,22 @@ def training_loop(run: Run) -> Metrics:
         if reference_moves_after(config, step):
             run.engine.wait_for_parameters()
             run.references.move(run.engine.stage, config.reference.mixup_alpha)
-        if setup.eval is not None and (is_last or (config.eval.every and done % config.eval.every == 0)):
-            held_out = evaluation(run)
-            record |= held_out
-            if held_out:
-                call(run.callbacks.on_evaluation, done, held_out)
-        if is_last or "eval_loss" in record or done % config.logging.every == 0:
+        is_evaluated = setup.eval and (is_last or bool(config.eval.every and done % config.eval.every == 0))
+        held_out = evaluation(run) if is_evaluated else {}
+        record |= held_out
+        is_best = bool(held_out) and take(run, done, held_out)
+        is_written = is_last or bool(held_out) or done % config.logging.every == 0
+        if is_written:
             run.write(record)
         run.metrics |= record
-        call(run.callbacks.on_step_end, done, record)
-        is_saved = save_where_due(run, done, is_last)
-        if run.stopping.agreed is not None and (is_saved or not is_last):
+        ask(run, "on_step_end", done, record)
+        if run.ended is not None and not is_written:
+            run.write(record)
+        if run.ended is not None and setup.eval and not is_evaluated:
+            is_best = evaluate_and_write(run, done)
+        ends = is_last or run.ended is not None
+        is_saved = save_where_due(run, done, ends, is_best)
+        if run.stopping.agreed is not None and (is_saved or not ends):
             raise stopped(run, done, is_saved)
         run.saver.report()
     run.saver.finish()
@@ -258,32 +282,26 @@ def training_loop(run: Run) -> Metrics:
     return run.metrics
 
 
-def save_where_due(run: Run, done: int, is_last: bool) -> bool:
-    """Save after every so many steps and at the run's end, whichever end that is; whether it was saved. Collective."""
-    from megadpo.training.run_state import save
+def before_first_step(run: Run, first_step: int) -> None:
+    """The user's `on_begin`; the evaluation that was left out when the run was stopped, or that `eval.at_start` asks for.
 
-    options, ends = run.setup.config.checkpoint, is_last or run.stopping.agreed is not None
-    if not (options.every and done % options.every == 0) and not (options.at_end and ends):
-        return False
-    run.check_owner()
-    run.progress.begin("saving")
-    save(run, done)
-    if ends:
-        run.saver.finish()
-    run.stopping.agree()  # a save may be long: no further step, and no second save, for a signal that came during it
-    if run.stopping.agreed is not None:
-        run.saver.finish()
-    return run.saver.last_step == done or run.stopping.agreed is None
+    Raises:
+        Stopped: as `training_loop`.
+    """
+    from megadpo.training.held_out import evaluate_and_write
 
-
-def stopped(run: Run, done: int, is_saved: bool) -> Stopped:
-    """What ends a run before its last step, told to the user."""
-    status, num_steps = run.stopping.agreed, run.setup.num_steps
-    assert status is not None
-    why = "its save failed" if run.setup.config.checkpoint.at_end else "checkpoint.at_end is false"
-    what = "saved, and the same command goes on from there" if is_saved else f"not saved ({why})"
-    log(f"{WORDS[status]} after step {done} of {num_steps}: {what}")
-    return Stopped(status, is_told=True)
+    setup, config = run.setup, run.setup.config
+    call(run.callbacks.on_begin, RunInfo(config, setup.num_steps, first_step, setup.output_dir, setup, run.engine))
+    is_left_out = run.evaluation_due
+    if not setup.eval or not (is_left_out or (config.eval.at_start and first_step == 0)):
+        return
+    is_best = evaluate_and_write(run, first_step)
+    is_there = first_step > 0 and setup.resumes_own
+    if run.evaluation_due:
+        is_saved = is_there or save_where_due(run, first_step, is_last=False)
+        raise stopped(run, first_step, is_saved)
+    if not is_there and (is_best or run.ended is not None):
+        save_where_due(run, first_step, is_last=run.ended is not None, is_best=is_best)
 
 
 def training_step(run: Run, step: int) -> Metrics:
@@ -361,48 +379,21 @@ def reference_waits_after(setup: RunSetup, step: int) -> bool:
     return step + 1 == setup.num_steps or reference_moves_after(setup.config, step)
 
 
-def make_up_for_evaluation(run: Run, step: int) -> None:
-    """The evaluation after `step` that was left out when the run was stopped, as a record of its own."""
-    held_out = evaluation(run)
-    if not held_out:
-        raise stopped(run, step, is_saved=True)
-    run.metrics |= held_out
-    run.write({"step": step, **held_out, "time": time.time()})
-    call(run.callbacks.on_evaluation, step, held_out)
-
-
-def evaluation(run: Run) -> Metrics:
-    """Loss and rewards on the held-out groups, under names that begin with "eval_"; the same on every rank.
-
-    Nothing where the run is to stop: then it is due when the run goes on.
-    """
-    from megadpo.training.global_batch import pack_global_batch
-    from megadpo.training.step import evaluate_batch, reduce_metrics
-
-    run.progress.begin("evaluating")
-    setup, objective, started = run.setup, run.setup.objective, time.perf_counter()
-    assert setup.eval is not None and run.references.eval is not None
-    num_groups, at_once = len(setup.eval.groups), setup.config.train.pairs_per_step
-    normalisers = normalisers_of(setup.eval.groups, range(num_groups))
-    metric_sums = collect.empty_vector(compute_device(), objective)
-    num_batches = -(-num_groups // at_once)
-    for start in counted_through(range(0, num_groups, at_once), "evaluating", num_batches, "batches"):
-        group_ids = np.arange(start, min(start + at_once, num_groups))
-        if run.stopping.agreed is not None or run.stopping.agree():
-            run.evaluation_due = True
-            return {}
-        batch = pack_global_batch(setup.eval, group_ids, objective, normalisers)
-        metric_sums += evaluate_batch(run.engine, run.references.eval, batch, objective, run.running_mean)
-    run.evaluation_due = False
-    return reduce_metrics(metric_sums, objective, "eval_") | {"eval_seconds": time.perf_counter() - started}
-
-
-def export(run: Run) -> Path:
-    """Write the policy as a Hugging Face directory; collective."""
-    from megadpo.training.run_state import export_policy
+def export(run: Run) -> Result:
+    """Write the policy, of the best evaluation where that is asked for, as a Hugging Face directory; collective."""
+    from megadpo.training.run_state import export_policy, take_best
 
     run.progress.begin("exporting")
+    setup, last, best = run.setup, run.record.last_step, run.best
+    chosen = take_best(run, last)
+    value = None if chosen is None else best.value_at(chosen)
+    if chosen is not None:
+        run.record.best = {"best_step": chosen, "best_metric": best.metric, "best_value": value}
     with activity("exporting the trained model"):
         directory = export_policy(run)
+    if chosen is not None:
+        log(f"{directory} is the model of step {chosen}, the best by {best.metric} ({value:.6g}); the last step is {last}")
     log(f"trained model: {directory}")
-    return directory
+    ended = run.record.why = None if run.ended is None else run.ended.why
+    of_best = {"best_step": chosen, "best_metric": value}
+    return Result(run.metrics, last, directory, setup.output_dir, ended=ended, **of_best)

@@ -37,6 +37,8 @@ class TrainingState:
             in 4 bits.
         spikes: of `train.on_spike`; earlier versions had none.
         evaluation_due: the evaluation after `step` was left out; earlier versions left none out.
+        best: what the evaluations have given, see metrics/best.py; earlier versions did not look for it.
+        ended: why the run has ended with `step`, before its last one, and by what; empty: it has not.
         random_state: of torch's generator on the CPU.
         position: of a stream of training groups, after `step`.
     """
@@ -49,6 +51,8 @@ class TrainingState:
     inputs: dict[str, str]
     spikes: dict[str, Any]
     evaluation_due: bool
+    best: dict[str, Any]
+    ended: dict[str, str]
     random_state: Tensor
     position: Position | None = None
 
@@ -73,6 +77,8 @@ class TrainingState:
             inputs={"data": fields.text("data_digest"), "quantization": "none", **fields.texts("inputs")},
             spikes=fields.spikes(),
             evaluation_due=state.get("evaluation_due") is True,
+            best=fields.best(),
+            ended=fields.texts("ended"),
             random_state=fields.random_state("rng"),
             position=fields.position("stream"),
         )
@@ -122,6 +128,18 @@ class _Fields:
         if not are_lists or not all(type(each) is int and each >= 0 for each in counts):
             raise self._refuse("spikes", "the last losses and norms with counts")
         return values
+
+    def best(self) -> dict[str, Any]:
+        values = self.section("best")
+        found, count = values.get("found", []), values.get("num_without", 0)
+        are_pairs = isinstance(found, list) and all(isinstance(one, list) and len(one) == 2 for one in found)
+        if (
+            not are_pairs
+            or not all(type(step) is int and _is_number(value) for step, value in found)
+            or type(count) is not int
+        ):
+            raise self._refuse("best", "steps with the best metrics and a count")
+        return {"metric": None, "found": [], "num_without": 0, **values}
 
     def texts(self, name: str) -> dict[str, str]:
         values = self.section(name)

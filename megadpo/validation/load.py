@@ -15,7 +15,7 @@ from typing import Any
 
 from megadpo.config import foreign, strict
 from megadpo.config.schema import PATHS, Config
-from megadpo.config.sources import check_sources
+from megadpo.config.sources import check_eval_sets, check_sources
 from megadpo.errors import UserError
 from megadpo.files import expanded
 from megadpo.validation.adapters import choose_reference_mode
@@ -26,6 +26,7 @@ def load_config(
     source: str | Path | Mapping[str, Any] | Config,
     overrides: Sequence[str] = (),
     data: Mapping[str, Any] | None = None,
+    own_objective: str | None = None,
 ) -> Config:
     """A validated Config from a YAML path, a (nested) dict or a Config, with ``key.sub=value`` overrides applied.
 
@@ -33,6 +34,7 @@ def load_config(
 
     Args:
         data: options of the section `data` in place of the source's: rows from Python.
+        own_objective: how a function is called that the loss `custom` is, in place of one that `objective.module` names.
 
     Raises:
         UserError: file missing or not YAML, unknown or repeated key, wrong type, anything that `validate` refuses.
@@ -52,13 +54,24 @@ def load_config(
         config = strict.build(Config, strict.apply_overrides(Config, values, overrides, places), places)
     except strict.UnknownKey as error:
         raise _in_our_words(error) from None
-    for name in ("train", "eval"):
-        setattr(config.data, name, check_sources(getattr(config.data, name), f"data.{name}"))
+    if own_objective is not None:
+        _take_own_objective(config, own_objective)
+    config.data.train = check_sources(config.data.train, "data.train")
+    config.data.eval = check_eval_sets(config.data.eval, "data.eval")
     replace_spellings(config)
     _expand_paths(config)
     choose_reference_mode(config)
     validate(config)
     return config
+
+
+def _take_own_objective(config: Config, name: str) -> None:
+    options = config.objective
+    if "custom" not in options.loss_types:
+        raise UserError(f"objective={name} was given, but objective.loss_type is {options.loss_type}; set it to custom")
+    if options.module is not None:
+        raise UserError(f"objective={name} was given, and objective.module is {options.module}; leave one of them out")
+    options.module = name
 
 
 def _in_our_words(error: strict.UnknownKey) -> UserError:

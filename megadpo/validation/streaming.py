@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megadpo.config.given import is_iterable_dataset
+from megadpo.config.sources import eval_sets
 from megadpo.errors import UserError
 from megadpo.objectives.specs import measures_kl
 
@@ -46,7 +47,8 @@ def check_streaming(config: Config) -> None:
 
 
 def _check_iterable_datasets(config: Config) -> None:
-    if any(map(is_iterable_dataset, _sources(config.data.eval))):
+    held_out = [one for value in eval_sets(config.data.eval).values() for one in _sources(value)]
+    if any(map(is_iterable_dataset, held_out)):
         raise UserError(
             "data.eval is a datasets.IterableDataset, but held-out rows are scored whole each time; give a Dataset, such as "
             "Dataset.from_list(list(dataset.take(1000)))"

@@ -15,11 +15,13 @@ from megadpo.objectives.specs import ALIASES, GENERAL_OPTIONS, SPECS, has_reward
 from megadpo.validation.adapters import check_adapter_options
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.deepspeed import check_deepspeed_options
+from megadpo.validation.evaluation import check_evaluation
 from megadpo.validation.hub import check_hub_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
 from megadpo.validation.optimizer import check_optimizer_options, check_schedule
 from megadpo.validation.quantization import check_quantization_options
+from megadpo.validation.reference import check_moving_reference
 from megadpo.validation.streaming import check_streaming
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "train.activation_offload": ("none", "cpu", "disk"),
+    "eval.best_direction": ("auto", "min", "max"),
 }
 """The values each option may have in this version."""
 
@@ -142,6 +145,8 @@ AT_LEAST: dict[str, int] = {
     "train.seed": 0,
     "eval.every": 0,
     "eval.pairs": 1,
+    "eval.patience": 1,
+    "eval.min_improvement": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "logging.every": 1,
@@ -179,13 +184,14 @@ def validate(config: Config) -> None:
     _check_objective(config)
     check_quantization_options(config)
     check_adapter_options(config)
-    _check_moving_reference(config)
+    check_moving_reference(config)
     _check_contradictions(config)
     check_streaming(config)
     check_deepspeed_options(config)
     check_memory_options(config)
     check_schedule(config.train)
     check_optimizer_options(config)
+    check_evaluation(config)
     check_logging_options(config.logging)
     check_hub_options(config)
     check_combinations(config)
@@ -344,21 +350,8 @@ def _check_ranges(config: Config) -> None:
         raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
 
 
-def _check_moving_reference(config: Config) -> None:
-    reference = config.reference
-    if not 0 < reference.mixup_alpha <= 1:
-        raise UserError(f"reference.mixup_alpha must be in (0, 1], got {reference.mixup_alpha!r}")
-    if reference.sync_every is None and reference.mixup_alpha != type(reference)().mixup_alpha:
-        raise UserError("reference.mixup_alpha has no effect without reference.sync_every; set that too or remove it")
-    if reference.sync_every is not None and reference.mode == "none":
-        raise UserError(
-            "reference.sync_every moves a resident reference, but reference.mode is none; "
-            "set it to resident or remove sync_every"
-        )
-
-
 def _check_contradictions(config: Config) -> None:
-    train, data = config.train, config.data
+    train = config.train
     if train.steps is not None and train.epochs is not None:
         raise UserError(
             f"train.steps ({train.steps}) and train.epochs ({train.epochs:g}) are both given; set one of them to null"
@@ -384,6 +377,3 @@ def _check_contradictions(config: Config) -> None:
             f"reference.tokens_per_micro_batch is only for reference.mode precomputed: a reference that is "
             f"{config.reference.mode} runs on train's micro-batches; remove it"
         )
-    if data.eval is None and (config.eval.every or config.eval.pairs is not None):
-        option = "eval.every" if config.eval.every else "eval.pairs"
-        raise UserError(f"{option} is set, but there is nothing to evaluate on; set data.eval as well")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megadpo.training.model_card import command_line, licence_of, public_path, public_text
-from megadpo.training.summary import evaluations, results
+from megadpo.training.summary import evaluations, results, results_of_set
 from tests.helpers.launched import finish_command
 from tests.helpers.runs import run_settings, save_files
 
@@ -95,7 +95,7 @@ def test_the_best_evaluation_is_told_where_it_is_not_the_last(tmp_path: Path) ->
         '{"step": 1, "loss": 0.6}\n{"step": 2, "eval_loss": 0.5}\n{"step": 3, "eval_loss": null}\nhalf a li\n'
         '{"step": 4, "eval_loss": 0.55, "eval_rewards/margins": 0.25}\n'
     )
-    assert list(results({"loss": 0.4}, evaluations(path))) == [
+    assert [*results({"loss": 0.4}), *results_of_set("", evaluations(path))] == [
         "last step: loss 0.4000",
         "last evaluation (step 4): loss 0.5500, margin 0.250",
         "lowest held-out loss (step 2): loss 0.5000",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megadpo.config.sources import eval_label, eval_prefix
 from megadpo.pages.numbers import number
 from megadpo.report import limits
 from megadpo.report.findings.finding import Check, Finding, long_enough, pairs_of
@@ -14,12 +15,14 @@ from megadpo.report.series import first_part, last_part, mean_and_error, onset, 
 
 
 def evaluation_diverges(run: RunFiles) -> Finding | None:
-    """The held-out loss rises again, or the held-out accuracy stays far behind, while training goes on to improve."""
-    return _rising(run) or _left_behind(run)
+    """The held-out loss rises again, or the held-out accuracy stays far behind, while training goes on to improve; of
+    several sets in one of them."""
+    found = (check(run, name) for check in (_rising, _left_behind) for name in run.held_out_sets)
+    return next((finding for finding in found if finding is not None), None)
 
 
-def _rising(run: RunFiles) -> Finding | None:
-    held_out, loss = run.curve("eval_loss").finite(), run.curve("loss").finite()
+def _rising(run: RunFiles, name: str) -> Finding | None:
+    held_out, loss = run.curve(f"{eval_prefix(name)}loss").finite(), run.curve("loss").finite()
     if len(held_out) < limits.FEWEST_EVALUATIONS or len(loss) < limits.FEWEST_RECORDS:
         return None
     lowest = min(held_out.values)
@@ -34,18 +37,23 @@ def _rising(run: RunFiles) -> Finding | None:
     return Finding(
         "evaluation_diverges",
         "warning",
-        "The held-out loss rises while the training loss falls",
+        f"The held-out loss{_of(name)} rises while the training loss falls",
         held_out.steps[place],
         f"It was lowest here, {number(lowest)}, and is {number(held_out.values[-1])} at step {held_out.steps[-1]}; the "
         f"training loss went on to {number(means[-1])}.",
-        "Take the checkpoint nearest to this step (checkpoint.every, checkpoint.keep) or train so many steps only; lower "
-        "train.learning_rate, raise objective.beta, or give more data.",
+        "Set eval.best_metric, which keeps and exports the best checkpoint, and eval.patience, which ends the run; or "
+        "train so many steps only, lower train.learning_rate, raise objective.beta, give more data.",
     )
 
 
-def _left_behind(run: RunFiles) -> Finding | None:
-    accuracy, held_out = long_enough(run.curve("rewards/accuracies")), run.curve("eval_rewards/accuracies").finite()
-    num_held_out = run.fact("data", "eval", "num_used") or run.option("eval.pairs")
+def _of(name: str) -> str:
+    return f" of {name}" if name else ""
+
+
+def _left_behind(run: RunFiles, name: str) -> Finding | None:
+    accuracy = long_enough(run.curve("rewards/accuracies"))
+    held_out = run.curve(f"{eval_prefix(name)}rewards/accuracies").finite()
+    num_held_out = run.fact("data", eval_label(name), "num_used") or run.option("eval.pairs")
     if accuracy is None or not len(held_out) or not isinstance(num_held_out, int) or num_held_out < 1:
         return None
     window = window_of(len(accuracy))
@@ -57,7 +65,7 @@ def _left_behind(run: RunFiles) -> Finding | None:
     return Finding(
         "evaluation_diverges",
         "warning",
-        "The held-out accuracy stays behind that of training",
+        f"The held-out accuracy{_of(name)} stays behind that of training",
         onset(gap, lambda value: value > limits.GAP_ACCURACY),
         f"At step {gap.steps[-1]} {smooth.values[smooth.steps.index(gap.steps[-1])]:.0%} of the training pairs are ordered "
         f"as they should be, and {held_out.values[-1]:.0%} of the {num_held_out:,} held-out ones.",

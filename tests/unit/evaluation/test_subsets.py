@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupColumns, GroupStore
 from megadpo.errors import UserError
-from megadpo.evaluation.subsets import EvaluationData, LabelledRows, named_data, read_subsets, sources_of
+from megadpo.evaluation.request import open_run
+from megadpo.evaluation.subsets import EvaluationData, LabelledRows, first_of_each, named_data, read_subsets, sources_of
 from tests.helpers.evaluations import write_rows
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -20,6 +25,21 @@ def read(directory: Path, files: dict[str, list[dict[str, Any]]], column: str | 
         path = write_rows(directory / file, rows)
         words.append(f"{label}={path}" if label else str(path))
     return read_subsets(named_data(words), {}, column)
+
+
+def test_a_run_s_held_out_sets_are_subsets_by_their_names_and_eval_pairs_is_for_each(tmp_path: Path) -> None:
+    held_out = {"easy": ["a.jsonl", {"path": "b.jsonl"}], "hard": "c.jsonl"}
+    options = {"data": {"eval": held_out}, "output_dir": str(tmp_path), "model": {"path": "m"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    data = open_run(str(tmp_path / "run.yaml"), []).data
+    assert [(one.name, one.value) for one in data] == [
+        *[("easy", "a.jsonl"), ("easy", {"path": "b.jsonl"}), ("hard", "c.jsonl")]
+    ]
+    groups = [Group((np.array([row], np.int32),), (np.array([9], np.int32),), row) for row in range(6)]
+    store = GroupStore(GroupColumns.of(groups, [0, 0, 1, 1, 2, 2]), ["a", "b", "c"])
+    assert first_of_each(store, [one.name for one in data], 3).rows.tolist() == [0, 1, 2, 4, 5]
+    assert first_of_each(store, [one.name for one in data], 1).sources.tolist() == [0, 2]
+    assert first_of_each(store, [None] * 3, 3).rows.tolist() == [0, 1, 2]
 
 
 def test_data_may_have_a_name_and_a_path_an_equals_sign() -> None:

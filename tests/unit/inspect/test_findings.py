@@ -77,6 +77,23 @@ def test_of_clean_rows_nothing_is_said(tmp_path: Path, model: Path) -> None:
     assert found(tmp_path, model, clean(80), clean(10, seed=1), max_length=256) == []
 
 
+def test_each_held_out_set_is_looked_at_under_its_name(tmp_path: Path, model: Path) -> None:
+    options = config(tmp_path, model, rows := clean(40), max_length=256)
+    sets = {"good": clean(5, seed=1), "leaky": [*clean(4, seed=2), rows[7]]}
+    options.data.eval = {name: write(tmp_path / f"{name}.jsonl", some) for name, some in sets.items()}
+    inspected = read_data(options)
+    assert [(side.name, len(side.groups)) for side in inspected.sides] == [
+        ("train", 40),
+        ("eval good", 5),
+        ("eval leaky", 5),
+    ]
+    (one,) = findings(inspected)
+    assert (one.name, one.side, [Path(place.split()[0]).name for place in one.rows]) == (
+        *("leaked_row", "eval leaky"),
+        ["leaky.jsonl:5"],
+    )
+
+
 CLEAN = 40
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "identical": ({"rejected": "the same answer", "chosen": "the same answer"}, "warning"),

@@ -198,3 +198,12 @@ def test_on_a_terminal_progress_is_a_bar_that_counts_from_the_resumed_step() -> 
 def test_a_margin_that_a_step_does_not_have_is_left_out_and_a_loss_that_is_no_number_is_not() -> None:
     assert describe({"loss": 0.5, "rewards/margins": math.nan}) == "loss 0.5000"
     assert describe({"loss": math.nan, "rewards/margins": math.nan}) == "loss nan"
+
+
+def test_every_held_out_set_has_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    sink = ProgressSink(1_000, stream=stream, held_out=["helpful", "b.2"])
+    sink.write({"step": 0, "eval_helpful_loss": 0.25, "eval_helpful_rewards/margins": 0.5, "eval_b.2_loss": 0.125})
+    assert stream.getvalue().splitlines() == [
+        *["step 0: held-out helpful: loss 0.2500, margin 0.500", "step 0: held-out b.2: loss 0.1250"]
+    ]

@@ -14,9 +14,9 @@ import pytest
 from megadpo import cli
 from megadpo.errors import UserError
 from megadpo.metrics.sinks import to_line
-from megadpo.report.curves import NOT_DRAWN
+from megadpo.report.curves import NOT_DRAWN, groups_of
 from megadpo.report.document import as_json, render
-from megadpo.report.findings.every import CHECKS
+from megadpo.report.findings.every import CHECKS, findings_of
 from megadpo.report.run_files import read_run, read_runs
 from tests.helpers.browser import Browser, needs_chromium
 from tests.helpers.made_runs import Record, make_run
@@ -239,3 +239,29 @@ def test_chromium_shows_the_page_narrow_and_wide_without_an_error(
     browser.move_pointer_to("svg[aria-label='Reward margin']", 0.9)
     assert "margin" in browser.evaluate("document.querySelector('.tip').innerText") or len(names) > 1
     assert browser.console() == []
+
+
+def test_held_out_sets_with_names_have_charts_results_and_findings_of_their_own(tmp_path: Path) -> None:
+    sets = {"helpful": "a.jsonl", "helpful_2": "b.jsonl"}
+
+    def two_sets(record: dict[str, float], share: float) -> None:
+        for name, value in list(record.items()):
+            if name.startswith("eval_"):
+                del record[name]
+                record[f"eval_helpful_{name.removeprefix('eval_')}"] = value
+        record["eval_helpful_2_loss"] = 0.7 - 0.4 * share if share <= 0.5 else 0.3 + 0.6 * share
+
+    made = make_run(
+        tmp_path / "run", options={"data.eval": sets}, change_held_out=two_sets,
+        facts={"sessions": [{"status": "finished", "best_step": 40, "best_metric": "eval_helpful_2_loss"}]},
+    )  # fmt: skip
+    run = read_run(made)
+    charts = {chart.title: chart.metrics for chart in groups_of([run])["Held-out sets"]}
+    assert charts["Held-out, Loss"] == {"eval_helpful_loss": "helpful", "eval_helpful_2_loss": "helpful_2"}
+    assert charts["Held-out, Reward accuracy"] == {"eval_helpful_rewards/accuracies": "helpful"}
+    assert not any("eval_" in chart.title for some in groups_of([run]).values() for chart in some)
+    page = render([run])
+    assert "Loss, helpful_2" in page and "the model of step 40, the best by eval_helpful_2_loss" in page
+    assert [finding.title for finding in findings_of(run)] == [
+        "The held-out loss of helpful_2 rises while the training loss falls"
+    ]

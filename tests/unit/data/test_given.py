@@ -133,7 +133,7 @@ def rows_once() -> Any:
         ([{"pth": "a.jsonl"}], "data[0] has no path"),
         ({"prompt": "a", "chosen": "x"}, "rows are given as a list with a dict a row"),
     ],
-    ids=str,
+    ids=["generator", "iterator", "object", "columns", "no path", "one row"],
 )
 def test_other_objects_are_answered_with_what_to_give(value: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:

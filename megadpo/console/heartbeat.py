@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS = 0.6
 """Until the first line of a command that has said nothing by itself: what it takes to start Python is before that."""
-SECONDS_OF_SILENCE = 1.5
+SECONDS_OF_SILENCE = 1.2
 """Before the first step: with the time that a busy machine takes to wake a thread, less than two seconds."""
 SECONDS_OF_SILENCE_IN_STEPS = 10.0
 """From the first step on, within one step, evaluation or save."""

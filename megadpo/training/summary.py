@@ -76,7 +76,8 @@ def evaluations(path: Path, name: str = "") -> list[Record]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    found, loss = [], f"{eval_prefix(name)}loss"
+    found: list[Record] = []
+    loss = f"{eval_prefix(name)}loss"
     for line in lines:
         if f'"{loss}"' in line:
             try:

@@ -386,5 +386,4 @@ def export(run: Run) -> Result:
         log(f"{directory} is the model of step {chosen}, the best by {best.metric} ({value:.6g}); the last step is {last}")
     log(f"trained model: {directory}")
     ended = run.record.why = None if run.ended is None else run.ended.why
-    of_best = {"best_step": chosen, "best_metric": value}
-    return Result(run.metrics, last, directory, setup.output_dir, ended=ended, **of_best)
+    return Result(run.metrics, last, directory, setup.output_dir, best_step=chosen, best_metric=value, ended=ended)

@@ -55,6 +55,8 @@ COMMANDS |= {"logprobs": logprobs, "convert": convert, "doctor": doctor, "comple
 
 def console() -> NoReturn:
     """The entry point of ``megadpo`` and ``python -m megadpo``: exits with main's status."""
+    # Threads of OpenMP that spin while they wait take the processor from those that they wait for, where it is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with speaking():
         status = run_as_one(lambda: main(sys.argv[1:]))
     if status in (EXIT_FAILED, EXIT_INTERRUPTED) or has_hung_threads():

@@ -215,8 +215,8 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         raise UserError(f"{path} (model.path) is not a directory; {what}")
     file = hf_directory(path) / "config.json"
     if not file.is_file():
-        what = why_no_model(path)
-        raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory{f': {what}' if what else ''}")
+        known = why_no_model(path)
+        raise UserError(f"{file} is missing; {path} is not a Hugging Face model directory{f': {known}' if known else ''}")
     settings = read_json(file)
     try:
         family_of(settings)

@@ -131,6 +131,7 @@ def commit(
     hf_source: str | Path | Companions,
     hf_config: PretrainedConfig | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
 ) -> None:
     """Write checkpoint.json and ``huggingface/``, and give the directory its final name, in place of an older one.
 
@@ -141,6 +142,7 @@ def commit(
         hf_config: the model's config, where it is another than the one there (a reward model made of a language model);
             needed where `hf_source` is no directory.
         shapes: of what the checkpoint has, where that is not the model: adapters.
+        kept: the same of kinds that it does not have of all of them.
 
     Raises:
         ValueError: the manifests together are not the model: a piece is missing, or there twice, or of another model.
@@ -162,7 +164,7 @@ def commit(
     if hf_config is None:
         assert not isinstance(hf_source, Companions)
         hf_config = read_hf_config(hf_source)
-    _check_complete(tensors, logical_shapes(shape_of(hf_config)) if shapes is None else shapes)
+    _check_complete(tensors, logical_shapes(shape_of(hf_config)) if shapes is None else shapes, kept or {})
     partial = staging(directory)
     with writing(partial / "huggingface"):
         (partial / "huggingface").mkdir()
@@ -177,8 +179,15 @@ def commit(
     publish(directory)
 
 
-def _check_complete(tensors: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_complete(
+    tensors: Mapping[str, Mapping[str, Any]],
+    of_all: Mapping[str, tuple[int, ...]],
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]],
+) -> None:
+    if missing := kept.keys() - tensors.keys():
+        raise ValueError(f"the writers gave no {min(missing)}")
     for kind, stored in tensors.items():
+        shapes = kept.get(kind, of_all)
         if surplus := sorted(stored.keys() - shapes.keys()):
             raise ValueError(f"the model's config knows no {surplus[0]}, of which the writers gave {kind}")
         for name, shape in shapes.items():

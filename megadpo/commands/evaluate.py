@@ -104,18 +104,20 @@ def _request(arguments: argparse.Namespace, run: str | None, overrides: list[str
     """What the command line asks for; raises UserError where it contradicts itself."""
     from megadpo.evaluation.request import NO_REFERENCE, SETTINGS, Request, default_reference, open_run
     from megadpo.evaluation.subsets import named_data
+    from megadpo.platform.hub import fetched
     from megadpo.validation.load import load_config
 
     data, out = tuple(named_data(words)), arguments.out
+    given = "" if arguments.model is None else fetched(arguments.model, "--model")
     remarks: tuple[str, ...] = ()
     beta = [] if arguments.beta is None else [f"objective.beta={arguments.beta!r}"]
     if run is None:
-        model, config = arguments.model, load_config(Config(), [*SETTINGS, *overrides, *beta])
+        model, config = given, load_config(Config(), [*SETTINGS, *overrides, *beta])
         reference = default_reference(model)
         home = Path(model).parent if Path(model).name == "hf" and (Path(model).parent / "config.yaml").is_file() else None
     else:
         found = open_run(run, [*overrides, *beta])
-        model, config, reference, remarks = arguments.model or found.model, found.config, found.reference, found.remarks
+        model, config, reference, remarks = given or found.model, found.config, found.reference, found.remarks
         data = data or found.data
         home = found.path if arguments.model is None else None
         if not Path(model).is_dir():
@@ -126,6 +128,8 @@ def _request(arguments: argparse.Namespace, run: str | None, overrides: list[str
             raise UserError(f"the run {found.path} has no data.eval; give held-out pairs with --data FILE")
     if arguments.reference is not None:
         reference = None if arguments.reference == NO_REFERENCE else arguments.reference
+    if reference is not None:
+        reference = fetched(reference, "--reference")
     return Request(
         model=model,
         reference=reference,

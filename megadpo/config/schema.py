@@ -287,8 +287,19 @@ class TrainConfig:
     tokens_per_micro_batch: int = 8192
     """Most tokens that go through a model replica at once (over all its context ranks); changes memory and speed, not the
     result."""
+    optimizer: str = "adamw"
+    """What updates the weights: `adamw`, `adamw_8bit` (bitsandbytes'), `sgd`, `lion`, or `muon` (matrices of the layers by
+    Muon, the rest by AdamW); see docs/optimizers.md."""
+    momentum: float | None = None
+    """Momentum of `sgd` and `muon`, in [0, 1); null = 0.9 and 0.95."""
     learning_rate: float = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Peak learning rates of some parameters in place of `learning_rate`: pattern -> rate. A pattern is a regular expression
+    over Hugging Face names, of which the beginning up to a dot, `.weight` and `.bias` may be left out (`embed_tokens`,
+    `layers\\.[0-3]\\..*`); the first that matches counts."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns, as in `learning_rates`, of parameters that are not trained."""
     min_learning_rate: float = 0.0
     """Where the schedule ends."""
     warmup_steps: int = 0
@@ -307,14 +318,19 @@ class TrainConfig:
     decay_shape: str = "cosine"
     """`wsd`: how it falls then: `cosine`, `linear` or `1-sqrt`."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Weight decay: decoupled, of `sgd` an L2 term of the gradient."""
+    decay_norms_and_biases: bool = False
+    """Let norms and biases decay, too; false = as transformers does."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    """Decay rates of the moments of `adamw` and `lion` (whose paper has 0.9 and 0.99)."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     moments_dtype: str = "fp32"
     """How AdamW's two moments are kept between steps: `fp32`, or `bf16` (half their memory; the arithmetic stays fp32's, and
     rounding is right on average over the steps), in any spelling of `model.dtype`. With `engine: megatron`."""
+    neftune_alpha: float | None = None
+    """NEFTune (arXiv:2310.05914): uniform noise of at most alpha / sqrt(length x hidden size) on the policy's embeddings in
+    training, the length that of prompt and longest response; the paper has 5, 10 and 15. null = none."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     on_spike: str = "warn"

@@ -228,9 +228,10 @@ def _converted(hint: Any, value: Any) -> Any:
         items = [_converted(typing.get_args(hint)[0], item) for item in value]
         return MISSPELT if any(item is MISSPELT for item in items) else items
     if origin is dict:
-        if not isinstance(value, Mapping) or not all(type(key) is str and type(v) is str for key, v in value.items()):
+        if not isinstance(value, Mapping) or not all(type(key) is str for key in value):
             return MISSPELT
-        return dict(value)
+        entries = {key: _converted(typing.get_args(hint)[1], item) for key, item in value.items()}
+        return MISSPELT if any(item is MISSPELT for item in entries.values()) else entries
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is float:
@@ -259,7 +260,7 @@ def expected(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(typing.get_args(hint))} numbers"
     if typing.get_origin(hint) is dict:
-        return "a mapping from text to text"
+        return f"a mapping from text to {expected(typing.get_args(hint)[1])}"
     if typing.get_origin(hint) is list:
         return f"a list, each item {expected(typing.get_args(hint)[0])}"
     return " or ".join(expected(option) for option in typing.get_args(hint))

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from megadpo.model.families import ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_KINDS = ("weights", *MOMENTS)
 
 
 class Engine(Protocol):
@@ -73,9 +72,10 @@ class Engine(Protocol):
         """(global parameter name, whole tensor-parallel shard, as the model computes with it); collective over replicas."""
         ...
 
-    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights, exp_avg and exp_avg_sq, or of some of
-        them; collective. The tensors are the caller's own: no later step changes them."""
+    def state(self, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, global parameter name, fp32 tensor of the shard's shape) of weights and what the optimizer keeps beside
+        them (`parameter_groups.KEPT`), or of some kinds; collective. What is frozen has weights alone. The tensors are the
+        caller's own: no later step changes them."""
         ...
 
     def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from megadpo.config.schema import ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import MOMENTS, STATE_KINDS
-from megadpo.engine.bf16_moments import AdamWWithBf16Moments
-from megadpo.engine.host_moments import AdamWWithHostMoments
+from megadpo.engine.megatron_optimizer import choose_adamw, distributed_optimizer, muon_shard, pieces_of, replicas_of
+from megadpo.engine.muon import Muon, MuonShard
+from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
+from megadpo.engine.parameter_groups import is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
 from megadpo.model.router_load import RouterWatch
@@ -30,7 +28,7 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.patches import when_undone
-from megadpo.platform.step_clock import TIMERS, part
+from megadpo.platform.step_clock import part
 
 BUCKET_ELEMENTS: int | None = None
 """Gradients that are summed in one go with `parallel.overlap`; None: as Megatron chooses, 40 million or more."""
@@ -55,10 +53,11 @@ class MegatronEngine:
         self.gradient_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else torch.float32
         self.models = _data_parallel(stage, self.overlap, self.gradient_dtype)
         self.fusion = self._fuse_weight_gradients(parallel.gradient_accumulation_fusion)
-        self.optimizer = _distributed_optimizer(self.models, train, self.overlap, parallel.offload == "cpu")
+        self.optimizer = distributed_optimizer(self.models, train, self.overlap)
         # One distributed optimizer for what is replicated over data-parallel ranks, and one for experts, whose replicas
         # are fewer: either may be missing on a stage.
         self.optimizers = list(self.optimizer.chained_optimizers)
+        self._choose_rules("host" if parallel.offload == "cpu" else train.moments_dtype)
         self.watch: RouterWatch | None = None
         self._clear_gradients()
         when_undone(self._break_circles)
@@ -125,6 +124,8 @@ class MegatronEngine:
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
         finalize_model_grads(self.models, num_tokens=None)
+        for parameter, place in self._frozen:
+            getattr(parameter, "main_grad").view(-1)[place].zero_()  # noqa: B009
 
     def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> float:
         for group in self.optimizer.param_groups:
@@ -138,6 +139,8 @@ class MegatronEngine:
         if accepts is None or accepts(norm):
             with cpu_tensors_pass_for_cuda():
                 self._clip_gradients(norm)
+                if self._muon is not None:
+                    self._muon.step(learning_rate)
                 self.optimizer.step_with_ready_grads()
         self._clear_gradients()
         self.optimizer.zero_grad()
@@ -186,21 +189,26 @@ class MegatronEngine:
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         self.wait_for_parameters()
-        for name, (parameter, _) in self.stage.parameters.items():
+        for name, (parameter, _) in self.stage.held.items():
             yield name, parameter.data
 
-    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
-        for name, (parameter, _) in self.stage.parameters.items():
+    def state(self, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        for name, (parameter, shard) in self.stage.held.items():
+            kept = ("weights", *kept_of(shard, self.train))
+            asked = [kind for kind in kept if kinds is None or kind in kinds]
+            if name not in self.stage.parameters:
+                yield from (("weights", name, parameter.data.float().clone()) for _ in asked)
+                continue
             owned = self._owned_range(parameter)
-            tensors = {} if owned is None else self._main_state(parameter)
-            for kind in kinds:
+            tensors = {} if owned is None else self._main_state(parameter, shard)
+            for kind in asked:
                 yield kind, name, _join_over_data(parameter, owned, tensors.get(kind))
 
     def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
         for parameter, shard in self.stage.parameters.values():
             owned = self._owned_range(parameter)
             if owned is not None:
-                for kind, values in self._main_state(parameter).items():
+                for kind, values in self._main_state(parameter, shard).items():
                     yield kind, shard, owned.start, values
 
     def own_gradients(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
@@ -211,7 +219,7 @@ class MegatronEngine:
 
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         with torch.no_grad():
-            for name, (parameter, _) in self.stage.parameters.items():
+            for name, (parameter, shard) in self.stage.held.items():
                 weights = read("weights", name)
                 parameter.data.copy_(weights)
                 owned = self._owned_range(parameter)
@@ -219,14 +227,18 @@ class MegatronEngine:
                     continue
                 main = self._main_parameter(parameter)
                 main.data.copy_(weights.view(-1)[owned])
-                moments = {kind: read(kind, name).view(-1)[owned] for kind in MOMENTS}
-                _set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
+                moments = {kind: read(kind, name).view(-1)[owned] for kind in kept_of(shard, self.train)}
+                set_moments(self._optimizer_of(parameter).optimizer, main, moments, num_steps)
 
     def describe(self) -> dict[str, Any]:
-        optimizer = self.optimizers[0].optimizer
+        found = [part.optimizer for part in self.optimizers]
+        used: list[Any] = [] if self._muon is None else [self._muon]
+        for each in found:
+            used += each.rules.values() if isinstance(each, OverPieces) else [each]
+        names = dict.fromkeys(f"{type(rule).__module__}.{type(rule).__name__}" for rule in used)
         return {
             "engine": "megatron",
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+            "optimizer": " and ".join(names) or "none on this rank",
             "gradient accumulation fusion": self.fusion,
         }
 
@@ -247,15 +259,36 @@ class MegatronEngine:
         group, order = optimizer.model_param_group_index_map[parameter]
         return optimizer.optimizer.param_groups[group]["params"][order]
 
-    def _main_state(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    def _main_state(self, parameter: torch.nn.Parameter, shard: ParameterShard) -> dict[str, Tensor]:
         """The owned part of fp32 weights and moments; the moments are zeros before the first step."""
         main = self._main_parameter(parameter)
         optimizer = self._optimizer_of(parameter).optimizer
-        if isinstance(optimizer, AdamWWithHostMoments):
-            return {"weights": main.detach(), **optimizer.moments(main)}
-        moments = optimizer.state.get(main, {})
-        zeros = torch.zeros_like(main, dtype=torch.float32)
-        return {"weights": main.detach(), **{kind: moments.get(kind, zeros) for kind in MOMENTS}}
+        return {"weights": main.detach(), **moments_of(optimizer, main, kept_of(shard, self.train))}
+
+    def _choose_rules(self, moments: str) -> None:
+        """What updates Megatron's flat fp32 parameters: AdamW of one kind or another, or what the options ask for."""
+        self._frozen: list[tuple[torch.nn.Parameter, slice]] = []
+        """Of parameters that are trained in part, what is not."""
+        self._muon: Muon | None = None
+        if is_plain(self.train):
+            choose_adamw(self.optimizer, moments)
+            return
+        pieces: list[list[Piece]] = [[] for _ in self.optimizers]
+        of_muon: list[MuonShard] = []
+        for parameter, shard in self.stage.parameters.values():
+            runs = runs_of(shard, self.train)
+            self._frozen += [(parameter, slice(run.start, run.end)) for run in runs if run.settings.rule == "frozen"]
+            owned, own = self._owned_range(parameter), []
+            if owned is not None:
+                own = list(pieces_of(runs, owned, self._main_parameter(parameter)))
+                pieces[self.optimizers.index(self._optimizer_of(parameter))] += own
+            if self.train.optimizer == "muon":
+                of_muon += muon_shard(parameter, shard, self.train, 0 if owned is None else owned.start, own)
+        if self.train.optimizer == "muon":
+            self._muon = Muon(of_muon, self.train.momentum, self.train.weight_decay)
+        others = {} if self._muon is None else {"muon": self._muon}
+        for optimizer, of_it in zip(self.optimizers, pieces, strict=True):
+            optimizer.optimizer = OverPieces(optimizer.optimizer, of_it, self.train, moments, others)
 
 
 def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> list[DistributedDataParallel]:
@@ -281,72 +314,6 @@ def _data_parallel(stage: Stage, overlap: bool, gradient_dtype: torch.dtype) -> 
     else:
         _skip_collectives_of_one_rank(models)
     return models
-
-
-def _distributed_optimizer(
-    models: list[DistributedDataParallel], train: TrainConfig, overlap: bool, offload_to_cpu: bool
-) -> Any:
-    """Megatron's ZeRO-1 AdamW (`ChainedOptimizer` of `DistributedOptimizer`s), with the AdamW that `train` asks for."""
-    params_dtype = models[0].config.params_dtype
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=train.learning_rate,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1],
-        adam_eps=train.eps,
-        clip_grad=train.clip_norm,
-        bf16=params_dtype is torch.bfloat16,
-        params_dtype=params_dtype,
-        use_distributed_optimizer=True,
-        overlap_param_gather=overlap,
-        timers=TIMERS,
-    )
-    with cpu_tensors_pass_for_cuda(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = get_megatron_optimizer(options, models, use_gloo_process_groups=False)
-    _choose_adamw(optimizer, train.moments_dtype, offload_to_cpu)
-    return optimizer
-
-
-def _choose_adamw(optimizer: Any, moments_dtype: str, offload_to_cpu: bool) -> None:
-    """Replace torch's AdamW by ours where moments are bfloat16 or in host memory, else by torch's fused one."""
-    if offload_to_cpu:
-        for part in optimizer.chained_optimizers:
-            part.optimizer = AdamWWithHostMoments.with_groups_of(part.optimizer)
-    elif moments_dtype == "bf16":
-        for part in optimizer.chained_optimizers:
-            part.optimizer = AdamWWithBf16Moments.with_groups_of(part.optimizer)
-    elif isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
-        # One pass over the memory instead of a dozen; Megatron leaves torch's choice, which on a CPU is a loop.
-        for group in optimizer.param_groups:
-            group["fused"] = True
-
-
-def _set_moments(optimizer: Any, main: torch.nn.Parameter, moments: dict[str, Tensor], num_steps: int) -> None:
-    """`main` has its weights already."""
-    if isinstance(optimizer, AdamWWithHostMoments):
-        optimizer.set_moments(main, moments, num_steps)
-    elif isinstance(optimizer, torch.optim.AdamW):
-        dtype = torch.bfloat16 if isinstance(optimizer, AdamWWithBf16Moments) else torch.float32
-        stored = {kind: moment.to(main.device, dtype, copy=True) for kind, moment in moments.items()}
-        optimizer.state[main] = {"step": torch.tensor(float(num_steps), device=main.device), **stored}
-    else:  # TransformerEngine's and Apex's FusedAdam count steps in the group.
-        optimizer.state[main] = {kind: moment.to(main.device, copy=True) for kind, moment in moments.items()}
-        for group in optimizer.param_groups:
-            group["step"] = num_steps
-
-
-def replicas_of(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """The ranks that hold the same shard of a parameter: experts have fewer replicas."""
-    if getattr(parameter, "allreduce", True):
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()
-
-
-def is_first_replica(parameter: torch.nn.Parameter) -> bool:
-    """Whether this rank is the first of `replicas_of` a parameter."""
-    return dist.get_rank(replicas_of(parameter)) == 0
 
 
 def _skip_collectives_of_one_rank(models: Sequence[DistributedDataParallel]) -> None:

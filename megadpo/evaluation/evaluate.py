@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.config.schema import copy_config
+from megadpo.console.activity import activity
 from megadpo.data.rows.dataset import Prepared, prepare_groups
 from megadpo.data.rows.templates import read_template
 from megadpo.data.rows.tokenise import load_tokenizer
@@ -54,7 +55,8 @@ def run_evaluation(request: Request) -> Report:
             report["empty_subsets"] = sorted(set(rows.subsets) - set(subsets))
             lines = finite(lines_of(groups, subsets, measured, report["score"], request.config))
         if request.generation is not None:
-            report |= side_by_side(models, prompts, request.generation, tokenizer)
+            with activity(f"generating answers to {len(prompts):,} prompts"):
+                report |= side_by_side(models, prompts, request.generation, tokenizer)
     report = finite(report)
     report["remarks"] = [*request.remarks, *remarks_of(report)]
     if rank() == 0:

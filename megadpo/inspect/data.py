@@ -27,6 +27,7 @@ from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
 from megadpo.objectives.specs import reading_of
 from megadpo.parallel.layout import Layout, choose_layout
+from megadpo.training.hub import with_fetched
 from megadpo.training.models import check_is_directory, with_adapter_s_base
 from megadpo.training.setup import look_at_data, packed_data, step_sampler
 
@@ -134,7 +135,7 @@ def read_data(config: Config) -> Inspected:
             raise UserError(f"{name} is required: set it in the configuration or as {name}=… on the command line")
     if config.data.streaming:
         raise UserError("data.streaming is true, and inspect reads all rows; give a part of them, and data.streaming=false")
-    config = with_adapter_s_base(config).resolved()
+    config = with_adapter_s_base(with_fetched(config)).resolved()
     model, layout = open_shape(config), smallest_layout(config)
     look_at_data(config)
     sides = [_side(config, value, label, model, layout) for label, value in sources_by_label(config).items()]

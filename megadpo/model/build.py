@@ -44,6 +44,7 @@ from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
+from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
 from megadpo.model.residual import join_adds_and_norms
@@ -66,6 +67,8 @@ class Stage:
             values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
         base: the others in the same way, with adapters: the model itself, frozen. Of weights in 4 bits the parameter has no
             memory, and its attribute `four_bit` is what is held.
+        held: `parameters` with what `train.freeze` has taken out of them, in the model's order: what is exported.
+        noise: of the embeddings in training, with `train.neftune_alpha`.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
@@ -83,6 +86,11 @@ class Stage:
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
+    held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
+    noise: EmbeddingNoise | None = None
+
+    def __post_init__(self) -> None:
+        self.held = self.held or self.parameters
 
     @property
     def model(self) -> GPTModel:

@@ -198,7 +198,7 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     host = Sums()
     kinds["weights"] = held
     if plan.adapter is not None:
-        kinds["adapters"] = w * (own_dense + own_experts) / cut
+        kinds["adapters"] = w * (own_dense + own_experts) / plan.trained_share / cut
     if plan.reference in ("before", "interleaved", "cached"):
         kinds["reference"] = held
     for numbers, replicas in ((own_dense, plan.replicas), (own_experts, expert_replicas(plan.layout))):
@@ -207,14 +207,14 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
         share, whole = numbers / replicas, numbers
         if plan.engine == "megatron":
             kinds["gradients"] += g * whole
-            (host if plan.offload == "cpu" else kinds)["optimizer"] += 2 * plan.moment_bytes * share
+            (host if plan.offload == "cpu" else kinds)["optimizer"] += plan.num_moments * plan.moment_bytes * share
             kinds["optimizer"] += 4 * share if plan.has_master_weights else 0
         elif plan.zero_stage == 0:
             kinds["gradients"] += 4 * whole
-            kinds["optimizer"] += 8 * whole
+            kinds["optimizer"] += 4 * plan.num_moments * whole
         else:
             away = host if plan.offload != "none" else kinds
-            away["optimizer"] += 12 * share
+            away["optimizer"] += (4 + 4 * plan.num_moments) * share
     if plan.engine == "megatron" and plan.offload == "cpu":
         kinds["optimizer"] += HOST_MOMENT_BUFFERS
     if zero_3 and plan.offload != "none":

@@ -33,7 +33,9 @@ class Plan:
             cached and cached_adapter: before and adapter in the first epoch, whose memory counts, precomputed in the later
             ones, whose time does.
         engine, zero_stage, offload: as in `parallel`.
-        number_bytes, gradient_bytes, moment_bytes: of a weight or an activation, of a gradient's sum, of one of two moments.
+        number_bytes, gradient_bytes, moment_bytes: of a weight or an activation, of a gradient's sum, of a moment.
+        num_moments: that the optimizer keeps of a weight, on average.
+        trained_share: of what could be trained, the share that `train.freeze` leaves, the same on every stage.
         activation_offload, window_bytes: as in `train`.
         block_layers: with recompute full and recompute_method block, how many layers of a chunk; None: uniform.
         unit_layers: layers of a uniform unit.
@@ -57,6 +59,8 @@ class Plan:
     number_bytes: int = 2
     gradient_bytes: int = 4
     moment_bytes: int = 4
+    num_moments: float = 2.0
+    trained_share: float = 1.0
     activation_offload: str = "none"
     window_bytes: int = 256 << 20
     block_layers: int | None = None
@@ -245,4 +249,5 @@ def adapter_numbers(plan: Plan, stage: int) -> tuple[float, float, float]:
 
 def trained(plan: Plan, stage: int) -> tuple[float, float]:
     """Numbers of a rank of a stage that are trained: replicated over data and context ranks, and experts'."""
-    return parameters(plan, stage) if plan.adapter is None else adapter_numbers(plan, stage)[:2]
+    dense, experts = parameters(plan, stage) if plan.adapter is None else adapter_numbers(plan, stage)[:2]
+    return dense * plan.trained_share, experts * plan.trained_share

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megadpo.config.schema import Config
+from megadpo.config.schema import Config, TrainConfig
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import AdapterSpec
+from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
+from megadpo.model.by_name import first_match
+from megadpo.model.families import logical_shapes
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, choose_layout
@@ -111,6 +114,22 @@ class Job:
     on_cpu: bool = False
 
 
+def _num_moments(train: TrainConfig, shape: ModelShape) -> float:
+    """fp32 moments that the optimizer keeps of a weight, on average over the model."""
+    if train.optimizer == "sgd":
+        return 0.0 if train.momentum == 0 else 1.0
+    if train.optimizer == "muon":  # of what is no matrix of a layer AdamW keeps two
+        sizes = {name: math.prod(size) for name, size in logical_shapes(shape).items()}
+        outside = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+        return 1.0 + outside / sum(sizes.values())
+    return {"adamw": 2.0, "adamw_8bit": 2 * (1 + 4 / 256) / 4, "lion": 1.0}[train.optimizer]
+
+
+def _trained_share(train: TrainConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    sizes = {name: math.prod(size) for name, size in shapes.items()}
+    return sum(size for name, size in sizes.items() if first_match(train.freeze, name) is None) / sum(sizes.values())
+
+
 def plan_of(
     config: Config, shape: ModelShape, num_devices: int, adapter: AdapterSpec | None = None, on_cpu: bool = False
 ) -> Plan:
@@ -137,6 +156,8 @@ def plan_of(
         number_bytes=2 if is_bf16 else 4,
         gradient_bytes=2 if parallel.gradient_dtype == "bf16" else 4,
         moment_bytes=2 if train.moments_dtype == "bf16" else 4,
+        num_moments=_num_moments(train, shape),
+        trained_share=_trained_share(train, logical_shapes(shape) if adapter is None else adapter_shapes(shape, adapter)),
         activation_offload=train.activation_offload,
         window_bytes=train.activation_offload_window_mib << 20,
         block_layers=train.recompute_num_layers if train.recompute_method == "block" else None,

@@ -99,7 +99,7 @@ class _AdapterFiles:
         parts = [SafetensorsFile(staging(directory) / _part(stage)) for stage in range(self.setup.layout.pipeline)]
         found = {key: part.read(key, 0, 0, part.shape(key)[0]) for part in parts for key in part.keys}
         setup = self.setup
-        tensors = {name: found[name] for name in setup.trained_shapes if name in found}
+        tensors = {name: found[name] for name in setup.search.shapes if name in found}
         for part in parts:
             part.release()
             part.path.unlink()

@@ -55,7 +55,7 @@ def evaluate_and_write(run: Run, step: int) -> bool:
     if not held_out:
         return False
     run.metrics |= held_out
-    run.write({"step": step, **held_out})
+    run.write({"step": step, **held_out, "time": time.time()})
     return take(run, step, held_out)
 
 

@@ -22,10 +22,12 @@ from megadpo.checkpoint.companions import Companions
 from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.config.sources import eval_label, eval_sets, parse_sources
+from megadpo.errors import reason
 from megadpo.model.families import logical_shapes
 from megadpo.parallel.world import world_size
 from megadpo.platform.hub import id_of_snapshot, is_id
 from megadpo.secrets.redact import redact, redacted
+from megadpo.training.console import log
 from megadpo.training.run_record import installed_versions
 from megadpo.training.setup import RunSetup
 from megadpo.training.summary import how_to_load
@@ -45,7 +47,11 @@ def with_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "")
     """
     if not setup.config.logging.model_card:
         return setup
-    card = model_card(setup, metrics, exported).encode()
+    try:
+        card = model_card(setup, metrics, exported).encode()
+    except Exception as error:  # a card that cannot be made takes nothing away from what was trained
+        log(f"warning: no model card: {reason(error)}")
+        return setup
     return replace(setup, companions=Companions(setup.companions.settings, {**setup.companions.files, NAME: card}))
 
 
@@ -129,7 +135,8 @@ def _data(setup: RunSetup) -> Iterator[tuple[str, str, str]]:
         sides.append((f"held out, {name}" if name else "held out", sources, setup.eval[name], eval_label(name)))
     for words, sources, packing, which in sides:
         report = setup.reports[which]
-        used = f"{len(packing.groups):,} of {report.num_rows:,} {report.noun}s"
+        num_used = report.num_kept if which == "train" and setup.stream else len(packing.groups)
+        used = f"{num_used:,} of {report.num_rows:,} {report.noun}s"
         yield words, ", ".join(f"`{source}`" for source in _source_names(sources)), used
 
 

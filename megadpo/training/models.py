@@ -154,7 +154,7 @@ def check_is_directory(path: str, setting: str) -> None:
         raise UserError(
             f"{setting}: {path} is no directory: {what}"
             if what
-            else f"{setting}: there is no directory {path}; give a local Hugging Face model directory"
+            else f"{setting}: there is no directory {path}; give a local Hugging Face model directory, or an id of the Hub"
         )
 
 

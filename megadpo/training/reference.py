@@ -207,7 +207,7 @@ class References:
         assert self.train.stage is not None
         with torch.no_grad():
             for name, (parameter, _) in self.train.stage.parameters.items():
-                own_part(parameter).lerp_(own_part(policy.parameters[name][0]).detach(), alpha)
+                own_part(parameter).lerp_(own_part(policy.held[name][0]).detach(), alpha)
 
 
 def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_directories
 from megadpo.config.schema import Config
 from megadpo.data.rows.report import counted
+from megadpo.engine.parameter_groups import state_shapes
 from megadpo.errors import UserError
 from megadpo.parallel.agreement import first_problem, from_all_ranks, problem_of
 from megadpo.training.inputs import changed_inputs, refuse_changed
-from megadpo.training.training_state import TrainingState, open_training_state
+from megadpo.training.training_state import TrainingState, open_training_state, optimizer_record
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Search:
         chosen: what `checkpoint.resume` names; None: the newest under `root`.
         began_with: what `checkpoint.resume` names where checkpoints under `root` came of it: it is the oldest choice.
         shapes: of what is trained, by logical name.
+        kept: of what a checkpoint has of it, by kind too.
         adapter: the adapter's settings in a checkpoint; None: the whole model is trained.
+        optimizer: what a checkpoint says of the optimizer.
         inputs: digests of what the run is made from, see inputs.py.
         accept_changes: of these inputs.
         num_steps: that the run now has.
@@ -59,7 +62,9 @@ class Search:
     chosen: Path | None
     began_with: Path | None
     shapes: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]]
     adapter: dict[str, Any] | None
+    optimizer: dict[str, Any]
     inputs: dict[str, str]
     accept_changes: bool
     num_steps: int
@@ -83,7 +88,9 @@ class Search:
             chosen=None if is_repeated else chosen,
             began_with=chosen if is_repeated else None,
             shapes=shapes,
+            kept=state_shapes(shapes, config.train),
             adapter=adapter,
+            optimizer=optimizer_record(config.train),
             inputs=inputs,
             accept_changes=config.checkpoint.changed_inputs == "accept",
             num_steps=num_steps,
@@ -112,7 +119,7 @@ class Search:
         Raises:
             UserError: naming what is damaged or missing.
         """
-        return open_training_state(directory, self.shapes, self.adapter, self.with_reference, self.verify)
+        return open_training_state(directory, self.kept, self.adapter, self.optimizer, self.with_reference, self.verify)
 
     def look_at(self, directory: Path) -> TrainingState:
         """The state that `open` gives."""

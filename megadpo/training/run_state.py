@@ -6,7 +6,7 @@ import base64
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from megadpo.checkpoint.sharded import (
 )
 from megadpo.checkpoint.staging import abandon, writing
 from megadpo.data.rows.report import counted
-from megadpo.engine.megatron import is_first_replica
+from megadpo.engine.megatron_optimizer import is_first_replica
+from megadpo.engine.parameter_groups import kept_of
 from megadpo.errors import UserError
 from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
@@ -46,7 +47,7 @@ from megadpo.training.non_finite import Part, own_weights, require_finite
 from megadpo.training.resume import newest_that_opens
 from megadpo.training.run import Ended, Run
 from megadpo.training.saving import Save
-from megadpo.training.training_state import STATE_KINDS, TrainingState
+from megadpo.training.training_state import TrainingState
 
 
 def save(run: Run, step: int) -> Path:
@@ -81,6 +82,7 @@ def save(run: Run, step: int) -> Path:
         "inputs": setup.search.inputs,
         "resumed_from": setup.resumed_from,
         "config": redacted(setup.config.to_dict()),
+        "optimizer": setup.search.optimizer,
         **({} if setup.search.adapter is None else {"adapter": setup.search.adapter}),
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }
@@ -94,9 +96,10 @@ def save(run: Run, step: int) -> Path:
 
 def _num_bytes(run: Run) -> int:
     """Of what `_owned_state` gives here: fp32 weights and moments, and a moving reference."""
-    owned = [shard for parameter, shard in run.engine.stage.parameters.values() if is_first_replica(parameter)]
-    num_kinds = len(STATE_KINDS) + (run.setup.config.reference.sync_every is not None)
-    return 4 * num_kinds * sum(math.prod(shard.shape) for shard in owned)
+    owned = [shard for parameter, shard in run.engine.stage.held.values() if is_first_replica(parameter)]
+    num_always = 1 + (run.setup.config.reference.sync_every is not None)
+    num_kinds = [num_always + len(kept_of(shard, run.setup.config.train)) for shard in owned]
+    return 4 * sum(num * math.prod(shard.shape) for num, shard in zip(num_kinds, owned, strict=True))
 
 
 def _last_stage_delta(run: Run) -> list[float]:
@@ -109,15 +112,21 @@ def _last_stage_delta(run: Run) -> list[float]:
 def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
     """What this rank writes: each shard that several ranks hold is written by the first of them."""
     for kind, name, tensor in run.engine.state():  # every rank takes part in putting each tensor together
-        parameter, shard = run.engine.stage.parameters[name]
+        parameter, shard = run.engine.stage.held[name]
         if is_first_replica(parameter):
-            yield kind, shard, tensor
+            yield kind, _kept_part(run, kind, shard), tensor
     if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
         for parameter, shard in run.references.train.stage.parameters.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
                 yield "reference", shard, values.clone()  # it moves while it is written
+
+
+def _kept_part(run: Run, kind: str, shard: ParameterShard) -> ParameterShard:
+    """The shard without the tensors of which a checkpoint does not have this kind."""
+    names = run.setup.search.kept[kind]
+    return replace(shard, pieces=tuple(piece for piece in shard.pieces if piece.logical_name in names))
 
 
 def _seen(
@@ -180,12 +189,12 @@ def resume(run: Run) -> int:
 
 def _load_engine(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
     """Weights and optimizer state of a checkpoint, in place of what the engine has."""
-    sources = {kind: checkpoint.source(kind) for kind in STATE_KINDS}
+    sources = {kind: checkpoint.source(kind) for kind in run.setup.search.kept}
 
     def read(kind: str, name: str) -> Tensor:
-        parameter, shard = run.engine.stage.parameters[name]
+        parameter, shard = run.engine.stage.held[name]
         tensor = torch.empty(shard.shape, dtype=torch.float32, device=parameter.device)
-        fill_shard(shard, sources[kind], tensor)
+        fill_shard(_kept_part(run, kind, shard), sources[kind], tensor)
         return tensor
 
     run.engine.load_state(read, state.step - int(state.spikes.get("num_left_out", 0)))
@@ -308,7 +317,7 @@ def _whole_tensors(run: Run, watch: FiniteWatch) -> Iterator[tuple[str, Tensor]]
         return {shard.name: shard for shard in stage_shards(run.setup.policy.shape, layout, *ranks, spec)}
 
     for name, values in watch.passing(run.engine.parameters()):
-        parameter, shard = stage.parameters[name]
+        parameter, shard = stage.held[name]
         if not shard.is_primary or not is_first_replica(parameter):
             continue  # the embedding's stage, or the first replica, gives it
         if is_expert(name):

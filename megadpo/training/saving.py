@@ -90,6 +90,7 @@ class Saver:
         root: where the checkpoints are.
         companions, hf_config: what else is in them.
         shapes: of the tensors in them.
+        kept: the same of each kind of them.
         log: shows the user a line.
         check_owner: raises UserError where the run's directory is another run's by now; called on rank 0.
         on_saved: called on each rank, in the step loop, with step and directory of a checkpoint that is there.
@@ -103,6 +104,7 @@ class Saver:
     companions: Companions
     hf_config: PretrainedConfig
     shapes: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]]
     log: Callable[[str], None]
     check_owner: Callable[[], None]
     on_saved: Callable[[int, Path], None]
@@ -239,7 +241,7 @@ class Saver:
                 problem = problem_of(self.check_owner)
             if problem is None:
                 manifests = [manifest for _, manifest in answers]
-                also = self.companions, self.hf_config, self.shapes
+                also = self.companions, self.hf_config, self.shapes, self.kept
                 problem = problem_of(lambda: commit(directory, manifests, save.state, *also))
             if problem is not None:
                 abandon(directory)

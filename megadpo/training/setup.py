@@ -22,7 +22,8 @@ from megadpo.data.rows.stream import GroupStream, StreamOptions, check_streamabl
 from megadpo.data.rows.templates import read_template
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
-from megadpo.model.adapters.spec import adapter_shapes
+from megadpo.model.adapters.spec import adapter_shapes, fused_tensors
+from megadpo.model.by_name import first_match
 from megadpo.model.families import TensorSource, logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape, head_work
@@ -53,6 +54,7 @@ from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
 from megadpo.validation.model import (
     check_adapters,
 )
+from megadpo.validation.optimizer import check_optimizer_machine, check_optimizer_names
 from megadpo.validation.quantization import check_quantization_machine
 
 if TYPE_CHECKING:
@@ -127,7 +129,8 @@ class RunSetup:
     @cached_property
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that is trained."""
-        return dict(self.search.shapes)
+        frozen = self.config.train.freeze
+        return {name: shape for name, shape in self.search.shapes.items() if first_match(frozen, name) is None}
 
     @cached_property
     def objective(self) -> Objective:
@@ -180,6 +183,8 @@ def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
     else:
         settings = peft_config(adapter.spec, policy.shape, str(Path(policy.path).resolve()))
         search = Search.of(config, adapter_shapes(policy.shape, adapter.spec), inputs, num_steps, settings)
+    fused = fused_tensors(policy.shape, None if adapter is None else adapter.spec)
+    check_optimizer_names(config, search.shapes, fused)
     with activity("looking for a checkpoint"):
         origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)
@@ -212,6 +217,7 @@ def _check_surroundings(config: Config, own_objective: Loss | None) -> None:
     check_deepspeed_machine(config.parallel, resolve_dtype(config.model.dtype))
     check_memory_machine(config)
     check_quantization_machine(config)
+    check_optimizer_machine(config)
     check_gradient_dtype(config.parallel, resolve_dtype(config.model.dtype) is torch.bfloat16)
     if config.checkpoint.before_deadline == "slurm":
         slurm_end(os.environ)

@@ -19,6 +19,7 @@ from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.engine.base import Engine
 from megadpo.metrics import collect
 from megadpo.model.adapters.attach import inputs_dropped
+from megadpo.model.neftune import noise_added
 from megadpo.objectives.coupled import RunningMean
 from megadpo.objectives.objective import Objective
 from megadpo.objectives.terms import Normalisers
@@ -84,7 +85,7 @@ def optimizer_step(
     if objective.couples_batch:
         with part("reference"):
             reference.complete()  # the whole batch is evaluated before anything goes backward
-        with part("forward"):
+        with noise_added(engine.stage), part("forward"):
             first_sums = engine.forward(batch.micro_batches, objective.ld_alpha)
             coupled = evaluate_coupled(
                 objective, normalisers, batch, first_sums, reference_logps, running_mean, is_training=True
@@ -103,7 +104,7 @@ def optimizer_step(
         metric_sums.add_(own_metric_sums)
         return gradient_RD
 
-    with inputs_dropped(engine.stage.models), part("forward"):
+    with inputs_dropped(engine.stage.models), noise_added(engine.stage), part("forward"):
         engine.forward_backward(batch.micro_batches, response_gradient, objective.ld_alpha)
     with part("communication"):
         engine.finish_gradients()

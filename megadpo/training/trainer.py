@@ -28,6 +28,7 @@ from megadpo.metrics.lengths import answer_lengths
 from megadpo.metrics.sinks import open_sinks
 from megadpo.model.activations import Activations
 from megadpo.model.attention.backends import slow_on
+from megadpo.model.by_name import first_match
 from megadpo.objectives.objective import Loss
 from megadpo.parallel.agreement import from_all_ranks, problem_of
 from megadpo.parallel.world import joined_world, rank, seed_step
@@ -162,6 +163,8 @@ def build_policy(setup: RunSetup) -> Stage:
     """This rank's stage of the policy, loaded, with the adapters that are trained."""
     from megadpo.model.adapters.attach import begin_magnitudes
     from megadpo.model.build import build_stage
+    from megadpo.model.freezing import freeze
+    from megadpo.model.neftune import EmbeddingNoise
     from megadpo.model.weights import load_weights
 
     config, shape, source = setup.config, setup.policy.shape, setup.frozen
@@ -177,6 +180,10 @@ def build_policy(setup: RunSetup) -> Stage:
         load_weights(stage, source, trained)
     if setup.adapter is not None and setup.adapter.is_new and setup.adapter.spec.use_dora:
         begin_magnitudes(stage.models)
+    if config.train.neftune_alpha is not None:
+        EmbeddingNoise(config.train.neftune_alpha, config.train.seed).attach(stage)
+    if config.train.freeze:
+        freeze(stage, lambda name: first_match(config.train.freeze, name) is not None)
     return stage
 
 
@@ -314,6 +321,8 @@ def training_step(run: Run, step: int) -> Metrics:
     is_updated, has_live_reference = True, run.references.train.stage is not None
     if setup.adapter is not None and setup.adapter.spec.dropout:
         seed_step(setup.config.train.seed, step)
+    if run.engine.stage.noise is not None:
+        run.engine.stage.noise.step = step
 
     def accepts(result: StepResult) -> bool:
         """Between gradients and update: whether the loss and the gradient norm, of all ranks, are such as to be learned."""

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
+from megadpo.config.schema import TrainConfig
 from megadpo.data.rows.stream import Position
 from megadpo.errors import UserError
 
-MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
 MAY_CHANGE = ("base_model_name_or_path",)
 """Of an adapter's settings, what a run may go on with that has changed."""
-STATE_KINDS = ("weights", *MOMENT_KINDS)
+FIRST_OPTIMIZER = {"name": "adamw", "freeze": []}
+"""Of checkpoints of versions that had no other."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,18 @@ def _is_number(value: Any) -> bool:
 
 def open_training_state(
     directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     adapter: Mapping[str, Any] | None,
+    optimizer: Mapping[str, Any],
     with_reference: bool,
     verify: bool,
 ) -> tuple[Checkpoint, TrainingState]:
     """A checkpoint that training can go on from: its own hash, the sizes of its files, its state, its tensors' shapes.
 
     Args:
-        shapes: of what is trained, by logical name.
+        shapes: of what is trained and what the optimizer keeps of it, by kind and logical name.
         adapter: what its state must say of adapters; None: the whole model is trained.
+        optimizer: what it must say of the optimizer (`optimizer_record`).
         with_reference: a moving reference is part of it.
         verify: as in `open_checkpoint`.
 
@@ -193,20 +196,44 @@ def open_training_state(
         UserError: naming what is damaged or missing; or that it is a converted model without a training state.
     """
     checkpoint = open_checkpoint(directory, verify)
-    if "data_digest" not in checkpoint.state and not set(MOMENT_KINDS) & set(checkpoint.kinds):
+    if "data_digest" not in checkpoint.state and not set(checkpoint.kinds) - {"weights"}:
         raise UserError(f"{directory} holds no training state to resume from; it is a converted model")
     state = TrainingState.of(checkpoint)
     _check_adapter(checkpoint, adapter)
-    for kind in (*STATE_KINDS, *(["reference"] if with_reference else [])):
+    _check_optimizer(checkpoint, optimizer)
+    for kind, sizes in (dict(shapes) | ({"reference": shapes["weights"]} if with_reference else {})).items():
         source = checkpoint.source(kind)
         found = set(source.names())
-        for name, size in shapes.items():
+        for name, size in sizes.items():
             if name not in found:
                 raise UserError(f"{directory}: it has no {kind} of {name}; it is damaged")
             if tuple(source.shape(name)) != size:
                 found_size = list(source.shape(name))
                 raise UserError(f"{directory}: {kind} of {name} has shape {found_size}, not the model's {list(size)}")
     return checkpoint, state
+
+
+def optimizer_record(train: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of the optimizer: a run that goes on from it must say the same."""
+    record: dict[str, Any] = {"name": train.optimizer, "freeze": sorted(train.freeze)}
+    return record | ({"has_momentum": train.momentum != 0} if train.optimizer in ("sgd", "muon") else {})
+
+
+def _check_optimizer(checkpoint: Checkpoint, optimizer: Mapping[str, Any]) -> None:
+    """The checkpoint has what this run's optimizer keeps."""
+    stored, where = checkpoint.state.get("optimizer", FIRST_OPTIMIZER), checkpoint.directory
+    if not isinstance(stored, dict):
+        raise UserError(f"{where}: its state's optimizer is {str(stored)[:40]!r}, which is no object; it is damaged")
+    for name, option in (("name", "optimizer"), ("freeze", "freeze"), ("has_momentum", "momentum")):
+        if stored.get(name) != optimizer.get(name):
+            now, then = (
+                ("above 0" if record.get(name) else "0") if name == "has_momentum" else record.get(name)
+                for record in (optimizer, stored)
+            )
+            raise UserError(
+                f"{where} is of a run with train.{option} {then}, and this one has {now}; set it alike, or begin anew from "
+                "what that run has exported"
+            )
 
 
 def _check_adapter(checkpoint: Checkpoint, adapter: Mapping[str, Any] | None) -> None:

@@ -23,6 +23,6 @@ def check_hub_options(config: Config) -> None:
         for name in ("private", "revision"):
             if getattr(hub, name) != getattr(type(hub)(), name):
                 raise UserError(f"hub.{name} has no effect without hub.push; set that to OWNER/NAME, or remove it")
-    for setting, name in (("hub.revision", hub.revision), ("model.revision", config.model.revision)):
-        if name is not None and (not BRANCH.fullmatch(name) or ".." in name or "//" in name):
-            raise UserError(f"{setting}: {name!r} is no name of a branch, as main or my-branch; give one")
+    for setting, branch in (("hub.revision", hub.revision), ("model.revision", config.model.revision)):
+        if branch is not None and (not BRANCH.fullmatch(branch) or ".." in branch or "//" in branch):
+            raise UserError(f"{setting}: {branch!r} is no name of a branch, as main or my-branch; give one")

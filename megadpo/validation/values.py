@@ -19,12 +19,13 @@ from megadpo.validation.evaluation import check_evaluation
 from megadpo.validation.hub import check_hub_options
 from megadpo.validation.logging import check_logging_options
 from megadpo.validation.memory import check_memory_options
+from megadpo.validation.optimizer import check_optimizer_options, check_schedule
 from megadpo.validation.quantization import check_quantization_options
 from megadpo.validation.reference import check_moving_reference
 from megadpo.validation.streaming import check_streaming
 
 if TYPE_CHECKING:
-    from megadpo.config.schema import Config, ObjectiveConfig, TrainConfig
+    from megadpo.config.schema import Config, ObjectiveConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16"),
@@ -51,6 +52,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd"),
     "train.decay_shape": ("cosine", "linear", "1-sqrt"),
     "train.moments_dtype": ("fp32", "bf16"),
+    "train.optimizer": ("adamw", "adamw_8bit", "sgd", "lion", "muon"),
     "train.on_spike": ("warn", "skip", "stop"),
     "train.recompute": ("auto", "none", "small", "selective", "full"),
     "train.recompute_method": ("uniform", "block"),
@@ -63,6 +65,11 @@ DTYPES = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16", "torch
 SPELLINGS: dict[str, dict[str, str]] = {
     "model.dtype": DTYPES,
     "train.moments_dtype": DTYPES,
+    "train.optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+        "adamw_bnb_8bit": "adamw_8bit",
+        "lion_32bit": "lion",
+    },
     "train.schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "parallel.gradient_dtype": DTYPES,
 }
@@ -76,6 +83,11 @@ NOT_BUILT: dict[str, tuple[str, ...]] = {
     "parallel.context_method": ("ring",),
     "model.dtype": HALF,
     "train.moments_dtype": HALF,
+    "train.optimizer": (
+        *("adafactor", "adagrad", "rmsprop", "galore_adamw", "apollo_adamw", "lomo", "shampoo", "soap", "adam"),
+        *("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+        *("paged_lion", "paged_lion_32bit", "paged_lion_8bit", "lion_8bit"),
+    ),
 }
 """Values that are well known but that this version does not have: refused by name, never ignored."""
 
@@ -85,7 +97,17 @@ WHY_NOT = {
 }
 """Why such a value is not built, where that says more than that it is not."""
 
-NEAREST = dict.fromkeys(HALF, "bf16")
+NEAREST = {
+    **dict.fromkeys(HALF, "bf16"),
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_adamw": "adamw with parallel.offload cpu",
+    "paged_adamw_32bit": "adamw with parallel.offload cpu",
+    "paged_lion": "lion",
+    "paged_lion_32bit": "lion",
+    "paged_lion_8bit": "lion",
+    "lion_8bit": "lion",
+    "adam": "adamw",
+}
 """What to use in place of a well-known value, where its spelling does not lead there."""
 
 AT_LEAST: dict[str, int] = {
@@ -137,6 +159,7 @@ ABOVE_ZERO: Sequence[str] = (
     "train.epochs",
     "train.eps",
     "train.schedule_power",
+    "train.neftune_alpha",
     "train.decay_ratio",
     "train.spike_deviations",
     "checkpoint.before_deadline",
@@ -166,6 +189,8 @@ def validate(config: Config) -> None:
     check_streaming(config)
     check_deepspeed_options(config)
     check_memory_options(config)
+    check_schedule(config.train)
+    check_optimizer_options(config)
     check_evaluation(config)
     check_logging_options(config.logging)
     check_hub_options(config)
@@ -325,46 +350,6 @@ def _check_ranges(config: Config) -> None:
         raise UserError("checkpoint.resume is empty; use auto, never or the path of a step directory")
 
 
-OF_SCHEDULES = {
-    "schedule_cycles": "cosine_with_restarts",
-    "schedule_power": "polynomial",
-    "decay_ratio": "wsd",
-    "decay_shape": "wsd",
-}
-"""Options of `train` that one schedule reads."""
-
-
-def _check_schedule(train: TrainConfig) -> None:
-    """Options of the learning rate that contradict each other, or that nothing reads."""
-    for name, schedule in OF_SCHEDULES.items():
-        if train.schedule != schedule and getattr(train, name) != getattr(type(train)(), name):
-            raise UserError(
-                f"train.{name} is read by train.schedule {schedule}, but that is {train.schedule}; change one of them"
-            )
-    if train.schedule == "constant" and train.min_learning_rate > 0:
-        raise UserError(
-            "train.min_learning_rate has no effect with train.schedule constant; remove it or choose cosine or linear"
-        )
-    if train.steps is not None and train.warmup_steps > train.steps:
-        raise UserError(f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})")
-    if train.warmup_ratio is not None and train.warmup_steps:
-        raise UserError(
-            f"train.warmup_steps ({train.warmup_steps}) and train.warmup_ratio ({train.warmup_ratio:g}) are both given; "
-            "set the one to 0 or the other to null"
-        )
-    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio <= 1:
-        raise UserError(
-            f"train.warmup_ratio must be in [0, 1], got {train.warmup_ratio!r}; it is a share of the run's steps"
-        )
-    if train.decay_ratio > 1:
-        raise UserError(f"train.decay_ratio is a share of the run's steps, in (0, 1], got {train.decay_ratio!r}")
-    if train.schedule == "wsd" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
-        raise UserError(
-            f"train.warmup_ratio ({train.warmup_ratio:g}) and train.decay_ratio ({train.decay_ratio:g}) are more than the "
-            "whole run; lower one of them"
-        )
-
-
 def _check_contradictions(config: Config) -> None:
     train = config.train
     if train.steps is not None and train.epochs is not None:
@@ -375,7 +360,6 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"train.min_learning_rate ({train.min_learning_rate!r}) is above learning_rate ({train.learning_rate!r})"
         )
-    _check_schedule(train)
     if config.parallel.context == 1 and config.parallel.context_method != "auto":
         raise UserError(
             f"parallel.context_method is {config.parallel.context_method}, which has no effect with parallel.context 1; "

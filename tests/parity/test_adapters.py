@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
 """Family, changes to the model, the adapters' options, and the ways to train them."""
 
 OF_VOCABULARY = {
-    1: [Case(), Case(memory=Activations("full")), Case(offload="cpu")],
+    1: [Case(), Case(memory=Activations("full")), Case(offload="cpu"), Case(zero_stage=0)],
     2: [
         Case(Layout(tensor=2)),
         Case(Layout(tensor=2, sequence=True)),

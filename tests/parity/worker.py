@@ -273,7 +273,7 @@ def parts_of(stage: Stage, local: dict[str, Tensor]) -> list[Part]:
             tensor.narrow(piece.dim, piece.local_start, piece.length).float().cpu().numpy().copy(),
         )
         for name, tensor in local.items()
-        for piece in stage.parameters[name][1].pieces
+        for piece in stage.held[name][1].pieces
     ]
 
 

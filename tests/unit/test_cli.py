@@ -90,7 +90,7 @@ def test_help_and_version_answer_without_importing_torch() -> None:
 def test_every_command_says_what_it_is() -> None:
     page = megadpo("--help").stdout
     for name, command in cli.COMMANDS.items():
-        assert f"    {name} " in page and command.HELP in " ".join(page.split())
+        assert f"    {name}" in page and command.HELP in " ".join(page.split())
 
 
 def test_megadpo_train_is_a_function_even_after_its_module_is_imported() -> None:
@@ -207,3 +207,15 @@ def test_the_command_line_starts_fast() -> None:
     start = time.monotonic()
     megadpo("--help")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given: dict[str, str], found: str, tmp_path: Path) -> None:
+    """As torch finds it, when it is loaded."""
+    (tmp_path / "torch.py").write_text("import os\nraise ImportError('policy ' + os.environ['OMP_WAIT_POLICY'])")
+    (tmp_path / "run.yaml").write_text("{model: {path: m}, data: {train: t.jsonl}, output_dir: o}")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "megadpo", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env={**clean, **path, **given}, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert f"policy {found}" in done.stderr

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megadpo.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megadpo.data.batches.micro_batch import MicroBatch
-from megadpo.engine.base import MOMENTS, STATE_KINDS
 from megadpo.engine.deepspeed.offload import (
     begin_bias_correction_anew,
     cpu_adam,
@@ -39,14 +38,17 @@ from megadpo.engine.deepspeed.runtime import (
     read_elsewhere,
     sharder,
 )
+from megadpo.engine.optimizer import make_rule
+from megadpo.engine.parameter_groups import kept_of, settings_of
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
+from megadpo.model.by_name import names_in
 from megadpo.model.families import ParameterShard, TensorSource
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
-from megadpo.parallel.zero3 import whole
+from megadpo.parallel.zero3 import set_whole, whole
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule
 from megadpo.pipeline.stage_ops import ResponseGradient
@@ -66,9 +68,9 @@ class ZeroEngine:
         self.stage, self.train, self.parallel = stage, train, parallel
         self.schedule = pipeline_schedule() if schedule is None else schedule
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
-        adam = cpu_adam() if parallel.offload != "none" else None
+        adam = cpu_adam() if train.optimizer == "adamw" and parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
-        self.runtime = Runtime(stage.model, _adamw(stage, train, adam), config)
+        self.runtime = Runtime(stage.model, _optimizer(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
         stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
@@ -124,7 +126,7 @@ class ZeroEngine:
                 if part is not None:
                     part[1].mul_(factor)
         for group in self.runtime.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.runtime.use_norm(norm)
         self.partitions.before_step()
         begin_bias_correction_anew(self.runtime.basic_optimizer)
@@ -139,20 +141,25 @@ class ZeroEngine:
             yield name, self._join(name, self.partitions.gradient(parameter))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, (parameter, _) in self.stage.parameters.items():
+        for name, (parameter, _) in self.stage.held.items():
             yield name, whole(parameter)
 
-    def state(self, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, str, Tensor]]:
-        for name, (parameter, _) in self.stage.parameters.items():
-            for kind in kinds:
-                is_moment = kind in MOMENTS
-                part = self.partitions.moment(parameter, kind) if is_moment else self.partitions.weights(parameter)
-                yield kind, name, self._join(name, part)
+    def state(self, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        for name, (parameter, shard) in self.stage.held.items():
+            kept = ("weights", *kept_of(shard, self.train))
+            for kind in (kind for kind in kept if kinds is None or kind in kinds):
+                if name in self.stage.parameters:
+                    yield kind, name, self._join(name, self._part(parameter, kind))
+                else:
+                    yield kind, name, whole(parameter).float().clone()
+
+    def _part(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
+        return self.partitions.weights(parameter) if kind == "weights" else self.partitions.moment(parameter, kind)
 
     def own_state(self) -> Iterator[tuple[str, ParameterShard, int, Tensor]]:
         for parameter, shard in self.stage.parameters.values():
-            for kind in STATE_KINDS:
-                part = self.partitions.weights(parameter) if kind == "weights" else self.partitions.moment(parameter, kind)
+            for kind in ("weights", *kept_of(shard, self.train)):
+                part = self._part(parameter, kind)
                 if part is not None:
                     yield kind, shard, *part
 
@@ -165,9 +172,12 @@ class ZeroEngine:
     def load_state(self, read: Callable[[str, str], Tensor], num_steps: int) -> None:
         self.partitions.make_moments(num_steps)
         with torch.no_grad():
-            for name, (parameter, _) in self.stage.parameters.items():
+            for name, (parameter, shard) in self.stage.held.items():
+                if name not in self.stage.parameters:
+                    set_whole(parameter, read("weights", name))
+                    continue
                 _write(self.partitions.weights(parameter), read("weights", name))
-                for kind in MOMENTS:
+                for kind in kept_of(shard, self.train):
                     _write(self.partitions.moment(parameter, kind), read(kind, name))
             self.partitions.publish_weights()
 
@@ -292,7 +302,7 @@ def sharded_stage(
     model = stage.model
     if model.post_process and model.output_layer.weight is None:
         read_elsewhere(model.output_layer, model.embedding.word_embeddings.weight)
-    return replace(stage, parameters=parameters, base=base)
+    return replace(stage, parameters=parameters, base=base, held={})
 
 
 def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
@@ -328,20 +338,31 @@ def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str
     return config
 
 
-def _adamw(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optimizer:
-    """AdamW on groups as Megatron makes them (no decay of vectors), and tied embeddings apart."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, (parameter, shard) in stage.parameters.items():
-        decays = len(shard.shape) > 1 and not name.endswith(".bias")
-        groups.setdefault((decays, getattr(parameter, "shared_embedding", False)), []).append(parameter)
+def _optimizer(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer`, on groups of parameters that are updated alike, and tied embeddings apart.
+
+    A group is one flat tensor to DeepSpeed, so that a parameter that holds several Hugging Face tensors is treated as one.
+    """
+    groups: dict[tuple[bool, bool, float], list[torch.nn.Parameter]] = {}
+    for parameter, shard in stage.parameters.values():
+        (settings,) = {settings_of(logical, len(shard.shape), train) for logical in names_in(shard)}
+        place = settings.decays, getattr(parameter, "shared_embedding", False), settings.factor
+        groups.setdefault(place, []).append(parameter)
     options = [
-        {"params": parameters, "weight_decay": train.weight_decay if decays else 0.0}
-        for (decays, _), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {
+            "params": parameters,
+            "weight_decay": train.weight_decay if decays else 0.0,
+            "factor": factor,
+            "lr": train.learning_rate * factor,
+        }
+        for (decays, _, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
+    if train.optimizer != "adamw":
+        return make_rule(train.optimizer, options, train)
+    settings_of_adam: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
     if adam is not None:
-        return adam(options, **settings, adamw_mode=True)
-    return torch.optim.AdamW(options, **settings, fused=True)
+        return adam(options, **settings_of_adam, adamw_mode=True)
+    return torch.optim.AdamW(options, **settings_of_adam, fused=True)
 
 
 def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

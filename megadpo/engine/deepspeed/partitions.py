@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadpo.engine.base import MOMENTS
 from megadpo.engine.deepspeed.runtime import Runtime, data_parallel_group
+from megadpo.engine.lion import Lion
 
 Partition = tuple[int, Tensor]
 
@@ -30,7 +31,7 @@ class Partitions(Protocol):
         ...
 
     def moment(self, parameter: torch.nn.Parameter, kind: str) -> Partition | None:
-        """One of AdamW's moments; before the first step zeros that the optimizer does not read."""
+        """One of the optimizer's moments; before the first step zeros that the optimizer does not read."""
         ...
 
     def make_moments(self, num_steps: int) -> None:
@@ -57,10 +58,14 @@ def partitions_of(runtime: Runtime) -> Partitions:
 
 
 def _make_moments(optimizer: Any, keys: list[Tensor], num_steps: int) -> None:
+    kinds: tuple[str, ...] = MOMENTS
+    if isinstance(optimizer, torch.optim.SGD | Lion):
+        momentum = optimizer.defaults.get("momentum")
+        kinds = ("exp_avg",) if momentum is None else (("momentum_buffer",) if momentum else ())
     counts_in_python = not isinstance(optimizer, torch.optim.AdamW)
     for key in keys:
         step = num_steps if counts_in_python else torch.tensor(float(num_steps))
-        optimizer.state[key] = {"step": step, **{kind: torch.zeros_like(key.data) for kind in MOMENTS}}
+        optimizer.state[key] = {"step": step, **{kind: torch.zeros_like(key.data) for kind in kinds}}
 
 
 def _moment(optimizer: Any, key: Tensor, kind: str) -> Tensor:

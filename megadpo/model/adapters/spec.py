@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.families import HEAD, SCORE, logical_shapes
+from megadpo.model.families import HEAD, SCORE, logical_shapes, shard_parameters
 from megadpo.model.families.common import EMBEDDING
 
 if TYPE_CHECKING:
@@ -112,6 +112,18 @@ def adapter_shapes(shape: ModelShape, spec: AdapterSpec) -> dict[str, tuple[int,
             if spec.use_dora:
                 shapes[f"{module}.{MAGNITUDE}"] = size[:1]
     return shapes
+
+
+def fused_tensors(shape: ModelShape, spec: AdapterSpec | None) -> list[tuple[str, ...]]:
+    """Names of trained tensors that are one parameter in Megatron's layers: queries, keys and values, gate and up."""
+    layers = range(shape.num_layers)
+    shards = shard_parameters(shape, tensor_rank=0, num_tensor=1, layers=layers, has_embedding=True, has_head=True)
+    found = [tuple(dict.fromkeys(piece.logical_name for piece in shard.pieces)) for shard in shards]
+    if spec is not None:
+        adapted = frozenset(spec.modules)
+        modules = [[name.removesuffix(_WEIGHT) for name in names] for names in found]
+        found = [tuple(f"{module}.{A}" for module in names if module in adapted) for names in modules]
+    return [names for names in found if len(names) > 1]
 
 
 def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:

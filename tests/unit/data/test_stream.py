@@ -184,6 +184,23 @@ def test_a_pass_of_which_nothing_is_left_ends_the_run(options: DataConfig, bpe_d
         GroupStream(options_of(options, str(tmp_path / "a.jsonl"), bpe_dir)).next_groups(2)
 
 
+def test_a_data_set_on_the_hub_is_streamed_by_datasets(
+    options: DataConfig, bpe_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **how: Any) -> Any:
+        asked.append((names, how))
+        return datasets.IterableDataset.from_generator(lambda: iter(rows(5)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    stream = GroupStream(options_of(options, {"path": "nobody/nothing", "subset": "en"}, bpe_dir, buffer_size=1))
+    assert len(stream.next_groups(7)) == 7 and stream.position.num_passes == 1
+    assert asked == [(("nobody/nothing", "en"), {"split": "train", "streaming": True})] * 2
+
+
 def test_labels_that_are_all_the_same_are_refused_after_a_pass(options: DataConfig, bpe_dir: str) -> None:
     labelled = [{"prompt": "p", "completion": f" {n}", "label": True} for n in range(5)]
     found, job = tokenise_job(options, labelled, bpe_dir, Reading("labels"))

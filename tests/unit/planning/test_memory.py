@@ -87,6 +87,9 @@ STATES = [
     ({"number_bytes": 4}, 4, 4, 8 / 2),
     ({"engine": "deepspeed", "zero_stage": 2}, 2, 0, 12 / 2),
     ({"engine": "deepspeed", "zero_stage": 0, "number_bytes": 4}, 4, 4, 8),
+    ({"num_moments": 1.0}, 2, 4, 8 / 2),
+    ({"num_moments": 0.0, "engine": "deepspeed", "zero_stage": 1}, 2, 0, 4 / 2),
+    ({"trained_share": 0.5}, 2, 2, 6 / 2),
 ]
 
 

@@ -61,7 +61,7 @@ def test_every_field_of_trl_s_configuration_typed_as_a_key_is_ours_or_answered_w
         ("peft_config=x", "is adapter.kind here"),
         ("--pref-beta=0.1", "is objective.beta here"),
         ("policy.megatron_cfg.tensor_model_parallel_size=2", "is parallel.tensor here"),
-        ("push_to_hub=true", "has no counterpart here: nothing is uploaded"),
+        ("push_to_hub=true", "is hub.push here (OWNER/NAME)"),
     ],
 )
 def test_a_name_from_elsewhere_is_answered_with_ours(typed: str, said: str) -> None:

@@ -67,7 +67,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "schedule": "name reference split_pairs zero_bubble",
         "train": "steps epochs pairs_per_step tokens_per_micro_batch learning_rate min_learning_rate warmup_steps "
         "warmup_ratio schedule_cycles schedule_power decay_ratio decay_shape "
-        "schedule weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
+        "schedule optimizer momentum learning_rates freeze decay_norms_and_biases "
+        "neftune_alpha weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
         "recompute_num_layers hang_timeout "
         "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
         "eval": "every pairs at_start best_metric best_direction patience min_improvement",

@@ -1,0 +1,37 @@
+"""Parameters of a stage that are not trained, because a pattern of `train.freeze` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo.model.build import Stage
+from megadpo.model.by_name import names_in
+
+
+def freeze(stage: Stage, is_frozen: Callable[[str], bool]) -> None:
+    """Take out of `stage.parameters` those of which every part is frozen: they get no gradient and no optimizer state.
+
+    A parameter that holds several Hugging Face tensors (`linear_qkv`) of which some are frozen stays; the engine leaves
+    these parts as they are.
+
+    Args:
+        is_frozen: asked with Hugging Face names.
+    """
+    stage.held = dict(stage.parameters)
+    for name, (parameter, shard) in stage.held.items():
+        if all(is_frozen(logical) for logical in names_in(shard)):
+            parameter.requires_grad_(False)
+            del stage.parameters[name]
+    first = stage.models[0]
+    if first.pre_process and not any(p.requires_grad for p in first.embedding.parameters()):
+        # What a stage puts out must need a gradient though all of it may be frozen, and a checkpointed layer whose input
+        # needs none gives none to its parameters either.
+        first.embedding.register_forward_hook(_needs_gradient)
+
+
+def _needs_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output

@@ -14,7 +14,8 @@ from megadpo.config.schema import Config
 from megadpo.errors import UserError
 from megadpo.launch.foreign import ancestors
 from megadpo.launch.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, Request
-from megadpo.training import trainer
+from megadpo.metrics.best import Best
+from megadpo.training import held_out
 from megadpo.training.run import Callbacks, Run
 from megadpo.training.saving import SaveTimes
 from megadpo.training.stop import Deadline, Stopping, deadline_of
@@ -46,12 +47,12 @@ def test_an_evaluation_made_up_for_is_written_as_any_record_is(
 
         def close(self, has_failed: bool = False) -> None: ...
 
-    monkeypatch.setattr(trainer, "evaluation", lambda run: {"eval_loss": 0.5})
+    monkeypatch.setattr(held_out, "evaluation", lambda run: {"eval_loss": 0.5})
     run: Any = Run.__new__(Run)
     run.setup, run.sinks, run.metrics, run.callbacks = SimpleNamespace(config=Config()), [FullDisk()], {}, Callbacks()
-    run.setup.config.checkpoint.on_failed_write = on_failed_write
+    run.setup.config.checkpoint.on_failed_write, run.best, run.heard = on_failed_write, Best(), frozenset()
     with pytest.raises(UserError) if on_failed_write == "stop" else contextlib.nullcontext():
-        trainer.make_up_for_evaluation(run, 3)
+        held_out.evaluate_and_write(run, 3)
     assert ("without the metrics of step 3" in capsys.readouterr().err) == (on_failed_write == "skip")
     assert run.metrics == {"eval_loss": 0.5}
 

@@ -15,7 +15,6 @@ from megadpo.model.adapters.shards import LayerAdapter
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.adapters.vocabulary import VocabularyAdapter, adapt_embedding
 from megadpo.model.families import ParameterShard
-from megadpo.model.heads.logprob import LogProbHead
 from megadpo.model.weight_gradients import ColumnLinear, RowLinear
 
 REFERENCE_PREFIX = "reference_"
@@ -111,7 +110,7 @@ def _adapted_modules(
     by_name = {
         global_name(f"{name}.weight").removesuffix(".weight"): module
         for name, module in model.named_modules()
-        if isinstance(module, ColumnLinear | RowLinear | LogProbHead | VocabParallelEmbedding)
+        if isinstance(module, VocabParallelEmbedding) or hasattr(module, "use_adapter")
     }
     for layer in layers:
         yield by_name[layer.layer], layer
@@ -135,7 +134,7 @@ def _use(state: str, module: Any, layer: LayerAdapter, spec: AdapterSpec, switch
     of_vocabulary = VocabularyAdapter(projection.scaling, dropout, prefix)
     if isinstance(module, VocabParallelEmbedding):
         adapt_embedding(module, state, of_vocabulary, switch)
-    else:
+    else:  # the log-prob head
         module.use_adapter(state, of_vocabulary, switch)
 
 

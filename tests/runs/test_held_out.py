@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -80,20 +82,21 @@ def assert_is_export_of(output_dir: Path, step: int, scratch: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def _train(settings: dict[str, Any], times: int = 1) -> list[Any]:
+def _train(settings: dict[str, Any], times: int = 1) -> tuple[list[Any], str]:
+    """The results, and what the runs have said."""
     import megadpo
 
-    return [megadpo.train(settings) for _ in range(times)]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        results = [megadpo.train(settings) for _ in range(times)]
+    return results, said.getvalue()
 
 
 @pytest.mark.slow
-def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_finished_when_started_again(
-    files, tmp_path, capfd
-):
+def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_finished_when_started_again(files, tmp_path):
     run = tmp_path / "run"
     settings = overfitting(files, run, eval={"at_start": True}, logging={"tensorboard": True})
-    result, again = run_world(1, _train, settings, 2)[0]
-    records, said = read_metrics(run), capfd.readouterr().err
+    (result, again), said = run_world(1, _train, settings, 2)[0]
+    records = read_metrics(run)
     best = best_of(records)
     assert best > 1 and result.steps == best + PATIENCE < 20, "it became better, then worse"
     assert (result.best_step, result.ended is not None) == (best, True)
@@ -149,7 +152,7 @@ def test_the_best_checkpoint_is_exported_by_deepspeed_and_of_adapters(kind, file
         changes[kind] = {"parallel": {"engine": "deepspeed", "zero_stage": 2}, "model": {"dtype": "bf16"}}
     settings = overfitting(files, tmp_path / "run", **changes[kind])
     settings["eval"] |= {"best_metric": "seen_loss", "best_direction": "max"}  # what is learned is worst at the first step
-    (result,) = run_world(1, _train, settings)[0]
+    (result,), _ = run_world(1, _train, settings)[0]
     assert (result.best_step, result.steps, steps_in(tmp_path / "run")) == (1, 1 + PATIENCE, [1, 1 + PATIENCE])
     assert_is_export_of(tmp_path / "run", 1, tmp_path)
 

@@ -19,8 +19,7 @@ from megadpo.engine.host_moments import AdamWWithHostMoments
 from megadpo.engine.muon import MuonShard
 from megadpo.engine.optimizer import Piece
 from megadpo.engine.parameter_groups import Run, settings_of
-from megadpo.model.by_name import names_in
-from megadpo.model.families import ParameterShard
+from megadpo.model.families import ParameterShard, names_in
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
 from megadpo.platform.step_clock import TIMERS
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megadpo.config.schema import TrainConfig
-from megadpo.model.by_name import first_match, names_in
-from megadpo.model.families import ParameterShard
+from megadpo.model.by_name import first_match
+from megadpo.model.families import ParameterShard, names_in
 
 KEPT = {
     "adamw": ("exp_avg", "exp_avg_sq"),

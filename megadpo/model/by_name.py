@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from megadpo.errors import UserError
-from megadpo.model.families import ParameterShard
-from megadpo.model.families.common import EMBEDDING, HEAD
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:
@@ -57,10 +55,3 @@ def _kinds(names: Sequence[str]) -> list[str]:
     short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?|\.(weight|bias)$", "", name) for name in names)
     shown = list(dict.fromkeys(re.sub(r"experts\.\d+", "experts.N", name) for name in short))
     return shown if len(shown) <= 24 else [*shown[:24], "…"]
-
-
-def names_in(shard: ParameterShard) -> list[str]:
-    """Hugging Face names of the tensors that the shard has a part of, be it the padding of a vocabulary."""
-    if shard.pieces:
-        return list(dict.fromkeys(piece.logical_name for piece in shard.pieces))
-    return [EMBEDDING if shard.name.startswith("embedding") or not shard.is_primary else HEAD]

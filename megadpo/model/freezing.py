@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megadpo.model.build import Stage
-from megadpo.model.by_name import names_in
+from megadpo.model.families import names_in
 
 
 def freeze(stage: Stage, is_frozen: Callable[[str], bool]) -> None:

@@ -43,8 +43,7 @@ from megadpo.engine.parameter_groups import kept_of, settings_of
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
-from megadpo.model.by_name import names_in
-from megadpo.model.families import ParameterShard, TensorSource
+from megadpo.model.families import ParameterShard, TensorSource, names_in
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout

@@ -5,7 +5,7 @@ from megadpo.model.families.common import HEAD, SCORE, ExpertPlace, Family, Para
 from megadpo.model.families.heads import head_of, head_settings, tying_settings, untied, with_reward_head
 from megadpo.model.families.registry import FAMILIES, family_of
 from megadpo.model.families.shape import shape_of
-from megadpo.model.families.shards import logical_shapes, shard_parameters
+from megadpo.model.families.shards import logical_shapes, names_in, shard_parameters
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +21,7 @@ __all__ = [
     "head_of",
     "head_settings",
     "logical_shapes",
+    "names_in",
     "shape_of",
     "shard_parameters",
     "tying_settings",

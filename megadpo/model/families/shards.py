@@ -217,3 +217,10 @@ def _qkv_runs(shape: ModelShape, attention: str, kind: str) -> list[NamedRange]:
         runs.append((f"{attention}.q_proj.{kind}", group * heads, heads))
         runs += [(f"{attention}.{name}_proj.{kind}", group * head, head) for name in "kv"]
     return runs
+
+
+def names_in(shard: ParameterShard) -> list[str]:
+    """Hugging Face names of the tensors that the shard has a part of, be it the padding of a vocabulary."""
+    if shard.pieces:
+        return list(dict.fromkeys(piece.logical_name for piece in shard.pieces))
+    return [EMBEDDING if shard.name.startswith("embedding") or not shard.is_primary else HEAD]

@@ -88,7 +88,9 @@ def test_a_directory_without_a_config_is_said_what_it_is(files: tuple[str, ...],
 
 def test_of_nothing_known_nothing_is_said(tmp_path: Path) -> None:
     assert why_no_model(tmp_path) is None and why_no_model(tmp_path / "missing") is None
-    with pytest.raises(UserError, match=r"there is no directory .*missing; give a local Hugging Face model directory$"):
+    with pytest.raises(
+        UserError, match=r"there is no directory .*missing; give a local Hugging Face model directory, or an id of the Hub$"
+    ):
         check_is_directory(str(tmp_path / "missing"), "model.path")
 
 

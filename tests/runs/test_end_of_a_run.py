@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finish(files: Path, name: str, **changes: dict[str, Any]) -> tuple[int, str]:
     settings = run_settings(files, files / name, **{"train": STEPS | {"steps": 4}, **changes})
     (files / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    return finish_command(["train", str(files / f"{name}.yaml")], files)
+    return finish_command(["train", str(files / f"{name}.yaml")], files, SOME_API_KEY=CANARY)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -36,13 +36,10 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_end_says_time_results_files_and_how_to_load_them_also_of_a_finished_run(
-    files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_says_time_results_files_and_how_to_load_them_also_of_a_finished_run(files: Path) -> None:
     import torch
     import transformers
 
-    monkeypatch.setenv("SOME_API_KEY", CANARY)
     held_out = {"eval": str(files / "eval.jsonl")}
     changes = {"data": held_out, "eval": {"every": 2}, "logging": {"run_name": f"run {CANARY}"}}
     status, output = finish(files, "whole", **changes)

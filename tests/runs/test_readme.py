@@ -182,6 +182,11 @@ def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
             assert any(file.exists() for file in found), path
 
 
+def test_the_manual_s_order_names_every_page() -> None:
+    order = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert all(f"({page.name}" in order for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
 def sections(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

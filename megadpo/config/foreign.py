@@ -15,7 +15,7 @@ BATCH = "a step has train.pairs_per_step pairs in all, however many processes th
 STREAMS = "micro-batches are streams of tokens without padding"
 TORCHRUN = "processes are started by --nproc, torchrun, mpirun, srun or deepspeed: see docs/launching.md"
 ALWAYS = "always done"
-NO_HUB = "trackio's own settings say it: TRACKIO_SPACE_ID"
+SPACES = "trackio's own settings say it: TRACKIO_SPACE_ID"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
 DISPATCH = "each process reads the data itself, with data.streaming as well, and takes its share of a step's pairs"
@@ -169,9 +169,9 @@ TRAINER: Table = {
     ),
     "run_name": ("logging.run_name", ""),
     "project": ("logging.project", ""),
-    "trackio_space_id": ("", NO_HUB),
-    "trackio_bucket_id": ("", NO_HUB),
-    "trackio_static_space_id": ("", NO_HUB),
+    "trackio_space_id": ("", SPACES),
+    "trackio_bucket_id": ("", SPACES),
+    "trackio_static_space_id": ("", SPACES),
     "eval_strategy": ("eval.every", "in steps"),
     "evaluation_strategy": ("eval.every", "in steps"),
     "eval_steps": ("eval.every", ""),

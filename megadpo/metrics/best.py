@@ -20,6 +20,7 @@ class Best:
         is_more_better: whether more of it is better.
         patience: so many evaluations in a row may bring no improvement; None: any number.
         min_improvement: by how much an evaluation must be better than the best before it to be an improvement.
+        held_out: a digest of the pairs that are evaluated.
         found: step and value of each evaluation that was the best when it came, in order.
         num_without: evaluations since the last improvement.
     """
@@ -28,6 +29,7 @@ class Best:
     is_more_better: bool = False
     patience: int | None = None
     min_improvement: float = 0.0
+    held_out: str = ""
     found: list[tuple[int, float]] = field(default_factory=list)
     num_without: int = 0
 
@@ -69,12 +71,17 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What `load` takes, as JSON."""
-        return {"metric": self.metric, "found": [list(one) for one in self.found], "num_without": self.num_without}
+        found = [list(one) for one in self.found]
+        return {"metric": self.metric, **self._about(), "found": found, "num_without": self.num_without}
 
     def load(self, state: Mapping[str, Any]) -> bool:
-        """Go on from what `state` gave, where it is of the same metric; else from nothing. Whether it went on."""
-        if self.metric is None or state.get("metric") != self.metric:
+        """Go on from what `state` gave, where it is of the same metric, direction and pairs; else from nothing. Whether it
+        went on."""
+        if self.metric is None or state.get("metric") != self.metric or not self._about().items() <= state.items():
             return False
         self.found = [(int(step), float(value)) for step, value in state["found"]]
         self.num_without = int(state["num_without"])
         return True
+
+    def _about(self) -> dict[str, Any]:
+        return {"is_more_better": self.is_more_better, "held_out": self.held_out}

@@ -110,7 +110,6 @@ class ProgressSink:
                 self._say(f"step {record['step']}: {what} {describe(record, eval_prefix(name))}")
         if "loss" not in record:
             return
-        heartbeat.steady()
         step = int(record["step"])
         self._step, self._record, self._last = step, record, self._clock()
         if self._live is None and step >= min(self._next_plain_step, self._total_steps):

@@ -177,7 +177,7 @@ def build_stage(
         without_parameters(model)
     if adapter is not None and activations.recompute == "full" and _has_embedding(0):
         # A checkpointed layer whose input needs no gradient gives none to its parameters either.
-        models[0].embedding.register_forward_hook(_needs_gradient)
+        models[0].embedding.register_forward_hook(needs_gradient)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
     return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
@@ -196,7 +196,8 @@ def _freeze(
     return base
 
 
-def _needs_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def needs_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook: what the module puts out needs a gradient, whatever of it is frozen."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

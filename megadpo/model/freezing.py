@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from megadpo.model.build import Stage
+from megadpo.model.build import Stage, needs_gradient
 from megadpo.model.families import names_in
 
 
@@ -30,8 +26,4 @@ def freeze(stage: Stage, is_frozen: Callable[[str], bool]) -> None:
     if first.pre_process and not any(p.requires_grad for p in first.embedding.parameters()):
         # What a stage puts out must need a gradient though all of it may be frozen, and a checkpointed layer whose input
         # needs none gives none to its parameters either.
-        first.embedding.register_forward_hook(_needs_gradient)
-
-
-def _needs_gradient(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
+        first.embedding.register_forward_hook(needs_gradient)

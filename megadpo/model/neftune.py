@@ -137,3 +137,16 @@ def noise_added(stage: Stage) -> Iterator[None]:
         yield
     finally:
         stage.noise.is_on = False
+
+
+@contextlib.contextmanager
+def without_noise(stage: Stage) -> Iterator[None]:
+    """Within the block there is none, whatever the block around it says: of a reference that runs in the policy's stage."""
+    if stage.noise is None:
+        yield
+        return
+    was_on, stage.noise.is_on = stage.noise.is_on, False
+    try:
+        yield
+    finally:
+        stage.noise.is_on = was_on

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megadpo.console.activity import activity
@@ -24,6 +25,7 @@ FILES = (
 )
 """What is fetched of a model: tensors, JSON, the tokenizer and words about it; no code, no pickles."""
 LEFT_OUT = ("original/*", "*/*.safetensors", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.gguf", "*.onnx")
+OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 SECONDS_TO_ANSWER = 10.0
 
 
@@ -97,11 +99,12 @@ def fetched(path: str, setting: str, revision: str | None = None) -> str:
         ) from error
 
 
-def check_push(repository: str) -> str:
+def check_push(repository: str, is_private: bool) -> str:
     """Whether this machine can push: the name under which the Hub knows its token.
 
     Raises:
-        UserError: offline, no token, one that the Hub does not know or that may not write, or no Hub.
+        UserError: offline, no token, one that the Hub does not know or that may not write, no Hub, or a repository that is
+            there and public where a private one is asked for.
     """
     from huggingface_hub import HfApi, constants, errors, get_token
 
@@ -127,13 +130,30 @@ def check_push(repository: str) -> str:
         ) from error
     if ((known.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UserError(f"{asked}: this token may only read; make one that may write")
+    with contextlib.suppress(errors.HfHubHTTPError):  # there is none, or the push will say what is wrong
+        if is_private and HfApi().model_info(repository, token=token).private is False:
+            raise UserError(
+                f"{asked}: that repository is there and public, and hub.private is true; set hub.private to false, or name "
+                "another one"
+            )
     return str(known.get("name"))
 
 
-def push(directory: Path, repository: str, is_private: bool, revision: str | None, message: str) -> str:
+def push(
+    directory: Path,
+    repository: str,
+    is_private: bool,
+    revision: str | None,
+    message: str,
+    replaced: Mapping[str, bytes] | None = None,
+) -> str:
     """Push every file of a directory as one commit; the address of the repository, which is made where it is not there.
 
+    Weights, their index and an adapter's settings that the repository has and the directory has not are deleted there: with
+    what is pushed they would make another model.
+
     Args:
+        replaced: files that are pushed with other contents than those of the directory.
         revision: a branch, made where it is not there; None: `main`.
 
     Raises:
@@ -147,10 +167,30 @@ def push(directory: Path, repository: str, is_private: bool, revision: str | Non
             address = api.create_repo(repository, private=is_private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=directory, revision=revision, commit_message=message)
+            with _replacing(directory, replaced or {}) as folder:
+                api.upload_folder(
+                    repo_id=repository,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=message,
+                    delete_patterns=list(OF_A_MODEL),
+                )
     except Exception as error:
         raise UserError(f"{directory} was not pushed to {repository}: {reason(error)}") from error
     return str(address)
+
+
+@contextlib.contextmanager
+def _replacing(directory: Path, replaced: Mapping[str, bytes]) -> Iterator[Path]:
+    """A directory of links to the files of another, but for those that have other contents."""
+    with tempfile.TemporaryDirectory(prefix="megadpo-push-") as temporary:
+        folder = Path(temporary)
+        for path in (path for path in directory.rglob("*") if path.is_file()):
+            link = folder / path.relative_to(directory)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            contents = replaced.get(path.relative_to(directory).as_posix())
+            link.symlink_to(path.absolute()) if contents is None else link.write_bytes(contents)
+        yield folder
 
 
 @contextlib.contextmanager

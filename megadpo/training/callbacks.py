@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,11 +140,11 @@ def is_no(answer: Any) -> bool:
     return isinstance(answer, bool | np.bool_) and not answer
 
 
-def checked_metrics(given: Any, prefix: str, known: Mapping[str, float]) -> Metrics:
+def checked_metrics(given: Any, prefix: str, known: Container[str]) -> Metrics:
     """What `compute_metrics` has returned, each name behind `prefix` unless it has that already.
 
     Args:
-        known: the set's metrics that there are.
+        known: names of metrics that there are, of any set.
 
     Raises:
         UserError: it is no mapping of names to numbers, or a name is one that there is.

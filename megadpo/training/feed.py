@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from megadpo.data.batches.bin_packing import IntArray
 from megadpo.data.batches.packed_dataset import PackedDataset
@@ -14,6 +17,8 @@ from megadpo.data.batches.sampler import StepSampler
 from megadpo.data.rows.report import MOST_NAMED, DataReport
 from megadpo.data.rows.stream import GroupStream, Position, StreamOptions
 from megadpo.data.store import GroupStore
+from megadpo.errors import UserError
+from megadpo.platform.device import compute_device
 
 if TYPE_CHECKING:
     from megadpo.training.setup import RunSetup
@@ -93,6 +98,23 @@ def feed_of(setup: RunSetup) -> StoredFeed | StreamFeed:
     return StreamFeed(
         setup.stream, lambda groups: checked_packing(setup.config, groups, setup.policy, setup.layout), pairs_per_step
     )
+
+
+def require_same_groups(groups: GroupStore) -> None:
+    """That every rank has drawn the same groups from a stream, which each of them reads for itself. Collective.
+
+    Raises:
+        UserError: they have not, on every rank.
+    """
+    drawn = float(zlib.crc32(groups.digest.encode()))
+    ends = torch.tensor([drawn, -drawn], dtype=torch.float64, device=compute_device())
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    largest, smallest = ends.tolist()
+    if largest != -smallest:
+        raise UserError(
+            "data.train gave other rows to some processes than to others; files must not change while they are streamed, "
+            "and an IterableDataset must give every process the same rows: give its shuffle a seed"
+        )
 
 
 def news(before: Position | None, now: Position) -> list[str]:

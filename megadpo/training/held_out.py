@@ -89,7 +89,7 @@ def evaluation(run: Run) -> Metrics:
     run.progress.begin("evaluating")
     found: Metrics = {}
     for name, packing in run.setup.eval.items():
-        of_set = _of_set(run, name, packing)
+        of_set = _of_set(run, name, packing, found)
         if of_set is None:
             run.evaluation_due = True
             return {}
@@ -98,8 +98,8 @@ def evaluation(run: Run) -> Metrics:
     return found
 
 
-def _of_set(run: Run, name: str, packing: PackedDataset) -> Metrics | None:
-    """Loss, rewards and so on of one set; None where the run is to stop."""
+def _of_set(run: Run, name: str, packing: PackedDataset, others: Metrics) -> Metrics | None:
+    """Loss, rewards and so on of one set, beside those of `others`; None where the run is to stop."""
     setup, objective, started = run.setup, run.setup.objective, time.perf_counter()
     num_groups, at_once = len(packing.groups), setup.config.train.pairs_per_step
     normalisers = normalisers_of(packing.groups, range(num_groups))
@@ -117,7 +117,7 @@ def _of_set(run: Run, name: str, packing: PackedDataset) -> Metrics | None:
     prefix = eval_prefix(name)
     metrics = reduce_metrics(metric_sums, objective, prefix)
     metrics[f"{prefix}seconds"] = time.perf_counter() - started
-    return metrics if table_RC is None else metrics | _own_metrics(run, name, packing, table_RC, metrics)
+    return metrics if table_RC is None else metrics | _own_metrics(run, name, packing, table_RC, metrics, others)
 
 
 def _noting(run: Run, packing: PackedDataset, table_RC: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], None]:
@@ -136,7 +136,9 @@ def _noting(run: Run, packing: PackedDataset, table_RC: Tensor) -> Callable[[Mic
     return note
 
 
-def _own_metrics(run: Run, name: str, packing: PackedDataset, table_RC: Tensor, metrics: Metrics) -> Metrics:
+def _own_metrics(
+    run: Run, name: str, packing: PackedDataset, table_RC: Tensor, metrics: Metrics, others: Metrics
+) -> Metrics:
     """What the user's function makes of a set.
 
     Args:
@@ -165,7 +167,8 @@ def _own_metrics(run: Run, name: str, packing: PackedDataset, table_RC: Tensor, 
             metrics={metric.removeprefix(eval_prefix(name)): value for metric, value in metrics.items()},
         )
         assert run.callbacks.compute_metrics is not None
-        found.update(checked_metrics(run.callbacks.compute_metrics(evaluated), eval_prefix(name), metrics))
+        known = {*metrics, *metrics_of_evaluation(run.setup.config), *others}
+        found.update(checked_metrics(run.callbacks.compute_metrics(evaluated), eval_prefix(name), known))
 
     problem = first_problem(problem_of(compute) if rank() == 0 else None)
     if problem is not None:

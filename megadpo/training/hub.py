@@ -1,14 +1,12 @@
-"""What a run takes from the Hugging Face Hub and gives to it."""
+"""What a run takes from the Hugging Face Hub, and whether it may give to it."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from megadpo.config.schema import Config, copy_config
 from megadpo.console.heartbeat import write_line
 from megadpo.errors import UserError
 from megadpo.parallel.world import rank
-from megadpo.platform.hub import check_push, fetched, means_hub, push
+from megadpo.platform.hub import check_push, fetched, means_hub
 
 FETCHED = (("model", "path"), ("reference", "path"), ("adapter", "path"), ("reference", "adapter"))
 """Options that may name a model or an adapter on the Hub."""
@@ -44,23 +42,4 @@ def require_hub(config: Config) -> None:
         UserError: it cannot.
     """
     if config.hub.push is not None and rank() == 0:
-        write_line(f"the model will be pushed to {config.hub.push}, by {check_push(config.hub.push)}")
-
-
-def pushed(config: Config, directory: Path) -> str | None:
-    """Push what was exported, where that is asked for, on rank 0: its address; None where nothing was pushed.
-
-    A failure is told and ends nothing: the files are here.
-    """
-    hub = config.hub
-    if hub.push is None or rank() != 0:
-        return None
-    try:
-        address = push(directory, hub.push, hub.private, hub.revision, f"Trained with megadpo ({directory.parent.name})")
-    except UserError as error:
-        write_line(
-            f"warning: {error}; it is complete here: the same command pushes again, or `hf upload {hub.push} {directory}`"
-        )
-        return None
-    write_line(f"pushed to {address}{f', branch {hub.revision}' if hub.revision else ''}")
-    return address
+        write_line(f"the model will be pushed to {config.hub.push}, by {check_push(config.hub.push, config.hub.private)}")

@@ -42,7 +42,7 @@ def with_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "")
     """The set-up with a card among what is exported beside the weights, where `logging.model_card` asks for one.
 
     Args:
-        metrics: the last ones of every name.
+        metrics: of the model that is exported, and its step.
         exported: whose the model is, where it is not that of the planned last step: a sentence.
     """
     if not setup.config.logging.model_card:
@@ -67,7 +67,7 @@ def model_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = ""
         "## How to load it\n\n```python\n" + _loading(setup) + "\n```",
         "## Data\n\n" + _table(("", "sources", "rows used"), list(_data(setup))),
         "## Objective\n\n" + _table(("option", "value"), list(_objective(setup.config))),
-        "## Training\n\n" + _table(("", ""), list(_training(setup))),
+        "## Training\n\n" + _table(("", ""), list(_training(setup, int(metrics.get("step", setup.num_steps))))),
         "## Results\n\n"
         + (f"{exported}\n\n" if exported else "")
         + _table(("metric", "at the end"), list(_results(metrics))),
@@ -92,7 +92,7 @@ def _front_matter(setup: RunSetup, base: str) -> str:
     found: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-classification" if setup.objective.has_reward_head else "text-generation",
-        "base_model": base,
+        **({} if base_is_local(setup) else {"base_model": base}),
         "tags": [*dict.fromkeys([*tags, "preference-training"])],
     }
     if datasets := [name for name in dict.fromkeys(_source_names(setup.config.data.train)) if is_id(name)]:
@@ -163,7 +163,7 @@ def _reference(config: Config) -> str:
     return "the base" if reference.path in (None, config.model.path) else f"`{public_path(reference.path)}`"
 
 
-def _training(setup: RunSetup) -> Iterator[tuple[str, str]]:
+def _training(setup: RunSetup, num_steps: int) -> Iterator[tuple[str, str]]:
     config, train = setup.config, setup.config.train
     shapes = logical_shapes(setup.policy.shape)
     whole, trained = (sum(map(math.prod, sizes.values())) for sizes in (shapes, setup.trained_shapes))
@@ -174,7 +174,7 @@ def _training(setup: RunSetup) -> Iterator[tuple[str, str]]:
         yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}"
     if config.model.quantization != "none":
         yield "frozen weights", config.model.quantization
-    yield "steps", f"{setup.num_steps:,} of {train.pairs_per_step:,} {setup.reports['train'].noun}s"
+    yield "steps", f"{num_steps:,} of {train.pairs_per_step:,} {setup.reports['train'].noun}s"
     yield (
         "learning rate",
         f"{train.learning_rate:g}, {train.schedule}, {train.num_warmup_steps(setup.num_steps):,} steps of warm-up",
@@ -221,7 +221,11 @@ def public_path(path: Any) -> str:
 
 
 def public_text(text: str) -> str:
-    """A text in which of every absolute path only the last part stands."""
+    """A text in which of every path only the last part stands; ids of the Hub and addresses stay."""
+    if "/" in text and "://" not in text and not re.search(r"[\s<>\[\]{},;'\"]", text):
+        return public_path(text)
+    if text.startswith(("[", "{")) and "<" not in text:  # a list of sources on the command line
+        return re.sub(r"[^\s\[\]{},;'\"]+/[^\s\[\]{},;'\"]*", lambda found: public_text(found[0]), text)
     if text.startswith(("/", "~")):
         return public_path(text) if not re.search(r"[\[\]{},'\"]", text) else _without_directories(text)
     return _without_directories(text)
@@ -230,7 +234,7 @@ def public_text(text: str) -> str:
 def _without_directories(text: str) -> str:
     home = str(Path.home())
     text = text.replace(home, "~") if len(home) > 1 else text
-    return re.sub(r"(?<![\w.:/-])~?/(?:[^\s/'\",;=\[\]{}()]+/)*([^\s/'\",;=\[\]{}()]+)/?", r"\1", text)
+    return re.sub(r"(?<![\w.:/<-])~?/(?:[^\s/'\",;=\[\]{}()]+/)*([^\s/'\",;=\[\]{}()]+)/?", r"\1", text)
 
 
 def _configuration(config: Config) -> str:

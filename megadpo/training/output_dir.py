@@ -34,6 +34,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
         "pairs_per_step",
         "learning_rate",
         "min_learning_rate",
+        *("learning_rates", "momentum", "decay_norms_and_biases", "neftune_alpha"),
         *("warmup_steps", "warmup_ratio"),
         *("schedule", "schedule_cycles", "schedule_power", "decay_ratio", "decay_shape"),
         "weight_decay",

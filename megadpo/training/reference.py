@@ -28,6 +28,7 @@ from megadpo.data.store import GroupStore
 from megadpo.model.adapters.attach import adapters_off, reference_adapters
 from megadpo.model.build import Stage, add_reference_adapters, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.neftune import without_noise
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, keep_originals, load_weights
 from megadpo.parallel.context import on_device
@@ -278,7 +279,7 @@ def within_reference(
 
     @contextlib.contextmanager
     def within() -> Iterator[None]:
-        with turned(policy.models), policy.logps_only():
+        with turned(policy.models), policy.logps_only(), without_noise(policy):
             yield
 
     return within

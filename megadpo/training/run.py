@@ -49,7 +49,7 @@ class Result:
         output_dir: the run's directory.
         pushed_to: the address of the repository on the Hub that the model was pushed to, on rank 0; None: it was not.
         best_step: with `eval.best_metric`, the step of the best evaluation, whose model is exported. None: it is the last.
-        best_metric: the metric there.
+        best_value: the metric there.
         ended: why the run has ended before its last step, by `eval.patience` or a callback; None: it has not.
     """
 
@@ -59,7 +59,7 @@ class Result:
     output_dir: Path
     pushed_to: str | None = None
     best_step: int | None = None
-    best_metric: float | None = None
+    best_value: float | None = None
     ended: str | None = None
 
 
@@ -139,6 +139,8 @@ class Run:
             return replace(batch, position=found.position)
 
         self.best = best_of(setup.config)
+        sets = ((name, packing.groups) for name, packing in setup.eval.items())
+        self.best.held_out = ", ".join(f"{name}:{groups.digest}:{len(groups)}" for name, groups in sets)
         self.feed, self.groups = feed_of(setup), setup.train.groups
         self.spikes = SpikeWatch(setup.config.train.spike_deviations)
         self.batches = Prefetcher(pack, setup.num_steps)
@@ -200,7 +202,7 @@ class Run:
         Raises:
             UserError: something cannot be written, unless the run `has_failed` for another reason.
         """
-        self.batches.close()
+        self.batches.close(at_once or has_failed)
         self.profile.close()
         if not has_failed:
             self.figures.close()

@@ -180,7 +180,7 @@ def resume(run: Run) -> int:
         run.feed.go_on(state.step, run.position)
         if run.position is not None:
             log(f"data.train goes on after {counted(run.position.report.num_rows, 'row')}")
-        else:
+        elif state.step > 0:
             log("warning: data.train is read from its beginning again: the checkpoint is of another stream, or of none")
     torch.set_rng_state(state.random_state)
     _resume_best(run, state)
@@ -260,7 +260,7 @@ def export_policy(run: Run) -> Path:
     Raises:
         UserError: a disk is full or refuses; the earlier export is as it was.
     """
-    setup, directory = with_card(run.setup, run.metrics, exported_text(run)), run.setup.output_dir / "hf"
+    setup, directory = with_card(run.setup, _metrics_of_exported(run), exported_text(run)), run.setup.output_dir / "hf"
     watch, export = FiniteWatch(), export_files(setup, parallel_state.get_pipeline_model_parallel_rank())
     is_first, tensors = dist.get_rank() == 0, _whole_tensors(run, watch)
     problem = first_problem(problem_of(lambda: begin(directory)) if is_first else None)
@@ -283,6 +283,14 @@ def export_policy(run: Run) -> Path:
     if problem is not None:
         raise UserError(f"the trained model is not exported: {problem}")
     return directory
+
+
+def _metrics_of_exported(run: Run) -> dict[str, float]:
+    """The last step's metrics, or, of an earlier model, the one that it was chosen by."""
+    best = run.record.best
+    if not best or best["best_step"] == run.record.last_step:
+        return run.metrics
+    return {"step": best["best_step"], best["best_metric"]: best["best_value"]}
 
 
 def exported_text(run: Run) -> str:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -51,14 +51,9 @@ from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.logging import check_logging
 from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
-from megadpo.validation.model import (
-    check_adapters,
-)
-from megadpo.validation.optimizer import check_optimizer_machine, check_optimizer_names
+from megadpo.validation.model import check_adapters
+from megadpo.validation.optimizer import check_frozen_stages, check_optimizer_machine, check_optimizer_names
 from megadpo.validation.quantization import check_quantization_machine
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -185,6 +180,8 @@ def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
         search = Search.of(config, adapter_shapes(policy.shape, adapter.spec), inputs, num_steps, settings)
     fused = fused_tensors(policy.shape, None if adapter is None else adapter.spec)
     check_optimizer_names(config, search.shapes, fused)
+    if config.parallel.engine == "deepspeed":
+        check_frozen_stages(config.train, search.shapes, layout.layers_of_chunks(policy.shape.num_layers))
     with activity("looking for a checkpoint"):
         origin = Origin(None) if config.checkpoint.resume == "never" else find_checkpoint(search)
     make_output_dir(output_dir)

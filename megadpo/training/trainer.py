@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity
-from megadpo.console.heartbeat import speaking
+from megadpo.console.heartbeat import speaking, steady
 from megadpo.data.rows.report import counted
 from megadpo.launch.signals import Stopped, noting
 from megadpo.launch.worker import FAILURE_FILE
@@ -39,10 +39,11 @@ from megadpo.training.callbacks import RunInfo
 from megadpo.training.console import log, log_adapter, log_origin, log_setup
 from megadpo.training.decomposition import begin_with_parts
 from megadpo.training.ending import save_where_due, stopped
-from megadpo.training.hub import pushed
+from megadpo.training.feed import require_same_groups
 from megadpo.training.inputs import quantization_text
 from megadpo.training.lr_schedule import learning_rate_at
 from megadpo.training.output_dir import owned_output_dir, remove_leftovers, write_config
+from megadpo.training.pushing import pushed
 from megadpo.training.resume import settle_checkpoint
 from megadpo.training.run import Callbacks, Metrics, Result, Run, call
 from megadpo.training.run_record import recorded
@@ -112,8 +113,9 @@ def run_training(config: Config, callbacks: Callbacks | None = None, objective: 
                 raise
             run.close()
             result = export(run)
-    tell_end(setup, run.record.first_step, time.time() - began, result)
-    return replace(result, pushed_to=pushed(setup.config, result.model_path))
+        tell_end(setup, run.record.first_step, time.time() - began, result)
+        request.is_deferred = False  # a push may be broken off: nothing is lost by it
+        return replace(result, pushed_to=pushed(setup, result.model_path))
 
 
 def announce(number: signal.Signals) -> None:
@@ -249,6 +251,7 @@ def training_loop(run: Run) -> Metrics:
         run.progress.begin("first step" if step == first_step else f"step {step + 1}")
         run.profile.before(step + 1)
         record = training_step(run, step)
+        steady()
         run.progress.begin("between steps")
         run.stopping.step_took(record["step_seconds"])
         done = run.record.last_step = step + 1
@@ -336,6 +339,8 @@ def training_step(run: Run, step: int) -> Metrics:
     with run.figures.step():
         batch = run.batches.get(step)
         run.take(batch)
+        if setup.stream is not None:
+            require_same_groups(run.groups)
         result = optimizer_step(
             run.engine,
             run.references.train,
@@ -395,4 +400,4 @@ def export(run: Run) -> Result:
         log(f"{directory} is the model of step {chosen}, the best by {best.metric} ({value:.6g}); the last step is {last}")
     log(f"trained model: {directory}")
     ended = run.record.why = None if run.ended is None else run.ended.why
-    return Result(run.metrics, last, directory, setup.output_dir, best_step=chosen, best_metric=value, ended=ended)
+    return Result(run.metrics, last, directory, setup.output_dir, best_step=chosen, best_value=value, ended=ended)

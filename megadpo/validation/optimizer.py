@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
@@ -195,6 +196,30 @@ def check_optimizer_names(config: Config, shapes: Mapping[str, Any], fused: Iter
     if config.parallel.engine == "deepspeed":
         for together in fused:
             _check_alike(train, together)
+
+
+def check_frozen_stages(train: TrainConfig, names: Iterable[str], layers_of_stages: Sequence[Sequence[int]]) -> None:
+    """Under DeepSpeed, something is trained on each stage: its optimizer takes no empty list.
+
+    Args:
+        names: what is trained, by Hugging Face name, `train.freeze` left out of account.
+        layers_of_stages: numbers of each stage's layers.
+
+    Raises:
+        UserError: a stage is wholly frozen.
+    """
+    last = len(layers_of_stages) - 1
+    stage_of_layer = {layer: stage for stage, layers in enumerate(layers_of_stages) for layer in layers}
+    trained = set()
+    for name in (name for name in names if first_match(train.freeze, name) is None):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        trained.add(stage_of_layer[int(layer[1])] if layer else 0 if name.startswith("model.embed_tokens") else last)
+    frozen = [stage for stage in range(last + 1) if stage not in trained]
+    if frozen:
+        raise UserError(
+            f"{FREEZE} leaves nothing to train on stage {frozen[0]} of the pipeline, where parallel.engine deepspeed has "
+            "no optimizer; use megatron or fewer stages, or leave something of it out"
+        )
 
 
 def _check_alike(train: TrainConfig, together: tuple[str, ...]) -> None:

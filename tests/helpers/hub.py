@@ -130,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 repository.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del repository.files[line["value"]["path"]]
         repository.pushed_to.append(branch)
         url = f"{self.hub.endpoint}/{name}/commit/{COMMIT}"
         self._answer(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
@@ -145,7 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": file} for file in repository.files]
             self._answer(
-                200, {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+                200,
+                {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": siblings,
+                    "private": repository.is_private,
+                    "tags": [],
+                    "downloads": 0,
+                },
             )
 
     def _file(self, path: str) -> None:

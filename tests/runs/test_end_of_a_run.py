@@ -57,7 +57,12 @@ def test_the_end_says_time_results_files_and_how_to_load_them_also_of_a_finished
 
     card = (run / "hf" / "README.md").read_text()
     matter = front_matter(card)
-    assert matter["library_name"] == "transformers" and matter["base_model"] == "model" and matter["license"] == "apache-2.0"
+    assert (
+        matter["library_name"] == "transformers"
+        and "base_model" not in matter
+        and "trained from `model`" in card
+        and matter["license"] == "apache-2.0"
+    )
     assert "sigmoid" in matter["tags"] and "# run ***" in card
     assert "| training | `train.jsonl` | 40 of 40 pairs |" in card and "| held out | `eval.jsonl` | 12 of 12 pairs |" in card
     assert "`eval_rewards/accuracies`" in card and "| torch | " in card and "| `beta` | `0.1` |" in card
@@ -111,6 +116,9 @@ def test_paths_of_this_machine_are_shortened_to_names(monkeypatch: pytest.Monkey
     )
     assert command_line(["train.py"]) == "# megadpo.train(…) in train.py"
     assert public_text("https://host/path/x.json and /home/jane/y.json") == "https://host/path/x.json and y.json"
+    assert public_text("../clients/acme/p.jsonl") == "p.jsonl" and public_text("acme/pairs") == "acme/pairs"
+    assert public_text("[../clients/a.jsonl, {path: x/y/b.jsonl}, acme/c]") == "[a.jsonl, {path: b.jsonl}, acme/c]"
+    assert public_text("{% if x %}</s>{% endif %}") == "{% if x %}</s>{% endif %}"
     snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123"
     assert public_path(snapshot) == "acme/tiny" and public_path("acme/pairs") == "acme/pairs"
     assert public_path("/home/jane/x/") == "x"

@@ -100,7 +100,7 @@ def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_f
     best = best_of(records)
     assert best > 1 and result.steps == best + PATIENCE < 20, "it became better, then worse"
     assert (result.best_step, result.ended is not None) == (best, True)
-    assert result.best_metric == next(record[METRIC] for record in records if record["step"] == best)
+    assert result.best_value == next(record[METRIC] for record in records if record["step"] == best)
     assert steps_in(run) == [best, result.steps], "the best one stays beyond checkpoint.keep"
     assert_is_export_of(run, best, tmp_path)
 
@@ -190,7 +190,7 @@ def test_a_callback_ends_the_run_on_all_ranks_and_own_metrics_see_every_pair(end
     results = run_world(2, _with_callbacks, settings, ends_in)
     (result, heard), (other, silent) = results
     assert silent == [] and heard[0] == (20, 0, "run", True)
-    assert (result.steps, result.best_step, result.best_metric) == (other.steps, other.best_step, other.best_metric)
+    assert (result.steps, result.best_step, result.best_value) == (other.steps, other.best_step, other.best_value)
     assert (result.steps, result.best_step, result.ended) == (
         2,
         2,

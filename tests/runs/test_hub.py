@@ -3,6 +3,7 @@ once, and a token that is seen nowhere."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,12 +80,16 @@ def test_a_run_takes_its_model_from_the_hub_and_gives_what_it_trained(hub: Hub, 
     assert {"model.safetensors", "README.md", "config.json"} <= exported.keys(), "all of it is there"
 
     hub.refuses_commits = False
+    hub.repositories["acme/trained"].files |= {"adapter_config.json": b"{}", "old.safetensors": b"x", "notes.txt": b"kept"}
     status, again = finish(hub, files, "run", **options)
     assert status == 0 and "nothing is left to train" in again, again
     assert f"megadpo: pushed to {hub.endpoint}/acme/trained, branch first-try" in again
     repository = hub.repositories["acme/trained"]
     assert repository.is_private and repository.pushed_to == ["first-try"]
-    assert repository.files == {path.name: path.read_bytes() for path in (files / "run" / "hf").iterdir()}, "byte by byte"
+    assert repository.files.pop("notes.txt") == b"kept"
+    assert repository.files == {path.name: path.read_bytes() for path in (files / "run" / "hf").iterdir()}, (
+        "byte by byte, and nothing of another model"
+    )
 
     snapshot = yaml.safe_load((files / "run" / "config.yaml").read_text())["model"]["path"]
     assert snapshot.endswith(f"models--acme--tiny/snapshots/{COMMIT}") and id_of_snapshot(snapshot) == "acme/tiny"
@@ -107,7 +112,7 @@ try:
 except UserError as error:
     print("refused:", error)
 """
-PUSH, FETCH = 'hub.check_push("acme/out")', 'hub.fetched({!r}, "model.path", {!r})'
+PUSH, FETCH = 'hub.check_push("acme/out", True)', 'hub.fetched({!r}, "model.path", {!r})'
 
 
 @pytest.mark.slow
@@ -186,3 +191,23 @@ def test_a_path_means_the_hub_only_where_nothing_is_here(tmp_path: Path, monkeyp
     for path in ("tiny", "/acme/tiny", "./acme/tiny", "a/b/c", "acme/tiny.git", "acme/a--b", "~/tiny", ""):
         assert not means_hub(path), path
     assert is_id("Qwen/Qwen2.5-0.5B-Instruct") and id_of_snapshot("/x/snapshots/1") is None
+
+
+@pytest.mark.slow
+def test_an_adapter_is_pushed_with_its_base_as_others_know_it(hub: Hub, files: Path) -> None:
+    options = {"hub": {"push": "acme/adapter"}, "adapter": {"kind": "lora", "rank": 4}}
+    status, output = finish(hub, files, "adapter", **options)
+    assert status == 0, output
+    pushed = json.loads(hub.repositories["acme/adapter"].files["adapter_config.json"])
+    assert (pushed["base_model_name_or_path"], pushed["revision"]) == ("acme/tiny", COMMIT)
+    here = json.loads((files / "adapter" / "hf" / "adapter_config.json").read_text())
+    assert Path(here["base_model_name_or_path"]).is_dir(), "here it is loaded from the cache"
+
+
+def test_a_public_repository_is_not_pushed_to_where_a_private_one_is_asked_for(hub: Hub, files: Path) -> None:
+    hub.add("acme/out", files / "model")
+    for is_private, said in ((True, "refused: hub.push acme/out: that repository is there and public"), (False, "somebody")):
+        call = f'hub.check_push("acme/out", {is_private})'
+        command = [sys.executable, "-c", ASKED, call]
+        done = subprocess.run(command, env=environment(hub, files), capture_output=True, text=True, timeout=120)
+        assert done.stdout.startswith(said), done.stdout + done.stderr

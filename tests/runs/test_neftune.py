@@ -63,6 +63,17 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
     assert resumed == whole
 
 
+@pytest.mark.slow
+def test_a_reference_that_runs_in_the_policy_s_bubbles_has_no_noise(files, tmp_path):
+    """It is the policy's own stage without adapters, whose forwards lie between those that have noise."""
+    sections = {"adapter": {"kind": "lora", "rank": 4}, "parallel": {"pipeline": 2}, "train": {"steps": 2}}
+    schedules = {"before": {"name": "1f1b"}, "interleaved": {"name": "1f1b", "reference": "interleaved"}}
+    runs = [settings_of(files, tmp_path / name, schedule=schedule, **sections) for name, schedule in schedules.items()]
+    before, interleaved = run_world(2, train_each, runs)[0]
+    for name in ("loss", "rewards/chosen", "rewards/margins", "grad_norm"):
+        assert [record[name] for record in interleaved] == pytest.approx([record[name] for record in before], rel=1e-6)
+
+
 def test_held_out_pairs_and_the_reference_have_no_noise(files, tmp_path):
     """At a rate of 0 only what is trained on sees any: a margin that is not 0 is the noise's."""
     train, data = {"learning_rate": 0.0, "steps": 1}, {"eval": str(files / "eval.jsonl")}

@@ -95,7 +95,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence(files, tmp_p
     for train, words in (
         ({"optimizer": "lion", "freeze": ["k_proj"]}, "is of a run with train.optimizer sgd, and this one has lion; set it"),
         ({"optimizer": "sgd"}, r"is of a run with train.freeze ['k_proj'], and this one has []; set it alike"),
-        ({"optimizer": "sgd", "momentum": 0, "freeze": ["k_proj"]}, "with train.momentum above 0, and this one has 0;"),
+        (
+            {"optimizer": "sgd", "momentum": 0, "freeze": ["k_proj"]},
+            "holds a different run (train.momentum was None, now 0.0)",
+        ),
     ):
         (said,) = run_world(1, _goes_on, files, tmp_path, train)
         assert words in said, said
@@ -136,6 +139,11 @@ def test_layers_that_are_computed_again_learn_above_a_frozen_embedding(files, tm
             {"freeze": ["k_proj"]},
             {"engine": "deepspeed"},
             r"train\.freeze treats .*q_proj.* and .*k_proj.* differently",
+        ),
+        (
+            {"freeze": ["embed_tokens", r"layers\.0\..*"]},
+            {"engine": "deepspeed", "pipeline": 2},
+            r"train\.freeze leaves nothing to train on stage 0 of the pipeline, where parallel.engine deepspeed has no",
         ),
         ({"learning_rates": {"up_proj": 1e-3}}, {"engine": "deepspeed"}, r"train\.learning_rates treats .*gate_proj.* and"),
     ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megadpo.errors import UserError
 from tests.helpers.runs import (
     assert_same_weights,
     read_metrics,
@@ -41,6 +43,27 @@ def settings(files: Path, output_dir: Path, data: dict[str, Any], **changes: Any
 
 def without_epoch(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if name != "epoch"} for record in records]
+
+
+def test_processes_that_draw_other_rows_end_with_a_sentence(files: Path, tmp_path: Path) -> None:
+    for said in run_world(2, _train_on_own_rows, files, tmp_path):
+        assert said.startswith("data.train gave other rows to some processes than to others"), said
+
+
+def _train_on_own_rows(files: Path, output_dir: Path) -> str:
+    """Every process reads a file of its own under the same name."""
+    rank = int(os.environ["RANK"])
+    own = output_dir / str(rank)
+    own.mkdir()
+    rows = (files / "train.jsonl").read_text().splitlines()
+    (own / "train.jsonl").write_text("\n".join(rows[: len(rows) - rank][::-1]))
+    os.chdir(own)
+    made = settings(files, output_dir / "out", {**STREAMED, "train": "train.jsonl"}, train={"steps": 2, "pairs_per_step": 4})
+    try:
+        train_run(made)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_a_stream_in_the_file_s_order_is_bit_for_bit_the_stored_run_over_two_passes(files: Path, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ class Prefetcher(Generic[T]):
         assert self._next is not None
         return self._next[1].result()
 
-    def close(self) -> None:
-        """End the thread: a call of `make` that is running is finished and its result dropped."""
-        self._pool.shutdown(cancel_futures=True)
+    def close(self, at_once: bool = False) -> None:
+        """End the thread: a call of `make` that is running is finished, which is waited for unless `at_once`."""
+        self._pool.shutdown(wait=not at_once, cancel_futures=True)
 
     def __enter__(self) -> Prefetcher[T]:
         return self

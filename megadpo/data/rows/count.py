@@ -23,7 +23,8 @@ def cheap_count(sources: Sequence[Source]) -> int | None:
 
 def _count_of(source: Source) -> int | None:
     if not isinstance(source.path, str):
-        return getattr(source.path, "num_rows", None) if isinstance(getattr(source.path, "num_rows", None), int) else None
+        num_rows = getattr(source.path, "num_rows", None)
+        return num_rows if isinstance(num_rows, int) else None
     try:
         files = source_files(source)
         if files is None or not all(file.name.endswith((".jsonl", ".parquet")) for file in files):

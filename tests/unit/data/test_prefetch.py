@@ -67,6 +67,19 @@ def test_an_error_is_raised_where_its_step_is_asked_for() -> None:
     assert not _data_threads()
 
 
+def test_closing_at_once_does_not_wait_for_rows_that_do_not_come() -> None:
+    may_end = threading.Event()
+    ahead = Prefetcher(lambda step: step or None if step == 0 else may_end.wait(30), 2)
+    ahead.get(0)
+    started = time.monotonic()
+    ahead.close(at_once=True)
+    assert time.monotonic() - started < 5 and _data_threads()
+    may_end.set()
+    while _data_threads() and time.monotonic() - started < 10:
+        time.sleep(0.01)
+    assert not _data_threads()
+
+
 def test_leaving_early_leaves_no_thread() -> None:
     with pytest.raises(KeyboardInterrupt), Prefetcher(lambda step: time.sleep(0.01), 100) as ahead:
         ahead.get(0)

@@ -69,6 +69,13 @@ def test_a_run_goes_on_with_what_its_state_says_of_the_same_metric():
     assert not again.take(21, {"x": 2.0}) and again.is_out_of_patience
 
 
+def test_what_was_found_in_the_other_direction_or_of_other_pairs_is_not_gone_on_with():
+    best = Best("x", False, patience=2, held_out="a")
+    best.take(1, {"x": 1.0})
+    for other in (Best("x", True, patience=2, held_out="a"), Best("x", False, patience=2, held_out="b")):
+        assert not other.load(best.state()) and other.found == []
+
+
 def test_without_a_metric_nothing_is_looked_for():
     best = Best()
     assert not best.take(1, {"eval_loss": 1.0}) and not best.is_out_of_patience and best.steps == []

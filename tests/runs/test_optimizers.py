@@ -148,13 +148,18 @@ def test_layers_that_are_computed_again_learn_above_a_frozen_embedding(files, tm
         ({"learning_rates": {"up_proj": 1e-3}}, {"engine": "deepspeed"}, r"train\.learning_rates treats .*gate_proj.* and"),
     ],
 )
-def test_patterns_that_do_not_fit_are_refused_before_anything_is_loaded(files, tmp_path, train, parallel, words):
+def test_patterns_that_do_not_fit_are_refused_before_anything_is_loaded(
+    files, tmp_path, train, parallel, words, monkeypatch
+):
     from megadpo.config.schema import Config
     from megadpo.training.setup import prepare
     from megadpo.validation.load import load_config
 
     if parallel:
         pytest.importorskip("deepspeed")
+    if "pipeline" in parallel:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
     config: Config = load_config(settings_of(files, tmp_path, train, parallel=parallel))
     with pytest.raises(UserError) as refused:
         prepare(config)

@@ -126,8 +126,11 @@ TRAINER: Table = {
     "lr_scheduler_kwargs": ("train.min_learning_rate", "train.schedule_cycles, train.schedule_power, train.decay_ratio"),
     "warmup_steps": ("train.warmup_steps", ""),
     "warmup_ratio": ("train.warmup_ratio", ""),
-    "optim": ("train.optimizer", "adamw, adamw_8bit, sgd, lion or muon; the others are not here, see docs/optimizers.md"),
-    "optim_args": ("train.betas", "and train.eps"),
+    "optim": (
+        "train.optimizer",
+        "adamw, adamw_8bit, sgd (of transformers: with train.momentum 0), lion or muon; see docs/optimizers.md",
+    ),
+    "optim_args": ("train.betas", "train.eps and train.momentum"),
     "optim_target_modules": ("adapter.target_modules", "of adapters; whole models are trained whole"),
     "weight_decay": ("train.weight_decay", ""),
     "adam_beta1": ("train.betas", "as [beta1, beta2]"),

@@ -118,7 +118,8 @@ def check_eval_sets(value: Any, name: str) -> Any:
     sets = {}
     for key, sources in value.items():
         if not isinstance(key, str) or not SET_NAME.fullmatch(key):
-            raise UserError(f"{name}: {str(key)[:40]!r} is no name for a set; use letters, digits, `_`, `-` and `.`")
+            quotes = "" if isinstance(key, str) else "; what YAML reads as something else than text needs quotes"
+            raise UserError(f"{name}: {str(key)[:40]!r} is no name for a set; use letters, digits, `_`, `-` and `.`{quotes}")
         checked = check_sources(sources, f"{name}.{key}")
         if checked is None:
             raise UserError(f"{name}.{key} has no source; give one or take the name out")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from megadpo.console.activity import calling_when_idle, current, is_under_way
-from megadpo.console.terminal import can_draw, start_live
+from megadpo.console.terminal import can_draw, draw_once, start_live
 from megadpo.secrets.redact import redact
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Heartbeat:
         self.is_lent = False
 
     def start(self) -> None:
+        if self._draws:
+            draw_once()  # while the thread draws, the main one imports; two that import at once may wait for each other
         self._thread.start()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -49,3 +50,10 @@ def start_live(
     )
     live.start(refresh=True)
     return live
+
+
+def draw_once() -> None:
+    """Have rich import what it imports as it draws, and draw nothing that is seen."""
+    from rich.text import Text
+
+    start_live(io.StringIO(), lambda: Text("megadpo …", style="dim"), 4, transient=True).stop()

@@ -161,7 +161,7 @@ def test_rows_from_python_of_every_kind_train_alike_on_every_rank(files: Path, t
     made = settings(files, tmp_path / "run", {"shuffle": False}, train={"steps": 2})
     for records in run_world(2, _rows_from_python, made, rows):
         listed, table, iterable = map(without_epoch, records)
-        assert len(listed) == 2 and listed == table == iterable and "eval_loss" in listed[-1]
+        assert len(listed) == 2 and listed == table == iterable and "eval_validation_loss" in listed[-1]
 
 
 @pytest.mark.slow

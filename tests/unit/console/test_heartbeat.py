@@ -164,3 +164,13 @@ def test_a_run_speaks_before_torch_is_loaded(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     said = [line for line in done.stderr.splitlines() if "at work" not in line]
     assert said[0] == "megadpo: training model on pairs.jsonl, into out" and "no torch here" in said[-1], done.stderr
+
+
+def test_what_draws_is_imported_before_the_thread_draws() -> None:
+    """Of two threads that import at once, one may wait for the other for ever."""
+    code = (
+        "import sys; from megadpo.console.terminal import draw_once; draw_once(); before = set(sys.modules); draw_once();"
+        "print(sorted(set(sys.modules) - before), 'rich.live' in before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[] True\n" and done.stderr == ""

@@ -184,7 +184,7 @@ def test_the_page_s_commands_run(files: Path, tmp_path: Path) -> None:
     assert status == 0, output
     assert "train: read as the run goes on, drawn from a buffer of 10,000 rows" in output
     assert "train: 16 of 1" in output
-    (script,) = re.findall(r"```python\n(import megadpo\nrows = .*?)```", page, re.DOTALL)
+    (script,) = re.findall(r"```python\n(import megadpo\n+rows = .*?)```", page, re.DOTALL)
     script = script.replace("MODEL_DIR", str(files / "model")).replace("runs/rows", str(tmp_path / "rows"))
     run_world(1, exec, script)
     assert len(read_metrics(tmp_path / "rows")) == 1

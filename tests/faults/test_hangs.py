@@ -22,7 +22,7 @@ STEP = "megadpo.training.trainer:training_step"
 LONG = {
     "starting": "megadpo.training.reference:build_references",
     "compiling in the first step": STEP,
-    "evaluating": "megadpo.training.trainer:evaluation",
+    "evaluating": "megadpo.training.held_out:evaluation",
     "saving": "megadpo.training.saving:write_shard_file",
     "exporting": "megadpo.training.export_files:write_export_files",
 }

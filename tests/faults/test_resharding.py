@@ -184,8 +184,8 @@ def _gone(legs: list[Leg]) -> list[Loaded | None]:
         found[-1] = Loaded(masks, num_different, is_whole, position_of(run, step), kept[0]["position"])
         return step
 
-    def save_and_break_off(run: Any, done: int, is_last: bool) -> bool:
-        is_saved = save_where_due(run, done, is_last)
+    def save_and_break_off(run: Any, done: int, *ends: bool) -> bool:
+        is_saved = save_where_due(run, done, *ends)
         if done == leg.last_step:
             run.saver.finish()
             raise _BrokenOff

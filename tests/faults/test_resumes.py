@@ -112,10 +112,10 @@ def _trained(settings: dict[str, Any], breaks_off_after: int | None) -> Order:
         seen.append((batch.group_ids.tolist(), hashes))
         return take_step(engine, reference, batch, *rest, **options)
 
-    def save_or_break_off(run: Any, done: int, is_last: bool) -> bool:
+    def save_or_break_off(run: Any, done: int, *ends: bool) -> bool:
         if done == breaks_off_after:
             raise _BrokenOff
-        return save(run, done, is_last)
+        return save(run, done, *ends)
 
     with mock.patch.object(step, "optimizer_step", watched), mock.patch.object(trainer, "save_where_due", save_or_break_off):
         try:

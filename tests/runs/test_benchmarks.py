@@ -114,6 +114,7 @@ def test_two_context_ranks_keep_half_of_the_activations_by_both_methods(tmp_path
         assert point["pairs_over_mean"] < 1.05
 
 
+@pytest.mark.exhaustive
 @pytest.mark.alone
 def test_stages_are_less_idle_with_the_reference_in_the_bubbles(tmp_path):
     sizes = ("--micro-batches", "4", "--steps", "3", "--rounds", "1", "--hidden", "64", "--layers", "2", "--tokens", "64")
@@ -171,6 +172,7 @@ def test_adapters_take_turns_with_the_whole_model_and_with_trl_and_peft(tmp_path
     assert mix["peak_mib"]["adapters"] < mix["peak_mib"]["whole"]
 
 
+@pytest.mark.exhaustive
 def test_memory_of_both_trainers_is_measured_in_processes_of_their_own(tmp_path):
     pytest.importorskip("trl")
     sizes = ("--pairs", "2", "--vocabulary", "1000", "--batch-sizes", "1", "--capacities", "2048")
@@ -213,6 +215,7 @@ def test_cost_is_measured_against_what_it_grows_with_and_in_layouts_of_two_proce
     assert [point["layout"] for point in report["processes"]] == ["one process", "data 2", "tensor 2", "pipeline 2"]
 
 
+@pytest.mark.exhaustive
 def test_attention_is_timed_and_weighed_every_way(tmp_path):
     sizes = ("--pairs", "2", "--lengths", "--heads", "2", "--key-value-heads", "1", "--head-dim", "16")
     report = _report("attention", tmp_path, "--mixes", "prompt-heavy", "--rounds", "2", *sizes)
@@ -236,6 +239,7 @@ def test_memory_of_a_long_pair_is_measured_drawn_and_gone_on_from(tmp_path):
     assert chart.read_text().count("<circle") == 2
 
 
+@pytest.mark.exhaustive
 def test_recomputing_and_offloading_keep_little_and_the_report_has_memory_and_times(tmp_path):
     sizes = ("--tokens", "2048", "--layers", "2", "--hidden", "256", "--heads", "4", "--rounds", "1", "--window-mib", "1")
     ways = ("recompute full", "offload disk")
@@ -255,6 +259,7 @@ def test_bf16_and_fp32_steps_take_turns(tmp_path):
     assert report["steps"]["losses"]["bf16"] == pytest.approx(report["steps"]["losses"]["fp32"], rel=0.02)
 
 
+@pytest.mark.exhaustive
 def test_the_way_of_the_data_is_measured_from_rows_to_steps(tmp_path):
     sizes = ("--rows", "150", "--groups", "3000", "--pairs", "64", "--pairs-per-step", "16", "--capacities", "2048")
     report = _report("data", tmp_path, "--tiny", "--rounds", "1", "--replicas", "2", "--vocabulary", "1000", *sizes)

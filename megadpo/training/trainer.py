@@ -52,7 +52,7 @@ from megadpo.training.spike_record import begin_spikes
 from megadpo.training.stop import Stopping, deadline_of
 from megadpo.training.summary import tell_end
 from megadpo.training.watchdog import watched
-from megadpo.validation.evaluation import check_best_metric
+from megadpo.validation.evaluation import best_of, check_best_metric
 
 if TYPE_CHECKING:
     from megadpo.engine.base import Engine
@@ -75,8 +75,10 @@ def run_training(config: Config, callbacks: Callbacks | None = None, objective: 
         KeyboardInterrupt: SIGINT came before the first step, or for the second time.
     """
     callbacks = Callbacks.checked(callbacks)
-    if callbacks.compute_metrics is None:  # else the first evaluation tells which names there are
+    if callbacks.compute_metrics is None:
         check_best_metric(config)
+    else:  # the first evaluation tells which names there are
+        best_of(config)
     began = time.time()
     config.require_for_training()
     with speaking(), noting(announce) as request, owned_output_dir(Path(config.output_dir), rank() == 0) as lock:

@@ -43,7 +43,6 @@ def check_evaluation(config: Config) -> None:
         )
     if options.min_improvement and options.patience is None:
         raise UserError("eval.min_improvement is read with eval.patience, which is null; set that too or remove it")
-    best_of(config)
 
 
 def metrics_of_evaluation(config: Config) -> list[str]:
@@ -56,7 +55,7 @@ def metrics_of_evaluation(config: Config) -> list[str]:
 
 
 def check_best_metric(config: Config, own: Iterable[str] = ()) -> None:
-    """Refuse a metric that no evaluation gives.
+    """Refuse a metric that no evaluation gives, or of which it is not known what is better.
 
     Args:
         own: names that a user's own function has given.
@@ -68,6 +67,7 @@ def check_best_metric(config: Config, own: Iterable[str] = ()) -> None:
         return
     metric, known = full_name(config.eval.best_metric), [*metrics_of_evaluation(config), *own]
     if metric in known:
+        best_of(config)
         return
     guess = strict.closest(metric, known)
     meant = f" (did you mean {guess}?)" if guess else ""

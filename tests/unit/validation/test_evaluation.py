@@ -95,6 +95,7 @@ def test_what_is_better_follows_from_the_metric_s_name_or_is_said(metric, direct
             "gives no eval_lossy (did you mean eval_loss?); it gives eval_",
         ),
         ({"best_metric": "helpful_loss"}, "the evaluation gives no eval_helpful_loss"),
+        ({"best_metric": "los"}, "the evaluation gives no eval_los (did you mean eval_loss?)"),
         ({"best_metric": ""}, "eval.best_metric is empty"),
         ({"best_metric": "loss", "every": 0}, "eval.every is 0"),
         ({"best_metric": "loss", "min_improvement": 0.1}, "eval.min_improvement is read with eval.patience"),

@@ -251,9 +251,20 @@ NAMESAKES = {"mode": "reference.mode", "train.beta": "objective.beta"}
 KEYS = all_keys(Config)
 
 
+def is_one_slip(word: str, key: str) -> bool:
+    """Whether `key` becomes `word` by a letter left out, two letters exchanged, or any letter put in."""
+    left_out = any(key[:n] + key[n + 1 :] == word for n in range(len(key)))
+    exchanged = any(key[:n] + key[n + 1] + key[n] + key[n + 2 :] == word for n in range(len(key) - 1))
+    return left_out or exchanged or any(word[:n] + word[n + 1 :] == key for n in range(len(word)))
+
+
 def ask_for_misspelt(words: Iterable[tuple[str, str]]) -> None:
     for word, key in words:
-        assert error_of({}, f"{word}=1").endswith(f"unknown key {word}; did you mean {NAMESAKES.get(word, key)}?"), key
+        said = error_of({}, f"{word}=1")
+        answer = said.rpartition("did you mean ")[2].removesuffix("?")
+        # `learning_ratse` is one slip away from learning_rate and from learning_rates.
+        is_right = answer == NAMESAKES.get(word, key) or (word not in NAMESAKES and is_one_slip(word, answer))
+        assert answer in KEYS and is_right and f"unknown key {word}; did you mean" in said, (key, said)
 
 
 def test_a_misspelt_key_is_answered_with_the_right_one() -> None:

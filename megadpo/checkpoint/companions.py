@@ -24,10 +24,12 @@ PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "*processor_config.json",
     "chat_template*",
     "additional_chat_templates/*",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
 )
 """Files that make a model directory usable besides weights and config.json."""
 _DATA = re.compile(r"|\.(json|model|txt|jinja|jinja2|tiktoken|md|rst|pdf|vocab|spm|bpe|v\d+)")
@@ -87,7 +89,7 @@ def with_template(files: Mapping[str, bytes], template: str | None) -> dict[str,
     if template is None:
         return changed
     changed[TEMPLATE] = template.encode()
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         settings = _object(changed.get(name, b""))
         if "chat_template" not in settings:
             continue
@@ -99,6 +101,25 @@ def with_template(files: Mapping[str, bytes], template: str | None) -> dict[str,
             settings["chat_template"] = template
         changed[name] = _json(settings)
     return changed
+
+
+_OF_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|chat_template|additional_chat_templates/).*|.*\.(model|tiktoken)|merges\.txt|tekken\.json|"
+    r"(special_tokens_map|added_tokens)\.json"
+)
+
+
+def with_tokenizer(files: Mapping[str, bytes], trained: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The companions of a model with tokenizer and templates of what was trained on it, as an adapter's directory has them.
+
+    Args:
+        trained: companions of the latter; without a tokenizer nothing changes. Else no file of the model's own tokenizer
+            stays, which might say something else.
+    """
+    if "tokenizer_config.json" not in trained:
+        return dict(files)
+    own = {name: content for name, content in files.items() if not _OF_TOKENIZER.fullmatch(name)}
+    return own | {name: content for name, content in trained.items() if _OF_TOKENIZER.fullmatch(name)}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megadpo.checkpoint.companions import companion_files, companions_of
+from megadpo.checkpoint.companions import Companions, companion_files, companions_of, with_tokenizer
 from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.finite import finite_only, is_finite
@@ -175,7 +175,10 @@ def merge_adapter(
         config, frozen = untied(config), UntiedSource(frozen)
     source = MergedSource(frozen, opened.source, opened.spec)
     dtypes = {name: frozen.dtype(name) for name in logical_shapes(shape_of(config))}
-    _export_model(config, source, dtype or dtypes, out, str(adapter), model.path)
+    companions = companions_of(model.path)
+    trained = companion_files(hf_directory(adapter))
+    companions = replace(companions, files=with_tokenizer(companions.files, trained))
+    _export_model(config, source, dtype or dtypes, out, str(adapter), companions)
 
 
 def _export_model(
@@ -184,7 +187,7 @@ def _export_model(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     out: Path,
     what: str,
-    companions: str | None = None,
+    companions: Companions | None = None,
 ) -> None:
     plan = plan_export(config, dtype)
     begin(out)

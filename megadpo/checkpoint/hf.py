@@ -24,6 +24,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 1 << 30
 
+_LFS = b"version https://git-lfs"
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,6 +55,10 @@ class SafetensorsFile:
         try:
             return safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
+            if _is_lfs_pointer(self.path):
+                raise UserError(
+                    f"{self.path} is a pointer of Git LFS and not the file itself; fetch it by `git lfs pull`"
+                ) from error
             raise UserError(f"{self.path} is truncated or no safetensors file ({error}); get it again") from error
 
     @cached_property
@@ -100,6 +106,11 @@ class SafetensorsFile:
         self.__dict__.pop("_file", None)
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
 class _HfSource:
     """A TensorSource on safetensors files that hold whole logical tensors."""
 
@@ -126,17 +137,20 @@ class _HfSource:
 def open_hf(path: str | Path) -> TensorSource:
     """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index.
 
+    Of a directory that has both the one file is read, which is transformers' choice. What files hold beside the tensors that
+    their index names is not read.
+
     Raises:
         UserError: no safetensors, an index that names a missing file or one outside of the directory, a damaged file.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
-    if (directory / INDEX_NAME).is_file():
-        return _HfSource(_files_of_index(directory))
     if (directory / SINGLE_NAME).is_file():
         file = SafetensorsFile(directory / SINGLE_NAME)
         return _HfSource(dict.fromkeys(file.keys, file))
+    if (directory / INDEX_NAME).is_file():
+        return _HfSource(_files_of_index(directory))
     if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
         raise UserError(
             f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
@@ -161,19 +175,32 @@ def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
     return sources
 
 
-def size_warning(path: str | Path) -> str | None:
-    """What is odd about a model directory whose tensors have another size than its index says; None where nothing is.
-
-    No reason to refuse it: tools that merge or cut models leave `total_size` as it was.
-    """
+def directory_warning(path: str | Path) -> str | None:
+    """What is odd about the files of a model directory that is no reason to refuse it; None where nothing is."""
     directory = Path(path)
     if not (directory / INDEX_NAME).is_file():
         return None
-    metadata = read_json(directory / INDEX_NAME).get("metadata")
+    index = read_json(directory / INDEX_NAME)
+    if (directory / SINGLE_NAME).is_file():
+        weight_map = index.get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        return None if names == {SINGLE_NAME} else _words_of_both(directory)
+    return _size_warning(directory, index.get("metadata"))
+
+
+def _words_of_both(directory: Path) -> str:
+    return (
+        f"{directory} has its weights twice, in {SINGLE_NAME} and in the files of {INDEX_NAME}: the former is read, as by "
+        "transformers; remove the one that is stale"
+    )
+
+
+def _size_warning(directory: Path, metadata: Any) -> str | None:
+    """Tensors of another size than the index says: tools that merge or cut models leave `total_size` as it was."""
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if type(said) is not int:
         return None
-    source = open_hf(path)
+    source = open_hf(directory)
     found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
     if found == said:
         return None

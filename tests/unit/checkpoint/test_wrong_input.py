@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
-from megadpo.checkpoint.hf import open_hf, read_hf_config, size_warning
+from megadpo.checkpoint.hf import open_hf, read_hf_config, directory_warning
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.files import ALGORITHM, sealed
@@ -93,7 +93,7 @@ def test_an_index_whose_total_size_is_not_its_files_is_warned_of(model: Path) ->
         change_json(
             model / "model.safetensors.index.json", lambda index, said=said: index["metadata"].update(total_size=said)
         )
-        warning = size_warning(model)
+        warning = directory_warning(model)
         assert warning is None if expected is None else expected in str(warning)
 
 
@@ -122,6 +122,7 @@ def test_an_index_that_promises_a_tensor_its_file_lacks_is_refused(model: Path) 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', "\ufeff{", '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_refused(model: Path, content: str) -> None:
+    (model / "model.safetensors").rename(model / "a.safetensors")
     (model / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         open_hf(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
-from megadpo.checkpoint.hf import hf_directory, read_hf_config, directory_warning
+from megadpo.checkpoint.hf import directory_warning, hf_directory, read_hf_config
 from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter

@@ -1,4 +1,4 @@
-"""Sharded safetensors whose index and files disagree (shared/cases/23): refused by name, or read as transformers reads them."""
+"""Sharded safetensors whose index and files disagree (shared/cases/23): refused by name, or read as transformers does."""
 
 from __future__ import annotations
 

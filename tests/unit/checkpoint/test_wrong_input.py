@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.convert import export_checkpoint, import_hf
-from megadpo.checkpoint.hf import open_hf, read_hf_config, directory_warning
+from megadpo.checkpoint.hf import directory_warning, open_hf, read_hf_config
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.files import ALGORITHM, sealed

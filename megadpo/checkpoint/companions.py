@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadpo.checkpoint.fp8 import without_quantization
 from megadpo.checkpoint.hf import hf_directory, read_json
 from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.passthrough import Passthrough
 from megadpo.checkpoint.staging import writing
 from megadpo.errors import UserError
 
@@ -130,10 +132,12 @@ class Companions:
     Attributes:
         settings: its config.json.
         files: relative path -> content, as `companion_files` gives them.
+        passthrough: tensors that are no part of what is trained; None: it has none.
     """
 
     settings: dict[str, Any]
     files: dict[str, bytes]
+    passthrough: Passthrough | None = None
 
 
 def companions_of(hf_source: str | Path | Companions, chat_template: str | None = None) -> Companions:
@@ -148,7 +152,8 @@ def companions_of(hf_source: str | Path | Companions, chat_template: str | None 
     if isinstance(hf_source, Companions):
         return hf_source
     source = hf_directory(hf_source)
-    return Companions(read_json(source / "config.json"), with_template(companion_files(source), chat_template))
+    settings = without_quantization(read_json(source / "config.json"))
+    return Companions(settings, with_template(companion_files(source), chat_template))
 
 
 def write_companions(companions: Companions, directory: Path) -> dict[str, FileRecord]:

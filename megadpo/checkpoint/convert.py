@@ -32,6 +32,7 @@ from megadpo.checkpoint.reward_model import as_reward_model
 from megadpo.checkpoint.sharded import (
     Checkpoint,
     commit,
+    companions_with_tensors,
     is_checkpoint,
     open_checkpoint,
     open_weights,
@@ -85,7 +86,7 @@ def import_hf(
     refuse_existing(out)
     model = _open_base(base_of(hf_dir), is_reward_adapter(hf_dir)) if is_peft_directory(hf_dir) else _open_base(hf_dir)
     check_layout(layout, model.shape)
-    companion_files(Path(model.path))
+    companions = companions_of(model.path) if is_peft_directory(hf_dir) else companions_with_tensors(model.path)
     state: dict[str, Any] = {"step": 0}
     source, spec, shapes = model.source, None, None
     if is_peft_directory(hf_dir):
@@ -102,7 +103,7 @@ def import_hf(
             for stage in range(num_pipeline)
             for rank in range(num_tensor)
         ]
-        commit(out, manifests, state, model.path, model.config, shapes)
+        commit(out, manifests, state, companions, model.config, shapes)
     except BaseException:
         abandon(out)
         raise
@@ -175,7 +176,7 @@ def merge_adapter(
         config, frozen = untied(config), UntiedSource(frozen)
     source = MergedSource(frozen, opened.source, opened.spec)
     dtypes = {name: frozen.dtype(name) for name in logical_shapes(shape_of(config))}
-    companions = companions_of(model.path)
+    companions = companions_with_tensors(model.path)
     trained = companion_files(hf_directory(adapter))
     companions = replace(companions, files=with_tokenizer(companions.files, trained))
     _export_model(config, source, dtype or dtypes, out, str(adapter), companions)
@@ -195,7 +196,7 @@ def _export_model(
         shapes = counted_through(plan.shapes.items(), "converting", len(plan.shapes), "tensors")
         tensors = ((name, source.read(name, 0, 0, size[0])) for name, size in shapes)
         write_export_files(plan, out, finite_only(tensors, what))
-        finish_export(plan, out, companions or what)
+        finish_export(plan, out, companions or companions_with_tensors(what))
     except BaseException:
         abandon(out)
         raise

@@ -23,12 +23,17 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions, companions_of, write_companions
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.passthrough import write_passthrough
 from megadpo.checkpoint.staging import publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.families import HEAD, ParameterShard, family_of, head_settings, logical_shapes, shape_of, tying_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+ONLY_NAME = "model-00001-of-00001.safetensors"
+"""Of the one file of a model that has others beside it."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +165,16 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")
-    if len(plan.files) > 1:
-        total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
-        weight_map = {name: file for file, names in plan.files.items() for name in names}
+    weight_map = {name: file for file, names in plan.files.items() for name in names}
+    total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
+    if companions.passthrough is not None:
+        if len(plan.files) == 1:  # beside a file of this name no index is looked at
+            with writing(partial / ONLY_NAME):
+                (partial / SINGLE_NAME).rename(partial / ONLY_NAME)
+            weight_map = dict.fromkeys(weight_map, ONLY_NAME)
+        weight_map |= write_passthrough(companions.passthrough, partial)
+        total += companions.passthrough.num_bytes()
+    if len(set(weight_map.values())) > 1:
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     settings = dict(companions.settings)
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.

@@ -33,6 +33,8 @@ def _file(path: Path) -> str:
         return f"it is a GGUF file, weights in the format of llama.cpp, which are not trained; {GIVE} that it was made from"
     if name.endswith(".safetensors"):
         return f"it is one file of a model; {beside if has_config else f'{GIVE}, the others are not beside it'}"
+    if re.fullmatch(r"pytorch_model.*\.bin", name) and has_config:
+        return f"it is one file of a model; {beside}"
     if name.endswith(PICKLES):
         has_tensors = has_config and any(path.parent.glob("*.safetensors"))
         saved = "save the model by transformers' save_pretrained, which writes safetensors, and give that directory"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
+from megadpo.checkpoint.digest import tensor_files
 from megadpo.checkpoint.hf import directory_warning, hf_directory, read_hf_config
 from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.no_directory import why_no_model
@@ -69,7 +70,7 @@ class ModelFiles:
     @property
     def files(self) -> list[Path]:
         """All that decides what the model computes: config.json, the files of its tensors, those of what is merged."""
-        own = [self.huggingface / "config.json", *sorted(Path(self.path).glob("*.safetensors"))]
+        own = [self.huggingface / "config.json", *tensor_files(Path(self.path))]
         return own if self.merged is None else own + adapter_files(self.merged)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import torch
 
 from megadpo.errors import UserError
@@ -12,6 +15,21 @@ from megadpo.model.shape import ModelShape
 # Buffers that old versions of transformers saved; the model computes them.
 HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 ROWS_AT_A_TIME = 4096
+
+
+MTP_PREFIXES = ("mtp.", "model.mtp.", "model.mtp_layers.")
+"""Of Qwen3-Next, LongCat and MiMo."""
+_MTP_LAYER = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+"""The projection that layers after the last one have where they predict more than one token (DeepSeek-V3, GLM-4.5)."""
+
+
+def mtp_names(num_layers: int, names: Iterable[str]) -> list[str]:
+    """Those tensors of a model of so many layers that only multi-token prediction uses: they are not trained, and go into
+    exports as they are."""
+    names = list(names)
+    layers = {int(found[1]) for name in names if (found := _MTP_LAYER.fullmatch(name))}
+    prefixes = (*MTP_PREFIXES, *(f"model.layers.{layer}." for layer in layers if layer >= num_layers))
+    return sorted(name for name in names if name.startswith(prefixes))
 
 
 def check_tensors(shape: ModelShape, source: TensorSource) -> None:
@@ -30,7 +48,8 @@ def check_tensors(shape: ModelShape, source: TensorSource) -> None:
             )
         if not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
             raise UserError(f"the model's tensor {name} is {source.dtype(name)}; quantised weights are not supported")
-    surplus = sorted(name for name in found - expected.keys() if not name.endswith(HARMLESS))
+    passed_on = mtp_names(shape.num_layers, found)
+    surplus = sorted(name for name in found - expected.keys() - {*passed_on} if not name.endswith(HARMLESS))
     if surplus == [HEAD] and shape.tied_embeddings:
         _check_tied_head(source)
     elif surplus:

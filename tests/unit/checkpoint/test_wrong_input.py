@@ -139,8 +139,8 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(model: Path) -> None:
         open_model(model)
 
 
-def test_pickled_weights_alone_are_refused_with_what_to_do(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+def test_pickled_weights_under_another_name_are_refused_with_what_to_do(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "consolidated.00.pth")
     with pytest.raises(UserError, match="save_pretrained"):
         open_hf(model)
 

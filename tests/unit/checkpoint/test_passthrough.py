@@ -83,7 +83,7 @@ def test_layers_that_are_none_of_multi_token_prediction_are_refused(tmp_path: Pa
     model = save_model(tmp_path / "model", tokenizer=False)
     tensors = load_file(model / "model.safetensors")
     save_file(tensors | {f"{LAYER}input_layernorm.weight": torch.ones(64)}, model / "model.safetensors")
-    with pytest.raises(UserError, match="does not know, the first is model.layers.4.input_layernorm.weight"):
+    with pytest.raises(UserError, match=r"does not know, the first is model\.layers\.4\.input_layernorm\.weight"):
         check_tensors(shape_of(read_hf_config(model)), open_hf(model))
     assert mtp_names(5, [f"{LAYER}eh_proj.weight"]) == [], "a layer of the model itself is none"
 

@@ -51,7 +51,7 @@ def pickled(whole: Path, directory: Path, num_files: int = 1) -> Path:
     files = {name: f"pytorch_model-{number % num_files}.bin" for number, name in enumerate(names)}
     for file in set(files.values()):
         torch.save({name: tensors[name] for name in names if files[name] == file}, directory / file)
-    (directory / INDEX).write_text(json.dumps({"weight_map": files}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": files}))
     return directory
 
 

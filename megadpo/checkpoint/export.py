@@ -116,7 +116,7 @@ def _pack(
     return bundles
 
 
-def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, FileRecord]:
     """Write the files whose tensors this process has; each is written and dropped once its last tensor has come.
 
     In layer order, no more than about one file's tensors are in memory.
@@ -126,7 +126,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         tensors: (logical name, whole tensor), any type and device.
 
     Returns:
-        Names of the files written.
+        The record of each file written.
 
     Raises:
         ValueError: a tensor the plan does not know or of another shape, or a file that stays incomplete.
@@ -134,7 +134,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
     """
     file_of = {name: file for file, names in plan.files.items() for name in names}
     waiting: dict[str, dict[str, Tensor]] = {}
-    written = []
+    written: dict[str, FileRecord] = {}
     for name, tensor in tensors:
         if name not in file_of or tuple(tensor.shape) != plan.shapes[name]:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not in the export's plan")
@@ -142,9 +142,9 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         bundle = waiting.setdefault(file, {})
         bundle[name] = tensor.detach().to("cpu", plan.dtypes[name]).contiguous()
         if len(bundle) == len(plan.files[file]):
-            write_tensor_file({name: bundle[name] for name in plan.files[file]}, staging(directory) / file)
-            written.append(file)
-            del waiting[file], bundle
+            whole = {name: bundle[name] for name in plan.files[file]}
+            written[file] = write_tensor_file(whole, staging(directory) / file)
+            del waiting[file], bundle, whole
     if waiting:
         file, bundle = next(iter(waiting.items()))
         raise ValueError(f"{file} is incomplete: {sorted(set(plan.files[file]) - bundle.keys())[0]} did not come")

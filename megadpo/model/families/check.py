@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -38,27 +38,33 @@ def check_tensors(shape: ModelShape, source: TensorSource) -> None:
     Raises:
         UserError: naming the tensor, with the found and the expected shape where they differ.
     """
+    for problem in _problems(shape, source):
+        raise UserError(problem)
+
+
+def tensor_problems(shape: ModelShape, source: TensorSource) -> list[str]:
+    """All that `check_tensors` would refuse, a sentence each."""
+    return list(_problems(shape, source))
+
+
+def _problems(shape: ModelShape, source: TensorSource) -> Iterator[str]:
     expected, found = logical_shapes(shape), set(source.names())
     for name, size in expected.items():
         if name not in found:
-            raise UserError(f"the model's weights have no tensor {name} of shape {list(size)}, which its config asks for")
-        if tuple(source.shape(name)) != size:
-            raise UserError(
-                f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(size)}"
-            )
-        if not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
-            raise UserError(f"the model's tensor {name} is {source.dtype(name)}; quantised weights are not supported")
+            yield f"the model's weights have no tensor {name} of shape {list(size)}, which its config asks for"
+        elif tuple(source.shape(name)) != size:
+            yield f"the model's tensor {name} has shape {list(source.shape(name))} but its config asks for {list(size)}"
+        elif not source.dtype(name).is_floating_point or source.dtype(name).itemsize < 2:
+            yield f"the model's tensor {name} is {source.dtype(name)}; quantised weights are not supported"
     passed_on = mtp_names(shape.num_layers, found)
     surplus = sorted(name for name in found - expected.keys() - {*passed_on} if not name.endswith(HARMLESS))
     if surplus == [HEAD] and shape.tied_embeddings:
-        _check_tied_head(source)
+        yield from _tied_head_problem(source)
     elif surplus:
-        raise UserError(
-            f"the model's weights have {len(surplus)} tensors that its config does not know, the first is {surplus[0]}"
-        )
+        yield f"the model's weights have {len(surplus)} tensors that its config does not know, the first is {surplus[0]}"
 
 
-def _check_tied_head(source: TensorSource) -> None:
+def _tied_head_problem(source: TensorSource) -> Iterator[str]:
     """transformers ties only if both are equal, and otherwise overrules the config with a warning; we stop."""
     same = source.shape(HEAD) == source.shape(EMBEDDING)
     num_rows = source.shape(EMBEDDING)[0]
@@ -66,7 +72,7 @@ def _check_tied_head(source: TensorSource) -> None:
         count = min(ROWS_AT_A_TIME, num_rows - start)
         same = same and torch.equal(source.read(HEAD, 0, start, count), source.read(EMBEDDING, 0, start, count))
     if not same:
-        raise UserError(
+        yield (
             f"the model's config ties the embeddings, but {HEAD} and {EMBEDDING} differ; "
             "set tie_word_embeddings to false in its config.json"
         )

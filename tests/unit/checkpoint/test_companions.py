@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadpo.checkpoint.companions import companion_files, with_template, with_tokenizer
-from megadpo.checkpoint.convert import export_checkpoint, import_hf, merge_adapter
+from megadpo.checkpoint.convert import export_checkpoint, merge_adapter
+from megadpo.checkpoint.importing import import_hf
 from megadpo.errors import UserError
 from tests.helpers.models import save_model, save_tokenizer
 from tests.helpers.runs import run_settings, save_files, train_each

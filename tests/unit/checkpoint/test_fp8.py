@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf, merge_adapter
+from megadpo.checkpoint.convert import export_checkpoint, merge_adapter
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, shape_of
 from tests.helpers.checkpoints import tensors_of

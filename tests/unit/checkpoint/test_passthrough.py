@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.passthrough import passthrough_of, write_passthrough
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, mtp_names, shape_of

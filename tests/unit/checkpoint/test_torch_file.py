@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.digest import model_files_digest
 from megadpo.checkpoint.hf import directory_warning, open_hf
+from megadpo.checkpoint.importing import import_hf
 from megadpo.errors import UserError
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.models import save_model

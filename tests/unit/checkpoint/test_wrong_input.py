@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.hf import directory_warning, open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.files import ALGORITHM, sealed

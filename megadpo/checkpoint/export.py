@@ -23,12 +23,17 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions, companions_of, write_companions
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.passthrough import write_passthrough
 from megadpo.checkpoint.staging import publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.families import HEAD, ParameterShard, family_of, head_settings, logical_shapes, shape_of, tying_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+ONLY_NAME = "model-00001-of-00001.safetensors"
+"""Of the one file of a model that has others beside it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def _pack(
     return bundles
 
 
-def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, FileRecord]:
     """Write the files whose tensors this process has; each is written and dropped once its last tensor has come.
 
     In layer order, no more than about one file's tensors are in memory.
@@ -121,7 +126,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         tensors: (logical name, whole tensor), any type and device.
 
     Returns:
-        Names of the files written.
+        The record of each file written.
 
     Raises:
         ValueError: a tensor the plan does not know or of another shape, or a file that stays incomplete.
@@ -129,7 +134,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
     """
     file_of = {name: file for file, names in plan.files.items() for name in names}
     waiting: dict[str, dict[str, Tensor]] = {}
-    written = []
+    written: dict[str, FileRecord] = {}
     for name, tensor in tensors:
         if name not in file_of or tuple(tensor.shape) != plan.shapes[name]:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not in the export's plan")
@@ -137,9 +142,9 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         bundle = waiting.setdefault(file, {})
         bundle[name] = tensor.detach().to("cpu", plan.dtypes[name]).contiguous()
         if len(bundle) == len(plan.files[file]):
-            write_tensor_file({name: bundle[name] for name in plan.files[file]}, staging(directory) / file)
-            written.append(file)
-            del waiting[file], bundle
+            whole = {name: bundle[name] for name in plan.files[file]}
+            written[file] = write_tensor_file(whole, staging(directory) / file)
+            del waiting[file], bundle, whole
     if waiting:
         file, bundle = next(iter(waiting.items()))
         raise ValueError(f"{file} is incomplete: {sorted(set(plan.files[file]) - bundle.keys())[0]} did not come")
@@ -160,9 +165,16 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")
-    if len(plan.files) > 1:
-        total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
-        weight_map = {name: file for file, names in plan.files.items() for name in names}
+    weight_map = {name: file for file, names in plan.files.items() for name in names}
+    total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
+    if companions.passthrough is not None:
+        if len(plan.files) == 1:  # beside a file of this name no index is looked at
+            with writing(partial / ONLY_NAME):
+                (partial / SINGLE_NAME).rename(partial / ONLY_NAME)
+            weight_map = dict.fromkeys(weight_map, ONLY_NAME)
+        weight_map |= write_passthrough(companions.passthrough, partial)
+        total += companions.passthrough.num_bytes()
+    if len(set(weight_map.values())) > 1:
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     settings = dict(companions.settings)
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.

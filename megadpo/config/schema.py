@@ -233,7 +233,7 @@ class ParallelConfig:
     """How attention crosses the parts: `ulysses` (all-to-all over heads), `allgather` (of keys and values; for more ranks
     than heads), or `auto`: ulysses where the key-value heads divide."""
     expert: int = 1
-    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x data-parallel ones."""
+    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x `context` x data-parallel ones."""
     expert_tensor: int = 1
     """Tensor-parallel size inside an expert; `tensor` is for all else."""
     zero_stage: int = 1

@@ -26,6 +26,8 @@ TWO = {
         Case(Layout(tensor=2, sequence=True, expert_tensor=2)),
         Case(Layout(tensor=2, sequence=True, expert=2)),
         Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(context=2, context_method="ulysses", expert=2), tokens_per_micro_batch=200),
+        Case(Layout(context=2, context_method="allgather"), share_prompts=False, recompute="full"),
     ]
 }
 FOUR = {
@@ -36,6 +38,9 @@ FOUR = {
         Case(Layout(tensor=2, data=2, sequence=True, expert=4), tokens_per_micro_batch=200),
         Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),
         Case(Layout(data=4, expert=2), share_prompts=False),
+        Case(Layout(context=2, context_method="allgather", data=2, expert=4), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, sequence=True, context=2, context_method="allgather", expert=2, expert_tensor=2)),
+        Case(Layout(context=2, context_method="ulysses", pipeline=2, expert=2), recompute="small"),
     ]
 }
 MODELS = {
@@ -124,6 +129,7 @@ BALANCED = {
         Case(Layout(data=2, expert=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90),
         Case(Layout(tensor=2, sequence=True, expert=2), router_aux_coef=COEFFICIENT),
         Case(Layout(pipeline=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90, recompute="full"),
+        Case(Layout(context=2, context_method="allgather", expert=2), router_aux_coef=COEFFICIENT),
     ],
 }
 

@@ -41,6 +41,8 @@ FOUR = {
         Case(Layout(context=2, context_method="allgather", data=2, expert=4), tokens_per_micro_batch=200),
         Case(Layout(tensor=2, sequence=True, context=2, context_method="allgather", expert=2, expert_tensor=2)),
         Case(Layout(context=2, context_method="ulysses", pipeline=2, expert=2), recompute="small"),
+        Case(Layout(pipeline=2, virtual=2, data=2, expert=2), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, sequence=True, pipeline=2, virtual=2, expert=2), recompute="full"),
     ]
 }
 MODELS = {
@@ -130,6 +132,7 @@ BALANCED = {
         Case(Layout(tensor=2, sequence=True, expert=2), router_aux_coef=COEFFICIENT),
         Case(Layout(pipeline=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90, recompute="full"),
         Case(Layout(context=2, context_method="allgather", expert=2), router_aux_coef=COEFFICIENT),
+        Case(Layout(pipeline=2, virtual=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90),
     ],
 }
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
+from megadpo.model.moe.products import Experts as GroupedExperts
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
@@ -83,10 +84,13 @@ class ExpertLayer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU]) -> ModuleSpec:
-    """The layer `dense` with experts in place of its MLP, with `activation` between their two products."""
+def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU], products: str) -> ModuleSpec:
+    """The layer `dense` with experts in place of its MLP, with `activation` between their two products, which are computed
+    as `products` says (`products.WAYS`)."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
     mixture.submodules.experts.submodules.activation_func = activation
+    mixture.submodules.experts.module = GroupedExperts
+    mixture.submodules.experts.params = {"products": products}
     use_own_linear_layers(mixture.submodules.experts.submodules)
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture

@@ -137,7 +137,8 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
         routers = {f"model.layers.{layer}.{shape.experts.block}.gate" for layer in shape.experts.layers}
     matrices = (name for name, size in all_shapes(shape).items() if len(size) == 2 and name.endswith(_WEIGHT))
     modules = (name.removesuffix(_WEIGHT) for name in matrices)
-    return tuple(m for m in modules if m not in routers and m != SCORE.removesuffix(_WEIGHT))
+    others = (SCORE.removesuffix(_WEIGHT), ".q_norm", ".k_norm")  # norms of some models have a row for each head
+    return tuple(m for m in modules if m not in routers and not m.endswith(others))
 
 
 def whole_modules(shape: ModelShape) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ Axes: T stream tokens, A query heads and K key-value heads of this tensor rank, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +40,8 @@ class StreamParams(PackedSeqParams):
         watch: what records the routers' choices, where the model has experts.
         weights_T: see `token_weights`.
         prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
-        rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, where Megatron has not done it.
+        rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, in a layer that is counted from 0 over
+            the whole model, where Megatron has not done it.
     """
 
     micro_batch: MicroBatch | None = None
@@ -50,7 +50,7 @@ class StreamParams(PackedSeqParams):
     watch: RouterWatch | None = None
     weights_T: Tensor | None = None
     prompt_keys: PromptKeys | None = None
-    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    rotate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
 
     def token_weights(self) -> Tensor:
         """`router_load.token_weights` of the micro-batch, made once for all layers."""
@@ -75,22 +75,22 @@ class GroupAttention(MegatronModule):
         layer_number: int,
         *unused: Any,
         windows: Sequence[int | None],
-        rope_scaling: float,
+        scale: float,
         backend: AttentionBackend,
         context_method: str | None = None,
         **also_unused: Any,
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
 
-        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather".
+        `scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
+        which this rank holds a part are attended to: "ulysses" or "allgather".
         """
         super().__init__(config=config)
         self.layer_number = layer_number
         self.window = windows[layer_number - 1]
         self.context_method = context_method
         self.backend = backend
-        # Scaling cosine and sine of queries and keys (yarn) is scaling their product by the square.
-        self.softmax_scale = rope_scaling**2 / math.sqrt(config.kv_channels)
+        self.softmax_scale = scale  # Megatron hands over a `softmax_scale` of its own
 
     def forward(
         self,
@@ -105,7 +105,7 @@ class GroupAttention(MegatronModule):
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
         if packed_seq_params.rotate is not None:
-            query, key = packed_seq_params.rotate(query, key)
+            query, key = packed_seq_params.rotate(query, key, self.layer_number - 1)
         if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params)
         elif isinstance(micro_batch.shard, PairHalf):

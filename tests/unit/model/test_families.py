@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -18,6 +19,8 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.data.batches.micro_batch import Segment
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import FAMILIES as REGISTERED
 from megadpo.model.families import (
@@ -31,6 +34,7 @@ from megadpo.model.families import (
 from megadpo.model.families.refused import REFUSED
 from megadpo.model.rope import angles_of, kinds_of_segments
 from megadpo.model.weights import fill_shard
+from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
 from tests.helpers.models import PREFIXES, save_model
@@ -345,6 +349,25 @@ def test_a_prompt_that_its_responses_turn_differently_is_refused() -> None:
         assert rope is not None
         with pytest.raises(UserError, match=r"16 and 20 tokens long.*set data.share_prompts to false"):
             angles_of(rope, stream_of(((0, 12, 0, 0), (12, 16, 0, 12), (16, 24, 0, 12))))
+
+
+def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_is_trained() -> None:
+    def group(prompts: tuple[int, ...], responses: tuple[int, ...]) -> Group:
+        ids = [tuple(np.zeros(length, np.int32) for length in lengths) for lengths in (prompts, responses)]
+        return Group(*ids, 0, {})
+
+    either_side, apart = group((10,), (6, 7)), group((10, 10), (6, 7))
+    groups = GroupStore.of([either_side, apart, group((10,), (8, 9)), group((10,), (5, 6)), group((10,), (9,))])
+    found = {}
+    for family, parameters in (("phi3", LONGROPE), ("llama", DYNAMIC)):
+        shape = shape_of(config_of(family, rope_parameters=parameters, max_position_embeddings=16))
+        rope = shape.ropes[0]
+        assert rope is not None and rope.by_length is not None
+        found[family] = num_turned_differently(groups, rope.by_length)
+        with pytest.raises(UserError, match=f"{found[family]} of 5 rows have responses.*set data.share_prompts to false"):
+            check_shared_prompts(groups, shape)
+    assert found == {"phi3": 1, "llama": 2}
+    check_shared_prompts(groups, shape_of(config_of("llama")))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG_CONFIG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+DYNAMIC_CONFIG = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -295,9 +297,9 @@ def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: 
 @pytest.mark.parametrize(
     ("family", "changes", "lengths"),
     [
-        ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64}, (1, 16, 17, 40)),
+        ("phi3", {**LONG_CONFIG, "max_position_embeddings": 64}, (1, 16, 17, 40)),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, (9,)),
-        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, (1, 15, 16, 17, 40)),
+        ("llama", DYNAMIC_CONFIG, (1, 15, 16, 17, 40)),
         ("glm4", {}, (9,)),
         ("llama", {"rope_parameters": LLAMA3}, (700,)),
         ("qwen2", {"rope_parameters": YARN}, (700,)),
@@ -331,7 +333,7 @@ def stream_of(segments: tuple[tuple[int, int, int, int], ...]) -> Any:
 
 
 def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
-    rope = shape_of(config_of("phi3", rope_parameters=LONGROPE, max_position_embeddings=64)).ropes[0]
+    rope = shape_of(config_of("phi3", **LONG_CONFIG)).ropes[0]
     assert rope is not None and rope.by_length is not None
     # A prompt of 12 tokens, shared by responses of 8 and 9, and a sequence of 16: one is not longer than 16.
     shared = stream_of(((0, 12, 0, 0), (12, 20, 0, 12), (20, 29, 0, 12), (29, 45, 0, 0)))
@@ -343,9 +345,8 @@ def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
 
 
 def test_a_prompt_that_its_responses_turn_differently_is_refused() -> None:
-    for parameters in (LONGROPE, DYNAMIC):
-        family = "phi3" if parameters is LONGROPE else "llama"
-        rope = shape_of(config_of(family, rope_parameters=parameters, max_position_embeddings=16)).ropes[0]
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        rope = shape_of(config_of(family, **changes)).ropes[0]
         assert rope is not None
         with pytest.raises(UserError, match=r"16 and 20 tokens long.*set data.share_prompts to false"):
             angles_of(rope, stream_of(((0, 12, 0, 0), (12, 16, 0, 12), (16, 24, 0, 12))))
@@ -359,8 +360,8 @@ def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_
     either_side, apart = group((10,), (6, 7)), group((10, 10), (6, 7))
     groups = GroupStore.of([either_side, apart, group((10,), (8, 9)), group((10,), (5, 6)), group((10,), (9,))])
     found = {}
-    for family, parameters in (("phi3", LONGROPE), ("llama", DYNAMIC)):
-        shape = shape_of(config_of(family, rope_parameters=parameters, max_position_embeddings=16))
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        shape = shape_of(config_of(family, **changes))
         rope = shape.ropes[0]
         assert rope is not None and rope.by_length is not None
         found[family] = num_turned_differently(groups, rope.by_length)

@@ -30,6 +30,7 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    with_reward_head,
 )
 from megadpo.model.families.refused import REFUSED
 from megadpo.model.rope import angles_of, kinds_of_segments
@@ -471,6 +472,12 @@ def test_transformer_config_arguments(family: str) -> None:
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of(family, **changes))
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])
+def test_families_without_a_sequence_classifier_make_no_reward_models(family: str) -> None:
+    with pytest.raises(UserError, match=f"transformers has no sequence classifier of {family} models"):
+        with_reward_head(config_of(family), 1)
 
 
 @pytest.mark.parametrize(

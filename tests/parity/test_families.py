@@ -123,7 +123,7 @@ def measured(models, groups, worlds: dict[int, list[Case]]) -> Found:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(ONE, id="one process"),
+        pytest.param(ONE, id="one process", marks=pytest.mark.exhaustive),
         pytest.param(TWO, id="two processes"),
         pytest.param(MORE, id="more layouts", marks=pytest.mark.exhaustive),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -18,6 +19,8 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.data.batches.micro_batch import Segment
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import FAMILIES as REGISTERED
 from megadpo.model.families import (
@@ -27,10 +30,12 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    with_reward_head,
 )
 from megadpo.model.families.refused import REFUSED
 from megadpo.model.rope import angles_of, kinds_of_segments
 from megadpo.model.weights import fill_shard
+from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
 from tests.helpers.models import PREFIXES, save_model
@@ -44,6 +49,8 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG_CONFIG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+DYNAMIC_CONFIG = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -291,9 +298,9 @@ def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: 
 @pytest.mark.parametrize(
     ("family", "changes", "lengths"),
     [
-        ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 64}, (1, 16, 17, 40)),
+        ("phi3", {**LONG_CONFIG, "max_position_embeddings": 64}, (1, 16, 17, 40)),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, (9,)),
-        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, (1, 15, 16, 17, 40)),
+        ("llama", DYNAMIC_CONFIG, (1, 15, 16, 17, 40)),
         ("glm4", {}, (9,)),
         ("llama", {"rope_parameters": LLAMA3}, (700,)),
         ("qwen2", {"rope_parameters": YARN}, (700,)),
@@ -327,7 +334,7 @@ def stream_of(segments: tuple[tuple[int, int, int, int], ...]) -> Any:
 
 
 def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
-    rope = shape_of(config_of("phi3", rope_parameters=LONGROPE, max_position_embeddings=64)).ropes[0]
+    rope = shape_of(config_of("phi3", **LONG_CONFIG)).ropes[0]
     assert rope is not None and rope.by_length is not None
     # A prompt of 12 tokens, shared by responses of 8 and 9, and a sequence of 16: one is not longer than 16.
     shared = stream_of(((0, 12, 0, 0), (12, 20, 0, 12), (20, 29, 0, 12), (29, 45, 0, 0)))
@@ -339,12 +346,30 @@ def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
 
 
 def test_a_prompt_that_its_responses_turn_differently_is_refused() -> None:
-    for parameters in (LONGROPE, DYNAMIC):
-        family = "phi3" if parameters is LONGROPE else "llama"
-        rope = shape_of(config_of(family, rope_parameters=parameters, max_position_embeddings=16)).ropes[0]
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        rope = shape_of(config_of(family, **changes)).ropes[0]
         assert rope is not None
         with pytest.raises(UserError, match=r"16 and 20 tokens long.*set data.share_prompts to false"):
             angles_of(rope, stream_of(((0, 12, 0, 0), (12, 16, 0, 12), (16, 24, 0, 12))))
+
+
+def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_is_trained() -> None:
+    def group(prompts: tuple[int, ...], responses: tuple[int, ...]) -> Group:
+        ids = [tuple(np.zeros(length, np.int32) for length in lengths) for lengths in (prompts, responses)]
+        return Group(*ids, 0, {})
+
+    either_side, apart = group((10,), (6, 7)), group((10, 10), (6, 7))
+    groups = GroupStore.of([either_side, apart, group((10,), (8, 9)), group((10,), (5, 6)), group((10,), (9,))])
+    found = {}
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        shape = shape_of(config_of(family, **changes))
+        rope = shape.ropes[0]
+        assert rope is not None and rope.by_length is not None
+        found[family] = num_turned_differently(groups, rope.by_length)
+        with pytest.raises(UserError, match=f"{found[family]} of 5 rows have responses.*set data.share_prompts to false"):
+            check_shared_prompts(groups, shape)
+    assert found == {"phi3": 1, "llama": 2}
+    check_shared_prompts(groups, shape_of(config_of("llama")))
 
 
 @pytest.mark.parametrize(
@@ -447,6 +472,12 @@ def test_transformer_config_arguments(family: str) -> None:
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of(family, **changes))
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])
+def test_families_without_a_sequence_classifier_make_no_reward_models(family: str) -> None:
+    with pytest.raises(UserError, match=f"transformers has no sequence classifier of {family} models"):
+        with_reward_head(config_of(family), 1)
 
 
 @pytest.mark.parametrize(

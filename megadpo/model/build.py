@@ -155,7 +155,7 @@ def build_stage(
     by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
     activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
-    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    backend = choose_backend(options.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     quantization = FourBit.of(options)
     models = [
         _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization)
@@ -219,6 +219,8 @@ def _build_chunk(
         rope_scaling=shape.rope_scaling,
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
+        softcap=shape.attention_softcap,
+        has_sinks=shape.attention_sinks,
     )
     has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():

@@ -60,6 +60,8 @@ class ModelShape:
         experts: None of a dense model.
         head: which head the model has.
         padding_token: the config's pad_token_id, which a reward model reads.
+        attention_softcap: attention's scores become softcap * tanh(score / softcap) before their softmax; None: they stay.
+        attention_sinks: whether each query head has a learned number in its softmax's denominator.
     """
 
     num_layers: int
@@ -80,6 +82,8 @@ class ModelShape:
     experts: Experts | None
     head: Head
     padding_token: int | None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
 
     @property
     def has_windows(self) -> bool:

@@ -223,6 +223,6 @@ def check_modules(config: Config, shape: ModelShape) -> None:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    choose_backend(config.model.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     choose_small_ops(config.model.small_ops, compute_device())
     choose_layers(config.model, compute_device(), dtype, shape.experts is not None)

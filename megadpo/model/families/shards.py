@@ -43,6 +43,8 @@ def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     }
     if shape.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (key,), "self_attn.v_proj.bias": (key,)}
+    if shape.attention_sinks:
+        shapes["self_attn.sinks"] = (shape.num_heads,)
     if shape.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
     return shapes
@@ -175,6 +177,9 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
     ]
     if shape.qkv_bias:
         shards.append(cut.rows(f"{attention}.linear_qkv.bias", _qkv_runs(shape, hf_attention, "bias"), num_qkv))
+    if shape.attention_sinks:
+        sinks = [(f"{hf_attention}.sinks", 0, shape.num_heads)]
+        shards.append(cut.rows(f"{attention}.core_attention.softmax_offset", sinks, shape.num_heads))
     if shape.qk_norm:
         shards += [
             cut.whole(f"{attention}.{norm}_layernorm.weight", f"{hf_attention}.{norm}_norm.weight", shape.head_dim)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions, companions_of, write_companions
+from megadpo.checkpoint.fused_experts import fused, fused_names
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
 from megadpo.checkpoint.staging import publish, staging, writing
@@ -40,12 +41,18 @@ class ExportPlan:
         shapes: logical name -> shape.
         dtypes: logical name -> type in the file.
         config: what config.json must say: architectures and dtype; of a reward model, its label and padding token too.
+        fuses_experts: whether the files have all experts of a layer as one tensor.
     """
 
     files: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     config: dict[str, Any]
+    fuses_experts: bool = False
+
+    def in_file(self, file: str) -> list[str]:
+        """Names of the tensors that a file has."""
+        return fused_names(self.files[file]) if self.fuses_experts else list(self.files[file])
 
 
 def plan_export(
@@ -79,7 +86,7 @@ def plan_export(
         "dtype": str(next(iter(dtypes.values()))).removeprefix("torch."),
         **head_settings(hf_config),
     }
-    return ExportPlan(files, shapes, dtypes, config)
+    return ExportPlan(files, shapes, dtypes, config, family_of(hf_config).fuses_experts)
 
 
 def _groups_of_stage(shapes: Mapping[str, Any], stages: Sequence[range], stage: int) -> Iterator[list[str]]:
@@ -137,9 +144,10 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         bundle = waiting.setdefault(file, {})
         bundle[name] = tensor.detach().to("cpu", plan.dtypes[name]).contiguous()
         if len(bundle) == len(plan.files[file]):
-            write_tensor_file({name: bundle[name] for name in plan.files[file]}, staging(directory) / file)
+            del waiting[file]
+            whole = {name: bundle.pop(name) for name in plan.files[file]}
+            write_tensor_file(fused(whole) if plan.fuses_experts else whole, staging(directory) / file)
             written.append(file)
-            del waiting[file], bundle
     if waiting:
         file, bundle = next(iter(waiting.items()))
         raise ValueError(f"{file} is incomplete: {sorted(set(plan.files[file]) - bundle.keys())[0]} did not come")
@@ -162,9 +170,9 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
         raise ValueError(f"{missing[0]} was not written")
     if len(plan.files) > 1:
         total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
-        weight_map = {name: file for file, names in plan.files.items() for name in names}
+        weight_map = {name: file for file in plan.files for name in plan.in_file(file)}
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    settings = dict(companions.settings)
+    settings = {key: value for key, value in companions.settings.items() if key != "quantization_config"}
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.
     spellings = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(spellings, plan.config["dtype"])

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megadpo.checkpoint.fused_experts import SingleExperts
 from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.errors import UserError, reason
 from megadpo.model.families import TensorSource, family_of, shape_of
@@ -132,11 +133,9 @@ def open_hf(path: str | Path) -> TensorSource:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
-    if (directory / INDEX_NAME).is_file():
-        return _HfSource(_files_of_index(directory))
-    if (directory / SINGLE_NAME).is_file():
-        file = SafetensorsFile(directory / SINGLE_NAME)
-        return _HfSource(dict.fromkeys(file.keys, file))
+    source = _open_files(directory)
+    if source is not None:
+        return SingleExperts(source) if _fuses_experts(directory) else source
     if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
         raise UserError(
             f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
@@ -145,6 +144,20 @@ def open_hf(path: str | Path) -> TensorSource:
     what = why_no_model(directory)
     more = f"; {what}" if what else ""
     raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{more}")
+
+
+def _open_files(directory: Path) -> TensorSource | None:
+    """The tensors as the files name them; None where there are no files."""
+    if (directory / INDEX_NAME).is_file():
+        return _HfSource(_files_of_index(directory))
+    if (directory / SINGLE_NAME).is_file():
+        file = SafetensorsFile(directory / SINGLE_NAME)
+        return _HfSource(dict.fromkeys(file.keys, file))
+    return None
+
+
+def _fuses_experts(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and family_of(read_json(directory / "config.json")).fuses_experts
 
 
 def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
@@ -173,7 +186,8 @@ def size_warning(path: str | Path) -> str | None:
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if type(said) is not int:
         return None
-    source = open_hf(path)
+    source = _open_files(directory)
+    assert source is not None
     found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
     if found == said:
         return None
@@ -229,7 +243,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
             "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",
         ),
     ):
-        if settings.get(field):
+        if settings.get(field) and not (field == "quantization_config" and _is_mxfp4(settings)):
             raise UserError(f"{file} has {field}, which is not supported: {why}")
     from transformers import AutoConfig
 
@@ -241,6 +255,12 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     except Exception as error:  # transformers' validators raise several kinds
         raise UserError(f"{file}: transformers refuses it: {reason(error, limit=None)}") from error
     return config
+
+
+def _is_mxfp4(settings: dict[str, Any]) -> bool:
+    """Whether experts are packed as `SingleExperts` reads them, and nothing else is."""
+    method = settings["quantization_config"]
+    return isinstance(method, dict) and method.get("quant_method") == "mxfp4" and family_of(settings).fuses_experts
 
 
 def read_json(path: Path) -> dict[str, Any]:

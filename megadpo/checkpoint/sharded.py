@@ -169,6 +169,7 @@ def commit(
     with writing(partial / "huggingface"):
         (partial / "huggingface").mkdir()
     settings = companions.settings | head_settings(hf_config)
+    settings.pop("quantization_config", None)  # of what was read; what is written is plain
     settings |= tying_settings(settings, has_own_head=not hf_config.tie_word_embeddings)
     records = {"config.json": write_json(partial / CONFIG, settings)}
     records |= write_companions(companions, partial / "huggingface")

@@ -22,7 +22,7 @@ from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import Block, Blocks, Padded, PaddedBatch, Range, blocks_of
 from megadpo.model.attention.explicit import explicit_backward, explicit_forward
-from megadpo.model.attention.head_dims import of_one_dim
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
 from megadpo.model.attention.sinks import sink_gradient, with_sinks
 
 # The operations below scaled_dot_product_attention: that neither gives the log-sum-exp nor takes another's.
@@ -68,7 +68,7 @@ class CpuFlashBackend:
         if softcap is not None:
             kernel = Kernel(*(functools.partial(half, softcap=softcap) for half in (explicit_forward, explicit_backward)))
         output = _BlockAttention.apply(*of_one_dim(query, key, value), sinks_A, prepared, scale, kernel)
-        return output[..., : value.shape[2]]
+        return cut_to(output, value.shape[2])
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.head_dims import of_one_dim
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
@@ -67,7 +67,7 @@ class FlashAttnBackend:
         )
         # The first ones of version 3 give the log-sum-exp, too.
         output = output[0] if isinstance(output, tuple) else output
-        return output[..., :value_dim]
+        return cut_to(output, value_dim)
 
 
 def _function(device: torch.device) -> Callable[..., Any]:

@@ -19,3 +19,8 @@ def of_one_dim(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     if missing < 0:
         return F.pad(query, (0, -missing)), F.pad(key, (0, -missing)), value
     return query, key, value
+
+
+def cut_to(output: Tensor, value_dim: int) -> Tensor:
+    """An output without what `of_one_dim` has added to its values; itself where that was nothing."""
+    return output if output.shape[-1] == value_dim else output[..., :value_dim]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.head_dims import of_one_dim
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
@@ -59,7 +59,7 @@ class TransformerEngineBackend:
             attn_mask_type="padding_causal_bottom_right",
             window_size=prepared.reach,
         )
-        return output.view(query.shape)[..., :value_dim]
+        return cut_to(output.view(query.shape), value_dim)
 
 
 def _why_not_installed() -> str | None:

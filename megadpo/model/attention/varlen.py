@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.head_dims import of_one_dim
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
 from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
@@ -71,7 +71,7 @@ class VarlenBackend:
         starts = (prepared.query_starts, prepared.key_starts, prepared.max_queries, prepared.max_keys)
         output = varlen_attn(query, key, value, *starts, **options)
         assert isinstance(output, Tensor)
-        return output[..., :value_dim]
+        return cut_to(output, value_dim)
 
 
 def _scaled(query: Tensor, factor: float) -> Tensor:

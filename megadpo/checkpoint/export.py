@@ -86,7 +86,7 @@ def plan_export(
         "dtype": str(next(iter(dtypes.values()))).removeprefix("torch."),
         **head_settings(hf_config),
     }
-    return ExportPlan(files, shapes, dtypes, config, family_of(hf_config).fuses_experts)
+    return ExportPlan(files, shapes, dtypes, config, shape.experts is not None and shape.experts.is_fused)
 
 
 def _groups_of_stage(shapes: Mapping[str, Any], stages: Sequence[range], stage: int) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ from megadpo.checkpoint.fused_experts import SingleExperts
 from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.errors import UserError, reason
 from megadpo.model.families import TensorSource, family_of, shape_of
+from megadpo.model.families.registry import as_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -135,7 +136,8 @@ def open_hf(path: str | Path) -> TensorSource:
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
     source = _open_files(directory)
     if source is not None:
-        return SingleExperts(source) if _fuses_experts(directory) else source
+        has_config = (directory / "config.json").is_file()
+        return SingleExperts(source) if has_config and _fuses_experts(read_json(directory / "config.json")) else source
     if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
         raise UserError(
             f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
@@ -156,8 +158,9 @@ def _open_files(directory: Path) -> TensorSource | None:
     return None
 
 
-def _fuses_experts(directory: Path) -> bool:
-    return (directory / "config.json").is_file() and family_of(read_json(directory / "config.json")).fuses_experts
+def _fuses_experts(settings: dict[str, Any]) -> bool:
+    experts = family_of(settings).experts(as_config(settings))
+    return experts is not None and experts.is_fused
 
 
 def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
@@ -260,7 +263,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
 def _is_mxfp4(settings: dict[str, Any]) -> bool:
     """Whether experts are packed as `SingleExperts` reads them, and nothing else is."""
     method = settings["quantization_config"]
-    return isinstance(method, dict) and method.get("quant_method") == "mxfp4" and family_of(settings).fuses_experts
+    return isinstance(method, dict) and method.get("quant_method") == "mxfp4" and _fuses_experts(settings)
 
 
 def read_json(path: Path) -> dict[str, Any]:

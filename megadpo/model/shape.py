@@ -16,6 +16,15 @@ Head = Literal["logprobs", "reward"]
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """Of an expert's gated MLP: (up + 1) * gate * sigmoid(alpha * gate), where the gate is at most `limit`, and up between it
+    and its negative."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A model's mixtures of experts.
 
@@ -27,6 +36,10 @@ class Experts:
         layers: global numbers of the layers that have experts; the others have a dense MLP.
         block: the mixture's place in a layer's Hugging Face names.
         gate, up, down: an expert's matrices there.
+        router: the router there.
+        has_biases: whether the router and the experts' matrices have biases.
+        clamp: in place of the model's activation; None: the experts have that.
+        is_fused: whether model files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
     """
 
     count: int
@@ -38,6 +51,10 @@ class Experts:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
+    has_biases: bool = False
+    clamp: Clamp | None = None
+    is_fused: bool = False
 
 
 @dataclass(frozen=True)

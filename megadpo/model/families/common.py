@@ -112,7 +112,6 @@ class Family:
         qk_norm: whether each head's query and key has an RMSNorm.
         experts: HF config -> its mixtures of experts; None of a dense model.
         check: raises UserError for what only this family can express and megadpo cannot run.
-        fuses_experts: whether its files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
     """
 
     name: str
@@ -123,7 +122,6 @@ class Family:
     qk_norm: bool = False
     experts: Callable[[PretrainedConfig], Experts | None] = _no_experts
     check: Callable[[PretrainedConfig], None] = _nothing_to_refuse
-    fuses_experts: bool = False
 
 
 def window_on_every_layer(hf_config: PretrainedConfig) -> list[int | None]:

@@ -225,4 +225,4 @@ def check_modules(config: Config, shape: ModelShape) -> None:
     dtype = resolve_dtype(config.model.dtype)
     choose_backend(config.model.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     choose_small_ops(config.model.small_ops, compute_device())
-    choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
+    choose_layers(config.model, compute_device(), dtype, shape.only_local)

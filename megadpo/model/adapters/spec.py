@@ -137,7 +137,8 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
     matrices = (name for name, size in all_shapes(shape).items() if len(size) == 2 and name.endswith(_WEIGHT))
     modules = (name.removesuffix(_WEIGHT) for name in matrices)
     modules = (m for m in modules if m not in routers and not (fused and ".experts." in m))
-    return tuple(m for m in modules if m != SCORE.removesuffix(_WEIGHT))
+    others = (SCORE.removesuffix(_WEIGHT), ".q_norm", ".k_norm")  # norms of some models have a row for each head
+    return tuple(m for m in modules if not m.endswith(others))
 
 
 def _routers(shape: ModelShape) -> set[str]:

@@ -11,7 +11,6 @@ another one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +42,8 @@ class StreamParams(PackedSeqParams):
         watch: what records the routers' choices, where the model has experts.
         weights_T: see `token_weights`.
         prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
-        rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, where Megatron has not done it.
+        rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, in a layer that is counted from 0 over
+            the whole model, where Megatron has not done it.
     """
 
     micro_batch: MicroBatch | None = None
@@ -52,7 +52,7 @@ class StreamParams(PackedSeqParams):
     watch: RouterWatch | None = None
     weights_T: Tensor | None = None
     prompt_keys: PromptKeys | None = None
-    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    rotate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
 
     def token_weights(self) -> Tensor:
         """`router_load.token_weights` of the micro-batch, made once for all layers."""
@@ -81,7 +81,7 @@ class GroupAttention(MegatronModule):
         layer_number: int,
         *unused: Any,
         windows: Sequence[int | None],
-        rope_scaling: float,
+        softmax_scale: float,
         backend: AttentionBackend,
         context_method: str | None = None,
         softcap: float | None = None,
@@ -90,7 +90,8 @@ class GroupAttention(MegatronModule):
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
 
-        `context_method` says how micro-batches of which this rank holds a part are attended to: "ulysses" or "allgather".
+        `softmax_scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
+        which this rank holds a part are attended to: "ulysses" or "allgather".
         `softcap` and `has_sinks`: `attention_softcap` and `attention_sinks` of the model's shape.
         """
         super().__init__(config=config)
@@ -98,8 +99,7 @@ class GroupAttention(MegatronModule):
         self.window = windows[layer_number - 1]
         self.context_method = context_method
         self.backend = backend
-        # Scaling cosine and sine of queries and keys (yarn) is scaling their product by the square.
-        self.softmax_scale = rope_scaling**2 / math.sqrt(config.kv_channels)
+        self.softmax_scale = softmax_scale
         self.softcap = softcap
         self.softmax_offset: torch.nn.Parameter | None = None
         if has_sinks:
@@ -121,7 +121,7 @@ class GroupAttention(MegatronModule):
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
         if packed_seq_params.rotate is not None:
-            query, key = packed_seq_params.rotate(query, key)
+            query, key = packed_seq_params.rotate(query, key, self.layer_number - 1)
         if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params, self.softmax_offset)
         elif isinstance(micro_batch.shard, PairHalf):

@@ -28,9 +28,9 @@ from megadpo.model.families import (
 from megadpo.model.weights import fill_shard
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
-from tests.helpers.models import save_model
+from tests.helpers.models import PREFIXES, save_model
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe")
+FAMILIES = tuple(PREFIXES)
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -249,7 +249,7 @@ def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: st
     config = config_of(family, **changes)
     rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
     shape = shape_of(config)
-    frequencies, scaling = shape.inverse_frequencies, shape.rope_scaling
+    frequencies, scaling = shape.ropes[0].inverse_frequencies, shape.ropes[0].scaling
     assert frequencies.dtype is torch.float32
     assert torch.equal(frequencies, rotary.inv_freq)
     assert scaling == rotary.attention_scaling
@@ -312,7 +312,7 @@ def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
 def test_heads_and_their_size_are_worked_out_where_the_config_leaves_them_open(changes, key_value_heads, head_dim) -> None:
     shape = shape_of(config_of("llama", **changes))
     assert (shape.num_heads, shape.num_key_value_heads, shape.head_dim) == (8, key_value_heads, head_dim)
-    assert shape.inverse_frequencies.shape == (head_dim // 2,)
+    assert shape.ropes[0].inverse_frequencies.shape == (head_dim // 2,)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -358,7 +358,8 @@ def test_a_config_dict_means_the_same_as_a_config() -> None:
     assert family_of(config.to_dict()).name == "qwen3"
     assert logical_shapes(shape_of(config.to_dict())) == logical_shapes(shape_of(config))
     assert shape_of(config.to_dict()) == shape_of(config)
-    assert torch.equal(shape_of(config.to_dict()).inverse_frequencies, shape_of(config).inverse_frequencies)
+    of_dict, of_config = (shape_of(each).ropes[0].inverse_frequencies for each in (config.to_dict(), config))
+    assert torch.equal(of_dict, of_config)
 
 
 def test_complete_weights_pass_and_harmless_buffers_are_ignored() -> None:

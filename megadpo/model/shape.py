@@ -25,8 +25,8 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class Clamp:
-    """Of an expert's gated MLP: (up + 1) * gate * sigmoid(alpha * gate), where the gate is at most `limit`, and up between it
-    and its negative."""
+    """Of an expert's gated MLP: (up + 1) * gate * sigmoid(alpha * gate), where the gate is at most `limit`, and up between
+    it and its negative."""
 
     alpha: float
     limit: float

@@ -1,6 +1,6 @@
-"""Gemma 2 and the text models of Gemma 3: norms before and after attention and MLP, whose weights are stored as w where 1 + w
-is applied; embeddings times sqrt(hidden size); windows on some layers; softcaps on scores and logits (2), or norms of heads
-and another rope in the layers with windows (3)."""
+"""Gemma 2 and the text models of Gemma 3: norms before and after attention and MLP, whose weights are stored as w where
+1 + w is applied; embeddings times sqrt(hidden size); windows on some layers; softcaps on scores and logits (2), or norms of
+heads and another rope in the layers with windows (3)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _check_3(hf_config: PretrainedConfig) -> None:
     _check(hf_config)
     if hf_config.attn_logit_softcapping is not None:
         raise UserError(
-            f"the model's config has attn_logit_softcapping: {hf_config.attn_logit_softcapping}, which transformers' Gemma 3 "
-            "does not compute; set it to null"
+            f"the model's config has attn_logit_softcapping: {hf_config.attn_logit_softcapping}, which transformers' Gemma 3"
+            " does not compute; set it to null"
         )
 
 

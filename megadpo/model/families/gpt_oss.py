@@ -1,4 +1,4 @@
-"""GPT-OSS: attention with sinks, windows on every other layer, and in each layer experts with biases and a clamped SwiGLU."""
+"""GPT-OSS: attention with sinks, windows on every other layer, in each layer experts with biases and a clamped SwiGLU."""
 
 from __future__ import annotations
 

@@ -98,9 +98,7 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiG
     use_own_linear_layers(expert, mlp_bias=experts.has_biases)
     if experts.has_biases:
         expert.linear_fc2 = ExpertRowLinear
-    mixture.submodules.router = functools.partial(
-        Router, renormalised=experts.renormalised, has_bias=experts.has_biases
-    )
+    mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised, has_bias=experts.has_biases)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture
     return dense
 

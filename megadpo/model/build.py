@@ -220,7 +220,7 @@ def _build_chunk(
     attention = functools.partial(
         GroupAttention,
         windows=shape.windows,
-        softmax_scale=_softmax_scale(shape),
+        scale=_softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
         softcap=shape.attention_softcap,

@@ -46,8 +46,9 @@ def config_of(family: str, **changes: Any) -> Any:
         changes = {"num_local_experts": 4} | changes
     if family == "qwen3_moe":
         changes = {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
-    if family in ("phi3", "glm", "glm4"):
-        changes = {"pad_token_id": 0} | changes
+    if family in ("ministral", "glm", "glm4"):
+        changes = {"head_dim": 16} | changes
+    changes = {"pad_token_id": None} | changes
     sizes: dict[str, Any] = {
         "vocab_size": 499,
         "hidden_size": 64,

@@ -53,7 +53,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 2.5,
     },
-    "ministral": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "ministral": {"head_dim": 24, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "glm": {"head_dim": 24},
     "glm4": {"head_dim": 24},
     "cohere": {"logit_scale": 0.25},

@@ -23,9 +23,18 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module
 def response_logp(model: torch.nn.Module, group: Group, response: int) -> Tensor:
     """Sum of the completion tokens' log-probs, float64."""
     prompt, completion = (torch.from_numpy(ids).long() for ids in (group.prompt_of(response), group.responses[response]))
+    _forget_earlier_lengths(model)
     logits = model(torch.cat([prompt, completion])[None]).logits[0]
     logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
     return logps.gather(1, completion[:, None]).sum()
+
+
+def _forget_earlier_lengths(model: torch.nn.Module) -> None:
+    """A dynamic rope goes on with the frequencies of the longest sequence that it has seen."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq.data = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def all_logps(model: torch.nn.Module, groups: Sequence[Group]) -> Tensor:

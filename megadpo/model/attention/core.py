@@ -81,7 +81,7 @@ class GroupAttention(MegatronModule):
         layer_number: int,
         *unused: Any,
         windows: Sequence[int | None],
-        softmax_scale: float,
+        scale: float,
         backend: AttentionBackend,
         context_method: str | None = None,
         softcap: float | None = None,
@@ -90,7 +90,7 @@ class GroupAttention(MegatronModule):
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
 
-        `softmax_scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
+        `scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
         which this rank holds a part are attended to: "ulysses" or "allgather".
         `softcap` and `has_sinks`: `attention_softcap` and `attention_sinks` of the model's shape.
         """
@@ -99,7 +99,7 @@ class GroupAttention(MegatronModule):
         self.window = windows[layer_number - 1]
         self.context_method = context_method
         self.backend = backend
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = scale  # Megatron hands over a `softmax_scale` of its own
         self.softcap = softcap
         self.softmax_offset: torch.nn.Parameter | None = None
         if has_sinks:

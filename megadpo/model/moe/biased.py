@@ -1,6 +1,6 @@
 """What GPT-OSS's experts have that others do not: a clamped SwiGLU, and biases.
 
-Axes: F inner size of an expert on this rank.
+Axes: T tokens, H hidden size, F inner size of an expert on this rank, E experts of this rank.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megadpo.model.recompute import recomputable
@@ -51,6 +52,22 @@ class _ClampedSwiGLU(torch.autograd.Function):
         gate_gradient = gradient * (between + 1) * slope * (gate <= limit)
         up_gradient = gradient * low * gates * (up.abs() <= limit)
         return torch.cat([gate_gradient, up_gradient], dim=-1), None, None
+
+
+class BiasedExperts(SequentialMLP):
+    """Megatron's experts, one after the other. (Its MLP adds a bias in place to what autograd does not allow that of.)"""
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """hidden [T, H] in the experts' order, tokens of each [E], probabilities [T] -> what the experts give [T, H]."""
+        counts, outputs = tokens_per_expert.tolist(), []
+        parts = (permuted_local_hidden_states.split(counts), permuted_probs[:, None].split(counts))
+        for expert, tokens, probabilities in zip(self.local_experts, *parts, strict=True):
+            inner = expert.activation_func(expert.linear_fc1(tokens)[0])
+            output, bias = expert.linear_fc2((inner * probabilities).to(inner.dtype))
+            outputs.append((output + bias * probabilities).to(output.dtype))
+        return torch.cat(outputs), None
 
 
 class ExpertRowLinear(RowLinear):

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
-from megadpo.model.moe.biased import ClampedSwiGLU, ExpertRowLinear
+from megadpo.model.moe.biased import BiasedExperts, ClampedSwiGLU, ExpertRowLinear
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
@@ -97,6 +97,7 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiG
         expert.activation_func = ModuleSpec(module=ClampedSwiGLU, params=clamp)
     use_own_linear_layers(expert, mlp_bias=experts.has_biases)
     if experts.has_biases:
+        mixture.submodules.experts.module = BiasedExperts
         expert.linear_fc2 = ExpertRowLinear
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised, has_bias=experts.has_biases)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture

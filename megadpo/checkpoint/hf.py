@@ -240,7 +240,10 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     for field, why in (
-        ("auto_map", "the model's own code is never run"),
+        (
+            "auto_map",
+            "the model's own code is never run; remove it from config.json to use transformers' own model of this kind",
+        ),
         (
             "quantization_config",
             "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",

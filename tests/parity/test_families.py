@@ -36,8 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     },
-    "olmo2": {},
-    "olmo2-biased": {"attention_bias": True, "tie_word_embeddings": True},
+    "olmo2": {"tie_word_embeddings": True},
     "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
     "granite": {"tie_word_embeddings": True},
     "granite-biased": {"attention_bias": True, "mlp_bias": True},
@@ -71,6 +70,8 @@ MORE = {
         Case(Layout(tensor=2, data=2, sequence=True), share_prompts=False),
     ],
 }
+IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere")
+"""Models with which these are measured: all that is new is in them."""
 BETA = 0.1
 UNSHARED = ("phi3-partial-longrope", "cohere-dynamic")
 """Whose prompts may not be shared: the responses' lengths lie on both sides of where the rope changes."""
@@ -130,12 +131,15 @@ def measured(models, groups, worlds: dict[int, list[Case]]) -> Found:
     ],
 )
 def found(request, models, groups) -> Found:
-    return measured(models, groups, request.param)
+    chosen = {name: paths for name, paths in models.items() if request.param is not MORE or name in IN_MORE}
+    return measured(chosen, groups, request.param)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_log_probs_loss_and_every_gradient_equal_transformers(name: str, found: Found, expected) -> None:
+    if name not in found:
+        pytest.skip("its layers are those of another one, which is measured")
     logps, loss, gradients = expected[name]
     norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
     for case, outcome in found[name]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,11 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.data.batches.micro_batch import Segment
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.model.families import FAMILIES as REGISTERED
 from megadpo.model.families import (
     ExpertPlace,
     check_tensors,
@@ -25,12 +31,25 @@ from megadpo.model.families import (
     shape_of,
     shard_parameters,
 )
+from megadpo.model.families.refused import REFUSED
+from megadpo.model.rope import angles_of, kinds_of_segments
 from megadpo.model.weights import fill_shard
+from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
 from tests.helpers.models import PREFIXES, save_model
 
 FAMILIES = tuple(PREFIXES)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG_CONFIG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+DYNAMIC_CONFIG = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -62,14 +81,22 @@ def all_shards(config: Any, num_tensor: int, num_pipeline: int, source: Any) -> 
     return parameters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in FAMILIES},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "cohere-normed": {"use_qk_norm": True, "attention_bias": True},
+    "glm4-biased": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_tensor", [1, 2, 4])
 @pytest.mark.parametrize("num_pipeline", [1, 2])
 def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, tied: bool, num_tensor: int, num_pipeline: int
 ) -> None:
-    config = config_of(family, tie_word_embeddings=tied)
+    config = config_of(family.split("-")[0], tie_word_embeddings=tied, **VARIANTS[family])
     source = random_source(config)
     joined: dict[str, torch.Tensor] = {}
     for parts in all_shards(config, num_tensor, num_pipeline, source):
@@ -258,13 +285,113 @@ def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: st
 @pytest.mark.parametrize(
     ("rope", "word"),
     [
-        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}, "'proportional'"),
         ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of("llama", rope_parameters=rope))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "lengths"),
+    [
+        ("phi3", {**LONG_CONFIG, "max_position_embeddings": 64}, (1, 16, 17, 40)),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, (9,)),
+        ("llama", DYNAMIC_CONFIG, (1, 15, 16, 17, 40)),
+        ("glm4", {}, (9,)),
+        ("llama", {"rope_parameters": LLAMA3}, (700,)),
+        ("qwen2", {"rope_parameters": YARN}, (700,)),
+        ("smollm3", {}, (9,)),
+    ],
+)
+def test_a_sequence_s_angles_are_those_of_transformers_for_it_alone(
+    family: str, changes: dict[str, Any], lengths: tuple[int, ...]
+) -> None:
+    config = config_of(family, **changes)
+    rope = shape_of(config).ropes[0]
+    assert rope is not None
+    for length in lengths:
+        rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+        cosine, sine = rotary(torch.zeros(1), torch.arange(length)[None])
+        angles_TN = angles_of(rope, stream_of(((0, length, 0, 0),)))
+        num_pairs = angles_TN.shape[1]
+        assert torch.equal(angles_TN.cos() * rope.scaling, cosine[0, :, :num_pairs]), length
+        assert torch.equal(angles_TN.sin() * rope.scaling, sine[0, :, :num_pairs]), length
+
+
+def stream_of(segments: tuple[tuple[int, int, int, int], ...]) -> Any:
+    """What a rope reads of a micro-batch with these segments, which begin with the positions that their prompts end with."""
+    made = tuple(Segment(*bounds) for bounds in segments)
+    positions_T = torch.cat([torch.arange(s.end - s.start) + s.prompt_end - s.prompt_start for s in made])
+    return SimpleNamespace(
+        segments=made,
+        local=SimpleNamespace(positions_T=positions_T),
+        local_places=lambda: torch.arange(len(positions_T)),
+    )
+
+
+def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
+    rope = shape_of(config_of("phi3", **LONG_CONFIG)).ropes[0]
+    assert rope is not None and rope.by_length is not None
+    # A prompt of 12 tokens, shared by responses of 8 and 9, and a sequence of 16: one is not longer than 16.
+    shared = stream_of(((0, 12, 0, 0), (12, 20, 0, 12), (20, 29, 0, 12), (29, 45, 0, 0)))
+    assert kinds_of_segments(shared, rope.by_length) == [1, 1, 1, 0]
+    angles_TN = angles_of(rope, shared)
+    long = rope.by_length.inverse_frequencies_of(1)
+    assert torch.equal(angles_TN[:12], torch.outer(torch.arange(12.0), long))
+    assert torch.equal(angles_TN[29:], torch.outer(torch.arange(16.0), rope.inverse_frequencies))
+
+
+def test_a_prompt_that_its_responses_turn_differently_is_refused() -> None:
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        rope = shape_of(config_of(family, **changes)).ropes[0]
+        assert rope is not None
+        with pytest.raises(UserError, match=r"16 and 20 tokens long.*set data.share_prompts to false"):
+            angles_of(rope, stream_of(((0, 12, 0, 0), (12, 16, 0, 12), (16, 24, 0, 12))))
+
+
+def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_is_trained() -> None:
+    def group(prompts: tuple[int, ...], responses: tuple[int, ...]) -> Group:
+        ids = [tuple(np.zeros(length, np.int32) for length in lengths) for lengths in (prompts, responses)]
+        return Group(*ids, 0, {})
+
+    either_side, apart = group((10,), (6, 7)), group((10, 10), (6, 7))
+    groups = GroupStore.of([either_side, apart, group((10,), (8, 9)), group((10,), (5, 6)), group((10,), (9,))])
+    found = {}
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        shape = shape_of(config_of(family, **changes))
+        rope = shape.ropes[0]
+        assert rope is not None and rope.by_length is not None
+        found[family] = num_turned_differently(groups, rope.by_length)
+        with pytest.raises(UserError, match=f"{found[family]} of 5 rows have responses.*set data.share_prompts to false"):
+            check_shared_prompts(groups, shape)
+    assert found == {"phi3": 1, "llama": 2}
+    check_shared_prompts(groups, shape_of(config_of("llama")))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "word"),
+    [
+        ("falcon_h1", "recurrent state"),
+        ("jamba", "recurrent state"),
+        ("granitemoehybrid", "recurrent state"),
+        ("qwen2_5_vl", "only text"),
+        ("t5", "an encoder and a decoder"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_with_the_reason(model_type: str, word: str) -> None:
+    with pytest.raises(UserError, match=rf"XForCausalLM \(model_type '{model_type}'\) is not supported: it .*{word}"):
+        family_of({"architectures": ["XForCausalLM"], "model_type": model_type})
+
+
+def test_refused_models_are_named_as_transformers_names_them() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = {model_type for types in REFUSED.values() for model_type in types}
+    assert not named & {family.name for family in REGISTERED}
+    assert named <= set(CONFIG_MAPPING_NAMES) | {"rwkv"}, sorted(named - set(CONFIG_MAPPING_NAMES))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +403,11 @@ def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: 
         ("qwen2", {"sliding_window": 7}, [None] * 4),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, [None, None, None, 7]),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 7}, [None, None, None, 7]),
+        ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, [None] * 4),
+        ("ministral", {"sliding_window": 7}, [7] * 4),
+        ("cohere2", {"sliding_window": 7, "sliding_window_pattern": 2}, [7, None, 7, None]),
+        ("phi3", {"sliding_window": 7}, [7] * 4),
         (
             "qwen3",
             {
@@ -315,7 +447,7 @@ def test_heads_and_their_size_are_worked_out_where_the_config_leaves_them_open(c
     assert shape.ropes[0].inverse_frequencies.shape == (head_dim // 2,)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:6])
 def test_transformer_config_arguments(family: str) -> None:
     kwargs = shape_of(config_of(family, rms_norm_eps=1e-4, head_dim=24)).megatron_options()
     assert (kwargs["num_query_groups"], kwargs["kv_channels"], kwargs["layernorm_epsilon"]) == (4, 24, 1e-4)
@@ -328,9 +460,12 @@ def test_transformer_config_arguments(family: str) -> None:
     ("family", "changes", "word"),
     [
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias"),
+        ("glm4", {"hidden_act": "relu"}, "'relu'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0, which transformers' Gemma 3"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadpo.checkpoint.fp8 import without_quantization
 from megadpo.checkpoint.hf import hf_directory, read_json
 from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.passthrough import Passthrough
 from megadpo.checkpoint.staging import writing
 from megadpo.errors import UserError
 
@@ -24,10 +26,12 @@ PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "*processor_config.json",
     "chat_template*",
     "additional_chat_templates/*",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
 )
 """Files that make a model directory usable besides weights and config.json."""
 _DATA = re.compile(r"|\.(json|model|txt|jinja|jinja2|tiktoken|md|rst|pdf|vocab|spm|bpe|v\d+)")
@@ -87,7 +91,7 @@ def with_template(files: Mapping[str, bytes], template: str | None) -> dict[str,
     if template is None:
         return changed
     changed[TEMPLATE] = template.encode()
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         settings = _object(changed.get(name, b""))
         if "chat_template" not in settings:
             continue
@@ -101,6 +105,25 @@ def with_template(files: Mapping[str, bytes], template: str | None) -> dict[str,
     return changed
 
 
+_OF_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|chat_template|additional_chat_templates/).*|.*\.(model|tiktoken)|merges\.txt|tekken\.json|"
+    r"(special_tokens_map|added_tokens)\.json"
+)
+
+
+def with_tokenizer(files: Mapping[str, bytes], trained: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The companions of a model with tokenizer and templates of what was trained on it, as an adapter's directory has them.
+
+    Args:
+        trained: companions of the latter; without a tokenizer nothing changes. Else no file of the model's own tokenizer
+            stays, which might say something else.
+    """
+    if "tokenizer_config.json" not in trained:
+        return dict(files)
+    own = {name: content for name, content in files.items() if not _OF_TOKENIZER.fullmatch(name)}
+    return own | {name: content for name, content in trained.items() if _OF_TOKENIZER.fullmatch(name)}
+
+
 @dataclass(frozen=True)
 class Companions:
     """What stands beside the weights of a model directory, kept in memory: a run that saves and exports needs the
@@ -109,10 +132,12 @@ class Companions:
     Attributes:
         settings: its config.json.
         files: relative path -> content, as `companion_files` gives them.
+        passthrough: tensors that are no part of what is trained; None: it has none.
     """
 
     settings: dict[str, Any]
     files: dict[str, bytes]
+    passthrough: Passthrough | None = None
 
 
 def companions_of(hf_source: str | Path | Companions, chat_template: str | None = None) -> Companions:
@@ -127,7 +152,8 @@ def companions_of(hf_source: str | Path | Companions, chat_template: str | None 
     if isinstance(hf_source, Companions):
         return hf_source
     source = hf_directory(hf_source)
-    return Companions(read_json(source / "config.json"), with_template(companion_files(source), chat_template))
+    settings = without_quantization(read_json(source / "config.json"))
+    return Companions(settings, with_template(companion_files(source), chat_template))
 
 
 def write_companions(companions: Companions, directory: Path) -> dict[str, FileRecord]:

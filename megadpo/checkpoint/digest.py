@@ -27,8 +27,13 @@ def model_files_digest(huggingface: Path, *directories: Path) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    tensors = [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]
+    tensors = [file for directory in directories for file in tensor_files(directory)]
     return named_digest((huggingface / "config.json", *tensors))
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The files of a directory that may have its tensors: safetensors, where there are none pickles."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
 def named_digest(files: Iterable[Path]) -> str:

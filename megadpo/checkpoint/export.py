@@ -24,12 +24,17 @@ from megadpo.checkpoint.companions import Companions, companions_of, write_compa
 from megadpo.checkpoint.fused_experts import fused, fused_names
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
+from megadpo.checkpoint.passthrough import write_passthrough
 from megadpo.checkpoint.staging import publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.model.families import HEAD, ParameterShard, family_of, head_settings, logical_shapes, shape_of, tying_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+ONLY_NAME = "model-00001-of-00001.safetensors"
+"""Of the one file of a model that has others beside it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def _pack(
     return bundles
 
 
-def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, FileRecord]:
     """Write the files whose tensors this process has; each is written and dropped once its last tensor has come.
 
     In layer order, no more than about one file's tensors are in memory.
@@ -128,7 +133,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         tensors: (logical name, whole tensor), any type and device.
 
     Returns:
-        Names of the files written.
+        The record of each file written.
 
     Raises:
         ValueError: a tensor the plan does not know or of another shape, or a file that stays incomplete.
@@ -136,7 +141,7 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
     """
     file_of = {name: file for file, names in plan.files.items() for name in names}
     waiting: dict[str, dict[str, Tensor]] = {}
-    written = []
+    written: dict[str, FileRecord] = {}
     for name, tensor in tensors:
         if name not in file_of or tuple(tensor.shape) != plan.shapes[name]:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not in the export's plan")
@@ -146,8 +151,8 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         if len(bundle) == len(plan.files[file]):
             del waiting[file]
             whole = {name: bundle.pop(name) for name in plan.files[file]}
-            write_tensor_file(fused(whole) if plan.fuses_experts else whole, staging(directory) / file)
-            written.append(file)
+            written[file] = write_tensor_file(fused(whole) if plan.fuses_experts else whole, staging(directory) / file)
+            del bundle, whole
     if waiting:
         file, bundle = next(iter(waiting.items()))
         raise ValueError(f"{file} is incomplete: {sorted(set(plan.files[file]) - bundle.keys())[0]} did not come")
@@ -168,11 +173,18 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")
-    if len(plan.files) > 1:
-        total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
-        weight_map = {name: file for file in plan.files for name in plan.in_file(file)}
+    weight_map = {name: file for file in plan.files for name in plan.in_file(file)}
+    total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
+    if companions.passthrough is not None:
+        if len(plan.files) == 1:  # beside a file of this name no index is looked at
+            with writing(partial / ONLY_NAME):
+                (partial / SINGLE_NAME).rename(partial / ONLY_NAME)
+            weight_map = dict.fromkeys(weight_map, ONLY_NAME)
+        weight_map |= write_passthrough(companions.passthrough, partial)
+        total += companions.passthrough.num_bytes()
+    if len(set(weight_map.values())) > 1:
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    settings = {key: value for key, value in companions.settings.items() if key != "quantization_config"}
+    settings = dict(companions.settings)
     # Older readers know torch_dtype only, newer ones prefer dtype: whichever the model came with stays.
     spellings = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(spellings, plan.config["dtype"])

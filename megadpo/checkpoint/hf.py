@@ -13,10 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megadpo.checkpoint.fp8 import Fp8Source, check_block_fp8, is_block_fp8
 from megadpo.checkpoint.fused_experts import SingleExperts
 from megadpo.checkpoint.no_directory import why_no_model
+from megadpo.checkpoint.torch_file import BIN_INDEX_NAME, BIN_NAME, TorchFile
 from megadpo.errors import UserError, reason
-from megadpo.model.families import TensorSource, family_of, shape_of
+from megadpo.model.families import FAMILIES, TensorSource, family_of, shape_of
 from megadpo.model.families.registry import as_config
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 1 << 30
+
+_LFS = b"version https://git-lfs"
 
 DTYPES = {
     "F64": torch.float64,
@@ -55,6 +59,10 @@ class SafetensorsFile:
         try:
             return safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
+            if _is_lfs_pointer(self.path):
+                raise UserError(
+                    f"{self.path} is a pointer of Git LFS and not the file itself; fetch it by `git lfs pull`"
+                ) from error
             raise UserError(f"{self.path} is truncated or no safetensors file ({error}); get it again") from error
 
     @cached_property
@@ -75,6 +83,10 @@ class SafetensorsFile:
         if key not in self.keys:
             raise UserError(f"{self.path} has no tensor {key}, which its index promises; get the model again")
         return self._file.get_slice(key)
+
+    def check(self, key: str) -> None:
+        """Raise UserError where the file does not have the tensor."""
+        self.slice(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -102,10 +114,15 @@ class SafetensorsFile:
         self.__dict__.pop("_file", None)
 
 
-class _HfSource:
-    """A TensorSource on safetensors files that hold whole logical tensors."""
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
 
-    def __init__(self, files: Mapping[str, SafetensorsFile]) -> None:
+
+class _HfSource:
+    """A TensorSource on files that hold whole logical tensors."""
+
+    def __init__(self, files: Mapping[str, SafetensorsFile | TorchFile]) -> None:
         self._files = files
 
     def names(self) -> Iterable[str]:
@@ -126,85 +143,120 @@ class _HfSource:
 
 
 def open_hf(path: str | Path) -> TensorSource:
-    """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index.
+    """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index; else the same of
+    ``pytorch_model.bin``. Those in FP8 with scales, and experts in MXFP4, are read as plain ones.
+
+    Of a directory that has several of these the first is read, which is transformers' choice. What files hold beside the
+    tensors that their index names is not read.
 
     Raises:
-        UserError: no safetensors, an index that names a missing file or one outside of the directory, a damaged file.
+        UserError: no weights, an index that names a missing file or one outside of the directory, a damaged file, a pickle
+            of more than tensors.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
-    source = _open_files(directory)
-    if source is not None:
-        has_config = (directory / "config.json").is_file()
-        return SingleExperts(source) if has_config and _fuses_experts(read_json(directory / "config.json")) else source
+    source = _HfSource(_files_of(directory))
+    settings = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    if _fuses_experts(settings):
+        return SingleExperts(source)
+    return Fp8Source(source, settings) if is_block_fp8(settings) else source
+
+
+def _files_of(directory: Path) -> Mapping[str, SafetensorsFile | TorchFile]:
+    """The file of each tensor."""
+    if (directory / SINGLE_NAME).is_file():
+        file = SafetensorsFile(directory / SINGLE_NAME)
+        return dict.fromkeys(file.keys, file)
+    if (directory / INDEX_NAME).is_file():
+        return _files_of_index(directory, INDEX_NAME, SafetensorsFile)
+    if (directory / BIN_NAME).is_file():
+        pickled = TorchFile(directory / BIN_NAME)
+        return dict.fromkeys(pickled.keys, pickled)
+    if (directory / BIN_INDEX_NAME).is_file():
+        return _files_of_index(directory, BIN_INDEX_NAME, TorchFile)
     if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
         raise UserError(
-            f"{directory} has its weights as pickles (.bin) only, which megadpo does not open; "
-            "load it in transformers and call save_pretrained to get safetensors"
+            f"{directory} has its weights in pickles that are not {BIN_NAME}, which megadpo does not open; load it in "
+            "transformers and call save_pretrained to get safetensors"
         )
     what = why_no_model(directory)
     more = f"; {what}" if what else ""
     raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{more}")
 
 
-def _open_files(directory: Path) -> TensorSource | None:
-    """The tensors as the files name them; None where there are no files."""
-    if (directory / INDEX_NAME).is_file():
-        return _HfSource(_files_of_index(directory))
-    if (directory / SINGLE_NAME).is_file():
-        file = SafetensorsFile(directory / SINGLE_NAME)
-        return _HfSource(dict.fromkeys(file.keys, file))
-    return None
-
-
 def _fuses_experts(settings: dict[str, Any]) -> bool:
-    experts = family_of(settings).experts(as_config(settings))
+    families = [family for family in FAMILIES if family.name == settings.get("model_type")]
+    experts = families[0].experts(as_config(settings)) if families else None
     return experts is not None and experts.is_fused
 
 
-def _files_of_index(directory: Path) -> dict[str, SafetensorsFile]:
-    index = read_json(directory / INDEX_NAME)
-    weight_map = index.get("weight_map")
+def _files_of_index(
+    directory: Path, index_name: str, kind: type[SafetensorsFile] | type[TorchFile]
+) -> dict[str, SafetensorsFile | TorchFile]:
+    weight_map = read_json(directory / index_name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{directory / INDEX_NAME} has no weight_map; get the model again")
-    files: dict[str, SafetensorsFile] = {}
+        raise UserError(f"{directory / index_name} has no weight_map; get the model again")
+    end = ".safetensors" if kind is SafetensorsFile else ".bin"
+    files: dict[str, SafetensorsFile | TorchFile] = {}
     for file_name in sorted(set(map(str, weight_map.values()))):
-        files[file_name] = SafetensorsFile(file_inside(directory, file_name, INDEX_NAME))
+        files[file_name] = kind(file_inside(directory, file_name, index_name, end))
     sources = {name: files[str(file_name)] for name, file_name in weight_map.items()}
     for name, file in sources.items():
-        file.slice(name)
+        file.check(name)
     return sources
 
 
-def size_warning(path: str | Path) -> str | None:
-    """What is odd about a model directory whose tensors have another size than its index says; None where nothing is.
-
-    No reason to refuse it: tools that merge or cut models leave `total_size` as it was.
-    """
+def directory_warning(path: str | Path) -> str | None:
+    """What is odd about the files of a model directory that is no reason to refuse it; None where nothing is."""
     directory = Path(path)
+    if not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        is_pickled = any((directory / name).is_file() for name in (BIN_NAME, BIN_INDEX_NAME))
+        return _words_of_pickle(directory) if is_pickled else None
     if not (directory / INDEX_NAME).is_file():
         return None
-    metadata = read_json(directory / INDEX_NAME).get("metadata")
+    index = read_json(directory / INDEX_NAME)
+    if (directory / SINGLE_NAME).is_file():
+        weight_map = index.get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        return None if names == {SINGLE_NAME} else _words_of_both(directory)
+    return _size_warning(directory, index.get("metadata"))
+
+
+def _words_of_both(directory: Path) -> str:
+    return (
+        f"{directory} has its weights twice, in {SINGLE_NAME} and in the files of {INDEX_NAME}: the former is read, as by "
+        "transformers; remove the one that is stale"
+    )
+
+
+def _words_of_pickle(directory: Path) -> str:
+    return (
+        f"{directory} has its weights as a pickle ({BIN_NAME}): it is read by torch's restricted unpickler, which builds "
+        "tensors and nothing else; safetensors need no such guard (`megadpo convert` writes them)"
+    )
+
+
+def _size_warning(directory: Path, metadata: Any) -> str | None:
+    """Tensors of another size than the index says: tools that merge or cut models leave `total_size` as it was."""
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if type(said) is not int:
         return None
-    source = _open_files(directory)
-    assert source is not None
+    source = _HfSource(_files_of(directory))
     found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
     if found == said:
         return None
     return f"{directory / INDEX_NAME} says that the tensors have {said:,} bytes, but they have {found:,}: is a file stale?"
 
 
-def file_inside(directory: Path, name: str, named_by: str) -> Path:
-    """The path of a file that an index names: a plain file name with the ending .safetensors.
+def file_inside(directory: Path, name: str, named_by: str, end: str = ".safetensors") -> Path:
+    """The path of a file that an index names: a plain file name with the right ending.
 
     Raises:
         UserError: any other name, such as one with ``../``.
     """
-    if name != Path(name).name or name.startswith(".") or "\\" in name or not name.endswith(".safetensors"):
-        raise UserError(f"{directory / named_by} names the file {name!r}; only .safetensors files beside it are read")
+    if name != Path(name).name or name.startswith(".") or "\\" in name or not name.endswith(end):
+        raise UserError(f"{directory / named_by} names the file {name!r}; only {end} files beside it are read")
     return directory / name
 
 
@@ -215,9 +267,10 @@ def hf_directory(path: str | Path) -> Path:
 
 
 def is_quantised(path: str | Path) -> bool:
-    """Whether a model directory has weights that are packed in fewer bits, by its config.json."""
+    """Whether a model directory has weights that are packed in fewer bits and cannot be read as plain ones."""
     file = hf_directory(path) / "config.json"
-    return file.is_file() and bool(read_json(file).get("quantization_config"))
+    settings = read_json(file) if file.is_file() else {}
+    return bool(settings.get("quantization_config")) and not _can_be_read(settings)
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -249,12 +302,16 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
             "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",
         ),
     ):
-        if settings.get(field) and not (field == "quantization_config" and _is_mxfp4(settings)):
+        if settings.get(field) and not (field == "quantization_config" and _can_be_read(settings)):
             raise UserError(f"{file} has {field}, which is not supported: {why}")
     from transformers import AutoConfig
 
     try:
+        if is_block_fp8(settings):
+            check_block_fp8(settings)
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # of the files; what is read is plain
         shape_of(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
@@ -263,10 +320,11 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def _is_mxfp4(settings: dict[str, Any]) -> bool:
-    """Whether experts are packed as `SingleExperts` reads them, and nothing else is."""
+def _can_be_read(settings: dict[str, Any]) -> bool:
+    """Whether weights in fewer bits are those that `open_hf` reads as plain ones."""
     method = settings["quantization_config"]
-    return isinstance(method, dict) and method.get("quant_method") == "mxfp4" and _fuses_experts(settings)
+    is_mxfp4 = isinstance(method, dict) and method.get("quant_method") == "mxfp4"
+    return _fuses_experts(settings) if is_mxfp4 else is_block_fp8(settings)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def _file(path: Path) -> str:
         return f"it is a GGUF file, weights in the format of llama.cpp, which are not trained; {GIVE} that it was made from"
     if name.endswith(".safetensors"):
         return f"it is one file of a model; {beside if has_config else f'{GIVE}, the others are not beside it'}"
+    if re.fullmatch(r"pytorch_model.*\.bin", name) and has_config:
+        return f"it is one file of a model; {beside}"
     if name.endswith(PICKLES):
         has_tensors = has_config and any(path.parent.glob("*.safetensors"))
         saved = "save the model by transformers' save_pretrained, which writes safetensors, and give that directory"
@@ -65,18 +67,18 @@ def _deepspeed(path: Path) -> str | None:
 
 
 def _megatron(path: Path) -> str | None:
-    is_iteration = any(_children(path, r"iter_\d+|mp_rank_\d+(_\d+)*|release"))
-    if not is_iteration and not (path / "latest_checkpointed_iteration.txt").is_file():
-        is_distributed = any(path.glob("*.distcp"))
-        if not is_distributed:
-            return None
+    iterations = _children(path, r"iter_\d+|mp_rank_\d+(_\d+)*|release")
+    is_of_lm = bool(iterations) or (path / "latest_checkpointed_iteration.txt").is_file()
+    if any((folder / ".metadata").is_file() for folder in (path, *iterations)):
         return (
-            "it is a distributed checkpoint of torch or Megatron (.distcp); export it to Hugging Face with what has written "
-            "it, and give that directory"
+            f"it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert import {path} OUT --config "
+            "HF_DIR` makes a checkpoint of it that can be given, with config.json and tokenizer of HF_DIR"
         )
+    if not is_of_lm:
+        return None
     return (
-        "it is a checkpoint of Megatron-LM; export it to Hugging Face by Megatron Bridge or Megatron-LM's "
-        "tools/checkpoint/convert.py, and give that directory"
+        "it is a checkpoint of Megatron-LM in a format of its own; save it by Megatron-LM with --ckpt-format torch_dist, "
+        "which `megadpo convert import` reads"
     )
 
 

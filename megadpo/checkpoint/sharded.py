@@ -15,7 +15,7 @@ Written as ``step_00000100.tmp`` and renamed: `begin` (one process), `write_shar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from megadpo.checkpoint.companions import Companions, companions_of, write_compa
 from megadpo.checkpoint.export import logical_slices, write_json
 from megadpo.checkpoint.hf import DTYPES, SafetensorsFile, file_inside, open_hf, parse_json, read_hf_config
 from megadpo.checkpoint.integrity import FileRecord, check_bytes, check_sizes, read_bytes, records_in
+from megadpo.checkpoint.passthrough import PASSTHROUGH, Passthrough, passthrough_of
 from megadpo.checkpoint.staging import begin, publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
 from megadpo.errors import UserError
@@ -39,9 +40,11 @@ __all__ = [
     "Checkpoint",
     "begin",
     "commit",
+    "companions_with_tensors",
     "is_checkpoint",
     "open_checkpoint",
     "open_weights",
+    "passthrough_tensors",
     "step_checkpoints",
     "step_directories",
     "step_directory",
@@ -149,6 +152,10 @@ def commit(
         UserError: the disk is full or refuses.
     """
     directory, companions = Path(directory), companions_of(hf_source)
+    passthrough = companions.passthrough
+    if passthrough is not None:
+        manifests = [*manifests, write_shard_file(directory, PASSTHROUGH, passthrough.items())]
+        kept = {**(kept or {}), PASSTHROUGH: passthrough.shapes()}
     files: dict[str, Any] = {}
     tensors: dict[str, dict[str, dict[str, Any]]] = {}
     for manifest in manifests:
@@ -169,7 +176,6 @@ def commit(
     with writing(partial / "huggingface"):
         (partial / "huggingface").mkdir()
     settings = companions.settings | head_settings(hf_config)
-    settings.pop("quantization_config", None)  # of what was read; what is written is plain
     settings |= tying_settings(settings, has_own_head=not hf_config.tie_word_embeddings)
     records = {"config.json": write_json(partial / CONFIG, settings)}
     records |= write_companions(companions, partial / "huggingface")
@@ -313,6 +319,27 @@ class Checkpoint:
         if not isinstance(self.tensors.get(kind), dict):
             raise UserError(f"{self.directory} holds no {kind}; it has {', '.join(self.kinds) or 'nothing'}")
         return _ShardedSource(self.directory, self.tensors[kind])
+
+
+def passthrough_tensors(path: str | Path) -> Passthrough | None:
+    """What a Hugging Face directory or a checkpoint has beside the model's own tensors.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if not is_checkpoint(path):
+        return passthrough_of(open_hf(path), shape_of(read_hf_config(path)).num_layers)
+    checkpoint = open_checkpoint(path, verify=False)
+    if PASSTHROUGH not in checkpoint.kinds:
+        return None
+    source = checkpoint.source(PASSTHROUGH)
+    return Passthrough(source, list(source.names()))
+
+
+def companions_with_tensors(path: str | Path, chat_template: str | None = None) -> Companions:
+    """All that stands beside the weights of a Hugging Face directory or a checkpoint: `companions_of`, and
+    `passthrough_tensors`."""
+    return replace(companions_of(path, chat_template), passthrough=passthrough_tensors(path))
 
 
 def is_checkpoint(directory: str | Path) -> bool:

@@ -48,6 +48,7 @@ from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
+from megadpo.model.moe.products import choose_expert_products
 from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
@@ -76,6 +77,8 @@ class Stage:
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
+        expert_products: how the products of a mixture's experts are computed, one of `moe.products.WAYS`; None of a dense
+            model.
         offloader: what offloads activations, where `train.activation_offload` says so.
         activations: what becomes of them between forward and backward pass, `auto` settled.
         recomputer: what computes cheap results again, with `train.recompute: small`.
@@ -92,6 +95,7 @@ class Stage:
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
+    expert_products: str | None = None
 
     def __post_init__(self) -> None:
         self.held = self.held or self.parameters
@@ -161,8 +165,12 @@ def build_stage(
     config = _transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     quantization = FourBit.of(options)
+    products = None
+    if shape.experts is not None:
+        num_local, has_biases = shape.experts.count // layout.expert, shape.experts.has_biases
+        products = choose_expert_products(options.expert_products, num_local, device is not None, has_biases)
     models = [
-        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization)
+        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization, products)
         for chunk in range(layout.virtual)
     ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
@@ -184,7 +192,9 @@ def build_stage(
         models[0].embedding.register_forward_hook(needs_gradient)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+    stage = Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+    stage.expert_products = products
+    return stage
 
 
 def _freeze(
@@ -215,6 +225,7 @@ def _build_chunk(
     layers: Layers,
     small_ops: SmallOps,
     quantization: FourBit | None,
+    products: str | None,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
@@ -238,6 +249,7 @@ def _build_chunk(
                 functools.partial(_layer_spec, shape, layers.kind, attention, small_ops),
                 small_ops,
                 quantization,
+                products,
             ),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
@@ -422,11 +434,13 @@ def _block_spec(
     dense: Callable[[], ModuleSpec],
     small_ops: SmallOps,
     quantization: FourBit | None,
+    products: str | None,
 ) -> TransformerBlockSubmodules:
     experts, plain, norm = shape.experts, _in_four_bits(dense(), quantization), small_ops.norm_of(shape)
     if experts is None:
         return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=norm)
-    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape)), quantization)
+    assert products is not None
+    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape), products), quantization)
     specs = [mixture if layer in experts.layers else plain for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 

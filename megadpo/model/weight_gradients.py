@@ -135,6 +135,11 @@ def delay_products() -> Iterator[Products]:
         _delayed = None
 
 
+def delayed_products() -> Products | None:
+    """What `delay_products` has made, within it."""
+    return _delayed
+
+
 class _AddsWeightGradient:
     """A linear layer whose backward adds the weight's gradient to `main_grad` where `add_weight_gradient` says how."""
 

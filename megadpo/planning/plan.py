@@ -121,7 +121,7 @@ def chunk_layers(layout: Layout, num_layers: int) -> list[list[int]]:
 
 def expert_replicas(layout: Layout) -> int:
     """Ranks that hold the same experts' matrices."""
-    return layout.tensor * layout.data // (layout.expert * layout.expert_tensor)
+    return layout.tensor * layout.context * layout.data // (layout.expert * layout.expert_tensor)
 
 
 @functools.cache

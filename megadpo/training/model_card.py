@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 
-from megadpo.checkpoint.companions import Companions
 from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.config.sources import eval_label, eval_sets, parse_sources
@@ -52,7 +51,8 @@ def with_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "")
     except Exception as error:  # a card that cannot be made takes nothing away from what was trained
         log(f"warning: no model card: {reason(error)}")
         return setup
-    return replace(setup, companions=Companions(setup.companions.settings, {**setup.companions.files, NAME: card}))
+    companions = setup.companions
+    return replace(setup, companions=replace(companions, files={**companions.files, NAME: card}))
 
 
 def model_card(setup: RunSetup, metrics: Mapping[str, float], exported: str = "") -> str:

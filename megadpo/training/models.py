@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
-from megadpo.checkpoint.hf import hf_directory, read_hf_config, size_warning
+from megadpo.checkpoint.digest import tensor_files
+from megadpo.checkpoint.hf import directory_warning, hf_directory, read_hf_config
 from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.checkpoint.peft import adapter_files, base_of, is_adapter, open_adapter
@@ -69,7 +70,7 @@ class ModelFiles:
     @property
     def files(self) -> list[Path]:
         """All that decides what the model computes: config.json, the files of its tensors, those of what is merged."""
-        own = [self.huggingface / "config.json", *sorted(Path(self.path).glob("*.safetensors"))]
+        own = [self.huggingface / "config.json", *tensor_files(Path(self.path))]
         return own if self.merged is None else own + adapter_files(self.merged)
 
 
@@ -137,9 +138,9 @@ def open_model(path: str, setting: str, config: Config) -> ModelFiles:
     check_tensors(shape, source)
     if not has_reward_head(config.objective.loss_types):
         refuse_reward_model(hf_config, f"{setting}: {path}")
-        return ModelFiles(path, directory, hf_config, shape, source, warning=size_warning(path))
+        return ModelFiles(path, directory, hf_config, shape, source, warning=directory_warning(path))
     model = as_reward_model(hf_config, source, directory, config.train.seed)
-    shape, warning = shape_of(model.config), size_warning(path)
+    shape, warning = shape_of(model.config), directory_warning(path)
     return ModelFiles(path, directory, model.config, shape, model.source, model.has_new_head, warning)
 
 

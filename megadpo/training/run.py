@@ -149,7 +149,7 @@ class Run:
         self.saver = Saver(
             root=setup.output_dir / "checkpoints",
             options=setup.config.checkpoint,
-            companions=setup.companions,
+            companions=setup.companions if setup.adapter is None else replace(setup.companions, passthrough=None),
             hf_config=setup.policy.config,
             shapes=setup.search.shapes,
             kept=setup.search.kept,

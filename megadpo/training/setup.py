@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from megadpo.checkpoint.companions import Companions, companions_of
+from megadpo.checkpoint.companions import Companions
 from megadpo.checkpoint.peft import peft_config
+from megadpo.checkpoint.sharded import companions_with_tensors
 from megadpo.config.schema import Config
 from megadpo.config.sources import eval_label, eval_sets, is_held_out
 from megadpo.console.activity import activity
@@ -191,7 +192,7 @@ def prepare(config: Config, own_objective: Loss | None = None) -> RunSetup:
         dtype=resolve_dtype(config.model.dtype),
         policy=policy,
         reference=reference,
-        companions=companions_of(policy.huggingface, read_template(config.data.chat_template)),
+        companions=companions_with_tensors(policy.path, read_template(config.data.chat_template)),
         train=train,
         eval=held_out,
         reports=reports,

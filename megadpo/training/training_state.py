@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadpo.checkpoint.passthrough import PASSTHROUGH
 from megadpo.checkpoint.sharded import Checkpoint, open_checkpoint, step_of
 from megadpo.config.schema import TrainConfig
 from megadpo.data.rows.stream import Position
@@ -196,7 +197,7 @@ def open_training_state(
         UserError: naming what is damaged or missing; or that it is a converted model without a training state.
     """
     checkpoint = open_checkpoint(directory, verify)
-    if "data_digest" not in checkpoint.state and not set(checkpoint.kinds) - {"weights"}:
+    if "data_digest" not in checkpoint.state and not set(checkpoint.kinds) - {"weights", PASSTHROUGH}:
         raise UserError(f"{directory} holds no training state to resume from; it is a converted model")
     state = TrainingState.of(checkpoint)
     _check_adapter(checkpoint, adapter)

@@ -323,7 +323,8 @@ def test_a_run_that_learns_nothing_says_so_once(files: Path, tmp_path: Path) -> 
 
 
 def test_what_is_not_finite_is_neither_imported_nor_exported(tmp_path: Path) -> None:
-    from megadpo.checkpoint.convert import export_checkpoint, import_hf
+    from megadpo.checkpoint.convert import export_checkpoint
+    from megadpo.checkpoint.importing import import_hf
 
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=2, tokenizer=False)
     import_hf(model, tmp_path / "good")

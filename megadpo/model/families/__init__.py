@@ -1,6 +1,6 @@
 """Model families: Hugging Face config and names <-> the model's shape and Megatron's names. One file a family."""
 
-from megadpo.model.families.check import check_tensors
+from megadpo.model.families.check import check_tensors, mtp_names, tensor_problems
 from megadpo.model.families.common import HEAD, SCORE, ExpertPlace, Family, ParameterShard, ShardPiece, TensorSource
 from megadpo.model.families.heads import head_of, head_settings, tying_settings, untied, with_reward_head
 from megadpo.model.families.registry import FAMILIES, family_of
@@ -21,9 +21,11 @@ __all__ = [
     "head_of",
     "head_settings",
     "logical_shapes",
+    "mtp_names",
     "names_in",
     "shape_of",
     "shard_parameters",
+    "tensor_problems",
     "tying_settings",
     "untied",
     "with_reward_head",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
 from megadpo.model.moe.biased import BiasedExperts, ClampedSwiGLU, ExpertRowLinear
+from megadpo.model.moe.products import Experts as GroupedExperts
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
@@ -87,8 +88,9 @@ class ExpertLayer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU]) -> ModuleSpec:
-    """The layer `dense` with experts in place of its MLP, with `activation` between their two products."""
+def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU], products: str) -> ModuleSpec:
+    """The layer `dense` with experts in place of its MLP, with `activation` between their two products, which are computed
+    as `products` says (`products.WAYS`)."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
     expert = mixture.submodules.experts.submodules
     expert.activation_func = activation
@@ -96,8 +98,10 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiG
         clamp = {"alpha": experts.clamp.alpha, "limit": experts.clamp.limit}
         expert.activation_func = ModuleSpec(module=ClampedSwiGLU, params=clamp)
     use_own_linear_layers(expert, mlp_bias=experts.has_biases)
+    mixture.submodules.experts.module = GroupedExperts
+    mixture.submodules.experts.params = {"products": products}
     if experts.has_biases:
-        mixture.submodules.experts.module = BiasedExperts
+        mixture.submodules.experts.module, mixture.submodules.experts.params = BiasedExperts, {}
         expert.linear_fc2 = ExpertRowLinear
     mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised, has_bias=experts.has_biases)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture

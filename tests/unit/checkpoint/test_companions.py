@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megadpo.checkpoint.companions import companion_files, with_template
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.companions import companion_files, with_template, with_tokenizer
+from megadpo.checkpoint.convert import export_checkpoint, merge_adapter
+from megadpo.checkpoint.importing import import_hf
 from megadpo.errors import UserError
 from tests.helpers.models import save_model, save_tokenizer
-from tests.helpers.runs import run_settings, save_files, train_run
+from tests.helpers.runs import run_settings, save_files, train_each
 from tests.helpers.worlds import run_world
 
 OWN = (
@@ -110,28 +114,74 @@ def test_the_template_stands_wherever_a_loader_looks(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
-def test_a_run_exports_and_keeps_the_template_that_it_was_trained_with(tmp_path: Path) -> None:
-    model = save_files(tmp_path, "llama", 20) / "model"
+def test_a_trained_adapter_s_tokenizer_takes_the_place_of_the_model_s() -> None:
+    own = {"tokenizer_config.json": b"a", "chat_template.jinja": b"a", "LICENSE": b"a", "generation_config.json": b"a"}
+    assert with_tokenizer(own, {"LICENSE": b"b", "chat_template.jinja": b"b"}) == own
+    trained = {"tokenizer_config.json": b"b", "LICENSE": b"b"}
+    kept = {"LICENSE": b"a", "generation_config.json": b"a"}
+    assert with_tokenizer(own, trained) == kept | {"tokenizer_config.json": b"b"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """shared/cases/22: a model with companions of every kind; `run` trains it and `adapter` an adapter of it, with a
+    template of the run's own; `again` is a checkpoint's export, `merged` the adapter with the model."""
+    root = tmp_path_factory.mktemp("exported")
+    model = save_files(root, "llama", 20, dtype=torch.bfloat16) / "model"
     asked = [{"role": "user", "content": "Name a fruit."}]
     rows = [{"prompt": asked, "chosen": f"Pear {n}.", "rejected": f"Plank {n}."} for n in range(8)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "made_by": "kept"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").write_text(OTHER)
+    (model / "preprocessor_config.json").write_text('{"image_size": 224}')
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text(OTHER)
-    (tmp_path / "own.jinja").write_text(OWN)
-    changes = {
-        "data": {"chat_template": str(tmp_path / "own.jinja")},
+    (root / "own.jinja").write_text(OWN)
+    changes: dict[str, Any] = {
+        "model": {"dtype": "bf16"},
+        "data": {"chat_template": str(root / "own.jinja")},
         "checkpoint": {"every": 1},
         "train": {"steps": 1, "warmup_steps": 0},
     }
-    run_world(1, train_run, run_settings(tmp_path, tmp_path / "run", **changes))
-    export_checkpoint(next((tmp_path / "run" / "checkpoints").glob("step_*")), tmp_path / "again")
-    for directory in (tmp_path / "run" / "hf", tmp_path / "again"):
-        assert AutoTokenizer.from_pretrained(directory).get_chat_template() == OWN
-        assert (directory / "chat_template.jinja").read_text() == OWN
-        for name in ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"):
-            assert (directory / name).read_bytes() == (model / name).read_bytes()
+    lora = {"adapter": {"kind": "lora", "rank": 4}}
+    runs = [run_settings(root, root / name, **changes, **more) for name, more in (("run", {}), ("adapter", lora))]
+    run_world(1, train_each, runs)
+    export_checkpoint(next((root / "run" / "checkpoints").glob("step_*")), root / "again")
+    merge_adapter(root / "adapter" / "hf", root / "merged")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["run/hf", "again", "adapter/hf", "merged"])
+def test_an_export_has_the_template_that_was_trained_with_and_all_that_the_model_has(where: str, exported: Path) -> None:
+    model, directory = exported / "model", exported / where
+    assert AutoTokenizer.from_pretrained(directory).get_chat_template() == OWN
+    kept = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"}
+    for name in kept | {"additional_chat_templates/tool_use.jinja"}:
+        assert (directory / name).read_bytes() == (model / name).read_bytes()
+    changed = {"chat_template.jinja", "additional_chat_templates", "README.md"}
+    weights = {"adapter_config.json", "adapter_model.safetensors"} if where == "adapter/hf" else {"model.safetensors"}
+    config = set() if where == "adapter/hf" else {"config.json"}
+    assert {path.name for path in directory.iterdir()} - {"README.md"} == (kept | changed | weights | config) - {"README.md"}
+    if config:
+        assert json.loads((directory / "config.json").read_text()) == json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_transformers_and_peft_load_an_export_without_a_warning(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = torch.arange(5, 25)[None]
+    loaded = {name: AutoModelForCausalLM.from_pretrained(exported / name) for name in ("run/hf", "again", "merged")}
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(exported / "model"), exported / "adapter" / "hf"
+    )
+    assert not caplog.records
+    assert all(model.dtype is torch.bfloat16 for model in loaded.values())
+    with torch.no_grad():
+        assert torch.equal(loaded["run/hf"](tokens).logits, loaded["again"](tokens).logits)
+        theirs = adapted.float()(tokens).logits
+        assert (loaded["merged"].float()(tokens).logits - theirs).abs().max() < 2e-2 * theirs.abs().max()
 
 
 def test_an_import_of_a_directory_with_a_link_out_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megadpo.checkpoint.companions import companions_of
-from megadpo.checkpoint.convert import export_checkpoint, import_hf, merge_adapter
+from megadpo.checkpoint.convert import export_checkpoint, merge_adapter
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.merged import MergedSource
 from megadpo.checkpoint.peft import base_of, open_adapter, why_peft_cannot, write_peft
 from megadpo.checkpoint.sharded import open_checkpoint

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import hf_directory, open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.reward_model import RewardModel, as_reward_model, refuse_reward_model
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, write_shard_file
 from megadpo.errors import UserError

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.export import finish_export, plan_export, write_export_files
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, step_checkpoints, write_shard_file
 from megadpo.errors import UserError
 from megadpo.model.families import logical_shapes, shape_of, shard_parameters
@@ -238,7 +239,7 @@ def test_files_of_an_export_belong_to_one_stage_and_writers_work_alone(llama: Pa
         write_export_files(plan, tmp_path / "hf", [(name, source.read(name, 0, 0, plan.shapes[name][0])) for name in part])
         for part in stages
     ]
-    assert sorted(written[0] + written[1]) == sorted(plan.files) and len(plan.files) > 2
+    assert sorted([*written[0], *written[1]]) == sorted(plan.files) and len(plan.files) > 2
     finish_export(plan, tmp_path / "hf", llama)
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(llama))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

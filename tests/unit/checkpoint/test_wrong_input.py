@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
-from megadpo.checkpoint.hf import open_hf, read_hf_config, size_warning
+from megadpo.checkpoint.convert import export_checkpoint
+from megadpo.checkpoint.hf import directory_warning, open_hf, read_hf_config
+from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.files import ALGORITHM, sealed
@@ -93,7 +94,7 @@ def test_an_index_whose_total_size_is_not_its_files_is_warned_of(model: Path) ->
         change_json(
             model / "model.safetensors.index.json", lambda index, said=said: index["metadata"].update(total_size=said)
         )
-        warning = size_warning(model)
+        warning = directory_warning(model)
         assert warning is None if expected is None else expected in str(warning)
 
 
@@ -122,6 +123,7 @@ def test_an_index_that_promises_a_tensor_its_file_lacks_is_refused(model: Path) 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', "\ufeff{", '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_refused(model: Path, content: str) -> None:
+    (model / "model.safetensors").rename(model / "a.safetensors")
     (model / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         open_hf(model)
@@ -138,8 +140,8 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(model: Path) -> None:
         open_model(model)
 
 
-def test_pickled_weights_alone_are_refused_with_what_to_do(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+def test_pickled_weights_under_another_name_are_refused_with_what_to_do(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "consolidated.00.pth")
     with pytest.raises(UserError, match="save_pretrained"):
         open_hf(model)
 

@@ -1,0 +1,95 @@
+"""Conversions in parts: each writes files of its own, several at once in processes; one that was killed goes on.
+
+Beside the files of a part stands ``NAME.part`` with their sizes and hashes, and ``parts.json`` says what is being converted:
+the same command takes parts that are there as they are, another one begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from megadpo.checkpoint.integrity import check_bytes, records_in
+from megadpo.checkpoint.staging import begin, staging, writing
+from megadpo.console.activity import activity
+from megadpo.errors import UserError
+
+KEY, END = "parts.json", ".part"
+Work = Callable[[str], dict[str, Any]]
+"""Writes a part's files to the staging directory; a JSON-able manifest whose "files" has the record of each."""
+
+
+def in_parts(directory: Path, key: dict[str, Any], names: Sequence[str], work: Work, num_processes: int) -> list[Any]:
+    """The manifest of every part, in the order of `names`.
+
+    Args:
+        directory: the final directory, of which the staging one is made or gone on with.
+        key: JSON-able; all that decides what the files hold.
+        work: called once for each part that is not there yet; picklable where there are several processes.
+
+    Raises:
+        UserError: as `work`, or the disk refuses.
+    """
+    partial = staging(directory)
+    if not _is_same(partial / KEY, key):
+        begin(directory)
+        with writing(partial / KEY):
+            (partial / KEY).write_text(json.dumps(key))
+    done = {name: manifest for name in names if (manifest := _manifest(partial, name)) is not None}
+    left = [name for name in names if name not in done]
+    if num_processes == 1 or len(left) < 2:
+        for name in left:
+            done[name] = _finished(partial, name, work(name))
+    else:
+        done |= _in_processes(partial, left, work, num_processes)
+    for path in (partial / KEY, *partial.glob(f"*{END}")):
+        path.unlink()
+    return [done[name] for name in names]
+
+
+def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes: int) -> dict[str, Any]:
+    done = {}
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    with (
+        ProcessPoolExecutor(min(num_processes, len(names)), context) as pool,
+        activity("converting", len(names), "parts") as converting,
+    ):
+        futures = {pool.submit(work, name): name for name in names}
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = _finished(partial, futures[future], future.result())
+                converting.advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done
+
+
+def _finished(partial: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, put where `_manifest` finds it."""
+    with writing(partial / f"{name}{END}"):
+        (partial / f"{name}.writing").write_text(json.dumps(manifest))
+        (partial / f"{name}.writing").rename(partial / f"{name}{END}")
+    return manifest
+
+
+def _manifest(partial: Path, name: str) -> dict[str, Any] | None:
+    """That of a part whose files are there with every byte; None: it has to be written."""
+    try:
+        manifest = json.loads((partial / f"{name}{END}").read_text())
+        check_bytes(partial, records_in(manifest["files"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return None
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _is_same(path: Path, key: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(path.read_text()) == key)
+    except (OSError, ValueError):
+        return False

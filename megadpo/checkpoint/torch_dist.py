@@ -1,0 +1,288 @@
+"""Files of torch.distributed.checkpoint as Megatron-core's ``torch_dist`` has them: global tensors by name, in chunks.
+
+::
+
+    iter_0000100/
+        .metadata        a pickle: size, type and chunks of every tensor, and where in which file each chunk lies
+        __0_0.distcp     what torch.save wrote of one chunk after the other
+        common.pt        what is not sharded (arguments, iteration); not read
+        metadata.json    {"sharded_backend": "torch_dist", …}
+
+``.metadata`` is unpickled with a list of the classes that it may name, none of which does anything when it is made; a chunk
+by torch's restricted unpickler. Nothing else of a directory is opened.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megadpo.checkpoint.export import write_json
+from megadpo.checkpoint.hf import MAX_JSON_BYTES, read_json
+from megadpo.checkpoint.staging import sync, writing
+from megadpo.errors import UserError
+
+METADATA, CONFIG, COMMON, DATA = ".metadata", "metadata.json", "common.pt", "__0_0.distcp"
+LATEST = "latest_checkpointed_iteration.txt"
+CHUNKS_IN_MEMORY = 4
+
+
+def torch_dist_directory(path: str | Path) -> Path | None:
+    """The directory with ``.metadata`` that `path` is, or whose last iteration it names; None: it is no such checkpoint."""
+    directory = Path(path)
+    if (directory / METADATA).is_file():
+        return directory
+    try:
+        word = (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    name = "release" if word == "release" else f"iter_{int(word):07d}" if word.isascii() and word.isdecimal() else ""
+    return directory / name if name and (directory / name / METADATA).is_file() else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a global tensor: `sizes` elements from `offsets` on, at bytes ``[start, start + length)`` of `file`."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class GlobalTensor:
+    """What a checkpoint has of one name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+class TorchDistFiles:
+    """An open checkpoint: its tensors by name, and any region of one of them.
+
+    Raises:
+        UserError: no such checkpoint, of another format, damaged, or with a pickle that names anything but what such files
+            are made of.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if (directory / CONFIG).is_file():
+            backend = read_json(directory / CONFIG).get("sharded_backend")
+            if backend != "torch_dist":
+                raise UserError(
+                    f"{directory} is a checkpoint of Megatron-core in the format {backend!r}; only torch_dist is read: "
+                    "convert it by Megatron-LM with --ckpt-format torch_dist"
+                )
+        self.tensors = _tensors_of(directory, _unpickled(directory / METADATA))
+        self._chunk = functools.lru_cache(CHUNKS_IN_MEMORY)(self._read_chunk)
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """A region of a tensor: `sizes` elements from `offsets` on, in every dimension.
+
+        Raises:
+            UserError: a chunk is missing or damaged.
+        """
+        whole = self.tensors[name]
+        out = torch.empty(tuple(sizes), dtype=whole.dtype)
+        num_found = 0
+        for chunk in whole.chunks:
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            high = [min(a + m, b + n) for a, m, b, n in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                here = tuple(slice(a - b, c - b) for a, b, c in zip(low, offsets, high, strict=True))
+                there = tuple(slice(a - b, c - b) for a, b, c in zip(low, chunk.offsets, high, strict=True))
+                out[here] = self._chunk(name, chunk)[there]
+                num_found += out[here].numel()
+        if num_found != out.numel():
+            raise UserError(f"{self.directory}: the chunks of {name} do not make it up; the checkpoint is damaged")
+        return out
+
+    def _read_chunk(self, name: str, chunk: Chunk) -> Tensor:
+        path = self.directory / chunk.file
+        try:
+            with path.open("rb") as file:
+                file.seek(chunk.start)
+                content = io.BytesIO(file.read(chunk.length))
+            tensor = torch.load(content, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; copy the checkpoint again") from error
+        except Exception as error:  # what damaged bytes make torch raise is of many kinds
+            raise UserError(f"{path} is damaged at the tensor {name} ({type(error).__name__}); copy it again") from error
+        dtype = self.tensors[name].dtype
+        if type(tensor) is not Tensor or tuple(tensor.shape) != chunk.sizes or tensor.dtype is not dtype:
+            raise UserError(f"{path}: {name} is not what {METADATA} says of it; the checkpoint is damaged")
+        return tensor
+
+    def release(self) -> None:
+        """Let go of the chunks in memory."""
+        self._chunk.cache_clear()
+
+
+def _tensors_of(directory: Path, found: Metadata) -> dict[str, GlobalTensor]:
+    tensors = {}
+    try:
+        for name, entry in found.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                chunks = tuple(_chunk_of(directory, found.storage_data, name, chunk) for chunk in entry.chunks)
+                tensors[str(name)] = GlobalTensor(tuple(map(int, entry.size)), entry.properties.dtype, chunks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory / METADATA}: what it says of its tensors makes no sense; it is damaged") from error
+    return tensors
+
+
+def _chunk_of(directory: Path, storage: Mapping[Any, Any], name: str, chunk: ChunkStorageMetadata) -> Chunk:
+    place = storage[MetadataIndex(name, chunk.offsets)]
+    file = place.relative_path
+    if not isinstance(file, str) or file != Path(file).name or not file.endswith(".distcp"):
+        raise UserError(f"{directory / METADATA} names the file {file!r}; only .distcp files beside it are read")
+    numbers = (*chunk.offsets, *chunk.sizes, place.offset, place.length)
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(chunk.offsets) != len(chunk.sizes):
+        raise ValueError(name)
+    return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, place.offset, place.length)
+
+
+class _Ignored:
+    """In place of classes of Megatron-core's planning, of which nothing is read."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _layout(name: str) -> Any:
+    if name != "torch.strided":
+        raise pickle.UnpicklingError(name)
+    return torch.strided
+
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
+        for name in (
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    **{
+        ("torch.distributed.checkpoint.planner", name): _Ignored
+        for name in ("SavePlan", "WriteItem", "TensorWriteData", "WriteItemType", "BytesIOWriteData")
+        if hasattr(planner, name)
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch.serialization", "_get_layout"): _layout,
+    ("torch", "Size"): torch.Size,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "PurePosixPath"): PurePosixPath,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
+}
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what a .metadata is made of, and refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return _CLASSES[module, name]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _unpickled(path: Path) -> Metadata:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; that is no index")
+        content = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or names what no such file is made of ({error}); it was not read") from error
+    except Exception as error:  # what damaged bytes make pickle raise is of many kinds
+        raise UserError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from error
+    if not isinstance(content, Metadata):
+        raise UserError(f"{path} holds no metadata of a distributed checkpoint; it is damaged")
+    return content
+
+
+class TorchDistWriter:
+    """Writes a checkpoint of that format, a chunk at a time: `add` and `add_empty`, then `finish`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta(), version="1.0.0")
+        with writing(directory / DATA):
+            self._file: BinaryIO = (directory / DATA).open("xb")
+
+    def add(self, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], values: Tensor) -> None:
+        """A chunk of the global tensor `name` of this shape, of the type that its first chunk has."""
+        entries = self._metadata.state_dict_metadata
+        if name not in entries:
+            entries[name] = TensorStorageMetadata(TensorProperties(values.dtype), torch.Size(shape), [])
+        entry = entries[name]
+        assert isinstance(entry, TensorStorageMetadata) and entry.size == torch.Size(shape)
+        assert values.dtype is entry.properties.dtype, (name, values.dtype)
+        index = MetadataIndex(name, offsets, len(entry.chunks))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), values.shape))
+        self._write(index, values.contiguous().clone())  # a view would be saved with all that it is a view of
+
+    def add_empty(self, name: str) -> None:
+        """An object that Megatron's layers look for, and in which without FP8 there is nothing."""
+        self._metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        self._write(MetadataIndex(name), [None])
+
+    def _write(self, index: MetadataIndex, content: Any) -> None:
+        start = self._file.tell()
+        with writing(self._directory / DATA):
+            torch.save(content, self._file)
+        length = self._file.tell() - start
+        self._metadata.storage_data[index] = filesystem._StorageInfo(DATA, start, length)
+
+    def finish(self, common: Mapping[str, Any]) -> None:
+        """Write what stands beside the tensors; `common` has plain values only."""
+        with writing(self._directory / METADATA):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            torch.save(dict(common), self._directory / COMMON)
+            (self._directory / METADATA).write_bytes(pickle.dumps(self._metadata))
+            sync(self._directory / METADATA)
+        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        write_json(self._directory / CONFIG, {**backends, "common_backend": "torch", "common_backend_version": 1})
+
+    def close(self) -> None:
+        """After a failure."""
+        self._file.close()
+
+
+def regions(shape: Sequence[int], dim: int, start: int, length: int) -> tuple[list[int], list[int]]:
+    """Offsets and sizes of elements ``[start, start + length)`` along `dim`, whole along the others."""
+    offsets, sizes = [0] * len(shape), list(shape)
+    offsets[dim], sizes[dim] = start, length
+    return offsets, sizes

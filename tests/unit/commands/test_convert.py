@@ -1,0 +1,111 @@
+"""`megadpo convert verify | inspect | doctor`: what they say, and their exit status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megadpo.checkpoint.importing import import_hf
+from megadpo.cli import main
+from tests.helpers.models import save_model
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("convert")
+    save_model(root / "model")
+    (root / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    import_hf(root / "model", root / "checkpoint", num_tensor=2)
+    return root
+
+
+@pytest.fixture
+def model(root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(root / "model", tmp_path / "model"))
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+    """The exit status, and the JSON object."""
+    capsys.readouterr()
+    status = main(["convert", *arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.slow
+def test_verify_compares_tensors_and_log_probs_of_transformers_with_ours(
+    root: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, verdict = said(["verify", str(root / "model"), str(root / "checkpoint")], capsys)
+    assert status == 0 and verdict["same"] and verdict["num_equal"] == verdict["num_tensors"] == 39
+    assert len(verdict["logps"]) == 8 and all(a != b or a < 0 for a, b in verdict["logps"])
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] += 0.5
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model.parent / "text").write_text("The harbour is quiet at dawn and the ferry leaves at six.\n")
+    status, verdict = said(["verify", str(model), str(root / "checkpoint"), "--text", str(model.parent / "text")], capsys)
+    assert status == 1 and not verdict["same"] and verdict["num_equal"] == 38 and len(verdict["logps"]) == 2
+    assert verdict["largest"] == [pytest.approx(0.5), "model.layers.2.mlp.up_proj.weight"]
+
+
+def test_inspect_says_what_a_directory_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, facts = said(["inspect", str(root / "model"), "--tensors"], capsys)
+    assert status == 0 and facts["is"] == "Hugging Face model" and facts["family"] == "llama" and facts["layers"] == 4
+    tensors = load_file(root / "model" / "model.safetensors")
+    assert facts["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert facts["bytes"] == {"float32": 4 * facts["parameters"]} and facts["each"].keys() == tensors.keys()
+    status, facts = said(["inspect", str(root / "checkpoint")], capsys)
+    assert facts["is"] == "checkpoint of megadpo" and facts["kinds"] == ["weights"] and facts["tensors"] == 39
+    assert main(["convert", "inspect", str(root / "model"), "--tensors"]) == 0
+    assert "model.norm.weight  [64]  float32" in capsys.readouterr().out.splitlines()
+
+
+def failures(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str]]:
+    status, found = said(["doctor", str(directory)], capsys)
+    assert found["ok"] is (status == 0)
+    return status, {check["name"]: check["found"] for check in found["checks"] if check["status"] != "ok"}
+
+
+def test_doctor_finds_nothing_wrong_with_what_would_be_trained(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory in (root / "model", root / "checkpoint"):
+        status, found = failures(directory, capsys)
+        assert status == 0 and not found.keys() - {"tokenizer class"}, found
+
+
+def test_doctor_names_all_that_is_missing_at_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors |= {"model.layers.1.mlp.up_proj.weight": torch.ones(2, 2), "extra": torch.ones(2)}
+    save_file(tensors, model / "model.safetensors")
+    (model / "tokenizer.json").unlink()
+    status, found = failures(model, capsys)
+    assert status == 1 and found.keys() == {"weights", "tokenizer"}
+    for words in ("no tensor model.norm.weight", "up_proj.weight has shape [2, 2]", "the first is extra"):
+        assert words in found["weights"]
+    change_config(model, hidden_act="relu")
+    status, found = failures(model, capsys)
+    assert status == 1 and "hidden_act is 'relu'" in found["config"]
+    (model / "model.safetensors").unlink()
+    change_config(model, architectures=["NewForCausalLM"], model_type="new")
+    status, found = failures(model, capsys)
+    assert "NewForCausalLM" in found["config"] and "has no weights" in found["weights"]
+
+
+def test_doctor_tells_of_a_tokenizer_that_servers_do_not_load(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    for name, is_told in (("TokenizersBackend", True), ("PreTrainedTokenizerFast", False)):
+        (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+        status, found = failures(model, capsys)
+        assert status == 0 and ("tokenizer class" in found) is is_told

@@ -70,7 +70,7 @@ MORE = {
         Case(Layout(tensor=2, data=2, sequence=True), share_prompts=False),
     ],
 }
-IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere")
+IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere", "gemma2", "gemma3_text")
 """Models with which these are measured: all that is new is in them."""
 BETA = 0.1
 UNSHARED = ("phi3-partial-longrope", "cohere-dynamic")

@@ -14,7 +14,7 @@ from tests.helpers.runs import exported_weights, run_settings, train_each, weigh
 from tests.helpers.worlds import run_world
 
 DEFAULT = ("phi3", "glm4")
-MORE = ("olmo2", "smollm3", "granite", "ministral", "glm", "cohere", "cohere2")
+MORE = ("olmo2", "smollm3", "granite", "ministral", "glm", "cohere", "cohere2", "gemma2", "gemma3_text")
 
 
 @pytest.fixture(

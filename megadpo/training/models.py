@@ -234,6 +234,6 @@ def check_modules(config: Config, shape: ModelShape) -> None:
 def _check_biased_experts(config: Config) -> None:
     if config.model.quantization != "none":
         raise UserError(
-            f"model.quantization is {config.model.quantization}, but the model's experts have biases, and such are not held in "
+            f"model.quantization is {config.model.quantization}, but the experts have biases, and such are not held in "
             "4 bits; set it to none"
         )

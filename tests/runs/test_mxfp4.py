@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
+from megadpo.checkpoint.importing import import_hf
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.runs import run_settings, train_run

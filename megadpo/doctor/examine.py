@@ -48,7 +48,7 @@ def _of_model(config: Config) -> Iterator[Check]:
     needs = None
     with contextlib.suppress(UserError):  # which check_model says
         shape = open_shape(config).shape
-        needs = AttentionNeeds(compute_device(), resolve_dtype(config.model.dtype), shape.head_dim, shape.has_windows)
+        needs = AttentionNeeds.of(shape, compute_device(), resolve_dtype(config.model.dtype))
     yield from check_machine(needs)
     if config.model.path:
         yield from check_model(config)

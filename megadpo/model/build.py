@@ -163,11 +163,12 @@ def build_stage(
     by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
     activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
-    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    backend = choose_backend(options.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     quantization = FourBit.of(options)
     products = None
     if shape.experts is not None:
-        products = choose_expert_products(options.expert_products, shape.experts.count // layout.expert, device is not None)
+        num_local, has_biases = shape.experts.count // layout.expert, shape.experts.has_biases
+        products = choose_expert_products(options.expert_products, num_local, device is not None, has_biases)
     models = [
         _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization, products)
         for chunk in range(layout.virtual)
@@ -233,6 +234,8 @@ def _build_chunk(
         scale=_softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
+        softcap=shape.attention_softcap,
+        has_sinks=shape.attention_sinks,
     )
     has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():

@@ -24,6 +24,15 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """Of an expert's gated MLP: (up + 1) * gate * sigmoid(alpha * gate), where the gate is at most `limit`, and up between
+    it and its negative."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A model's mixtures of experts.
 
@@ -35,6 +44,10 @@ class Experts:
         layers: global numbers of the layers that have experts; the others have a dense MLP.
         block: the mixture's place in a layer's Hugging Face names.
         gate, up, down: an expert's matrices there.
+        router: the router there.
+        has_biases: whether the router and the experts' matrices have biases.
+        clamp: in place of the model's activation; None: the experts have that.
+        is_fused: whether model files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
     """
 
     count: int
@@ -46,6 +59,10 @@ class Experts:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
+    has_biases: bool = False
+    clamp: Clamp | None = None
+    is_fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,8 @@ class ModelShape:
         experts: None of a dense model.
         head: which head the model has.
         padding_token: the config's pad_token_id, which a reward model reads.
+        attention_softcap: attention's scores become softcap * tanh(score / softcap) before their softmax; None: they stay.
+        attention_sinks: whether each query head has a learned number in its softmax's denominator.
     """
 
     num_layers: int
@@ -140,6 +159,8 @@ class ModelShape:
     experts: Experts | None = None
     head: Head
     padding_token: int | None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
 
     @property
     def has_windows(self) -> bool:

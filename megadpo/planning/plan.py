@@ -143,6 +143,7 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     attention = 2 * h * (q + k) / layout.tensor + len(shape.norms.names) * h
     attention += (q + 2 * k) / layout.tensor if shape.qkv_bias else 0
     attention += h if shape.output_bias else 0
+    attention += shape.num_heads / layout.tensor if shape.attention_sinks else 0
     if shape.qk_norm is not None:
         attention += 2 * shape.head_dim if shape.qk_norm == "head" else (q + k) / layout.tensor
     mlp = 3 * h * shape.ffn_size / layout.tensor
@@ -150,8 +151,10 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     dense = num_layers * attention + (num_layers - mixtures) * mlp
     own_experts = 0.0
     if shape.experts is not None:
-        dense += mixtures * h * shape.experts.count
-        own_experts = 3.0 * h * shape.experts.columns * shape.experts.count / layout.expert / layout.expert_tensor
+        count, columns, has_biases = shape.experts.count, shape.experts.columns, shape.experts.has_biases
+        dense += mixtures * (h + has_biases) * count
+        own_experts = 3.0 * h * columns * count / layout.expert / layout.expert_tensor
+        own_experts += (2 * columns / layout.expert_tensor + h) * count / layout.expert if has_biases else 0
     vocabulary = math.ceil(shape.vocab_size / layout.tensor) * h
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     ends = vocabulary * is_first + h * is_last

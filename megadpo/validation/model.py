@@ -31,9 +31,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         if coefficient:
             raise UserError(f"train.router_aux_coef is {coefficient!r}, but {path} has no experts; remove it")
         if config.model.expert_products != "auto":
-            raise UserError(
-                f"model.expert_products is {config.model.expert_products}, but {path} has no experts; remove it"
-            )
+            raise UserError(f"model.expert_products is {config.model.expert_products}, but {path} has no experts; remove it")
     elif config.model.expert_products.startswith("grouped") and config.model.quantization != "none":
         raise UserError(
             f"model.expert_products is {config.model.expert_products} with model.quantization {config.model.quantization}, "

@@ -46,7 +46,9 @@ def config_of(family: str, **changes: Any) -> Any:
         changes = {"num_local_experts": 4} | changes
     if family == "qwen3_moe":
         changes = {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
-    if family in ("ministral", "glm", "glm4"):
+    if family == "gpt_oss":
+        changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
+    if family in ("ministral", "glm", "glm4", "gemma2", "gemma3_text", "gpt_oss"):
         changes = {"head_dim": 16} | changes
     changes = {"pad_token_id": None} | changes
     sizes: dict[str, Any] = {

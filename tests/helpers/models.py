@@ -36,6 +36,9 @@ PREFIXES = {
     "glm4": "Glm4",
     "cohere": "Cohere",
     "cohere2": "Cohere2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "gpt_oss": "GptOss",
 }
 """What transformers' classes of each family begin with."""
 
@@ -54,6 +57,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 24},
     "glm4": {"head_dim": 24},
     "cohere": {"logit_scale": 0.25},
+    "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "sliding_window_pattern": 2},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 0.7},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
 }
 """What a small model of a family has beside the sizes of all."""
@@ -145,7 +151,7 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{PREFIXES[family]}ForCausalLM")(config)
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

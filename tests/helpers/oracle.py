@@ -62,6 +62,8 @@ def dpo_step(
 
 def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     """Tensors by parameter name under the names that model files have: experts apart, gate and up apart."""
+    if config.model_type == "gpt_oss":  # type: ignore[attr-defined]
+        return _single_experts(tensors)
     mixtral = config.model_type == "mixtral"  # type: ignore[attr-defined]
     block, (gate, up, down) = (
         (".block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (".mlp.", ("gate_proj", "up_proj", "down_proj"))
@@ -76,6 +78,22 @@ def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
         for number, matrix in enumerate(tensor):
             parts = zip((gate, up), matrix.chunk(2), strict=True) if kind == "gate_up_proj" else [(down, matrix)]
             named |= {f"{before}.{number}.{part}.weight": values for part, values in parts}
+    return named
+
+
+def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-OSS's experts, which its files have as one tensor, under the names of Mixtral's and others'."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        before, _, kind = name.partition(".experts.")
+        matrix, ending = kind.removesuffix("_bias"), "bias" if kind.endswith("_bias") else "weight"
+        if not kind:
+            named[name] = tensor
+            continue
+        parts = {"gate_proj": tensor[..., ::2], "up_proj": tensor[..., 1::2]}
+        for part, values in (parts if matrix == "gate_up_proj" else {"down_proj": tensor}).items():
+            for number, expert in enumerate(values):
+                named[f"{before}.experts.{number}.{part}.{ending}"] = expert.T if expert.ndim == 2 else expert
     return named
 
 

@@ -51,6 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
     },
     "cohere2": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "attention_bias": True},
     "llama-gelu-biased": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True, "mlp_bias": True},
 }
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False, tokens_per_micro_batch=120)]}
@@ -68,7 +70,7 @@ MORE = {
         Case(Layout(tensor=2, data=2, sequence=True), share_prompts=False),
     ],
 }
-IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere")
+IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere", "gemma2", "gemma3_text")
 """Models with which these are measured: all that is new is in them."""
 BETA = 0.1
 UNSHARED = ("phi3-partial-longrope", "cohere-dynamic")

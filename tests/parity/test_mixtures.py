@@ -50,6 +50,7 @@ FOUR = {
 MODELS = {
     "mixtral": ({"sliding_window": 64, "num_hidden_layers": 2}, ONE | TWO),
     "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ONE | TWO | FOUR),
+    "gpt_oss": ({"num_hidden_layers": 2}, ONE | TWO),
     # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
     "qwen3_moe-half-dense": (
         {"mlp_only_layers": [0, 1], "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},

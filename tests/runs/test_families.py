@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.checkpoint.convert import export_checkpoint, import_hf
+from megadpo.checkpoint.convert import export_checkpoint
+from megadpo.checkpoint.importing import import_hf
 from tests.helpers import oracle
 from tests.helpers.models import hh_groups, save_model, write_hh
 from tests.helpers.runs import exported_weights, run_settings, train_each, weights_in
 from tests.helpers.worlds import run_world
 
 DEFAULT = ("phi3", "glm4")
-MORE = ("olmo2", "smollm3", "granite", "ministral", "cohere", "cohere2")
+MORE = ("olmo2", "smollm3", "granite", "ministral", "cohere", "cohere2", "gemma2", "gemma3_text")
 
 
 @pytest.fixture(

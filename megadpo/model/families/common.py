@@ -139,7 +139,7 @@ class Family:
         facts: HF config -> fields of ModelShape that are not as in most models.
         experts: HF config -> its mixtures of experts; None of a dense model.
         check: raises UserError for what only this family can express and megadpo cannot run.
-        norm_epsilon: the config's field.
+        norm_epsilon, activation: the config's fields.
         rotates_part: whether ``partial_rotary_factor`` has a meaning: that part of each head's columns is turned.
         rope_by_layer_type: whether ``rope_parameters`` are those of each kind in ``layer_types``.
         with_rope: HF config -> for each layer, whether it has a rotary embedding; None: all do.
@@ -153,6 +153,7 @@ class Family:
     experts: Callable[[PretrainedConfig], Experts | None] = _no_experts
     check: Callable[[PretrainedConfig], None] = _nothing_to_refuse
     norm_epsilon: str = "rms_norm_eps"
+    activation: str = "hidden_act"
     rotates_part: bool = False
     rope_by_layer_type: bool = False
     with_rope: Callable[[PretrainedConfig], list[bool]] | None = None

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from megadpo.errors import UserError, reason
 from megadpo.model.families.cohere import COHERE, COHERE2
 from megadpo.model.families.common import Family
+from megadpo.model.families.gemma import GEMMA2, GEMMA3
 from megadpo.model.families.glm import GLM, GLM4
+from megadpo.model.families.gpt_oss import GPT_OSS
 from megadpo.model.families.granite import GRANITE
 from megadpo.model.families.llama import LLAMA
 from megadpo.model.families.ministral import MINISTRAL
@@ -40,6 +42,9 @@ FAMILIES = (
     GLM4,
     COHERE,
     COHERE2,
+    GEMMA2,
+    GEMMA3,
+    GPT_OSS,
 )
 
 

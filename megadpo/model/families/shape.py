@@ -28,7 +28,7 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
     family.check(hf_config)
     num_heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
-    facts = {"activation": _activation(hf_config.hidden_act), **family.facts(hf_config)}
+    facts = {"activation": _activation(hf_config, family.activation), **family.facts(hf_config)}
     check_head(hf_config)
     return ModelShape(
         num_layers=hf_config.num_hidden_layers,
@@ -50,7 +50,8 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
     )
 
 
-def _activation(name: str) -> Activation:
+def _activation(hf_config: PretrainedConfig, field: str) -> Activation:
+    name = getattr(hf_config, field)
     if name not in ACTIVATIONS:
-        raise UserError(f"the model's hidden_act is {name!r}; supported: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"the model's {field} is {name!r}; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

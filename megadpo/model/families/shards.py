@@ -47,6 +47,8 @@ def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"self_attn.{name}.bias": (size,) for name, size in projections.items()}
     if shape.output_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
+    if shape.attention_sinks:
+        shapes["self_attn.sinks"] = (shape.num_heads,)
     for name, heads in (("q_norm", shape.num_heads), ("k_norm", shape.num_key_value_heads)):
         if shape.qk_norm is not None:
             whole = (heads * shape.head_dim,)
@@ -64,13 +66,19 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
         if shape.mlp_bias:
             shapes |= {f"mlp.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
         return shapes
-    shapes = {f"{experts.block}.gate.weight": (experts.count, hidden)}
+    shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
+    if experts.has_biases:
+        shapes[f"{experts.block}.{experts.router}.bias"] = (experts.count,)
     for number in range(experts.count):
-        expert = f"{experts.block}.experts.{number}"
-        shapes |= dict.fromkeys(
-            (f"{expert}.{experts.gate}.weight", f"{expert}.{experts.up}.weight"), (experts.columns, hidden)
-        )
-        shapes[f"{expert}.{experts.down}.weight"] = (hidden, experts.columns)
+        for name, rows, columns in (
+            (experts.gate, experts.columns, hidden),
+            (experts.up, experts.columns, hidden),
+            (experts.down, hidden, experts.columns),
+        ):
+            matrix = f"{experts.block}.experts.{number}.{name}"
+            shapes[f"{matrix}.weight"] = (rows, columns)
+            if experts.has_biases:
+                shapes[f"{matrix}.bias"] = (rows,)
     return shapes
 
 
@@ -196,6 +204,9 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
         shards.append(cut.rows(f"{attention}.linear_qkv.bias", _qkv_runs(shape, hf_attention, "bias"), num_qkv))
     if shape.output_bias:
         shards.append(cut.whole(f"{attention}.linear_proj.bias", f"{hf_attention}.o_proj.bias", shape.hidden_size))
+    if shape.attention_sinks:
+        sinks = [(f"{hf_attention}.sinks", 0, shape.num_heads)]
+        shards.append(cut.rows(f"{attention}.core_attention.softmax_offset", sinks, shape.num_heads))
     return shards + _query_key_norm_shards(shape, cut, attention, hf_attention)
 
 
@@ -230,15 +241,20 @@ def _mixture_shards(
 ) -> list[ParameterShard]:
     """The router, and this rank's experts under their numbers in the whole layer."""
     to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{experts.block}"
-    shards = [cut.whole(f"{to}.router.weight", f"{of}.gate.weight", experts.count, shape.hidden_size)]
+    hidden, router = shape.hidden_size, f"{of}.{experts.router}"
+    shards = [cut.whole(f"{to}.router.weight", f"{router}.weight", experts.count, hidden)]
+    if experts.has_biases:
+        shards.append(cut.whole(f"{to}.router.bias", f"{router}.bias", experts.count))
     within, count = _Cutter(place.tensor, place.num_tensor), experts.count // place.num_expert
     for number in range(place.expert * count, (place.expert + 1) * count):
         local, expert = f"{to}.experts.local_experts.{number}", f"{of}.experts.{number}"
-        gate, up, down = (f"{expert}.{name}.weight" for name in (experts.gate, experts.up, experts.down))
-        shards += [
-            within.gated(f"{local}.linear_fc1.weight", (gate, 0), (up, 0), experts.columns, shape.hidden_size),
-            within.columns(f"{local}.linear_fc2.weight", down, shape.hidden_size, experts.columns),
-        ]
+        down = f"{expert}.{experts.down}"
+        for kind, other in (("weight", (hidden,)), *([("bias", ())] if experts.has_biases else [])):
+            gate, up = ((f"{expert}.{name}.{kind}", 0) for name in (experts.gate, experts.up))
+            shards.append(within.gated(f"{local}.linear_fc1.{kind}", gate, up, experts.columns, *other))
+        shards.append(within.columns(f"{local}.linear_fc2.weight", f"{down}.weight", hidden, experts.columns))
+        if experts.has_biases:
+            shards.append(within.whole(f"{local}.linear_fc2.bias", f"{down}.bias", hidden))
     return shards
 
 

@@ -26,22 +26,25 @@ WAYS = ("loop", "grouped", "grouped_mm")
 """What `model.expert_products` may be, beside "auto"."""
 
 
-def choose_expert_products(requested: str, num_local: int, is_gathered: bool) -> str:
+def choose_expert_products(requested: str, num_local: int, is_gathered: bool, has_biases: bool = False) -> str:
     """One of WAYS.
 
     Args:
         requested: as `model.expert_products`.
         num_local: experts of a rank.
         is_gathered: parameters are there only while their own module computes (ZeRO stage 3).
+        has_biases: the experts have biases, with which biased.py computes one after the other.
 
     Raises:
         UserError: it cannot be had with these parameters or this torch.
     """
     if requested == "auto":
-        return "loop" if is_gathered or num_local == 1 else "grouped"
+        return "loop" if is_gathered or has_biases or num_local == 1 else "grouped"
     reason = None
     if is_gathered and requested != "loop":
         reason = "parallel.zero_stage 3 gathers the matrices of one expert at a time"
+    elif has_biases and requested != "loop":
+        reason = "experts with biases are multiplied one after the other"
     elif requested == "grouped_mm" and not hasattr(F, "grouped_mm"):
         reason = f"torch {torch.__version__} has no grouped_mm"
     if reason is not None:
@@ -134,9 +137,7 @@ def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def _added(
-    add: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: Sequence[Any]
-) -> list[Tensor | None]:
+def _added(add: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor | None]:
     """Add each weight's gradient to its `main_grad`, now or delayed; what autograd is handed in its place, which nobody
     reads."""
     stand_ins: list[Tensor | None] = []

@@ -75,5 +75,12 @@ def test_auto_is_grouped_where_the_matrices_are_there_together() -> None:
     assert choose_expert_products("auto", 4, is_gathered=False) == "grouped"
     assert choose_expert_products("auto", 1, is_gathered=False) == choose_expert_products("auto", 4, True) == "loop"
     assert choose_expert_products("loop", 4, is_gathered=True) == "loop"
-    with pytest.raises(UserError, match=r"model.expert_products is grouped, but parallel.zero_stage 3 gathers .*; set it to"):
+    assert choose_expert_products("auto", 4, is_gathered=False, has_biases=True) == "loop"
+    with pytest.raises(
+        UserError, match=r"model\.expert_products is grouped, but experts with biases are multiplied one after"
+    ):
+        choose_expert_products("grouped", 4, is_gathered=False, has_biases=True)
+    with pytest.raises(
+        UserError, match=r"model.expert_products is grouped, but parallel.zero_stage 3 gathers .*; set it to"
+    ):
         choose_expert_products("grouped", 4, is_gathered=True)

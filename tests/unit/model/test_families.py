@@ -109,7 +109,7 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -135,7 +135,7 @@ def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
             ranks.append(filled)
         for parts in zip(*ranks, strict=True):
             assert len({shard.name for shard, _ in parts}) == 1
-            for name, values in join_tensor_ranks(parts):
+            for name, values in join_tensor_ranks([part for part in parts if part[0].is_primary]):
                 assert name not in joined, f"{name} is held twice"
                 joined[name] = values
     assert joined.keys() == {name for name in source.tensors if ".experts." in name}
@@ -453,8 +453,8 @@ def test_transformer_config_arguments(family: str) -> None:
     kwargs = shape_of(config_of(family, rms_norm_eps=1e-4, head_dim=24)).megatron_options()
     assert (kwargs["num_query_groups"], kwargs["kv_channels"], kwargs["layernorm_epsilon"]) == (4, 24, 1e-4)
     assert kwargs["activation_func"] is torch.nn.functional.silu and kwargs["gated_linear_unit"]
-    assert kwargs["add_qkv_bias"] is (family == "qwen2")
-    assert kwargs["qk_layernorm"] is family.startswith("qwen3")
+    assert kwargs["add_qkv_bias"] is (family in ("qwen2", "gpt_oss"))
+    assert kwargs["qk_layernorm"] is family.startswith(("qwen3", "gemma3"))
 
 
 @pytest.mark.parametrize(
@@ -467,6 +467,9 @@ def test_transformer_config_arguments(family: str) -> None:
         ("phi3", {"attention_bias": True}, "attention_bias"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias"),
         ("glm4", {"hidden_act": "relu"}, "'relu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0, which transformers' Gemma 3"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
     ],
 )
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:

@@ -175,10 +175,14 @@ class _TakesAdapters:
         """Compute with `adapter` where the switch is turned to `state`."""
         self.adapters, self.adapter_switch = {**self.adapters, state: adapter}, switch
 
+    @property
+    def adapter(self) -> LinearAdapter | None:
+        """The adapter that the layer computes with now."""
+        return self.adapters.get(OFF if self.adapter_switch is None else self.adapter_switch.state)
+
     def forward(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        state = OFF if self.adapter_switch is None else self.adapter_switch.state
-        if state in self.adapters:
-            return self.adapters[state].output(self, input_)
+        if self.adapter is not None:
+            return self.adapter.output(self, input_)
         return self.base_output(input_, *arguments, **options)
 
     def base_output(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ another one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,8 @@ class GroupAttention(MegatronModule):
             output = heads_of_stream(output, micro_batch.shard)
         else:
             assert self.context_method == "allgather"
-            key, value = _side_by_side(lambda both: gathered_stream(both, micro_batch.shard), 1, key, value)
+            gather = functools.partial(gathered_stream, shard=micro_batch.shard)
+            key, value = _side_by_side(gather, 1, key, value)
             output = self._attend(query, key, value, micro_batch.shard.segments, packed_seq_params, self.softmax_offset)
         return output.flatten(1).unsqueeze(1)
 

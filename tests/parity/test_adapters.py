@@ -94,7 +94,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
     "tensors of several projections": (
         "phi3",
         {"tie_word_embeddings": True},
-        {"target_modules": ALL, "rank": 6},
+        {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "use_dora": True, "rank": 6},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
     "biases of all, factors": (

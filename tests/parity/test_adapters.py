@@ -91,10 +91,15 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
         },
         SOME_WAYS,
     ),
+    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
+}
+"""Family, changes to the model, the adapters' options, and the ways to train them."""
+
+OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]]]] = {
     "tensors of several projections": (
         "phi3",
         {"tie_word_embeddings": True},
-        {"target_modules": ALL, "rank": 6},
+        {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "use_dora": True, "rank": 6},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
     "biases of all, factors": (
@@ -103,9 +108,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
         {"target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": False},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
-    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
 }
-"""Family, changes to the model, the adapters' options, and the ways to train them."""
+"""The same of models whose layers are other ones."""
 
 OF_VOCABULARY = {
     1: [Case(), Case(memory=Activations("full")), Case(offload="cpu"), Case(zero_stage=0)],
@@ -143,12 +147,13 @@ VOCABULARY = {
     scope="module",
     params=[
         *all_but_the_first_slow(KINDS),
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in OF_FAMILIES),
         *(pytest.param(kind, marks=pytest.mark.slow if " and " in kind else pytest.mark.exhaustive) for kind in VOCABULARY),
     ],
 )
 def measured(request, tmp_path_factory):
     """What PEFT says of a step, and what every case says."""
-    family, changes, options, cases = (KINDS | VOCABULARY)[request.param]
+    family, changes, options, cases = (KINDS | OF_FAMILIES | VOCABULARY)[request.param]
     changes = {"num_hidden_layers": 2, **changes}
     model = save_model(tmp_path_factory.mktemp("adapters") / "model", family, tokenizer=False, **changes)
     groups = random_groups(8)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megadpo.config.schema import ObjectiveConfig
+from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
 from tests.helpers.models import random_groups, save_model
@@ -72,10 +73,10 @@ MORE = {
 }
 IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere", "gemma2", "gemma3_text")
 """Models with which these are measured: all that is new is in them."""
+OTHERS = tuple(name for name in FAMILIES if name not in IN_MORE)
 BETA = 0.1
 UNSHARED = ("phi3-partial-longrope", "cohere-dynamic")
 """Whose prompts may not be shared: the responses' lengths lie on both sides of where the rope changes."""
-Found = dict[str, list[tuple[Case, Outcome]]]
 
 
 def cases_of(name: str, cases: list[Case]) -> list[Case]:
@@ -83,69 +84,60 @@ def cases_of(name: str, cases: list[Case]) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    found = {}
-    for name, changes in FAMILIES.items():
-        directory, family = tmp_path_factory.mktemp(name), name.split("-")[0]
-        changes = {"num_hidden_layers": 2, **changes}
-        policy, reference = directory / "policy", directory / "reference"
-        found[name] = tuple(
-            save_model(each, family, seed=seed, tokenizer=False, **changes) for seed, each in enumerate((policy, reference))
-        )
-    return found
-
-
-@pytest.fixture(scope="module")
 def groups():
     return random_groups(5, seed=2, longest=30)
 
 
-@pytest.fixture(scope="module")
-def expected(models, groups):
-    """By model: what transformers says."""
-    found = {}
-    for name, (policy, reference) in models.items():
-        model = oracle.load(policy)
-        loss, gradients = oracle.dpo_step(model, groups, oracle.all_logps(oracle.load(reference), groups), BETA)
-        found[name] = oracle.all_logps(model, groups), loss, gradients
-    return found
+Expected = tuple[torch.Tensor, float, dict[str, torch.Tensor]]
 
 
-def measured(models, groups, worlds: dict[int, list[Case]]) -> Found:
-    found: Found = {name: [] for name in models}
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((TWO, IN_MORE), id="two processes"),
+        pytest.param((TWO, OTHERS), id="two processes, the others", marks=pytest.mark.exhaustive),
+        pytest.param((ONE, tuple(FAMILIES)), id="one process", marks=pytest.mark.exhaustive),
+        pytest.param((MORE, IN_MORE), id="more layouts", marks=pytest.mark.exhaustive),
+    ],
+)
+def measured(request, groups, tmp_path_factory) -> dict[str, tuple[Expected, list[tuple[Case, Outcome]]]]:
+    """By model: log-probs, loss and gradients of transformers, and what every case gave."""
+    worlds, names = request.param
+    models = {name: saved(tmp_path_factory.mktemp(name), name) for name in names}
+    found: dict[str, list[tuple[Case, Outcome]]] = {name: [] for name in models}
     for num_processes, cases in worlds.items():
         jobs = [(*paths, cases_of(name, cases)) for name, paths in models.items()]
         measure = functools.partial(outcomes_of_models, objective=ObjectiveConfig(beta=BETA))
         of_models = run_world(num_processes, measure, jobs, groups)[0]
         for name, (_, _, some), outcomes in zip(models, jobs, of_models, strict=True):
             found[name] += zip(some, outcomes, strict=True)
-    return found
+    return {name: (expected(*paths, groups), found[name]) for name, paths in models.items()}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(ONE, id="one process", marks=pytest.mark.exhaustive),
-        pytest.param(TWO, id="two processes"),
-        pytest.param(MORE, id="more layouts", marks=pytest.mark.exhaustive),
-    ],
-)
-def found(request, models, groups) -> Found:
-    chosen = {name: paths for name, paths in models.items() if request.param is not MORE or name in IN_MORE}
-    return measured(chosen, groups, request.param)
+def saved(directory: Path, name: str) -> tuple[Path, Path]:
+    """A policy and a reference."""
+    changes = {"num_hidden_layers": 2, **FAMILIES[name]}
+    paths = directory / "policy", directory / "reference"
+    for seed, path in enumerate(paths):
+        save_model(path, name.split("-")[0], seed=seed, tokenizer=False, **changes)
+    return paths
+
+
+def expected(policy: Path, reference: Path, groups: list[Group]) -> Expected:
+    model = oracle.load(policy)
+    loss, gradients = oracle.dpo_step(model, groups, oracle.all_logps(oracle.load(reference), groups), BETA)
+    return oracle.all_logps(model, groups), loss, gradients
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_log_probs_loss_and_every_gradient_equal_transformers(name: str, found: Found, expected) -> None:
-    if name not in found:
-        pytest.skip("its layers are those of another one, which is measured")
-    logps, loss, gradients = expected[name]
-    norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
-    for case, outcome in found[name]:
-        worst = float((outcome.logps.view_as(logps) - logps).abs().max())
-        assert worst <= 1e-4, f"{case}: {worst}"
-        worst, tensor = oracle.worst_relative_error(outcome.gradients, gradients)
-        assert worst <= 1e-5, f"{case}: {tensor} {worst}"
-        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), str(case)
-        assert outcome.loss == pytest.approx(loss, rel=1e-6), str(case)
+def test_log_probs_loss_and_every_gradient_equal_transformers(measured) -> None:
+    for name, ((logps, loss, gradients), found) in measured.items():
+        norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+        assert found, name
+        for case, outcome in found:
+            worst = float((outcome.logps.view_as(logps) - logps).abs().max())
+            assert worst <= 1e-4, f"{name}, {case}: {worst}"
+            worst, tensor = oracle.worst_relative_error(outcome.gradients, gradients)
+            assert worst <= 1e-5, f"{name}, {case}: {tensor} {worst}"
+            assert outcome.grad_norm == pytest.approx(norm, rel=1e-5), f"{name}, {case}"
+            assert outcome.loss == pytest.approx(loss, rel=1e-6), f"{name}, {case}"

@@ -31,7 +31,8 @@ class Router(TopKRouter):
 
     def __init__(self, *, config: Any, pg_collection: Any, renormalised: bool) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.weight.data = self.weight.data.to(compute_device())  # Megatron makes it on the CPU
+        if not self.weight.is_meta:
+            self.weight.data = self.weight.data.to(compute_device())  # Megatron makes it on the CPU
         self.renormalised = renormalised
         self.stream: StreamParams | None = None
 

@@ -134,9 +134,7 @@ def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=device)
 
 
-def _added(
-    add: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: Sequence[Any]
-) -> list[Tensor | None]:
+def _added(add: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor | None]:
     """Add each weight's gradient to its `main_grad`, now or delayed; what autograd is handed in its place, which nobody
     reads."""
     stand_ins: list[Tensor | None] = []

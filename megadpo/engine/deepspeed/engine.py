@@ -33,7 +33,6 @@ from megadpo.engine.deepspeed.partitions import Partition, Unpartitioned, partit
 from megadpo.engine.deepspeed.runtime import (
     GROUP_OF_EXPERTS,
     Runtime,
-    data_parallel_group,
     gather_while_running,
     prepare_deepspeed,
     read_elsewhere,
@@ -346,8 +345,12 @@ def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str
     config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
         assert parallel.offload_dir is not None, "config_check refuses it"
-        largest_part, part = (-(-size // dist.get_world_size(data_parallel_group())) for size in (max(sizes), sum(sizes)))
-        require_lockable(swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part, part))
+        parts = [
+            -(-math.prod(shard.shape) // dist.get_world_size(replicas_of(parameter)))
+            for parameter, shard in (stage.base | stage.parameters).values()
+        ]
+        directory = str(own_directory(parallel.offload_dir) / role)
+        require_lockable(swap_to_directory(config, directory, max(parts), sum(parts)))
     return config
 
 

@@ -161,9 +161,10 @@ class Runtime(DeepSpeedEngine):
         for parameter in model.parameters():
             if is_moe_param(parameter):
                 parameter.group_name = EXPERTS
-        # Stage 3 asks each parameter for its group; the others ask this. DeepSpeed knows experts by modules of its own.
+        # Stage 3 asks each parameter for its group; the others ask this, of what is trained. DeepSpeed knows experts by
+        # modules of its own.
         stage = config["zero_optimization"]["stage"]
-        self.has_experts = stage < 3 and any(map(is_moe_param, model.parameters()))
+        self.has_experts = stage < 3 and any("moe" in group for group in optimizer.param_groups)
         super().__init__(
             args=None,
             model=model,

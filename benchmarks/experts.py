@@ -1,8 +1,8 @@
 """Time of a mixture's layer by how its experts are multiplied: one after the other, together, by torch's kernel.
 
-Forward and backward of one mixture (router, dispatch, experts) over the same tokens, for every way of `model.expert_products`,
-in one process in interleaved rounds, by the clock and of the processor (which a busy machine stretches less). Outputs and
-gradients are compared, too.
+Forward and backward of one mixture (router, dispatch, experts) over the same tokens, for every way of
+`model.expert_products`, in one process in interleaved rounds, by the clock and of the processor (which a busy machine
+stretches less). Outputs and gradients are compared, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> None:
 
     report["points"] = [on_ranks(1, _point, count, options)[0] for count in options.experts]
     print_table(
-        f"A mixture's layer, forward + backward: {options.tokens:,} tokens, hidden {options.hidden}, {options.columns} columns "
-        f"and {options.per_token} experts a token, fp32",
+        f"A mixture's layer, forward + backward: {options.tokens:,} tokens, hidden {options.hidden}, {options.columns} "
+        f"columns and {options.per_token} experts a token, fp32",
         ["experts", "tokens an expert", "way", "milliseconds", "loop / it", "processor, loop / it", "largest difference"],
         [
             [

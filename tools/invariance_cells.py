@@ -65,6 +65,7 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         ("qwen3", test_deepspeed.UNTIED),
         ("qwen3-tied", test_deepspeed.TIED),
         ("qwen3", test_deepspeed.UNEVEN),
+        ("qwen3_moe", test_deepspeed.EXPERTS),
     ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True

@@ -20,7 +20,7 @@ from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
 from megadpo.engine.parameter_groups import is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
-from megadpo.model.router_load import RouterWatch
+from megadpo.model.router_load import RouterWatch, watch_step
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule
@@ -89,12 +89,12 @@ class MegatronEngine:
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
     ) -> None:
-        self.watch = self._new_watch()
-        if self.watch is not None and self.train.router_aux_coef > 0:
-            counting = self._new_watch()
-            self.schedule.forward_only(self.models, micro_batches, ld_alpha, counting)
-            assert counting is not None
-            self.watch.whole = counting.load()
+        self.watch = watch_step(
+            self.stage.models[0].config,
+            compute_device(),
+            self.train.router_aux_coef,
+            lambda counting: self.schedule.forward_only(self.models, micro_batches, ld_alpha, counting),
+        )
         self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
 
     def gradient_buffer(self, parameter: Any) -> Tensor | None:
@@ -108,18 +108,6 @@ class MegatronEngine:
 
     def router_metrics(self) -> dict[str, float]:
         return {} if self.watch is None else self.watch.load().metrics()
-
-    def _new_watch(self) -> RouterWatch | None:
-        config = self.stage.models[0].config
-        if config.num_moe_experts is None:
-            return None
-        return RouterWatch(
-            config.num_layers,
-            config.num_moe_experts,
-            config.moe_router_topk,
-            compute_device(),
-            self.train.router_aux_coef,
-        )
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.

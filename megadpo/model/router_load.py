@@ -14,7 +14,9 @@ Axes: L layers of the whole model (rows of layers without experts are zero), E e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,6 +90,31 @@ class RouterWatch:
             table[:, layer] += sums
         dist.all_reduce(table)
         return Load(table[0], table[1], self.per_token)
+
+
+def watch_of(config: Any, device: torch.device, coefficient: float) -> RouterWatch | None:
+    """A watch for a pass over a model with this TransformerConfig; None without experts."""
+    if config.num_moe_experts is None:
+        return None
+    return RouterWatch(config.num_layers, config.num_moe_experts, config.moe_router_topk, device, coefficient)
+
+
+def watch_step(
+    config: Any, device: torch.device, coefficient: float, count: Callable[[RouterWatch], object]
+) -> RouterWatch | None:
+    """What follows the routers through a step's forward and backward passes.
+
+    Args:
+        count: runs the global batch forward without gradients, followed by the watch it is given; called where the
+            load-balancing loss needs the load first.
+    """
+    watch = watch_of(config, device, coefficient)
+    if watch is not None and coefficient > 0:
+        counting = watch_of(config, device, coefficient)
+        assert counting is not None
+        count(counting)
+        watch.whole = counting.load()
+    return watch
 
 
 def token_weights(micro_batch: MicroBatch) -> Tensor:

@@ -11,7 +11,7 @@ inner size; T tokens of this context rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
@@ -191,11 +191,11 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     dense, experts = parameters(plan, stage)
     own_dense, own_experts = trained(plan, stage)
     w, g, zero_3 = plan.number_bytes, plan.gradient_bytes, plan.engine == "deepspeed" and plan.zero_stage == 3
-    cut = plan.replicas if zero_3 else 1
+    cut, cut_of_experts = (plan.replicas, expert_replicas(plan.layout)) if zero_3 else (1, 1)
     held = w * (dense + experts)
     if zero_3:
-        small = small_parameters(plan, stage)
-        held = w * (small + (dense - small) / cut)
+        small, small_experts = small_parameters(plan, stage)
+        held = w * (small + (dense - small) / cut + small_experts + (experts - small_experts) / cut_of_experts)
     if plan.four_bit is not None:
         linear = linear_parameters(plan, stage)
         held += plan.four_bit.num_bytes(round(linear)) - w * linear
@@ -203,7 +203,7 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     host = Sums()
     kinds["weights"] = held
     if plan.adapter is not None:
-        kinds["adapters"] = w * (own_dense + own_experts) / plan.trained_share / cut
+        kinds["adapters"] = w * (own_dense / cut + own_experts / cut_of_experts) / plan.trained_share
     if plan.reference in ("before", "interleaved", "cached"):
         kinds["reference"] = held
     for numbers, replicas in ((own_dense, plan.replicas), (own_experts, expert_replicas(plan.layout))):
@@ -228,13 +228,22 @@ def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, f
     return dict(kinds), dict(host)
 
 
-def small_parameters(plan: Plan, stage: int) -> float:
-    """Numbers of a rank's matrices in layers that ZeRO-3 does not cut: DeepSpeed's default leaves small ones whole."""
-    shape, tensor = plan.shape, plan.layout.tensor
+def small_parameters(plan: Plan, stage: int) -> tuple[float, float]:
+    """Numbers of a rank's matrices in layers that ZeRO-3 does not cut, and of those of experts: DeepSpeed's default leaves
+    small ones whole."""
+    shape, layout = plan.shape, plan.layout
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    columns = (q + 2 * k, q, 2 * shape.ffn_size, shape.ffn_size)
-    small = sum(h * each / tensor for each in columns if h * each / tensor <= ZERO_3_WHOLE)
-    return small * sum(chunk_layers(plan.layout, shape.num_layers)[stage])
+
+    def small(columns: Iterable[int], ranks: int) -> float:
+        return sum(h * each / ranks for each in columns if h * each / ranks <= ZERO_3_WHOLE)
+
+    num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
+    dense = num_layers * small((q + 2 * k, q), layout.tensor)
+    dense += (num_layers - mixtures) * small((2 * shape.ffn_size, shape.ffn_size), layout.tensor)
+    if shape.experts is None:
+        return dense, 0.0
+    f, num_local = shape.experts.columns, shape.experts.count / layout.expert
+    return dense, mixtures * num_local * small((2 * f, f), layout.expert_tensor)
 
 
 def tile_bytes(plan: Plan, num_scored: float) -> float:
@@ -345,7 +354,7 @@ def _buffers(plan: Plan, stage: int, num_tokens: float) -> float:
     if plan.engine == "deepspeed" and plan.zero_stage == 3:  # parameters of the module under way
         num_layers, h = sum(chunk_layers(layout, plan.shape.num_layers)[stage]), plan.shape.hidden_size
         vocabulary = plan.shape.vocab_size * h / layout.tensor if stage in (0, layout.pipeline - 1) else 0.0
-        body = parameters(plan, stage)[0] - small_parameters(plan, stage)
+        body = parameters(plan, stage)[0] - small_parameters(plan, stage)[0]
         found += w * max(vocabulary, (body - vocabulary) / num_layers)
     return found
 

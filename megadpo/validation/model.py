@@ -37,10 +37,14 @@ def check_experts(config: Config, shape: ModelShape) -> None:
             f"model.expert_products is {config.model.expert_products} with model.quantization {config.model.quantization}, "
             "whose matrices are made dense one after the other; set expert_products to auto"
         )
-    elif config.parallel.engine != "megatron":
+    elif (
+        config.parallel.engine == "deepspeed"
+        and config.parallel.zero_stage == 3
+        and config.model.expert_products not in ("auto", "loop")
+    ):
         raise UserError(
-            f"parallel.engine is {config.parallel.engine}, but {path} has experts, which are built for engine "
-            "megatron only; use that"
+            f"model.expert_products is {config.model.expert_products} with parallel.zero_stage 3, which gathers the "
+            "matrices of one expert at a time; set expert_products to auto"
         )
 
 

@@ -24,6 +24,7 @@ from tests.parity.zero_worker import Case, Outcome, outcomes
 pytest.importorskip("deepspeed")
 
 DATA, TENSOR, SEQUENCE, PIPELINE = Layout(data=2), Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)
+CONTEXT = Layout(context=2, context_method="allgather")
 FOUR = Layout(tensor=2, pipeline=2, sequence=True), Layout(pipeline=2, data=2), Layout(tensor=2, data=2, sequence=True)
 UNTIED = {
     1: [(Layout(), stage) for stage in (0, 3)],
@@ -32,8 +33,15 @@ UNTIED = {
         *((TENSOR, stage) for stage in (1, 3)),
         *((SEQUENCE, stage) for stage in range(4)),
         *((PIPELINE, stage) for stage in range(4)),
+        *((CONTEXT, stage) for stage in (1, 2, 3)),
+        (Layout(context=2, context_method="ulysses"), 0),
     ],
-    4: [(layout, 3) for layout in FOUR],
+    4: [
+        *((layout, 3) for layout in FOUR),
+        (Layout(context=2, context_method="ulysses", tensor=2, sequence=True), 3),
+        (Layout(context=2, context_method="allgather", pipeline=2), 1),
+        (Layout(context=2, context_method="allgather", data=2), 2),
+    ],
 }
 TIED = {
     1: [(Layout(), 3)],
@@ -41,7 +49,19 @@ TIED = {
     4: [(layout, stage) for layout in FOUR[:2] for stage in (1, 2, 3)],
 }
 UNEVEN = {1: [], 4: [(Layout(pipeline=2, data=2, chunk_layers=(2, 1)), stage) for stage in (1, 3)]}
-CELLS = {"untied": (2, UNTIED), "tied": (2, TIED), "uneven": (3, UNEVEN)}
+EXPERTS = {
+    1: [],
+    2: [
+        *((Layout(data=2, expert=2), stage) for stage in range(4)),
+        *((DATA, stage) for stage in (1, 3)),
+        *((Layout(tensor=2, sequence=True, expert=2), stage) for stage in (1, 3)),
+    ],
+    4: [
+        *((Layout(context=2, context_method="allgather", data=2, expert=2), stage) for stage in (0, 2, 3)),
+        (Layout(pipeline=2, data=2, expert=2), 2),
+    ],
+}
+CELLS = {"untied": (2, UNTIED), "tied": (2, TIED), "uneven": (3, UNEVEN), "experts": (2, EXPERTS)}
 """The model's layers, and by number of processes what is tried on it."""
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
 NVME = {
@@ -72,10 +92,12 @@ def trained(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("zero")
     num_layers, chosen = CELLS[request.param]
     changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4, "num_hidden_layers": num_layers}
-    policy = save_model(directory / "policy", "qwen3", tokenizer=False, **changes)
-    reference = save_model(directory / "reference", "qwen3", seed=1, tokenizer=False, **changes)
+    family = "qwen3_moe" if request.param == "experts" else "qwen3"
+    policy = save_model(directory / "policy", family, tokenizer=False, **changes)
+    reference = save_model(directory / "reference", family, seed=1, tokenizer=False, **changes)
     groups, json_file = random_groups(9, seed=3), _small_pieces(directory)
-    before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
+    loaded = oracle.load(policy)
+    before = {name: x.clone() for name, x in oracle.in_files(dict(loaded.named_parameters()), loaded.config).items()}
     cells = {
         size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some] for size, some in chosen.items()
     }

@@ -110,7 +110,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         PackingOptions(
             tokens_per_micro_batch=case.tokens_per_micro_batch,
             num_data_parallel=layout.data,
-            stream_multiple=layout.tensor if layout.sequence else 1,
+            stream_multiple=layout.stream_multiple,
             hidden_size=64,
         ),
     )

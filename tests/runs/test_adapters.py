@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -208,10 +209,18 @@ def test_adapters_of_experts_are_gathered_from_the_ranks_that_have_them(tmp_path
         of_run(files, tmp_path / "merged", adapter={"merge": True}, **parallel),
         of_run(files, tmp_path / "cut", parallel={"tensor": 2, "expert_tensor": 2}),
     ]
+    if importlib.util.find_spec("deepspeed") is not None:
+        zero = {"engine": "deepspeed", "expert": 2}
+        runs += [of_run(files, tmp_path / f"zero {stage}", parallel=zero | {"zero_stage": stage}) for stage in (1, 3)]
+        # Whole experts, none of which is trained.
+        attention = {"target_modules": ["q_proj", "o_proj"]}
+        runs.append(of_run(files, tmp_path / "attention", adapter=attention, parallel=zero | {"zero_stage": 2}))
     run_world(2, train_each, runs)
-    cut = exported_weights(tmp_path / "cut")
-    for name, tensor in exported_weights(tmp_path / "plain").items():
-        assert torch.allclose(cut[name], tensor, rtol=1e-3, atol=2e-5), name
+    for other in ("cut", "zero 1", "zero 3"):
+        if (tmp_path / other).exists():
+            found = exported_weights(tmp_path / other)
+            for name, tensor in exported_weights(tmp_path / "plain").items():
+                assert torch.allclose(found[name], tensor, rtol=1e-3, atol=2e-5), (other, name)
     names = {f"base_model.model.model.layers.1.block_sparse_moe.experts.{n}.w2.lora_B.weight" for n in range(4)}
     assert names <= exported_weights(tmp_path / "plain").keys()
     ours = in_peft(files / "model", tmp_path / "plain" / "hf")

@@ -31,19 +31,22 @@ from megadpo.engine.deepspeed.offload import (
 )
 from megadpo.engine.deepspeed.partitions import Partition, Unpartitioned, partitions_of
 from megadpo.engine.deepspeed.runtime import (
+    GROUP_OF_EXPERTS,
     Runtime,
-    data_parallel_group,
     gather_while_running,
     prepare_deepspeed,
     read_elsewhere,
     sharder,
 )
+from megadpo.engine.megatron_optimizer import is_first_replica, replicas_of
 from megadpo.engine.optimizer import make_rule
 from megadpo.engine.parameter_groups import kept_of, settings_of
 from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource, names_in
+from megadpo.model.moe.layer import is_expert
+from megadpo.model.router_load import RouterWatch, watch_step
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
@@ -73,6 +76,7 @@ class ZeroEngine:
         self.partitions = partitions_of(self.runtime)
         stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
+        self.watch: RouterWatch | None = None
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
         return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
@@ -85,7 +89,15 @@ class ZeroEngine:
     ) -> None:
         self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
         self.runtime.keeps_gradients = self.parallel.offload == "nvme"
-        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha)
+        self.watch = watch_step(
+            self.stage.model.config,
+            compute_device(),
+            self.train.router_aux_coef,
+            lambda counting: self.schedule.forward_only(
+                [_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha, counting
+            ),
+        )
+        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, self.watch)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()
@@ -99,8 +111,7 @@ class ZeroEngine:
         return parameter.grad
 
     def router_metrics(self) -> dict[str, float]:
-        """Nothing: models with experts are refused."""
-        return {}
+        return {} if self.watch is None else self.watch.load().metrics()
 
     def finish_gradients(self) -> None:
         owned = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
@@ -198,12 +209,12 @@ class ZeroEngine:
     def _norm(self) -> float:
         """Global norm: over tensor and pipeline ranks and replicas, replicated parameters counted once."""
         total = torch.zeros((), dtype=torch.float32, device=compute_device())
-        if not isinstance(self.partitions, Unpartitioned) or self.partitions.counts:
-            for parameter, _ in self.stage.parameters.values():
-                part = self.partitions.gradient(parameter)
-                is_copy = getattr(parameter, "shared", False)
-                if part is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
-                    total += torch.linalg.vector_norm(part[1].float()).to(total.device) ** 2
+        is_partitioned = not isinstance(self.partitions, Unpartitioned)
+        for parameter, _ in self.stage.parameters.values():
+            part = self.partitions.gradient(parameter)
+            is_copy = getattr(parameter, "shared", False) or not (is_partitioned or is_first_replica(parameter))
+            if part is not None and not is_copy and param_is_not_tensor_parallel_duplicate(parameter):
+                total += torch.linalg.vector_norm(part[1].float()).to(total.device) ** 2
         with step_clock.part("communication"):
             dist.all_reduce(total)
         return math.sqrt(float(total))
@@ -213,12 +224,13 @@ class ZeroEngine:
         if isinstance(self.partitions, Unpartitioned):
             assert part is not None
             return part[1].detach().clone().view(self._shapes[name])
+        group = replicas_of(self.stage.parameters[name][0])
         joined = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=compute_device())
         if part is not None:
             start, values = part
             joined[start : start + values.numel()] = values.detach()
         # Each element is set on one rank only; added as integers, even the sign of a zero survives.
-        dist.all_reduce(joined.view(torch.int32), group=data_parallel_group())
+        dist.all_reduce(joined.view(torch.int32), group=group)
         return joined.view(self._shapes[name])
 
 
@@ -283,7 +295,8 @@ def sharded_stage(
         require_async_io()
     meta = torch.device("meta")
     stage = build_stage(shape, layout, dtype, activations, device=meta, options=options, adapter=adapter)
-    cut = sharder(_config(stage, parallel, ds_cpu_adam=False, role=role))
+    config = _config(stage, parallel, ds_cpu_adam=False, role=role)
+    cut, cut_of_experts = sharder(config), sharder(config, parallel_state.get_expert_data_parallel_group())
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     for values, held, filled in ((source, stage.base, base), (trained or source, stage.parameters, parameters)):
@@ -294,7 +307,7 @@ def sharded_stage(
             with torch.no_grad():
                 fill_shard(shard, values, parameter.data)
             _put_in_place(stage.model, empty, parameter)
-            cut._convert_to_zero_parameters([parameter])
+            (cut_of_experts if is_expert(name) else cut)._convert_to_zero_parameters([parameter])
             filled[name] = (parameter, shard)
         values.release()
     assert not any(tensor.is_meta for tensor in stage.model.buffers())
@@ -332,8 +345,12 @@ def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str
     config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
         assert parallel.offload_dir is not None, "config_check refuses it"
-        largest_part, part = (-(-size // dist.get_world_size(data_parallel_group())) for size in (max(sizes), sum(sizes)))
-        require_lockable(swap_to_directory(config, str(own_directory(parallel.offload_dir) / role), largest_part, part))
+        parts = [
+            -(-math.prod(shard.shape) // dist.get_world_size(replicas_of(parameter)))
+            for parameter, shard in (stage.base | stage.parameters).values()
+        ]
+        directory = str(own_directory(parallel.offload_dir) / role)
+        require_lockable(swap_to_directory(config, directory, max(parts), sum(parts)))
     return config
 
 
@@ -342,10 +359,10 @@ def _optimizer(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optim
 
     A group is one flat tensor to DeepSpeed, so that a parameter that holds several Hugging Face tensors is treated as one.
     """
-    groups: dict[tuple[bool, bool, float], list[torch.nn.Parameter]] = {}
-    for parameter, shard in stage.parameters.values():
+    groups: dict[tuple[bool, bool, bool, float], list[torch.nn.Parameter]] = {}
+    for name, (parameter, shard) in stage.parameters.items():
         (settings,) = {settings_of(logical, len(shard.shape), train) for logical in names_in(shard)}
-        place = settings.decays, getattr(parameter, "shared_embedding", False), settings.factor
+        place = settings.decays, getattr(parameter, "shared_embedding", False), is_expert(name), settings.factor
         groups.setdefault(place, []).append(parameter)
     options = [
         {
@@ -353,8 +370,9 @@ def _optimizer(stage: Stage, train: TrainConfig, adam: Any) -> torch.optim.Optim
             "weight_decay": train.weight_decay if decays else 0.0,
             "factor": factor,
             "lr": train.learning_rate * factor,
+            **(GROUP_OF_EXPERTS if of_experts else {}),
         }
-        for (decays, _, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (decays, _, of_experts, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     if train.optimizer != "adamw":
         return make_rule(train.optimizer, options, train)

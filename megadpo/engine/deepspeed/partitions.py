@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.engine.base import MOMENTS
-from megadpo.engine.deepspeed.runtime import Runtime, data_parallel_group
+from megadpo.engine.deepspeed.runtime import Runtime
 from megadpo.engine.lion import Lion
 
 Partition = tuple[int, Tensor]
@@ -78,7 +78,6 @@ class Unpartitioned:
 
     def __init__(self, runtime: Runtime) -> None:
         self.optimizer = runtime.optimizer
-        self.counts = dist.get_rank(data_parallel_group()) == 0
 
     def _partition(self, values: Tensor) -> Partition | None:
         return 0, values.view(-1)

@@ -33,6 +33,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from deepspeed.moe.utils import is_moe_param  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3  # noqa: E402
@@ -101,6 +102,12 @@ def data_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+EXPERTS = "experts"
+"""The name under which DeepSpeed finds the groups of ranks of all mixtures."""
+GROUP_OF_EXPERTS = {"moe": True, "name": EXPERTS}
+"""What a group of an optimizer's parameters has where it holds experts, whose replicas are fewer, or other ranks."""
+
+
 def prepare_deepspeed() -> None:
     """Take over torch's process group and put our comparison of replicas in place of the one of the world, until the joined
     world is left.
@@ -120,6 +127,8 @@ def prepare_deepspeed() -> None:
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         patch(module, "assert_ints_same_as_other_ranks", _assert_same_in_replicas)
     patch(groups, "mpu", ModelParallelUnit)  # as DeepSpeed's engine does, but for good
+    patch(groups, "_EXPERT_PARALLEL_GROUP", {EXPERTS: parallel_state.get_expert_model_parallel_group()})
+    patch(groups, "_EXPERT_DATA_PARALLEL_GROUP", {EXPERTS: parallel_state.get_expert_data_parallel_group()})
     when_undone(_forget_modules)
 
 
@@ -149,6 +158,13 @@ class Runtime(DeepSpeedEngine):
     """DeepSpeed's engine with the boundary set by the number of the backward within a step."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        for parameter in model.parameters():
+            if is_moe_param(parameter):
+                parameter.group_name = EXPERTS
+        # Stage 3 asks each parameter for its group; the others ask this, of what is trained. DeepSpeed knows experts by
+        # modules of its own.
+        stage = config["zero_optimization"]["stage"]
+        self.has_experts = stage < 3 and any("moe" in group for group in optimizer.param_groups)
         super().__init__(
             args=None,
             model=model,
@@ -166,6 +182,14 @@ class Runtime(DeepSpeedEngine):
             self.optimizer._gradient_averaging_world_size = lambda *unused: 1
             self._share_fp32_weights()
         when_undone(self.destroy)
+
+    @property
+    def has_moe_layers(self) -> bool:
+        return self.has_experts
+
+    @has_moe_layers.setter
+    def has_moe_layers(self, value: bool) -> None:
+        """Not for DeepSpeed to say, which looks for its own modules."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         # bf16 in stage 1 would get another optimizer class, whose state lies elsewhere.
@@ -214,11 +238,14 @@ class Runtime(DeepSpeedEngine):
         self.optimizer.check_grad_overflow = looks_at_norm
 
 
-def sharder(config: dict[str, Any]) -> Any:
-    """What cuts a parameter over the replicas for ZeRO-3; without a context, so nothing of torch is replaced."""
+def sharder(config: dict[str, Any], group: dist.ProcessGroup | None = None) -> Any:
+    """What cuts a parameter for ZeRO-3 over `group` (None: the replicas); without a context, which would replace much of
+    torch."""
     # Its argument dtype is taken for bf16 where fp16 is not supported; without, the configuration's is.
     return deepspeed.zero.Init(
-        data_parallel_group=data_parallel_group(), config_dict_or_path=config, mem_efficient_linear=False
+        data_parallel_group=data_parallel_group() if group is None else group,
+        config_dict_or_path=config,
+        mem_efficient_linear=False,
     )
 
 

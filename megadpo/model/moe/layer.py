@@ -32,7 +32,8 @@ class Router(TopKRouter):
 
     def __init__(self, *, config: Any, pg_collection: Any, renormalised: bool, has_bias: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.weight.data = self.weight.data.to(compute_device())  # Megatron makes it on the CPU
+        if not self.weight.is_meta:
+            self.weight.data = self.weight.data.to(compute_device())  # Megatron makes it on the CPU
         if has_bias:
             self.bias = torch.nn.Parameter(self.weight.data.new_empty(len(self.weight)))
             setattr(self.bias, "sequence_parallel", config.sequence_parallel)  # noqa: B010

@@ -135,12 +135,12 @@ def test_what_the_command_line_names_is_held_to(run_yaml: Path) -> None:
         assert (plan.layout.tensor, plan.layout.pipeline, plan.recompute, plan.capacity) == (2, 4, "full", 4096)
 
 
-def test_experts_are_spread_and_deepspeed_is_refused_them(tmp_path: Path) -> None:
+def test_experts_are_spread_under_both_engines_and_over_context_ranks(tmp_path: Path) -> None:
     path = write(tmp_path, MIXTRAL, **EIGHT_B)
     result = search(job_of(load_config(path), 16), Rates(), 72 * GIB)
-    assert any(each.step.plan.layout.expert > 1 for each in result.fits)
-    assert any("experts" in reason for reason in result.refused)
-    assert all(each.step.plan.engine == "megatron" for each in result.fits)
+    spread = [each.step.plan for each in result.fits if each.step.plan.layout.expert > 1]
+    assert any(plan.engine == "deepspeed" for plan in spread) and any(plan.layout.context > 1 for plan in spread)
+    assert not any("experts" in reason for reason in result.refused)
 
 
 def test_a_model_that_is_too_large_says_what_is(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,9 @@ MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
             "model.expert_products is grouped with model.quantization nf4, whose matrices are made dense one after",
         ),
         (
-            "parallel.engine=deepspeed",
+            ["model.expert_products=grouped_mm", "parallel.engine=deepspeed", "parallel.zero_stage=3"],
             MIXTRAL,
-            "parallel.engine is deepspeed, but m has experts, which are",
+            "model.expert_products is grouped_mm with parallel.zero_stage 3, which gathers the matrices of one",
         ),
     ],
 )

@@ -44,22 +44,22 @@ class Case:
 def save_each(cases: list[Case]) -> None:
     """Megatron-core saves its model, filled with the weights of the Hugging Face one."""
     for case in cases:
-        with _model(case) as (model, expected), _without_cuda():
+        with _without_cuda(), _model(case) as (model, expected):
             for name, values in expected.items():
                 model.get_parameter(name).data.copy_(values)
             if dist.get_rank() == 0:
                 case.directory.mkdir(parents=True)
             dist.barrier()
-            dist_checkpointing.save(model.sharded_state_dict(metadata=case.options), str(case.directory))
+            dist_checkpointing.save({"model": model.sharded_state_dict(metadata=case.options)}, str(case.directory))
 
 
 def load_each(cases: list[Case]) -> list[list[str]]:
     """Megatron-core loads what is in the directory; the parameters that are not the Hugging Face model's, bit for bit."""
     found = []
     for case in cases:
-        with _model(case) as (model, expected), _without_cuda():
-            loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=case.options), str(case.directory))
-            model.load_state_dict(loaded)
+        with _without_cuda(), _model(case) as (model, expected):
+            wanted = {"model": model.sharded_state_dict(metadata=case.options)}
+            model.load_state_dict(dist_checkpointing.load(wanted, str(case.directory))["model"])
             assert {name for name, _ in model.named_parameters()} == expected.keys()
             wrong = [name for name in expected if not torch.equal(model.get_parameter(name), expected[name])]
             found.append(wrong)
@@ -126,12 +126,13 @@ def _megatron_model(shape: ModelShape, case: Case, is_first: bool, is_last: bool
 
 @contextmanager
 def _without_cuda() -> Any:
-    """Megatron-core waits for a device, and counts failures on it, wherever it saves; and it writes from processes of its own,
-    which a rank of these worlds may not start."""
+    """Megatron-core waits for a device and counts failures on it wherever it saves, has tied weights on it, and writes from
+    processes of its own, which a rank of these worlds may not start."""
     with (
         mock.patch.dict(multiprocessing.current_process()._config, {"daemon": False}),
         mock.patch.object(filesystem_async, "_results_queue", queue.Queue()),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
         mock.patch.object(torch.cuda, "current_device", lambda: "cpu"),
+        mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
     ):
         yield

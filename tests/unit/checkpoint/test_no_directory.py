@@ -57,10 +57,8 @@ DIRECTORIES: dict[tuple[str, ...], str] = {
     (
         "__0_0.distcp",
         ".metadata",
-    ): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert import {}",
-    (
-        "iter_0000010/.metadata",
-    ): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert import {}",
+    ): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert",
+    ("iter_0000010/.metadata",): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert",
     ("latest", "global_step9/mp_rank_00_model_states.pt"): "it is a checkpoint of DeepSpeed; `python zero_to_fp32.py --safe",
     ("zero_pp_rank_0_mp_rank_00_optim_states.pt",): "it is a checkpoint of DeepSpeed",
     (

@@ -68,7 +68,7 @@ def load_each(cases: list[Case]) -> list[list[str]]:
 
 @contextmanager
 def _model(case: Case) -> Any:
-    layout = Layout(tensor=case.num_tensor, pipeline=case.num_pipeline)
+    layout = Layout(tensor=case.num_tensor, pipeline=case.num_pipeline, expert_tensor=case.num_tensor)
     shape = shape_of(read_hf_config(case.model))
     with joined_world(layout, seed=0):
         from megatron.core import parallel_state

@@ -88,13 +88,14 @@ def make_model(directory: Path, mib: int) -> dict[str, int]:
 
 def peak_of_a_part(model: Path) -> int:
     """Bytes that the resident set grows by while this process imports one of two parts."""
-    from megadpo.checkpoint.importing import ImportOptions, _import_part
+    from megadpo.checkpoint.importing import ImportOptions, _import_part, _open_import
     from megadpo.checkpoint.staging import begin
 
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         out = Path(folder) / "out"
         begin(out)
         options, parts = ImportOptions(num_tensor=2), {"pp00-tp01": (0, 1)}
+        _open_import(str(model), options).source.release()  # which loads libraries
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest is from now on
         _import_part(str(model), str(out), options, parts, "pp00-tp01")

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "sharing",
     "head_memory",
     "attention",
+    "experts",
     "data",
     "memory",
     "long_context",

@@ -42,18 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _mix(mix: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times and peaks on one mix of lengths."""
-    by_batch_size = {}
+    by_batch_size: dict[int, Any] = {}
     for batch_size in options.batch_sizes:
-        seconds = _seconds(mix, batch_size, options)
-        ratios = {arm: median_ratio(seconds[arm], seconds["adapters"]) for arm in ("whole", "trl")}
-        by_batch_size[batch_size] = {"seconds": seconds, "ratios": ratios}
+        by_batch_size[batch_size] = {}
+        for kind, seconds in zip(("", "cpu_"), _seconds(mix, batch_size, options), strict=True):
+            ratios = {arm: median_ratio(seconds[arm], seconds["adapters"]) for arm in ("whole", "trl")}
+            by_batch_size[batch_size] |= {f"{kind}seconds": seconds, f"{kind}ratios": ratios}
     best = min(by_batch_size, key=lambda size: statistics.median(by_batch_size[size]["seconds"]["trl"]))
     peaks = {arm: _in_own_process(arm, mix, options) for arm in ARMS}
     return {"mix": mix, "by_batch_size": by_batch_size, "best_batch_size": best, "peak_mib": peaks}
 
 
-def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Of each arm's steps, in turns, warm-up left out."""
+def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> list[dict[str, list[float]]]:
+    """Of each arm's steps, in turns, warm-up left out; and processor seconds of this process, which others change less."""
     from transformers import TrainerCallback
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
@@ -62,7 +63,15 @@ def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> dict[str
     from megadpo.training.run import Callbacks
     from megadpo.training.trainer import build, training_step
 
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    taken: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+
+    def clocks() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def note(arm: str, started: tuple[float, float]) -> None:
+        now = clocks()
+        taken[arm].append((now[0] - started[0], now[1] - started[1]))
+
     num_steps = options.rounds + options.warm_up
     with tempfile.TemporaryDirectory() as name:
         setups = {arm: prepared_setup(Path(name) / arm, *_sizes(options), **_adapter(arm, options))[0] for arm in ARMS[:2]}
@@ -74,20 +83,20 @@ def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> dict[str
                 """Clocks each of TRL's steps, and lets ours follow it."""
 
                 def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                    self.started = time.perf_counter()
+                    self.started = clocks()
 
                 def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                    seconds["trl"].append(time.perf_counter() - self.started)
+                    note("trl", self.started)
                     for arm, run in runs.items():
-                        started = time.perf_counter()
-                        training_step(run, len(seconds[arm]))
-                        seconds[arm].append(time.perf_counter() - started)
+                        started = clocks()
+                        training_step(run, len(taken[arm]))
+                        note(arm, started)
 
             model, directory = str(setups["whole"].policy.path), Path(name)
             trainer = trl_trainer(model, groups, batch_size, options.pairs, num_steps, directory, rank=options.rank)
             trainer.add_callback(Turns())
             trainer.train()
-    return {arm: times[options.warm_up :] for arm, times in seconds.items()}
+    return [{arm: [pair[n] for pair in pairs[options.warm_up :]] for arm, pairs in taken.items()} for n in (0, 1)]
 
 
 def _sizes(options: argparse.Namespace) -> tuple[int, bool, int, int, int]:
@@ -145,9 +154,10 @@ def _print(report: dict[str, Any]) -> None:
     for mix in report["mixes"]:
         best, peaks = mix["by_batch_size"][mix["best_batch_size"]], mix["peak_mib"]
         seconds = [statistics.median(best["seconds"][arm]) for arm in ARMS]
-        ratios = [1 / best["ratios"]["whole"], best["ratios"]["trl"]]
+        ratios = [1 / best["ratios"]["whole"], 1 / best["cpu_ratios"]["whole"], best["ratios"]["trl"]]
         rows.append([mix["mix"], *seconds, mix["best_batch_size"], *ratios, *(peaks[arm] for arm in ARMS)])
-    heads = ["pairs", "whole model", "adapters", "TRL + PEFT", "its best batch", "adapters / whole", "TRL / adapters"]
+    heads = ["pairs", "whole model", "adapters", "TRL + PEFT", "its best batch"]
+    heads += ["adapters / whole", "in processor seconds", "TRL / adapters"]
     print_table(
         f"Seconds a step, adapters of rank {report['rank']} on every linear layer, fp32; peak MiB above the imports",
         [*heads, *(f"MiB, {arm}" for arm in ARMS)],

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions, companions_of, write_companions
+from megadpo.checkpoint.fused_experts import fused, fused_names
 from megadpo.checkpoint.hf import INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.integrity import FileRecord, record_of
 from megadpo.checkpoint.passthrough import write_passthrough
@@ -45,12 +46,18 @@ class ExportPlan:
         shapes: logical name -> shape.
         dtypes: logical name -> type in the file.
         config: what config.json must say: architectures and dtype; of a reward model, its label and padding token too.
+        fuses_experts: whether the files have all experts of a layer as one tensor.
     """
 
     files: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     config: dict[str, Any]
+    fuses_experts: bool = False
+
+    def in_file(self, file: str) -> list[str]:
+        """Names of the tensors that a file has."""
+        return fused_names(self.files[file]) if self.fuses_experts else list(self.files[file])
 
 
 def plan_export(
@@ -84,7 +91,7 @@ def plan_export(
         "dtype": str(next(iter(dtypes.values()))).removeprefix("torch."),
         **head_settings(hf_config),
     }
-    return ExportPlan(files, shapes, dtypes, config)
+    return ExportPlan(files, shapes, dtypes, config, shape.experts is not None and shape.experts.is_fused)
 
 
 def _groups_of_stage(shapes: Mapping[str, Any], stages: Sequence[range], stage: int) -> Iterator[list[str]]:
@@ -142,9 +149,10 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         bundle = waiting.setdefault(file, {})
         bundle[name] = tensor.detach().to("cpu", plan.dtypes[name]).contiguous()
         if len(bundle) == len(plan.files[file]):
-            whole = {name: bundle[name] for name in plan.files[file]}
-            written[file] = write_tensor_file(whole, staging(directory) / file)
-            del waiting[file], bundle, whole
+            del waiting[file]
+            whole = {name: bundle.pop(name) for name in plan.files[file]}
+            written[file] = write_tensor_file(fused(whole) if plan.fuses_experts else whole, staging(directory) / file)
+            del bundle, whole
     if waiting:
         file, bundle = next(iter(waiting.items()))
         raise ValueError(f"{file} is incomplete: {sorted(set(plan.files[file]) - bundle.keys())[0]} did not come")
@@ -165,7 +173,7 @@ def finish_export(plan: ExportPlan, directory: Path, hf_source: str | Path | Com
     missing = [file for file in plan.files if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{missing[0]} was not written")
-    weight_map = {name: file for file, names in plan.files.items() for name in names}
+    weight_map = {name: file for file in plan.files for name in plan.in_file(file)}
     total = sum(prod(shape) * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
     if companions.passthrough is not None:
         if len(plan.files) == 1:  # beside a file of this name no index is looked at

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadpo.checkpoint.fp8 import Fp8Source, check_block_fp8, is_block_fp8
+from megadpo.checkpoint.fused_experts import SingleExperts
 from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.checkpoint.torch_file import BIN_INDEX_NAME, BIN_NAME, TorchFile
 from megadpo.errors import UserError, reason
-from megadpo.model.families import TensorSource, family_of, shape_of
+from megadpo.model.families import FAMILIES, TensorSource, family_of, shape_of
+from megadpo.model.families.registry import as_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -126,7 +128,7 @@ class _HfSource:
             they are unmapped whenever MAPPED_BYTES were read, as what is read of them counts as this process's memory.
     """
 
-    def __init__(self, files: Mapping[str, SafetensorsFile | TorchFile], keep_mapped: bool) -> None:
+    def __init__(self, files: Mapping[str, SafetensorsFile | TorchFile], keep_mapped: bool = False) -> None:
         self._files, self._keep_mapped, self._num_mapped = files, keep_mapped, 0
 
     def names(self) -> Iterable[str]:
@@ -153,7 +155,7 @@ class _HfSource:
 
 def open_hf(path: str | Path, keep_mapped: bool = False) -> TensorSource:
     """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index; else the same of
-    ``pytorch_model.bin``. Those in FP8 with scales are read as plain ones.
+    ``pytorch_model.bin``. Those in FP8 with scales, and experts in MXFP4, are read as plain ones.
 
     Of a directory that has several of these the first is read, which is transformers' choice. What files hold beside the
     tensors that their index names is not read.
@@ -170,6 +172,8 @@ def open_hf(path: str | Path, keep_mapped: bool = False) -> TensorSource:
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
     source = _HfSource(_files_of(directory), keep_mapped)
     settings = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    if _fuses_experts(settings):
+        return SingleExperts(source)
     return Fp8Source(source, settings) if is_block_fp8(settings) else source
 
 
@@ -193,6 +197,12 @@ def _files_of(directory: Path) -> Mapping[str, SafetensorsFile | TorchFile]:
     what = why_no_model(directory)
     more = f"; {what}" if what else ""
     raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{more}")
+
+
+def _fuses_experts(settings: dict[str, Any]) -> bool:
+    families = [family for family in FAMILIES if family.name == settings.get("model_type")]
+    experts = families[0].experts(as_config(settings)) if families else None
+    return experts is not None and experts.is_fused
 
 
 def _files_of_index(
@@ -246,7 +256,7 @@ def _size_warning(directory: Path, metadata: Any) -> str | None:
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if type(said) is not int:
         return None
-    source = open_hf(directory)
+    source = _HfSource(_files_of(directory))
     found = sum(prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
     if found == said:
         return None
@@ -274,7 +284,7 @@ def is_quantised(path: str | Path) -> bool:
     """Whether a model directory has weights that are packed in fewer bits and cannot be read as plain ones."""
     file = hf_directory(path) / "config.json"
     settings = read_json(file) if file.is_file() else {}
-    return bool(settings.get("quantization_config")) and not is_block_fp8(settings)
+    return bool(settings.get("quantization_config")) and not _can_be_read(settings)
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -297,13 +307,16 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     for field, why in (
-        ("auto_map", "the model's own code is never run"),
+        (
+            "auto_map",
+            "the model's own code is never run; remove it from config.json to use transformers' own model of this kind",
+        ),
         (
             "quantization_config",
             "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",
         ),
     ):
-        if settings.get(field) and not (field == "quantization_config" and is_block_fp8(settings)):
+        if settings.get(field) and not (field == "quantization_config" and _can_be_read(settings)):
             raise UserError(f"{file} has {field}, which is not supported: {why}")
     from transformers import AutoConfig
 
@@ -319,6 +332,13 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     except Exception as error:  # transformers' validators raise several kinds
         raise UserError(f"{file}: transformers refuses it: {reason(error, limit=None)}") from error
     return config
+
+
+def _can_be_read(settings: dict[str, Any]) -> bool:
+    """Whether weights in fewer bits are those that `open_hf` reads as plain ones."""
+    method = settings["quantization_config"]
+    is_mxfp4 = isinstance(method, dict) and method.get("quant_method") == "mxfp4"
+    return _fuses_experts(settings) if is_mxfp4 else is_block_fp8(settings)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megadpo.config.schema import Config
+from megadpo.objectives.specs import SPECS
 from megadpo.validation.values import CHOICES
 
 HELP = "a script for bash, zsh or fish that completes commands, options and keys"
@@ -97,7 +98,7 @@ def keys() -> list[str]:
 
 def values() -> dict[str, tuple[str, ...]]:
     """What keys may be, of those that have a few values."""
-    truths = {}
+    truths: dict[str, tuple[str, ...]] = {"objective.loss_type": tuple(SPECS)}
     for dotted in keys():
         section, _, name = dotted.partition(".")
         if name and isinstance(getattr(getattr(Config(), section), name), bool):

@@ -19,6 +19,7 @@ SPACES = "trackio's own settings say it: TRACKIO_SPACE_ID"
 TRUNCATION = "with data.truncation, which says whether the prompt or the answer gives way"
 LOADER = "batches are packed on a thread from memory-mapped token ids, while a step computes"
 DISPATCH = "each process reads the data itself, with data.streaming as well, and takes its share of a step's pairs"
+HF_TOKEN = "the token is that of HF_TOKEN or of `hf auth login`: a configuration is no place for it"
 ZERO = "the engine does that: parallel.engine, parallel.zero_stage"
 
 TRL: Table = {
@@ -199,7 +200,8 @@ TRAINER: Table = {
     "save_safetensors": ("", ALWAYS),
     "enable_jit_checkpoint": ("checkpoint.before_deadline", "a run that is sent SIGTERM or SIGUSR1 saves, too"),
     "push_to_hub": ("hub.push", "OWNER/NAME"),
-    "hub_token": ("", "the token is that of HF_TOKEN or of `hf auth login`: a configuration is no place for it"),
+    "hub_token": ("", HF_TOKEN),
+    "token": ("", HF_TOKEN),
     "hub_private_repo": ("hub.private", "true is the default"),
     "hub_model_id": ("hub.push", ""),
     "hub_strategy": ("hub.push", "pushed once, when the run has finished"),

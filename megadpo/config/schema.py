@@ -34,6 +34,10 @@ class ModelConfig:
     small_ops: str = "auto"
     """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
     where that is installed."""
+    expert_products: str = "auto"
+    """How a mixture's experts are multiplied: `loop` (one expert after the other, each a module of its own), `grouped` (all
+    of a layer in one operation, product by product), `grouped_mm` (torch's kernel for all of them, which reads a copy of
+    their weights), or `auto`: grouped; the loop under ZeRO stage 3, and always for experts with adapters or in 4 bits."""
     layers: str = "local"
     """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
     (`engine: megatron`, no experts, no offloaded activations)."""
@@ -233,7 +237,7 @@ class ParallelConfig:
     """How attention crosses the parts: `ulysses` (all-to-all over heads), `allgather` (of keys and values; for more ranks
     than heads), or `auto`: ulysses where the key-value heads divide."""
     expert: int = 1
-    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x data-parallel ones."""
+    """Expert-parallel size: ranks that share the experts of a layer, out of `tensor` x `context` x data-parallel ones."""
     expert_tensor: int = 1
     """Tensor-parallel size inside an expert; `tensor` is for all else."""
     zero_stage: int = 1

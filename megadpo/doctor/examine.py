@@ -33,6 +33,8 @@ def examine(config: Config | None) -> Iterator[Check]:
     yield from _of_model(config)
     yield from check_directories(config)
     yield from _disk(config)
+    if config.hub.push is not None:
+        yield pushing(config.hub.push, config.hub.private)
 
 
 def _of_model(config: Config) -> Iterator[Check]:
@@ -46,10 +48,20 @@ def _of_model(config: Config) -> Iterator[Check]:
     needs = None
     with contextlib.suppress(UserError):  # which check_model says
         shape = open_shape(config).shape
-        needs = AttentionNeeds(compute_device(), resolve_dtype(config.model.dtype), shape.head_dim, shape.has_windows)
+        needs = AttentionNeeds.of(shape, compute_device(), resolve_dtype(config.model.dtype))
     yield from check_machine(needs)
     if config.model.path:
         yield from check_model(config)
+
+
+def pushing(repository: str, is_private: bool) -> Check:
+    """Whether the trained model could be pushed from here."""
+    from megadpo.platform.hub import check_push
+
+    try:
+        return Check("hub.push", "ok", f"{repository}, as {check_push(repository, is_private)}")
+    except UserError as error:
+        return Check("hub.push", "failed", str(error), "Do what the sentence says, or leave hub.push out.")
 
 
 def _disk(config: Config) -> Iterator[Check]:

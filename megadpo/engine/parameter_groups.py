@@ -38,6 +38,9 @@ class Settings:
 
 FROZEN = Settings("frozen", 0.0, False)
 
+NORMS_OF_HEADS = ("q_norm.weight", "k_norm.weight")
+"""Vectors, though some have a row for each head."""
+
 
 def settings_of(name: str, num_dimensions: int, train: TrainConfig) -> Settings:
     """What the options say of the tensor with this Hugging Face name.
@@ -49,9 +52,10 @@ def settings_of(name: str, num_dimensions: int, train: TrainConfig) -> Settings:
         return FROZEN
     pattern = first_match(train.learning_rates, name)
     factor = 1.0 if pattern is None else train.learning_rates[pattern] / train.learning_rate
-    decays = train.decay_norms_and_biases or (num_dimensions > 1 and not name.endswith(".bias"))
+    is_matrix = num_dimensions > 1 and not name.endswith(NORMS_OF_HEADS)
+    decays = train.decay_norms_and_biases or is_matrix
     rule = train.optimizer
-    if rule == "muon" and not (num_dimensions == 2 and name.startswith("model.layers.")):
+    if rule == "muon" and not (is_matrix and num_dimensions == 2 and name.startswith("model.layers.")):
         rule = "adamw"
     return Settings(rule, factor, decays)
 

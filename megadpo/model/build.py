@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +35,7 @@ from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
 from megadpo.model.attention.packed_projection import PackedSelfAttention
+from megadpo.model.block import add_norms_after, complete_layers
 from megadpo.model.families import (
     ExpertPlace,
     ParameterShard,
@@ -40,10 +43,12 @@ from megadpo.model.families import (
 )
 from megadpo.model.four_bit.linear import use_four_bit_layers, without_parameters
 from megadpo.model.four_bit.weight import FourBit
+from megadpo.model.head_norms import HeadsNorm, ProjectionNorm
 from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
+from megadpo.model.moe.products import choose_expert_products
 from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
@@ -72,6 +77,8 @@ class Stage:
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
+        expert_products: how the products of a mixture's experts are computed, one of `moe.products.WAYS`; None of a dense
+            model.
         offloader: what offloads activations, where `train.activation_offload` says so.
         activations: what becomes of them between forward and backward pass, `auto` settled.
         recomputer: what computes cheap results again, with `train.recompute: small`.
@@ -88,6 +95,7 @@ class Stage:
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
+    expert_products: str | None = None
 
     def __post_init__(self) -> None:
         self.held = self.held or self.parameters
@@ -150,15 +158,19 @@ def build_stage(
         adapter: the adapters that are trained in place of the model's own parameters.
     """
     options = options or ModelConfig()
-    layers = choose_layers(options, compute_device(), dtype, shape.experts is not None)
+    layers = choose_layers(options, compute_device(), dtype, shape.only_local)
     small_ops = choose_small_ops(options.small_ops, compute_device())
     by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
     activations = activations.settled(small_is_cheap=by_own_kernels)
     config = _transformer_config(shape, layout, dtype, activations, layers)
-    backend = choose_backend(options.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    backend = choose_backend(options.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     quantization = FourBit.of(options)
+    products = None
+    if shape.experts is not None:
+        num_local, has_biases = shape.experts.count // layout.expert, shape.experts.has_biases
+        products = choose_expert_products(options.expert_products, num_local, device is not None, has_biases)
     models = [
-        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization)
+        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization, products)
         for chunk in range(layout.virtual)
     ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
@@ -180,7 +192,9 @@ def build_stage(
         models[0].embedding.register_forward_hook(needs_gradient)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    return Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+    stage = Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+    stage.expert_products = products
+    return stage
 
 
 def _freeze(
@@ -211,14 +225,17 @@ def _build_chunk(
     layers: Layers,
     small_ops: SmallOps,
     quantization: FourBit | None,
+    products: str | None,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
         GroupAttention,
         windows=shape.windows,
-        rope_scaling=shape.rope_scaling,
+        scale=_softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
+        softcap=shape.attention_softcap,
+        has_sinks=shape.attention_sinks,
     )
     has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():
@@ -229,9 +246,10 @@ def _build_chunk(
             _block_spec(
                 shape,
                 _layers(shape, layout, chunk),
-                functools.partial(_layer_spec, config, layers.kind, attention, small_ops),
+                functools.partial(_layer_spec, shape, layers.kind, attention, small_ops),
                 small_ops,
                 quantization,
+                products,
             ),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
@@ -242,15 +260,40 @@ def _build_chunk(
             position_embedding_type="rope",
             vp_stage=chunk if layout.virtual > 1 else None,
         )
+        add_norms_after(model, shape, small_ops.norm_of(shape))
     if config.recompute_granularity != "full":
         join_adds_and_norms(model)
-    model.rotary_pos_emb = small_ops.rope(shape.inverse_frequencies)
+    complete_layers(model, shape)
+    if is_first and shape.embedding_multiplier != 1.0:
+        model.embedding.register_forward_hook(functools.partial(_multiplied, shape.embedding_multiplier))
+    model.rotary_pos_emb = small_ops.rope_of(shape)
     if is_last and has_vocabulary:
-        model.output_layer = LogProbHead(model.output_layer.weight, shape.vocab_size, layout.sequence)
+        model.output_layer = LogProbHead(
+            model.output_layer.weight,
+            shape.vocab_size,
+            layout.sequence,
+            multiplier=shape.logits_multiplier,
+            softcap=shape.logits_softcap,
+        )
     elif is_last:
         weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, shape.hidden_size))
         model.output_layer = RewardHead(weight, shape.padding_token, layout.sequence)
     return model
+
+
+def _softmax_scale(shape: ModelShape) -> float:
+    """What scores are multiplied by. Scaling cosine and sine of whole queries and keys (yarn) is scaling their product by
+    the square."""
+    plain = shape.plain_rope
+    scaling = 1.0 if plain is None else plain.scaling**2
+    if shape.attention_multiplier is not None:
+        return scaling * shape.attention_multiplier
+    return scaling / math.sqrt(shape.head_dim)
+
+
+def _multiplied(multiplier: float, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook: embeddings times a factor that is rounded to their type, as Gemma's is."""
+    return output * torch.tensor(multiplier, dtype=output.dtype).item()
 
 
 class _UnjoinedModel(GPTModel):
@@ -391,13 +434,15 @@ def _block_spec(
     dense: Callable[[], ModuleSpec],
     small_ops: SmallOps,
     quantization: FourBit | None,
+    products: str | None,
 ) -> TransformerBlockSubmodules:
-    experts, plain = shape.experts, _in_four_bits(dense(), quantization)
+    experts, plain, norm = shape.experts, _in_four_bits(dense(), quantization), small_ops.norm_of(shape)
     if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=small_ops.norm)
-    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation), quantization)
+        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=norm)
+    assert products is not None
+    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape), products), quantization)
     specs = [mixture if layer in experts.layers else plain for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=small_ops.norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
 def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
@@ -411,23 +456,35 @@ def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec
 
 
 def _layer_spec(
-    config: TransformerConfig, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
+    shape: ModelShape, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
 ) -> ModuleSpec:
+    has_norm_of_heads = shape.qk_norm is not None
     if kind == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_norm_of_heads)
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-        layer.submodules.input_layernorm = small_ops.norm
-        layer.submodules.pre_mlp_layernorm = small_ops.norm
-    layer.submodules.mlp.submodules.activation_func = small_ops.activation
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=has_norm_of_heads)
+        norm, norms = small_ops.norm_of(shape), shape.norms
+        layer.submodules.input_layernorm = IdentityOp if norms.before_attention is None else norm
+        layer.submodules.pre_mlp_layernorm = IdentityOp if norms.before_mlp is None else norm
+    layer.submodules.mlp.submodules.activation_func = small_ops.activation_of(shape)
     attention = layer.submodules.self_attention.submodules
     if kind == "local":
-        use_own_linear_layers(layer.submodules.mlp.submodules, attention)
+        use_own_linear_layers(layer.submodules.mlp.submodules, attention, shape.mlp_bias, shape.output_bias)
         layer.submodules.self_attention.module = PackedSelfAttention
     attention.core_attention = core_attention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = small_ops.norm
+    if has_norm_of_heads:
+        attention.q_layernorm = _norm_of_heads(shape, small_ops, shape.num_heads)
+        attention.k_layernorm = _norm_of_heads(shape, small_ops, shape.num_key_value_heads)
     return layer
+
+
+def _norm_of_heads(shape: ModelShape, small_ops: SmallOps, num_heads: int) -> ModuleSpec:
+    """The norm of queries or of keys, of which the model has so many heads."""
+    norm = small_ops.norm_of(shape)
+    if shape.qk_norm == "head":
+        return norm
+    kind = HeadsNorm if shape.qk_norm == "heads" else ProjectionNorm
+    return ModuleSpec(module=kind, params={**norm.params, "num_heads": num_heads})
 
 
 def _match(

@@ -53,15 +53,18 @@ class Layers:
         return {"fp8": "hybrid", "fp8_recipe": "tensorwise", "disable_parameter_transpose_cache": True}
 
 
-def choose_layers(options: ModelConfig, device: torch.device, dtype: torch.dtype, has_experts: bool) -> Layers:
+def choose_layers(options: ModelConfig, device: torch.device, dtype: torch.dtype, only_local: str | None) -> Layers:
     """The layers that `model.layers` and `model.fp8` ask for.
+
+    Args:
+        only_local: what the model has that is built with local layers only, as `ModelShape.only_local`.
 
     Raises:
         UserError: they cannot be had on this device, or with this model.
     """
     if options.layers == "local":
         return Layers()
-    reason = _why_no_transformer_engine(device, has_experts)
+    reason = _why_no_transformer_engine(device, only_local)
     if reason is not None:
         raise UserError(f"model.layers is {options.layers}, but {reason}; set it to local")
     reason = _why_no_fp8(device, dtype) if options.fp8 else None
@@ -70,12 +73,12 @@ def choose_layers(options: ModelConfig, device: torch.device, dtype: torch.dtype
     return Layers(options.layers, options.fp8)
 
 
-def _why_no_transformer_engine(device: torch.device, has_experts: bool) -> str | None:
+def _why_no_transformer_engine(device: torch.device, only_local: str | None) -> str | None:
     if device.type != "cuda":
         return "that needs a CUDA device, of which there is none"
     if importlib.util.find_spec("transformer_engine") is None:
         return "TransformerEngine is not installed"
-    return "the model has experts, which are built with local layers only" if has_experts else None
+    return None if only_local is None else f"the model has {only_local}, which are built with local layers only"
 
 
 def _why_no_fp8(device: torch.device, dtype: torch.dtype) -> str | None:

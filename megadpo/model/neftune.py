@@ -51,7 +51,8 @@ class EmbeddingNoise:
         model = stage.models[0]
         if model.pre_process:
             model.register_forward_pre_hook(self._look, with_kwargs=True)
-            model.embedding.register_forward_hook(self._add)
+            # Before what else there is: transformers adds it to what the matrix gives, a model's multiplier comes after.
+            model.embedding.register_forward_hook(self._add, prepend=True)
 
     def _look(self, model: torch.nn.Module, arguments: Any, named: Any) -> None:
         self._micro_batch = named["packed_seq_params"].micro_batch
@@ -75,7 +76,7 @@ class EmbeddingNoise:
 
     def _tokens(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Of each token that is computed here, its key, int64 [L], and 1 / sqrt(L) of its sequence, fp32, 0 for padding."""
-        place_L = _stream_places(micro_batch)
+        place_L = micro_batch.local_places()
         is_token_L = place_L >= 0
         if micro_batch.num_responses == 0:
             return torch.zeros_like(place_L), torch.zeros_like(place_L, dtype=torch.float32)
@@ -93,18 +94,6 @@ class EmbeddingNoise:
         for part in (self.step, batch_position_G[group_L], number_L, position_L):
             keys_L = _mixed(keys_L + _GOLDEN) + part
         return keys_L, torch.where(is_token_L, length_G[group_L].float().rsqrt(), 0.0)
-
-
-def _stream_places(micro_batch: MicroBatch) -> Tensor:
-    """int64 [L]: where in the stream each token is that is computed here; -1 for padding of a shard."""
-    shard = micro_batch.shard
-    if shard is None:
-        return torch.arange(len(micro_batch.tokens_T), device=micro_batch.tokens_T.device)
-    place_in_shard_T = shard.order - shard.first
-    is_here_T = (place_in_shard_T >= 0) & (place_in_shard_T < len(shard.tokens_T))
-    places_L = torch.full_like(shard.tokens_T, -1)
-    places_L[place_in_shard_T[is_here_T]] = is_here_T.nonzero().flatten()
-    return places_L
 
 
 def uniform(keys_L: Tensor, num_columns: int) -> Tensor:

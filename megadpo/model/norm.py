@@ -1,4 +1,4 @@
-"""RMSNorm for Megatron's layer spec that also works with sequence parallelism, and keeps little on a CPU."""
+"""Norms for Megatron's layer spec that also work with sequence parallelism, and keep little on a CPU."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ class RMSNorm(torch.nn.RMSNorm):
 
     reads_views = False
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, adds_one: bool = False, **unused: Any) -> None:
+        """`adds_one`: the weight is stored as w where 1 + w is applied."""
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.adds_one = adds_one
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute Megatron reads
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputable(self.normed, x, self.weight)
 
+    def applied(self, weight: Tensor) -> Tensor:
+        """What rows are multiplied by."""
+        return 1.0 + weight.float() if self.adds_one else weight
+
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """[..., H], from x [..., H] and the norm's weight [H], which may be a copy."""
-        if x.device.type == "cpu":
+        weight = self.applied(weight)
+        if x.device.type == "cpu" or self.adds_one:  # torch's kernel takes a weight of x's dtype only
             normed = _RMSNorm.apply(x, weight, self.eps)
         else:
             normed = F.rms_norm(x, self.normalized_shape, weight, self.eps)
@@ -67,3 +74,12 @@ class _RMSNorm(torch.autograd.Function):
         mean = (gradient * normed).mean(-1, keepdim=True)
         x_gradient = torch.addcmul(gradient, normed, mean, value=-1).mul_(scale)
         return x_gradient.to(x.dtype), weight_gradient, None
+
+
+class LayerNorm(RMSNorm):
+    """Cohere's LayerNorm, which has no bias: (x - mean) / deviation * weight, in float32, rounded once."""
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], from x [..., H] and the norm's weight [H], which may be a copy."""
+        normed = F.layer_norm(x.float(), x.shape[-1:], self.applied(weight).float(), None, self.eps or 0.0).to(x.dtype)
+        return normed.reshape(-1, x.shape[-1]).view(x.shape)

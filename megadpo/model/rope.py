@@ -1,11 +1,22 @@
-"""Rotary embedding by position id, in GPTModel's rotary_pos_emb slot: a packed stream restarts its positions."""
+"""Rotary embedding by position id, in GPTModel's rotary_pos_emb slot: a packed stream restarts its positions.
+
+Axes: T stream tokens, A query heads and K key-value heads of this tensor rank, D head dimension, N pairs of columns that are
+turned together.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.errors import UserError
+from megadpo.model.frequencies import ByLength, Rope
+from megadpo.model.recompute import remember
 
 if TYPE_CHECKING:  # it imports Megatron-core, for which `prepare_megatron` comes first
     from megadpo.model.attention.core import StreamParams
@@ -35,3 +46,132 @@ class PositionRope(torch.nn.Module):
         positions_T = stream.micro_batch.local.positions_T
         self.inverse_frequencies = self.inverse_frequencies.to(positions_T.device)
         return torch.outer(positions_T.float(), self.inverse_frequencies)
+
+
+class LayerRopes(torch.nn.Module):
+    """Ropes that are not the same in all layers, turn a part of a head, or depend on a sequence's length.
+
+    It leaves it to attention to rotate queries and keys (`StreamParams.rotate`), each layer's by the rope that it has.
+    """
+
+    def __init__(self, ropes: Sequence[Rope | None], is_interleaved: bool) -> None:
+        """`ropes` has one entry a layer of the whole model; None: the layer has no rope."""
+        super().__init__()
+        self.distinct = list({id(rope): rope for rope in ropes if rope is not None}.values())
+        numbers = {id(rope): number for number, rope in enumerate(self.distinct)}
+        self.number_of_layer = [None if rope is None else numbers[id(rope)] for rope in ropes]
+        self.is_interleaved = is_interleaved
+
+    def get_rotary_seq_len(self, *args: Any) -> StreamParams:
+        """As in PositionRope."""
+        return args[-1]
+
+    def forward(self, stream: StreamParams, **unused: Any) -> None:
+        """Tell the stream how each layer rotates."""
+        assert stream.micro_batch is not None
+        turns = []
+        for rope in self.distinct:
+            angles_TN = angles_of(rope, stream.micro_batch)
+            turns.append((angles_TN.cos() * rope.scaling, angles_TN.sin() * rope.scaling))
+        stream.rotate = functools.partial(self._rotated, turns)
+
+    def _rotated(
+        self, turns: Sequence[tuple[Tensor, Tensor]], query_TAD: Tensor, key_TKD: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        number = self.number_of_layer[layer]
+        if number is None:
+            return query_TAD, key_TKD
+        return tuple(rotated(x, *turns[number], self.is_interleaved) for x in (query_TAD, key_TKD))  # type: ignore[return-value]
+
+
+def angles_of(rope: Rope, micro_batch: MicroBatch) -> Tensor:
+    """[T, N] in float32, of the tokens that are computed here.
+
+    Raises:
+        UserError: responses share a prompt, and by their lengths not the same frequencies.
+    """
+    positions_T = micro_batch.local.positions_T
+    frequencies_N = rope.inverse_frequencies.to(positions_T.device)
+    if rope.by_length is None:
+        return torch.outer(positions_T.float(), frequencies_N)
+    kinds = kinds_of_segments(micro_batch, rope.by_length)
+    if not any(kinds):
+        return torch.outer(positions_T.float(), frequencies_N)
+    distinct = sorted(set(kinds))
+    of_kinds = [rope.by_length.inverse_frequencies_of(kind) if kind else rope.inverse_frequencies for kind in distinct]
+    lengths_S = torch.tensor([segment.end - segment.start for segment in micro_batch.segments])
+    which_S = torch.tensor([distinct.index(kind) for kind in kinds])
+    which_T = which_S.repeat_interleave(lengths_S).to(positions_T.device)[micro_batch.local_places()]
+    return positions_T.float()[:, None] * torch.stack(of_kinds).to(positions_T.device)[which_T]
+
+
+def kinds_of_segments(micro_batch: MicroBatch, by_length: ByLength) -> list[int]:
+    """The kind of frequencies of each segment of the stream, by the whole sequence that it is of.
+
+    Raises:
+        UserError: as `angles_of`.
+    """
+    of_prompt: dict[tuple[int, int], int] = {}
+    kinds: list[int] = []
+    for start, end, prompt_start, prompt_end in micro_batch.segments:
+        kind = by_length.kind(end - start + prompt_end - prompt_start)
+        kinds.append(kind)
+        if prompt_end > prompt_start and of_prompt.setdefault((prompt_start, prompt_end), kind) != kind:
+            raise UserError(
+                "a prompt is shared by responses with which it is "
+                f"{_lengths(micro_batch, prompt_start, prompt_end)} tokens long, and the "
+                "model's rope (rope_parameters: rope_type longrope or dynamic) turns it differently in each; set "
+                "data.share_prompts to false, or data.max_length to the length up to which it does not"
+            )
+    places = [(segment.start, segment.end) for segment in micro_batch.segments]
+    return [of_prompt.get(place, kind) for place, kind in zip(places, kinds, strict=True)]
+
+
+def _lengths(micro_batch: MicroBatch, prompt_start: int, prompt_end: int) -> str:
+    lengths = [
+        segment.end - segment.start + prompt_end - prompt_start
+        for segment in micro_batch.segments
+        if (segment.prompt_start, segment.prompt_end) == (prompt_start, prompt_end)
+    ]
+    return " and ".join(map(str, lengths))
+
+
+def rotated(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
+    """The first 2 N columns of each head turned, the others as they are; in float32 and rounded once.
+
+    Args:
+        is_interleaved: columns 2 n and 2 n + 1 are turned together; else n and n + N.
+    """
+    result = _Rotation.apply(x_TAD, cosine_TN, sine_TN, is_interleaved)
+    remember(result, functools.partial(_turned, is_interleaved=is_interleaved), x_TAD, cosine_TN, sine_TN)
+    return result
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps cosine and sine, which layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosine_TN, sine_TN)
+        ctx.is_interleaved = is_interleaved
+        return _turned(x_TAD, cosine_TN, sine_TN, is_interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The transposed: the same factor, the other way around."""
+        cosine_TN, sine_TN = ctx.saved_tensors
+        return _turned(gradients[0], cosine_TN, -sine_TN, ctx.is_interleaved), None, None, None
+
+
+def _turned(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
+    num_pairs = cosine_TN.shape[-1]
+    result = torch.empty(x_TAD.shape, dtype=x_TAD.dtype, device=x_TAD.device)
+    parts = (slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2))
+    if not is_interleaved:
+        parts = (slice(0, num_pairs), slice(num_pairs, 2 * num_pairs))
+    first, second = (x_TAD[..., part].float() for part in parts)
+    cosine, sine = cosine_TN[:, None], sine_TN[:, None]
+    result[..., parts[0]] = first * cosine - second * sine
+    result[..., parts[1]] = second * cosine + first * sine
+    result[..., 2 * num_pairs :] = x_TAD[..., 2 * num_pairs :]
+    return result

@@ -5,14 +5,31 @@ Read once from a Hugging Face config by `families.shape_of`; no other code works
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+
+from megadpo.model.frequencies import Rope
 
 Head = Literal["logprobs", "reward"]
 """The vocabulary's head, for log-probs, or a scalar one, for rewards."""
+
+QueryKeyNorm = Literal["head", "heads", "projection"]
+"""What queries and keys have a norm of: each head, with one weight for all heads or with one for each; or the whole
+projection, whose mean is over all heads."""
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of a gated MLP's gate; gelu_tanh is GELU by its approximation with tanh."""
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Of an expert's gated MLP: (up + 1) * gate * sigmoid(alpha * gate), where the gate is at most `limit`, and up between
+    it and its negative."""
+
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,10 @@ class Experts:
         layers: global numbers of the layers that have experts; the others have a dense MLP.
         block: the mixture's place in a layer's Hugging Face names.
         gate, up, down: an expert's matrices there.
+        router: the router there.
+        has_biases: whether the router and the experts' matrices have biases.
+        clamp: in place of the model's activation; None: the experts have that.
+        is_fused: whether model files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
     """
 
     count: int
@@ -38,28 +59,74 @@ class Experts:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
+    has_biases: bool = False
+    clamp: Clamp | None = None
+    is_fused: bool = False
 
 
 @dataclass(frozen=True)
+class Norms:
+    """The norms of a layer, each by its name in the layer's Hugging Face tensors; None: there is none at that place.
+
+    Attributes:
+        before_attention, before_mlp: of what attention and MLP read. Without one an MLP reads what attention does in a
+            parallel layer, else the residual stream as it is.
+        after_attention, after_mlp: of what they give, before it is added to the residual stream.
+        kind: "rms", or "layer": LayerNorm without a bias. Of the last norm and of queries and keys, too.
+        adds_one: weights are stored as w where 1 + w is applied.
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    kind: Literal["rms", "layer"] = "rms"
+    adds_one: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are."""
+        places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in places if name is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and facts of a model.
+
+    What has a default is as in most models: a decoder with RMSNorms before attention and before a SiLU-gated MLP.
 
     Attributes:
         num_key_value_heads: heads of keys and values, each read by num_heads / num_key_value_heads query heads.
         ffn_size: inner size of a dense layer's gated MLP.
         vocab_size: rows of the embedding, without those that pad it for tensor parallelism.
         max_positions: the config's max_position_embeddings.
-        norm_epsilon: of every RMSNorm.
+        norm_epsilon: of every norm.
+        norms: where layers have norms, and of which kind.
+        is_parallel: attention and MLP read the same norm's result, and both are added to the residual stream at once.
         qkv_bias: whether the projections to queries, keys and values have biases.
-        qk_norm: whether each head's query and key has an RMSNorm.
+        output_bias: whether attention's output projection has one.
+        mlp_bias: whether the MLP's matrices have them.
+        qk_norm: the norm of queries and keys; None: there is none.
+        activation: of the MLP's gate.
+        fuses_qkv: whether the Hugging Face tensors have queries, keys and values as one, ``qkv_proj``, one after the other.
+        fuses_gate_up: whether they have gate and up as one, ``gate_up_proj``.
+        embedding_multiplier: the factor on embeddings, rounded to the model's type.
+        residual_multiplier: the factor on what attention and MLP give, before it is added to the residual stream.
+        attention_multiplier: what scores are multiplied by before their softmax; None: 1 / sqrt(head_dim).
+        logits_multiplier: the factor on the vocabulary's logits.
+        logits_softcap: c, where logits x then become c tanh(x / c); None: they stay as they are.
         tied_embeddings: whether the vocabulary's head is the embedding.
         windows: for each layer, how many tokens a token attends to, itself included; None: all before it. A query at
             position i sees keys at positions j with i - window < j <= i, as in transformers 5.23.
-        rope_scaling: the factor on cosine and sine.
-        inverse_frequencies: [head_dim / 2], float32 on the CPU.
+        ropes: each layer's rotary embedding; None: it has none.
+        rope_is_interleaved: columns 2 i and 2 i + 1 of a head are turned together; else i and i + half of those turned.
         experts: None of a dense model.
         head: which head the model has.
         padding_token: the config's pad_token_id, which a reward model reads.
+        attention_softcap: attention's scores become softcap * tanh(score / softcap) before their softmax; None: they stay.
+        attention_sinks: whether each query head has a learned number in its softmax's denominator.
     """
 
     num_layers: int
@@ -71,23 +138,58 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     norm_epsilon: float
-    qkv_bias: bool
-    qk_norm: bool
+    norms: Norms = Norms()
+    is_parallel: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: QueryKeyNorm | None = None
+    activation: Activation = "silu"
+    fuses_qkv: bool = False
+    fuses_gate_up: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
     tied_embeddings: bool
     windows: tuple[int | None, ...]
-    rope_scaling: float
-    inverse_frequencies: Tensor = field(compare=False, repr=False)
-    experts: Experts | None
+    ropes: tuple[Rope | None, ...]
+    rope_is_interleaved: bool = False
+    experts: Experts | None = None
     head: Head
     padding_token: int | None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
 
     @property
     def has_windows(self) -> bool:
         """Whether any layer's attention has a sliding window."""
         return any(window is not None for window in self.windows)
 
+    @property
+    def plain_rope(self) -> Rope | None:
+        """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length."""
+        rope = self.ropes[0]
+        if rope is None or rope.by_length is not None or self.rope_is_interleaved:
+            return None
+        is_whole = 2 * len(rope.inverse_frequencies) == self.head_dim
+        return rope if is_whole and all(other is rope for other in self.ropes) else None
+
+    @property
+    def only_local(self) -> str | None:
+        """What the layers have that TransformerEngine's are not built with here, if anything."""
+        neutral = Norms()
+        if self.experts is not None:
+            return "experts"
+        if self.norms != neutral or self.is_parallel:
+            return "other norms than RMSNorms before attention and MLP"
+        if self.output_bias or self.mlp_bias:
+            return "biases beside those of queries, keys and values"
+        return "residual multipliers" if self.residual_multiplier != 1.0 else None
+
     def megatron_options(self) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig: a pre-norm decoder with RMSNorm and a SiLU-gated MLP.
+        """Fields of Megatron's TransformerConfig; what it has no word for, build.py puts into the slots of its layers.
 
         Of experts, no token is dropped, and Megatron's own load balancing is off: moe/layer.py routes.
         """
@@ -104,7 +206,8 @@ class ModelShape:
             "activation_func": F.silu,
             "add_bias_linear": False,
             "add_qkv_bias": self.qkv_bias,
-            "qk_layernorm": self.qk_norm,
+            # With it Megatron takes the weights for whole on every tensor rank, and sums their gradients.
+            "qk_layernorm": self.qk_norm == "head",
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         }

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.layers import (
     LinearWithGradAccumulationAndAsyncCommunication,
     RowParallelLinear,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megadpo.model.adapters.linear import OFF, AdapterSwitch, LinearAdapter
@@ -77,11 +78,23 @@ def fuse_gradients(models: Iterable[Any], way: str) -> None:
                 module.fuse_wgrad_accumulation = True
 
 
-def use_own_linear_layers(mlp: Any, attention: Any = None) -> None:
-    """Put the layers of this file into the submodules of a Megatron layer's spec."""
+def use_own_linear_layers(mlp: Any, attention: Any = None, mlp_bias: bool = False, output_bias: bool = False) -> None:
+    """Put the layers of this file into the submodules of a Megatron layer's spec.
+
+    Args:
+        mlp_bias, output_bias: whether the MLP's layers and attention's last have biases, which Megatron's config says of
+            all layers at once.
+    """
     mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
+    if mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = _biased(ColumnLinear), _biased(RowLinear)
     if attention is not None:
-        attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+        attention.linear_qkv = ColumnLinear
+        attention.linear_proj = _biased(RowLinear) if output_bias else RowLinear
+
+
+def _biased(linear: type) -> ModuleSpec:
+    return ModuleSpec(module=linear, params={"has_bias": True})
 
 
 def _add_by_torch(input_TI: Tensor, gradient_TO: Tensor, main_grad_OI: Tensor) -> None:
@@ -120,6 +133,11 @@ def delay_products() -> Iterator[Products]:
         yield _delayed
     finally:
         _delayed = None
+
+
+def delayed_products() -> Products | None:
+    """What `delay_products` has made, within it."""
+    return _delayed
 
 
 class _AddsWeightGradient:
@@ -173,11 +191,21 @@ class _TakesAdapters:
         return weight
 
 
-class ColumnLinear(_TakesAdapters, _AddsWeightGradient, ColumnParallelLinear):
+class _AddsBias:
+    """A linear layer that adds its bias itself where it `has_bias`, whatever Megatron says: what it hands on to be added
+    later, ZeRO-3 takes away."""
+
+    def __init__(self, *arguments: Any, has_bias: bool = False, **options: Any) -> None:
+        if has_bias:
+            options |= {"bias": True, "skip_bias_add": False}
+        super().__init__(*arguments, **options)
+
+
+class ColumnLinear(_AddsBias, _TakesAdapters, _AddsWeightGradient, ColumnParallelLinear):
     """Megatron's linear layer whose output columns are split over the tensor ranks."""
 
 
-class RowLinear(_TakesAdapters, _AddsWeightGradient, RowParallelLinear):
+class RowLinear(_AddsBias, _TakesAdapters, _AddsWeightGradient, RowParallelLinear):
     """Megatron's linear layer whose input columns are split over the tensor ranks."""
 
 

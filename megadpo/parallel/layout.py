@@ -26,7 +26,7 @@ class Layout:
         virtual: chunks of layers that each stage holds. Chunk number c of the model is on stage c % pipeline.
         chunk_layers: layers of each chunk, in the model's order; None: as even as possible, see `even_chunks`.
         expert: ranks, among those of a stage, that share the experts of a layer.
-        expert_tensor: ranks that share each expert's matrices. Experts go over tensor x data ranks in this order:
+        expert_tensor: ranks that share each expert's matrices. Experts go over tensor x context x data ranks in this order:
             expert_tensor fastest, then expert, then replicas.
     """
 
@@ -108,10 +108,12 @@ def choose_layout(parallel: Any, world_size: int) -> Layout:
         raise UserError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
     sequence = parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
     expert, expert_tensor, data = parallel.expert, parallel.expert_tensor, world_size // model_size
-    if parallel.tensor * data % (expert * expert_tensor):
+    num_of_stage = parallel.tensor * parallel.context * data
+    if num_of_stage % (expert * expert_tensor):
+        context = f" x context {parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.expert {expert} x parallel.expert_tensor {expert_tensor} must divide the {parallel.tensor * data} "
-            f"processes of a pipeline stage (tensor {parallel.tensor} x data {data}); lower one of the two"
+            f"parallel.expert {expert} x parallel.expert_tensor {expert_tensor} must divide the {num_of_stage} "
+            f"processes of a pipeline stage (tensor {parallel.tensor}{context} x data {data}); lower one of the two"
         )
     return Layout(
         parallel.tensor,

@@ -104,8 +104,13 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     tensor, heads, groups = layout.tensor, shape.num_heads / layout.tensor, shape.num_key_value_heads / layout.tensor
     h = shape.hidden_size / (tensor if layout.sequence else 1)
     q, k = heads * shape.head_dim, groups * shape.head_dim
-    yield Kept(STREAM, 2 * h * w)
-    yield Kept(STREAM, 2 * h * w, again=True)  # norms' results
+    norms = shape.norms
+    num_before, num_after = (
+        sum(name is not None for name in names)
+        for names in ((norms.before_attention, norms.before_mlp), (norms.after_attention, norms.after_mlp))
+    )
+    yield Kept(STREAM, ((1 if shape.is_parallel else 2) + num_after) * h * w)  # what is added to, and normed after
+    yield Kept(STREAM, num_before * h * w, again=True)  # norms' results
     yield Kept(ATTENTION, (q + 2 * k) * w)  # the packed projection
     yield Kept(ATTENTION, q * w)  # attention's result
     yield Kept(ATTENTION, 4 * (2 + heads + (heads + groups if shape.qk_norm else 0)))  # rows' scales, log-sum-exp

@@ -121,7 +121,7 @@ def chunk_layers(layout: Layout, num_layers: int) -> list[list[int]]:
 
 def expert_replicas(layout: Layout) -> int:
     """Ranks that hold the same experts' matrices."""
-    return layout.tensor * layout.data // (layout.expert * layout.expert_tensor)
+    return layout.tensor * layout.context * layout.data // (layout.expert * layout.expert_tensor)
 
 
 @functools.cache
@@ -140,14 +140,21 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     """Of a rank of a stage: those replicated over data and context ranks, and its experts'."""
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    attention = 2 * h * (q + k) / layout.tensor + 2 * h
+    attention = 2 * h * (q + k) / layout.tensor + len(shape.norms.names) * h
     attention += (q + 2 * k) / layout.tensor if shape.qkv_bias else 0
-    attention += 2 * shape.head_dim if shape.qk_norm else 0
-    dense = num_layers * attention + (num_layers - mixtures) * 3 * h * shape.ffn_size / layout.tensor
+    attention += h if shape.output_bias else 0
+    attention += shape.num_heads / layout.tensor if shape.attention_sinks else 0
+    if shape.qk_norm is not None:
+        attention += 2 * shape.head_dim if shape.qk_norm == "head" else (q + k) / layout.tensor
+    mlp = 3 * h * shape.ffn_size / layout.tensor
+    mlp += 2 * shape.ffn_size / layout.tensor + h if shape.mlp_bias else 0
+    dense = num_layers * attention + (num_layers - mixtures) * mlp
     own_experts = 0.0
     if shape.experts is not None:
-        dense += mixtures * h * shape.experts.count
-        own_experts = 3.0 * h * shape.experts.columns * shape.experts.count / layout.expert / layout.expert_tensor
+        count, columns, has_biases = shape.experts.count, shape.experts.columns, shape.experts.has_biases
+        dense += mixtures * (h + has_biases) * count
+        own_experts = 3.0 * h * columns * count / layout.expert / layout.expert_tensor
+        own_experts += (2 * columns / layout.expert_tensor + h) * count / layout.expert if has_biases else 0
     vocabulary = math.ceil(shape.vocab_size / layout.tensor) * h
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     ends = vocabulary * is_first + h * is_last
@@ -172,7 +179,7 @@ def linear_parameters(plan: Plan, stage: int) -> float:
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 
-COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
+COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
 """Linear layers whose outputs are cut over tensor ranks, by the last part of their names; the others' inputs are."""
 
 
@@ -181,7 +188,8 @@ def _adapter_of_layer(spec: _Hashable, shape: ModelShape, tensor: int, expert: i
     """Mean over layers: an adapter's numbers of a rank, those of experts, and its inner columns of a token."""
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     columns = shape.ffn_size if shape.experts is None else shape.experts.columns
-    sizes = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h)}
+    sizes = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "qkv_proj": (h, q + 2 * k), "o_proj": (q, h)}
+    sizes["gate_up_proj"] = (h, 2 * columns)
     dense = own = inner = 0.0
     for module in spec.spec.modules:
         if module in (EMBEDDING_MODULE, HEAD_MODULE):  # of the ends

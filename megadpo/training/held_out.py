@@ -19,6 +19,7 @@ from megadpo.config.sources import eval_prefix
 from megadpo.console.activity import counted_through
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.data.batches.packed_dataset import PackedDataset
+from megadpo.data.rows.report import counted
 from megadpo.errors import UserError
 from megadpo.metrics import collect
 from megadpo.objectives.statistics import response_statistics
@@ -73,7 +74,8 @@ def take(run: Run, step: int, held_out: Metrics) -> bool:
     if best.is_out_of_patience:
         assert best.metric is not None
         known = "was never a number" if best.step is None else f"is best at step {best.step}, {best.value:.4g}"
-        run.end(f"{best.metric} {known}, and {best.num_without} evaluations have not been better since", by="patience")
+        since = counted(best.num_without, "evaluation")
+        run.end(f"{best.metric} {known}, and {since} since then brought nothing better", by="patience")
     ask(run, "on_evaluation", step, held_out)
     return is_best
 

@@ -224,6 +224,16 @@ def check_modules(config: Config, shape: ModelShape) -> None:
         UserError: saying why.
     """
     dtype = resolve_dtype(config.model.dtype)
-    choose_backend(config.model.attention, AttentionNeeds(compute_device(), dtype, shape.head_dim, shape.has_windows))
+    choose_backend(config.model.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     choose_small_ops(config.model.small_ops, compute_device())
-    choose_layers(config.model, compute_device(), dtype, shape.experts is not None)
+    if shape.experts is not None and shape.experts.has_biases:
+        _check_biased_experts(config)
+    choose_layers(config.model, compute_device(), dtype, shape.only_local)
+
+
+def _check_biased_experts(config: Config) -> None:
+    if config.model.quantization != "none":
+        raise UserError(
+            f"model.quantization is {config.model.quantization}, but the experts have biases, and such are not held in "
+            "4 bits; set it to none"
+        )

@@ -332,7 +332,7 @@ def _whole_tensors(run: Run, watch: FiniteWatch) -> Iterator[tuple[str, Tensor]]
             group, count = parallel_state.get_expert_tensor_and_model_parallel_group(), layout.expert_tensor
             if shard.partition_dim is None:  # whole on each expert-tensor rank, as an adapter's A may be: the first gives it
                 group, count = parallel_state.get_expert_model_parallel_group(), 1
-            num_local = stage.model.config.num_moe_experts // layout.expert
+            num_local = stage.models[0].config.num_moe_experts // layout.expert
             here = parallel_state.get_expert_model_parallel_rank()
             holders = [
                 [(moved(name, (expert - here) * num_local), (0, expert, rank)) for rank in range(count)]

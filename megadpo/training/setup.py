@@ -48,7 +48,7 @@ from megadpo.training.models import (
 from megadpo.training.output_dir import claim_output_dir, make_output_dir
 from megadpo.training.resume import Origin, Search, began_with, find_checkpoint
 from megadpo.training.stop import slurm_end
-from megadpo.validation.data import check_mismatched_fit, check_steps_can_fill
+from megadpo.validation.data import check_mismatched_fit, check_shared_prompts, check_steps_can_fill
 from megadpo.validation.deepspeed import check_deepspeed_machine
 from megadpo.validation.logging import check_logging
 from megadpo.validation.memory import check_gradient_dtype, check_memory_machine
@@ -230,7 +230,13 @@ def data_packing(
     setting: str,
     split_pairs: bool = False,
 ) -> PackedDataset:
-    """`groups`, whose tokens and work are counted here, to be packed in this layout for a model of this shape."""
+    """`groups`, whose tokens and work are counted here, to be packed in this layout for a model of this shape.
+
+    Raises:
+        UserError: prompts that this model cannot share.
+    """
+    if config.data.share_prompts:
+        check_shared_prompts(groups, shape)
     return PackedDataset.of(
         groups,
         PackingOptions(

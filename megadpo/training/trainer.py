@@ -148,6 +148,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "attention": stage.attention,
         "small operations": stage.small_ops,
         "activations": stage.activations,
+        **({} if stage.expert_products is None else {"experts' products": stage.expert_products}),
     }
     if setup.config.model.quantization != "none":
         held = f"{bytes_in_four_bits(stage.models) / 2**20:,.1f} MiB on rank 0"

@@ -154,8 +154,6 @@ EXCLUDED: tuple[Rule, ...] = (
         "TransformerEngine",
         "norms are built into TransformerEngine's layers, which keep their results; use local layers, or selective or full",
     ),
-    Rule("experts", "context", "experts are not built for context parallelism; leave parallel.context at 1"),
-    Rule("experts", "virtual pipeline", "experts are not built for several chunks a stage; leave virtual_pipeline at 1"),
     Rule(
         "precomputed reference",
         "kto",

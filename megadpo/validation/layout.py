@@ -69,9 +69,6 @@ def _check_experts(layout: Layout, experts: Experts | None) -> None:
             option = "expert" if layout.expert > 1 else "expert_tensor"
             raise UserError(f"parallel.{option} is {getattr(layout, option)}, but the model has no experts; leave it at 1")
         return
-    for option, size in (("context", layout.context), ("virtual_pipeline", layout.virtual)):
-        if size > 1:
-            raise UserError(f"parallel.{option} is {size}, which a model with experts is not built for; leave it at 1")
     if experts.count % layout.expert:
         raise UserError(
             f"parallel.expert {layout.expert} does not divide the model's {experts.count} experts; "

@@ -30,6 +30,13 @@ def check_experts(config: Config, shape: ModelShape) -> None:
     if shape.experts is None:
         if coefficient:
             raise UserError(f"train.router_aux_coef is {coefficient!r}, but {path} has no experts; remove it")
+        if config.model.expert_products != "auto":
+            raise UserError(f"model.expert_products is {config.model.expert_products}, but {path} has no experts; remove it")
+    elif config.model.expert_products.startswith("grouped") and config.model.quantization != "none":
+        raise UserError(
+            f"model.expert_products is {config.model.expert_products} with model.quantization {config.model.quantization}, "
+            "whose matrices are made dense one after the other; set expert_products to auto"
+        )
     elif config.parallel.engine != "megatron":
         raise UserError(
             f"parallel.engine is {config.parallel.engine}, but {path} has experts, which are built for engine "
@@ -60,6 +67,11 @@ def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: A
                 "parallel.pipeline"
             )
     has_experts = any(".experts." in module for module in adapter.modules)
+    if has_experts and config.model.expert_products.startswith("grouped"):
+        raise UserError(
+            f"model.expert_products is {config.model.expert_products}, but experts with adapters are computed one after the "
+            "other; set it to auto, or leave experts out of adapter.target_modules"
+        )
     if has_experts and layout.expert_tensor not in (1, layout.tensor):
         raise UserError(
             f"parallel.expert_tensor is {layout.expert_tensor} with parallel.tensor {layout.tensor}, but adapters of "

@@ -50,6 +50,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "tensor 2 x pipeline 2": {"tensor": 2, "pipeline": 2},
     "tensor 2, experts over 4": {"tensor": 2, "expert": 4},
     "tensor 2 x pipeline 2, experts over 2": {"tensor": 2, "pipeline": 2, "expert": 2},
+    "context 2, experts over 4": {"context": 2, "expert": 4},
 }
 MODELS = {"dense": DENSE, "experts": EXPERTS}
 RINGS = {"dense": list(DENSE)[:8], "experts": list(EXPERTS)[:4]}

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+import transformers
+
+from tests.helpers.models import PREFIXES
 
 WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
 
@@ -47,12 +42,15 @@ class DictSource:
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
-    kinds |= {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}
     if family == "mixtral":
         changes = {"num_local_experts": 4} | changes
     if family == "qwen3_moe":
         changes = {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
+    if family == "gpt_oss":
+        changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
+    if family in ("ministral", "glm", "glm4", "gemma2", "gemma3_text", "gpt_oss"):
+        changes = {"head_dim": 16} | changes
+    changes = {"pad_token_id": None} | changes
     sizes: dict[str, Any] = {
         "vocab_size": 499,
         "hidden_size": 64,
@@ -61,4 +59,4 @@ def config_of(family: str, **changes: Any) -> Any:
         "max_position_embeddings": 2048,
         **WIDE,
     }
-    return kinds[family](**{**sizes, **changes})
+    return getattr(transformers, f"{PREFIXES[family]}Config")(**{**sizes, **changes})

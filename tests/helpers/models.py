@@ -20,6 +20,50 @@ from megadpo.data.rows.formats import PAIRS, Reading
 DATA = Path(os.environ.get("MEGADPO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 VOCAB_SIZE = 499  # odd: no tensor-parallel size divides it
 
+PREFIXES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "ministral": "Ministral",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "gpt_oss": "GptOss",
+}
+"""What transformers' classes of each family begin with."""
+
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 48},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.5,
+    },
+    "ministral": {"head_dim": 24, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "glm": {"head_dim": 24},
+    "glm4": {"head_dim": 24},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "sliding_window_pattern": 2},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 0.7},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
+}
+"""What a small model of a family has beside the sizes of all."""
+
 
 def hh_rows(count: int) -> list[dict[str, str]]:
     """Raw hh-rlhf rows, chosen and rejected dialogues; made-up ones where the data directory is missing."""
@@ -87,8 +131,6 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
     """A random model of `family` with weights large enough that attention matters, as a Hugging Face directory."""
     import transformers
 
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
-    names |= {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
     settings = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -101,15 +143,15 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        **({"head_dim": 32} if family in ("qwen3", "qwen3_moe") else {}),
-        **({"num_local_experts": 4} if family == "mixtral" else {}),
-        **({"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48} if family == "qwen3_moe" else {}),
-        **({"sliding_window": 48} if family == "mistral" else {}),
+        "pad_token_id": None,
+        **OWN_SIZES.get(family, {}),
         **changes,
     }
-    config = getattr(transformers, f"{names[family]}Config")(**settings)
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{names[family]}ForCausalLM")(config)
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -23,9 +23,18 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module
 def response_logp(model: torch.nn.Module, group: Group, response: int) -> Tensor:
     """Sum of the completion tokens' log-probs, float64."""
     prompt, completion = (torch.from_numpy(ids).long() for ids in (group.prompt_of(response), group.responses[response]))
+    _forget_earlier_lengths(model)
     logits = model(torch.cat([prompt, completion])[None]).logits[0]
     logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
     return logps.gather(1, completion[:, None]).sum()
+
+
+def _forget_earlier_lengths(model: torch.nn.Module) -> None:
+    """A dynamic rope goes on with the frequencies of the longest sequence that it has seen."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq.data = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def all_logps(model: torch.nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -53,6 +62,8 @@ def dpo_step(
 
 def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     """Tensors by parameter name under the names that model files have: experts apart, gate and up apart."""
+    if config.model_type == "gpt_oss":  # type: ignore[attr-defined]
+        return _single_experts(tensors)
     mixtral = config.model_type == "mixtral"  # type: ignore[attr-defined]
     block, (gate, up, down) = (
         (".block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (".mlp.", ("gate_proj", "up_proj", "down_proj"))
@@ -67,6 +78,22 @@ def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
         for number, matrix in enumerate(tensor):
             parts = zip((gate, up), matrix.chunk(2), strict=True) if kind == "gate_up_proj" else [(down, matrix)]
             named |= {f"{before}.{number}.{part}.weight": values for part, values in parts}
+    return named
+
+
+def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-OSS's experts, which its files have as one tensor, under the names of Mixtral's and others'."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        before, _, kind = name.partition(".experts.")
+        matrix, ending = kind.removesuffix("_bias"), "bias" if kind.endswith("_bias") else "weight"
+        if not kind:
+            named[name] = tensor
+            continue
+        parts = {"gate_proj": tensor[..., ::2], "up_proj": tensor[..., 1::2]}
+        for part, values in (parts if matrix == "gate_up_proj" else {"down_proj": tensor}).items():
+            for number, expert in enumerate(values):
+                named[f"{before}.experts.{number}.{part}.{ending}"] = expert.T if expert.ndim == 2 else expert
     return named
 
 

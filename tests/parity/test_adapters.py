@@ -91,6 +91,18 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
         },
         SOME_WAYS,
     ),
+    "tensors of several projections": (
+        "phi3",
+        {"tie_word_embeddings": True},
+        {"target_modules": ALL, "rank": 6},
+        {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
+    ),
+    "biases of all, factors": (
+        "granite",
+        {"attention_bias": True, "mlp_bias": True},
+        {"target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": False},
+        {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
+    ),
     "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
 }
 """Family, changes to the model, the adapters' options, and the ways to train them."""

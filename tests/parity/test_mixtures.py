@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig
 
-from megadpo.config.schema import ObjectiveConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, Outcome, outcomes, outcomes_of_objectives
 
-ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False)]}
+LOOP, KERNEL = ModelConfig(expert_products="loop"), ModelConfig(expert_products="grouped_mm")
+"""Ways to multiply experts beside that of all other cases."""
+ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False, model=LOOP)]}
 TWO = {
     2: [
         Case(Layout(data=2)),
         Case(Layout(pipeline=2), recompute="full", tokens_per_micro_batch=200),
         Case(Layout(data=2, expert=2), share_prompts=False),
-        Case(Layout(tensor=2, sequence=True, expert_tensor=2)),
-        Case(Layout(tensor=2, sequence=True, expert=2)),
-        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(tensor=2, sequence=True, expert_tensor=2), model=LOOP, fusion=True),
+        Case(Layout(tensor=2, sequence=True, expert=2), fusion=True),
+        Case(Layout(tensor=2, sequence=True), model=KERNEL),
+        Case(Layout(context=2, context_method="ulysses", expert=2), tokens_per_micro_batch=200),
+        Case(Layout(context=2, context_method="allgather"), share_prompts=False, recompute="full"),
     ]
 }
 FOUR = {
@@ -36,11 +40,17 @@ FOUR = {
         Case(Layout(tensor=2, data=2, sequence=True, expert=4), tokens_per_micro_batch=200),
         Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),
         Case(Layout(data=4, expert=2), share_prompts=False),
+        Case(Layout(context=2, context_method="allgather", data=2, expert=4), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, sequence=True, context=2, context_method="allgather", expert=2, expert_tensor=2)),
+        Case(Layout(context=2, context_method="ulysses", pipeline=2, expert=2), recompute="small"),
+        Case(Layout(pipeline=2, virtual=2, data=2, expert=2), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, sequence=True, pipeline=2, virtual=2, expert=2), recompute="full"),
     ]
 }
 MODELS = {
     "mixtral": ({"sliding_window": 64, "num_hidden_layers": 2}, ONE | TWO),
     "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ONE | TWO | FOUR),
+    "gpt_oss": ({"num_hidden_layers": 2}, ONE | TWO),
     # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
     "qwen3_moe-half-dense": (
         {"mlp_only_layers": [0, 1], "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},
@@ -124,6 +134,8 @@ BALANCED = {
         Case(Layout(data=2, expert=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90),
         Case(Layout(tensor=2, sequence=True, expert=2), router_aux_coef=COEFFICIENT),
         Case(Layout(pipeline=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90, recompute="full"),
+        Case(Layout(context=2, context_method="allgather", expert=2), router_aux_coef=COEFFICIENT),
+        Case(Layout(pipeline=2, virtual=2), router_aux_coef=COEFFICIENT, tokens_per_micro_batch=90),
     ],
 }
 

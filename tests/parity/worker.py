@@ -128,6 +128,31 @@ def outcomes(
     return whole
 
 
+def outcomes_of_models(
+    jobs: Sequence[tuple[Path, Path, Sequence[Case]]], groups: Sequence[Group], objective: ObjectiveConfig
+) -> list[list[Outcome]] | None:
+    """[model][case] on rank 0: of each policy and reference, every case's log-probs, first-step loss and gradients."""
+    from megadpo.parallel.world import joined_world
+
+    dist.init_process_group(communication_backend())
+    results = []
+    for layout in dict.fromkeys(case.layout for _, _, cases in jobs for case in cases):
+        with joined_world(layout, seed=1):
+            for number, (model, reference, cases) in enumerate(jobs):
+                for case in cases:
+                    if case.layout == layout:
+                        outcome = _outcome(model, reference, groups, case, 0, torch.float32, objective, scores=True)
+                        results.append((number, cases.index(case), outcome))
+    completed_ones = completed([outcome for _, _, outcome in results])
+    dist.destroy_process_group()
+    if completed_ones is None:
+        return None
+    by_job: list[dict[int, Outcome]] = [{} for _ in jobs]
+    for (number, place, _), outcome in zip(results, completed_ones, strict=True):
+        by_job[number][place] = outcome
+    return [[found[place] for place in sorted(found)] for found in by_job]
+
+
 def outcomes_of_objectives(
     model: Path,
     reference: Path,

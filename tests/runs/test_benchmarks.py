@@ -225,6 +225,14 @@ def test_attention_is_timed_and_weighed_every_way(tmp_path):
     assert point["ratios"]["cpu_flash"] == 1
 
 
+def test_experts_are_multiplied_every_way_to_the_same_numbers(tmp_path):
+    sizes = ("--tokens", "32", "--hidden", "32", "--columns", "16", "--per-token", "2")
+    report = _forked_report("experts", tmp_path, "--experts", "4", "--rounds", "2", *sizes)
+    (point,) = report["points"]
+    assert set(point["seconds"]) == set(point["differences"]) == {"loop", "grouped", "grouped_mm"}
+    assert max(point["differences"].values()) <= 1e-5 and point["differences"]["loop"] == 0
+
+
 @pytest.mark.exhaustive
 def test_memory_of_a_long_pair_is_measured_drawn_and_gone_on_from(tmp_path):
     known = {"arm": "context 2", "tokens": 256, "peak_gib": [0.25, 0.25], "sum_gib": 0.5, "seconds": 1.0}

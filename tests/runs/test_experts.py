@@ -77,6 +77,7 @@ MIXTRAL = MixtralConfig(
 def test_expert_sizes_come_from_the_configuration_and_divide_a_stage_s_processes():
     parallel = ParallelConfig(tensor=2, expert=2, expert_tensor=2)
     assert choose_layout(parallel, 4) == Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)
+    assert choose_layout(ParallelConfig(context=2, expert=2), 2) == Layout(context=2, expert=2)
     with pytest.raises(UserError, match=r"parallel.expert 2 x parallel.expert_tensor 2 must divide the 2 processes"):
         choose_layout(parallel, 2)
 

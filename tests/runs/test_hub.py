@@ -106,12 +106,14 @@ def test_a_run_takes_its_model_from_the_hub_and_gives_what_it_trained(hub: Hub, 
 ASKED = """
 import sys
 from megadpo.errors import UserError
+from megadpo.doctor import examine
 from megadpo.platform import hub
 try:
     print(eval(sys.argv[1]))
 except UserError as error:
     print("refused:", error)
 """
+DOCTOR = 'examine.pushing("acme/out", True)'
 PUSH, FETCH = 'hub.check_push("acme/out", True)', 'hub.fetched({!r}, "model.path", {!r})'
 
 
@@ -121,6 +123,8 @@ PUSH, FETCH = 'hub.check_push("acme/out", True)', 'hub.fetched({!r}, "model.path
     [
         (PUSH, WRITER, {}, "somebody"),
         (PUSH, None, {}, "refused: hub.push acme/out: there is no token; put one that may write into HF_TOKEN, or run"),
+        (DOCTOR, None, {}, "status='failed', found='hub.push acme/out: there is no token"),
+        (DOCTOR, WRITER, {}, "status='ok', found='acme/out, as somebody'"),
         (PUSH, READER, {}, "refused: hub.push acme/out: this token may only read"),
         (PUSH, "hf_" + "x" * 36, {}, "does not know this token"),
         (PUSH, WRITER, {"HF_HUB_OFFLINE": "1"}, "refused: hub.push acme/out: HF_HUB_OFFLINE is set"),

@@ -140,6 +140,16 @@ class MicroBatch:
         """What this rank computes: has `tokens_T`, `positions_T`, `scored_N` and `targets_N`."""
         return self if self.shard is None else self.shard
 
+    def local_places(self) -> Tensor:
+        """int64 [L]: where in the stream each token of `local` is; -1 for padding of a shard."""
+        if self.shard is None:
+            return torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        place_in_shard_T = self.shard.order - self.shard.first
+        is_here_T = (place_in_shard_T >= 0) & (place_in_shard_T < len(self.shard.tokens_T))
+        places_L = torch.full_like(self.shard.tokens_T, -1)
+        places_L[place_in_shard_T[is_here_T]] = is_here_T.nonzero().flatten()
+        return places_L
+
     @property
     def num_tokens(self) -> int:
         """Stream tokens, padding left out."""

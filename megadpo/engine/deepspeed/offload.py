@@ -10,12 +10,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import functools
 import importlib
 import mmap
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -128,6 +130,7 @@ def _load(builder: Any, *names: str) -> None:
         _put_own_programs_first()
         with patches_undone():
             _ask_lscpu(builder)
+            patch(cpp_extension, "load", functools.partial(_load_without_symbols, cpp_extension.load))
             builder.load(verbose=False)
 
 
@@ -136,6 +139,11 @@ def _ask_lscpu(builder: Any) -> None:
     known = builder._backup_cpuinfo() if shutil.which("lscpu") else None
     if known is not None and known["arch"]:
         patch(importlib.import_module("cpuinfo"), "get_cpu_info", lambda: known)
+
+
+def _load_without_symbols(load: Callable[..., Any], *args: Any, extra_cflags: Sequence[str] = (), **kwargs: Any) -> Any:
+    """`cpp_extension.load` without the symbols for a debugger that DeepSpeed asks for: they take as long as the rest."""
+    return load(*args, extra_cflags=[*extra_cflags, "-g0"], **kwargs)
 
 
 def _put_own_programs_first() -> None:

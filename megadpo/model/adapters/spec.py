@@ -130,21 +130,27 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
     """Full names of the modules that can have an adapter, in the model's order: the embedding, linear layers, experts' too,
     and the head.
 
-    The routers of experts are none: no adapter moves where tokens go.
+    The routers of experts are none: no adapter moves where tokens go. Experts that are one tensor in the model's files are
+    no modules, to which PEFT could add one.
     """
-    routers = set()
-    if shape.experts is not None:
-        routers = {f"model.layers.{layer}.{shape.experts.block}.gate" for layer in shape.experts.layers}
+    routers, fused = _routers(shape), shape.experts is not None and shape.experts.is_fused
     matrices = (name for name, size in all_shapes(shape).items() if len(size) == 2 and name.endswith(_WEIGHT))
     modules = (name.removesuffix(_WEIGHT) for name in matrices)
-    return tuple(m for m in modules if m not in routers and m != SCORE.removesuffix(_WEIGHT))
+    modules = (m for m in modules if m not in routers and not (fused and ".experts." in m))
+    others = (SCORE.removesuffix(_WEIGHT), ".q_norm", ".k_norm")  # norms of some models have a row for each head
+    return tuple(m for m in modules if not m.endswith(others))
+
+
+def _routers(shape: ModelShape) -> set[str]:
+    experts = shape.experts
+    return set() if experts is None else {f"model.layers.{n}.{experts.block}.{experts.router}" for n in experts.layers}
 
 
 def whole_modules(shape: ModelShape) -> tuple[str, ...]:
     """Full names of the modules that can be trained whole beside adapters: embedding, norms and head."""
     names = (name for name in logical_shapes(shape) if name.endswith(_WEIGHT))
-    linear = set(adaptable_modules(shape)) - {EMBEDDING_MODULE, HEAD_MODULE}
-    return tuple(m for m in (name.removesuffix(_WEIGHT) for name in names) if m not in linear and not m.endswith(".gate"))
+    others = set(adaptable_modules(shape)) - {EMBEDDING_MODULE, HEAD_MODULE} | _routers(shape)
+    return tuple(m for m in (name.removesuffix(_WEIGHT) for name in names) if m not in others and ".experts." not in m)
 
 
 def all_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -229,7 +235,7 @@ def _check_names(targets: Sequence[str], shape: ModelShape) -> None:
         if matching([target], None, shape):
             continue
         why = "is no linear layer of this model"
-        if shape.experts is not None and _is_named(f"{shape.experts.block}.gate", target):
+        if shape.experts is not None and _is_named(f"{shape.experts.block}.{shape.experts.router}", target):
             why = "is the experts' router, which gets no adapter"
         elif target.lower() == ALL_LINEAR:
             why = f"stands for all by itself only: write target_modules: {ALL_LINEAR}"

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
+
+if TYPE_CHECKING:
+    from megadpo.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,35 @@ class AttentionNeeds:
         dtype: theirs.
         head_dim: D.
         has_windows: whether any layer's queries see a sliding window of keys only.
+        value_dim: D of the values; None: as that of queries and keys.
+        has_softcap: whether scores are capped before their softmax.
+        has_sinks: whether heads have a learned number in their softmax's denominator.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     has_windows: bool = False
+    value_dim: int | None = None
+    has_softcap: bool = False
+    has_sinks: bool = False
+
+    @classmethod
+    def of(cls, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> AttentionNeeds:
+        """What a model asks for."""
+        return cls(
+            device,
+            dtype,
+            shape.head_dim,
+            shape.has_windows,
+            has_softcap=shape.attention_softcap is not None,
+            has_sinks=shape.attention_sinks,
+        )
+
+    @property
+    def largest_dim(self) -> int:
+        """D of a kernel that knows one dimension only: head_dims.py."""
+        return max(self.head_dim, self.value_dim or 0)
 
 
 class AttentionBackend(Protocol):
@@ -61,13 +87,25 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Any, scale: float) -> Tensor:
-        """Output [T, A, D] in the dtype of `query`, differentiable.
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Any,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """Output [T, A, D of the values] in the dtype of `query`, differentiable.
 
         Args:
             query: [T, A, D].
-            key, value: [S, K, D], where K divides A.
+            key, value: [S, K, D], where K divides A. The D of the values may differ.
             prepared: by `prepare`.
             scale: what scores are multiplied by before their softmax.
+            softcap: scores become softcap * tanh(score / softcap) before their softmax. None is what a backend gets whose
+                `why_not` refuses them; the same is true of sinks.
+            sinks_A: a score more in each head's softmax, whose weight no value gets; has a gradient.
         """
         ...

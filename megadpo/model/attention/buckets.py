@@ -3,7 +3,7 @@ on any device but a CPU, in any dtype.
 
 A segment's keys are those of its prompt and its own. Segments whose numbers of keys and queries are alike are one batch,
 padded to the largest of them, in which a mask says which query sees which key. What padding gives is dropped, and gets no
-gradient.
+gradient. Softcaps and sinks, which torch's function lacks, are computed by explicit.py.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension; B segments of a batch, L and
 M their queries and keys with padding.
@@ -22,6 +22,7 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import additive
+from megadpo.model.attention.explicit import explicit_attention
 from megadpo.model.attention.sequences import copied_to
 
 FILLED = 0.7
@@ -75,21 +76,29 @@ class BucketsBackend:
         buckets = tuple(_bucket(lot, window, key) for lot in lots)
         return Buckets(buckets, copied_to(key.device, np.argsort(order)))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Buckets, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Buckets,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
         num_sharing = query.shape[1] // key.shape[1]
-        outputs = [query[:0]]
+        outputs = [query.new_empty(0, query.shape[1], value.shape[2])]
         for bucket in prepared.buckets:
             # Torch's kernel that takes a mask has as many keys as queries; without, it would compute in steps.
             keys, values = (_in_batch(x, bucket.key_BM).repeat_interleave(num_sharing, dim=1) for x in (key, value))
-            output_BALD = F.scaled_dot_product_attention(
-                _in_batch(query, bucket.query_BL),
-                keys,
-                values,
-                attn_mask=bucket.mask,
-                is_causal=bucket.mask is None,
-                scale=scale,
-            )
+            operands = (_in_batch(query, bucket.query_BL), keys, values)
+            if softcap is not None or sinks_A is not None:
+                output_BALD = explicit_attention(*operands, bucket.mask, scale, softcap, sinks_A)
+            else:
+                output_BALD = F.scaled_dot_product_attention(
+                    *operands, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale
+                )
             outputs.append(output_BALD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
         return torch.cat(outputs).index_select(0, prepared.order_T)
 

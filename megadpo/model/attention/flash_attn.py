@@ -1,5 +1,5 @@
 """Attention of a packed stream by the library flash-attn on CUDA: its version 3 on Hopper where that is installed, else 2.3
-and later.
+and later; softcaps from 2.6.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
+from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
 class FlashAttnBackend:
@@ -25,22 +27,32 @@ class FlashAttnBackend:
     name = "flash_attn"
 
     def why_not(self, needs: AttentionNeeds) -> str | None:
-        """Without a GPU, or where the library is not installed or too old."""
-        return why_not_on_this_gpu(needs) or (None if _has_version_3(needs.device) else _why_not_installed())
+        """Without a GPU, or where the library is not installed, too old, or lacks what the model has."""
+        reason = why_not_on_this_gpu(needs) or (None if _has_version_3(needs.device) else _why_not_installed())
+        if reason is not None:
+            return reason
+        return why_not_these_scores(needs, "softcap" in inspect.signature(_function(needs.device)).parameters)
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Sequences, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
-        if _has_version_3(query.device):
-            from flash_attn_interface import flash_attn_varlen_func
-        else:
-            from flash_attn import flash_attn_varlen_func
-
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Sequences,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
+        assert sinks_A is None
+        value_dim = value.shape[2]
+        query, key, value = of_one_dim(query, key, value)
         key, value = prepared.gathered(key, value)
-        output = flash_attn_varlen_func(
+        output = _function(query.device)(
             query,
             key,
             value,
@@ -51,9 +63,19 @@ class FlashAttnBackend:
             softmax_scale=scale,
             causal=True,
             window_size=prepared.reach,
+            **({} if softcap is None else {"softcap": softcap}),
         )
         # The first ones of version 3 give the log-sum-exp, too.
-        return output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output
+        return cut_to(output, value_dim)
+
+
+def _function(device: torch.device) -> Callable[..., Any]:
+    if _has_version_3(device):
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Its kernel reads the stream's own keys, where others read a copy with each prompt repeated: what a query sees is two ranges
 of keys, its prompt's and its own segment's. A mask says so for each pair, and a map of blocks says which pairs of a block of
-queries and a block of keys are looked at, and which of them need no mask.
+queries and a block of keys are looked at, and which of them need no mask. A softcap is a function of each score, and sinks
+come in by the log-sum-exp that it gives, gradient included.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension; Q blocks of queries and B
 blocks of keys.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
+from megadpo.model.attention.sinks import with_sinks
 
 BLOCK = 128
 """Queries, and keys, of a block; the kernel's own tiles divide it."""
@@ -43,18 +45,31 @@ class FlexBackend:
             return f"that does not compute in {str(needs.dtype).removeprefix('torch.')}"
         if torch.cuda.get_device_capability(needs.device) < (8, 0):
             return f"that needs compute capability 8.0 and {torch.cuda.get_device_name(needs.device)} has less"
-        if not 16 <= needs.head_dim <= 256:
-            return f"that needs a head dimension from 16 to 256 and this model's is {needs.head_dim}"
-        return _why_not_installed(needs.head_dim)
+        for head_dim in (needs.head_dim, needs.value_dim or needs.head_dim):
+            if not 16 <= head_dim <= 256:
+                return f"that needs a head dimension from 16 to 256 and this model's is {head_dim}"
+            reason = _why_not_installed(head_dim)
+            if reason is not None:
+                return reason
+        return None
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Any:
         """The block mask of `block_mask_of`."""
         return block_mask_of(segments, window, len(key), key.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Any, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Any,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
         operands = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        output: Tensor = _function(query.device.type == "cuda")(*operands, prepared, scale)
+        output: Tensor = _function(query.device.type == "cuda")(*operands, prepared, scale, softcap, sinks_A)
         return output[0].transpose(0, 1)
 
 
@@ -119,27 +134,56 @@ def _function(is_compiled: bool, backend: str = "inductor") -> Callable[..., Ten
     compiled = torch.compile(_flex, fullgraph=True, backend=backend)
 
     def call(*arguments: Any) -> Tensor:
-        # The scale is to be a constant of the kernel, though another model's differs.
+        # Scale and softcap are to be constants of the kernel, though another model's differ.
         with torch._dynamo.config.patch(specialize_float=True, cache_size_limit=GRAPHS):
             return compiled(*arguments)
 
     return call
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float) -> Tensor:
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Any,
+    scale: float,
+    softcap: float | None = None,
+    sinks_A: Tensor | None = None,
+) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    output: Tensor = flex_attention(
+    found = flex_attention(
         query,
         key,
         value,
+        score_mod=None if softcap is None else _capped_at(softcap),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         # Not the kernel for few queries, which is for inference.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        **({} if sinks_A is None else _lse_too()),
     )
-    return output
+    if sinks_A is None:
+        output: Tensor = found
+        return output
+    output, lse = found
+    return with_sinks(output, lse if isinstance(lse, Tensor) else lse.lse, sinks_A[:, None])[0].to(query.dtype)
+
+
+def _capped_at(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *places: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def _lse_too() -> dict[str, Any]:
+    """What asks for the log-sum-exp as a second result: since torch 2.9 that is another option."""
+    from torch.nn.attention import flex_attention
+
+    request = getattr(flex_attention, "AuxRequest", None)
+    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
 
 def _why_not_installed(head_dim: int) -> str | None:

@@ -1,7 +1,7 @@
 """Attention of a packed stream by torch's scaled_dot_product_attention, segment by segment: on any device, in any dtype.
 
-Keys and values of prompt and segment are put side by side, and a mask says which query sees which key. The tests hold the
-other backends to this one.
+Keys and values of prompt and segment are put side by side, and a mask says which query sees which key. Softcaps and sinks,
+which torch's function lacks, are computed by explicit.py.
 
 Axes: T stream tokens, S keys of the stream, A query heads, K key-value heads, D head dimension.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.cpu_blocks import additive, window_mask
+from megadpo.model.attention.explicit import explicit_attention
 
 Masks = MutableMapping[tuple[int, int], Tensor | None]
 
@@ -49,17 +50,28 @@ class SdpaBackend:
         """Masks are made by the first layer."""
         return MaskedSegments(segments, window)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: MaskedSegments, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: MaskedSegments,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
         query_ATD, key_KSD, value_KSD = (x.transpose(0, 1) for x in (query, key, value))
         outputs = []
         for segment in prepared.segments:
             keys, values = (_with_prompt(x, segment) for x in (key_KSD, value_KSD))
             mask = _mask(segment.end - segment.start, keys.shape[1], prepared.window, query, prepared.masks)
+            operands = (query_ATD[None, :, segment.start : segment.end], keys[None], values[None])
+            if softcap is not None or sinks_A is not None:
+                outputs.append(explicit_attention(*operands, mask, scale, softcap, sinks_A)[0])
+                continue
             output = F.scaled_dot_product_attention(
-                query_ATD[None, :, segment.start : segment.end],
-                keys[None],
-                values[None],
+                *operands,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,

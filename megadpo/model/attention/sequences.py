@@ -115,6 +115,15 @@ def why_not_on_this_gpu(needs: AttentionNeeds) -> str | None:
         return f"that computes in bf16 and not in {str(needs.dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(needs.device) < (8, 0):
         return f"that needs compute capability 8.0 and {torch.cuda.get_device_name(needs.device)} has less"
-    if needs.head_dim > 256 or needs.head_dim % 8:
-        return f"that needs a head dimension of at most 256 in steps of 8 and this model's is {needs.head_dim}"
+    if needs.largest_dim > 256 or needs.largest_dim % 8:
+        return f"that needs a head dimension of at most 256 in steps of 8 and this model's is {needs.largest_dim}"
+    return None
+
+
+def why_not_these_scores(needs: AttentionNeeds, takes_softcap: bool = False) -> str | None:
+    """Why such a kernel does not compute the model's softmax: none gives a log-sum-exp with a gradient, as sinks need."""
+    if needs.has_sinks:
+        return "that does not compute the attention sinks that this model has"
+    if needs.has_softcap and not takes_softcap:
+        return "that does not compute the softcap that this model has on its attention's scores"
     return None

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
+from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
 class TransformerEngineBackend:
@@ -24,15 +25,27 @@ class TransformerEngineBackend:
     name = "transformer_engine"
 
     def why_not(self, needs: AttentionNeeds) -> str | None:
-        """Without a GPU, or where the library is not installed or has other arguments."""
-        return why_not_on_this_gpu(needs) or _why_not_installed()
+        """Without a GPU, where the library is not installed or has other arguments, or for softcaps and sinks."""
+        return why_not_on_this_gpu(needs) or why_not_these_scores(needs) or _why_not_installed()
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Sequences, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Sequences,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
+        assert softcap is None and sinks_A is None
+        value_dim = value.shape[2]
+        query, key, value = of_one_dim(query, key, value)
         key, value = prepared.gathered(key, value)
         output = _module(query.shape[1], key.shape[1], query.shape[2], scale)(
             query,
@@ -46,7 +59,7 @@ class TransformerEngineBackend:
             attn_mask_type="padding_causal_bottom_right",
             window_size=prepared.reach,
         )
-        return output.view(query.shape)
+        return cut_to(output.view(query.shape), value_dim)
 
 
 def _why_not_installed() -> str | None:

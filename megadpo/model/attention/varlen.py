@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment, ShardSegment
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
-from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu
+from megadpo.model.attention.head_dims import cut_to, of_one_dim
+from megadpo.model.attention.sequences import Sequences, sequences_of, why_not_on_this_gpu, why_not_these_scores
 
 
 class VarlenBackend:
@@ -28,17 +29,27 @@ class VarlenBackend:
     name = "varlen"
 
     def why_not(self, needs: AttentionNeeds) -> str | None:
-        """Without a GPU, or where this torch does not have the function or it lacks windows that the model has."""
-        return why_not_on_this_gpu(needs) or _why_not_this_torch(needs.has_windows)
+        """Without a GPU, or where this torch does not have the function or it lacks what the model has."""
+        return why_not_on_this_gpu(needs) or why_not_these_scores(needs) or _why_not_this_torch(needs.has_windows)
 
     def prepare(self, segments: Sequence[Segment | ShardSegment], window: int | None, key: Tensor) -> Sequences:
         """See `sequences_of`."""
         return sequences_of(segments, window, len(key), key.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Sequences, scale: float) -> Tensor:
-        """[T, A, D], from query [T, A, D], key and value [S, K, D]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prepared: Sequences,
+        scale: float,
+        softcap: float | None = None,
+        sinks_A: Tensor | None = None,
+    ) -> Tensor:
+        """[T, A, D of the values], from query [T, A, D], key and value [S, K, D]."""
         from torch.nn.attention.varlen import varlen_attn
 
+        assert softcap is None and sinks_A is None
         taken = _arguments(varlen_attn)
         options: dict[str, Any] = {}
         if "window_size" in taken:
@@ -50,6 +61,8 @@ class VarlenBackend:
             options["scale"] = scale
         else:
             query = _scaled(query, scale * math.sqrt(query.shape[2]))
+        value_dim = value.shape[2]
+        query, key, value = of_one_dim(query, key, value)
         num_sharing = query.shape[1] // key.shape[1]
         if "enable_gqa" in taken:
             options["enable_gqa"] = num_sharing > 1
@@ -58,7 +71,7 @@ class VarlenBackend:
         starts = (prepared.query_starts, prepared.key_starts, prepared.max_queries, prepared.max_keys)
         output = varlen_attn(query, key, value, *starts, **options)
         assert isinstance(output, Tensor)
-        return output
+        return cut_to(output, value_dim)
 
 
 def _scaled(query: Tensor, factor: float) -> Tensor:

@@ -6,9 +6,9 @@ shape. Every Megatron parameter shard is a list of contiguous copies, along one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, dtype
 
@@ -99,6 +99,34 @@ def _nothing_to_refuse(hf_config: PretrainedConfig) -> None:
     return None
 
 
+def biases_of_config(hf_config: PretrainedConfig, *fields: str) -> dict[str, bool]:
+    """``attention_bias`` is of all four matrices of attention, ``mlp_bias`` of the MLP's, where a config has them.
+
+    Args:
+        fields: of the two, those that the family has; none: both.
+
+    Raises:
+        UserError: the other one is true.
+    """
+    both = ("attention_bias", "mlp_bias")
+    refuse_biases(hf_config, *(set(both) - set(fields or both)))
+    attention, mlp = (bool(getattr(hf_config, field, False)) for field in both)
+    return {"qkv_bias": attention, "output_bias": attention, "mlp_bias": mlp}
+
+
+def refuse_biases(hf_config: PretrainedConfig, *fields: str) -> None:
+    """Raises UserError for biases that a config asks for and transformers' model of its family does not have."""
+    for field in fields:
+        if getattr(hf_config, field, False):
+            raise UserError(f"the model's config has {field}: true; {hf_config.model_type} is supported without it only")
+
+
+def no_biases(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """No facts, for families without biases."""
+    refuse_biases(hf_config, "attention_bias", "mlp_bias")
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets one model family apart.
@@ -106,22 +134,39 @@ class Family:
     Attributes:
         name: transformers' ``model_type``.
         architectures: accepted entries of ``architectures`` in config.json, of language models.
-        classifier: the entry of a reward model.
+        classifier: the entry of a reward model; None: transformers has none.
         sliding_windows: HF config -> for each layer, how many tokens (itself included) a token attends to; None = all.
-        qkv_bias: whether queries, keys and values have biases.
-        qk_norm: whether each head's query and key has an RMSNorm.
+        facts: HF config -> fields of ModelShape that are not as in most models.
         experts: HF config -> its mixtures of experts; None of a dense model.
         check: raises UserError for what only this family can express and megadpo cannot run.
+        norm_epsilon, activation: the config's fields.
+        rotates_part: whether ``partial_rotary_factor`` has a meaning: that part of each head's columns is turned.
+        rope_by_layer_type: whether ``rope_parameters`` are those of each kind in ``layer_types``.
+        with_rope: HF config -> for each layer, whether it has a rotary embedding; None: all do.
     """
 
     name: str
     architectures: tuple[str, ...]
-    classifier: str
+    classifier: str | None
     sliding_windows: Callable[[PretrainedConfig], list[int | None]]
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    facts: Callable[[PretrainedConfig], Mapping[str, Any]] = biases_of_config
     experts: Callable[[PretrainedConfig], Experts | None] = _no_experts
     check: Callable[[PretrainedConfig], None] = _nothing_to_refuse
+    norm_epsilon: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    rotates_part: bool = False
+    rope_by_layer_type: bool = False
+    with_rope: Callable[[PretrainedConfig], list[bool]] | None = None
+
+    @property
+    def known_architectures(self) -> tuple[str, ...]:
+        """All accepted entries of ``architectures``."""
+        return self.architectures if self.classifier is None else (*self.architectures, self.classifier)
+
+
+def no_windows(hf_config: PretrainedConfig) -> list[int | None]:
+    """Every token attends to all before it."""
+    return [None] * hf_config.num_hidden_layers
 
 
 def window_on_every_layer(hf_config: PretrainedConfig) -> list[int | None]:

@@ -38,9 +38,15 @@ def with_reward_head(hf_config: PretrainedConfig, padding_token: int | None) -> 
 
     Args:
         padding_token: its pad_token_id, without which transformers takes no batches.
+
+    Raises:
+        UserError: transformers has no such reward model.
     """
     config = copy.deepcopy(hf_config)
-    config.architectures = [family_of(hf_config).classifier]
+    classifier = family_of(hf_config).classifier
+    if classifier is None:
+        raise UserError(f"transformers has no sequence classifier of {hf_config.model_type} models, which a reward model is")
+    config.architectures = [classifier]
     config.num_labels = 1
     config.pad_token_id = padding_token
     return config

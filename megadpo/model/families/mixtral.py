@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.families.common import Family, window_on_every_layer
+from megadpo.model.families.common import Family, no_biases, window_on_every_layer
 from megadpo.model.shape import Experts
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ MIXTRAL = Family(
     ("MixtralForCausalLM",),
     "MixtralForSequenceClassification",
     window_on_every_layer,
+    no_biases,
     experts=_experts,
     check=_refuse_jitter,
 )

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from megadpo.model.families.common import Family, windows_of_layer_types
+from typing import TYPE_CHECKING, Any
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), "Qwen2ForSequenceClassification", windows_of_layer_types, qkv_bias=True)
+from megadpo.model.families.common import Family, refuse_biases, windows_of_layer_types
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
+    refuse_biases(hf_config, "attention_bias", "mlp_bias")
+    return {"qkv_bias": True}
+
+
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), "Qwen2ForSequenceClassification", windows_of_layer_types, _facts)

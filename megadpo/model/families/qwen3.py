@@ -1,7 +1,18 @@
-"""Qwen3 (dense): an RMSNorm on each head's query and key, no biases; upper layers may have a sliding window."""
+"""Qwen3 (dense): an RMSNorm on each head's query and key; upper layers may have a sliding window."""
 
 from __future__ import annotations
 
-from megadpo.model.families.common import Family, windows_of_layer_types
+from typing import TYPE_CHECKING, Any
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), "Qwen3ForSequenceClassification", windows_of_layer_types, qk_norm=True)
+from megadpo.model.families.common import Family, biases_of_config, windows_of_layer_types
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def qwen3_facts(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Of the mixtures, too."""
+    return {"qk_norm": "head", **biases_of_config(hf_config, "attention_bias")}
+
+
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), "Qwen3ForSequenceClassification", windows_of_layer_types, qwen3_facts)

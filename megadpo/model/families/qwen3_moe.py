@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadpo.model.families.common import Family, window_on_every_layer
+from megadpo.model.families.qwen3 import qwen3_facts
 from megadpo.model.shape import Experts
 
 if TYPE_CHECKING:
@@ -38,6 +39,6 @@ QWEN3_MOE = Family(
     ("Qwen3MoeForCausalLM",),
     "Qwen3MoeForSequenceClassification",
     window_on_every_layer,
-    qk_norm=True,
+    qwen3_facts,
     experts=_experts,
 )

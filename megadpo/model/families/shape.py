@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Any
 from megadpo.errors import UserError
 from megadpo.model.families.heads import check_head, head_of
 from megadpo.model.families.registry import as_config, family_of
-from megadpo.model.families.rope import rope_of
-from megadpo.model.shape import ModelShape
+from megadpo.model.families.rope import ropes_of
+from megadpo.model.shape import Activation, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""``hidden_act`` in transformers' words."""
 
 
 def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
     """The shape of a transformers config, or of the dict that config.json holds.
 
     Raises:
-        UserError: an unsupported architecture, activation, bias, kind of rope or of layer, or a classifier of several
-            labels.
+        UserError: an unsupported architecture, activation, kind of rope or of layer, or a classifier of several labels.
     """
     hf_config = as_config(hf_config)
     family = family_of(hf_config)
     family.check(hf_config)
-    _check_layers(hf_config)
     num_heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
-    windows = family.sliding_windows(hf_config)
-    inverse_frequencies, rope_scaling = rope_of(hf_config, head_dim)
+    facts = {"activation": _activation(hf_config, family.activation), **family.facts(hf_config)}
     check_head(hf_config)
     return ModelShape(
         num_layers=hf_config.num_hidden_layers,
@@ -39,23 +39,19 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
         head_dim=head_dim,
         vocab_size=hf_config.vocab_size,
         max_positions=hf_config.max_position_embeddings,
-        norm_epsilon=hf_config.rms_norm_eps,
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        norm_epsilon=getattr(hf_config, family.norm_epsilon),
         tied_embeddings=bool(hf_config.tie_word_embeddings),
-        windows=tuple(windows),
-        rope_scaling=rope_scaling,
-        inverse_frequencies=inverse_frequencies,
+        windows=tuple(family.sliding_windows(hf_config)),
+        ropes=ropes_of(hf_config, family, head_dim),
         experts=family.experts(hf_config),
         head=head_of(hf_config),
         padding_token=hf_config.pad_token_id,
+        **facts,
     )
 
 
-def _check_layers(hf_config: PretrainedConfig) -> None:
-    """Refuse activations and biases that a pre-norm decoder with RMSNorm and a SiLU-gated MLP has no place for."""
-    if hf_config.hidden_act != "silu":
-        raise UserError(f"the model's hidden_act is {hf_config.hidden_act!r}; only 'silu' is supported")
-    for field in ("attention_bias", "mlp_bias"):
-        if getattr(hf_config, field, False):
-            raise UserError(f"the model's config has {field}: true; {hf_config.model_type} is supported without it only")
+def _activation(hf_config: PretrainedConfig, field: str) -> Activation:
+    name = getattr(hf_config, field)
+    if name not in ACTIVATIONS:
+        raise UserError(f"the model's {field} is {name!r}; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

@@ -16,6 +16,8 @@ from megadpo.model.shape import Experts, ModelShape
 # (logical name, first element, number of elements) along the dimension at hand.
 NamedRange = tuple[str, int, int]
 
+_GATED = ("gate_proj", "up_proj")
+
 
 def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model in Hugging Face terms: embedding, layers in order, norm, head."""
@@ -31,38 +33,52 @@ def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    query, key = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (shape.hidden_size,),
-        "self_attn.q_proj.weight": (query, shape.hidden_size),
-        "self_attn.k_proj.weight": (key, shape.hidden_size),
-        "self_attn.v_proj.weight": (key, shape.hidden_size),
-        "self_attn.o_proj.weight": (shape.hidden_size, query),
-        "post_attention_layernorm.weight": (shape.hidden_size,),
-        **_mlp_shapes(shape, layer),
-    }
+    query, key, hidden = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim, shape.hidden_size
+    projections = {"q_proj": query, "k_proj": key, "v_proj": key}
+    if shape.fuses_qkv:
+        projections = {"qkv_proj": query + 2 * key}
+    first, *other_norms = shape.norms.names
+    shapes: dict[str, tuple[int, ...]] = {f"{first}.weight": (hidden,)}
+    shapes |= {f"self_attn.{name}.weight": (size, hidden) for name, size in projections.items()}
+    shapes["self_attn.o_proj.weight"] = (hidden, query)
+    shapes |= {f"{name}.weight": (hidden,) for name in other_norms}
+    shapes |= _mlp_shapes(shape, layer)
     if shape.qkv_bias:
-        shapes |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (key,), "self_attn.v_proj.bias": (key,)}
-    if shape.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
+        shapes |= {f"self_attn.{name}.bias": (size,) for name, size in projections.items()}
+    if shape.output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if shape.attention_sinks:
+        shapes["self_attn.sinks"] = (shape.num_heads,)
+    for name, heads in (("q_norm", shape.num_heads), ("k_norm", shape.num_key_value_heads)):
+        if shape.qk_norm is not None:
+            whole = (heads * shape.head_dim,)
+            sizes = {"head": (shape.head_dim,), "heads": (heads, shape.head_dim), "projection": whole}
+            shapes[f"self_attn.{name}.weight"] = sizes[shape.qk_norm]
     return shapes
 
 
 def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    experts = shape.experts
+    experts, hidden = shape.experts, shape.hidden_size
     if experts is None or layer not in experts.layers:
-        return {
-            "mlp.gate_proj.weight": (shape.ffn_size, shape.hidden_size),
-            "mlp.up_proj.weight": (shape.ffn_size, shape.hidden_size),
-            "mlp.down_proj.weight": (shape.hidden_size, shape.ffn_size),
-        }
-    shapes: dict[str, tuple[int, ...]] = {f"{experts.block}.gate.weight": (experts.count, shape.hidden_size)}
+        inner = {"gate_up_proj": 2 * shape.ffn_size} if shape.fuses_gate_up else dict.fromkeys(_GATED, shape.ffn_size)
+        shapes: dict[str, tuple[int, ...]] = {f"mlp.{name}.weight": (size, hidden) for name, size in inner.items()}
+        shapes["mlp.down_proj.weight"] = (hidden, shape.ffn_size)
+        if shape.mlp_bias:
+            shapes |= {f"mlp.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
+        return shapes
+    shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
+    if experts.has_biases:
+        shapes[f"{experts.block}.{experts.router}.bias"] = (experts.count,)
     for number in range(experts.count):
-        expert = f"{experts.block}.experts.{number}"
-        shapes |= dict.fromkeys(
-            (f"{expert}.{experts.gate}.weight", f"{expert}.{experts.up}.weight"), (experts.columns, shape.hidden_size)
-        )
-        shapes[f"{expert}.{experts.down}.weight"] = (shape.hidden_size, experts.columns)
+        for name, rows, columns in (
+            (experts.gate, experts.columns, hidden),
+            (experts.up, experts.columns, hidden),
+            (experts.down, hidden, experts.columns),
+        ):
+            matrix = f"{experts.block}.experts.{number}.{name}"
+            shapes[f"{matrix}.weight"] = (rows, columns)
+            if experts.has_biases:
+                shapes[f"{matrix}.bias"] = (rows,)
     return shapes
 
 
@@ -136,12 +152,15 @@ class _Cutter:
         piece = ShardPiece(logical_name, 1, self.rank * share, 0, share)
         return ParameterShard(name, (num_rows, share), 1, (piece,))
 
-    def gated(self, name: str, gate: str, up: str, num_rows: int, num_columns: int) -> ParameterShard:
-        """This rank's rows of `gate`, then its rows of `up`; both have `num_rows`."""
+    def gated(self, name: str, gate: tuple[str, int], up: tuple[str, int], num_rows: int, *other: int) -> ParameterShard:
+        """This rank's rows of `gate`, then its rows of `up`, each given by the tensor and the first of its `num_rows`."""
         share = self._share(num_rows)
-        start = self.rank * share
-        pieces = (ShardPiece(gate, 0, start, 0, share), ShardPiece(up, 0, start, share, share))
-        return ParameterShard(name, (2 * share, num_columns), 0, pieces)
+        (gate_name, gate_first), (up_name, up_first), start = gate, up, self.rank * share
+        pieces = (
+            ShardPiece(gate_name, 0, gate_first + start, 0, share),
+            ShardPiece(up_name, 0, up_first + start, share, share),
+        )
+        return ParameterShard(name, (2 * share, *other), 0, pieces)
 
     def whole(self, name: str, logical_name: str, *shape: int) -> ParameterShard:
         piece = ShardPiece(logical_name, 0, 0, 0, shape[0])
@@ -159,11 +178,20 @@ def _interval(runs: list[NamedRange], start: int, length: int) -> Iterator[Shard
 
 
 def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterShard]:
-    to, of = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    to, of, norms = f"decoder.layers.{layer}", f"model.layers.{layer}", shape.norms
     attention, hf_attention = f"{to}.self_attention", f"{of}.self_attn"
     num_qkv = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
     shards = [
-        cut.whole(f"{to}.input_layernorm.weight", f"{of}.input_layernorm.weight", shape.hidden_size),
+        cut.whole(f"{to}.{megatron_name}.weight", f"{of}.{name}.weight", shape.hidden_size)
+        for megatron_name, name in (
+            ("input_layernorm", norms.before_attention),
+            ("post_self_attn_layernorm", norms.after_attention),
+            ("pre_mlp_layernorm", norms.before_mlp),
+            ("post_mlp_layernorm", norms.after_mlp),
+        )
+        if name is not None
+    ]
+    shards += [
         cut.columns(
             f"{attention}.linear_proj.weight",
             f"{hf_attention}.o_proj.weight",
@@ -171,25 +199,41 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
             shape.num_heads * shape.head_dim,
         ),
         cut.rows(f"{attention}.linear_qkv.weight", _qkv_runs(shape, hf_attention, "weight"), num_qkv, shape.hidden_size),
-        cut.whole(f"{to}.pre_mlp_layernorm.weight", f"{of}.post_attention_layernorm.weight", shape.hidden_size),
     ]
     if shape.qkv_bias:
         shards.append(cut.rows(f"{attention}.linear_qkv.bias", _qkv_runs(shape, hf_attention, "bias"), num_qkv))
-    if shape.qk_norm:
-        shards += [
-            cut.whole(f"{attention}.{norm}_layernorm.weight", f"{hf_attention}.{norm}_norm.weight", shape.head_dim)
-            for norm in "qk"
-        ]
+    if shape.output_bias:
+        shards.append(cut.whole(f"{attention}.linear_proj.bias", f"{hf_attention}.o_proj.bias", shape.hidden_size))
+    if shape.attention_sinks:
+        sinks = [(f"{hf_attention}.sinks", 0, shape.num_heads)]
+        shards.append(cut.rows(f"{attention}.core_attention.softmax_offset", sinks, shape.num_heads))
+    return shards + _query_key_norm_shards(shape, cut, attention, hf_attention)
+
+
+def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention: str) -> list[ParameterShard]:
+    shards = []
+    for norm, heads in (("q", shape.num_heads), ("k", shape.num_key_value_heads)):
+        name, hf_name = f"{attention}.{norm}_layernorm.weight", f"{hf_attention}.{norm}_norm.weight"
+        if shape.qk_norm == "head":
+            shards.append(cut.whole(name, hf_name, shape.head_dim))
+        elif shape.qk_norm == "heads":
+            shards.append(cut.rows(name, [(hf_name, 0, heads)], heads, shape.head_dim))
+        elif shape.qk_norm == "projection":
+            shards.append(cut.rows(name, [(hf_name, 0, heads * shape.head_dim)], heads * shape.head_dim))
     return shards
 
 
 def _mlp_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterShard]:
     to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    gate, up, down = (f"{of}.{name}_proj.weight" for name in ("gate", "up", "down"))
-    return [
-        cut.gated(f"{to}.linear_fc1.weight", gate, up, shape.ffn_size, shape.hidden_size),
-        cut.columns(f"{to}.linear_fc2.weight", down, shape.hidden_size, shape.ffn_size),
-    ]
+    shards = [cut.columns(f"{to}.linear_fc2.weight", f"{of}.down_proj.weight", shape.hidden_size, shape.ffn_size)]
+    for kind, other in (("weight", (shape.hidden_size,)), *([("bias", ())] if shape.mlp_bias else [])):
+        gate, up = ((f"{of}.{name}.{kind}", 0) for name in _GATED)
+        if shape.fuses_gate_up:
+            gate, up = ((f"{of}.gate_up_proj.{kind}", first) for first in (0, shape.ffn_size))
+        shards.append(cut.gated(f"{to}.linear_fc1.{kind}", gate, up, shape.ffn_size, *other))
+    if shape.mlp_bias:
+        shards.append(cut.whole(f"{to}.linear_fc2.bias", f"{of}.down_proj.bias", shape.hidden_size))
+    return shards
 
 
 def _mixture_shards(
@@ -197,25 +241,35 @@ def _mixture_shards(
 ) -> list[ParameterShard]:
     """The router, and this rank's experts under their numbers in the whole layer."""
     to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{experts.block}"
-    shards = [cut.whole(f"{to}.router.weight", f"{of}.gate.weight", experts.count, shape.hidden_size)]
+    hidden, router = shape.hidden_size, f"{of}.{experts.router}"
+    shards = [cut.whole(f"{to}.router.weight", f"{router}.weight", experts.count, hidden)]
+    if experts.has_biases:
+        shards.append(cut.whole(f"{to}.router.bias", f"{router}.bias", experts.count))
     within, count = _Cutter(place.tensor, place.num_tensor), experts.count // place.num_expert
     for number in range(place.expert * count, (place.expert + 1) * count):
         local, expert = f"{to}.experts.local_experts.{number}", f"{of}.experts.{number}"
-        gate, up, down = (f"{expert}.{name}.weight" for name in (experts.gate, experts.up, experts.down))
-        shards += [
-            within.gated(f"{local}.linear_fc1.weight", gate, up, experts.columns, shape.hidden_size),
-            within.columns(f"{local}.linear_fc2.weight", down, shape.hidden_size, experts.columns),
-        ]
+        down = f"{expert}.{experts.down}"
+        for kind, other in (("weight", (hidden,)), *([("bias", ())] if experts.has_biases else [])):
+            gate, up = ((f"{expert}.{name}.{kind}", 0) for name in (experts.gate, experts.up))
+            shards.append(within.gated(f"{local}.linear_fc1.{kind}", gate, up, experts.columns, *other))
+        shards.append(within.columns(f"{local}.linear_fc2.weight", f"{down}.weight", hidden, experts.columns))
+        if experts.has_biases:
+            shards.append(within.whole(f"{local}.linear_fc2.bias", f"{down}.bias", hidden))
     return shards
 
 
 def _qkv_runs(shape: ModelShape, attention: str, kind: str) -> list[NamedRange]:
     head = shape.head_dim
     heads = shape.num_heads // shape.num_key_value_heads * head
+    places = [(f"{attention}.{name}_proj.{kind}", 0) for name in "qkv"]
+    if shape.fuses_qkv:
+        query, key = shape.num_heads * head, shape.num_key_value_heads * head
+        places = [(f"{attention}.qkv_proj.{kind}", first) for first in (0, query, query + key)]
+    (query_name, query_first), *others = places
     runs = []
     for group in range(shape.num_key_value_heads):
-        runs.append((f"{attention}.q_proj.{kind}", group * heads, heads))
-        runs += [(f"{attention}.{name}_proj.{kind}", group * head, head) for name in "kv"]
+        runs.append((query_name, query_first + group * heads, heads))
+        runs += [(name, first + group * head, head) for name, first in others]
     return runs
 
 

@@ -103,8 +103,9 @@ def use_four_bit_layers(submodules: Iterable[Any], quantization: FourBit) -> Non
     kinds = {ColumnLinear: FourBitColumnLinear, RowLinear: FourBitRowLinear}
     for each in submodules:
         for name, module in vars(each).items():
-            if module in kinds:
-                setattr(each, name, ModuleSpec(module=kinds[module], params={"quantization": quantization}))
+            kind, params = (module.module, module.params) if isinstance(module, ModuleSpec) else (module, {})
+            if kind in kinds:
+                setattr(each, name, ModuleSpec(module=kinds[kind], params={**params, "quantization": quantization}))
 
 
 def without_parameters(model: torch.nn.Module) -> None:

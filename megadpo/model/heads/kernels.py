@@ -59,7 +59,7 @@ class TorchKernels:
         more, squares = _what(wanted) & _MORE, _what(wanted) & _SQUARES
         out_NP.zero_()
         out_NP[:, PARTS.index("maximum")] = out_NP[:, PARTS.index("target")] = -torch.inf
-        for rows in _slices(logits_NV):
+        for rows in slices(logits_NV):
             logits = logits_NV[rows].float()
             maximum, exponentials, target, products, sums, squared = out_NP[rows].unbind(1)
             maximum.copy_(logits.amax(-1))
@@ -75,7 +75,7 @@ class TorchKernels:
                 squared.copy_(e.square_().sum(-1))
 
     def gradient_(self, logits_NV: Tensor, targets_N: Tensor, log_normaliser_N: Tensor, gradient_N: Tensor) -> None:
-        for rows in _slices(logits_NV):
+        for rows in slices(logits_NV):
             values = logits_NV[rows].float()  # the tile's own memory where it is float32
             values.sub_(log_normaliser_N[rows, None]).exp_().mul_(-gradient_N[rows, None])
             here, column = _held_targets(targets_N[rows], values.shape[1])
@@ -176,7 +176,7 @@ def _what(wanted: Collection[str]) -> int:
     return more | (_SQUARES if "log_square" in wanted else 0)
 
 
-def _slices(tile: Tensor) -> Iterator[slice]:
+def slices(tile: Tensor) -> Iterator[slice]:
     """Rows whose float32 values stay below 8 MiB on a CPU (near its caches) and 256 MiB elsewhere; none of an empty tile."""
     num_rows, num_columns = tile.shape
     if num_columns:

@@ -4,7 +4,8 @@ Only scored positions (the ones a completion token follows) are projected, a til
 sharded over tensor ranks. One buffer of `tile_bytes` holds every tile in turn: logits going forward, and going backward the
 gradient in their place. The last tile stays in it between the two passes; the others are computed again.
 
-With an adapter, a second, narrow product is added to each tile (adapters/vocabulary.py).
+With an adapter, a second, narrow product is added to each tile (adapters/vocabulary.py). A model's factor on its logits is
+one on the hidden states; a softcap bends each tile once it is there.
 
 Axes: T stream tokens, N scored positions, H hidden, V this rank's vocabulary rows (padding included), S statistics, P parts
 (kernels.PARTS), R the rank of an adapter.
@@ -28,7 +29,7 @@ from torch import Tensor
 from megadpo.model.adapters.linear import OFF, AdapterSwitch
 from megadpo.model.adapters.vocabulary import VocabularyAdapter
 from megadpo.model.heads.base import StreamHead
-from megadpo.model.heads.kernels import PARTS, head_kernels
+from megadpo.model.heads.kernels import PARTS, Kernels, head_kernels, slices
 from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
 
 TOKEN_STATISTICS = ("logp", "entropy", "correct", "mean_logit", "log_square")
@@ -63,9 +64,20 @@ class LogProbHead(StreamHead):
     adapters: Mapping[str, VocabularyAdapter] = MappingProxyType({})
     adapter_switch: AdapterSwitch | None = None
 
-    def __init__(self, weight: torch.nn.Parameter | None, vocab_size: int, sequence_parallel: bool) -> None:
-        """`vocab_size` is the model's own, without the rows that pad it for tensor parallelism."""
+    def __init__(
+        self,
+        weight: torch.nn.Parameter | None,
+        vocab_size: int,
+        sequence_parallel: bool,
+        multiplier: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        """`vocab_size` is the model's own, without the rows that pad it for tensor parallelism.
+
+        Logits are `multiplier` times the product with the matrix; with `softcap` c, they are c tanh of them over c.
+        """
         super().__init__()
+        self.multiplier, self.softcap = multiplier, softcap
         self.weight = weight
         self.vocab_size = vocab_size
         self.sequence_parallel = sequence_parallel
@@ -94,6 +106,8 @@ class LogProbHead(StreamHead):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         scored_NH = hidden.squeeze(1).index_select(0, held.scored_N)
+        if self.multiplier != 1.0:
+            scored_NH, low_NR = scored_NH * self.multiplier, None if low_NR is None else low_NR * self.multiplier
         matrix_VH = self.weight if weight is None else weight
         assert matrix_VH is not None
         first_row = parallel_state.get_tensor_model_parallel_rank() * matrix_VH.shape[0]
@@ -101,6 +115,7 @@ class LogProbHead(StreamHead):
             num_real_rows=max(0, min(self.vocab_size - first_row, matrix_VH.shape[0])),
             vocab_size=self.vocab_size,
             statistics=self.statistics,
+            softcap=self.softcap,
             group=parallel_state.get_tensor_model_parallel_group(),
             gradient_buffer=self.gradient_buffer,
             keeps_tile=torch.is_grad_enabled()
@@ -125,7 +140,7 @@ class _Job:
     Attributes:
         num_real_rows: rows of this rank's matrix that are no padding.
         vocab_size: real rows of all ranks.
-        statistics, gradient_buffer: as in LogProbHead.
+        statistics, softcap, gradient_buffer: as in LogProbHead.
         group: the tensor ranks, which share the matrix.
         keeps_tile: whether a backward will follow.
     """
@@ -133,6 +148,7 @@ class _Job:
     num_real_rows: int
     vocab_size: int
     statistics: Collection[str]
+    softcap: float | None
     group: dist.ProcessGroup
     gradient_buffer: GradientBuffer
     keeps_tile: bool
@@ -171,7 +187,7 @@ class _TokenStatistics(torch.autograd.Function):
         parts_NP = hidden_NH.new_empty((len(hidden_NH), len(PARTS)), dtype=torch.float32)
         buffer = _new_buffer(tiles, hidden_NH, job)
         for rows in tiles:
-            logits = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer)
+            logits = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer, job.softcap)
             kernels.parts(logits, local_targets_N[rows], job.statistics, parts_NP[rows])
         statistics_NS, log_normaliser_N = _statistics(parts_NP, job)
         ctx.save_for_backward(hidden_NH, low_NR, local_targets_N, log_normaliser_N)
@@ -199,8 +215,12 @@ class _TokenStatistics(torch.autograd.Function):
             if is_kept and rows is tiles[-1]:
                 tile = buffer[: rows.stop - rows.start]
             else:
-                tile = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer)
-            kernels.gradient_(tile, local_targets_N[rows], log_normaliser_N[rows], gradients[0][rows, 0])
+                tile = _tile_logits(rows, hidden_NH, matrix_VH, low_NR, b_VR, buffer, job.softcap)
+            of_rows = (local_targets_N[rows], log_normaliser_N[rows], gradients[0][rows, 0])
+            if job.softcap is None:
+                kernels.gradient_(tile, *of_rows)
+            else:
+                _capped_gradient_(kernels, tile, *of_rows, job.softcap)
             if hidden_gradient_NH is not None:
                 torch.mm(tile, matrix_VH[: job.num_real_rows], out=hidden_gradient_NH[rows])
             if matrix_gradient is not None:
@@ -219,14 +239,32 @@ def _new_buffer(tiles: list[slice], hidden_NH: Tensor, job: _Job) -> Tensor:
 
 
 def _tile_logits(
-    rows: slice, hidden_NH: Tensor, matrix_VH: Tensor, low_NR: Tensor | None, b_VR: Tensor | None, buffer: Tensor
+    rows: slice,
+    hidden_NH: Tensor,
+    matrix_VH: Tensor,
+    low_NR: Tensor | None,
+    b_VR: Tensor | None,
+    buffer: Tensor,
+    softcap: float | None,
 ) -> Tensor:
     """Logits of the vocabulary rows that are no padding, in the buffer."""
     num_columns = buffer.shape[1]
     logits = torch.mm(hidden_NH[rows], matrix_VH[:num_columns].t(), out=buffer[: rows.stop - rows.start])
     if low_NR is not None and b_VR is not None:
         logits.addmm_(low_NR[rows], b_VR[:num_columns].t())
-    return logits
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _capped_gradient_(
+    kernels: Kernels, tile: Tensor, targets_N: Tensor, log_normaliser_N: Tensor, gradient_N: Tensor, softcap: float
+) -> None:
+    """`Kernels.gradient_` with respect to the logits before their cap, some rows at a time: d c tanh(x / c) / dx is
+    1 - (y / c)^2, of what the cap gave."""
+    for rows in slices(tile):
+        slope = 1 - (tile[rows].float() / softcap).square_()
+        of_rows = (targets_N[rows].contiguous(), log_normaliser_N[rows], gradient_N[rows])
+        kernels.gradient_(tile[rows], *of_rows)
+        tile[rows] = (tile[rows].float() * slope).to(tile.dtype)
 
 
 class _MatrixGradient:

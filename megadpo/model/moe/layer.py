@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadpo.model.attention.core import StreamParams
+from megadpo.model.moe.biased import BiasedExperts, ClampedSwiGLU, ExpertRowLinear
+from megadpo.model.moe.products import Experts as GroupedExperts
 from megadpo.model.router_load import RouterWatch
 from megadpo.model.shape import Experts
 from megadpo.model.swiglu import SwiGLU
@@ -28,14 +30,17 @@ from megadpo.platform.device import compute_device
 class Router(TopKRouter):
     """hidden [T, 1, H] -> (probabilities [T, E], zero where not chosen; chosen, boolean [T, E])."""
 
-    def __init__(self, *, config: Any, pg_collection: Any, renormalised: bool) -> None:
+    def __init__(self, *, config: Any, pg_collection: Any, renormalised: bool, has_bias: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.weight.data = self.weight.data.to(compute_device())  # Megatron makes it on the CPU
+        if has_bias:
+            self.bias = torch.nn.Parameter(self.weight.data.new_empty(len(self.weight)))
+            setattr(self.bias, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.renormalised = renormalised
         self.stream: StreamParams | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits_TE = F.linear(input, self.weight).flatten(0, 1)
+        logits_TE = F.linear(input, self.weight, self.bias).flatten(0, 1)
         scores_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
         top_TK, expert_TK = scores_TE.topk(self.topk, dim=-1)
         if self.renormalised:
@@ -83,12 +88,22 @@ class ExpertLayer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU]) -> ModuleSpec:
-    """The layer `dense` with experts in place of its MLP, with `activation` between their two products."""
+def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiGLU], products: str) -> ModuleSpec:
+    """The layer `dense` with experts in place of its MLP, with `activation` between their two products, which are computed
+    as `products` says (`products.WAYS`)."""
     mixture = get_moe_module_spec(use_te=False, num_experts=experts.count, moe_grouped_gemm=False)
-    mixture.submodules.experts.submodules.activation_func = activation
-    use_own_linear_layers(mixture.submodules.experts.submodules)
-    mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised)
+    expert = mixture.submodules.experts.submodules
+    expert.activation_func = activation
+    if experts.clamp is not None:
+        clamp = {"alpha": experts.clamp.alpha, "limit": experts.clamp.limit}
+        expert.activation_func = ModuleSpec(module=ClampedSwiGLU, params=clamp)
+    use_own_linear_layers(expert, mlp_bias=experts.has_biases)
+    mixture.submodules.experts.module = GroupedExperts
+    mixture.submodules.experts.params = {"products": products}
+    if experts.has_biases:
+        mixture.submodules.experts.module, mixture.submodules.experts.params = BiasedExperts, {}
+        expert.linear_fc2 = ExpertRowLinear
+    mixture.submodules.router = functools.partial(Router, renormalised=experts.renormalised, has_bias=experts.has_biases)
     dense.module, dense.submodules.mlp = ExpertLayer, mixture
     return dense
 

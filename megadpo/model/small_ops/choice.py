@@ -6,14 +6,18 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megadpo.errors import UserError
-from megadpo.model.norm import RMSNorm
-from megadpo.model.rope import PositionRope
-from megadpo.model.swiglu import SwiGLU
+from megadpo.model.norm import LayerNorm, RMSNorm
+from megadpo.model.rope import LayerRopes, PositionRope
+from megadpo.model.shape import ModelShape
+from megadpo.model.swiglu import SwiGLU, TanhGeGLU
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,24 @@ class SmallOps:
     norm: type[RMSNorm] = RMSNorm
     activation: type[SwiGLU] = SwiGLU
     rope: Callable[..., Any] = PositionRope
+
+    def norm_of(self, shape: ModelShape) -> ModuleSpec:
+        """The norm of a model's layers; LayerNorm is torch's."""
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        kind = self.norm if shape.norms.kind == "rms" else LayerNorm
+        return ModuleSpec(module=kind, params={"adds_one": shape.norms.adds_one})
+
+    def activation_of(self, shape: ModelShape) -> type[SwiGLU]:
+        """The activation of a model's MLPs; GELU is torch's."""
+        return self.activation if shape.activation == "silu" else TanhGeGLU
+
+    def rope_of(self, shape: ModelShape) -> torch.nn.Module:
+        """What turns a model's queries and keys; torch's where it is not the same for whole heads in all layers."""
+        plain = shape.plain_rope
+        if plain is not None:
+            return self.rope(plain.inverse_frequencies)
+        return LayerRopes(shape.ropes, shape.rope_is_interleaved)
 
 
 def choose_small_ops(requested: str, device: torch.device) -> SmallOps:

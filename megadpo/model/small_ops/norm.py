@@ -20,13 +20,13 @@ class TritonRMSNorm(JoiningNorm):
         if x.shape[-1] > MAX_COLUMNS:
             return super().normed(x, weight)
         assert self.eps is not None
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.applied(weight), self.eps)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1] > MAX_COLUMNS:
             total = residual + x
             return total, RMSNorm.forward(self, total)
         assert self.eps is not None
-        total, normed = add_rms_norm(x, residual, self.weight, self.eps)
+        total, normed = add_rms_norm(x, residual, self.applied(self.weight), self.eps)
         remember(normed, self.normed, total, self.weight)
         return total, normed

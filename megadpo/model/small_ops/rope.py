@@ -29,7 +29,14 @@ class TritonRope(PositionRope):
 
     def forward(self, stream: StreamParams, **unused: Any) -> None:  # type: ignore[override]
         angles_TN = self.angles(stream)
-        stream.rotate = functools.partial(rotate, cosine_TN=angles_TN.cos(), sine_TN=angles_TN.sin())
+        stream.rotate = functools.partial(_rotate_layer, cosine_TN=angles_TN.cos(), sine_TN=angles_TN.sin())
+
+
+def _rotate_layer(
+    query_TAD: Tensor, key_TKD: Tensor, layer: int, cosine_TN: Tensor, sine_TN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In every layer alike."""
+    return rotate(query_TAD, key_TKD, cosine_TN, sine_TN)
 
 
 def rotate(query_TAD: Tensor, key_TKD: Tensor, cosine_TN: Tensor, sine_TN: Tensor) -> tuple[Tensor, Tensor]:

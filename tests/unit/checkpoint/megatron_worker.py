@@ -111,7 +111,7 @@ def _megatron_model(shape: ModelShape, case: Case, is_first: bool, is_last: bool
         pipeline_model_parallel_size=case.num_pipeline,
         pipeline_dtype=dtype,
     )
-    spec = get_gpt_layer_local_spec(num_experts, False, qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(num_experts, False, qk_layernorm=shape.qk_norm == "head", normalization="RMSNorm")
     return GPTModel(
         config,
         spec,

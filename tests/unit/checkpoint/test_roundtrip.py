@@ -36,6 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16},
     "mistral tied": {"tie_word_embeddings": True},
     "mixtral bf16": {"dtype": torch.bfloat16},
+    "gemma2 tied": {"tie_word_embeddings": True},
+    "gemma3_text bf16": {"dtype": torch.bfloat16},
+    "gpt_oss bf16": {"dtype": torch.bfloat16},
     "qwen3_moe tied": {"mlp_only_layers": [0, 3], "tie_word_embeddings": True},
 }
 FAMILY = {name: name.split()[0].removesuffix("3.1") for name in MODELS}

@@ -166,7 +166,7 @@ def test_a_directory_without_weights_config_or_existence_is_refused(model: Path)
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_attention_heads": "many"}, "transformers refuses it"),
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}}, "'proportional'"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused_with_its_path(model: Path, change: dict[str, Any], words: str) -> None:

@@ -51,6 +51,7 @@ def test_every_key_is_one_that_is_read_and_every_value_one_of_its_values() -> No
         section, _, name = key.partition(".")
         assert name in plain[section] if name else key in plain
     assert values()["train.schedule"][0] == "cosine" and values()["data.shuffle"] == ("true", "false")
+    assert {"sigmoid", "kto", "sft"} <= set(values()["objective.loss_type"])
 
 
 @pytest.mark.parametrize(("line", "expected"), CASES)

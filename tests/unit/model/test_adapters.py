@@ -172,6 +172,11 @@ DEEPSPEED = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3, "referenc
             {"dropout": 0.1, "changes": {"objective.loss_type": "aot"}},
             "objective.loss_type aot is computed",
         ),
+        (
+            Layout(),
+            {"family": "mixtral", "changes": {"model.expert_products": "grouped"}},
+            "model.expert_products is grouped, but experts with adapters are computed one after the other",
+        ),
         (Layout(tensor=4, expert_tensor=2), {"family": "mixtral"}, "adapters of experts are built for 1 or the latter"),
         (
             Layout(tensor=2, expert_tensor=2),

@@ -20,39 +20,20 @@ from megadpo.model.attention import cpu_blocks as attention_blocks
 from megadpo.model.attention.backends import BACKENDS, backend_named, choose_backend, slow_on
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.validation.values import CHOICES
-from tests.helpers.attention import FOR_SEQUENCES, SCALE, SHAPES, by_definition, operands, stream
-
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
-
-
-def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, has_windows: bool = False) -> str:
-    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim, has_windows)).name
-
-
-def attend(name: str, query: Tensor, key: Tensor, value: Tensor, segments: Any, window: int | None) -> Tensor:
-    backend = backend_named(name)
-    return backend.attend(query, key, value, backend.prepare(segments, window, key), SCALE)
+from tests.helpers.attention import (
+    FOR_SEQUENCES,
+    SHAPES,
+    TOLERANCES,
+    assert_same,
+    attend,
+    by_definition,
+    operands,
+    stream,
+)
 
 
-def assert_same(
-    backend: str, segments: Any, tensors: list[Tensor], window: int | None, tolerance: float | None = None
-) -> None:
-    """Output and gradients of `backend` are those of the definition, relative to their norms."""
-    *inputs, d_output = tensors
-    want = by_definition(*inputs, segments, window)
-    found = attend(backend, *inputs, segments, window)
-    assert found.dtype is inputs[0].dtype
-    pairs = zip(
-        ("output", "query", "key", "value"),
-        (found, *torch.autograd.grad(found, inputs, d_output)),
-        (want, *torch.autograd.grad(want, inputs, d_output.double())),
-        strict=True,
-    )
-    for name, ours, theirs in pairs:
-        # A query that sees one key has a gradient of zero, the difference of terms of about one: no less is asked of it.
-        norm = max(float(theirs.detach().norm()), 0.5 * theirs.numel() ** 0.5)
-        error = float((ours.detach().double() - theirs.detach()).norm()) / norm
-        assert error <= (tolerance or TOLERANCES[ours.dtype]), f"{name}: {error}"
+def chosen(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, **others: Any) -> str:
+    return choose_backend(requested, AttentionNeeds(device, dtype, head_dim, **others)).name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -183,9 +164,11 @@ def varlen_contract(
     max_keys: int,
     scale: float,
     reach: tuple[int, int],
+    softcap: float = 0.0,
 ) -> Tensor:
     """Sequences one after the other; the last query meets the last key; a query sees `reach` keys before and after its own
-    (-1: all)."""
+    (-1: all); heads of one dimension."""
+    assert query.shape[2] == key.shape[2] == value.shape[2]
     assert query_starts.dtype is key_starts.dtype is torch.int32
     assert (query_starts.diff() > 0).all() and (key_starts.diff() > 0).all()
     assert (max_queries, max_keys) == (int(query_starts.diff().max()), int(key_starts.diff().max()))
@@ -196,6 +179,7 @@ def varlen_contract(
     for number in range(len(query_starts) - 1):
         queries, keys = slice(*query_starts[number : number + 2]), slice(*key_starts[number : number + 2])
         scores = torch.einsum("qad,kad->aqk", query[queries], key[keys]) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         num_queries, num_keys = scores.shape[1:]
         places = torch.arange(num_keys) - torch.arange(num_queries)[:, None] - (num_keys - num_queries)
         seen = torch.ones_like(places, dtype=torch.bool)
@@ -237,10 +221,26 @@ def contract_of_flash_attn(
     softmax_scale=None,
     causal=False,
     window_size=(-1, -1),
+    softcap=0.0,
 ):
     assert causal and dropout_p == 0
     reach = (window_size[0], 0)
-    return varlen_contract(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, reach)
+    return varlen_contract(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, reach, softcap)
+
+
+def contract_of_flash_attn_2_5(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    raise AssertionError("not called")
 
 
 class ContractOfTransformerEngine(torch.nn.Module):
@@ -293,6 +293,17 @@ def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries
     for heads, share_prompts, part in (((4, 2), True, None), ((4, 4), False, None), ((6, 2), True, 0), ((4, 2), True, 1)):
         segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
         assert_same(backend, segments, operands(num_queries, num_keys, heads, torch.float32), window)
+
+
+@pytest.mark.parametrize("backend", FOR_SEQUENCES)
+def test_gpu_kernels_of_one_head_dimension_are_given_values_of_another_one_and_softcaps_where_they_take_them(
+    gpu_libraries, backend
+):
+    softcap = 1.5 if backend == "flash_attn" else None
+    for value_dim, part in ((8, None), (24, 1)):
+        segments, num_queries, num_keys = stream(SHAPES["pairs"], part=part)
+        tensors = operands(num_queries, num_keys, (4, 2), torch.float32, value_dim=value_dim)
+        assert_same(backend, segments, tensors, 6, softcap=softcap)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -416,6 +427,34 @@ def test_windows_are_refused_by_a_torch_whose_kernel_has_none(on_gpu, gpu_librar
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value: query)
     with pytest.raises(UserError, match=r"varlen, but that of torch \S+ takes neither window_size nor is_causal"):
         chosen("varlen", on_gpu, torch.bfloat16, 128)
+
+
+def test_kernels_that_lack_softcaps_or_sinks_are_passed_over_and_refused_in_a_sentence(on_gpu, gpu_libraries, monkeypatch):
+    for softcap, sinks, taken in ((True, False, "flash_attn"), (False, True, "flex"), (True, True, "flex")):
+        needs = {"has_softcap": softcap, "has_sinks": sinks}
+        assert chosen("auto", on_gpu, torch.bfloat16, 128, **needs) == taken
+        for name in ("flex", "buckets", "sdpa"):
+            assert chosen(name, on_gpu, torch.bfloat16, 128, **needs) == name
+        for name in ("cpu_flash", "sdpa"):
+            assert chosen(name, torch.device("cpu"), torch.float32, 128, **needs) == name
+        for name in ("transformer_engine", "varlen"):
+            lacks = "the attention sinks that this model has" if sinks else "the softcap that this model has on"
+            with pytest.raises(UserError, match=rf"is {name}, but that does not compute {lacks}.*; set it to auto"):
+                chosen(name, on_gpu, torch.bfloat16, 128, **needs)
+    with pytest.raises(UserError, match="is flash_attn, but that does not compute the attention sinks"):
+        chosen("flash_attn", on_gpu, torch.bfloat16, 128, has_sinks=True)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", contract_of_flash_attn_2_5)
+    assert chosen("auto", on_gpu, torch.bfloat16, 128) == "flash_attn"
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_softcap=True) == "flex"
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    assert chosen("auto", on_gpu, torch.bfloat16, 128, has_softcap=True) == "buckets"
+
+
+def test_the_larger_head_dimension_decides(on_gpu, gpu_libraries):
+    assert chosen("auto", on_gpu, torch.bfloat16, 192, value_dim=128) == "flash_attn"
+    assert chosen("auto", on_gpu, torch.bfloat16, 192, value_dim=320) == "buckets"
+    with pytest.raises(UserError, match=r"varlen, but that needs a head dimension of at most 256.*is 320"):
+        chosen("varlen", on_gpu, torch.bfloat16, 192, value_dim=320)
 
 
 def test_a_gpu_that_is_left_with_the_plain_backend_is_said_to_be_slow_and_what_to_install():

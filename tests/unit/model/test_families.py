@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,11 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.data.batches.micro_batch import Segment
+from megadpo.data.groups import Group
+from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
+from megadpo.model.families import FAMILIES as REGISTERED
 from megadpo.model.families import (
     ExpertPlace,
     check_tensors,
@@ -24,13 +30,27 @@ from megadpo.model.families import (
     logical_shapes,
     shape_of,
     shard_parameters,
+    with_reward_head,
 )
+from megadpo.model.families.refused import REFUSED
+from megadpo.model.rope import angles_of, kinds_of_segments
 from megadpo.model.weights import fill_shard
+from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
-from tests.helpers.models import save_model
+from tests.helpers.models import PREFIXES, save_model
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe")
+FAMILIES = tuple(PREFIXES)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG_CONFIG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+DYNAMIC_CONFIG = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -62,14 +82,22 @@ def all_shards(config: Any, num_tensor: int, num_pipeline: int, source: Any) -> 
     return parameters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in FAMILIES},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "cohere-normed": {"use_qk_norm": True, "attention_bias": True},
+    "glm4-biased": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_tensor", [1, 2, 4])
 @pytest.mark.parametrize("num_pipeline", [1, 2])
 def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, tied: bool, num_tensor: int, num_pipeline: int
 ) -> None:
-    config = config_of(family, tie_word_embeddings=tied)
+    config = config_of(family.split("-")[0], tie_word_embeddings=tied, **VARIANTS[family])
     source = random_source(config)
     joined: dict[str, torch.Tensor] = {}
     for parts in all_shards(config, num_tensor, num_pipeline, source):
@@ -81,7 +109,7 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -107,7 +135,7 @@ def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
             ranks.append(filled)
         for parts in zip(*ranks, strict=True):
             assert len({shard.name for shard, _ in parts}) == 1
-            for name, values in join_tensor_ranks(parts):
+            for name, values in join_tensor_ranks([part for part in parts if part[0].is_primary]):
                 assert name not in joined, f"{name} is held twice"
                 joined[name] = values
     assert joined.keys() == {name for name in source.tensors if ".experts." in name}
@@ -249,7 +277,7 @@ def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: st
     config = config_of(family, **changes)
     rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
     shape = shape_of(config)
-    frequencies, scaling = shape.inverse_frequencies, shape.rope_scaling
+    frequencies, scaling = shape.ropes[0].inverse_frequencies, shape.ropes[0].scaling
     assert frequencies.dtype is torch.float32
     assert torch.equal(frequencies, rotary.inv_freq)
     assert scaling == rotary.attention_scaling
@@ -258,13 +286,113 @@ def test_rotary_frequencies_and_scaling_equal_the_transformers_module(family: st
 @pytest.mark.parametrize(
     ("rope", "word"),
     [
-        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}, "'proportional'"),
         ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of("llama", rope_parameters=rope))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "lengths"),
+    [
+        ("phi3", {**LONG_CONFIG, "max_position_embeddings": 64}, (1, 16, 17, 40)),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, (9,)),
+        ("llama", DYNAMIC_CONFIG, (1, 15, 16, 17, 40)),
+        ("glm4", {}, (9,)),
+        ("llama", {"rope_parameters": LLAMA3}, (700,)),
+        ("qwen2", {"rope_parameters": YARN}, (700,)),
+        ("smollm3", {}, (9,)),
+    ],
+)
+def test_a_sequence_s_angles_are_those_of_transformers_for_it_alone(
+    family: str, changes: dict[str, Any], lengths: tuple[int, ...]
+) -> None:
+    config = config_of(family, **changes)
+    rope = shape_of(config).ropes[0]
+    assert rope is not None
+    for length in lengths:
+        rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+        cosine, sine = rotary(torch.zeros(1), torch.arange(length)[None])
+        angles_TN = angles_of(rope, stream_of(((0, length, 0, 0),)))
+        num_pairs = angles_TN.shape[1]
+        assert torch.equal(angles_TN.cos() * rope.scaling, cosine[0, :, :num_pairs]), length
+        assert torch.equal(angles_TN.sin() * rope.scaling, sine[0, :, :num_pairs]), length
+
+
+def stream_of(segments: tuple[tuple[int, int, int, int], ...]) -> Any:
+    """What a rope reads of a micro-batch with these segments, which begin with the positions that their prompts end with."""
+    made = tuple(Segment(*bounds) for bounds in segments)
+    positions_T = torch.cat([torch.arange(s.end - s.start) + s.prompt_end - s.prompt_start for s in made])
+    return SimpleNamespace(
+        segments=made,
+        local=SimpleNamespace(positions_T=positions_T),
+        local_places=lambda: torch.arange(len(positions_T)),
+    )
+
+
+def test_sequences_of_one_stream_have_each_its_own_frequencies() -> None:
+    rope = shape_of(config_of("phi3", **LONG_CONFIG)).ropes[0]
+    assert rope is not None and rope.by_length is not None
+    # A prompt of 12 tokens, shared by responses of 8 and 9, and a sequence of 16: one is not longer than 16.
+    shared = stream_of(((0, 12, 0, 0), (12, 20, 0, 12), (20, 29, 0, 12), (29, 45, 0, 0)))
+    assert kinds_of_segments(shared, rope.by_length) == [1, 1, 1, 0]
+    angles_TN = angles_of(rope, shared)
+    long = rope.by_length.inverse_frequencies_of(1)
+    assert torch.equal(angles_TN[:12], torch.outer(torch.arange(12.0), long))
+    assert torch.equal(angles_TN[29:], torch.outer(torch.arange(16.0), rope.inverse_frequencies))
+
+
+def test_a_prompt_that_its_responses_turn_differently_is_refused() -> None:
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        rope = shape_of(config_of(family, **changes)).ropes[0]
+        assert rope is not None
+        with pytest.raises(UserError, match=r"16 and 20 tokens long.*set data.share_prompts to false"):
+            angles_of(rope, stream_of(((0, 12, 0, 0), (12, 16, 0, 12), (16, 24, 0, 12))))
+
+
+def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_is_trained() -> None:
+    def group(prompts: tuple[int, ...], responses: tuple[int, ...]) -> Group:
+        ids = [tuple(np.zeros(length, np.int32) for length in lengths) for lengths in (prompts, responses)]
+        return Group(*ids, 0, {})
+
+    either_side, apart = group((10,), (6, 7)), group((10, 10), (6, 7))
+    groups = GroupStore.of([either_side, apart, group((10,), (8, 9)), group((10,), (5, 6)), group((10,), (9,))])
+    found = {}
+    for family, changes in (("phi3", LONG_CONFIG), ("llama", DYNAMIC_CONFIG)):
+        shape = shape_of(config_of(family, **changes))
+        rope = shape.ropes[0]
+        assert rope is not None and rope.by_length is not None
+        found[family] = num_turned_differently(groups, rope.by_length)
+        with pytest.raises(UserError, match=f"{found[family]} of 5 rows have responses.*set data.share_prompts to false"):
+            check_shared_prompts(groups, shape)
+    assert found == {"phi3": 1, "llama": 2}
+    check_shared_prompts(groups, shape_of(config_of("llama")))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "word"),
+    [
+        ("falcon_h1", "recurrent state"),
+        ("jamba", "recurrent state"),
+        ("granitemoehybrid", "recurrent state"),
+        ("qwen2_5_vl", "only text"),
+        ("t5", "an encoder and a decoder"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_with_the_reason(model_type: str, word: str) -> None:
+    with pytest.raises(UserError, match=rf"XForCausalLM \(model_type '{model_type}'\) is not supported: it .*{word}"):
+        family_of({"architectures": ["XForCausalLM"], "model_type": model_type})
+
+
+def test_refused_models_are_named_as_transformers_names_them() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = {model_type for types in REFUSED.values() for model_type in types}
+    assert not named & {family.name for family in REGISTERED}
+    assert named <= set(CONFIG_MAPPING_NAMES) | {"rwkv"}, sorted(named - set(CONFIG_MAPPING_NAMES))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +404,11 @@ def test_rope_that_cannot_be_run_is_refused_by_name(rope: dict[str, Any], word: 
         ("qwen2", {"sliding_window": 7}, [None] * 4),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, [None, None, None, 7]),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 7}, [None, None, None, 7]),
+        ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, [None] * 4),
+        ("ministral", {"sliding_window": 7}, [7] * 4),
+        ("cohere2", {"sliding_window": 7, "sliding_window_pattern": 2}, [7, None, 7, None]),
+        ("phi3", {"sliding_window": 7}, [7] * 4),
         (
             "qwen3",
             {
@@ -312,30 +445,42 @@ def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
 def test_heads_and_their_size_are_worked_out_where_the_config_leaves_them_open(changes, key_value_heads, head_dim) -> None:
     shape = shape_of(config_of("llama", **changes))
     assert (shape.num_heads, shape.num_key_value_heads, shape.head_dim) == (8, key_value_heads, head_dim)
-    assert shape.inverse_frequencies.shape == (head_dim // 2,)
+    assert shape.ropes[0].inverse_frequencies.shape == (head_dim // 2,)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:6])
 def test_transformer_config_arguments(family: str) -> None:
     kwargs = shape_of(config_of(family, rms_norm_eps=1e-4, head_dim=24)).megatron_options()
     assert (kwargs["num_query_groups"], kwargs["kv_channels"], kwargs["layernorm_epsilon"]) == (4, 24, 1e-4)
     assert kwargs["activation_func"] is torch.nn.functional.silu and kwargs["gated_linear_unit"]
-    assert kwargs["add_qkv_bias"] is (family == "qwen2")
-    assert kwargs["qk_layernorm"] is family.startswith("qwen3")
+    assert kwargs["add_qkv_bias"] is (family in ("qwen2", "gpt_oss"))
+    assert kwargs["qk_layernorm"] is family.startswith(("qwen3", "gemma3"))
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "word"),
     [
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias"),
+        ("glm4", {"hidden_act": "relu"}, "'relu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0, which transformers' Gemma 3"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
     ],
 )
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of(family, **changes))
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])
+def test_families_without_a_sequence_classifier_make_no_reward_models(family: str) -> None:
+    with pytest.raises(UserError, match=f"transformers has no sequence classifier of {family} models"):
+        with_reward_head(config_of(family), 1)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +503,8 @@ def test_a_config_dict_means_the_same_as_a_config() -> None:
     assert family_of(config.to_dict()).name == "qwen3"
     assert logical_shapes(shape_of(config.to_dict())) == logical_shapes(shape_of(config))
     assert shape_of(config.to_dict()) == shape_of(config)
-    assert torch.equal(shape_of(config.to_dict()).inverse_frequencies, shape_of(config).inverse_frequencies)
+    of_dict, of_config = (shape_of(each).ropes[0].inverse_frequencies for each in (config.to_dict(), config))
+    assert torch.equal(of_dict, of_config)
 
 
 def test_complete_weights_pass_and_harmless_buffers_are_ignored() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megadpo.data.batches.micro_batch import ShardSegment
-from megadpo.model.attention.flex import BACKEND, _function, block_mask_of
-from tests.helpers.attention import SCALE, SHAPES, by_definition, operands, stream
+from megadpo.model.attention.flex import _function, block_mask_of
+from tests.helpers.attention import SCORES, SHAPES, operands, sinks_of, stream
+from tests.helpers.attention import assert_same as held_to_the_definition
 
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
@@ -22,13 +23,9 @@ def gradients_on_a_cpu(monkeypatch):
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
-def assert_same(segments, num_queries, num_keys, window, heads=(4, 2), head_dim=16):
-    *inputs, d_output = operands(num_queries, num_keys, heads, torch.float64, head_dim)
-    found = BACKEND.attend(*inputs, BACKEND.prepare(segments, window, inputs[1]), SCALE)
-    want = by_definition(*inputs, segments, window)
-    ours = (found, *torch.autograd.grad(found, inputs, d_output))
-    for a, b in zip(ours, (want, *torch.autograd.grad(want, inputs, d_output.double())), strict=True):
-        assert float((a - b).detach().norm()) <= 1e-12 * max(float(b.detach().norm()), 0.5 * b.numel() ** 0.5)
+def assert_same(segments, num_queries, num_keys, window, heads=(4, 2), head_dim=16, **scores):
+    tensors = operands(num_queries, num_keys, heads, torch.float64, head_dim, scores.pop("value_dim", None))
+    held_to_the_definition("flex", segments, tensors, window, 1e-12, **scores)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,6 +39,14 @@ def test_outputs_and_gradients_of_any_shape_and_window(window, shape):
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_outputs_and_gradients_of_heads_of_any_number_and_dimension(head_dim, heads):
     assert_same(*stream(SHAPES["single tokens"]), None, heads, head_dim)
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks", "value_dim"), SCORES, ids=str)
+def test_softcaps_sinks_and_values_of_another_dimension(softcap, has_sinks, value_dim):
+    for window, part in ((None, None), (6, None), (6, 1)):
+        sinks_A = sinks_of(4, torch.float64) if has_sinks else None
+        one = stream(SHAPES["pairs"], part=part)
+        assert_same(*one, window, softcap=softcap, sinks_A=sinks_A, value_dim=value_dim)
 
 
 def test_a_segment_may_be_empty_or_of_one_token():

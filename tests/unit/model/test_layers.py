@@ -86,11 +86,13 @@ def test_a_model_with_built_in_norms_loads_trains_and_is_put_together_like_one_w
 
 
 def test_layers_that_cannot_be_had_are_refused_in_a_sentence(monkeypatch):
-    assert choose_layers(ModelConfig(), CPU, torch.float32, has_experts=True) == Layers()
+    assert choose_layers(ModelConfig(), CPU, torch.float32, only_local="experts") == Layers()
 
-    def refused(model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, experts: bool = False) -> str:
+    def refused(
+        model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, only_local: str | None = None
+    ) -> str:
         with pytest.raises(UserError) as caught:
-            choose_layers(model, device, dtype, experts)
+            choose_layers(model, device, dtype, only_local)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -98,8 +100,8 @@ def test_layers_that_cannot_be_had_are_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(layers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     assert "but TransformerEngine is not installed; set it to local" in refused(THEIRS, GPU)
     monkeypatch.setattr(layers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
-    assert choose_layers(THEIRS, GPU, torch.float32, has_experts=False) == Layers("transformer_engine")
-    assert "but the model has experts" in refused(THEIRS, GPU, experts=True)
+    assert choose_layers(THEIRS, GPU, torch.float32, only_local=None) == Layers("transformer_engine")
+    assert "but the model has experts" in refused(THEIRS, GPU, only_local="experts")
     in_fp8 = ModelConfig(layers="transformer_engine", fp8=True)
     assert "that goes with bf16 and this run computes in float32" in refused(in_fp8, GPU, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

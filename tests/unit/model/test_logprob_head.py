@@ -31,6 +31,8 @@ class Case:
     kernels: str = "auto"
     dtype: torch.dtype = torch.float32
     keeps_gradient: bool = False
+    multiplier: float = 1.0
+    softcap: float | None = None
 
 
 CASES = [
@@ -49,6 +51,10 @@ CASES = [
     Case(dtype=torch.bfloat16),
     Case(dtype=torch.bfloat16, keeps_gradient=True),
     Case(dtype=torch.bfloat16, kernels="torch"),
+    Case(multiplier=0.3, softcap=2.5),
+    Case(multiplier=0.3, keeps_gradient=True),
+    Case(softcap=2.5, kernels="torch", vocab_size=5),
+    Case(softcap=2.5, num_scored=0, keeps_gradient=True),
 ]
 
 
@@ -73,7 +79,7 @@ def _head_step(num_tensor: int, sequence: bool, case: Case) -> tuple[Tensor, ...
     padded = torch.full((rows * num_tensor, HIDDEN), 100.0, dtype=case.dtype)  # must not enter, whatever it holds
     padded[: case.vocab_size] = matrix
     local = torch.nn.Parameter(padded[rank * rows : (rank + 1) * rows].clone())
-    module = head.LogProbHead(local, case.vocab_size, sequence)
+    module = head.LogProbHead(local, case.vocab_size, sequence, case.multiplier, case.softcap)
     buffer = torch.ones_like(local, dtype=torch.float32)
     if case.keeps_gradient:
         module.configure(gradient_buffer=lambda parameter: buffer if parameter is local else None)
@@ -115,7 +121,9 @@ def _expected(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Statistics and gradients of plain torch in `dtype`: matrix product, log_softmax in at least float32, gather."""
     hidden, matrix, scored, targets, weights = _inputs(case)
     hidden, matrix = (x.to(dtype).requires_grad_() for x in (hidden, matrix))
-    logits = (hidden[scored] @ matrix.t()).to(torch.promote_types(dtype, torch.float32))
+    logits = (hidden[scored] @ matrix.t()).to(torch.promote_types(dtype, torch.float32)) * case.multiplier
+    if case.softcap is not None:
+        logits = case.softcap * (logits / case.softcap).tanh()
     logps = logits.log_softmax(-1)
     chosen = logps.gather(1, targets[:, None])[:, 0]
     (chosen * weights).sum().backward()

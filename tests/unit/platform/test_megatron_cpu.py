@@ -49,6 +49,21 @@ def test_megatron_is_imported_after_it_was_prepared_for():
     assert "'torch'" in imported and "'megatron'" not in imported and "'triton'" not in imported
 
 
+def test_megatron_brings_no_tracker_along_and_they_can_be_imported_after():
+    """Megatron imports them for logs that are not written here, at the price of a second of every process."""
+    code = (
+        "import sys\n"
+        "from megadpo.platform.megatron_cpu import prepare_megatron\n"
+        "prepare_megatron()\n"
+        "print({name.split('.')[0] for name in sys.modules})\n"
+        "import torch.utils.tensorboard\n"
+        "print(torch.utils.tensorboard.SummaryWriter.__name__)"
+    )
+    imported, after = _run(code).splitlines()
+    assert "'megatron'" in imported and "'wandb'" not in imported and "'tensorboard'" not in imported
+    assert after == "SummaryWriter"
+
+
 @pytest.mark.slow
 def test_training_in_a_users_process_leaves_torch_as_it_was(tmp_path):
     save_model(tmp_path / "model", "llama", tie_word_embeddings=True)

@@ -27,6 +27,12 @@ MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
     ("override", "model", "message"),
     [
         ("train.router_aux_coef=0.1", LLAMA, "train.router_aux_coef is 0.1, but m has no experts; remove it"),
+        ("model.expert_products=loop", LLAMA, "model.expert_products is loop, but m has no experts; remove it"),
+        (
+            ["model.expert_products=grouped", "model.quantization=nf4", "adapter.kind=lora"],
+            MIXTRAL,
+            "model.expert_products is grouped with model.quantization nf4, whose matrices are made dense one after",
+        ),
         (
             "parallel.engine=deepspeed",
             MIXTRAL,
@@ -34,8 +40,10 @@ MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
         ),
     ],
 )
-def test_options_about_experts_are_for_models_that_have_some(override: str, model: ModelShape, message: str) -> None:
-    config = load_config({}, ["model.path=m", override])
+def test_options_about_experts_are_for_models_that_have_some(
+    override: str | list[str], model: ModelShape, message: str
+) -> None:
+    config = load_config({}, ["model.path=m", *([override] if isinstance(override, str) else override)])
     with pytest.raises(UserError, match=message):
         check_experts(config, model)
     check_experts(load_config({}), model)

@@ -1,0 +1,32 @@
+"""The number of parameters that `plan` reckons with is that of the tensors which a rank holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megadpo.model.families import shape_of, shard_parameters
+from megadpo.parallel.layout import Layout
+from megadpo.planning.plan import parameters_of
+from tests.helpers.families import config_of
+from tests.helpers.models import PREFIXES
+
+DENSE: dict[str, dict[str, Any]] = {
+    **{family: {} for family in PREFIXES if family not in ("mixtral", "qwen3_moe")},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "cohere-normed": {"use_qk_norm": True, "attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("num_tensor", [1, 2])
+def test_a_rank_holds_as_many_numbers_as_are_reckoned_with(name: str, num_tensor: int) -> None:
+    shape = shape_of(config_of(name.split("-")[0], tie_word_embeddings=False, **DENSE[name]))
+    shards = shard_parameters(
+        shape, tensor_rank=0, num_tensor=num_tensor, layers=range(4), has_embedding=True, has_head=True
+    )
+    held = sum(math.prod(shard.shape) for shard in shards)
+    layout = Layout(tensor=num_tensor, sequence=num_tensor > 1)
+    assert parameters_of(shape, layout, 0) == (held, 0)

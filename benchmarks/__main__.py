@@ -40,8 +40,9 @@ BENCHMARKS = (
     "gpu",
     "predict",
     "checkpoints",
+    "conversion",
 )
-OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated", "predict")
+OWN_ALLOCATOR = ("memory_against_trl", "zero_memory", "simulated", "predict", "conversion")
 """These run under malloc's own settings: they measure memory in this process or its children, or nothing of the kind. So do
 the children in which "adapters" measures it (--arm)."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 1 << 30
+MAPPED_BYTES = 64 << 20
 
 _LFS = b"version https://git-lfs"
 
@@ -120,10 +121,15 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 
 class _HfSource:
-    """A TensorSource on files that hold whole logical tensors."""
+    """A TensorSource on files that hold whole logical tensors.
 
-    def __init__(self, files: Mapping[str, SafetensorsFile | TorchFile]) -> None:
-        self._files = files
+    Args:
+        keep_mapped: files stay mapped once they are opened, so that they can be read when their directory has gone; else
+            they are unmapped whenever MAPPED_BYTES were read, as what is read of them counts as this process's memory.
+    """
+
+    def __init__(self, files: Mapping[str, SafetensorsFile | TorchFile], keep_mapped: bool = False) -> None:
+        self._files, self._keep_mapped, self._num_mapped = files, keep_mapped, 0
 
     def names(self) -> Iterable[str]:
         return self._files.keys()
@@ -135,19 +141,27 @@ class _HfSource:
         return self._files[name].dtype(name)
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        return self._files[name].read(name, dim, start, length)
+        values = self._files[name].read(name, dim, start, length)
+        self._num_mapped += values.nbytes
+        if self._num_mapped > MAPPED_BYTES and not self._keep_mapped:
+            self.release()
+        return values
 
     def release(self) -> None:
-        for file in self._files.values():
+        self._num_mapped = 0
+        for file in set(self._files.values()):
             file.release()
 
 
-def open_hf(path: str | Path) -> TensorSource:
+def open_hf(path: str | Path, keep_mapped: bool = False) -> TensorSource:
     """The weights of a Hugging Face directory: ``model.safetensors``, or files named by an index; else the same of
     ``pytorch_model.bin``. Those in FP8 with scales, and experts in MXFP4, are read as plain ones.
 
     Of a directory that has several of these the first is read, which is transformers' choice. What files hold beside the
     tensors that their index names is not read.
+
+    Args:
+        keep_mapped: what has been opened can be read when the directory has gone.
 
     Raises:
         UserError: no weights, an index that names a missing file or one outside of the directory, a damaged file, a pickle
@@ -156,7 +170,7 @@ def open_hf(path: str | Path) -> TensorSource:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
-    source = _HfSource(_files_of(directory))
+    source = _HfSource(_files_of(directory), keep_mapped)
     settings = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     if _fuses_experts(settings):
         return SingleExperts(source)

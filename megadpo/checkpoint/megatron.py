@@ -24,7 +24,7 @@ from megadpo.checkpoint.torch_dist import LATEST, TorchDistFiles, TorchDistWrite
 from megadpo.console.activity import counted_through
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard, ShardPiece, TensorSource, names_in, shard_parameters
-from megadpo.model.shape import ModelShape
+from megadpo.model.shape import ModelShape, Norms
 from megadpo.model.weights import fill_shard
 
 PREFIXES = ("", "module.", "model.", "model.module.", "module.module.")
@@ -66,6 +66,27 @@ def whole_shards(shape: ModelShape) -> list[ParameterShard]:
     return shard_parameters(shape, tensor_rank=0, num_tensor=1, layers=layers, has_embedding=True, has_head=True)
 
 
+def refuse_other_layers(shape: ModelShape, what: str) -> None:
+    """Refuse a model whose layers are not those of Megatron's GPT model, so that its tensors have no names there.
+
+    Raises:
+        UserError: saying what they have.
+    """
+    why = None
+    if shape.head == "reward":
+        why = "a scalar head"
+    elif shape.norms != Norms() or shape.is_parallel or shape.qk_norm not in (None, "head"):
+        why = "other norms than RMSNorms before attention and MLP, and of each head's queries and keys"
+    elif shape.attention_sinks:
+        why = "attention sinks"
+    elif shape.experts is not None and shape.experts.has_biases:
+        why = "experts with biases"
+    if why is not None:
+        raise UserError(
+            f"{what} has {why}, of which checkpoints of Megatron-core are neither read nor written; use Hugging Face's"
+        )
+
+
 class MegatronSource:
     """The logical tensors of a model in a ``torch_dist`` checkpoint, as a TensorSource.
 
@@ -77,6 +98,7 @@ class MegatronSource:
     """
 
     def __init__(self, directory: Path, shape: ModelShape) -> None:
+        refuse_other_layers(shape, f"the model of {directory}")
         self._files = TorchDistFiles(directory)
         self._directory, self._shapes = directory, dict[str, tuple[int, ...]]()
         self._pieces: dict[str, list[tuple[ShardPiece, Place]]] = {}
@@ -184,10 +206,9 @@ def write_megatron(
         what: the model's directory, for sentences.
 
     Raises:
-        UserError: a reward model, weights that are not finite, or the disk refuses.
+        UserError: layers that Megatron's GPT model does not have, weights that are not finite, or the disk refuses.
     """
-    if shape.head == "reward":
-        raise UserError(f"{what} is a reward model, which Megatron's GPT model has no head for; export it to Hugging Face")
+    refuse_other_layers(shape, what)
     begin(out)
     partial = staging(out)
     release = partial / "release"

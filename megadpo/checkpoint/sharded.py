@@ -328,7 +328,7 @@ def passthrough_tensors(path: str | Path) -> Passthrough | None:
         UserError: it cannot be opened.
     """
     if not is_checkpoint(path):
-        return passthrough_of(open_hf(path), shape_of(read_hf_config(path)).num_layers)
+        return passthrough_of(open_hf(path, keep_mapped=True), shape_of(read_hf_config(path)).num_layers)
     checkpoint = open_checkpoint(path, verify=False)
     if PASSTHROUGH not in checkpoint.kinds:
         return None

@@ -18,7 +18,8 @@ import functools
 import io
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -43,7 +44,7 @@ from megadpo.errors import UserError
 
 METADATA, CONFIG, COMMON, DATA = ".metadata", "metadata.json", "common.pt", "__0_0.distcp"
 LATEST = "latest_checkpointed_iteration.txt"
-CHUNKS_IN_MEMORY = 4
+CHUNKS_IN_MEMORY = 2
 
 
 def torch_dist_directory(path: str | Path) -> Path | None:
@@ -97,6 +98,7 @@ class TorchDistFiles:
                     "convert it by Megatron-LM with --ckpt-format torch_dist"
                 )
         self.tensors = _tensors_of(directory, _unpickled(directory / METADATA))
+        self._by_first: dict[str, dict[int, list[Chunk]]] = {}
         self._chunk = functools.lru_cache(CHUNKS_IN_MEMORY)(self._read_chunk)
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -108,7 +110,7 @@ class TorchDistFiles:
         whole = self.tensors[name]
         out = torch.empty(tuple(sizes), dtype=whole.dtype)
         num_found = 0
-        for chunk in whole.chunks:
+        for chunk in self._candidates(name, offsets[0], sizes[0]):
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             high = [min(a + m, b + n) for a, m, b, n in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -119,6 +121,17 @@ class TorchDistFiles:
         if num_found != out.numel():
             raise UserError(f"{self.directory}: the chunks of {name} do not make it up; the checkpoint is damaged")
         return out
+
+    def _candidates(self, name: str, start: int, length: int) -> Iterator[Chunk]:
+        """The chunks that may have some of the first dimension's elements ``[start, start + length)``."""
+        by_first = self._by_first.get(name)
+        if by_first is None:  # of a stacked tensor there are as many as layers times experts times ranks
+            by_first = self._by_first[name] = defaultdict(list)
+            for chunk in self.tensors[name].chunks:
+                by_first[chunk.offsets[0]].append(chunk)
+        for first, chunks in by_first.items():
+            if first < start + length and first + max(chunk.sizes[0] for chunk in chunks) > start:
+                yield from chunks
 
     def _read_chunk(self, name: str, chunk: Chunk) -> Tensor:
         path = self.directory / chunk.file

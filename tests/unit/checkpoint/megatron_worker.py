@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
@@ -41,22 +44,22 @@ class Case:
 def save_each(cases: list[Case]) -> None:
     """Megatron-core saves its model, filled with the weights of the Hugging Face one."""
     for case in cases:
-        with _model(case) as (model, expected), _without_cuda():
+        with _without_cuda(), _model(case) as (model, expected):
             for name, values in expected.items():
                 model.get_parameter(name).data.copy_(values)
             if dist.get_rank() == 0:
                 case.directory.mkdir(parents=True)
             dist.barrier()
-            dist_checkpointing.save(model.sharded_state_dict(metadata=case.options), str(case.directory))
+            dist_checkpointing.save({"model": model.sharded_state_dict(metadata=case.options)}, str(case.directory))
 
 
 def load_each(cases: list[Case]) -> list[list[str]]:
     """Megatron-core loads what is in the directory; the parameters that are not the Hugging Face model's, bit for bit."""
     found = []
     for case in cases:
-        with _model(case) as (model, expected), _without_cuda():
-            loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=case.options), str(case.directory))
-            model.load_state_dict(loaded)
+        with _without_cuda(), _model(case) as (model, expected):
+            wanted = {"model": model.sharded_state_dict(metadata=case.options)}
+            model.load_state_dict(dist_checkpointing.load(wanted, str(case.directory))["model"])
             assert {name for name, _ in model.named_parameters()} == expected.keys()
             wrong = [name for name in expected if not torch.equal(model.get_parameter(name), expected[name])]
             found.append(wrong)
@@ -65,7 +68,7 @@ def load_each(cases: list[Case]) -> list[list[str]]:
 
 @contextmanager
 def _model(case: Case) -> Any:
-    layout = Layout(tensor=case.num_tensor, pipeline=case.num_pipeline, sequence=case.num_tensor > 1)
+    layout = Layout(tensor=case.num_tensor, pipeline=case.num_pipeline, expert_tensor=case.num_tensor)
     shape = shape_of(read_hf_config(case.model))
     with joined_world(layout, seed=0):
         from megatron.core import parallel_state
@@ -106,10 +109,9 @@ def _megatron_model(shape: ModelShape, case: Case, is_first: bool, is_last: bool
         use_cpu_initialization=True,
         tensor_model_parallel_size=case.num_tensor,
         pipeline_model_parallel_size=case.num_pipeline,
-        sequence_parallel=case.num_tensor > 1,
         pipeline_dtype=dtype,
     )
-    spec = get_gpt_layer_local_spec(num_experts, False, qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(num_experts, False, qk_layernorm=shape.qk_norm == "head", normalization="RMSNorm")
     return GPTModel(
         config,
         spec,
@@ -124,9 +126,13 @@ def _megatron_model(shape: ModelShape, case: Case, is_first: bool, is_last: bool
 
 @contextmanager
 def _without_cuda() -> Any:
-    """Megatron-core waits for a device, and counts failures on it, wherever it saves."""
+    """Megatron-core waits for a device and counts failures on it wherever it saves, has tied weights on it, and writes from
+    processes of its own, which a rank of these worlds may not start."""
     with (
+        mock.patch.dict(multiprocessing.current_process()._config, {"daemon": False}),
+        mock.patch.object(filesystem_async, "_results_queue", queue.Queue()),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
         mock.patch.object(torch.cuda, "current_device", lambda: "cpu"),
+        mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
     ):
         yield

@@ -146,13 +146,19 @@ def test_damage_and_another_model_are_named(root: Path, ours: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"__0_0\.distcp is damaged at the tensor"):
         import_model(ours, tmp_path / "out", ImportOptions())
     data.write_bytes(content)
+    llama = save_model(tmp_path / "llama", tokenizer=False, tie_word_embeddings=True)
     with pytest.raises(UserError, match=r"release has the tensor decoder\.layers\.self_attention\.linear_qkv\.bias, which"):
-        import_model(root / "ours" / "tied", tmp_path / "out", ImportOptions(config=str(root / "qwen3")))
+        import_model(root / "ours" / "tied", tmp_path / "out", ImportOptions(config=str(llama)))
+    export_megatron(llama, tmp_path / "of-llama")
     with pytest.raises(UserError, match=r"no tensor decoder\.layers\.self_attention\.linear_qkv\.bias"):
-        import_model(ours, tmp_path / "out", ImportOptions(config=str(root / "tied")))
+        import_model(tmp_path / "of-llama", tmp_path / "out", ImportOptions(config=str(root / "tied")))
+    with pytest.raises(UserError, match=r"linear_proj\.weight has shape \[64, 64\], but its config asks for \[64, 128\]"):
+        import_model(root / "ours" / "tied", tmp_path / "out", ImportOptions(config=str(root / "qwen3")))
     config = json.loads((ours / "huggingface" / "config.json").read_text())
-    (ours / "huggingface" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=r"its config asks for|does not know"):
+    (ours / "huggingface" / "config.json").write_text(json.dumps(config | {"vocab_size": 600}))
+    with pytest.raises(
+        UserError, match=r"word_embeddings\.weight has shape \[499, 64\], but its config asks for \[600, 64\]"
+    ):
         import_model(ours, tmp_path / "out", ImportOptions())
     shutil.rmtree(ours / "huggingface")
     with pytest.raises(UserError, match="by --config DIR"):

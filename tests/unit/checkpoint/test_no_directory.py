@@ -53,8 +53,12 @@ def made(root: Path, *files: str) -> Path:
 
 DIRECTORIES: dict[tuple[str, ...], str] = {
     ("latest_checkpointed_iteration.txt", "iter_0000010/mp_rank_00/model_optim_rng.pt"): "it is a checkpoint of Megatron-LM",
-    ("mp_rank_00/model_optim_rng.pt",): "it is a checkpoint of Megatron-LM; export it to Hugging Face by Megatron Bridge",
-    ("__0_0.distcp", ".metadata"): "it is a distributed checkpoint of torch or Megatron",
+    ("mp_rank_00/model_optim_rng.pt",): "it is a checkpoint of Megatron-LM in a format of its own; save it by",
+    (
+        "__0_0.distcp",
+        ".metadata",
+    ): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert",
+    ("iter_0000010/.metadata",): "it is a distributed checkpoint of torch or Megatron (torch_dist); `megadpo convert",
     ("latest", "global_step9/mp_rank_00_model_states.pt"): "it is a checkpoint of DeepSpeed; `python zero_to_fp32.py --safe",
     ("zero_pp_rank_0_mp_rank_00_optim_states.pt",): "it is a checkpoint of DeepSpeed",
     (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,14 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -34,20 +26,20 @@ from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionBackend, AttentionNeeds
 from megadpo.model.attention.core import GroupAttention
-from megadpo.model.attention.packed_projection import PackedSelfAttention
 from megadpo.model.block import add_norms_after, complete_layers
 from megadpo.model.families import (
     ExpertPlace,
     ParameterShard,
     shard_parameters,
 )
-from megadpo.model.four_bit.linear import use_four_bit_layers, without_parameters
+from megadpo.model.four_bit.linear import without_parameters
 from megadpo.model.four_bit.weight import FourBit
-from megadpo.model.head_norms import HeadsNorm, ProjectionNorm
 from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
+from megadpo.model.layer_specs import block_spec, softmax_scale
 from megadpo.model.layers import Layers, choose_layers, local_name
-from megadpo.model.moe.layer import expert_layer_spec, is_expert, moved
+from megadpo.model.megatron_config import transformer_config
+from megadpo.model.moe.layer import is_expert, moved
 from megadpo.model.moe.products import choose_expert_products
 from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
@@ -55,11 +47,9 @@ from megadpo.model.recompute import Recomputer, recompute_small
 from megadpo.model.residual import join_adds_and_norms
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
-from megadpo.model.weight_gradients import use_own_linear_layers
 from megadpo.parallel.layout import Layout, context_method
 from megadpo.platform.device import compute_device
 from megadpo.platform.megatron_cpu import cpu_tensors_pass_for_cuda
-from megadpo.platform.step_clock import TIMERS
 
 
 @dataclass
@@ -162,7 +152,7 @@ def build_stage(
     small_ops = choose_small_ops(options.small_ops, compute_device())
     by_own_kernels = compute_device().type == "cuda" and small_ops.name == "triton" and layers.kind == "local"
     activations = activations.settled(small_is_cheap=by_own_kernels)
-    config = _transformer_config(shape, layout, dtype, activations, layers)
+    config = transformer_config(shape, layout, dtype, activations, layers)
     backend = choose_backend(options.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     quantization = FourBit.of(options)
     products = None
@@ -231,7 +221,7 @@ def _build_chunk(
     attention = functools.partial(
         GroupAttention,
         windows=shape.windows,
-        scale=_softmax_scale(shape),
+        scale=softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
         softcap=shape.attention_softcap,
@@ -243,14 +233,7 @@ def _build_chunk(
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = (_UnjoinedModel if device else GPTModel)(
             config,
-            _block_spec(
-                shape,
-                _layers(shape, layout, chunk),
-                functools.partial(_layer_spec, shape, layers.kind, attention, small_ops),
-                small_ops,
-                quantization,
-                products,
-            ),
+            block_spec(shape, _layers(shape, layout, chunk), layers.kind, attention, small_ops, quantization, products),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
             pre_process=is_first,
@@ -279,16 +262,6 @@ def _build_chunk(
         weight = torch.nn.Parameter(model.decoder.final_layernorm.weight.new_empty(1, shape.hidden_size))
         model.output_layer = RewardHead(weight, shape.padding_token, layout.sequence)
     return model
-
-
-def _softmax_scale(shape: ModelShape) -> float:
-    """What scores are multiplied by. Scaling cosine and sine of whole queries and keys (yarn) is scaling their product by
-    the square."""
-    plain = shape.plain_rope
-    scaling = 1.0 if plain is None else plain.scaling**2
-    if shape.attention_multiplier is not None:
-        return scaling * shape.attention_multiplier
-    return scaling / math.sqrt(shape.head_dim)
 
 
 def _multiplied(multiplier: float, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -376,115 +349,6 @@ def _has_embedding(chunk: int) -> bool:
 
 def _has_head(layout: Layout, chunk: int) -> bool:
     return parallel_state.is_pipeline_last_stage() and chunk == layout.virtual - 1
-
-
-def _transformer_config(
-    shape: ModelShape, layout: Layout, dtype: torch.dtype, activations: Activations, layers: Layers
-) -> TransformerConfig:
-    return TransformerConfig(
-        **shape.megatron_options(),
-        **activations.megatron_options(),
-        **layers.megatron_options(),
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        pipeline_model_parallel_layout=_megatron_layout(shape, layout) if layout.pipeline > 1 else None,
-        # Between two stages, next and previous are the same rank: forward and backward messages sent in one lot would
-        # be taken for each other.
-        overlap_p2p_comm=layout.virtual > 1,
-        batch_p2p_comm=layout.virtual == 1,
-        sequence_parallel=layout.sequence,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the one that takes streams of different lengths
-        # The interleaved schedule takes an output's memory away while it is being sent. NCCL keeps it until it is sent; gloo
-        # reads what has come in its place, now and then, on a busy machine.
-        deallocate_pipeline_outputs=torch.cuda.is_available() or layout.virtual == 1,
-        # With this on, Megatron scales neither the loss nor the gradients: our pair weights are the whole story.
-        calculate_per_token_loss=True,
-        timers=TIMERS,
-        use_te_activation_func=True,  # or any other module in that slot: ours
-        gradient_accumulation_fusion=False,  # the engine's to turn on, see weight_gradients.py
-        # All of these need Apex or TransformerEngine, or change the rounding.
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-    )
-
-
-def _megatron_layout(shape: ModelShape, layout: Layout) -> list[list[str]]:
-    """The chunks in Megatron's terms, which count layers from 1 over the whole model by it."""
-    rows = [["decoder"] * len(layers) for layers in layout.layers_of_chunks(shape.num_layers)]
-    rows[0] = ["embedding", *rows[0]]
-    rows[-1] = [*rows[-1], "loss"]
-    return rows
-
-
-def _block_spec(
-    shape: ModelShape,
-    layers: range,
-    dense: Callable[[], ModuleSpec],
-    small_ops: SmallOps,
-    quantization: FourBit | None,
-    products: str | None,
-) -> TransformerBlockSubmodules:
-    experts, plain, norm = shape.experts, _in_four_bits(dense(), quantization), small_ops.norm_of(shape)
-    if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=norm)
-    assert products is not None
-    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape), products), quantization)
-    specs = [mixture if layer in experts.layers else plain for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
-
-
-def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
-    """The layer with quantised linear layers, those of experts too; routers stay as they are."""
-    if quantization is not None:
-        mlp = layer.submodules.mlp.submodules
-        experts = getattr(mlp, "experts", None)
-        linear = mlp if experts is None else experts.submodules
-        use_four_bit_layers([layer.submodules.self_attention.submodules, linear], quantization)
-    return layer
-
-
-def _layer_spec(
-    shape: ModelShape, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
-) -> ModuleSpec:
-    has_norm_of_heads = shape.qk_norm is not None
-    if kind == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_norm_of_heads)
-    else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=has_norm_of_heads)
-        norm, norms = small_ops.norm_of(shape), shape.norms
-        layer.submodules.input_layernorm = IdentityOp if norms.before_attention is None else norm
-        layer.submodules.pre_mlp_layernorm = IdentityOp if norms.before_mlp is None else norm
-    layer.submodules.mlp.submodules.activation_func = small_ops.activation_of(shape)
-    attention = layer.submodules.self_attention.submodules
-    if kind == "local":
-        use_own_linear_layers(layer.submodules.mlp.submodules, attention, shape.mlp_bias, shape.output_bias)
-        layer.submodules.self_attention.module = PackedSelfAttention
-    attention.core_attention = core_attention
-    if has_norm_of_heads:
-        attention.q_layernorm = _norm_of_heads(shape, small_ops, shape.num_heads)
-        attention.k_layernorm = _norm_of_heads(shape, small_ops, shape.num_key_value_heads)
-    return layer
-
-
-def _norm_of_heads(shape: ModelShape, small_ops: SmallOps, num_heads: int) -> ModuleSpec:
-    """The norm of queries or of keys, of which the model has so many heads."""
-    norm = small_ops.norm_of(shape)
-    if shape.qk_norm == "head":
-        return norm
-    kind = HeadsNorm if shape.qk_norm == "heads" else ProjectionNorm
-    return ModuleSpec(module=kind, params={**norm.params, "num_heads": num_heads})
 
 
 def _match(

@@ -189,7 +189,7 @@ class ModelShape:
         return "residual multipliers" if self.residual_multiplier != 1.0 else None
 
     def megatron_options(self) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig; what it has no word for, build.py puts into the slots of its layers.
+        """Fields of Megatron's TransformerConfig; what it has no word for, layer_specs.py puts into the slots of layers.
 
         Of experts, no token is dropped, and Megatron's own load balancing is off: moe/layer.py routes.
         """

@@ -16,7 +16,7 @@ from megadpo.pipeline.stage_ops import ResponseGradient, stage_forward, sums_of,
 
 MegatronLoss = Callable[[Tensor], tuple[Tensor, Tensor, None]]
 """A micro-batch's output -> (the scalar that goes backward, a number of tokens, what Megatron would report). By the tokens
-nothing is divided (`calculate_per_token_loss`, model/build.py), so 0 is as good as any; there is nothing to report."""
+nothing is divided (`calculate_per_token_loss`, model/megatron_config.py), so 0 is as good as any; nothing is reported."""
 
 
 class MegatronSchedule:

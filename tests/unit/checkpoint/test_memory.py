@@ -11,8 +11,8 @@ from benchmarks.conversion import MIB, make_model, peak_of_a_part
 from tests.helpers.worlds import run_world
 
 MIB_BESIDE = 200
-"""For what was read and is still mapped, a fused matrix while it is made, and what malloc keeps: 80 to 145 were measured; the
-claim is 300. Where all that is read stayed mapped, it would be more than 380."""
+"""For what was read and is still mapped, a fused matrix while it is made, and what malloc keeps: 80 to 145 were measured;
+the claim is 300. Where all that is read stayed mapped, it would be more than 380."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory a process has")

@@ -51,7 +51,7 @@ def stood_in_for(*arguments: Any) -> list[Outcome] | None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from megadpo.model import build
+    from megadpo.model import build, layer_specs
     from megadpo.model.norm import RMSNorm, _RMSNorm
 
     class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -69,7 +69,7 @@ def stood_in_for(*arguments: Any) -> list[Outcome] | None:
         layer.submodules.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
         return layer
 
-    build.get_gpt_layer_with_transformer_engine_spec = spec
+    layer_specs.get_gpt_layer_with_transformer_engine_spec = spec
     build.choose_layers = lambda options, *where: Layers(options.layers)
     return outcomes(*arguments)
 

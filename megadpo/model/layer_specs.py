@@ -1,0 +1,103 @@
+"""What layers are made of, in Megatron's terms: a spec that says which module fills each slot of a layer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megadpo.model.attention.core import GroupAttention
+from megadpo.model.attention.packed_projection import PackedSelfAttention
+from megadpo.model.four_bit.linear import use_four_bit_layers
+from megadpo.model.four_bit.weight import FourBit
+from megadpo.model.head_norms import HeadsNorm, ProjectionNorm
+from megadpo.model.moe.layer import expert_layer_spec
+from megadpo.model.shape import ModelShape
+from megadpo.model.small_ops.choice import SmallOps
+from megadpo.model.weight_gradients import use_own_linear_layers
+
+
+def softmax_scale(shape: ModelShape) -> float:
+    """What scores are multiplied by. Scaling cosine and sine of whole queries and keys (yarn) is scaling their product by
+    the square."""
+    plain = shape.plain_rope
+    scaling = 1.0 if plain is None else plain.scaling**2
+    if shape.attention_multiplier is not None:
+        return scaling * shape.attention_multiplier
+    return scaling / math.sqrt(shape.head_dim)
+
+
+def block_spec(
+    shape: ModelShape,
+    layers: range,
+    kind: str,
+    core_attention: Callable[..., GroupAttention],
+    small_ops: SmallOps,
+    quantization: FourBit | None,
+    products: str | None,
+) -> TransformerBlockSubmodules:
+    """The layers with these numbers, and the model's last norm.
+
+    Args:
+        kind: "local" or "transformer_engine".
+        core_attention: makes what fills the layers' slot of that name.
+        products: how experts multiply, where there are some; see `moe.products`.
+    """
+    dense = functools.partial(_layer_spec, shape, kind, core_attention, small_ops)
+    experts, plain, norm = shape.experts, _in_four_bits(dense(), quantization), small_ops.norm_of(shape)
+    if experts is None:
+        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=norm)
+    assert products is not None
+    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape), products), quantization)
+    specs = [mixture if layer in experts.layers else plain for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
+    """The layer with quantised linear layers, those of experts too; routers stay as they are."""
+    if quantization is not None:
+        mlp = layer.submodules.mlp.submodules
+        experts = getattr(mlp, "experts", None)
+        linear = mlp if experts is None else experts.submodules
+        use_four_bit_layers([layer.submodules.self_attention.submodules, linear], quantization)
+    return layer
+
+
+def _layer_spec(
+    shape: ModelShape, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
+) -> ModuleSpec:
+    has_norm_of_heads = shape.qk_norm is not None
+    if kind == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_norm_of_heads)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=has_norm_of_heads)
+        norm, norms = small_ops.norm_of(shape), shape.norms
+        layer.submodules.input_layernorm = IdentityOp if norms.before_attention is None else norm
+        layer.submodules.pre_mlp_layernorm = IdentityOp if norms.before_mlp is None else norm
+    layer.submodules.mlp.submodules.activation_func = small_ops.activation_of(shape)
+    attention = layer.submodules.self_attention.submodules
+    if kind == "local":
+        use_own_linear_layers(layer.submodules.mlp.submodules, attention, shape.mlp_bias, shape.output_bias)
+        layer.submodules.self_attention.module = PackedSelfAttention
+    attention.core_attention = core_attention
+    if has_norm_of_heads:
+        attention.q_layernorm = _norm_of_heads(shape, small_ops, shape.num_heads)
+        attention.k_layernorm = _norm_of_heads(shape, small_ops, shape.num_key_value_heads)
+    return layer
+
+
+def _norm_of_heads(shape: ModelShape, small_ops: SmallOps, num_heads: int) -> ModuleSpec:
+    """The norm of queries or of keys, of which the model has so many heads."""
+    norm = small_ops.norm_of(shape)
+    if shape.qk_norm == "head":
+        return norm
+    kind = HeadsNorm if shape.qk_norm == "heads" else ProjectionNorm
+    return ModuleSpec(module=kind, params={**norm.params, "num_heads": num_heads})

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadpo.checkpoint.no_directory import why_no_model
 from megadpo.commands.parsing import report_written
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity
@@ -94,15 +95,13 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     _check_positive("--processes", arguments.processes)
+    if arguments.format != "hf" and arguments.processes > 1:
+        raise UserError("--processes is for --format hf; Megatron-core's format is written by one process")
     with activity("loading torch"):
         from megadpo.checkpoint.convert import export_checkpoint, export_megatron
     source, out, verify = arguments.checkpoint, arguments.out, not arguments.no_verify
     if arguments.format == "hf":
         export_checkpoint(source, out, verify, _dtype(arguments), arguments.processes)
-    elif arguments.processes > 1:
-        raise UserError(
-            "--processes is for --format hf; a checkpoint of Megatron-core is written in one file, by one process"
-        )
     else:
         export_megatron(source, out, _dtype(arguments), verify)
     report_written(out)
@@ -126,6 +125,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             raise UserError(f"--text: {arguments.text} cannot be read: {error}") from error
         if not texts:
             raise UserError(f"--text: {arguments.text} has no text")
+    for directory in (arguments.one, arguments.other):
+        _check_is_there(directory)
     with activity("loading torch"), contextlib.redirect_stdout(sys.stderr):  # what libraries say
         from megadpo.evaluation.verify import verify
     with contextlib.redirect_stdout(sys.stderr):
@@ -138,6 +139,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    _check_is_there(arguments.directory)
     with activity("loading torch"):
         from megadpo.checkpoint.describe import describe, lines
     facts, tensors = describe(arguments.directory)
@@ -150,6 +152,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    _check_is_there(arguments.directory)
     from megadpo.doctor.check import has_failed
 
     with activity("loading torch"), contextlib.redirect_stdout(sys.stderr):
@@ -168,6 +171,13 @@ def _dtype(arguments: argparse.Namespace) -> torch.dtype | None:
     from megadpo.platform.device import resolve_dtype
 
     return None if arguments.dtype is None else resolve_dtype(arguments.dtype)
+
+
+def _check_is_there(directory: str) -> None:
+    """Refuse what is no directory, with what it is, before anything is loaded."""
+    if not Path(directory).is_dir():
+        what = why_no_model(directory)
+        raise UserError(f"{directory} is no directory{f': {what}' if what else ''}")
 
 
 def _check_positive(option: str, value: int) -> None:

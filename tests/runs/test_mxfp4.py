@@ -66,4 +66,6 @@ def test_it_is_trained_and_transformers_loads_the_result(models, tmp_path) -> No
     before = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     moved = [n for (n, a), b in zip(after.named_parameters(), before.parameters(), strict=True) if not torch.equal(a, b)]
     assert {"model.layers.1.self_attn.sinks", "model.layers.0.mlp.experts.gate_up_proj_bias"} <= set(moved)
-    assert all(float((a - b).detach().abs().max()) < 0.01 for a, b in zip(after.parameters(), before.parameters(), strict=True))
+    assert all(
+        float((a - b).detach().abs().max()) < 0.01 for a, b in zip(after.parameters(), before.parameters(), strict=True)
+    )

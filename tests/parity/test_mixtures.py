@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -47,10 +48,14 @@ FOUR = {
         Case(Layout(tensor=2, sequence=True, pipeline=2, virtual=2, expert=2), recompute="full"),
     ]
 }
+ONE_BY_ONE = {
+    size: [dataclasses.replace(case, model=ModelConfig()) for case in cases] for size, cases in (ONE | TWO).items()
+}
+"""Whose experts have biases are not multiplied together."""
 MODELS = {
     "mixtral": ({"sliding_window": 64, "num_hidden_layers": 2}, ONE | TWO),
     "qwen3_moe": ({"mlp_only_layers": [0], "norm_topk_prob": True}, ONE | TWO | FOUR),
-    "gpt_oss": ({"num_hidden_layers": 2}, ONE | TWO),
+    "gpt_oss": ({"num_hidden_layers": 2}, ONE_BY_ONE),
     # The first stage has no experts, the second one expert a token, whose probability is not scaled to 1.
     "qwen3_moe-half-dense": (
         {"mlp_only_layers": [0, 1], "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},

@@ -162,10 +162,17 @@ class _TakesAdapters:
         """Compute with `adapter` where the switch is turned to `state`."""
         self.adapters, self.adapter_switch = {**self.adapters, state: adapter}, switch
 
+    @property
+    def _state(self) -> str:
+        return OFF if self.adapter_switch is None else self.adapter_switch.state
+
+    def has_own_product(self) -> bool:
+        """Whether the layer computes with an adapter now, or has its weight in 4 bits."""
+        return self._state in self.adapters or self.four_bit is not None
+
     def forward(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        state = OFF if self.adapter_switch is None else self.adapter_switch.state
-        if state in self.adapters:
-            return self.adapters[state].output(self, input_)
+        if self._state in self.adapters:
+            return self.adapters[self._state].output(self, input_)
         return self.base_output(input_, *arguments, **options)
 
     def base_output(self, input_: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

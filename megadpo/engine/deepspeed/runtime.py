@@ -160,7 +160,7 @@ class Runtime(DeepSpeedEngine):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         for parameter in model.parameters():
             if is_moe_param(parameter):
-                parameter.group_name = EXPERTS
+                setattr(parameter, "group_name", EXPERTS)  # noqa: B010 - an attribute DeepSpeed reads
         # Stage 3 asks each parameter for its group; the others ask this, of what is trained. DeepSpeed knows experts by
         # modules of its own.
         stage = config["zero_optimization"]["stage"]

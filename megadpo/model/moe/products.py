@@ -19,7 +19,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.adapters.linear import OFF
 from megadpo.model.weight_gradients import delayed_products
 
 WAYS = ("loop", "grouped", "grouped_mm")
@@ -70,18 +69,12 @@ class Experts(SequentialMLP):
 
     def _linear(self, name: str, input_TI: Tensor, counts: tuple[int, ...]) -> Tensor:
         layers = [getattr(expert, name) for expert in self.local_experts]
-        if any(_has_own_product(layer) for layer in layers):
+        if any(layer.has_own_product() for layer in layers):
             parts = input_TI.split(counts)
             return torch.cat([layer(part)[0] for layer, part in zip(layers, parts, strict=True)])
         weights = [layer.weight for layer in layers]
         output: Tensor = _Products.apply(input_TI, counts, self.products, layers[0].add_weight_gradient, *weights)
         return output
-
-
-def _has_own_product(layer: Any) -> bool:
-    """Whether the layer computes with an adapter, or has its weight in 4 bits."""
-    state = OFF if layer.adapter_switch is None else layer.adapter_switch.state
-    return state in layer.adapters or layer.four_bit is not None
 
 
 class _Products(torch.autograd.Function):

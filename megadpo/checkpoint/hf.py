@@ -223,7 +223,19 @@ def _files_of_index(
 
 def directory_warning(path: str | Path) -> str | None:
     """What is odd about the files of a model directory that is no reason to refuse it; None where nothing is."""
-    directory = Path(path)
+    found = [words for words in (_weights_warning(Path(path)), _code_warning(hf_directory(path) / "config.json")) if words]
+    return "; ".join(found) or None
+
+
+def _code_warning(file: Path) -> str | None:
+    if not file.is_file() or not read_json(file).get("auto_map"):
+        return None
+    return (
+        f"{file} names code of the model's own (auto_map), which is never run: the model is transformers' own of this kind"
+    )
+
+
+def _weights_warning(directory: Path) -> str | None:
     if not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         is_pickled = any((directory / name).is_file() for name in (BIN_NAME, BIN_INDEX_NAME))
         return _words_of_pickle(directory) if is_pickled else None
@@ -291,8 +303,8 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     """The transformers config of a Hugging Face directory or of one of our checkpoints. No code of the model's runs.
 
     Raises:
-        UserError: no such directory or config, an unsupported architecture, a classifier of several labels, remote
-            code, quantised weights, values that transformers refuses.
+        UserError: no such directory or config, an unsupported architecture, a classifier of several labels, quantised
+            weights, values that transformers refuses.
     """
     if not Path(path).is_dir():
         what = why_no_model(path) or "give a Hugging Face model directory or a checkpoint"
@@ -306,26 +318,20 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         family_of(settings)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    for field, why in (
-        (
-            "auto_map",
-            "the model's own code is never run; remove it from config.json to use transformers' own model of this kind",
-        ),
-        (
-            "quantization_config",
-            "weights must be plain, not in 4 or 8 bits; give the model that they were made from, in bf16 or fp32",
-        ),
-    ):
-        if settings.get(field) and not (field == "quantization_config" and _can_be_read(settings)):
-            raise UserError(f"{file} has {field}, which is not supported: {why}")
+    if settings.get("quantization_config") and not _can_be_read(settings):
+        raise UserError(
+            f"{file} has quantization_config, which is not supported: weights must be plain, not in 4 or 8 bits; give the "
+            "model that they were made from, in bf16 or fp32"
+        )
     from transformers import AutoConfig
 
     try:
         if is_block_fp8(settings):
             check_block_fp8(settings)
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # of the files; what is read is plain
+        # Both are of the files: what is read is plain, and by transformers' own model.
+        for field in ("quantization_config", "auto_map"):
+            config.__dict__.pop(field, None)
         shape_of(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error

@@ -162,7 +162,6 @@ def test_a_directory_without_weights_config_or_existence_is_refused(model: Path)
     ("change", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
-        ({"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_attention_heads": "many"}, "transformers refuses it"),
         ({"hidden_act": "relu"}, "'relu'"),
@@ -173,6 +172,16 @@ def test_a_config_that_cannot_be_run_is_refused_with_its_path(model: Path, chang
     change_json(model / "config.json", lambda config: config.update(change))
     with pytest.raises(UserError, match=rf"config\.json.*{words}"):
         read_hf_config(model)
+
+
+def test_code_that_a_config_names_is_never_run_which_is_told_and_not_exported(model: Path) -> None:
+    """As Phi-3's does on the Hub: transformers has the model itself."""
+    (model / "evil.py").write_text(f"open({str(model / 'was-run')!r}, 'w')")
+    change_json(model / "config.json", lambda config: config.update(auto_map={"AutoConfig": "evil.Config"}))
+    config = read_hf_config(model)
+    assert type(config).__module__.startswith("transformers.") and "auto_map" not in config.to_dict()
+    assert "names code of the model's own (auto_map), which is never run" in (directory_warning(model) or "")
+    assert not (model / "was-run").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00"])

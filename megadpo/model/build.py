@@ -248,7 +248,7 @@ def _build_chunk(
         join_adds_and_norms(model)
     complete_layers(model, shape)
     if is_first and shape.embedding_multiplier != 1.0:
-        model.embedding.register_forward_hook(functools.partial(_multiplied, shape.embedding_multiplier))
+        model.embedding.register_forward_hook(functools.partial(multiplied, shape.embedding_multiplier))
     model.rotary_pos_emb = small_ops.rope_of(shape)
     if is_last and has_vocabulary:
         model.output_layer = LogProbHead(
@@ -264,7 +264,7 @@ def _build_chunk(
     return model
 
 
-def _multiplied(multiplier: float, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def multiplied(multiplier: float, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """A forward hook: embeddings times a factor that is rounded to their type, as Gemma's is."""
     return output * torch.tensor(multiplier, dtype=output.dtype).item()
 

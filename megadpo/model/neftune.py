@@ -45,14 +45,18 @@ class EmbeddingNoise:
     is_on: bool = False
     _micro_batch: MicroBatch | None = None
 
-    def attach(self, stage: Stage) -> None:
-        """Add noise to what the stage's embedding gives, where it has one."""
+    def attach(self, stage: Stage, multiplied: bool = False) -> None:
+        """Add noise to what the stage's embedding gives, where it has one.
+
+        Args:
+            multiplied: after the model's factor on embeddings, not before: transformers adds it to what its embedding
+                module gives, which has some models' factor in it.
+        """
         stage.noise = self
         model = stage.models[0]
         if model.pre_process:
             model.register_forward_pre_hook(self._look, with_kwargs=True)
-            # Before what else there is: transformers adds it to what the matrix gives, a model's multiplier comes after.
-            model.embedding.register_forward_hook(self._add, prepend=True)
+            model.embedding.register_forward_hook(self._add, prepend=not multiplied)
 
     def _look(self, model: torch.nn.Module, arguments: Any, named: Any) -> None:
         self._micro_batch = named["packed_seq_params"].micro_batch

@@ -186,7 +186,7 @@ def build_policy(setup: RunSetup) -> Stage:
     if setup.adapter is not None and setup.adapter.is_new and setup.adapter.spec.use_dora:
         begin_magnitudes(stage.models)
     if config.train.neftune_alpha is not None:
-        EmbeddingNoise(config.train.neftune_alpha, config.train.seed).attach(stage)
+        EmbeddingNoise(config.train.neftune_alpha, config.train.seed).attach(stage, shape.embedding_module_multiplies)
     if config.train.freeze:
         freeze(stage, lambda name: first_match(config.train.freeze, name) is not None)
     return stage

@@ -26,6 +26,7 @@ def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {
         "norms": norms,
         "embedding_multiplier": math.sqrt(hf_config.hidden_size),
+        "embedding_module_multiplies": True,
         "attention_multiplier": hf_config.query_pre_attn_scalar**-0.5,
         "logits_softcap": hf_config.final_logit_softcapping,
         **biases_of_config(hf_config, "attention_bias"),

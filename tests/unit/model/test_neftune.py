@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +15,10 @@ from megadpo.data.batches.collate import collate_groups
 from megadpo.data.batches.context_shard import with_context_shard
 from megadpo.data.batches.halves import with_halves
 from megadpo.data.groups import Group
+from megadpo.model.build import multiplied
+from megadpo.model.families import shape_of
 from megadpo.model.neftune import EmbeddingNoise, uniform
+from tests.helpers.families import config_of
 
 HIDDEN, ALPHA = 64, 5.0
 GROUPS = [
@@ -28,6 +34,22 @@ def noise_of(micro_batch, step: int = 0, seed: int = 1) -> torch.Tensor:
     noise = EmbeddingNoise(ALPHA, seed, step, is_on=True)
     noise._look(None, (), {"packed_seq_params": type("Params", (), {"micro_batch": micro_batch})})
     return noise._add(None, (), torch.zeros(len(micro_batch.local.tokens_T), 1, HIDDEN))[:, 0]
+
+
+@pytest.mark.parametrize(("family", "factor_on_noise"), [("gemma2", 1.0), ("gemma3_text", 1.0), ("granite", 3.0)])
+def test_noise_is_added_to_what_the_embedding_module_of_transformers_gives(family: str, factor_on_noise: float) -> None:
+    """With Gemma's factor in it; Granite's comes after, and so is the noise's, too."""
+    shape = shape_of(config_of(family, **({"embedding_multiplier": 3.0} if family == "granite" else {})))
+    embedding = torch.nn.Identity()
+    embedding.register_forward_hook(functools.partial(multiplied, shape.embedding_multiplier))
+    model = type("Model", (torch.nn.Module,), {"pre_process": True})()
+    model.embedding = embedding
+    noise, stream = EmbeddingNoise(ALPHA, 1, 0, is_on=True), collate_groups(GROUPS, [5, 9])
+    noise.attach(cast(Any, SimpleNamespace(models=[model])), shape.embedding_module_multiplies)
+    noise._micro_batch = stream
+    embeddings = torch.ones(len(stream.local.tokens_T), 1, HIDDEN)
+    expected = embeddings[:, 0] * shape.embedding_multiplier + factor_on_noise * noise_of(stream)
+    torch.testing.assert_close(embedding(embeddings)[:, 0], expected)
 
 
 def test_numbers_are_uniform_and_each_key_and_column_has_its_own():

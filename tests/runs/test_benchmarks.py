@@ -225,9 +225,10 @@ def test_attention_is_timed_and_weighed_every_way(tmp_path):
     assert point["ratios"]["cpu_flash"] == 1
 
 
+@pytest.mark.exhaustive
 def test_experts_are_multiplied_every_way_to_the_same_numbers(tmp_path):
     sizes = ("--tokens", "32", "--hidden", "32", "--columns", "16", "--per-token", "2")
-    report = _forked_report("experts", tmp_path, "--experts", "4", "--rounds", "2", *sizes)
+    report = _report("experts", tmp_path, "--experts", "4", "--rounds", "2", *sizes)
     (point,) = report["points"]
     assert set(point["seconds"]) == set(point["differences"]) == {"loop", "grouped", "grouped_mm"}
     assert max(point["differences"].values()) <= 1e-5 and point["differences"]["loop"] == 0

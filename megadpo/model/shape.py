@@ -165,6 +165,10 @@ class ModelShape:
     attention_softcap: float | None = None
     attention_sinks: bool = False
 
+    def __hash__(self) -> int:
+        """Of sizes alone: what there is of every layer takes long, and few shapes differ in that only."""
+        return hash((self.num_layers, self.hidden_size, self.ffn_size, self.num_heads, self.vocab_size))
+
     @property
     def has_windows(self) -> bool:
         """Whether any layer's attention has a sliding window."""

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,10 @@ def _num_moments(train: TrainConfig, shape: ModelShape) -> float:
     return {"adamw": 2.0, "adamw_8bit": 2 * (1 + 4 / 256) / 4, "lion": 1.0}[train.optimizer]
 
 
-def _trained_share(train: TrainConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
+def _trained_share(train: TrainConfig, shape: ModelShape, adapter: AdapterSpec | None) -> float:
+    if not train.freeze:
+        return 1.0
+    shapes = logical_shapes(shape) if adapter is None else adapter_shapes(shape, adapter)
     sizes = {name: math.prod(size) for name, size in shapes.items()}
     return sum(size for name, size in sizes.items() if first_match(train.freeze, name) is None) / sum(sizes.values())
 
@@ -157,7 +160,7 @@ def plan_of(
         gradient_bytes=2 if parallel.gradient_dtype == "bf16" else 4,
         moment_bytes=2 if train.moments_dtype == "bf16" else 4,
         num_moments=_num_moments(train, shape),
-        trained_share=_trained_share(train, logical_shapes(shape) if adapter is None else adapter_shapes(shape, adapter)),
+        trained_share=_trained_share(train, shape, adapter),
         activation_offload=train.activation_offload,
         window_bytes=train.activation_offload_window_mib << 20,
         block_layers=train.recompute_num_layers if train.recompute_method == "block" else None,

@@ -72,6 +72,8 @@ def test_ring_attention_is_refused_by_name_and_a_method_without_context_ranks_to
     load_config({}, ["parallel.context=2", "parallel.context_method=allgather"])
 
 
-def test_engines_that_do_not_add_gradients_up_over_context_ranks_are_refused():
-    with pytest.raises(UserError, match=r"parallel\.engine"):
-        load_config({}, ["parallel.context=2", "parallel.engine=deepspeed"])
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_both_engines_add_gradients_up_over_context_ranks(engine: str) -> None:
+    """In numbers: tests/parity/test_context_parallel.py and test_deepspeed.py."""
+    config = load_config({}, ["parallel.context=2", f"parallel.engine={engine}"])
+    assert (config.parallel.context, config.parallel.engine) == (2, engine)

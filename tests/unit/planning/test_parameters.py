@@ -14,7 +14,7 @@ from tests.helpers.families import config_of
 from tests.helpers.models import PREFIXES
 
 DENSE: dict[str, dict[str, Any]] = {
-    **{family: {} for family in PREFIXES if family not in ("mixtral", "qwen3_moe")},
+    **{family: {} for family in PREFIXES if family not in ("mixtral", "qwen3_moe", "gpt_oss")},
     "llama-biased": {"attention_bias": True, "mlp_bias": True},
     "cohere-normed": {"use_qk_norm": True, "attention_bias": True},
 }

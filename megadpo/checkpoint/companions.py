@@ -153,6 +153,7 @@ def companions_of(hf_source: str | Path | Companions, chat_template: str | None 
         return hf_source
     source = hf_directory(hf_source)
     settings = without_quantization(read_json(source / "config.json"))
+    settings.pop("auto_map", None)
     return Companions(settings, with_template(companion_files(source), chat_template))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from megadpo.checkpoint.file_names import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
 from megadpo.errors import UserError
 
 WHOLE_BYTES = 16 << 20
@@ -32,8 +33,12 @@ def model_files_digest(huggingface: Path, *directories: Path) -> str:
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """The files of a directory that may have its tensors: safetensors, where there are none pickles."""
-    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    """The files of a directory that may have its tensors: safetensors; pickles, too, where they are what is read."""
+    files = sorted(directory.glob("*.safetensors"))
+    if files and any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return files
+    is_pickled = any((directory / name).is_file() for name in (BIN_NAME, BIN_INDEX_NAME))
+    return files + sorted(directory.glob("*.bin")) if is_pickled or not files else files
 
 
 def named_digest(files: Iterable[Path]) -> str:

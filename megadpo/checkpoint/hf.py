@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megadpo.checkpoint.file_names import BIN_INDEX_NAME, BIN_NAME, INDEX_NAME, SINGLE_NAME
 from megadpo.checkpoint.fp8 import Fp8Source, check_block_fp8, is_block_fp8
 from megadpo.checkpoint.fused_experts import SingleExperts
 from megadpo.checkpoint.no_directory import why_no_model
-from megadpo.checkpoint.torch_file import BIN_INDEX_NAME, BIN_NAME, TorchFile
+from megadpo.checkpoint.torch_file import TorchFile
 from megadpo.errors import UserError, reason
 from megadpo.model.families import FAMILIES, TensorSource, family_of, shape_of
 from megadpo.model.families.registry import as_config
@@ -24,8 +25,6 @@ from megadpo.model.families.registry import as_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 1 << 30
 MAPPED_BYTES = 64 << 20
 
@@ -332,11 +331,16 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         # Both are of the files: what is read is plain, and by transformers' own model.
         for field in ("quantization_config", "auto_map"):
             config.__dict__.pop(field, None)
-        shape_of(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # transformers' validators raise several kinds
         raise UserError(f"{file}: transformers refuses it: {reason(error, limit=None)}") from error
+    try:
+        shape_of(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (ArithmeticError, TypeError, ValueError) as error:  # such as a factor that is null, or a divisor of 0
+        raise UserError(f"{file} has a value that makes no model: {reason(error, limit=None)}") from error
     return config
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
-from megadpo.checkpoint.digest import file_digest, model_files_digest, named_digest
+from megadpo.checkpoint.digest import model_files_digest, named_digest
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.megatron import MegatronSource
@@ -186,7 +186,9 @@ def _open_megatron(path: Path, directory: Path, options: ImportOptions) -> _Impo
     config = read_hf_config(where)
     shape = shape_of(config)
     model = Base(where, config, shape, MegatronSource(directory, shape))
-    return _Import(model, model.source, None, None, {"step": 0}, file_digest(directory / METADATA))
+    # Two models of the same shape have the same .metadata.
+    files = (directory / METADATA, *sorted(directory.glob("*.distcp")), hf_directory(where) / "config.json")
+    return _Import(model, model.source, None, None, {"step": 0}, named_digest(files))
 
 
 def _num_ids(directory: Path) -> int:

@@ -100,7 +100,7 @@ class MegatronSource:
     def __init__(self, directory: Path, shape: ModelShape) -> None:
         refuse_other_layers(shape, f"the model of {directory}")
         self._files = TorchDistFiles(directory)
-        self._directory, self._shapes = directory, dict[str, tuple[int, ...]]()
+        self._directory, self._shapes, self._model = directory, dict[str, tuple[int, ...]](), shape
         self._pieces: dict[str, list[tuple[ShardPiece, Place]]] = {}
         for shard in whole_shards(shape):
             place = self._place(shard)
@@ -122,6 +122,7 @@ class MegatronSource:
             raise UserError(
                 f"{self._directory} has no tensor {candidates[0].name} ({names_in(shard)[0]}), which its config asks for"
             )
+        self._check_stack(place)
         found = tensors[place.name].shape[len(place.index) :]
         is_vocabulary = not place.index and shard.name in ("embedding.word_embeddings.weight", "output_layer.weight")
         fits = found[1:] == shard.shape[1:] and found[0] >= shard.shape[0] if is_vocabulary else found == shard.shape
@@ -130,6 +131,19 @@ class MegatronSource:
                 f"{self._directory}: {place.name} has shape {list(found)}, but its config asks for {list(shard.shape)}"
             )
         return place
+
+    def _check_stack(self, place: Place) -> None:
+        """As many layers and experts as the model has lie in the tensor."""
+        num_experts = self._model.experts.count if self._model.experts is not None else 0
+        of_experts = (num_experts,) if "mlp.experts.experts." in place.name else ()
+        expected = (*(self._model.num_layers,) * (len(place.index) > len(of_experts)), *of_experts)
+        found = self._files.tensors[place.name].shape[: len(place.index)]
+        if found != expected:
+            what = "layers and experts" if len(expected) == 2 else "experts" if of_experts else "layers"
+            raise UserError(
+                f"{self._directory}: {place.name} has {' and '.join(map(str, found))} {what}, but its config says "
+                f"{' and '.join(map(str, expected))}; give the config.json of this model"
+            )
 
     def _note(self, piece: ShardPiece, size: tuple[int, ...]) -> None:
         before = self._shapes.get(piece.logical_name, (0,) * len(size))

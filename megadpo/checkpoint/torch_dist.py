@@ -8,8 +8,8 @@
         common.pt        what is not sharded (arguments, iteration); not read
         metadata.json    {"sharded_backend": "torch_dist", …}
 
-``.metadata`` is unpickled with a list of the classes that it may name, none of which does anything when it is made; a chunk
-by torch's restricted unpickler. Nothing else of a directory is opened.
+``.metadata`` is unpickled with a list of the classes that it may name, for each of which it gets a stand-in that only keeps
+what it is given; a chunk by torch's restricted unpickler. Nothing else of a directory is opened.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -45,6 +45,7 @@ from megadpo.errors import UserError
 METADATA, CONFIG, COMMON, DATA = ".metadata", "metadata.json", "common.pt", "__0_0.distcp"
 LATEST = "latest_checkpointed_iteration.txt"
 CHUNKS_IN_MEMORY = 2
+MOST_DIGITS = 20
 
 
 def torch_dist_directory(path: str | Path) -> Path | None:
@@ -56,7 +57,8 @@ def torch_dist_directory(path: str | Path) -> Path | None:
         word = (directory / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    name = "release" if word == "release" else f"iter_{int(word):07d}" if word.isascii() and word.isdecimal() else ""
+    is_number = word.isascii() and word.isdecimal() and len(word) < MOST_DIGITS
+    name = "release" if word == "release" else f"iter_{int(word):07d}" if is_number else ""
     return directory / name if name and (directory / name / METADATA).is_file() else None
 
 
@@ -154,79 +156,93 @@ class TorchDistFiles:
         self._chunk.cache_clear()
 
 
-def _tensors_of(directory: Path, found: Metadata) -> dict[str, GlobalTensor]:
+def _tensors_of(directory: Path, found: _Record) -> dict[str, GlobalTensor]:
     tensors = {}
     try:
-        for name, entry in found.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                chunks = tuple(_chunk_of(directory, found.storage_data, name, chunk) for chunk in entry.chunks)
-                tensors[str(name)] = GlobalTensor(tuple(map(int, entry.size)), entry.properties.dtype, chunks)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        storage = {
+            (str(index.field("fqn")), tuple(index.state.get("offset") or ())): place  # of what is no tensor there is none
+            for index, place in found.field("storage_data").items()
+        }
+        for name, entry in found.field("state_dict_metadata").items():
+            if type(entry).__name__ == "TensorStorageMetadata":
+                chunks = tuple(_chunk_of(directory, storage, str(name), chunk) for chunk in entry.field("chunks"))
+                dtype = entry.field("properties").field(0)  # of a tuple
+                if not isinstance(dtype, torch.dtype):
+                    raise TypeError(name)
+                tensors[str(name)] = GlobalTensor(tuple(map(int, entry.field("size"))), dtype, chunks)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{directory / METADATA}: what it says of its tensors makes no sense; it is damaged") from error
     return tensors
 
 
-def _chunk_of(directory: Path, storage: Mapping[Any, Any], name: str, chunk: ChunkStorageMetadata) -> Chunk:
-    place = storage[MetadataIndex(name, chunk.offsets)]
-    file = place.relative_path
-    if not isinstance(file, str) or file != Path(file).name or not file.endswith(".distcp"):
+def _chunk_of(directory: Path, storage: Mapping[tuple[str, tuple[int, ...]], Any], name: str, chunk: Any) -> Chunk:
+    offsets, sizes = tuple(chunk.field("offsets")), tuple(chunk.field("sizes"))
+    place = storage[name, offsets]
+    file, start, length = (place.field(part) for part in ("relative_path", "offset", "length"))
+    if type(file) is not str or "/" in file or "\\" in file or "\0" in file or not file.endswith(".distcp"):
         raise UserError(f"{directory / METADATA} names the file {file!r}; only .distcp files beside it are read")
-    numbers = (*chunk.offsets, *chunk.sizes, place.offset, place.length)
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(chunk.offsets) != len(chunk.sizes):
+    if not all(type(number) is int and number >= 0 for number in (*offsets, *sizes, start, length)):
         raise ValueError(name)
-    return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, place.offset, place.length)
+    if len(offsets) != len(sizes):
+        raise ValueError(name)
+    return Chunk(offsets, sizes, file, start, length)
 
 
-class _Ignored:
-    """In place of classes of Megatron-core's planning, of which nothing is read."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-def _layout(name: str) -> Any:
-    if name != "torch.strided":
-        raise pickle.UnpicklingError(name)
-    return torch.strided
-
-
-_CLASSES: dict[tuple[str, str], Any] = {
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-        for name in (
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        )
-    },
-    **{
-        ("torch.distributed.checkpoint.planner", name): _Ignored
-        for name in ("SavePlan", "WriteItem", "TensorWriteData", "WriteItemType", "BytesIOWriteData")
-        if hasattr(planner, name)
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch.serialization", "_get_layout"): _layout,
-    ("torch", "Size"): torch.Size,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "PurePosixPath"): PurePosixPath,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
+_NAMES = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.planner": (
+        *("SavePlan", "WriteItem", "TensorWriteData", "WriteItemType", "BytesIOWriteData"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }
+"""What a .metadata may name, by module. It gets stand-ins of these, which only keep what they are given."""
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
+class _Record:
+    """What a stand-in was given: `state`, an object's attributes by name, or what it pickles in their place."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def field(self, name: str) -> Any:
+        """Raises KeyError or TypeError where there is no such attribute."""
+        return self.state[name]
+
+
 class _Unpickler(pickle.Unpickler):
-    """Makes what a .metadata is made of, and refuses every other name."""
+    """Makes records, sizes and types of numbers, and refuses every other name.
+
+    A pickle may also write into what it names, a class too. So the classes are made for this one load, and nobody else
+    has them; torch.Size and types of numbers cannot be written into.
+    """
+
+    def __init__(self, content: io.BytesIO) -> None:
+        super().__init__(content)
+        self.classes = {(module, name): type(name, (_Record,), {}) for module, names in _NAMES.items() for name in names}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return _CLASSES[module, name]
+        if (module, name) in self.classes:
+            return self.classes[module, name]
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def _unpickled(path: Path) -> Metadata:
+def _unpickled(path: Path) -> _Record:
+    """The record of the Metadata that a file holds."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; that is no index")
@@ -239,7 +255,7 @@ def _unpickled(path: Path) -> Metadata:
         raise UserError(f"{path} is damaged, or names what no such file is made of ({error}); it was not read") from error
     except Exception as error:  # what damaged bytes make pickle raise is of many kinds
         raise UserError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from error
-    if not isinstance(content, Metadata):
+    if type(content).__name__ not in ("Metadata", "MCoreMetadata") or not isinstance(content, _Record):
         raise UserError(f"{path} holds no metadata of a distributed checkpoint; it is damaged")
     return content
 

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 
-BIN_NAME = "pytorch_model.bin"
-BIN_INDEX_NAME = "pytorch_model.bin.index.json"
-
 
 class TorchFile:
     """One file of named tensors, read on first use. The same methods as `SafetensorsFile`."""

@@ -7,6 +7,7 @@ that have nothing in common but the weights.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megadpo.checkpoint.hf import hf_directory
+from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.reward_model import refuse_reward_model
 from megadpo.checkpoint.sharded import is_checkpoint, open_weights
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity, counted_through
@@ -81,6 +83,8 @@ def verify(one: str, other: str, texts: Sequence[str] | None = None, tolerance: 
         UserError: a directory is neither, its tokenizer is missing, or a text is too short.
     """
     rows = _rows(texts)
+    for path in (one, other):
+        refuse_reward_model(read_hf_config(path), path)
     with tempfile.TemporaryDirectory(prefix="megadpo-verify-") as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -95,9 +99,16 @@ def verify(one: str, other: str, texts: Sequence[str] | None = None, tolerance: 
     lengths = [len(response) for group in groups for response in group.responses]
     if len(both[0]) != len(both[1]):
         raise UserError(f"{one} and {other} have different tokenizers: they part the sample text in other ways")
-    worst = max(abs(a - b) / (tolerance * max(length / 10, 1)) for a, b, length in zip(*both, lengths, strict=True))
+    worst = worst_difference(*both, lengths, tolerance)
     equal, total, largest, surplus = _tensors(one, other)
     return Verdict(equal, total, largest, surplus, tuple(zip(*both, strict=True)), worst)
+
+
+def worst_difference(first: Sequence[float], second: Sequence[float], lengths: Sequence[int], tolerance: float) -> float:
+    """The largest difference of two log-probs of a response, in what is allowed for one of its length; infinite where one is
+    not finite."""
+    parts = [abs(a - b) / (tolerance * max(length / 10, 1)) for a, b, length in zip(first, second, lengths, strict=True)]
+    return max(part if math.isfinite(part) else math.inf for part in parts)
 
 
 def _rows(texts: Sequence[str] | None) -> list[dict[str, str]]:

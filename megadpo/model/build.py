@@ -248,7 +248,8 @@ def _build_chunk(
         join_adds_and_norms(model)
     complete_layers(model, shape)
     if is_first and shape.embedding_multiplier != 1.0:
-        model.embedding.register_forward_hook(functools.partial(multiplied, shape.embedding_multiplier))
+        factor = shape.embedding_multiplier, shape.embedding_module_multiplies
+        model.embedding.register_forward_hook(functools.partial(multiplied, *factor))
     model.rotary_pos_emb = small_ops.rope_of(shape)
     if is_last and has_vocabulary:
         model.output_layer = LogProbHead(
@@ -264,9 +265,10 @@ def _build_chunk(
     return model
 
 
-def multiplied(multiplier: float, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A forward hook: embeddings times a factor that is rounded to their type, as Gemma's is."""
-    return output * torch.tensor(multiplier, dtype=output.dtype).item()
+def multiplied(multiplier: float, is_rounded: bool, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook: embeddings times a factor, which is rounded to their type where the embedding module has it, as
+    Gemma's does."""
+    return output * (torch.tensor(multiplier, dtype=output.dtype).item() if is_rounded else multiplier)
 
 
 class _UnjoinedModel(GPTModel):

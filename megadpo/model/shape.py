@@ -112,9 +112,9 @@ class ModelShape:
         activation: of the MLP's gate.
         fuses_qkv: whether the Hugging Face tensors have queries, keys and values as one, ``qkv_proj``, one after the other.
         fuses_gate_up: whether they have gate and up as one, ``gate_up_proj``.
-        embedding_multiplier: the factor on embeddings, rounded to the model's type.
-        embedding_module_multiplies: whether that factor is in transformers' embedding module, not behind it: NEFTune's noise
-            is added to what the module gives.
+        embedding_multiplier: the factor on embeddings.
+        embedding_module_multiplies: whether that factor is in transformers' embedding module, not behind it: it is rounded
+            to the model's type, and NEFTune's noise is added to what the module gives.
         residual_multiplier: the factor on what attention and MLP give, before it is added to the residual stream.
         attention_multiplier: what scores are multiplied by before their softmax; None: 1 / sqrt(head_dim).
         logits_multiplier: the factor on the vocabulary's logits.

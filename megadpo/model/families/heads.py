@@ -62,7 +62,8 @@ def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
 def tying_settings(settings: Mapping[str, Any], has_own_head: bool) -> dict[str, Any]:
     """What config.json says in place of `settings`, the content of the original one, where an adapter has made two matrices
     of one."""
-    return {"tie_word_embeddings": False} if has_own_head and settings.get("tie_word_embeddings") else {}
+    says_so = settings.get("tie_word_embeddings") is False  # what a config does not say depends on the family
+    return {"tie_word_embeddings": False} if has_own_head and not says_so else {}
 
 
 def head_settings(hf_config: PretrainedConfig) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def family_of(hf_config: PretrainedConfig | dict[str, Any]) -> Family:
     """
     field = hf_config.get if isinstance(hf_config, dict) else lambda key: getattr(hf_config, key, None)
     architectures, model_type = field("architectures") or [], field("model_type")
+    if not isinstance(architectures, list | tuple):
+        raise UserError(f"architectures is {architectures!r}; it must be a list of names")
     for family in FAMILIES:
         if family.name == model_type and (not architectures or set(architectures) & set(family.known_architectures)):
             return family

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.families.heads import check_head, head_of
 from megadpo.model.families.registry import as_config, family_of
 from megadpo.model.families.rope import ropes_of
-from megadpo.model.shape import Activation, ModelShape
+from megadpo.model.shape import Activation, Experts, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,6 +30,8 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
     num_heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
     facts = {"activation": _activation(hf_config, family.activation), **family.facts(hf_config)}
+    windows, experts = family.sliding_windows(hf_config), family.experts(hf_config)
+    _check_numbers(windows, experts)
     check_head(hf_config)
     return ModelShape(
         num_layers=hf_config.num_hidden_layers,
@@ -41,13 +44,23 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
         max_positions=hf_config.max_position_embeddings,
         norm_epsilon=getattr(hf_config, family.norm_epsilon),
         tied_embeddings=bool(hf_config.tie_word_embeddings),
-        windows=tuple(family.sliding_windows(hf_config)),
+        windows=tuple(windows),
         ropes=ropes_of(hf_config, family, head_dim),
-        experts=family.experts(hf_config),
+        experts=experts,
         head=head_of(hf_config),
         padding_token=hf_config.pad_token_id,
         **facts,
     )
+
+
+def _check_numbers(windows: Sequence[int | None], experts: Experts | None) -> None:
+    if any(window is not None and window < 1 for window in windows):
+        raise UserError("the model's sliding_window is 0 or less, so that its layers would see nothing; null is no window")
+    if experts is not None and not 1 <= experts.per_token <= experts.count:
+        raise UserError(
+            f"the model's num_experts_per_tok is {experts.per_token}, but a layer has {experts.count} experts; it must be 1 "
+            f"to {experts.count}"
+        )
 
 
 def _activation(hf_config: PretrainedConfig, field: str) -> Activation:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megadpo.errors import UserError
 from megadpo.model.families.common import Family, windows_of_layer_types
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def _windows(hf_config: PretrainedConfig) -> list[int | None]:
-    windows = windows_of_layer_types(hf_config)
-    return windows if hf_config.use_sliding_window else [None] * len(windows)
+def _check(hf_config: PretrainedConfig) -> None:
+    """transformers' masks ask layer_types alone, its flash attention asks use_sliding_window, too."""
+    if "sliding_attention" in hf_config.layer_types and not hf_config.use_sliding_window:
+        raise UserError(
+            "the model's layer_types has 'sliding_attention', but its use_sliding_window is false; make one say what the "
+            "other does"
+        )
 
 
 def _with_rope(hf_config: PretrainedConfig) -> list[bool]:
-    return [bool(has_rope) for has_rope in hf_config.no_rope_layers]
+    num_layers, has_rope = hf_config.num_hidden_layers, hf_config.no_rope_layers
+    if len(has_rope) < num_layers:
+        raise UserError(f"the model's no_rope_layers has {len(has_rope)} entries for {num_layers} layers; give one a layer")
+    return [bool(each) for each in has_rope[:num_layers]]
 
 
 SMOLLM3 = Family(
     "smollm3",
     ("SmolLM3ForCausalLM",),
     "SmolLM3ForSequenceClassification",
-    _windows,
+    windows_of_layer_types,
+    check=_check,
     with_rope=_with_rope,
 )

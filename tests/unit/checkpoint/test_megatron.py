@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megadpo.checkpoint.convert import export_checkpoint, export_megatron
 from megadpo.checkpoint.hf import read_hf_config
-from megadpo.checkpoint.importing import ImportOptions, import_model
+from megadpo.checkpoint.importing import ImportOptions, _open_import, import_model
 from megadpo.checkpoint.megatron import MegatronSource
 from megadpo.checkpoint.torch_dist import TorchDistFiles, TorchDistWriter, torch_dist_directory
 from megadpo.errors import UserError
@@ -137,6 +138,57 @@ def test_code_in_its_pickles_is_refused_and_not_run(ours: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"__0_0\.distcp is damaged at the tensor a"):
         TorchDistFiles(tmp_path / "bad").read("a", [0], [3])
     assert not (tmp_path / "was-run").exists() and not (tmp_path / "out").exists()
+
+
+def writes_into(module: str, name: str) -> bytes:
+    """A pickle that writes an attribute into what it names."""
+    state = b"N}X\x04\x00\x00\x00nameX\x08\x00\x00\x00a.distcps\x86b."  # (None, {"name": "a.distcp"}), BUILD
+    return b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n" + state
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("pathlib", "PurePosixPath"),
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch", "float32"),
+    ],
+)
+def test_a_pickle_that_writes_into_what_it_names_writes_into_nothing_of_ours(ours: Path, module: str, name: str) -> None:
+    owner = getattr(importlib.import_module(module), name)
+    before = {key: value for key, value in vars(owner).items() if key == "name"} if hasattr(owner, "__dict__") else {}
+    (ours / "release" / ".metadata").write_bytes(writes_into(module, name))
+    with pytest.raises(UserError, match=r"\.metadata"):
+        TorchDistFiles(ours / "release")
+    after = {key: value for key, value in vars(owner).items() if key == "name"} if hasattr(owner, "__dict__") else {}
+    assert before == after and Path("/x/y").name == "y"
+
+
+def test_a_model_of_more_layers_than_its_config_says_is_not_cut(root: Path, ours: Path, tmp_path: Path) -> None:
+    config = json.loads((ours / "huggingface" / "config.json").read_text())
+    num_layers = config["num_hidden_layers"]
+    for number in (num_layers - 1, num_layers + 1):
+        other = config | {"num_hidden_layers": number, "layer_types": ["full_attention"] * number}
+        (ours / "huggingface" / "config.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=f"has {num_layers} layers, but its config says {number}; give the config"):
+            import_model(ours, tmp_path / "out", ImportOptions())
+
+
+def test_an_import_goes_on_with_the_same_numbers_only(ours: Path, tmp_path: Path) -> None:
+    """The .metadata of two iterations is the same."""
+    options = ImportOptions()
+    first = _open_import(ours, options).digest
+    assert first == _open_import(ours, options).digest
+    data = ours / "release" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    second = _open_import(ours, options).digest
+    change = json.loads((ours / "huggingface" / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (ours / "huggingface" / "config.json").write_text(json.dumps(change))
+    assert len({first, second, _open_import(ours, options).digest}) == 3
 
 
 def test_damage_and_another_model_are_named(root: Path, ours: Path, tmp_path: Path) -> None:

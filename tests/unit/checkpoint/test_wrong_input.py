@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.convert import export_checkpoint
+from megadpo.checkpoint.digest import tensor_files
 from megadpo.checkpoint.hf import directory_warning, open_hf, read_hf_config
 from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import open_checkpoint, open_weights
 from megadpo.errors import UserError
 from megadpo.files import ALGORITHM, sealed
-from megadpo.model.families import check_tensors, shape_of
+from megadpo.model.families import check_tensors, shape_of, tying_settings
 from tests.helpers.models import save_model
 
 
@@ -181,7 +183,29 @@ def test_code_that_a_config_names_is_never_run_which_is_told_and_not_exported(mo
     config = read_hf_config(model)
     assert type(config).__module__.startswith("transformers.") and "auto_map" not in config.to_dict()
     assert "names code of the model's own (auto_map), which is never run" in (directory_warning(model) or "")
+    assert "auto_map" not in companions_of(model).settings
     assert not (model / "was-run").exists()
+
+
+@pytest.mark.parametrize(("name", "counts"), [("model.safetensors", False), ("consolidated.safetensors", True)])
+def test_pickled_weights_count_for_the_digest_where_they_are_what_is_read(tmp_path: Path, name: str, counts: bool) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "pytorch_model.bin").touch()
+    assert (tmp_path / "pytorch_model.bin" in tensor_files(tmp_path)) is counts
+    assert tmp_path / name in tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_own_head", "expected"),
+    [
+        ({}, True, {"tie_word_embeddings": False}),  # what a family does by default, as Gemma, is not said
+        ({"tie_word_embeddings": True}, True, {"tie_word_embeddings": False}),
+        ({"tie_word_embeddings": False}, True, {}),
+        ({"tie_word_embeddings": True}, False, {}),
+    ],
+)
+def test_a_config_says_that_there_are_two_matrices(settings: Any, has_own_head: bool, expected: Any) -> None:
+    assert tying_settings(settings, has_own_head) == expected
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00"])

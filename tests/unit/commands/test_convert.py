@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.importing import import_hf
 from megadpo.cli import main
+from megadpo.errors import UserError
+from megadpo.evaluation.verify import verify, worst_difference
 from tests.helpers.models import save_model
 
 
@@ -50,7 +53,7 @@ def test_verify_compares_tensors_and_log_probs_of_transformers_with_ours(
 ) -> None:
     status, verdict = said(["verify", str(root / "model"), str(root / "checkpoint")], capsys)
     assert status == 0 and verdict["same"] and verdict["num_equal"] == verdict["num_tensors"] == 39
-    assert len(verdict["logps"]) == 8 and all(a != b or a < 0 for a, b in verdict["logps"])
+    assert len(verdict["logps"]) == 8 and all(a < 0 and a == pytest.approx(b, abs=1e-2) for a, b in verdict["logps"])
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] += 0.5
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -58,6 +61,18 @@ def test_verify_compares_tensors_and_log_probs_of_transformers_with_ours(
     status, verdict = said(["verify", str(model), str(root / "checkpoint"), "--text", str(model.parent / "text")], capsys)
     assert status == 1 and not verdict["same"] and verdict["num_equal"] == 38 and len(verdict["logps"]) == 2
     assert verdict["largest"] == [pytest.approx(0.5), "model.layers.2.mlp.up_proj.weight"]
+
+
+def test_a_log_prob_that_is_no_number_is_a_difference() -> None:
+    assert worst_difference([-1.0, -2.0], [-1.0, -2.0], [5, 5], 1e-4) == 0
+    assert worst_difference([-1.0, math.nan], [-1.0, math.nan], [5, 5], 1e-4) == math.inf
+    assert worst_difference([math.nan, -2.0], [-1.0, -2.0], [5, 5], 1e-4) == math.inf
+
+
+def test_reward_models_have_no_log_probs_to_verify(model: Path) -> None:
+    change_config(model, architectures=["LlamaForSequenceClassification"], num_labels=1)
+    with pytest.raises(UserError, match="is a reward model .* it gives no log-probs"):
+        verify(str(model), str(model))
 
 
 def test_inspect_says_what_a_directory_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,7 +405,6 @@ def test_refused_models_are_named_as_transformers_names_them() -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, [None, None, None, 7]),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 7}, [None, None, None, 7]),
-        ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, [None] * 4),
         ("ministral", {"sliding_window": 7}, [7] * 4),
         ("cohere2", {"sliding_window": 7, "sliding_window_pattern": 2}, [7, None, 7, None]),
         ("phi3", {"sliding_window": 7}, [7] * 4),
@@ -470,6 +469,16 @@ def test_transformer_config_arguments(family: str) -> None:
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0, which transformers' Gemma 3"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+        ("gemma2", {"sliding_window": 0}, "sliding_window is 0 or less"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but a layer has 4 experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
+            "no_rope_layers has 2 entries for 4 layers",
+        ),
+        ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, "use_sliding_window is false"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; it must be a list"),
     ],
 )
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:

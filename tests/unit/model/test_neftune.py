@@ -41,7 +41,7 @@ def test_noise_is_added_to_what_the_embedding_module_of_transformers_gives(famil
     """With Gemma's factor in it; Granite's comes after, and so is the noise's, too."""
     shape = shape_of(config_of(family, **({"embedding_multiplier": 3.0} if family == "granite" else {})))
     embedding = torch.nn.Identity()
-    embedding.register_forward_hook(functools.partial(multiplied, shape.embedding_multiplier))
+    embedding.register_forward_hook(functools.partial(multiplied, shape.embedding_multiplier, True))
     model = type("Model", (torch.nn.Module,), {"pre_process": True})()
     model.embedding = embedding
     noise, stream = EmbeddingNoise(ALPHA, 1, 0, is_on=True), collate_groups(GROUPS, [5, 9])

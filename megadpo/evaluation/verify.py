@@ -99,7 +99,7 @@ def verify(one: str, other: str, texts: Sequence[str] | None = None, tolerance: 
     lengths = [len(response) for group in groups for response in group.responses]
     if len(both[0]) != len(both[1]):
         raise UserError(f"{one} and {other} have different tokenizers: they part the sample text in other ways")
-    worst = worst_difference(*both, lengths, tolerance)
+    worst = worst_difference(both[0], both[1], lengths, tolerance)
     equal, total, largest, surplus = _tensors(one, other)
     return Verdict(equal, total, largest, surplus, tuple(zip(*both, strict=True)), worst)
 

@@ -71,7 +71,7 @@ def test_a_log_prob_that_is_no_number_is_a_difference() -> None:
 
 def test_reward_models_have_no_log_probs_to_verify(model: Path) -> None:
     change_config(model, architectures=["LlamaForSequenceClassification"], num_labels=1)
-    with pytest.raises(UserError, match="is a reward model .* it gives no log-probs"):
+    with pytest.raises(UserError, match=r"is a reward model .* it gives no log-probs"):
         verify(str(model), str(model))
 
 

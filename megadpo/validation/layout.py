@@ -20,6 +20,8 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
     divided = {"attention heads": shape.num_heads, "key-value heads": shape.num_key_value_heads}
     if experts is None or len(experts.layers) < shape.num_layers:
         divided["MLP columns"] = shape.ffn_size
+    if experts is not None and experts.shared is not None:
+        divided["columns of shared experts"] = experts.shared.columns
     for what, number in divided.items():
         if number % layout.tensor:
             raise UserError(

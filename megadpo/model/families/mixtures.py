@@ -17,7 +17,7 @@ def experts_after_dense_layers(hf_config: PretrainedConfig, routing: Routing) ->
     Raises:
         UserError: no shared expert, or groups that the experts cannot be divided in.
     """
-    first, num_layers = hf_config.first_k_dense_replace, hf_config.num_hidden_layers
+    first, num_layers = hf_config.first_k_dense_replace or 0, hf_config.num_hidden_layers
     if first >= num_layers:
         return None
     if hf_config.n_shared_experts < 1:
@@ -69,6 +69,10 @@ def softmax_routing(hf_config: PretrainedConfig) -> Routing:
 
 def _check_groups(hf_config: PretrainedConfig, routing: Routing) -> None:
     count, groups, chosen = hf_config.n_routed_experts, routing.num_groups, routing.groups_per_token
+    if groups is None or chosen is None:
+        raise UserError(
+            "the model's config has n_group or topk_group: null, and its routing needs both; 1 and 1 is no groups"
+        )
     if groups < 1 or count % groups:
         raise UserError(f"the model's n_group is {groups}, which does not divide its {count} experts (n_routed_experts)")
     if not 1 <= chosen <= groups:

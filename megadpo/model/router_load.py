@@ -8,7 +8,7 @@ then linear and exact, wherever and in whichever micro-batch the token is.
 
 A token weighs what it would without shared prompts: a prompt's once for each of its responses, padding nothing.
 
-A router's correction bias (`Routing.has_correction_bias`) may be moved by the same load, without a gradient and without a loss
+A router's correction bias (`Routing.has_correction_bias`) may be moved by the same load, without gradient and loss
 (`move_correction_biases`).
 
 Axes: L layers of the whole model (rows of layers without experts are zero), E experts, T tokens of the stream.

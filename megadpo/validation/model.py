@@ -57,7 +57,7 @@ def _check_bias_updates(config: Config, shape: ModelShape) -> None:
     if shape.experts is None or not shape.experts.routing.has_correction_bias:
         reason = f"{config.model.path} has no routers with a correction bias (e_score_correction_bias); remove it"
     elif config.adapter.kind != "none":
-        reason = f"with adapter.kind {config.adapter.kind} the model itself, routers' biases included, stays as it is; set it to 0"
+        reason = f"with adapter.kind {config.adapter.kind} the model, its routers' biases too, stays as it is; set it to 0"
     if reason is not None:
         raise UserError(f"train.router_bias_update_rate is {rate!r}, but {reason}")
 

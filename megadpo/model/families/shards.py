@@ -40,6 +40,11 @@ def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """`logical_shapes` without what transformers' models have as buffers: routers' correction biases."""
+    return {name: size for name, size in logical_shapes(shape).items() if not is_correction_bias(name)}
+
+
 def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     query, key, hidden = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim, shape.hidden_size
     projections = {"q_proj": query, "k_proj": key, "v_proj": key}

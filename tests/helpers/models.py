@@ -39,9 +39,12 @@ PREFIXES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "gpt_oss": "GptOss",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
 }
 """What transformers' classes of each family begin with."""
 
+LATENTS = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 48},
@@ -61,6 +64,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "sliding_window_pattern": 2},
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 0.7},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
+    "deepseek_v2": {**LATENTS, "num_key_value_heads": 4, "q_lora_rank": None, "first_k_dense_replace": 4},
+    "deepseek_v3": {**LATENTS, "num_key_value_heads": 4, "q_lora_rank": 32, "first_k_dense_replace": 4},
 }
 """What a small model of a family has beside the sizes of all."""
 

@@ -29,6 +29,16 @@ LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 32,
     "partial_rotary_factor": 0.75,
 }
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.9,
+    "mscale_all_dim": 0.707,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 20},
     "phi3-partial-longrope": {
@@ -54,6 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"final_logit_softcapping": 3.0, "attention_bias": True},
+    "deepseek_v2": {"rope_parameters": YARN, "max_position_embeddings": 128},
+    "deepseek_v3": {"rope_parameters": YARN, "max_position_embeddings": 128, "tie_word_embeddings": True},
+    "deepseek_v3-halves": {"q_lora_rank": None, "rope_interleave": False},
     "llama-gelu-biased": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True, "mlp_bias": True},
 }
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False, tokens_per_micro_batch=120)]}

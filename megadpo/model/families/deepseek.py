@@ -1,0 +1,82 @@
+"""DeepSeek-V2 and V3: multi-head latent attention; dense layers first, then mixtures with shared experts and grouped routing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from megadpo.errors import UserError
+from megadpo.model.families.common import Family, no_windows, refuse_biases
+from megadpo.model.shape import Experts, Latents
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LATENT_EPSILON = 1e-6
+"""Of the latents' norms, in transformers and in DeepSeek's own code, whatever ``rms_norm_eps`` is."""
+
+
+def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
+    refuse_biases(hf_config, "attention_bias", "mlp_bias")
+    latents = Latents(
+        query_rank=hf_config.q_lora_rank,
+        key_value_rank=hf_config.kv_lora_rank,
+        plain_dim=hf_config.qk_nope_head_dim,
+        rope_dim=hf_config.qk_rope_head_dim,
+        value_dim=hf_config.v_head_dim,
+        norm_epsilon=LATENT_EPSILON,
+    )
+    return {
+        "latents": latents,
+        "attention_multiplier": _yarn_factor(hf_config) ** 2 / math.sqrt(latents.head_dim),
+        "rope_is_interleaved": bool(getattr(hf_config, "rope_interleave", True)),
+    }
+
+
+def _yarn_factor(hf_config: PretrainedConfig) -> float:
+    """What `mscale_all_dim` makes of queries and keys as a whole (arXiv:2309.00071), rope's kind being another than default."""
+    rope = hf_config.rope_parameters
+    strength, factor = rope.get("mscale_all_dim"), rope.get("factor", 1.0)
+    if rope.get("rope_type", "default") == "default" or not strength or factor <= 1:
+        return 1.0
+    return 0.1 * float(strength) * math.log(factor) + 1.0
+
+
+def _check(hf_config: PretrainedConfig) -> None:
+    heads, of_keys, rope_dim = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.qk_rope_head_dim
+    if of_keys != heads:
+        raise UserError(
+            f"the model's num_key_value_heads is {of_keys}, but latents are made into keys and values of all {heads} heads "
+            "(num_attention_heads); set it to that"
+        )
+    if rope_dim < 2 or rope_dim % 2:
+        raise UserError(f"the model's qk_rope_head_dim is {rope_dim}; rope turns pairs of columns, so it must be even")
+
+
+def _no_mixtures_yet(hf_config: PretrainedConfig) -> Experts | None:
+    if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
+        raise UserError(
+            f"the model's first_k_dense_replace is {hf_config.first_k_dense_replace} of {hf_config.num_hidden_layers} "
+            f"layers; {hf_config.model_type} is supported with dense layers only"
+        )
+    return None
+
+
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    ("DeepseekV2ForCausalLM",),
+    "DeepseekV2ForSequenceClassification",
+    no_windows,
+    _facts,
+    _no_mixtures_yet,
+    check=_check,
+)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    ("DeepseekV3ForCausalLM",),
+    "DeepseekV3ForSequenceClassification",
+    no_windows,
+    _facts,
+    _no_mixtures_yet,
+    check=_check,
+)

@@ -140,9 +140,7 @@ def _lengths(micro_batch: MicroBatch, prompt_start: int, prompt_end: int) -> str
     return " and ".join(map(str, lengths))
 
 
-def rotated(
-    x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool, turns_last: bool = False
-) -> Tensor:
+def rotated(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool, turns_last: bool = False) -> Tensor:
     """2 N columns of each head turned, the first or the last, the others as they are; in float32 and rounded once.
 
     Args:

@@ -1,4 +1,5 @@
-"""DeepSeek-V2 and V3: multi-head latent attention; dense layers first, then mixtures with shared experts and grouped routing."""
+"""DeepSeek-V2 and V3: multi-head latent attention; dense layers first, then mixtures with shared experts and groups of
+experts."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _yarn_factor(hf_config: PretrainedConfig) -> float:
-    """What `mscale_all_dim` makes of queries and keys as a whole (arXiv:2309.00071), rope's kind being another than default."""
+    """What `mscale_all_dim` makes of whole queries and keys (arXiv:2309.00071), rope being of another kind than default."""
     rope = hf_config.rope_parameters
     strength, factor = rope.get("mscale_all_dim"), rope.get("factor", 1.0)
     if rope.get("rope_type", "default") == "default" or not strength or factor <= 1:

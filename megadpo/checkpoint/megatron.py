@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions, write_companions
-from megadpo.checkpoint.export import write_json
+from megadpo.checkpoint.export import kept_dtype, write_json
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.staging import abandon, begin, publish, staging, writing
 from megadpo.checkpoint.torch_dist import LATEST, TorchDistFiles, TorchDistWriter, regions
@@ -259,7 +259,8 @@ def _write_tensors(
     for shard in counted_through(shards, "converting", len(shards), "tensors"):
         found = places(shard.name, is_stacked)
         for place in found if experts is not None and shard.name.endswith("pre_mlp_layernorm.weight") else found[:1]:
-            values = torch.empty(shard.shape, dtype=dtype or types[found[0].name])
+            own = types[found[0].name] if dtype is None else kept_dtype(names_in(shard)[0], dtype)
+            values = torch.empty(shard.shape, dtype=own)
             fill_shard(shard, source, values)
             if not is_finite(values):
                 raise UserError(f"{what}: {names_in(shard)[0]} is not finite, so nothing was written")

@@ -88,7 +88,8 @@ def body_parameters(shape: ModelShape) -> int:
     num_mixtures = 0 if experts is None else len(experts.layers)
     total = shape.num_layers * shape.attention_parameters + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
     if experts is not None:
-        total += num_mixtures * (3 * hidden * experts.columns * experts.per_token + hidden * experts.count)
+        has_gate = experts.shared is not None and experts.shared.has_gate
+        total += num_mixtures * (3 * hidden * experts.columns_of_token + hidden * (experts.count + has_gate))
     return total
 
 

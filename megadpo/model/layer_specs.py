@@ -63,12 +63,12 @@ def block_spec(
 
 
 def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
-    """The layer with quantised linear layers, those of experts too; routers stay as they are."""
+    """The layer with quantised linear layers, those of experts too; routers and a shared expert's gate stay as they are."""
     if quantization is not None:
         mlp = layer.submodules.mlp.submodules
         experts = getattr(mlp, "experts", None)
-        linear = mlp if experts is None else experts.submodules
-        use_four_bit_layers([layer.submodules.self_attention.submodules, linear], quantization)
+        linear = [mlp] if experts is None else [experts.submodules, mlp.shared_experts.submodules]
+        use_four_bit_layers([layer.submodules.self_attention.submodules, *linear], quantization)
     return layer
 
 

@@ -33,6 +33,48 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a router's logits become a token's experts, and what each of these counts.
+
+    Attributes:
+        score_function: of the logits, in float32: "softmax" over all experts, or "sigmoid" of each.
+        renormalised: whether the chosen experts' scores are scaled to add up to 1.
+        scaling_factor: what the chosen experts' scores are multiplied by, after that.
+        num_groups: equal parts of the experts, one after the other.
+        groups_per_token: those of them from which a token's experts are chosen.
+        group_score: of a group, by which these are chosen: its best expert's score ("max", DeepSeek-V2), or the sum of its
+            best two ("two_best", DeepSeek-V3).
+        has_correction_bias: whether each expert has a number that is added to its score where groups and experts are chosen,
+            and there only. No gradient moves it (arXiv:2408.15664).
+        logits_in_float32: whether the logits are computed in float32, too; else in the model's type.
+    """
+
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    renormalised: bool = False
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "two_best"] = "max"
+    has_correction_bias: bool = False
+    logits_in_float32: bool = False
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP in a mixture that every token goes through, beside the experts that it is sent to.
+
+    Attributes:
+        columns: its inner size; of several shared experts, that of all together, which are one MLP.
+        name: its place in the mixture's Hugging Face names.
+        has_gate: whether what it gives is multiplied by the sigmoid of one more product with the token (`NAME_gate`).
+    """
+
+    columns: int
+    name: str = "shared_experts"
+    has_gate: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
     """A model's mixtures of experts.
 
@@ -40,8 +82,9 @@ class Experts:
         count: experts of a layer.
         per_token: how many of them a token goes to.
         columns: inner size of an expert's gated MLP.
-        renormalised: whether the chosen experts' probabilities are scaled to add up to 1.
+        routing: how the router chooses.
         layers: global numbers of the layers that have experts; the others have a dense MLP.
+        shared: beside them; None: there is none.
         block: the mixture's place in a layer's Hugging Face names.
         gate, up, down: an expert's matrices there.
         router: the router there.
@@ -53,8 +96,9 @@ class Experts:
     count: int
     per_token: int
     columns: int
-    renormalised: bool
+    routing: Routing
     layers: tuple[int, ...]
+    shared: SharedExpert | None = None
     block: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -63,6 +107,16 @@ class Experts:
     has_biases: bool = False
     clamp: Clamp | None = None
     is_fused: bool = False
+
+    @property
+    def columns_of_token(self) -> int:
+        """Inner columns of all that a token goes through in a mixture."""
+        return self.per_token * self.columns + self.shared_columns
+
+    @property
+    def shared_columns(self) -> int:
+        """Inner size of the shared expert, 0 without."""
+        return 0 if self.shared is None else self.shared.columns
 
 
 @dataclass(frozen=True)
@@ -274,6 +328,9 @@ class ModelShape:
         }
         if self.experts is None:
             return options
+        if self.experts.shared is not None:
+            options["moe_shared_expert_intermediate_size"] = self.experts.shared.columns
+            options["moe_shared_expert_gate"] = self.experts.shared.has_gate
         return options | {
             "num_moe_experts": self.experts.count,
             "moe_ffn_hidden_size": self.experts.columns,
@@ -290,5 +347,5 @@ def head_work(shape: ModelShape) -> float:
     attention = shape.attention_parameters
     num_expert_layers = 0 if experts is None else len(experts.layers)
     columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
-    columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
+    columns += 0 if experts is None else num_expert_layers * experts.columns_of_token
     return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)

@@ -132,13 +132,18 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
             yield Kept(ATTENTION, 2 * k * layout.context * w)
     if plan.adapter is not None:
         yield Kept("adapters' inner results", adapter_numbers(plan, 0)[2] * w)
-    if not is_mixture:
-        f = shape.ffn_size / tensor
-        yield Kept(MLP, 2 * f * w)
-        yield Kept(MLP, f * w, again=True)  # SwiGLU's result
-        return
     experts = shape.experts
+    f = shape.ffn_size / tensor
+    if is_mixture:
+        assert experts is not None
+        f = experts.shared_columns / tensor
+    yield Kept(MLP, 2 * f * w)
+    yield Kept(MLP, f * w, again=True)  # SwiGLU's result
+    if not is_mixture:
+        return
     assert experts is not None
+    if experts.shared is not None:
+        yield Kept(MLP, (h + experts.shared.has_gate * h) * w)  # what it gives, and that without its gate
     share = layout.tensor if layout.sequence else 1  # tokens of a tensor rank
     routed, columns = experts.per_token / share, experts.columns / layout.expert_tensor
     if layout.expert_tensor > 1:
@@ -176,11 +181,12 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
     if is_mixture:
         assert shape.experts is not None
         f = shape.experts.per_token * shape.experts.columns / layout.expert_tensor / (tensor if layout.sequence else 1)
+        f = max(f, shape.experts.shared_columns / tensor)  # one after the other
     in_all = 0.0
     if plan.four_bit is not None:  # the widest: gate and up are one
         inner = shape.ffn_size / tensor
         if is_mixture and shape.experts is not None:
-            inner = shape.experts.columns / layout.expert_tensor
+            inner = max(shape.experts.columns / layout.expert_tensor, shape.experts.shared_columns / tensor)
         of_attention = max(rows * columns for rows, columns in shape.attention_matrices)
         in_all = w * max(of_attention / tensor, 2 * h * inner)
     if not backward:
@@ -247,6 +253,8 @@ def small_parameters(plan: Plan, stage: int) -> tuple[float, float]:
     dense += (num_layers - mixtures) * small((2 * shape.ffn_size, shape.ffn_size), layout.tensor)
     if shape.experts is None:
         return dense, 0.0
+    shared = shape.experts.shared_columns
+    dense += mixtures * small((2 * shared, shared), layout.tensor)
     f, num_local = shape.experts.columns, shape.experts.count / layout.expert
     return dense, mixtures * num_local * small((2 * f, f), layout.expert_tensor)
 

@@ -154,7 +154,9 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     own_experts = 0.0
     if shape.experts is not None:
         count, columns, has_biases = shape.experts.count, shape.experts.columns, shape.experts.has_biases
-        dense += mixtures * (h + has_biases) * count
+        dense += mixtures * (h + has_biases + shape.experts.routing.has_correction_bias) * count
+        if shape.experts.shared is not None:
+            dense += mixtures * (3 * h * shape.experts.shared.columns / layout.tensor + shape.experts.shared.has_gate * h)
         own_experts = 3.0 * h * columns * count / layout.expert / layout.expert_tensor
         own_experts += (2 * columns / layout.expert_tensor + h) * count / layout.expert if has_biases else 0
     vocabulary = math.ceil(shape.vocab_size / layout.tensor) * h
@@ -177,6 +179,8 @@ def linear_parameters(plan: Plan, stage: int) -> float:
     shape, layout = plan.shape, plan.layout
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
     dense = num_layers * shape.attention_parameters + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    if shape.experts is not None:
+        dense += mixtures * 3 * shape.hidden_size * shape.experts.shared_columns
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 

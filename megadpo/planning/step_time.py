@@ -60,7 +60,7 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     experts, tensor = shape.experts, layout.tensor
-    inner = shape.ffn_size if experts is None else experts.per_token * experts.columns
+    inner = shape.ffn_size if experts is None else experts.columns_of_token
     own = tokens / layout.context
     product, copied = own / tensor / rates.product_rate(own), w * own / tensor / rates.memory
     products: float = dense_products(shape) * product
@@ -75,7 +75,8 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
         moved, moved_back = moved + routed, moved_back + routed
         num_launches += 8 * experts.count / layout.expert
         routed_rows = own / tensor * experts.per_token * layout.expert / experts.count
-        expert_products = 3 * h * inner * own / tensor / rates.product_rate(routed_rows)
+        routed_columns = experts.per_token * experts.columns
+        expert_products = 3 * h * routed_columns * own / tensor / rates.product_rate(routed_rows)
         products += expert_products
         busiest = (rates.expert_imbalance - 1) * expert_products if layout.expert > 1 else 0.0
     low_rank, of_experts, _ = low_rank_numbers(plan)
@@ -103,9 +104,10 @@ def _rest(way: Sums, rates: Rates, num_launches: float) -> float:
 
 
 def dense_products(shape: ModelShape) -> int:
-    """Weights of a layer that a token is multiplied with, but those of experts."""
+    """Weights of a layer that a token is multiplied with, but those of the experts that it is sent to."""
+    experts = shape.experts
     return shape.attention_parameters + shape.hidden_size * (
-        3 * shape.ffn_size if shape.experts is None else shape.experts.count
+        3 * shape.ffn_size if experts is None else 3 * experts.shared_columns + experts.count
     )
 
 
@@ -126,9 +128,10 @@ def _add_tensor_messages(forward: Sums, backward: Sums, plan: Plan, rates: Rates
     products (megadpo/model/weight_gradients.py). Experts are whole and have none."""
     shape, layout = plan.shape, plan.layout
     one = rates.ring(plan.number_bytes * own * shape.hidden_size, 1, layout.tensor)
-    num_blocks = 2 if shape.experts is None else 1
+    inner = shape.ffn_size if shape.experts is None else shape.experts.shared_columns
+    num_blocks = 2 if inner else 1
     weights = shape.attention_parameters - shape.hidden_size * shape.num_heads * shape.value_dim
-    weights += 2 * shape.hidden_size * shape.ffn_size if shape.experts is None else 0
+    weights += 2 * shape.hidden_size * inner
     beside = rates.hidden * 4 * weights * product
     forward["tensor messages"] = 2 * num_blocks * one
     backward["tensor messages"] = num_blocks * one + max(0.0, 2 * num_blocks * one - beside)

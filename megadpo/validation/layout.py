@@ -27,6 +27,8 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
             divided["columns of queries' latent (q_lora_rank)"] = latents.query_rank
     if experts is None or len(experts.layers) < shape.num_layers:
         divided["MLP columns"] = shape.ffn_size
+    if experts is not None and experts.shared is not None:
+        divided["columns of shared experts"] = experts.shared.columns
     for what, number in divided.items():
         if number % layout.tensor:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,31 @@ MODELS = {
         {1: ONE[1][:1], 2: [Case(Layout(pipeline=2)), Case(Layout(data=2, expert=2))]},
     ),
 }
+GLM: dict[str, Any] = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True}
+SHARED = {
+    1: ONE[1][1:],
+    2: [
+        Case(Layout(tensor=2, sequence=True, expert=2), fusion=True),
+        Case(Layout(pipeline=2), recompute="full", tokens_per_micro_batch=200),
+        Case(Layout(context=2, context_method="ulysses", expert=2), tokens_per_micro_batch=200),
+    ],
+}
+"""Of models with shared experts: one case of each kind of layout."""
+MODELS |= {
+    "glm4_moe": (GLM, SHARED),
+    "glm4_moe-one-group": ({"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO),
+    "glm4_moe-more": (GLM, ONE | TWO | FOUR),
+    "qwen2_moe": ({"num_hidden_layers": 2, "mlp_only_layers": [0]}, SHARED),
+    "qwen2_moe-more": ({"qkv_bias": False, "decoder_sparse_step": 2, "norm_topk_prob": True}, ONE | TWO),
+}
+DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe")
 BETA = 0.1
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in DEFAULT else pytest.mark.exhaustive) for name in MODELS],
+)
 def measured(request, tmp_path_factory):
     """A policy, a reference and real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)

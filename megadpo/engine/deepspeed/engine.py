@@ -111,7 +111,7 @@ class ZeroEngine:
         return parameter.grad
 
     def router_metrics(self) -> dict[str, float]:
-        return {} if self.watch is None else self.watch.load().metrics()
+        return self.stage.balance_metrics(self.watch, self.train.router_bias_update_rate)
 
     def finish_gradients(self) -> None:
         owned = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
@@ -141,6 +141,7 @@ class ZeroEngine:
         self.partitions.before_step()
         begin_bias_correction_anew(self.runtime.basic_optimizer)
         self.runtime.step()
+        self.stage.balance_experts(self.watch, self.train.router_bias_update_rate)
         return norm
 
     def wait_for_parameters(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.families.common import Family, no_windows, refuse_biases
+from megadpo.model.families.mixtures import experts_after_dense_layers, sigmoid_routing, softmax_routing
 from megadpo.model.shape import Experts, Latents
 
 if TYPE_CHECKING:
@@ -54,13 +55,24 @@ def _check(hf_config: PretrainedConfig) -> None:
         raise UserError(f"the model's qk_rope_head_dim is {rope_dim}; rope turns pairs of columns, so it must be even")
 
 
-def _no_mixtures_yet(hf_config: PretrainedConfig) -> Experts | None:
-    if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
-        raise UserError(
-            f"the model's first_k_dense_replace is {hf_config.first_k_dense_replace} of {hf_config.num_hidden_layers} "
-            f"layers; {hf_config.model_type} is supported with dense layers only"
-        )
-    return None
+def _refuse_others(hf_config: PretrainedConfig, **known: object) -> None:
+    """Refuse what DeepSeek's own code reads and transformers' model does not, unless it is what that computes."""
+    for field, value in {"moe_layer_freq": 1, **known}.items():
+        found = getattr(hf_config, field, value)
+        if found not in (value, None):
+            raise UserError(
+                f"the model's config has {field}: {found!r}; {hf_config.model_type} is supported with {value!r} only"
+            )
+
+
+def _experts_of_2(hf_config: PretrainedConfig) -> Experts | None:
+    _refuse_others(hf_config, scoring_func="softmax")
+    return experts_after_dense_layers(hf_config, softmax_routing(hf_config))
+
+
+def _experts_of_3(hf_config: PretrainedConfig) -> Experts | None:
+    _refuse_others(hf_config, scoring_func="sigmoid", topk_method="noaux_tc")
+    return experts_after_dense_layers(hf_config, sigmoid_routing(hf_config))
 
 
 DEEPSEEK_V2 = Family(
@@ -69,7 +81,7 @@ DEEPSEEK_V2 = Family(
     "DeepseekV2ForSequenceClassification",
     no_windows,
     _facts,
-    _no_mixtures_yet,
+    _experts_of_2,
     check=_check,
 )
 DEEPSEEK_V3 = Family(
@@ -78,6 +90,6 @@ DEEPSEEK_V3 = Family(
     "DeepseekV3ForSequenceClassification",
     no_windows,
     _facts,
-    _no_mixtures_yet,
+    _experts_of_3,
     check=_check,
 )

@@ -18,6 +18,14 @@ NamedRange = tuple[str, int, int]
 
 _GATED = ("gate_proj", "up_proj")
 
+CORRECTION_BIAS, EXPERT_BIAS = "e_score_correction_bias", "expert_bias"
+"""A router's correction bias in Hugging Face's words, and in Megatron's."""
+
+
+def is_correction_bias(name: str) -> bool:
+    """Whether the tensor with this Hugging Face name is a router's correction bias, which no optimizer moves."""
+    return name.endswith(f".{CORRECTION_BIAS}")
+
 
 def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model in Hugging Face terms: embedding, layers in order, norm, head."""
@@ -93,6 +101,9 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
     if experts.has_biases:
         shapes[f"{experts.block}.{experts.router}.bias"] = (experts.count,)
+    if experts.routing.has_correction_bias:
+        shapes[f"{experts.block}.{experts.router}.{CORRECTION_BIAS}"] = (experts.count,)
+    shapes |= _shared_expert_shapes(experts, hidden)
     for number in range(experts.count):
         for name, rows, columns in (
             (experts.gate, experts.columns, hidden),
@@ -103,6 +114,17 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
             shapes[f"{matrix}.weight"] = (rows, columns)
             if experts.has_biases:
                 shapes[f"{matrix}.bias"] = (rows,)
+    return shapes
+
+
+def _shared_expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
+    if experts.shared is None:
+        return {}
+    name, columns = f"{experts.block}.{experts.shared.name}", experts.shared.columns
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.{matrix}.weight": (columns, hidden) for matrix in _GATED}
+    shapes[f"{name}.down_proj.weight"] = (hidden, columns)
+    if experts.shared.has_gate:
+        shapes[f"{name}_gate.weight"] = (1, hidden)
     return shapes
 
 
@@ -292,6 +314,9 @@ def _mixture_shards(
     shards = [cut.whole(f"{to}.router.weight", f"{router}.weight", experts.count, hidden)]
     if experts.has_biases:
         shards.append(cut.whole(f"{to}.router.bias", f"{router}.bias", experts.count))
+    if experts.routing.has_correction_bias:
+        shards.append(cut.whole(f"{to}.router.{EXPERT_BIAS}", f"{router}.{CORRECTION_BIAS}", experts.count))
+    shards += _shared_expert_shards(experts, cut, to, of, hidden)
     within, count = _Cutter(place.tensor, place.num_tensor), experts.count // place.num_expert
     for number in range(place.expert * count, (place.expert + 1) * count):
         local, expert = f"{to}.experts.local_experts.{number}", f"{of}.experts.{number}"
@@ -302,6 +327,21 @@ def _mixture_shards(
         shards.append(within.columns(f"{local}.linear_fc2.weight", f"{down}.weight", hidden, experts.columns))
         if experts.has_biases:
             shards.append(within.whole(f"{local}.linear_fc2.bias", f"{down}.bias", hidden))
+    return shards
+
+
+def _shared_expert_shards(experts: Experts, cut: _Cutter, to: str, of: str, hidden: int) -> list[ParameterShard]:
+    """It is cut as a dense layer's MLP is, not as experts are."""
+    if experts.shared is None:
+        return []
+    to, of, columns = f"{to}.shared_experts", f"{of}.{experts.shared.name}", experts.shared.columns
+    gate, up = ((f"{of}.{name}.weight", 0) for name in _GATED)
+    shards = [
+        cut.gated(f"{to}.linear_fc1.weight", gate, up, columns, hidden),
+        cut.columns(f"{to}.linear_fc2.weight", f"{of}.down_proj.weight", hidden, columns),
+    ]
+    if experts.shared.has_gate:
+        shards.append(cut.whole(f"{to}.gate_weight", f"{of}_gate.weight", 1, hidden))
     return shards
 
 

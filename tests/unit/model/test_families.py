@@ -109,7 +109,7 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -199,7 +199,8 @@ def test_logical_names_and_shapes_are_those_of_the_transformers_model(family: st
     config = config_of(family, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    in_files = oracle.in_files(dict(model.named_parameters()), config)
+    kept = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    in_files = oracle.in_files(dict(model.named_parameters()) | kept, config)
     expected = {name: tuple(tensor.shape) for name, tensor in in_files.items()}
     assert logical_shapes(shape_of(config)) == expected
 

@@ -46,7 +46,21 @@ PREFIXES = {
 }
 """What transformers' classes of each family begin with."""
 
-LATENTS = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 48},
@@ -82,8 +96,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
-    "deepseek_v2": {**LATENTS, "num_key_value_heads": 4, "q_lora_rank": None, "first_k_dense_replace": 4},
-    "deepseek_v3": {**LATENTS, "num_key_value_heads": 4, "q_lora_rank": 32, "first_k_dense_replace": 4},
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},
 }
 """What a small model of a family has beside the sizes of all."""
 

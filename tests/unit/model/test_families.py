@@ -109,7 +109,7 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3"])
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int

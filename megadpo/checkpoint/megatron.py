@@ -79,6 +79,8 @@ def refuse_other_layers(shape: ModelShape, what: str) -> None:
         why = "other norms than RMSNorms before attention and MLP, and of each head's queries and keys"
     elif shape.attention_sinks:
         why = "attention sinks"
+    elif shape.latents is not None:
+        why = "multi-head latent attention"
     elif shape.experts is not None and shape.experts.has_biases:
         why = "experts with biases"
     if why is not None:

@@ -4,6 +4,7 @@ experts."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
@@ -44,7 +45,16 @@ def _yarn_factor(hf_config: PretrainedConfig) -> float:
     return 0.1 * float(strength) * math.log(factor) + 1.0
 
 
+_NUMBERS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace")
+_OF_MIXTURES = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
+_OF_GROUPS = ("n_group", "topk_group")
+
+
 def _check(hf_config: PretrainedConfig) -> None:
+    _check_given(hf_config, _NUMBERS)
+    if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
+        has_groups = getattr(hf_config, "topk_method", "noaux_tc") != "greedy"
+        _check_given(hf_config, (*_OF_MIXTURES, *(_OF_GROUPS if has_groups else ())))
     heads, of_keys, rope_dim = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.qk_rope_head_dim
     if of_keys != heads:
         raise UserError(
@@ -53,6 +63,13 @@ def _check(hf_config: PretrainedConfig) -> None:
         )
     if rope_dim < 2 or rope_dim % 2:
         raise UserError(f"the model's qk_rope_head_dim is {rope_dim}; rope turns pairs of columns, so it must be even")
+
+
+def _check_given(hf_config: PretrainedConfig, fields: Sequence[str]) -> None:
+    """transformers lets some of them be null."""
+    for field in fields:
+        if getattr(hf_config, field, None) is None:
+            raise UserError(f"the model's config has no {field}, which {hf_config.model_type} needs; give its number")
 
 
 def _refuse_others(hf_config: PretrainedConfig, **known: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig, PipelineScheduleConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
@@ -77,8 +77,13 @@ TWO = {
     ]
 }
 MORE = {
-    1: [Case(Layout(), recompute="full")],
-    2: [Case(Layout(tensor=2)), Case(Layout(context=2))],
+    1: [Case(Layout(), recompute="full"), Case(Layout(), recompute="small")],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(context=2)),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(pipeline=2), schedule=PipelineScheduleConfig(name="1f1b", split_pairs=True)),
+    ],
     4: [
         Case(Layout(tensor=2, pipeline=2, sequence=True)),
         Case(Layout(tensor=2, data=2, sequence=True), share_prompts=False),

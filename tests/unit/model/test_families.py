@@ -503,7 +503,8 @@ def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes:
 
 @pytest.mark.parametrize(("family", "mscale_all_dim"), [("deepseek_v2", 0.707), ("deepseek_v3", 1.0), ("deepseek_v3", None)])
 def test_yarn_s_factor_on_the_scores_is_that_of_transformers(family: str, mscale_all_dim: float | None) -> None:
-    config = config_of(family, rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": mscale_all_dim})
+    of_all = {} if mscale_all_dim is None else {"mscale": 0.707, "mscale_all_dim": mscale_all_dim}
+    config = config_of(family, rope_parameters=YARN | of_all)
     with torch.device("meta"):
         attention = AutoModelForCausalLM.from_config(config).model.layers[0].self_attn
     assert softmax_scale(shape_of(config)) == pytest.approx(attention.scaling, rel=1e-12)

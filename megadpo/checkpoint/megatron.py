@@ -37,6 +37,7 @@ _FUSED = {
 }
 """Norms that TransformerEngine has within the projection after them; Megatron-core's own layers are saved so, too."""
 _STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_SHARED_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,10 @@ def _state_names(shape: ModelShape, is_stacked: bool) -> Iterator[str]:
     """Objects of the layers that Megatron asks for when it loads."""
     for layer in range(shape.num_layers):
         has_experts = shape.experts is not None and layer in shape.experts.layers
-        for module in _STATES[:2] if has_experts else _STATES:
+        modules = _STATES[:2] if has_experts else _STATES
+        if has_experts and shape.experts is not None and shape.experts.shared is not None:
+            modules += _SHARED_STATES
+        for module in modules:
             if is_stacked:
                 yield f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.num_layers}"
             else:

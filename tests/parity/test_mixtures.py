@@ -228,6 +228,52 @@ def _balance(model: torch.nn.Module, groups: list) -> tuple[Tensor, Tensor]:
     return total, torch.stack(loads)
 
 
+RATE = 0.01
+MOVED = {
+    1: [Case(Layout(), router_bias_update_rate=RATE)],
+    2: [
+        Case(Layout(data=2, expert=2), router_bias_update_rate=RATE, tokens_per_micro_batch=90, share_prompts=False),
+        Case(Layout(tensor=2, sequence=True, expert=2), router_bias_update_rate=RATE, recompute="full"),
+        Case(Layout(pipeline=2), router_bias_update_rate=RATE, tokens_per_micro_batch=90),
+        Case(Layout(context=2, context_method="allgather"), router_bias_update_rate=RATE),
+    ],
+}
+
+
+@pytest.mark.slow
+def test_correction_biases_move_by_the_sign_of_the_global_batch_s_load_error_in_every_layout(tmp_path):
+    policy = save_model(tmp_path / "policy", "glm4_moe", tokenizer=False, num_hidden_layers=2, first_k_dense_replace=0)
+    groups = random_groups(7, seed=3)
+    found = {steps: found_in(MOVED, policy, policy, groups, steps) for steps in (1, 3)}
+    model = oracle.load(policy)
+    biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    for (name, bias), counts in zip(biases.items(), _counts(model, groups), strict=True):
+        expected = bias + RATE * (counts.double().mean() - counts).sign()
+        assert len(counts.unique()) > 1
+        for case, outcome in found[1]:
+            assert torch.allclose(outcome.weights[name].double(), expected, rtol=0, atol=1e-7), f"{case}: {name}"
+        for case, outcome in found[3]:
+            assert torch.equal(outcome.weights[name], found[3][0][1].weights[name]), f"{case}: {name}"
+
+
+def _counts(model: torch.nn.Module, groups: list) -> list[Tensor]:
+    """Of each layer, how many tokens each expert has, over every token of every response with its own prompt."""
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    counts = [torch.zeros(model.config.n_routed_experts) for _ in routers]
+
+    def count(number: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        counts[number] += torch.bincount(output[2].flatten(), minlength=len(counts[number]))
+
+    handles = [
+        router.register_forward_hook(lambda module, inputs, output, number=number: count(number, output))
+        for number, router in enumerate(routers)
+    ]
+    oracle.all_logps(model, groups)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.slow
 def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):

@@ -300,6 +300,8 @@ def sharded_stage(
     cut, cut_of_experts = sharder(config), sharder(config, parallel_state.get_expert_data_parallel_group())
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
+    for bias, shard in stage.correction_biases.values():
+        fill_shard(shard, source, bias.data)
     for values, held, filled in ((source, stage.base, base), (trained or source, stage.parameters, parameters)):
         for name, (empty, shard) in held.items():
             data = torch.empty(shard.shape, dtype=empty.dtype, device=compute_device())

@@ -40,6 +40,11 @@ def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """`logical_shapes` without what transformers' models have as buffers: routers' correction biases."""
+    return {name: size for name, size in logical_shapes(shape).items() if not is_correction_bias(name)}
+
+
 def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     hidden, (first, *other_norms) = shape.hidden_size, shape.norms.names
     shapes: dict[str, tuple[int, ...]] = {f"{first}.weight": (hidden,)}

@@ -55,14 +55,12 @@ def _check(hf_config: PretrainedConfig) -> None:
     if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
         has_groups = getattr(hf_config, "topk_method", "noaux_tc") != "greedy"
         _check_given(hf_config, (*_OF_MIXTURES, *(_OF_GROUPS if has_groups else ())))
-    heads, of_keys, rope_dim = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.qk_rope_head_dim
+    heads, of_keys = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if of_keys != heads:
         raise UserError(
             f"the model's num_key_value_heads is {of_keys}, but latents are made into keys and values of all {heads} heads "
             "(num_attention_heads); set it to that"
         )
-    if rope_dim < 2 or rope_dim % 2:
-        raise UserError(f"the model's qk_rope_head_dim is {rope_dim}; rope turns pairs of columns, so it must be even")
 
 
 def _check_given(hf_config: PretrainedConfig, fields: Sequence[str]) -> None:

@@ -483,7 +483,6 @@ def test_transformer_config_arguments(family: str) -> None:
         ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, "use_sliding_window is false"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
         ("deepseek_v3", {"num_key_value_heads": 4}, "num_key_value_heads is 4, but latents are made into .* all 8 heads"),
-        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; rope turns pairs of columns"),
         (
             "deepseek_v3",
             {"scoring_func": "softmax"},

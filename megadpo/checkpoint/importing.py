@@ -27,7 +27,7 @@ from megadpo.checkpoint.peft import (
     open_adapter,
     peft_config,
 )
-from megadpo.checkpoint.resized import ResizedSource, with_vocabulary
+from megadpo.checkpoint.resized import ResizedSource, refuse_rows_elsewhere, with_vocabulary
 from megadpo.checkpoint.reward_model import as_reward_model
 from megadpo.checkpoint.sharded import (
     commit,
@@ -162,6 +162,7 @@ def _open_import(hf_dir: str | Path, options: ImportOptions) -> _Import:
         digest = model_files_digest(hf_directory(model.path), Path(model.path))
         if options.num_rows is not None:
             config = with_vocabulary(model.config, options.num_rows, _num_ids(Path(model.path)))
+            refuse_rows_elsewhere(model.source, model.shape)
             model = Base(model.path, config, shape_of(config), ResizedSource(model.source, options.num_rows))
         return _Import(model, model.source, None, None, {"step": 0}, digest)
     if megatron is not None:

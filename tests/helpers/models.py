@@ -164,8 +164,8 @@ def save_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> Any:
     return fast
 
 
-def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer: bool = True, **changes: Any) -> Path:
-    """A random model of `family` with weights large enough that attention matters, as a Hugging Face directory."""
+def tiny_config(family: str = "llama", **changes: Any) -> Any:
+    """The transformers config of a small model of `family`."""
     import transformers
 
     settings = {
@@ -186,7 +186,14 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
     }
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
-    config = getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
+    return getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
+
+
+def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer: bool = True, **changes: Any) -> Path:
+    """A random model of `family` with weights large enough that attention matters, as a Hugging Face directory."""
+    import transformers
+
+    config = tiny_config(family, **changes)
     torch.manual_seed(seed)
     model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():

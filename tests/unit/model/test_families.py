@@ -18,7 +18,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.checkpoint.megatron import refuse_other_layers
+from megadpo.checkpoint.megatron_flags import refuse_other_models
 from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -515,7 +515,7 @@ def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_latents_is_refus
     with pytest.raises(
         UserError, match="/m has multi-head latent attention, of which checkpoints of Megatron-core are neither"
     ):
-        refuse_other_layers(shape, "/m")
+        refuse_other_models(shape, "/m")
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])

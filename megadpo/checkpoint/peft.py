@@ -264,13 +264,16 @@ def why_peft_cannot(spec: AdapterSpec, shape: ModelShape) -> str | None:
     """Why PEFT (0.21, with transformers 5) does not load such an adapter as it is; None where it does.
 
     Since transformers 5 has the matrices of all experts in one, PEFT joins their adapters, which it does for plain LoRA of
-    one rank that gate and up both have, and leaves other modules of the same names out.
+    one rank that gate and up both have, and leaves other modules of the same names (of dense layers and shared experts)
+    out. Without adapters of experts it takes these names for experts', too.
     """
-    if shape.experts is None or not any(".experts." in module for module in spec.modules):
+    if shape.experts is None:
         return None
     names = {"gate": shape.experts.gate, "up": shape.experts.up, "down": shape.experts.down}
     of_experts = {kind for kind, name in names.items() for m in spec.modules if ".experts." in m and m.endswith(f".{name}")}
     dense = [m for m in spec.modules if ".experts." not in m and m.rpartition(".")[2] in names.values()]
+    if not of_experts:
+        return f"it takes dense matrices of the experts' names ({dense[0]}) for experts" if dense else None
     if ("gate" in of_experts) is not ("up" in of_experts):
         return f"of experts it takes adapters of {shape.experts.gate} and {shape.experts.up} together only"
     if spec.use_dora or spec.use_rslora or spec.ranks or spec.alphas:

@@ -248,7 +248,7 @@ def test_correction_biases_move_by_the_sign_of_the_global_batch_s_load_error_in_
     model = oracle.load(policy)
     biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
     for (name, bias), counts in zip(biases.items(), _counts(model, groups), strict=True):
-        expected = bias + RATE * (counts.double().mean() - counts).sign()
+        expected = bias.double() + RATE * (counts.double().mean() - counts).sign()
         assert len(counts.unique()) > 1
         for case, outcome in found[1]:
             assert torch.allclose(outcome.weights[name].double(), expected, rtol=0, atol=1e-7), f"{case}: {name}"

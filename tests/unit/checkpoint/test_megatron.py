@@ -62,7 +62,7 @@ def test_in_one_process_both_ways_for_layers_that_are_stacked_and_by_number(root
     run_world(1, save_each, saved)
     check_saved(root, saved, tmp_path)
     loaded = [Case(root / name, root / "ours" / name / "release") for name in MODELS]
-    assert run_world(1, load_each, loaded) == [[[], [], []]]
+    assert run_world(1, load_each, loaded) == [[[]] * len(MODELS)]
 
 
 @pytest.mark.slow

@@ -47,7 +47,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "mixtral": ("mixtral", {}, {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]}),
-    "shared experts": ("glm4_moe", {}, {"target_modules": ["q_proj", "shared_experts.up_proj", "shared_experts.down_proj"]}),
     "vocabulary": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "rank_pattern": {"lm_head": 3}}),
     "tied head": ("qwen2", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "v_proj"]}),
     "tied embedding and head": ("qwen3", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "embed_tokens"]}),
@@ -153,6 +152,13 @@ def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
             {},
             {},
             "leaves out adapters of dense layers' matrices of the same names (model.layers.1.mlp.gate_proj)",
+        ),
+        ("glm4_moe", {}, {"target_modules": ["q_proj", "o_proj"]}, None),
+        (
+            "glm4_moe",
+            {"first_k_dense_replace": 0},
+            {"target_modules": ["q_proj", "shared_experts.up_proj"]},
+            "dense matrices of the experts' names (model.layers.0.mlp.shared_experts.up_proj) for experts",
         ),
     ],
 )

@@ -19,6 +19,7 @@ from megadpo.checkpoint.finite import finite_only
 from megadpo.checkpoint.hf import hf_directory, is_quantised, read_hf_config
 from megadpo.checkpoint.importing import open_base
 from megadpo.checkpoint.megatron import write_megatron
+from megadpo.checkpoint.megatron_flags import behaviour_flags, size_flags
 from megadpo.checkpoint.merged import MergedSource, UntiedSource, unties
 from megadpo.checkpoint.parts import in_parts
 from megadpo.checkpoint.peft import (
@@ -54,8 +55,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def export_megatron(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> None:
+def export_megatron(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> str:
     """Write a checkpoint of a whole model, or a Hugging Face directory, in Megatron-core's format (`write_megatron`).
+
+    Returns:
+        what Megatron-LM has to be told to compute this model.
 
     Raises:
         UserError: no model, a damaged one, adapters, or `out` is not empty.
@@ -70,6 +74,7 @@ def export_megatron(path: str | Path, out: str | Path, dtype: torch.dtype | None
     if dtype is None and is_checkpoint(path):
         dtype = _saved_dtype(open_checkpoint(path, verify=False))
     write_megatron(source, shape, out, companions_of(path), dtype, str(path))
+    return f"Megatron-LM computes this model with {' '.join([*size_flags(shape), *behaviour_flags(shape)])}"
 
 
 def export_checkpoint(

@@ -18,6 +18,7 @@ from megadpo.checkpoint.export import kept_dtype
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.megatron import MegatronSource
+from megadpo.checkpoint.megatron_flags import behaviour_flags
 from megadpo.checkpoint.parts import in_parts
 from megadpo.checkpoint.peft import (
     adapter_files,
@@ -27,7 +28,7 @@ from megadpo.checkpoint.peft import (
     open_adapter,
     peft_config,
 )
-from megadpo.checkpoint.resized import ResizedSource, with_vocabulary
+from megadpo.checkpoint.resized import ResizedSource, refuse_rows_elsewhere, with_vocabulary
 from megadpo.checkpoint.reward_model import as_reward_model
 from megadpo.checkpoint.sharded import (
     commit,
@@ -99,12 +100,15 @@ def import_hf(
     import_model(hf_dir, out, ImportOptions(num_tensor, num_pipeline, stage_layers, **others))
 
 
-def import_model(hf_dir: str | Path, out: str | Path, options: ImportOptions) -> None:
+def import_model(hf_dir: str | Path, out: str | Path, options: ImportOptions) -> tuple[str, ...]:
     """Write a Hugging Face model, or the adapter of a PEFT directory, as a checkpoint at step 0, in one part for each tensor
     rank and pipeline stage.
 
     Any layout can read the result; the one given here only decides how files are cut. An import that was killed goes on with
     the part that it was at.
+
+    Returns:
+        what the user has to know of it, in sentences.
 
     Raises:
         UserError: no such model, a damaged or unsupported one, a layout that does not fit it, or `out` is not empty.
@@ -135,11 +139,12 @@ def import_model(hf_dir: str | Path, out: str | Path, options: ImportOptions) ->
     except Exception:
         abandon(out)
         raise
+    return opened.notes
 
 
 @dataclass(frozen=True)
 class _Import:
-    """What is imported: `source` has the tensors of `shapes`, of an adapter those of `spec`."""
+    """What is imported: `source` has the tensors of `shapes`, of an adapter those of `spec`; `notes` are for the user."""
 
     model: Base
     source: TensorSource
@@ -147,6 +152,7 @@ class _Import:
     shapes: dict[str, tuple[int, ...]] | None
     state: dict[str, Any]
     digest: str
+    notes: tuple[str, ...] = ()
 
 
 def _open_import(hf_dir: str | Path, options: ImportOptions) -> _Import:
@@ -158,6 +164,7 @@ def _open_import(hf_dir: str | Path, options: ImportOptions) -> _Import:
         digest = model_files_digest(hf_directory(model.path), Path(model.path))
         if options.num_rows is not None:
             config = with_vocabulary(model.config, options.num_rows, _num_ids(Path(model.path)))
+            refuse_rows_elsewhere(model.source, model.shape)
             model = Base(model.path, config, shape_of(config), ResizedSource(model.source, options.num_rows))
         return _Import(model, model.source, None, None, {"step": 0}, digest)
     if megatron is not None:
@@ -187,10 +194,12 @@ def _open_megatron(path: Path, directory: Path, options: ImportOptions) -> _Impo
     where = options.config or str(beside)
     config = read_hf_config(where)
     shape = shape_of(config)
-    model = Base(where, config, shape, MegatronSource(directory, shape))
+    source = MegatronSource(directory, shape)
+    model = Base(where, config, shape, source)
+    told = f"its tensors do not show whether it was trained so, as its config says: {' '.join(behaviour_flags(shape))}"
     # Two models of the same shape have the same .metadata.
     files = (directory / METADATA, *sorted(directory.glob("*.distcp")), hf_directory(where) / "config.json")
-    return _Import(model, model.source, None, None, {"step": 0}, named_digest(files))
+    return _Import(model, source, None, None, {"step": 0}, named_digest(files), (*source.notes, told))
 
 
 def _num_ids(directory: Path) -> int:

@@ -19,12 +19,13 @@ from torch import Tensor
 from megadpo.checkpoint.companions import Companions, write_companions
 from megadpo.checkpoint.export import kept_dtype, write_json
 from megadpo.checkpoint.finite import is_finite
+from megadpo.checkpoint.megatron_flags import is_padded, refuse_other_models
 from megadpo.checkpoint.staging import abandon, begin, publish, staging, writing
 from megadpo.checkpoint.torch_dist import LATEST, TorchDistFiles, TorchDistWriter, regions
 from megadpo.console.activity import counted_through
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard, ShardPiece, TensorSource, names_in, shard_parameters
-from megadpo.model.shape import ModelShape, Norms
+from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard
 
 PREFIXES = ("", "module.", "model.", "model.module.", "module.module.")
@@ -36,7 +37,7 @@ _FUSED = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 """Norms that TransformerEngine has within the projection after them; Megatron-core's own layers are saved so, too."""
-_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_STATES: tuple[str, ...] = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 _SHARED_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 
 
@@ -67,42 +68,25 @@ def whole_shards(shape: ModelShape) -> list[ParameterShard]:
     return shard_parameters(shape, tensor_rank=0, num_tensor=1, layers=layers, has_embedding=True, has_head=True)
 
 
-def refuse_other_layers(shape: ModelShape, what: str) -> None:
-    """Refuse a model whose layers are not those of Megatron's GPT model, so that its tensors have no names there.
-
-    Raises:
-        UserError: saying what they have.
-    """
-    why = None
-    if shape.head == "reward":
-        why = "a scalar head"
-    elif shape.norms != Norms() or shape.is_parallel or shape.qk_norm not in (None, "head"):
-        why = "other norms than RMSNorms before attention and MLP, and of each head's queries and keys"
-    elif shape.attention_sinks:
-        why = "attention sinks"
-    elif shape.experts is not None and shape.experts.has_biases:
-        why = "experts with biases"
-    if why is not None:
-        raise UserError(
-            f"{what} has {why}, of which checkpoints of Megatron-core are neither read nor written; use Hugging Face's"
-        )
-
-
 class MegatronSource:
     """The logical tensors of a model in a ``torch_dist`` checkpoint, as a TensorSource.
 
     Args:
         shape: of the model that its config.json describes.
 
+    Attributes:
+        notes: what is left out of it, in sentences.
+
     Raises:
         UserError: no such checkpoint, or one of another model: naming the tensor.
     """
 
     def __init__(self, directory: Path, shape: ModelShape) -> None:
-        refuse_other_layers(shape, f"the model of {directory}")
+        refuse_other_models(shape, f"the model of {directory}")
         self._files = TorchDistFiles(directory)
         self._directory, self._shapes, self._model = directory, dict[str, tuple[int, ...]](), shape
         self._pieces: dict[str, list[tuple[ShardPiece, Place]]] = {}
+        self.notes: tuple[str, ...] = ()
         for shard in whole_shards(shape):
             place = self._place(shard)
             for piece in shard.pieces:
@@ -126,12 +110,25 @@ class MegatronSource:
         self._check_stack(place)
         found = tensors[place.name].shape[len(place.index) :]
         is_vocabulary = not place.index and shard.name in ("embedding.word_embeddings.weight", "output_layer.weight")
-        fits = found[1:] == shard.shape[1:] and found[0] >= shard.shape[0] if is_vocabulary else found == shard.shape
-        if not fits:
+        if is_vocabulary and found[1:] == shard.shape[1:] and found[0] > shard.shape[0]:
+            self._note_padding(place.name, found[0], shard.shape[0])
+        elif found != shard.shape:
             raise UserError(
                 f"{self._directory}: {place.name} has shape {list(found)}, but its config asks for {list(shard.shape)}"
             )
         return place
+
+    def _note_padding(self, name: str, num_rows: int, vocab_size: int) -> None:
+        """Rows beyond the vocabulary are left out where Megatron pads so."""
+        if not is_padded(num_rows, vocab_size):
+            raise UserError(
+                f"{self._directory}: {name} has {num_rows} rows, but its config says vocab_size {vocab_size}: Megatron "
+                "pads otherwise (to the next multiple of --make-vocab-size-divisible-by, at most 128, times the tensor "
+                "ranks); give the config.json of this model"
+            )
+        self.notes += (
+            f"{name}: the {num_rows - vocab_size} rows beyond vocab_size {vocab_size} are Megatron's padding, left out",
+        )
 
     def _check_stack(self, place: Place) -> None:
         """As many layers and experts as the model has lie in the tensor."""
@@ -223,7 +220,7 @@ def write_megatron(
     Raises:
         UserError: layers that Megatron's GPT model does not have, weights that are not finite, or the disk refuses.
     """
-    refuse_other_layers(shape, what)
+    refuse_other_models(shape, what)
     begin(out)
     partial = staging(out)
     release = partial / "release"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megadpo.errors import UserError
-from megadpo.model.families import HEAD, TensorSource
+from megadpo.model.families import HEAD, TensorSource, mtp_names
 from megadpo.model.families.common import EMBEDDING
+from megadpo.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,3 +84,17 @@ def with_vocabulary(hf_config: PretrainedConfig, num_rows: int, num_tokens: int)
     config = copy.deepcopy(hf_config)
     config.vocab_size = num_rows
     return config
+
+
+def refuse_rows_elsewhere(source: TensorSource, shape: ModelShape) -> None:
+    """Refuse multi-token prediction's own embedding and head, which go through as they are: their rows would be too few.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name in mtp_names(shape.num_layers, source.names()):
+        if shape.vocab_size in source.shape(name):
+            raise UserError(
+                f"--resize-vocabulary is for models without an embedding or head of multi-token prediction, and {name} has "
+                f"{shape.vocab_size} rows, which would stay; leave it out, or remove these tensors from the model"
+            )

@@ -88,8 +88,9 @@ def _import(arguments: argparse.Namespace) -> int:
         num_processes=arguments.processes,
         config=arguments.config,
     )
-    import_model(arguments.hf_dir, arguments.out, options)
+    notes = import_model(arguments.hf_dir, arguments.out, options)
     report_written(arguments.out)
+    _say(*notes)
     return 0
 
 
@@ -102,10 +103,17 @@ def _export(arguments: argparse.Namespace) -> int:
     source, out, verify = arguments.checkpoint, arguments.out, not arguments.no_verify
     if arguments.format == "hf":
         export_checkpoint(source, out, verify, _dtype(arguments), arguments.processes)
+        report_written(out)
     else:
-        export_megatron(source, out, _dtype(arguments), verify)
-    report_written(out)
+        flags = export_megatron(source, out, _dtype(arguments), verify)
+        report_written(out)
+        _say(flags)
     return 0
+
+
+def _say(*sentences: str) -> None:
+    for sentence in sentences:
+        print(f"megadpo: {sentence}", file=sys.stderr)
 
 
 def _merge(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from megadpo.checkpoint.companions import companion_files
 from megadpo.checkpoint.hf import directory_warning, hf_directory, is_quantised, read_hf_config, read_json
+from megadpo.checkpoint.no_directory import why_no_model
+from megadpo.checkpoint.peft import is_peft_directory
 from megadpo.checkpoint.sharded import open_weights
+from megadpo.checkpoint.torch_dist import torch_dist_directory
 from megadpo.data.rows.tokenise import load_tokenizer
 from megadpo.doctor.check import Check
 from megadpo.doctor.model import check_special_tokens, check_template, check_vocabulary
@@ -23,15 +26,51 @@ MOST_NAMED = 5
 def check_directory_of_model(path: str | Path) -> Iterator[Check]:
     """The config, the tensors, the tokenizer and its template; what hangs on a lack is left out, all else is looked at."""
     directory = Path(path)
-    shape = None
+    other = _other_format(directory)
+    if other is not None:
+        yield other
+        return
+    shape, is_broken = None, _is_broken(hf_directory(directory) / "config.json")
     try:
         shape = shape_of(read_hf_config(directory))
         yield Check("config", "ok", _words(directory, shape))
     except UserError as error:
-        yield Check("config", "failed", str(error), _fix_of_config(directory))
-    yield from _weights(directory, shape)
-    yield from _tokenizer(hf_directory(directory), shape)
+        yield Check("config", "failed", str(error), _fix_of_config(directory, is_broken))
+    if not is_broken:  # how tensors are read hangs on it, too
+        yield from _weights(directory, shape)
+        yield from _tokenizer(hf_directory(directory), shape)
     yield _export(hf_directory(directory))
+
+
+def _other_format(directory: Path) -> Check | None:
+    """What is given and is no model directory at all, where that is known; one without a config is of another format."""
+    if is_peft_directory(directory):
+        found = f"{directory} is an adapter of PEFT, not a model: doctor looks at Hugging Face directories of whole models"
+        fix = f"Merge it by `megadpo convert merge {directory} OUT` and look at OUT, or look at the base that it names."
+        return Check("directory", "failed", found, fix)
+    if (hf_directory(directory) / "config.json").exists():
+        return None
+    if torch_dist_directory(directory) is not None:
+        found = f"{directory} is a checkpoint of Megatron-core (torch_dist), which has no config.json and tokenizer"
+        fix = (
+            f"Make one of it that can be given by `megadpo convert import {directory} OUT --config HF_DIR`, and look at OUT."
+        )
+        return Check("directory", "failed", found, fix)
+    if not any(directory.iterdir()):
+        return Check("directory", "failed", f"{directory} is empty", "Fetch the model into it, or give another directory.")
+    what = why_no_model(directory)
+    if what is not None:
+        return Check("directory", "failed", f"{directory} is no model directory: {what}", "Give what the sentence says.")
+    return None
+
+
+def _is_broken(config: Path) -> bool:
+    """Whether there is a config.json that is no JSON object."""
+    try:
+        read_json(config)
+    except UserError:
+        return config.is_file()
+    return False
 
 
 def _words(directory: Path, shape: ModelShape) -> str:
@@ -40,9 +79,13 @@ def _words(directory: Path, shape: ModelShape) -> str:
     return f"{kind}, {shape.num_layers} layers of {shape.hidden_size}{experts}, vocabulary {shape.vocab_size:,}"
 
 
-def _fix_of_config(directory: Path) -> str:
+def _fix_of_config(directory: Path, is_broken: bool) -> str:
     file = hf_directory(directory) / "config.json"
-    if file.is_file() and is_quantised(directory):
+    if is_broken:
+        return "Fetch config.json anew; weights and tokenizer are looked at when it can be read."
+    if not file.is_file():
+        return "Put the model's config.json and tokenizer into the directory, or give the directory that has them."
+    if is_quantised(directory):
         return "Give the model that it was made from, in bf16 or fp32."
     return "Nothing is ignored that changes what a model computes: give a model without it, or of a supported family."
 

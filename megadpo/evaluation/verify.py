@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
+from megadpo.checkpoint.peft import is_adapter, is_peft_directory
 from megadpo.checkpoint.reward_model import refuse_reward_model
 from megadpo.checkpoint.sharded import is_checkpoint, open_weights
+from megadpo.checkpoint.torch_dist import torch_dist_directory
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity, counted_through
 from megadpo.data.groups import Group
@@ -84,6 +86,7 @@ def verify(one: str, other: str, texts: Sequence[str] | None = None, tolerance: 
     """
     rows = _rows(texts)
     for path in (one, other):
+        _refuse_other_formats(path)
         refuse_reward_model(read_hf_config(path), path)
     with tempfile.TemporaryDirectory(prefix="megadpo-verify-") as folder:
         data = Path(folder) / "rows.jsonl"
@@ -102,6 +105,18 @@ def verify(one: str, other: str, texts: Sequence[str] | None = None, tolerance: 
     worst = worst_difference(both[0], both[1], lengths, tolerance)
     equal, total, largest, surplus = _tensors(one, other)
     return Verdict(equal, total, largest, surplus, tuple(zip(*both, strict=True)), worst)
+
+
+def _refuse_other_formats(path: str) -> None:
+    """Say what to run first of a directory that neither transformers nor our model computes as it is."""
+    supported = "verify compares Hugging Face directories and checkpoints of whole models"
+    if torch_dist_directory(path) is not None:
+        raise UserError(
+            f"{path} is a checkpoint of Megatron-core; {supported}: make one of it by `megadpo convert import {path} OUT "
+            "--config HF_DIR` and verify OUT"
+        )
+    if is_peft_directory(path) or (is_checkpoint(path) and is_adapter(path)):
+        raise UserError(f"{path} is an adapter; {supported}: merge it by `megadpo convert merge {path} OUT` and verify OUT")
 
 
 def worst_difference(first: Sequence[float], second: Sequence[float], lengths: Sequence[int], tolerance: float) -> float:

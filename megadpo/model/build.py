@@ -252,6 +252,7 @@ def _build_chunk(
         backend=backend,
         softcap=shape.attention_softcap,
         has_sinks=shape.attention_sinks,
+        rotates=shape.latents is None,
     )
     has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():

@@ -145,6 +145,32 @@ class Norms:
         return tuple(name for name in places if name is not None)
 
 
+@dataclass(frozen=True)
+class Latents:
+    """Sizes of multi-head latent attention (model/attention/latent.py).
+
+    Attributes:
+        query_rank: columns of the queries' latent; None: they are made of hidden states.
+        key_value_rank: of the one of keys and values.
+        plain_dim, rope_dim: columns of a query and key head that rope does not turn, and after them those that it does,
+            which all heads' keys have in common.
+        value_dim: of a value head.
+        norm_epsilon: of the latents' norms.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_epsilon: float
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of a query and key head."""
+        return self.plain_dim + self.rope_dim
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and facts of a model.
@@ -183,6 +209,8 @@ class ModelShape:
         padding_token: the config's pad_token_id, which a reward model reads.
         attention_softcap: attention's scores become softcap * tanh(score / softcap) before their softmax; None: they stay.
         attention_sinks: whether each query head has a learned number in its softmax's denominator.
+        latents: what queries, keys and values are made of; None: of hidden states. With them `head_dim` is that of queries
+            and keys, and values may have another (`value_dim`).
     """
 
     num_layers: int
@@ -218,10 +246,34 @@ class ModelShape:
     padding_token: int | None
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    latents: Latents | None = None
 
     def __hash__(self) -> int:
         """Of sizes alone: what there is of every layer takes long, and few shapes differ in that only."""
         return hash((self.num_layers, self.hidden_size, self.ffn_size, self.num_heads, self.vocab_size))
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of a value head."""
+        return self.head_dim if self.latents is None else self.latents.value_dim
+
+    @property
+    def attention_matrices(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices of a layer's attention as it is built, each cut evenly over the tensor ranks."""
+        hidden, query = self.hidden_size, self.num_heads * self.head_dim
+        output = (hidden, self.num_heads * self.value_dim)
+        if self.latents is None:
+            return (query + 2 * self.num_key_value_heads * self.head_dim, hidden), output
+        latents, rank = self.latents, self.latents.query_rank
+        queries = ((query, hidden),) if rank is None else ((rank, hidden), (query, rank))
+        down = (latents.key_value_rank + latents.rope_dim, hidden)
+        up = (self.num_heads * (latents.plain_dim + latents.value_dim), latents.key_value_rank)
+        return *queries, down, up, output
+
+    @property
+    def attention_parameters(self) -> int:
+        """Entries of these."""
+        return sum(rows * columns for rows, columns in self.attention_matrices)
 
     @property
     def has_windows(self) -> bool:
@@ -232,7 +284,7 @@ class ModelShape:
     def plain_rope(self) -> Rope | None:
         """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length."""
         rope = self.ropes[0]
-        if rope is None or rope.by_length is not None or self.rope_is_interleaved:
+        if rope is None or rope.by_length is not None or self.rope_is_interleaved or self.latents is not None:
             return None
         is_whole = 2 * len(rope.inverse_frequencies) == self.head_dim
         return rope if is_whole and all(other is rope for other in self.ropes) else None
@@ -243,6 +295,8 @@ class ModelShape:
         neutral = Norms()
         if self.experts is not None:
             return "experts"
+        if self.latents is not None:
+            return "multi-head latent attention"
         if self.norms != neutral or self.is_parallel:
             return "other norms than RMSNorms before attention and MLP"
         if self.output_bias or self.mlp_bias:
@@ -260,7 +314,7 @@ class ModelShape:
             "ffn_hidden_size": self.ffn_size,
             "num_attention_heads": self.num_heads,
             "num_query_groups": self.num_key_value_heads,
-            "kv_channels": self.head_dim,
+            "kv_channels": self.value_dim,  # what Megatron sizes the output projection by
             "normalization": "RMSNorm",
             "layernorm_epsilon": self.norm_epsilon,
             "gated_linear_unit": True,
@@ -290,7 +344,7 @@ class ModelShape:
 def head_work(shape: ModelShape) -> float:
     """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
     hidden, experts = shape.hidden_size, shape.experts
-    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
+    attention = shape.attention_parameters
     num_expert_layers = 0 if experts is None else len(experts.layers)
     columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
     columns += 0 if experts is None else num_expert_layers * experts.columns_of_token

@@ -140,7 +140,9 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     """Of a rank of a stage: those replicated over data and context ranks, and its experts'."""
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    attention = 2 * h * (q + k) / layout.tensor + len(shape.norms.names) * h
+    attention = shape.attention_parameters / layout.tensor + len(shape.norms.names) * h
+    if shape.latents is not None:
+        attention += (shape.latents.query_rank or 0) + shape.latents.key_value_rank  # their norms
     attention += (q + 2 * k) / layout.tensor if shape.qkv_bias else 0
     attention += h if shape.output_bias else 0
     attention += shape.num_heads / layout.tensor if shape.attention_sinks else 0
@@ -175,16 +177,15 @@ def parameters(plan: Plan, stage: int) -> tuple[float, float]:
 def linear_parameters(plan: Plan, stage: int) -> float:
     """Of `parameters`, the entries of linear layers: what is neither norm nor bias, router, embedding nor head."""
     shape, layout = plan.shape, plan.layout
-    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_key_value_heads) * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    dense = num_layers * attention + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    dense = num_layers * shape.attention_parameters + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
     if shape.experts is not None:
         dense += mixtures * 3 * shape.hidden_size * shape.experts.shared_columns
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 
-COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Linear layers whose outputs are cut over tensor ranks, by the last part of their names; the others' inputs are."""
+ROW_MODULES = ("o_proj", "down_proj", "w2")
+"""Linear layers whose inputs are cut over tensor ranks, by the last part of their names; the others' outputs are."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,7 +199,7 @@ def _adapter_of_layer(spec: _Hashable, shape: ModelShape, tensor: int, expert: i
         name, rank = module.rpartition(".")[2], spec.spec.rank_of(module)
         is_expert = ".experts." in module
         shape_out, shape_in = shapes[f"{module}.weight"]
-        whole, cut = (shape_in, shape_out) if name in COLUMN_MODULES else (shape_out, shape_in)
+        whole, cut = (shape_out, shape_in) if name in ROW_MODULES else (shape_in, shape_out)
         numbers = rank * (whole + cut / (1 if is_expert else tensor))
         if is_expert:
             own += numbers / expert

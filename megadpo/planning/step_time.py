@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megadpo.model.flop import body_parameters, forward_flop, head_parameters, training_flop
+from megadpo.model.flop import attention_width, body_parameters, forward_flop, head_parameters, training_flop
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import context_method
 from megadpo.pipeline.fill import Progress, with_reference, with_reference_before
@@ -105,9 +105,8 @@ def _rest(way: Sums, rates: Rates, num_launches: float) -> float:
 
 def dense_products(shape: ModelShape) -> int:
     """Weights of a layer that a token is multiplied with, but those of the experts that it is sent to."""
-    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_key_value_heads) * shape.head_dim
     experts = shape.experts
-    return attention + shape.hidden_size * (
+    return shape.attention_parameters + shape.hidden_size * (
         3 * shape.ffn_size if experts is None else 3 * experts.shared_columns + experts.count
     )
 
@@ -131,9 +130,9 @@ def _add_tensor_messages(forward: Sums, backward: Sums, plan: Plan, rates: Rates
     one = rates.ring(plan.number_bytes * own * shape.hidden_size, 1, layout.tensor)
     inner = shape.ffn_size if shape.experts is None else shape.experts.shared_columns
     num_blocks = 2 if inner else 1
-    columns = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-    columns += 2 * inner
-    beside = rates.hidden * 4 * shape.hidden_size * columns * product
+    weights = shape.attention_parameters - shape.hidden_size * shape.num_heads * shape.value_dim
+    weights += 2 * shape.hidden_size * inner
+    beside = rates.hidden * 4 * weights * product
     forward["tensor messages"] = 2 * num_blocks * one
     backward["tensor messages"] = num_blocks * one + max(0.0, 2 * num_blocks * one - beside)
 
@@ -305,7 +304,7 @@ def _add_optimizer(seconds_by: Sums, plan: Plan, rates: Rates, forward: float, b
 def _useful_flop(plan: Plan, mix: Mix) -> float:
     """As megadpo/model/flop.py counts them, but of mean lengths, and every layer attending without a window."""
     shape, tokens = plan.shape, mix.pair * plan.num_pairs
-    scored, width = mix.scored * tokens, shape.num_layers * shape.num_heads * shape.head_dim
+    scored, width = mix.scored * tokens, shape.num_layers * attention_width(shape)
     attention = forward_flop(0, 0, mix.attended * tokens, 0, 0, width)
     forward = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0) + attention
     return training_flop(shape, tokens, scored, attention, adapter_work(plan)) + (plan.num_forwards - 1) * forward

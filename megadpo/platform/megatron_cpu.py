@@ -40,7 +40,7 @@ _MODULES = (
     "megatron.core.transformer.moe.moe_layer",
     "megatron.core.transformer.moe.token_dispatcher",
 )
-_TRACKERS = ("wandb", "torch.utils.tensorboard")
+_TRACKERS = ("wandb", "mlflow", "torch.utils.tensorboard")
 
 
 class _NoStream:
@@ -193,7 +193,7 @@ def prepare_megatron() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron says at each import that Apex and TransformerEngine are absent.
-        with _trackers_hidden(), contextlib.nullcontext() if torch.cuda.is_available() else _nothing_compiled():
+        with trackers_hidden(), contextlib.nullcontext() if torch.cuda.is_available() else _nothing_compiled():
             for name in _MODULES:
                 importlib.import_module(name)
     if torch.cuda.is_available():
@@ -216,9 +216,10 @@ def prepare_megatron() -> None:
 
 
 @contextlib.contextmanager
-def _trackers_hidden() -> Iterator[None]:
+def trackers_hidden() -> Iterator[None]:
     """Within the block trackers that nobody has imported are as if they were not installed: Megatron takes them along for
-    its inference engine's logs, and they are more than a second of processor time in every process."""
+    its inference engine's logs, DeepSpeed for its autotuner's, and they are one to four seconds of processor time in every
+    process."""
     hidden = [name for name in _TRACKERS if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: importing it is an ImportError
     try:

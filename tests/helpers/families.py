@@ -52,6 +52,8 @@ def config_of(family: str, **changes: Any) -> Any:
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
     if family in ("ministral", "glm", "glm4", "gemma2", "gemma3_text", "gpt_oss"):
         changes = {"head_dim": 16} | changes
+    if family.startswith("deepseek"):
+        changes = OWN_SIZES[family] | {"num_key_value_heads": 8} | changes
     changes = {"pad_token_id": None} | changes
     sizes: dict[str, Any] = {
         "vocab_size": 499,

@@ -39,11 +39,28 @@ PREFIXES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "gpt_oss": "GptOss",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
     "qwen2_moe": "Qwen2Moe",
     "glm4_moe": "Glm4Moe",
 }
 """What transformers' classes of each family begin with."""
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 48},
@@ -79,6 +96,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},
 }
 """What a small model of a family has beside the sizes of all."""
 
@@ -145,8 +164,8 @@ def save_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> Any:
     return fast
 
 
-def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer: bool = True, **changes: Any) -> Path:
-    """A random model of `family` with weights large enough that attention matters, as a Hugging Face directory."""
+def tiny_config(family: str = "llama", **changes: Any) -> Any:
+    """The transformers config of a small model of `family`."""
     import transformers
 
     settings = {
@@ -167,7 +186,14 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
     }
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
-    config = getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
+    return getattr(transformers, f"{PREFIXES[family]}Config")(**settings)
+
+
+def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer: bool = True, **changes: Any) -> Path:
+    """A random model of `family` with weights large enough that attention matters, as a Hugging Face directory."""
+    import transformers
+
+    config = tiny_config(family, **changes)
     torch.manual_seed(seed)
     model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():

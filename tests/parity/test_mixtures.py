@@ -80,7 +80,22 @@ MODELS |= {
     "qwen2_moe": ({"num_hidden_layers": 2, "mlp_only_layers": [0]}, SHARED),
     "qwen2_moe-more": ({"qkv_bias": False, "decoder_sparse_step": 2, "norm_topk_prob": True}, ONE | TWO),
 }
-DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe")
+DEEPSEEK: dict[str, Any] = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.9,
+    "mscale_all_dim": 0.707,
+}
+MODELS |= {
+    "deepseek_v3": (DEEPSEEK, {1: SHARED[1], 2: SHARED[2][:1]}),
+    "deepseek_v2": ({**DEEPSEEK, "rope_parameters": YARN}, SHARED),
+    "deepseek_v3-more": ({"rope_parameters": YARN, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO | FOUR),
+    "deepseek_v2-greedy": ({**DEEPSEEK, "topk_method": "greedy", "n_group": None, "q_lora_rank": 32}, SHARED),
+}
+DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3")
 BETA = 0.1
 
 

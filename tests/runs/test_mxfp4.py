@@ -66,6 +66,7 @@ def test_it_is_trained_and_transformers_loads_the_result(models, tmp_path) -> No
     before = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     moved = [n for (n, a), b in zip(after.named_parameters(), before.parameters(), strict=True) if not torch.equal(a, b)]
     assert {"model.layers.1.self_attn.sinks", "model.layers.0.mlp.experts.gate_up_proj_bias"} <= set(moved)
-    assert all(
-        float((a - b).detach().abs().max()) < 0.01 for a, b in zip(after.parameters(), before.parameters(), strict=True)
-    )
+    # Five steps of Adam move a weight by the learning rate each; what is written is rounded to bf16, 2^-9 of it.
+    for (name, a), b in zip(after.named_parameters(), before.parameters(), strict=True):
+        allowed = 5 * 1e-4 * 1.5 + b.detach().abs() * 2**-8
+        assert bool(((a - b).detach().abs() <= allowed).all()), name

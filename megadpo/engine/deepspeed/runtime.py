@@ -31,7 +31,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("LOCAL_RANK", "0")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-import deepspeed  # noqa: E402
+from megadpo.platform.megatron_cpu import trackers_hidden  # noqa: E402
+
+with trackers_hidden():
+    import deepspeed
 import torch.distributed as dist  # noqa: E402
 from deepspeed.moe.utils import is_moe_param  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402

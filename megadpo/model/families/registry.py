@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megadpo.errors import UserError, reason
 from megadpo.model.families.cohere import COHERE, COHERE2
 from megadpo.model.families.common import Family
+from megadpo.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megadpo.model.families.gemma import GEMMA2, GEMMA3
 from megadpo.model.families.glm import GLM, GLM4
 from megadpo.model.families.glm4_moe import GLM4_MOE
@@ -47,6 +48,8 @@ FAMILIES = (
     GEMMA2,
     GEMMA3,
     GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     QWEN2_MOE,
     GLM4_MOE,
 )

@@ -61,7 +61,8 @@ class Router(TopKRouter):
         self.stream: StreamParams | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.routing.logits_in_float32:
             input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
         logits_TE = F.linear(input, weight, bias).flatten(0, 1)

@@ -69,6 +69,19 @@ def test_they_go_through_a_checkpoint_of_another_layout(model: Path, tmp_path: P
     assert torch.equal(before(tokens).logits, after(tokens).logits)
 
 
+def test_a_vocabulary_is_resized_where_they_have_none_of_their_own(model: Path, tmp_path: Path) -> None:
+    import_hf(model, tmp_path / "checkpoint", num_rows=512)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
+    assert_has_mtp(tmp_path / "hf")
+    assert len(weights_in(tmp_path / "hf")["model.embed_tokens.weight"]) == 512
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    name = f"{LAYER}shared_head.head.weight"
+    save_file(load_file(other / "model.safetensors") | {name: torch.ones(499, 64)}, other / "model.safetensors")
+    with pytest.raises(UserError, match=rf"--resize-vocabulary is .* and {name} has 499 rows, which would stay"):
+        import_hf(other, tmp_path / "out", num_rows=512)
+    assert not (tmp_path / "out").exists()
+
+
 def test_they_are_written_in_files_of_bounded_size_whose_directory_may_have_gone(model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "model"))
     passthrough = passthrough_of(open_hf(copy, keep_mapped=True), 4)

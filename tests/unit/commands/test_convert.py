@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megadpo.checkpoint.convert import export_megatron
 from megadpo.checkpoint.importing import import_hf
 from megadpo.cli import main
 from megadpo.errors import UserError
@@ -116,6 +117,46 @@ def test_doctor_names_all_that_is_missing_at_once(model: Path, capsys: pytest.Ca
     change_config(model, architectures=["NewForCausalLM"], model_type="new")
     status, found = failures(model, capsys)
     assert "NewForCausalLM" in found["config"] and "has no weights" in found["weights"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_doctor_reports_of_a_config_that_is_no_json(model: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "config.json").write_text(content)
+    status, report = said(["doctor", str(model)], capsys)
+    failed = [check for check in report["checks"] if check["status"] == "failed"]
+    assert status == 1 and failed[0]["name"] == "config" and "config.json" in failed[0]["found"]
+    assert failed[0]["fix"].startswith("Fetch config.json anew")
+
+
+OTHERS = {
+    "empty": ((), "is empty", "Fetch the model into it"),
+    "peft": (("adapter_config.json",), "is an adapter of PEFT", "megadpo convert merge {}"),
+    "torch_dist": ((".metadata", "__0_0.distcp"), "checkpoint of Megatron-core", "megadpo convert import {} OUT --config"),
+    "gguf": (("model.gguf",), "it has a GGUF file", "Give what the sentence says"),
+    "no config": (("README.md",), "config.json is missing", "Put the model's config.json"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_doctor_says_what_to_do_with_other_directories(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, found, fix = OTHERS[name]
+    for file in files:
+        (tmp_path / file).write_bytes(b"{}")
+    status, report = said(["doctor", str(tmp_path)], capsys)
+    first = report["checks"][0]
+    assert status == 1 and found in first["found"] and fix.format(tmp_path) in first["fix"], first
+
+
+def test_verify_says_what_to_run_first_with_other_directories(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    export_megatron(root / "model", tmp_path / "megatron")
+    for path, words in ((tmp_path / "peft", "convert merge"), (tmp_path / "megatron", "convert import")):
+        for pair in ((path, root / "model"), (root / "model", path)):
+            with pytest.raises(UserError, match=f"verify compares Hugging Face directories .* `megadpo {words} {path} OUT"):
+                verify(*map(str, pair))
 
 
 def test_doctor_tells_of_a_tokenizer_that_servers_do_not_load(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,18 +49,21 @@ def test_megatron_is_imported_after_it_was_prepared_for():
     assert "'torch'" in imported and "'megatron'" not in imported and "'triton'" not in imported
 
 
-def test_megatron_brings_no_tracker_along_and_they_can_be_imported_after():
-    """Megatron imports them for logs that are not written here, at the price of a second of every process."""
+def test_megatron_and_deepspeed_bring_no_tracker_along_and_they_can_be_imported_after():
+    """They import them for logs that are not written here, at the price of seconds of every process."""
+    pytest.importorskip("deepspeed")
     code = (
         "import sys\n"
         "from megadpo.platform.megatron_cpu import prepare_megatron\n"
         "prepare_megatron()\n"
+        "import megadpo.engine.deepspeed.runtime\n"
         "print({name.split('.')[0] for name in sys.modules})\n"
         "import torch.utils.tensorboard\n"
         "print(torch.utils.tensorboard.SummaryWriter.__name__)"
     )
-    imported, after = _run(code).splitlines()
-    assert "'megatron'" in imported and "'wandb'" not in imported and "'tensorboard'" not in imported
+    imported, after = _run(code).splitlines()[-2:]
+    assert "'megatron'" in imported and "'deepspeed'" in imported
+    assert not any(f"'{name}'" in imported for name in ("wandb", "mlflow", "tensorboard"))
     assert after == "SummaryWriter"
 
 

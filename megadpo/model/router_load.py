@@ -27,7 +27,6 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
 
-
 Biases = Mapping[str, tuple[Tensor, object]]
 """Routers' correction biases, by Megatron's name with the layer's number in the whole model (`Stage.correction_biases`)."""
 

@@ -76,7 +76,7 @@ SHARED = {
 MODELS |= {
     "glm4_moe": (GLM, SHARED),
     "glm4_moe-one-group": ({"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO),
-    "glm4_moe-more": (GLM, ONE | TWO | FOUR),
+    "glm4_moe-more": (GLM | {"num_hidden_layers": 4}, ONE | TWO | FOUR),
     "qwen2_moe": ({"num_hidden_layers": 2, "mlp_only_layers": [0]}, SHARED),
     "qwen2_moe-more": ({"qkv_bias": False, "decoder_sparse_step": 2, "norm_topk_prob": True}, ONE | TWO),
 }

@@ -20,7 +20,7 @@ from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
 from megadpo.engine.parameter_groups import is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
-from megadpo.model.router_load import RouterWatch, watch_step
+from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_step
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule
@@ -107,7 +107,7 @@ class MegatronEngine:
         return parameter.main_grad
 
     def router_metrics(self) -> dict[str, float]:
-        return self.stage.balance_metrics(self.watch, self.train.router_bias_update_rate)
+        return balance_metrics(self.stage.correction_biases, self.watch, self.train.router_bias_update_rate)
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
@@ -130,7 +130,7 @@ class MegatronEngine:
                 if self._muon is not None:
                     self._muon.step(learning_rate)
                 self.optimizer.step_with_ready_grads()
-            self.stage.balance_experts(self.watch, self.train.router_bias_update_rate)
+            move_correction_biases(self.stage.correction_biases, self.watch, self.train.router_bias_update_rate)
         self._clear_gradients()
         self.optimizer.zero_grad()
         return norm

@@ -46,7 +46,6 @@ from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
 from megadpo.model.residual import join_adds_and_norms
-from megadpo.model.router_load import RouterWatch, bias_metrics, move_correction_biases
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.parallel.layout import Layout, context_method
@@ -98,22 +97,6 @@ class Stage:
             bias = bias_beside(name)
             if not self.base and bias in self.correction_biases:
                 self.held[bias] = self.correction_biases[bias]
-
-    def balance_experts(self, watch: RouterWatch | None, bias_update_rate: float) -> None:
-        """Move the routers' correction biases by the load of the step's global batch. Collective."""
-        if watch is not None and bias_update_rate:
-            biases = {name: bias for name, (bias, _) in self.correction_biases.items()}
-            move_correction_biases(biases, watch.load(), bias_update_rate)
-
-    def balance_metrics(self, watch: RouterWatch | None, bias_update_rate: float) -> dict[str, float]:
-        """What routers did with the step's global batch, and how far their biases have moved. Collective."""
-        if watch is None:
-            return {}
-        metrics = watch.load().metrics()
-        if bias_update_rate:
-            biases = {name: bias for name, (bias, _) in self.correction_biases.items()}
-            metrics |= bias_metrics(biases, compute_device())
-        return metrics
 
     @property
     def model(self) -> GPTModel:

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
 
+Biases = Mapping[str, tuple[Tensor, object]]
+"""Routers' correction biases, by Megatron's name with the layer's number in the whole model (`Stage.correction_biases`)."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -100,27 +103,36 @@ class RouterWatch:
         return self._load
 
 
-def move_correction_biases(biases: Mapping[str, Tensor], load: Load, rate: float) -> None:
+def move_correction_biases(biases: Biases, watch: RouterWatch | None, rate: float) -> None:
     """Auxiliary-loss-free load balancing (arXiv:2408.15664, algorithm 1): the bias of each expert that had less than an even
-    share of the global batch goes up by `rate`, that of each that had more goes down.
+    share of the global batch goes up by `rate`, that of each that had more goes down. Collective over the world, unless
+    `rate` is 0.
 
     Args:
-        biases: float32 [E] of layers of this rank, by Megatron's name.
+        biases: float32 [E] of layers of this rank.
+        watch: of the pass with gradients; None of a dense model.
     """
+    if watch is None or rate == 0:
+        return
+    load = watch.load()
     with torch.no_grad():
-        for name, bias_E in biases.items():
+        for name, (bias_E, _) in biases.items():
             choices_E = load.choices_LE[int(name.split(".")[2])]
             bias_E.add_((choices_E.mean() - choices_E).sign().to(bias_E), alpha=rate)
 
 
-def bias_metrics(biases: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
-    """``moe/largest_bias``: the largest correction bias of any expert of any layer, without its sign. Collective over the
-    world."""
-    largest = torch.zeros((), device=device)
-    for bias_E in biases.values():
-        largest = torch.maximum(largest, bias_E.abs().max())
+def balance_metrics(biases: Biases, watch: RouterWatch | None, rate: float) -> dict[str, float]:
+    """`Load.metrics` of a pass, and, where correction biases move, ``moe/largest_bias``: the largest of any expert of any
+    layer, without its sign. Collective over the world."""
+    if watch is None:
+        return {}
+    if rate == 0:
+        return watch.load().metrics()
+    largest = torch.zeros((), device=watch.device)
+    for bias_E, _ in biases.values():
+        largest = torch.maximum(largest, bias_E.detach().abs().max())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return {"moe/largest_bias": float(largest)}
+    return watch.load().metrics() | {"moe/largest_bias": float(largest)}
 
 
 def watch_of(config: Any, device: torch.device, coefficient: float) -> RouterWatch | None:

@@ -46,7 +46,7 @@ from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource, names_in
 from megadpo.model.moe.layer import is_expert
-from megadpo.model.router_load import RouterWatch, watch_step
+from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_step
 from megadpo.model.shape import ModelShape
 from megadpo.model.weights import fill_shard, load_weights
 from megadpo.parallel.layout import Layout
@@ -111,7 +111,7 @@ class ZeroEngine:
         return parameter.grad
 
     def router_metrics(self) -> dict[str, float]:
-        return self.stage.balance_metrics(self.watch, self.train.router_bias_update_rate)
+        return balance_metrics(self.stage.correction_biases, self.watch, self.train.router_bias_update_rate)
 
     def finish_gradients(self) -> None:
         owned = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
@@ -141,7 +141,7 @@ class ZeroEngine:
         self.partitions.before_step()
         begin_bias_correction_anew(self.runtime.basic_optimizer)
         self.runtime.step()
-        self.stage.balance_experts(self.watch, self.train.router_bias_update_rate)
+        move_correction_biases(self.stage.correction_biases, self.watch, self.train.router_bias_update_rate)
         return norm
 
     def wait_for_parameters(self) -> None:

@@ -47,7 +47,7 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
     if shape.activation != "silu":
         yield f"the activation {shape.activation} (hidden_act)"
     if shape.output_bias != shape.mlp_bias or (shape.mlp_bias and not shape.qkv_bias):
-        yield "biases in some of its matrices (attention_bias, mlp_bias), which Megatron-core has in all or in queries, keys and values"
+        yield "biases in some matrices only (attention_bias, mlp_bias), which Megatron-core has in all or in q, k and v"
     if shape.mlp_bias and shape.experts is not None:
         yield "biases (mlp_bias) and experts"
     yield from _factors(shape)
@@ -62,7 +62,8 @@ def _factors(shape: ModelShape) -> Iterator[str]:
     }
     for name, value in fields.items():
         if value != 1.0:
-            yield f"a factor that Megatron-core does not apply ({name}: {1 / value if name == 'logits_scaling' else value:g})"
+            said = 1 / value if name == "logits_scaling" else value
+            yield f"a factor that Megatron-core does not apply ({name}: {said:g})"
     scale = shape.attention_multiplier
     if scale is not None and not math.isclose(scale, shape.head_dim**-0.5, rel_tol=1e-6):
         yield f"another factor on attention's scores than 1 / sqrt(head_dim) (attention_multiplier: {scale:g})"
@@ -79,7 +80,7 @@ def _ropes_and_windows(shape: ModelShape) -> Iterator[str]:
     elif len(distinct) > 1:
         yield "several ropes (rope_parameters by layer)"
     elif scaling_flags(next(iter(distinct.values()))) is None:
-        yield "a rope that Megatron-core's GPT model has not (rope_parameters: longrope, dynamic, yarn, or factors of its own)"
+        yield "a rope that Megatron-core's GPT model does not have (rope_parameters: its rope_type, or factors of its own)"
     if len({window for window in shape.windows if window is not None}) > 1:
         yield "windows of several sizes (sliding_window)"
 

@@ -52,7 +52,9 @@ def _other_format(directory: Path) -> Check | None:
         return None
     if torch_dist_directory(directory) is not None:
         found = f"{directory} is a checkpoint of Megatron-core (torch_dist), which has no config.json and tokenizer"
-        fix = f"Make one of it that can be given by `megadpo convert import {directory} OUT --config HF_DIR`, and look at OUT."
+        fix = (
+            f"Make one of it that can be given by `megadpo convert import {directory} OUT --config HF_DIR`, and look at OUT."
+        )
         return Check("directory", "failed", found, fix)
     if not any(directory.iterdir()):
         return Check("directory", "failed", f"{directory} is empty", "Fetch the model into it, or give another directory.")

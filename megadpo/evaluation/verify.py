@@ -116,9 +116,7 @@ def _refuse_other_formats(path: str) -> None:
             "--config HF_DIR` and verify OUT"
         )
     if is_peft_directory(path) or (is_checkpoint(path) and is_adapter(path)):
-        raise UserError(
-            f"{path} is an adapter; {supported}: merge it by `megadpo convert merge {path} OUT` and verify OUT"
-        )
+        raise UserError(f"{path} is an adapter; {supported}: merge it by `megadpo convert merge {path} OUT` and verify OUT")
 
 
 def worst_difference(first: Sequence[float], second: Sequence[float], lengths: Sequence[int], tolerance: float) -> float:

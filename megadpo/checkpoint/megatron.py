@@ -122,8 +122,8 @@ class MegatronSource:
         if not is_padded(num_rows, vocab_size):
             raise UserError(
                 f"{self._directory}: {name} has {num_rows} rows, but its config says vocab_size {vocab_size}, which "
-                "Megatron does not pad to so many (the next multiple of --make-vocab-size-divisible-by, at most 128, times the "
-                "tensor ranks); give the config.json of this model"
+                "Megatron does not pad to so many (the next multiple of --make-vocab-size-divisible-by, at most 128, times "
+                "the tensor ranks); give the config.json of this model"
             )
         beyond = f"the {num_rows - vocab_size} rows beyond vocab_size {vocab_size}"
         self.notes += (f"{name}: {beyond} are Megatron's padding, left out",)

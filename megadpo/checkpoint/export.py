@@ -27,7 +27,16 @@ from megadpo.checkpoint.integrity import FileRecord, record_of
 from megadpo.checkpoint.passthrough import write_passthrough
 from megadpo.checkpoint.staging import publish, staging, writing
 from megadpo.checkpoint.tensor_file import write_tensor_file
-from megadpo.model.families import HEAD, ParameterShard, family_of, head_settings, logical_shapes, shape_of, tying_settings
+from megadpo.model.families import (
+    HEAD,
+    ParameterShard,
+    family_of,
+    head_settings,
+    is_correction_bias,
+    logical_shapes,
+    shape_of,
+    tying_settings,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,14 +78,15 @@ def plan_export(
     """Assign every tensor of the model to a file.
 
     Args:
-        dtype: of all tensors, or of each by logical name.
+        dtype: of all tensors but routers' correction biases, which are float32 then, as transformers keeps them; or of each
+            by logical name.
         stages: global layer numbers of each chunk of the pipeline stages, in the model's order; None = one. The
             embedding goes with the first, final norm and head with the last.
         max_shard_bytes: files stay below it, but a layer is never torn apart.
     """
     shape = shape_of(hf_config)
     shapes = logical_shapes(shape)
-    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else {name: dtype[name] for name in shapes}
+    dtypes = {name: kept_dtype(name, dtype) if isinstance(dtype, torch.dtype) else dtype[name] for name in shapes}
     stages = stages or [range(shape.num_layers)]
     bundles: list[list[str]] = []
     for stage in range(len(stages)):
@@ -92,6 +102,11 @@ def plan_export(
         **head_settings(hf_config),
     }
     return ExportPlan(files, shapes, dtypes, config, shape.experts is not None and shape.experts.is_fused)
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the tensor with this logical name in a model whose type is `dtype`."""
+    return torch.float32 if is_correction_bias(name) else dtype
 
 
 def _groups_of_stage(shapes: Mapping[str, Any], stages: Sequence[range], stage: int) -> Iterator[list[str]]:

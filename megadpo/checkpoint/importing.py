@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadpo.checkpoint.companions import companions_of
 from megadpo.checkpoint.digest import model_files_digest, named_digest
+from megadpo.checkpoint.export import kept_dtype
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.hf import hf_directory, read_hf_config
 from megadpo.checkpoint.megatron import MegatronSource
@@ -47,6 +48,7 @@ from megadpo.model.families import (
     ParameterShard,
     TensorSource,
     check_tensors,
+    names_in,
     shape_of,
     shard_parameters,
 )
@@ -221,7 +223,8 @@ def _import_part(
     stage, rank = parts[name]
     shards = _shards(opened.model.shape, opened.source, options.layout, stage, rank, opened.spec)
     if options.dtype is not None:
-        shards = ((kind, shard, tensor.to(options.dtype)) for kind, shard, tensor in shards)
+        to = functools.partial(kept_dtype, dtype=options.dtype)
+        shards = ((kind, shard, tensor.to(to(names_in(shard)[0]))) for kind, shard, tensor in shards)
     try:
         return write_shard_file(out, name, shards)
     finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megadpo.checkpoint.companions import Companions, write_companions
-from megadpo.checkpoint.export import write_json
+from megadpo.checkpoint.export import kept_dtype, write_json
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.megatron_flags import is_padded, refuse_other_models
 from megadpo.checkpoint.staging import abandon, begin, publish, staging, writing
@@ -38,6 +38,7 @@ _FUSED = {
 }
 """Norms that TransformerEngine has within the projection after them; Megatron-core's own layers are saved so, too."""
 _STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_SHARED_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ def _write_tensors(
     for shard in counted_through(shards, "converting", len(shards), "tensors"):
         found = places(shard.name, is_stacked)
         for place in found if experts is not None and shard.name.endswith("pre_mlp_layernorm.weight") else found[:1]:
-            values = torch.empty(shard.shape, dtype=dtype or types[found[0].name])
+            own = types[found[0].name] if dtype is None else kept_dtype(names_in(shard)[0], dtype)
+            values = torch.empty(shard.shape, dtype=own)
             fill_shard(shard, source, values)
             if not is_finite(values):
                 raise UserError(f"{what}: {names_in(shard)[0]} is not finite, so nothing was written")
@@ -289,7 +291,10 @@ def _state_names(shape: ModelShape, is_stacked: bool) -> Iterator[str]:
     """Objects of the layers that Megatron asks for when it loads."""
     for layer in range(shape.num_layers):
         has_experts = shape.experts is not None and layer in shape.experts.layers
-        for module in _STATES[:2] if has_experts else _STATES:
+        modules = _STATES[:2] if has_experts else _STATES
+        if has_experts and shape.experts is not None and shape.experts.shared is not None:
+            modules += _SHARED_STATES
+        for module in modules:
             if is_stacked:
                 yield f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.num_layers}"
             else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.frequencies import Rope
-from megadpo.model.shape import ModelShape, Norms
+from megadpo.model.shape import ModelShape, Norms, Routing
 
 DIVISORS = tuple(1 << power for power in range(8))
 """Of ``--make-vocab-size-divisible-by``, whose default is the last."""
@@ -44,14 +44,36 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
         yield "attention sinks"
     if shape.experts is not None and (shape.experts.has_biases or shape.experts.clamp is not None):
         yield "experts with biases"
+    if shape.latents is not None:
+        yield "multi-head latent attention"
     if shape.activation != "silu":
         yield f"the activation {shape.activation} (hidden_act)"
     if shape.output_bias != shape.mlp_bias or (shape.mlp_bias and not shape.qkv_bias):
         yield "biases in some matrices only (attention_bias, mlp_bias), which Megatron-core has in all or in q, k and v"
     if shape.mlp_bias and shape.experts is not None:
         yield "biases (mlp_bias) and experts"
+    if shape.experts is not None:
+        yield from _routing(shape.experts.routing, shape.experts.per_token)
     yield from _factors(shape)
     yield from _ropes_and_windows(shape)
+
+
+def _routing(routing: Routing, per_token: int) -> Iterator[str]:
+    """Of what Megatron-core's `topk_routing_with_score_function` does otherwise."""
+    is_softmax = routing.score_function == "softmax"
+    if not is_softmax and routing.renormalised != (per_token > 1):
+        yield "sigmoid scores that are renormalised otherwise than where a token has several experts (norm_topk_prob)"
+    if is_softmax and routing.renormalised and (per_token == 1 or routing.num_groups > 1):
+        yield "softmax scores renormalised for one expert a token, or with groups of experts (norm_topk_prob)"
+    if is_softmax and routing.has_correction_bias:
+        yield "a correction bias on softmax scores"
+    if routing.num_groups > 1:
+        of_megatron = per_token // routing.groups_per_token
+        if of_megatron != {"max": 1, "two_best": 2}[routing.group_score]:
+            yield (
+                f"groups of experts chosen by their {'best expert' if routing.group_score == 'max' else 'two best experts'} "
+                f"(topk_group: {routing.groups_per_token}), where Megatron-core takes the sum of the best {of_megatron}"
+            )
 
 
 def _factors(shape: ModelShape) -> Iterator[str]:
@@ -138,6 +160,10 @@ def size_flags(shape: ModelShape) -> list[str]:
         has_experts = [int(layer in shape.experts.layers) for layer in range(shape.num_layers)]
         flags += [f"--num-experts {shape.experts.count}", f"--moe-ffn-hidden-size {shape.experts.columns}"]
         flags += [] if all(has_experts) else [f"--moe-layer-freq {_list(has_experts)}"]
+        if shape.experts.shared is not None:
+            flags.append(f"--moe-shared-expert-intermediate-size {shape.experts.shared.columns}")
+            flags += ["--moe-shared-expert-gate"] if shape.experts.shared.has_gate else []
+        flags += ["--moe-router-enable-expert-bias"] if shape.experts.routing.has_correction_bias else []
     return flags
 
 
@@ -160,9 +186,21 @@ def behaviour_flags(shape: ModelShape) -> list[str]:
         flags.append(f"--window-size {window - 1},0")
         flags += [] if all(is_local) else [f"--window-attn-skip-freq {_list(is_local)}"]
     if shape.experts is not None:
-        flags.append(f"--moe-router-topk {shape.experts.per_token}")
-        flags += [] if shape.experts.renormalised else ["--moe-router-pre-softmax"]
+        flags += [f"--moe-router-topk {shape.experts.per_token}", *_routing_flags(shape.experts.routing)]
     return flags
+
+
+def _routing_flags(routing: Routing) -> Iterator[str]:
+    if routing.score_function == "sigmoid":
+        yield "--moe-router-score-function sigmoid"
+    elif not routing.renormalised:
+        yield "--moe-router-pre-softmax"
+    if routing.num_groups > 1:
+        yield f"--moe-router-num-groups {routing.num_groups} --moe-router-group-topk {routing.groups_per_token}"
+    if routing.scaling_factor != 1.0:
+        yield f"--moe-router-topk-scaling-factor {routing.scaling_factor:g}"
+    if routing.logits_in_float32:
+        yield "--moe-router-dtype fp32"
 
 
 def _list(values: list[int]) -> str:

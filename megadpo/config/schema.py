@@ -363,6 +363,9 @@ class TrainConfig:
     router_aux_coef: float = 0.0
     """Weight of the routers' load-balancing loss of a mixture of experts, taken over the global batch; not 0 costs a further
     forward pass."""
+    router_bias_update_rate: float = 0.0
+    """What a router's correction bias (`e_score_correction_bias`) moves by after each step, towards an even load of the
+    global batch; 0 leaves it as the model has it."""
     hang_timeout: float = 600.0
     """Seconds after which a rank that gives no sign of life, or a step that is so much longer than any before it, counts as
     a hang: the rank is named, the stacks of all go to `output_dir`/stacks, and the run ends with status 1; 0 = wait on."""

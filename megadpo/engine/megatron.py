@@ -107,7 +107,7 @@ class MegatronEngine:
         return parameter.main_grad
 
     def router_metrics(self) -> dict[str, float]:
-        return {} if self.watch is None else self.watch.load().metrics()
+        return self.stage.balance_metrics(self.watch, self.train.router_bias_update_rate)
 
     def finish_gradients(self) -> None:
         # num_tokens=None: the pair weights in the loss are exact already, nothing more is divided.
@@ -130,6 +130,7 @@ class MegatronEngine:
                 if self._muon is not None:
                     self._muon.step(learning_rate)
                 self.optimizer.step_with_ready_grads()
+            self.stage.balance_experts(self.watch, self.train.router_bias_update_rate)
         self._clear_gradients()
         self.optimizer.zero_grad()
         return norm

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megadpo.config.schema import TrainConfig
 from megadpo.model.by_name import first_match
-from megadpo.model.families import ParameterShard, names_in
+from megadpo.model.families import ParameterShard, is_correction_bias, names_in
 
 KEPT = {
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -46,9 +46,9 @@ def settings_of(name: str, num_dimensions: int, train: TrainConfig) -> Settings:
     """What the options say of the tensor with this Hugging Face name.
 
     Vectors, which norms and biases are, have weight decay only with `train.decay_norms_and_biases`. Muon is for the matrices
-    of the layers; embedding, head and vectors are AdamW's then.
+    of the layers; embedding, head and vectors are AdamW's then. A router's correction bias is no optimizer's.
     """
-    if first_match(train.freeze, name) is not None:
+    if is_correction_bias(name) or first_match(train.freeze, name) is not None:
         return FROZEN
     pattern = first_match(train.learning_rates, name)
     factor = 1.0 if pattern is None else train.learning_rates[pattern] / train.learning_rate

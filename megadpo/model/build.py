@@ -32,6 +32,7 @@ from megadpo.model.families import (
     ParameterShard,
     shard_parameters,
 )
+from megadpo.model.families.shards import EXPERT_BIAS
 from megadpo.model.four_bit.linear import without_parameters
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
@@ -39,12 +40,13 @@ from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layer_specs import block_spec, softmax_scale
 from megadpo.model.layers import Layers, choose_layers, local_name
 from megadpo.model.megatron_config import transformer_config
-from megadpo.model.moe.layer import is_expert, moved
+from megadpo.model.moe.layer import bias_beside, is_expert, moved, with_correction_biases
 from megadpo.model.moe.products import choose_expert_products
 from megadpo.model.neftune import EmbeddingNoise
 from megadpo.model.offload import Offloader, offload_activations
 from megadpo.model.recompute import Recomputer, recompute_small
 from megadpo.model.residual import join_adds_and_norms
+from megadpo.model.router_load import RouterWatch, bias_metrics, move_correction_biases
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps, choose_small_ops
 from megadpo.parallel.layout import Layout, context_method
@@ -62,7 +64,9 @@ class Stage:
             values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
         base: the others in the same way, with adapters: the model itself, frozen. Of weights in 4 bits the parameter has no
             memory, and its attribute `four_bit` is what is held.
-        held: `parameters` with what `train.freeze` has taken out of them, in the model's order: what is exported.
+        correction_biases: of routers, in the same way: no optimizer moves them, and no engine casts or cuts them.
+        held: `parameters`, with what `train.freeze` has taken out of them and the correction biases, in the model's order:
+            what is saved and exported. With adapters, the model's correction biases are not.
         noise: of the embeddings in training, with `train.neftune_alpha`.
         attention: the name of the backend that computes attention, one of `attention.backends.BACKENDS`.
         layers: what its layers are made of.
@@ -83,12 +87,33 @@ class Stage:
     offloader: Offloader | None = None
     recomputer: Recomputer | None = None
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
+    correction_biases: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
     expert_products: str | None = None
 
     def __post_init__(self) -> None:
-        self.held = self.held or self.parameters
+        for name, parameter in ({} if self.held else self.parameters).items():
+            self.held[name] = parameter
+            bias = bias_beside(name)
+            if not self.base and bias in self.correction_biases:
+                self.held[bias] = self.correction_biases[bias]
+
+    def balance_experts(self, watch: RouterWatch | None, bias_update_rate: float) -> None:
+        """Move the routers' correction biases by the load of the step's global batch. Collective."""
+        if watch is not None and bias_update_rate:
+            biases = {name: bias for name, (bias, _) in self.correction_biases.items()}
+            move_correction_biases(biases, watch.load(), bias_update_rate)
+
+    def balance_metrics(self, watch: RouterWatch | None, bias_update_rate: float) -> dict[str, float]:
+        """What routers did with the step's global batch, and how far their biases have moved. Collective."""
+        if watch is None:
+            return {}
+        metrics = watch.load().metrics()
+        if bias_update_rate:
+            biases = {name: bias for name, (bias, _) in self.correction_biases.items()}
+            metrics |= bias_metrics(biases, compute_device())
+        return metrics
 
     @property
     def model(self) -> GPTModel:
@@ -174,6 +199,7 @@ def build_stage(
             attach_adapters(model, adapted, adapter, switch, name_of)
             shards += [shard for layer in adapted for shard in layer.shards.values()]
         parameters |= _match(model, shards, name_of)
+    biases = {name: parameters.pop(name) for name in list(parameters) if name.endswith(f".{EXPERT_BIAS}")}
     base = {} if adapter is None and quantization is None else _freeze(parameters, adapter)
     for model in models:
         without_parameters(model)
@@ -182,7 +208,7 @@ def build_stage(
         models[0].embedding.register_forward_hook(needs_gradient)
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
-    stage = Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base)
+    stage = Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base, biases)
     stage.expert_products = products
     return stage
 
@@ -226,6 +252,7 @@ def _build_chunk(
         backend=backend,
         softcap=shape.attention_softcap,
         has_sinks=shape.attention_sinks,
+        rotates=shape.latents is None,
     )
     has_vocabulary = shape.head == "logprobs"
     with cpu_tensors_pass_for_cuda(), _made_on(device, config), warnings.catch_warnings():
@@ -363,7 +390,7 @@ def _match(
     Megatron knows by `allreduce`, and gives them only where there is expert parallelism. What the ranks that share an
     expert's matrices have alike (of adapters) counts once.
     """
-    parameters = {global_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {global_name(name): parameter for name, parameter in with_correction_biases(model)}
     by_name = {shard.name: shard for shard in shards}
     assert parameters.keys() == by_name.keys(), sorted(parameters.keys() ^ by_name.keys())
     is_expert_shared = model.config.expert_tensor_parallel_size > 1

@@ -77,14 +77,19 @@ def forward_flop(
     return 2 * body_parameters * num_tokens + 2 * head_parameters * num_scored + 4 * width * num_attended
 
 
+def attention_width(shape: ModelShape) -> float:
+    """Of a layer's queries; the mean of these and the values where they differ."""
+    return shape.num_heads * (shape.head_dim + shape.value_dim) / 2
+
+
 def body_parameters(shape: ModelShape) -> int:
     """Entries of the matrices of all layers that a token meets."""
     hidden, experts = shape.hidden_size, shape.experts
-    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
     num_mixtures = 0 if experts is None else len(experts.layers)
-    total = shape.num_layers * attention + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
+    total = shape.num_layers * shape.attention_parameters + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
     if experts is not None:
-        total += num_mixtures * (3 * hidden * experts.columns * experts.per_token + hidden * experts.count)
+        has_gate = experts.shared is not None and experts.shared.has_gate
+        total += num_mixtures * (3 * hidden * experts.columns_of_token + hidden * (experts.count + has_gate))
     return total
 
 
@@ -173,7 +178,7 @@ class Work:
         products = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0)
         attention = 0.0
         for window, num_layers in Counter(shape.windows).items():
-            width = num_layers * shape.num_heads * shape.head_dim
+            width = num_layers * attention_width(shape)
             attention += forward_flop(0, 0, float(self.attended_G[window][group_ids].sum()), 0, 0, width)
         return products, attention
 

@@ -17,8 +17,7 @@ def freeze(stage: Stage, is_frozen: Callable[[str], bool]) -> None:
     Args:
         is_frozen: asked with Hugging Face names.
     """
-    stage.held = dict(stage.parameters)
-    for name, (parameter, shard) in stage.held.items():
+    for name, (parameter, shard) in list(stage.parameters.items()):
         if all(is_frozen(logical) for logical in names_in(shard)):
             parameter.requires_grad_(False)
             del stage.parameters[name]

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megadpo.model.attention.core import GroupAttention
+from megadpo.model.attention.latent import LatentAttention
 from megadpo.model.attention.packed_projection import PackedSelfAttention
 from megadpo.model.four_bit.linear import use_four_bit_layers
 from megadpo.model.four_bit.weight import FourBit
@@ -22,7 +23,7 @@ from megadpo.model.head_norms import HeadsNorm, ProjectionNorm
 from megadpo.model.moe.layer import expert_layer_spec
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps
-from megadpo.model.weight_gradients import use_own_linear_layers
+from megadpo.model.weight_gradients import ColumnLinear, RowLinear, use_own_linear_layers
 
 
 def softmax_scale(shape: ModelShape) -> float:
@@ -62,36 +63,51 @@ def block_spec(
 
 
 def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
-    """The layer with quantised linear layers, those of experts too; routers stay as they are."""
+    """The layer with quantised linear layers, those of experts too; routers and a shared expert's gate stay as they are."""
     if quantization is not None:
         mlp = layer.submodules.mlp.submodules
         experts = getattr(mlp, "experts", None)
-        linear = mlp if experts is None else experts.submodules
-        use_four_bit_layers([layer.submodules.self_attention.submodules, linear], quantization)
+        linear = [mlp] if experts is None else [experts.submodules, mlp.shared_experts.submodules]
+        use_four_bit_layers([layer.submodules.self_attention.submodules, *linear], quantization)
     return layer
 
 
 def _layer_spec(
     shape: ModelShape, kind: str, core_attention: Callable[..., GroupAttention], small_ops: SmallOps
 ) -> ModuleSpec:
-    has_norm_of_heads = shape.qk_norm is not None
+    has_norm_of_heads, has_latents = shape.qk_norm is not None, shape.latents is not None
     if kind == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_norm_of_heads)
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=has_norm_of_heads)
+        layer = get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=has_norm_of_heads, multi_latent_attention=has_latents
+        )
         norm, norms = small_ops.norm_of(shape), shape.norms
         layer.submodules.input_layernorm = IdentityOp if norms.before_attention is None else norm
         layer.submodules.pre_mlp_layernorm = IdentityOp if norms.before_mlp is None else norm
     layer.submodules.mlp.submodules.activation_func = small_ops.activation_of(shape)
     attention = layer.submodules.self_attention.submodules
-    if kind == "local":
+    attention.core_attention = core_attention
+    if has_latents:
+        use_own_linear_layers(layer.submodules.mlp.submodules, None, shape.mlp_bias)
+        _use_latent_attention(layer.submodules.self_attention, shape, small_ops)
+    elif kind == "local":
         use_own_linear_layers(layer.submodules.mlp.submodules, attention, shape.mlp_bias, shape.output_bias)
         layer.submodules.self_attention.module = PackedSelfAttention
-    attention.core_attention = core_attention
     if has_norm_of_heads:
         attention.q_layernorm = _norm_of_heads(shape, small_ops, shape.num_heads)
         attention.k_layernorm = _norm_of_heads(shape, small_ops, shape.num_key_value_heads)
     return layer
+
+
+def _use_latent_attention(attention: ModuleSpec, shape: ModelShape, small_ops: SmallOps) -> None:
+    """Fill the slots of Megatron's spec of it."""
+    attention.module, attention.params = LatentAttention, {**attention.params, "latents": shape.latents}
+    slots = attention.submodules
+    slots.linear_q_proj = slots.linear_q_down_proj = slots.linear_q_up_proj = ColumnLinear
+    slots.linear_kv_down_proj = slots.linear_kv_up_proj = ColumnLinear
+    slots.linear_proj = RowLinear
+    slots.q_layernorm = slots.kv_layernorm = small_ops.norm_of(shape)
 
 
 def _norm_of_heads(shape: ModelShape, small_ops: SmallOps, num_heads: int) -> ModuleSpec:

@@ -7,7 +7,7 @@ turned together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,13 +54,16 @@ class LayerRopes(torch.nn.Module):
     It leaves it to attention to rotate queries and keys (`StreamParams.rotate`), each layer's by the rope that it has.
     """
 
-    def __init__(self, ropes: Sequence[Rope | None], is_interleaved: bool) -> None:
-        """`ropes` has one entry a layer of the whole model; None: the layer has no rope."""
+    def __init__(self, ropes: Sequence[Rope | None], is_interleaved: bool, turns_last: bool = False) -> None:
+        """`ropes` has one entry a layer of the whole model; None: the layer has no rope.
+
+        `turns_last`: the part of a head that is turned is its last columns, not its first.
+        """
         super().__init__()
         self.distinct = list({id(rope): rope for rope in ropes if rope is not None}.values())
         numbers = {id(rope): number for number, rope in enumerate(self.distinct)}
         self.number_of_layer = [None if rope is None else numbers[id(rope)] for rope in ropes]
-        self.is_interleaved = is_interleaved
+        self.is_interleaved, self.turns_last = is_interleaved, turns_last
 
     def get_rotary_seq_len(self, *args: Any) -> StreamParams:
         """As in PositionRope."""
@@ -81,7 +84,8 @@ class LayerRopes(torch.nn.Module):
         number = self.number_of_layer[layer]
         if number is None:
             return query_TAD, key_TKD
-        return tuple(rotated(x, *turns[number], self.is_interleaved) for x in (query_TAD, key_TKD))  # type: ignore[return-value]
+        turned = (rotated(x, *turns[number], self.is_interleaved, self.turns_last) for x in (query_TAD, key_TKD))
+        return tuple(turned)  # type: ignore[return-value]
 
 
 def angles_of(rope: Rope, micro_batch: MicroBatch) -> Tensor:
@@ -136,14 +140,15 @@ def _lengths(micro_batch: MicroBatch, prompt_start: int, prompt_end: int) -> str
     return " and ".join(map(str, lengths))
 
 
-def rotated(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
-    """The first 2 N columns of each head turned, the others as they are; in float32 and rounded once.
+def rotated(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool, turns_last: bool = False) -> Tensor:
+    """2 N columns of each head turned, the first or the last, the others as they are; in float32 and rounded once.
 
     Args:
-        is_interleaved: columns 2 n and 2 n + 1 are turned together; else n and n + N.
+        is_interleaved: columns 2 n and 2 n + 1 of them are turned together; else n and n + N.
     """
-    result = _Rotation.apply(x_TAD, cosine_TN, sine_TN, is_interleaved)
-    remember(result, functools.partial(_turned, is_interleaved=is_interleaved), x_TAD, cosine_TN, sine_TN)
+    turn = functools.partial(_turned, is_interleaved=is_interleaved, turns_last=turns_last)
+    result = _Rotation.apply(x_TAD, cosine_TN, sine_TN, turn)
+    remember(result, turn, x_TAD, cosine_TN, sine_TN)
     return result
 
 
@@ -151,27 +156,30 @@ class _Rotation(torch.autograd.Function):
     """Keeps cosine and sine, which layers share."""
 
     @staticmethod
-    def forward(ctx: Any, x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
+    def forward(ctx: Any, x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, turn: Callable[..., Tensor]) -> Tensor:
         ctx.save_for_backward(cosine_TN, sine_TN)
-        ctx.is_interleaved = is_interleaved
-        return _turned(x_TAD, cosine_TN, sine_TN, is_interleaved)
+        ctx.turn = turn
+        return turn(x_TAD, cosine_TN, sine_TN)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """The transposed: the same factor, the other way around."""
         cosine_TN, sine_TN = ctx.saved_tensors
-        return _turned(gradients[0], cosine_TN, -sine_TN, ctx.is_interleaved), None, None, None
+        return ctx.turn(gradients[0], cosine_TN, -sine_TN), None, None, None
 
 
-def _turned(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool) -> Tensor:
+def _turned(x_TAD: Tensor, cosine_TN: Tensor, sine_TN: Tensor, is_interleaved: bool, turns_last: bool) -> Tensor:
     num_pairs = cosine_TN.shape[-1]
+    first = x_TAD.shape[-1] - 2 * num_pairs if turns_last else 0
+    end = first + 2 * num_pairs
     result = torch.empty(x_TAD.shape, dtype=x_TAD.dtype, device=x_TAD.device)
-    parts = (slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2))
+    parts = (slice(first, end, 2), slice(first + 1, end, 2))
     if not is_interleaved:
-        parts = (slice(0, num_pairs), slice(num_pairs, 2 * num_pairs))
-    first, second = (x_TAD[..., part].float() for part in parts)
+        parts = (slice(first, first + num_pairs), slice(first + num_pairs, end))
+    one, other = (x_TAD[..., part].float() for part in parts)
     cosine, sine = cosine_TN[:, None], sine_TN[:, None]
-    result[..., parts[0]] = first * cosine - second * sine
-    result[..., parts[1]] = second * cosine + first * sine
-    result[..., 2 * num_pairs :] = x_TAD[..., 2 * num_pairs :]
+    result[..., parts[0]] = one * cosine - other * sine
+    result[..., parts[1]] = other * cosine + one * sine
+    for rest in (slice(0, first), slice(end, None)):
+        result[..., rest] = x_TAD[..., rest]
     return result

@@ -8,13 +8,16 @@ then linear and exact, wherever and in whichever micro-batch the token is.
 
 A token weighs what it would without shared prompts: a prompt's once for each of its responses, padding nothing.
 
+A router's correction bias (`Routing.has_correction_bias`) may be moved by the same load, without gradient and loss
+(`move_correction_biases`).
+
 Axes: L layers of the whole model (rows of layers without experts are zero), E experts, T tokens of the stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,14 +85,42 @@ class RouterWatch:
     coefficient: float = 0.0
     whole: Load | None = None
     seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _load: Load | None = None
 
     def load(self) -> Load:
-        """The load over all ranks: each token is routed in a layer on one rank only. Collective over the world."""
+        """The load over all ranks, when the pass has ended: each token is routed in a layer on one rank only. The first call
+        is collective over the world."""
+        if self._load is not None:
+            return self._load
         table = torch.zeros(2, self.num_layers, self.num_experts, dtype=torch.float64, device=self.device)
         for (_, layer), sums in self.seen.items():
             table[:, layer] += sums
         dist.all_reduce(table)
-        return Load(table[0], table[1], self.per_token)
+        self._load = Load(table[0], table[1], self.per_token)
+        return self._load
+
+
+def move_correction_biases(biases: Mapping[str, Tensor], load: Load, rate: float) -> None:
+    """Auxiliary-loss-free load balancing (arXiv:2408.15664, algorithm 1): the bias of each expert that had less than an even
+    share of the global batch goes up by `rate`, that of each that had more goes down.
+
+    Args:
+        biases: float32 [E] of layers of this rank, by Megatron's name.
+    """
+    with torch.no_grad():
+        for name, bias_E in biases.items():
+            choices_E = load.choices_LE[int(name.split(".")[2])]
+            bias_E.add_((choices_E.mean() - choices_E).sign().to(bias_E), alpha=rate)
+
+
+def bias_metrics(biases: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """``moe/largest_bias``: the largest correction bias of any expert of any layer, without its sign. Collective over the
+    world."""
+    largest = torch.zeros((), device=device)
+    for bias_E in biases.values():
+        largest = torch.maximum(largest, bias_E.abs().max())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return {"moe/largest_bias": float(largest)}
 
 
 def watch_of(config: Any, device: torch.device, coefficient: float) -> RouterWatch | None:

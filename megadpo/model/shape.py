@@ -33,6 +33,48 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a router's logits become a token's experts, and what each of these counts.
+
+    Attributes:
+        score_function: of the logits, in float32: "softmax" over all experts, or "sigmoid" of each.
+        renormalised: whether the chosen experts' scores are scaled to add up to 1.
+        scaling_factor: what the chosen experts' scores are multiplied by, after that.
+        num_groups: equal parts of the experts, one after the other.
+        groups_per_token: those of them from which a token's experts are chosen.
+        group_score: of a group, by which these are chosen: its best expert's score ("max", DeepSeek-V2), or the sum of its
+            best two ("two_best", DeepSeek-V3).
+        has_correction_bias: whether each expert has a number that is added to its score where groups and experts are chosen,
+            and there only. No gradient moves it (arXiv:2408.15664).
+        logits_in_float32: whether the logits are computed in float32, too; else in the model's type.
+    """
+
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    renormalised: bool = False
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "two_best"] = "max"
+    has_correction_bias: bool = False
+    logits_in_float32: bool = False
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP in a mixture that every token goes through, beside the experts that it is sent to.
+
+    Attributes:
+        columns: its inner size; of several shared experts, that of all together, which are one MLP.
+        name: its place in the mixture's Hugging Face names.
+        has_gate: whether what it gives is multiplied by the sigmoid of one more product with the token (`NAME_gate`).
+    """
+
+    columns: int
+    name: str = "shared_experts"
+    has_gate: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
     """A model's mixtures of experts.
 
@@ -40,8 +82,9 @@ class Experts:
         count: experts of a layer.
         per_token: how many of them a token goes to.
         columns: inner size of an expert's gated MLP.
-        renormalised: whether the chosen experts' probabilities are scaled to add up to 1.
+        routing: how the router chooses.
         layers: global numbers of the layers that have experts; the others have a dense MLP.
+        shared: beside them; None: there is none.
         block: the mixture's place in a layer's Hugging Face names.
         gate, up, down: an expert's matrices there.
         router: the router there.
@@ -53,8 +96,9 @@ class Experts:
     count: int
     per_token: int
     columns: int
-    renormalised: bool
+    routing: Routing
     layers: tuple[int, ...]
+    shared: SharedExpert | None = None
     block: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -63,6 +107,16 @@ class Experts:
     has_biases: bool = False
     clamp: Clamp | None = None
     is_fused: bool = False
+
+    @property
+    def columns_of_token(self) -> int:
+        """Inner columns of all that a token goes through in a mixture."""
+        return self.per_token * self.columns + self.shared_columns
+
+    @property
+    def shared_columns(self) -> int:
+        """Inner size of the shared expert, 0 without."""
+        return 0 if self.shared is None else self.shared.columns
 
 
 @dataclass(frozen=True)
@@ -89,6 +143,32 @@ class Norms:
         """Those that there are."""
         places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         return tuple(name for name in places if name is not None)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Sizes of multi-head latent attention (model/attention/latent.py).
+
+    Attributes:
+        query_rank: columns of the queries' latent; None: they are made of hidden states.
+        key_value_rank: of the one of keys and values.
+        plain_dim, rope_dim: columns of a query and key head that rope does not turn, and after them those that it does,
+            which all heads' keys have in common.
+        value_dim: of a value head.
+        norm_epsilon: of the latents' norms.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_epsilon: float
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of a query and key head."""
+        return self.plain_dim + self.rope_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +209,8 @@ class ModelShape:
         padding_token: the config's pad_token_id, which a reward model reads.
         attention_softcap: attention's scores become softcap * tanh(score / softcap) before their softmax; None: they stay.
         attention_sinks: whether each query head has a learned number in its softmax's denominator.
+        latents: what queries, keys and values are made of; None: of hidden states. With them `head_dim` is that of queries
+            and keys, and values may have another (`value_dim`).
     """
 
     num_layers: int
@@ -164,10 +246,34 @@ class ModelShape:
     padding_token: int | None
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    latents: Latents | None = None
 
     def __hash__(self) -> int:
         """Of sizes alone: what there is of every layer takes long, and few shapes differ in that only."""
         return hash((self.num_layers, self.hidden_size, self.ffn_size, self.num_heads, self.vocab_size))
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of a value head."""
+        return self.head_dim if self.latents is None else self.latents.value_dim
+
+    @property
+    def attention_matrices(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices of a layer's attention as it is built, each cut evenly over the tensor ranks."""
+        hidden, query = self.hidden_size, self.num_heads * self.head_dim
+        output = (hidden, self.num_heads * self.value_dim)
+        if self.latents is None:
+            return (query + 2 * self.num_key_value_heads * self.head_dim, hidden), output
+        latents, rank = self.latents, self.latents.query_rank
+        queries = ((query, hidden),) if rank is None else ((rank, hidden), (query, rank))
+        down = (latents.key_value_rank + latents.rope_dim, hidden)
+        up = (self.num_heads * (latents.plain_dim + latents.value_dim), latents.key_value_rank)
+        return *queries, down, up, output
+
+    @property
+    def attention_parameters(self) -> int:
+        """Entries of these."""
+        return sum(rows * columns for rows, columns in self.attention_matrices)
 
     @property
     def has_windows(self) -> bool:
@@ -178,7 +284,7 @@ class ModelShape:
     def plain_rope(self) -> Rope | None:
         """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length."""
         rope = self.ropes[0]
-        if rope is None or rope.by_length is not None or self.rope_is_interleaved:
+        if rope is None or rope.by_length is not None or self.rope_is_interleaved or self.latents is not None:
             return None
         is_whole = 2 * len(rope.inverse_frequencies) == self.head_dim
         return rope if is_whole and all(other is rope for other in self.ropes) else None
@@ -189,6 +295,8 @@ class ModelShape:
         neutral = Norms()
         if self.experts is not None:
             return "experts"
+        if self.latents is not None:
+            return "multi-head latent attention"
         if self.norms != neutral or self.is_parallel:
             return "other norms than RMSNorms before attention and MLP"
         if self.output_bias or self.mlp_bias:
@@ -206,7 +314,7 @@ class ModelShape:
             "ffn_hidden_size": self.ffn_size,
             "num_attention_heads": self.num_heads,
             "num_query_groups": self.num_key_value_heads,
-            "kv_channels": self.head_dim,
+            "kv_channels": self.value_dim,  # what Megatron sizes the output projection by
             "normalization": "RMSNorm",
             "layernorm_epsilon": self.norm_epsilon,
             "gated_linear_unit": True,
@@ -220,6 +328,9 @@ class ModelShape:
         }
         if self.experts is None:
             return options
+        if self.experts.shared is not None:
+            options["moe_shared_expert_intermediate_size"] = self.experts.shared.columns
+            options["moe_shared_expert_gate"] = self.experts.shared.has_gate
         return options | {
             "num_moe_experts": self.experts.count,
             "moe_ffn_hidden_size": self.experts.columns,
@@ -233,8 +344,8 @@ class ModelShape:
 def head_work(shape: ModelShape) -> float:
     """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
     hidden, experts = shape.hidden_size, shape.experts
-    attention = hidden * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_key_value_heads)
+    attention = shape.attention_parameters
     num_expert_layers = 0 if experts is None else len(experts.layers)
     columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
-    columns += 0 if experts is None else num_expert_layers * experts.per_token * experts.columns
+    columns += 0 if experts is None else num_expert_layers * experts.columns_of_token
     return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)

@@ -21,9 +21,9 @@ def load_weights(stage: Stage, source: TensorSource, trained: TensorSource | Non
     """
     if trained is not None:
         _fill(stage.parameters, trained)
-        _fill(stage.base, source)
+        _fill(stage.base | stage.correction_biases, source)
     else:
-        _fill(stage.base | stage.parameters, source)
+        _fill(stage.base | stage.parameters | stage.correction_biases, source)
 
 
 def keep_originals(stage: Stage, source: TensorSource, reference: TensorSource | None = None) -> None:

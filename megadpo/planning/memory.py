@@ -112,7 +112,11 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     yield Kept(STREAM, ((1 if shape.is_parallel else 2) + num_after) * h * w)  # what is added to, and normed after
     yield Kept(STREAM, num_before * h * w, again=True)  # norms' results
     yield Kept(ATTENTION, (q + 2 * k) * w)  # the packed projection
-    yield Kept(ATTENTION, q * w)  # attention's result
+    yield Kept(ATTENTION, heads * shape.value_dim * w)  # attention's result
+    if shape.latents is not None:
+        latents = ((shape.latents.query_rank or 0) + shape.latents.key_value_rank) / (tensor if layout.sequence else 1)
+        yield Kept(ATTENTION, latents * w)
+        yield Kept(ATTENTION, latents * w, again=True)  # their norms' results
     yield Kept(ATTENTION, 4 * (2 + heads + (heads + groups if shape.qk_norm else 0)))  # rows' scales, log-sum-exp
     method = context_method(layout, shape.num_key_value_heads)
     if plan.on_cpu:
@@ -128,13 +132,18 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
             yield Kept(ATTENTION, 2 * k * layout.context * w)
     if plan.adapter is not None:
         yield Kept("adapters' inner results", adapter_numbers(plan, 0)[2] * w)
-    if not is_mixture:
-        f = shape.ffn_size / tensor
-        yield Kept(MLP, 2 * f * w)
-        yield Kept(MLP, f * w, again=True)  # SwiGLU's result
-        return
     experts = shape.experts
+    f = shape.ffn_size / tensor
+    if is_mixture:
+        assert experts is not None
+        f = experts.shared_columns / tensor
+    yield Kept(MLP, 2 * f * w)
+    yield Kept(MLP, f * w, again=True)  # SwiGLU's result
+    if not is_mixture:
+        return
     assert experts is not None
+    if experts.shared is not None:
+        yield Kept(MLP, (h + experts.shared.has_gate * h) * w)  # what it gives, and that without its gate
     share = layout.tensor if layout.sequence else 1  # tokens of a tensor rank
     routed, columns = experts.per_token / share, experts.columns / layout.expert_tensor
     if layout.expert_tensor > 1:
@@ -172,12 +181,14 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
     if is_mixture:
         assert shape.experts is not None
         f = shape.experts.per_token * shape.experts.columns / layout.expert_tensor / (tensor if layout.sequence else 1)
+        f = max(f, shape.experts.shared_columns / tensor)  # one after the other
     in_all = 0.0
     if plan.four_bit is not None:  # the widest: gate and up are one
         inner = shape.ffn_size / tensor
         if is_mixture and shape.experts is not None:
-            inner = shape.experts.columns / layout.expert_tensor
-        in_all = w * h * max(q + 2 * k, 2 * inner)
+            inner = max(shape.experts.columns / layout.expert_tensor, shape.experts.shared_columns / tensor)
+        of_attention = max(rows * columns for rows, columns in shape.attention_matrices)
+        in_all = w * max(of_attention / tensor, 2 * h * inner)
     if not backward:
         return w * (2 * own_h + h + max(3 * f, 3 * q + 4 * k)), in_all
     if plan.on_cpu:  # the MLP's results are gone when attention goes backward, which there pads queries, keys and values
@@ -232,16 +243,18 @@ def small_parameters(plan: Plan, stage: int) -> tuple[float, float]:
     """Numbers of a rank's matrices in layers that ZeRO-3 does not cut, and of those of experts: DeepSpeed's default leaves
     small ones whole."""
     shape, layout = plan.shape, plan.layout
-    h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    h = shape.hidden_size
 
-    def small(columns: Iterable[int], ranks: int) -> float:
+    def small(columns: Iterable[float], ranks: int) -> float:
         return sum(h * each / ranks for each in columns if h * each / ranks <= ZERO_3_WHOLE)
 
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    dense = num_layers * small((q + 2 * k, q), layout.tensor)
+    dense = num_layers * small((rows * columns / h for rows, columns in shape.attention_matrices), layout.tensor)
     dense += (num_layers - mixtures) * small((2 * shape.ffn_size, shape.ffn_size), layout.tensor)
     if shape.experts is None:
         return dense, 0.0
+    shared = shape.experts.shared_columns
+    dense += mixtures * small((2 * shared, shared), layout.tensor)
     f, num_local = shape.experts.columns, shape.experts.count / layout.expert
     return dense, mixtures * num_local * small((2 * f, f), layout.expert_tensor)
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megadpo.model.adapters.spec import EMBEDDING_MODULE, HEAD_MODULE, AdapterSpec
+from megadpo.model.adapters.spec import EMBEDDING_MODULE, HEAD_MODULE, AdapterSpec, all_shapes
 from megadpo.model.flop import AdapterWork
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.shape import ModelShape
@@ -140,7 +140,9 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     """Of a rank of a stage: those replicated over data and context ranks, and its experts'."""
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    attention = 2 * h * (q + k) / layout.tensor + len(shape.norms.names) * h
+    attention = shape.attention_parameters / layout.tensor + len(shape.norms.names) * h
+    if shape.latents is not None:
+        attention += (shape.latents.query_rank or 0) + shape.latents.key_value_rank  # their norms
     attention += (q + 2 * k) / layout.tensor if shape.qkv_bias else 0
     attention += h if shape.output_bias else 0
     attention += shape.num_heads / layout.tensor if shape.attention_sinks else 0
@@ -152,7 +154,9 @@ def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float,
     own_experts = 0.0
     if shape.experts is not None:
         count, columns, has_biases = shape.experts.count, shape.experts.columns, shape.experts.has_biases
-        dense += mixtures * (h + has_biases) * count
+        dense += mixtures * (h + has_biases + shape.experts.routing.has_correction_bias) * count
+        if shape.experts.shared is not None:
+            dense += mixtures * (3 * h * shape.experts.shared.columns / layout.tensor + shape.experts.shared.has_gate * h)
         own_experts = 3.0 * h * columns * count / layout.expert / layout.expert_tensor
         own_experts += (2 * columns / layout.expert_tensor + h) * count / layout.expert if has_biases else 0
     vocabulary = math.ceil(shape.vocab_size / layout.tensor) * h
@@ -173,31 +177,29 @@ def parameters(plan: Plan, stage: int) -> tuple[float, float]:
 def linear_parameters(plan: Plan, stage: int) -> float:
     """Of `parameters`, the entries of linear layers: what is neither norm nor bias, router, embedding nor head."""
     shape, layout = plan.shape, plan.layout
-    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_key_value_heads) * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    dense = num_layers * attention + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    dense = num_layers * shape.attention_parameters + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    if shape.experts is not None:
+        dense += mixtures * 3 * shape.hidden_size * shape.experts.shared_columns
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 
-COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Linear layers whose outputs are cut over tensor ranks, by the last part of their names; the others' inputs are."""
+ROW_MODULES = ("o_proj", "down_proj", "w2")
+"""Linear layers whose inputs are cut over tensor ranks, by the last part of their names; the others' outputs are."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _adapter_of_layer(spec: _Hashable, shape: ModelShape, tensor: int, expert: int) -> tuple[float, float, float]:
     """Mean over layers: an adapter's numbers of a rank, those of experts, and its inner columns of a token."""
-    h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    columns = shape.ffn_size if shape.experts is None else shape.experts.columns
-    sizes = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "qkv_proj": (h, q + 2 * k), "o_proj": (q, h)}
-    sizes["gate_up_proj"] = (h, 2 * columns)
+    shapes = all_shapes(shape)
     dense = own = inner = 0.0
     for module in spec.spec.modules:
         if module in (EMBEDDING_MODULE, HEAD_MODULE):  # of the ends
             continue
         name, rank = module.rpartition(".")[2], spec.spec.rank_of(module)
         is_expert = ".experts." in module
-        shape_in, shape_out = sizes.get(name, (columns, h) if name in ("down_proj", "w2") else (h, columns))
-        whole, cut = (shape_in, shape_out) if name in COLUMN_MODULES else (shape_out, shape_in)
+        shape_out, shape_in = shapes[f"{module}.weight"]
+        whole, cut = (shape_out, shape_in) if name in ROW_MODULES else (shape_in, shape_out)
         numbers = rank * (whole + cut / (1 if is_expert else tensor))
         if is_expert:
             own += numbers / expert

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megadpo.model.flop import body_parameters, forward_flop, head_parameters, training_flop
+from megadpo.model.flop import attention_width, body_parameters, forward_flop, head_parameters, training_flop
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import context_method
 from megadpo.pipeline.fill import Progress, with_reference, with_reference_before
@@ -60,7 +60,7 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     experts, tensor = shape.experts, layout.tensor
-    inner = shape.ffn_size if experts is None else experts.per_token * experts.columns
+    inner = shape.ffn_size if experts is None else experts.columns_of_token
     own = tokens / layout.context
     product, copied = own / tensor / rates.product_rate(own), w * own / tensor / rates.memory
     products: float = dense_products(shape) * product
@@ -75,7 +75,8 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
         moved, moved_back = moved + routed, moved_back + routed
         num_launches += 8 * experts.count / layout.expert
         routed_rows = own / tensor * experts.per_token * layout.expert / experts.count
-        expert_products = 3 * h * inner * own / tensor / rates.product_rate(routed_rows)
+        routed_columns = experts.per_token * experts.columns
+        expert_products = 3 * h * routed_columns * own / tensor / rates.product_rate(routed_rows)
         products += expert_products
         busiest = (rates.expert_imbalance - 1) * expert_products if layout.expert > 1 else 0.0
     low_rank, of_experts, _ = low_rank_numbers(plan)
@@ -103,9 +104,11 @@ def _rest(way: Sums, rates: Rates, num_launches: float) -> float:
 
 
 def dense_products(shape: ModelShape) -> int:
-    """Weights of a layer that a token is multiplied with, but those of experts."""
-    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_key_value_heads) * shape.head_dim
-    return attention + shape.hidden_size * (3 * shape.ffn_size if shape.experts is None else shape.experts.count)
+    """Weights of a layer that a token is multiplied with, but those of the experts that it is sent to."""
+    experts = shape.experts
+    return shape.attention_parameters + shape.hidden_size * (
+        3 * shape.ffn_size if experts is None else 3 * experts.shared_columns + experts.count
+    )
 
 
 def _context_seconds(plan: Plan, rates: Rates, own: float, q: int, k: int) -> float:
@@ -125,10 +128,11 @@ def _add_tensor_messages(forward: Sums, backward: Sums, plan: Plan, rates: Rates
     products (megadpo/model/weight_gradients.py). Experts are whole and have none."""
     shape, layout = plan.shape, plan.layout
     one = rates.ring(plan.number_bytes * own * shape.hidden_size, 1, layout.tensor)
-    num_blocks = 2 if shape.experts is None else 1
-    columns = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-    columns += 2 * shape.ffn_size if shape.experts is None else 0
-    beside = rates.hidden * 4 * shape.hidden_size * columns * product
+    inner = shape.ffn_size if shape.experts is None else shape.experts.shared_columns
+    num_blocks = 2 if inner else 1
+    weights = shape.attention_parameters - shape.hidden_size * shape.num_heads * shape.value_dim
+    weights += 2 * shape.hidden_size * inner
+    beside = rates.hidden * 4 * weights * product
     forward["tensor messages"] = 2 * num_blocks * one
     backward["tensor messages"] = num_blocks * one + max(0.0, 2 * num_blocks * one - beside)
 
@@ -300,7 +304,7 @@ def _add_optimizer(seconds_by: Sums, plan: Plan, rates: Rates, forward: float, b
 def _useful_flop(plan: Plan, mix: Mix) -> float:
     """As megadpo/model/flop.py counts them, but of mean lengths, and every layer attending without a window."""
     shape, tokens = plan.shape, mix.pair * plan.num_pairs
-    scored, width = mix.scored * tokens, shape.num_layers * shape.num_heads * shape.head_dim
+    scored, width = mix.scored * tokens, shape.num_layers * attention_width(shape)
     attention = forward_flop(0, 0, mix.attended * tokens, 0, 0, width)
     forward = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0) + attention
     return training_flop(shape, tokens, scored, attention, adapter_work(plan)) + (plan.num_forwards - 1) * forward

@@ -8,7 +8,7 @@ import torch
 
 from megadpo.checkpoint.peft import why_peft_cannot
 from megadpo.checkpoint.sharded import is_checkpoint, open_checkpoint
-from megadpo.config.schema import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig, TrainConfig
 from megadpo.config.sources import eval_label
 from megadpo.console.heartbeat import write_line
 from megadpo.data.rows.report import DataReport, counted
@@ -16,6 +16,7 @@ from megadpo.data.rows.sources import split_taken
 from megadpo.data.rows.stream import Position
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes
 from megadpo.model.families import logical_shapes
+from megadpo.model.shape import Experts
 from megadpo.parallel.world import rank
 from megadpo.platform.device import bf16_is_slow
 from megadpo.training.setup import RunSetup
@@ -47,9 +48,8 @@ def log_setup(setup: RunSetup) -> None:
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(setup.policy.config, name, 0.0):
             log(f"the model's {name} {getattr(setup.policy.config, name)} is not used: training runs with dropout 0")
-    experts = setup.policy.shape.experts
-    if experts is not None and setup.config.train.router_aux_coef == 0:
-        log(f"{experts.count} experts: their load is measured (moe/…) and not balanced; train.router_aux_coef would do that")
+    if setup.policy.shape.experts is not None:
+        log(balancing_text(setup.policy.shape.experts, setup.config.train))
     for warning in dict.fromkeys(model.warning for model in (setup.policy, setup.reference)):
         if warning is not None:
             log(f"warning: {warning}")
@@ -78,6 +78,20 @@ def log_setup(setup: RunSetup) -> None:
             log(f"{eval_label(name)}: {len(packing.groups)} of them are used (eval.pairs)")
     if not setup.resume and (setup.output_dir / "hf").is_dir():
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
+
+
+def balancing_text(experts: Experts, train: TrainConfig) -> str:
+    """What balances the load of a mixture's experts, if anything."""
+    ways = []
+    if train.router_aux_coef:
+        ways.append(f"balanced by a loss of weight {train.router_aux_coef:g}")
+    if train.router_bias_update_rate:
+        ways.append(f"balanced by the routers' correction biases, which move by {train.router_bias_update_rate:g} a step")
+    options = "train.router_aux_coef would do that"
+    if experts.routing.has_correction_bias:
+        options = "the routers' correction biases stay as they are; train.router_bias_update_rate would move them"
+    ways = ways or [f"not balanced ({options})"]
+    return f"{experts.count} experts: their load is measured (moe/…) and {' and '.join(ways)}"
 
 
 def log_stream_setup(setup: RunSetup) -> None:

@@ -22,7 +22,7 @@ from megadpo.config import yaml_core
 from megadpo.config.schema import Config
 from megadpo.config.sources import eval_label, eval_sets, parse_sources
 from megadpo.errors import reason
-from megadpo.model.families import logical_shapes
+from megadpo.model.families import parameter_shapes
 from megadpo.parallel.world import world_size
 from megadpo.platform.hub import id_of_snapshot, is_id
 from megadpo.secrets.redact import redact, redacted
@@ -165,7 +165,7 @@ def _reference(config: Config) -> str:
 
 def _training(setup: RunSetup, num_steps: int) -> Iterator[tuple[str, str]]:
     config, train = setup.config, setup.config.train
-    shapes = logical_shapes(setup.policy.shape)
+    shapes = parameter_shapes(setup.policy.shape)
     whole, trained = (sum(map(math.prod, sizes.values())) for sizes in (shapes, setup.trained_shapes))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     yield "parameters", f"{whole:,}" if trained == whole else f"{trained:,} trained beside {whole:,}"

@@ -207,7 +207,7 @@ class References:
         """TR-DPO (arXiv:2404.09656, eq. 2): reference = alpha policy + (1 - alpha) reference, each rank its own shard."""
         assert self.train.stage is not None
         with torch.no_grad():
-            for name, (parameter, _) in self.train.stage.parameters.items():
+            for name, (parameter, _) in self.train.stage.held.items():
                 own_part(parameter).lerp_(own_part(policy.held[name][0]).detach(), alpha)
 
 

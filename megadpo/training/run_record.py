@@ -22,7 +22,7 @@ from megadpo.errors import UserError, reason
 from megadpo.files import replacing
 from megadpo.launch.signals import EXIT_INTERRUPTED, WORDS, Stopped
 from megadpo.metrics.lengths import answer_lengths
-from megadpo.model.families import logical_shapes
+from megadpo.model.families import parameter_shapes
 from megadpo.parallel.world import rank, world_size
 from megadpo.report.run_files import FACTS_FILE
 from megadpo.report.write import write_own_page
@@ -130,7 +130,7 @@ def recorded() -> Iterator[RunRecord]:
 
 def facts_of(setup: RunSetup) -> dict[str, Any]:
     """Model, data, layout and versions of a run, as JSON."""
-    shapes = logical_shapes(setup.policy.shape)
+    shapes = parameter_shapes(setup.policy.shape)
     packings = {"train": setup.train} | {eval_label(name): packing for name, packing in setup.eval.items()}
     return {
         "format": FORMAT,

@@ -117,7 +117,7 @@ def _owned_state(run: Run) -> Iterator[tuple[str, ParameterShard, Tensor]]:
             yield kind, _kept_part(run, kind, shard), tensor
     if run.setup.config.reference.sync_every:
         assert run.references.train.stage is not None
-        for parameter, shard in run.references.train.stage.parameters.values():
+        for parameter, shard in run.references.train.stage.held.values():
             values = whole(parameter)  # every rank takes part
             if is_first_replica(parameter):
                 yield "reference", shard, values.clone()  # it moves while it is written

@@ -25,7 +25,7 @@ from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.adapters.spec import adapter_shapes, fused_tensors
 from megadpo.model.by_name import first_match
-from megadpo.model.families import TensorSource, logical_shapes
+from megadpo.model.families import TensorSource, is_correction_bias, logical_shapes
 from megadpo.model.layers import FP8_STREAM_MULTIPLE
 from megadpo.model.shape import ModelShape, head_work
 from megadpo.objectives.custom import load_custom
@@ -125,8 +125,9 @@ class RunSetup:
     @cached_property
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that is trained."""
-        frozen = self.config.train.freeze
-        return {name: shape for name, shape in self.search.shapes.items() if first_match(frozen, name) is None}
+        frozen, shapes = self.config.train.freeze, self.search.shapes
+        names = (name for name in shapes if first_match(frozen, name) is None and not is_correction_bias(name))
+        return {name: shapes[name] for name in names}
 
     @cached_property
     def objective(self) -> Objective:

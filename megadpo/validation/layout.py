@@ -18,8 +18,17 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
     """
     experts = shape.experts
     divided = {"attention heads": shape.num_heads, "key-value heads": shape.num_key_value_heads}
+    if shape.latents is not None:
+        latents = shape.latents
+        divided["columns of keys' and values' latent (kv_lora_rank + qk_rope_head_dim)"] = (
+            latents.key_value_rank + latents.rope_dim
+        )
+        if latents.query_rank is not None:
+            divided["columns of queries' latent (q_lora_rank)"] = latents.query_rank
     if experts is None or len(experts.layers) < shape.num_layers:
         divided["MLP columns"] = shape.ffn_size
+    if experts is not None and experts.shared is not None:
+        divided["columns of shared experts"] = experts.shared.columns
     for what, number in divided.items():
         if number % layout.tensor:
             raise UserError(

@@ -27,6 +27,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         UserError: in one sentence.
     """
     coefficient, path = config.train.router_aux_coef, config.model.path
+    _check_bias_updates(config, shape)
     if shape.experts is None:
         if coefficient:
             raise UserError(f"train.router_aux_coef is {coefficient!r}, but {path} has no experts; remove it")
@@ -46,6 +47,19 @@ def check_experts(config: Config, shape: ModelShape) -> None:
             f"model.expert_products is {config.model.expert_products} with parallel.zero_stage 3, which gathers the "
             "matrices of one expert at a time; set expert_products to auto"
         )
+
+
+def _check_bias_updates(config: Config, shape: ModelShape) -> None:
+    rate = config.train.router_bias_update_rate
+    if not rate:
+        return
+    reason = None
+    if shape.experts is None or not shape.experts.routing.has_correction_bias:
+        reason = f"{config.model.path} has no routers with a correction bias (e_score_correction_bias); remove it"
+    elif config.adapter.kind != "none":
+        reason = f"with adapter.kind {config.adapter.kind} the model, its routers' biases too, stays as it is; set it to 0"
+    if reason is not None:
+        raise UserError(f"train.router_bias_update_rate is {rate!r}, but {reason}")
 
 
 def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: AdapterSpec) -> None:

@@ -140,6 +140,7 @@ AT_LEAST: dict[str, int] = {
     "train.weight_decay": 0,
     "train.clip_norm": 0,
     "train.router_aux_coef": 0,
+    "train.router_bias_update_rate": 0,
     "train.recompute_num_layers": 1,
     "train.activation_offload_window_mib": 1,
     "train.hang_timeout": 0,

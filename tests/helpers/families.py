@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.helpers.models import PREFIXES
+from tests.helpers.models import OWN_SIZES, PREFIXES
 
 WIDE = {"num_key_value_heads": 4, "num_attention_heads": 8}
 
@@ -46,10 +46,14 @@ def config_of(family: str, **changes: Any) -> Any:
         changes = {"num_local_experts": 4} | changes
     if family == "qwen3_moe":
         changes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
+    if family in ("qwen2_moe", "glm4_moe"):
+        changes = OWN_SIZES[family] | changes
     if family == "gpt_oss":
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
     if family in ("ministral", "glm", "glm4", "gemma2", "gemma3_text", "gpt_oss"):
         changes = {"head_dim": 16} | changes
+    if family.startswith("deepseek"):
+        changes = OWN_SIZES[family] | {"num_key_value_heads": 8} | changes
     changes = {"pad_token_id": None} | changes
     sizes: dict[str, Any] = {
         "vocab_size": 499,

@@ -39,9 +39,28 @@ PREFIXES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "gpt_oss": "GptOss",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "qwen2_moe": "Qwen2Moe",
+    "glm4_moe": "Glm4Moe",
 }
 """What transformers' classes of each family begin with."""
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 48},
@@ -60,7 +79,25 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "attn_logit_softcapping": 4.0},
     "gemma3_text": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "sliding_window_pattern": 2},
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "swiglu_limit": 0.7},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
+    "glm4_moe": {
+        "head_dim": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},
 }
 """What a small model of a family has beside the sizes of all."""
 
@@ -165,6 +202,9 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, tokenizer:
                 parameter.mul_(3.0)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)
     model.to(changes.get("dtype", torch.float32)).save_pretrained(directory)
     if tokenizer:
         save_tokenizer(directory)

@@ -102,6 +102,16 @@ OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list
         {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "use_dora": True, "rank": 6},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
+    "latents": (
+        "deepseek_v3",
+        {"first_k_dense_replace": 2},
+        {
+            "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+            "use_dora": True,
+            "rank": 6,
+        },
+        {1: [Case()], 2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True))]},
+    ),
     "biases of all, factors": (
         "granite",
         {"attention_bias": True, "mlp_bias": True},

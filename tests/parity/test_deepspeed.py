@@ -61,7 +61,21 @@ EXPERTS = {
         (Layout(pipeline=2, data=2, expert=2), 2),
     ],
 }
-CELLS = {"untied": (2, UNTIED), "tied": (2, TIED), "uneven": (3, UNEVEN), "experts": (2, EXPERTS)}
+SHARED = {
+    1: [],
+    2: [
+        *((Layout(data=2, expert=2), stage) for stage in range(4)),
+        (Layout(tensor=2, sequence=True, expert=2), 3),
+        (PIPELINE, 1),
+    ],
+}
+CELLS = {
+    "untied": (2, UNTIED),
+    "tied": (2, TIED),
+    "uneven": (3, UNEVEN),
+    "experts": (2, EXPERTS),
+    "shared experts": (2, SHARED),
+}
 """The model's layers, and by number of processes what is tried on it."""
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
 NVME = {
@@ -86,13 +100,19 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-@pytest.fixture(scope="module", params=list(CELLS))
+OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.exhaustive if name == "shared experts" else ()) for name in CELLS],
+)
 def trained(request, tmp_path_factory):
     """One process under Megatron's engine, and every cell: three steps, clipped, on the same global batch."""
     directory = tmp_path_factory.mktemp("zero")
     num_layers, chosen = CELLS[request.param]
     changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4, "num_hidden_layers": num_layers}
-    family = "qwen3_moe" if request.param == "experts" else "qwen3"
+    family = OF_MIXTURES.get(request.param, "qwen3")
     policy = save_model(directory / "policy", family, tokenizer=False, **changes)
     reference = save_model(directory / "reference", family, seed=1, tokenizer=False, **changes)
     groups, json_file = random_groups(9, seed=3), _small_pieces(directory)

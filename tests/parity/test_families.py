@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.config.schema import ObjectiveConfig
+from megadpo.config.schema import ObjectiveConfig, PipelineScheduleConfig
 from megadpo.data.groups import Group
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
@@ -28,6 +28,16 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [1.1, 1.4, 2.0, 3.0, 4.5, 6.0],
     "original_max_position_embeddings": 32,
     "partial_rotary_factor": 0.75,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.9,
+    "mscale_all_dim": 0.707,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 20},
@@ -54,6 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"final_logit_softcapping": 3.0, "attention_bias": True},
+    "deepseek_v2": {"first_k_dense_replace": 2, "tie_word_embeddings": True},
+    "deepseek_v3": {"first_k_dense_replace": 2, "rope_parameters": YARN, "max_position_embeddings": 128},
+    "deepseek_v3-halves": {"first_k_dense_replace": 2, "q_lora_rank": None, "rope_interleave": False},
     "llama-gelu-biased": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True, "mlp_bias": True},
 }
 ONE = {1: [Case(Layout()), Case(Layout(), share_prompts=False, tokens_per_micro_batch=120)]}
@@ -64,14 +77,29 @@ TWO = {
     ]
 }
 MORE = {
-    1: [Case(Layout(), recompute="full")],
-    2: [Case(Layout(tensor=2)), Case(Layout(context=2))],
+    1: [Case(Layout(), recompute="full"), Case(Layout(), recompute="small")],
+    2: [
+        Case(Layout(tensor=2)),
+        Case(Layout(context=2)),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(pipeline=2), schedule=PipelineScheduleConfig(name="1f1b", split_pairs=True)),
+    ],
     4: [
         Case(Layout(tensor=2, pipeline=2, sequence=True)),
         Case(Layout(tensor=2, data=2, sequence=True), share_prompts=False),
     ],
 }
-IN_MORE = ("phi3-partial-longrope", "olmo2", "smollm3", "granite-biased", "glm4", "cohere", "gemma2", "gemma3_text")
+IN_MORE = (
+    "phi3-partial-longrope",
+    "olmo2",
+    "smollm3",
+    "granite-biased",
+    "glm4",
+    "cohere",
+    "gemma2",
+    "gemma3_text",
+    "deepseek_v3",
+)
 """Models with which these are measured: all that is new is in them."""
 OTHERS = tuple(name for name in FAMILIES if name not in IN_MORE)
 BETA = 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,46 @@ MODELS = {
         {1: ONE[1][:1], 2: [Case(Layout(pipeline=2)), Case(Layout(data=2, expert=2))]},
     ),
 }
+GLM: dict[str, Any] = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True}
+SHARED = {
+    1: ONE[1][1:],
+    2: [
+        Case(Layout(tensor=2, sequence=True, expert=2), fusion=True),
+        Case(Layout(pipeline=2), recompute="full", tokens_per_micro_batch=200),
+        Case(Layout(context=2, context_method="ulysses", expert=2), tokens_per_micro_batch=200),
+    ],
+}
+"""Of models with shared experts: one case of each kind of layout."""
+MODELS |= {
+    "glm4_moe": (GLM, SHARED),
+    "glm4_moe-one-group": ({"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO),
+    "glm4_moe-more": (GLM, ONE | TWO | FOUR),
+    "qwen2_moe": ({"num_hidden_layers": 2, "mlp_only_layers": [0]}, SHARED),
+    "qwen2_moe-more": ({"qkv_bias": False, "decoder_sparse_step": 2, "norm_topk_prob": True}, ONE | TWO),
+}
+DEEPSEEK: dict[str, Any] = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.9,
+    "mscale_all_dim": 0.707,
+}
+MODELS |= {
+    "deepseek_v3": (DEEPSEEK, {1: SHARED[1], 2: SHARED[2][:1]}),
+    "deepseek_v2": ({**DEEPSEEK, "rope_parameters": YARN}, SHARED),
+    "deepseek_v3-more": ({"rope_parameters": YARN, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO | FOUR),
+    "deepseek_v2-greedy": ({**DEEPSEEK, "topk_method": "greedy", "n_group": None, "q_lora_rank": 32}, SHARED),
+}
+DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3")
 BETA = 0.1
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in DEFAULT else pytest.mark.exhaustive) for name in MODELS],
+)
 def measured(request, tmp_path_factory):
     """A policy, a reference and real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -189,6 +226,52 @@ def _balance(model: torch.nn.Module, groups: list) -> tuple[Tensor, Tensor]:
         total = total + num_experts * (share * scores.mean(0)).sum()
         loads.append(share * num_experts)
     return total, torch.stack(loads)
+
+
+RATE = 0.01
+MOVED = {
+    1: [Case(Layout(), router_bias_update_rate=RATE)],
+    2: [
+        Case(Layout(data=2, expert=2), router_bias_update_rate=RATE, tokens_per_micro_batch=90, share_prompts=False),
+        Case(Layout(tensor=2, sequence=True, expert=2), router_bias_update_rate=RATE, recompute="full"),
+        Case(Layout(pipeline=2), router_bias_update_rate=RATE, tokens_per_micro_batch=90),
+        Case(Layout(context=2, context_method="allgather"), router_bias_update_rate=RATE),
+    ],
+}
+
+
+@pytest.mark.slow
+def test_correction_biases_move_by_the_sign_of_the_global_batch_s_load_error_in_every_layout(tmp_path):
+    policy = save_model(tmp_path / "policy", "glm4_moe", tokenizer=False, num_hidden_layers=2, first_k_dense_replace=0)
+    groups = random_groups(7, seed=3)
+    found = {steps: found_in(MOVED, policy, policy, groups, steps) for steps in (1, 3)}
+    model = oracle.load(policy)
+    biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    for (name, bias), counts in zip(biases.items(), _counts(model, groups), strict=True):
+        expected = bias + RATE * (counts.double().mean() - counts).sign()
+        assert len(counts.unique()) > 1
+        for case, outcome in found[1]:
+            assert torch.allclose(outcome.weights[name].double(), expected, rtol=0, atol=1e-7), f"{case}: {name}"
+        for case, outcome in found[3]:
+            assert torch.equal(outcome.weights[name], found[3][0][1].weights[name]), f"{case}: {name}"
+
+
+def _counts(model: torch.nn.Module, groups: list) -> list[Tensor]:
+    """Of each layer, how many tokens each expert has, over every token of every response with its own prompt."""
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    counts = [torch.zeros(model.config.n_routed_experts) for _ in routers]
+
+    def count(number: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        counts[number] += torch.bincount(output[2].flatten(), minlength=len(counts[number]))
+
+    handles = [
+        router.register_forward_hook(lambda module, inputs, output, number=number: count(number, output))
+        for number, router in enumerate(routers)
+    ]
+    oracle.all_logps(model, groups)
+    for handle in handles:
+        handle.remove()
+    return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -35,6 +35,7 @@ class Case:
     tokens_per_micro_batch: int = 400
     recompute: str = "none"
     router_aux_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
     memory: Activations | None = None
     """Instead of `recompute`."""
     overlap: bool | None = None
@@ -245,7 +246,11 @@ def _outcome(
         run_reference = ResidentReference(frozen, objective.ld_alpha)
     stage.train()
     train = TrainConfig(
-        learning_rate=1e-3, clip_norm=1.0, router_aux_coef=case.router_aux_coef, moments_dtype=case.moments_dtype
+        learning_rate=1e-3,
+        clip_norm=1.0,
+        router_aux_coef=case.router_aux_coef,
+        router_bias_update_rate=case.router_bias_update_rate,
+        moments_dtype=case.moments_dtype,
     )
     parallel = ParallelConfig(
         overlap=case.overlap,

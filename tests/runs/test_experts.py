@@ -41,11 +41,30 @@ def settings_of(files: Path, output_dir: Path, parallel: dict[str, int], dtype: 
     )
 
 
+RATE = 0.01
+
+
 @pytest.mark.slow
-def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(files, tmp_path):
-    resumed, whole = resumed_and_whole(2, lambda name: settings_of(files, tmp_path / name, {"expert": 2}, "bf16"), 3)
-    assert resumed == whole and {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"} <= whole[0].keys()
+def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    save_model(tmp_path / "model", "glm4_moe", num_hidden_layers=3, dtype=torch.bfloat16)
+    write_hh(tmp_path / "train.jsonl", 40)
+
+    def settings(name: str) -> dict[str, Any]:
+        made = settings_of(tmp_path, tmp_path / name, {"expert": 2}, "bf16")
+        made["train"]["router_bias_update_rate"] = RATE
+        return made
+
+    resumed, whole = resumed_and_whole(2, settings, 3)
+    names = {"moe/aux_loss", "moe/largest_load", "moe/mean_largest_load", "moe/largest_bias"}
+    assert resumed == whole and names <= whole[0].keys()
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
+    before, after = weights_in(tmp_path / "model"), exported_weights(tmp_path / "whole")
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2 and all(after[name].dtype is torch.float32 for name in biases)
+    # Four steps, each up, down or (where an expert had an even share) not at all.
+    moved = torch.stack([(after[name] - before[name]) / RATE for name in biases])
+    assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() >= 2 and moved.abs().max() <= 4.001
+    assert whole[-1]["moe/largest_bias"] == pytest.approx(max(float(after[name].abs().max()) for name in biases))
 
 
 @pytest.mark.slow

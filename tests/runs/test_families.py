@@ -15,7 +15,19 @@ from tests.helpers.runs import exported_weights, run_settings, train_each, weigh
 from tests.helpers.worlds import run_world
 
 DEFAULT = ("phi3",)
-MORE = ("olmo2", "glm4", "smollm3", "granite", "ministral", "cohere", "cohere2", "gemma2", "gemma3_text")
+MORE = (
+    "olmo2",
+    "glm4",
+    "smollm3",
+    "granite",
+    "ministral",
+    "cohere",
+    "cohere2",
+    "gemma2",
+    "gemma3_text",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 
 
 @pytest.fixture(

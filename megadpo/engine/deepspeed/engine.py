@@ -111,7 +111,7 @@ class ZeroEngine:
         return parameter.grad
 
     def router_metrics(self) -> dict[str, float]:
-        return {} if self.watch is None else self.watch.load().metrics()
+        return self.stage.balance_metrics(self.watch, self.train.router_bias_update_rate)
 
     def finish_gradients(self) -> None:
         owned = {name: self.partitions.gradient(parameter) for name, (parameter, _) in self.stage.parameters.items()}
@@ -141,6 +141,7 @@ class ZeroEngine:
         self.partitions.before_step()
         begin_bias_correction_anew(self.runtime.basic_optimizer)
         self.runtime.step()
+        self.stage.balance_experts(self.watch, self.train.router_bias_update_rate)
         return norm
 
     def wait_for_parameters(self) -> None:
@@ -299,6 +300,8 @@ def sharded_stage(
     cut, cut_of_experts = sharder(config), sharder(config, parallel_state.get_expert_data_parallel_group())
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
     base: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
+    for bias, shard in stage.correction_biases.values():
+        fill_shard(shard, source, bias.data)
     for values, held, filled in ((source, stage.base, base), (trained or source, stage.parameters, parameters)):
         for name, (empty, shard) in held.items():
             data = torch.empty(shard.shape, dtype=empty.dtype, device=compute_device())

@@ -130,7 +130,8 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
     """Full names of the modules that can have an adapter, in the model's order: the embedding, linear layers, experts' too,
     and the head.
 
-    The routers of experts are none: no adapter moves where tokens go. Experts that are one tensor in the model's files are
+    The routers of experts are none (no adapter moves where tokens go), nor are the gates of shared experts, which are no
+    linear layers here. Experts that are one tensor in the model's files are
     no modules, to which PEFT could add one.
     """
     routers, fused = _routers(shape), shape.experts is not None and shape.experts.is_fused
@@ -142,8 +143,14 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
 
 
 def _routers(shape: ModelShape) -> set[str]:
+    """And the gates of shared experts."""
     experts = shape.experts
-    return set() if experts is None else {f"model.layers.{n}.{experts.block}.{experts.router}" for n in experts.layers}
+    if experts is None:
+        return set()
+    names = [f"{experts.block}.{experts.router}"]
+    if experts.shared is not None and experts.shared.has_gate:
+        names.append(f"{experts.block}.{experts.shared.name}_gate")
+    return {f"model.layers.{layer}.{name}" for layer in experts.layers for name in names}
 
 
 def whole_modules(shape: ModelShape) -> tuple[str, ...]:
@@ -237,6 +244,8 @@ def _check_names(targets: Sequence[str], shape: ModelShape) -> None:
         why = "is no linear layer of this model"
         if shape.experts is not None and _is_named(f"{shape.experts.block}.{shape.experts.router}", target):
             why = "is the experts' router, which gets no adapter"
+        elif shape.experts is not None and any(_is_named(module, target) for module in _routers(shape)):
+            why = "is the gate of the shared expert, which gets no adapter"
         elif target.lower() == ALL_LINEAR:
             why = f"stands for all by itself only: write target_modules: {ALL_LINEAR}"
         raise UserError(f"adapter.target_modules: {target!r} {why}; there are {_there_is(shape)}")

@@ -51,6 +51,7 @@ class AttentionNeeds:
             dtype,
             shape.head_dim,
             shape.has_windows,
+            None if shape.latents is None else shape.latents.value_dim,
             has_softcap=shape.attention_softcap is not None,
             has_sinks=shape.attention_sinks,
         )

@@ -87,6 +87,7 @@ class GroupAttention(MegatronModule):
         context_method: str | None = None,
         softcap: float | None = None,
         has_sinks: bool = False,
+        rotates: bool = True,
         **also_unused: Any,
     ) -> None:
         """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
@@ -94,6 +95,7 @@ class GroupAttention(MegatronModule):
         `scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
         which this rank holds a part are attended to: "ulysses" or "allgather".
         `softcap` and `has_sinks`: `attention_softcap` and `attention_sinks` of the model's shape.
+        `rotates`: queries and keys are turned here, where Megatron has not done it; else they come turned.
         """
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -101,7 +103,7 @@ class GroupAttention(MegatronModule):
         self.context_method = context_method
         self.backend = backend
         self.softmax_scale = scale  # Megatron hands over a `softmax_scale` of its own
-        self.softcap = softcap
+        self.softcap, self.rotates = softcap, rotates
         self.softmax_offset: torch.nn.Parameter | None = None
         if has_sinks:
             # Where Megatron does not leave the device to torch, it is the one that is computed on.
@@ -121,7 +123,7 @@ class GroupAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         micro_batch, (query, key, value) = packed_seq_params.micro_batch, (x.squeeze(1) for x in (query, key, value))
-        if packed_seq_params.rotate is not None:
+        if self.rotates and packed_seq_params.rotate is not None:
             query, key = packed_seq_params.rotate(query, key, self.layer_number - 1)
         if micro_batch.shard is None:
             output = self._attend(query, key, value, micro_batch.segments, packed_seq_params, self.softmax_offset)

@@ -5,7 +5,7 @@ from megadpo.model.families.common import HEAD, SCORE, ExpertPlace, Family, Para
 from megadpo.model.families.heads import head_of, head_settings, tying_settings, untied, with_reward_head
 from megadpo.model.families.registry import FAMILIES, family_of
 from megadpo.model.families.shape import shape_of
-from megadpo.model.families.shards import logical_shapes, names_in, shard_parameters
+from megadpo.model.families.shards import is_correction_bias, logical_shapes, names_in, parameter_shapes, shard_parameters
 
 __all__ = [
     "FAMILIES",
@@ -20,9 +20,11 @@ __all__ = [
     "family_of",
     "head_of",
     "head_settings",
+    "is_correction_bias",
     "logical_shapes",
     "mtp_names",
     "names_in",
+    "parameter_shapes",
     "shape_of",
     "shard_parameters",
     "tensor_problems",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megadpo.model.families.common import Family, biases_of_config, windows_of_layer_types
-from megadpo.model.shape import Clamp, Experts
+from megadpo.model.shape import Clamp, Experts, Routing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,7 +21,7 @@ def _experts(hf_config: PretrainedConfig) -> Experts:
         per_token=hf_config.num_experts_per_tok,
         columns=hf_config.intermediate_size,
         # Its softmax over the chosen experts' logits is a softmax over all of them, scaled to add up to 1.
-        renormalised=True,
+        routing=Routing(renormalised=True),
         layers=tuple(range(hf_config.num_hidden_layers)),
         router="router",
         has_biases=True,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
 from megadpo.model.families.common import Family, no_biases, window_on_every_layer
-from megadpo.model.shape import Experts
+from megadpo.model.shape import Experts, Routing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ def _experts(hf_config: PretrainedConfig) -> Experts:
         count=hf_config.num_local_experts,
         per_token=hf_config.num_experts_per_tok,
         columns=hf_config.intermediate_size,
-        renormalised=True,
+        routing=Routing(renormalised=True),
         layers=tuple(range(hf_config.num_hidden_layers)),
         block="block_sparse_moe",
         gate="w1",

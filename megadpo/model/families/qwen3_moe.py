@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from megadpo.model.families.common import Family, window_on_every_layer
 from megadpo.model.families.qwen3 import qwen3_facts
-from megadpo.model.shape import Experts
+from megadpo.model.shape import Experts, Routing, SharedExpert
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def _experts(hf_config: PretrainedConfig) -> Experts | None:
+def qwen_experts(hf_config: PretrainedConfig, shared: SharedExpert | None = None) -> Experts | None:
+    """The mixtures of Qwen2-MoE and Qwen3-MoE; None where all layers are dense."""
     layers = tuple(
         layer
         for layer in range(hf_config.num_hidden_layers)
@@ -29,8 +30,9 @@ def _experts(hf_config: PretrainedConfig) -> Experts | None:
         count=hf_config.num_experts,
         per_token=hf_config.num_experts_per_tok,
         columns=hf_config.moe_intermediate_size,
-        renormalised=hf_config.norm_topk_prob,
+        routing=Routing(renormalised=hf_config.norm_topk_prob),
         layers=layers,
+        shared=shared,
     )
 
 
@@ -40,5 +42,5 @@ QWEN3_MOE = Family(
     "Qwen3MoeForSequenceClassification",
     window_on_every_layer,
     qwen3_facts,
-    experts=_experts,
+    experts=qwen_experts,
 )

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from megadpo.errors import UserError, reason
 from megadpo.model.families.cohere import COHERE, COHERE2
 from megadpo.model.families.common import Family
+from megadpo.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megadpo.model.families.gemma import GEMMA2, GEMMA3
 from megadpo.model.families.glm import GLM, GLM4
+from megadpo.model.families.glm4_moe import GLM4_MOE
 from megadpo.model.families.gpt_oss import GPT_OSS
 from megadpo.model.families.granite import GRANITE
 from megadpo.model.families.llama import LLAMA
@@ -18,6 +20,7 @@ from megadpo.model.families.mixtral import MIXTRAL
 from megadpo.model.families.olmo2 import OLMO2
 from megadpo.model.families.phi3 import PHI3
 from megadpo.model.families.qwen2 import QWEN2
+from megadpo.model.families.qwen2_moe import QWEN2_MOE
 from megadpo.model.families.qwen3 import QWEN3
 from megadpo.model.families.qwen3_moe import QWEN3_MOE
 from megadpo.model.families.refused import why_refused
@@ -45,6 +48,10 @@ FAMILIES = (
     GEMMA2,
     GEMMA3,
     GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    QWEN2_MOE,
+    GLM4_MOE,
 )
 
 

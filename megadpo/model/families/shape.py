@@ -39,7 +39,7 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
         ffn_size=hf_config.intermediate_size,
         num_heads=num_heads,
         num_key_value_heads=getattr(hf_config, "num_key_value_heads", None) or num_heads,
-        head_dim=head_dim,
+        head_dim=latents.head_dim if (latents := facts.get("latents")) else head_dim,
         vocab_size=hf_config.vocab_size,
         max_positions=hf_config.max_position_embeddings,
         norm_epsilon=getattr(hf_config, family.norm_epsilon),

@@ -18,6 +18,14 @@ NamedRange = tuple[str, int, int]
 
 _GATED = ("gate_proj", "up_proj")
 
+CORRECTION_BIAS, EXPERT_BIAS = "e_score_correction_bias", "expert_bias"
+"""A router's correction bias in Hugging Face's words, and in Megatron's."""
+
+
+def is_correction_bias(name: str) -> bool:
+    """Whether the tensor with this Hugging Face name is a router's correction bias, which no optimizer moves."""
+    return name.endswith(f".{CORRECTION_BIAS}")
+
 
 def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model in Hugging Face terms: embedding, layers in order, norm, head."""
@@ -32,29 +40,58 @@ def logical_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """`logical_shapes` without what transformers' models have as buffers: routers' correction biases."""
+    return {name: size for name, size in logical_shapes(shape).items() if not is_correction_bias(name)}
+
+
 def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    query, key, hidden = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim, shape.hidden_size
-    projections = {"q_proj": query, "k_proj": key, "v_proj": key}
-    if shape.fuses_qkv:
-        projections = {"qkv_proj": query + 2 * key}
-    first, *other_norms = shape.norms.names
+    hidden, (first, *other_norms) = shape.hidden_size, shape.norms.names
     shapes: dict[str, tuple[int, ...]] = {f"{first}.weight": (hidden,)}
-    shapes |= {f"self_attn.{name}.weight": (size, hidden) for name, size in projections.items()}
-    shapes["self_attn.o_proj.weight"] = (hidden, query)
+    shapes |= {f"self_attn.{name}.weight": size for name, size in _projections(shape).items()}
+    shapes["self_attn.o_proj.weight"] = (hidden, shape.num_heads * shape.value_dim)
     shapes |= {f"{name}.weight": (hidden,) for name in other_norms}
     shapes |= _mlp_shapes(shape, layer)
     if shape.qkv_bias:
-        shapes |= {f"self_attn.{name}.bias": (size,) for name, size in projections.items()}
+        shapes |= {f"self_attn.{name}.bias": (size,) for name, (size, _) in _projections(shape).items()}
     if shape.output_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
     if shape.attention_sinks:
         shapes["self_attn.sinks"] = (shape.num_heads,)
+    for name, size in _latent_norms(shape).items():
+        shapes[f"self_attn.{name}.weight"] = (size,)
     for name, heads in (("q_norm", shape.num_heads), ("k_norm", shape.num_key_value_heads)):
         if shape.qk_norm is not None:
             whole = (heads * shape.head_dim,)
             sizes = {"head": (shape.head_dim,), "heads": (heads, shape.head_dim), "projection": whole}
             shapes[f"self_attn.{name}.weight"] = sizes[shape.qk_norm]
     return shapes
+
+
+def _projections(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """The matrices that queries, keys and values come from."""
+    query, key, hidden = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim, shape.hidden_size
+    latents = shape.latents
+    if latents is not None:
+        rank, of_keys = latents.query_rank, latents.key_value_rank
+        queries = {"q_proj": (query, hidden)}
+        if rank is not None:
+            queries = {"q_a_proj": (rank, hidden), "q_b_proj": (query, rank)}
+        return queries | {
+            "kv_a_proj_with_mqa": (of_keys + latents.rope_dim, hidden),
+            "kv_b_proj": (shape.num_heads * (latents.plain_dim + latents.value_dim), of_keys),
+        }
+    if shape.fuses_qkv:
+        return {"qkv_proj": (query + 2 * key, hidden)}
+    return {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden)}
+
+
+def _latent_norms(shape: ModelShape) -> dict[str, int]:
+    """The norms of latents, by their names, and their columns."""
+    if shape.latents is None:
+        return {}
+    of_queries = {} if shape.latents.query_rank is None else {"q_a_layernorm": shape.latents.query_rank}
+    return of_queries | {"kv_a_layernorm": shape.latents.key_value_rank}
 
 
 def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
@@ -69,6 +106,9 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
     if experts.has_biases:
         shapes[f"{experts.block}.{experts.router}.bias"] = (experts.count,)
+    if experts.routing.has_correction_bias:
+        shapes[f"{experts.block}.{experts.router}.{CORRECTION_BIAS}"] = (experts.count,)
+    shapes |= _shared_expert_shapes(experts, hidden)
     for number in range(experts.count):
         for name, rows, columns in (
             (experts.gate, experts.columns, hidden),
@@ -79,6 +119,17 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
             shapes[f"{matrix}.weight"] = (rows, columns)
             if experts.has_biases:
                 shapes[f"{matrix}.bias"] = (rows,)
+    return shapes
+
+
+def _shared_expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
+    if experts.shared is None:
+        return {}
+    name, columns = f"{experts.block}.{experts.shared.name}", experts.shared.columns
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.{matrix}.weight": (columns, hidden) for matrix in _GATED}
+    shapes[f"{name}.down_proj.weight"] = (hidden, columns)
+    if experts.shared.has_gate:
+        shapes[f"{name}_gate.weight"] = (1, hidden)
     return shapes
 
 
@@ -191,15 +242,15 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
         )
         if name is not None
     ]
-    shards += [
-        cut.columns(
-            f"{attention}.linear_proj.weight",
-            f"{hf_attention}.o_proj.weight",
-            shape.hidden_size,
-            shape.num_heads * shape.head_dim,
-        ),
-        cut.rows(f"{attention}.linear_qkv.weight", _qkv_runs(shape, hf_attention, "weight"), num_qkv, shape.hidden_size),
-    ]
+    num_outputs = shape.num_heads * shape.value_dim
+    shards.append(
+        cut.columns(f"{attention}.linear_proj.weight", f"{hf_attention}.o_proj.weight", shape.hidden_size, num_outputs)
+    )
+    if shape.latents is not None:
+        return shards + _latent_shards(shape, cut, attention, hf_attention)
+    shards.append(
+        cut.rows(f"{attention}.linear_qkv.weight", _qkv_runs(shape, hf_attention, "weight"), num_qkv, shape.hidden_size)
+    )
     if shape.qkv_bias:
         shards.append(cut.rows(f"{attention}.linear_qkv.bias", _qkv_runs(shape, hf_attention, "bias"), num_qkv))
     if shape.output_bias:
@@ -208,6 +259,29 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
         sinks = [(f"{hf_attention}.sinks", 0, shape.num_heads)]
         shards.append(cut.rows(f"{attention}.core_attention.softmax_offset", sinks, shape.num_heads))
     return shards + _query_key_norm_shards(shape, cut, attention, hf_attention)
+
+
+_OF_LATENTS = {
+    "q_proj": "linear_q_proj",
+    "q_a_proj": "linear_q_down_proj",
+    "q_a_layernorm": "q_layernorm",
+    "q_b_proj": "linear_q_up_proj",
+    "kv_a_proj_with_mqa": "linear_kv_down_proj",
+    "kv_a_layernorm": "kv_layernorm",
+    "kv_b_proj": "linear_kv_up_proj",
+}
+"""Names in the files, and Megatron's, of what multi-head latent attention has before its core."""
+
+
+def _latent_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention: str) -> list[ParameterShard]:
+    shards = [
+        cut.rows(f"{attention}.{_OF_LATENTS[name]}.weight", [(f"{hf_attention}.{name}.weight", 0, rows)], rows, columns)
+        for name, (rows, columns) in _projections(shape).items()
+    ]
+    return shards + [
+        cut.whole(f"{attention}.{_OF_LATENTS[name]}.weight", f"{hf_attention}.{name}.weight", size)
+        for name, size in _latent_norms(shape).items()
+    ]
 
 
 def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention: str) -> list[ParameterShard]:
@@ -245,6 +319,9 @@ def _mixture_shards(
     shards = [cut.whole(f"{to}.router.weight", f"{router}.weight", experts.count, hidden)]
     if experts.has_biases:
         shards.append(cut.whole(f"{to}.router.bias", f"{router}.bias", experts.count))
+    if experts.routing.has_correction_bias:
+        shards.append(cut.whole(f"{to}.router.{EXPERT_BIAS}", f"{router}.{CORRECTION_BIAS}", experts.count))
+    shards += _shared_expert_shards(experts, cut, to, of, hidden)
     within, count = _Cutter(place.tensor, place.num_tensor), experts.count // place.num_expert
     for number in range(place.expert * count, (place.expert + 1) * count):
         local, expert = f"{to}.experts.local_experts.{number}", f"{of}.experts.{number}"
@@ -255,6 +332,21 @@ def _mixture_shards(
         shards.append(within.columns(f"{local}.linear_fc2.weight", f"{down}.weight", hidden, experts.columns))
         if experts.has_biases:
             shards.append(within.whole(f"{local}.linear_fc2.bias", f"{down}.bias", hidden))
+    return shards
+
+
+def _shared_expert_shards(experts: Experts, cut: _Cutter, to: str, of: str, hidden: int) -> list[ParameterShard]:
+    """It is cut as a dense layer's MLP is, not as experts are."""
+    if experts.shared is None:
+        return []
+    to, of, columns = f"{to}.shared_experts", f"{of}.{experts.shared.name}", experts.shared.columns
+    gate, up = ((f"{of}.{name}.weight", 0) for name in _GATED)
+    shards = [
+        cut.gated(f"{to}.linear_fc1.weight", gate, up, columns, hidden),
+        cut.columns(f"{to}.linear_fc2.weight", f"{of}.down_proj.weight", hidden, columns),
+    ]
+    if experts.shared.has_gate:
+        shards.append(cut.whole(f"{to}.gate_weight", f"{of}_gate.weight", 1, hidden))
     return shards
 
 

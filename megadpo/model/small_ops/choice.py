@@ -49,7 +49,7 @@ class SmallOps:
         plain = shape.plain_rope
         if plain is not None:
             return self.rope(plain.inverse_frequencies)
-        return LayerRopes(shape.ropes, shape.rope_is_interleaved)
+        return LayerRopes(shape.ropes, shape.rope_is_interleaved, turns_last=shape.latents is not None)
 
 
 def choose_small_ops(requested: str, device: torch.device) -> SmallOps:

@@ -45,8 +45,9 @@ def save_each(cases: list[Case]) -> None:
     """Megatron-core saves its model, filled with the weights of the Hugging Face one."""
     for case in cases:
         with _without_cuda(), _model(case) as (model, expected):
+            held = _held(model)
             for name, values in expected.items():
-                model.get_parameter(name).data.copy_(values)
+                held[name].data.copy_(values)
             if dist.get_rank() == 0:
                 case.directory.mkdir(parents=True)
             dist.barrier()
@@ -60,10 +61,17 @@ def load_each(cases: list[Case]) -> list[list[str]]:
         with _without_cuda(), _model(case) as (model, expected):
             wanted = {"model": model.sharded_state_dict(metadata=case.options)}
             model.load_state_dict(dist_checkpointing.load(wanted, str(case.directory))["model"])
-            assert {name for name, _ in model.named_parameters()} == expected.keys()
-            wrong = [name for name in expected if not torch.equal(model.get_parameter(name), expected[name])]
+            held = _held(model)
+            assert held.keys() == expected.keys()
+            wrong = [name for name in expected if not torch.equal(held[name], expected[name])]
             found.append(wrong)
     return found
+
+
+def _held(model: GPTModel) -> dict[str, torch.Tensor]:
+    """Parameters, and routers' biases, which are buffers of Megatron-core's."""
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
+    return dict(model.named_parameters()) | biases
 
 
 @contextmanager
@@ -104,8 +112,10 @@ def _local(name: str, first_layer: int) -> str:
 
 def _megatron_model(shape: ModelShape, case: Case, is_first: bool, is_last: bool, rows: int, dtype: torch.dtype) -> GPTModel:
     num_experts = None if shape.experts is None else shape.experts.count
+    has_bias = shape.experts is not None and shape.experts.routing.has_correction_bias
     config = TransformerConfig(
         **shape.megatron_options() | {"moe_layer_freq": 1},
+        **({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"} if has_bias else {}),
         use_cpu_initialization=True,
         tensor_model_parallel_size=case.num_tensor,
         pipeline_model_parallel_size=case.num_pipeline,

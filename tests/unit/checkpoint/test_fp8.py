@@ -85,6 +85,28 @@ def test_every_slice_is_the_formula_s(original: Path) -> None:
                 assert torch.equal(source.read(name, dim, start, length), expected.narrow(dim, start, length))
 
 
+def test_deepseek_v3_is_read_with_what_its_files_have_beside_plain_weights(tmp_path: Path) -> None:
+    """Matrices in FP8, routers and their biases not; a layer for multi-token prediction; code of its own."""
+    plain = save_model(tmp_path / "model", "deepseek_v3", tokenizer=False, num_hidden_layers=2, dtype=torch.bfloat16)
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("proj.weight", "proj_with_mqa.weight"))]:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name].float())
+    last = {name: tensor.clone() for name, tensor in tensors.items() if ".layers.1." in name}
+    prediction = {name.replace(".layers.1.", ".layers.2."): tensor for name, tensor in last.items()}
+    prediction["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    save_file(tensors | prediction, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "topk_method": "noaux_tc"}
+    (plain / "config.json").write_text(json.dumps(config | {"quantization_config": SETTINGS}))
+    source, shape = open_hf(plain), shape_of(read_hf_config(plain))
+    check_tensors(shape, source)
+    for name in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+        matrix = f"model.layers.1.self_attn.{name}.weight"
+        expected = by_the_formula(tensors, matrix)
+        assert torch.equal(source.read(matrix, 0, 0, len(expected)), expected)
+    assert source.dtype("model.layers.1.mlp.gate.weight") is torch.bfloat16
+
+
 def test_sizes_that_no_block_divides_have_a_smaller_block_last(model: Path) -> None:
     stored = load_file(model / "model.safetensors")
     stored[NAME], stored[f"{NAME}_scale_inv"] = quantised(torch.randn(50, 41))

@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"dtype": torch.bfloat16}),
     "tied": ("qwen2", {"tie_word_embeddings": True}),
     "experts": ("mixtral", {}),
+    "shared experts": ("glm4_moe", {"first_k_dense_replace": 0}),
 }
 LAYOUTS = ((2, 1), (1, 2))
 

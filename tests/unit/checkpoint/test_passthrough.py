@@ -45,7 +45,7 @@ def add_mtp(model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return add_mtp(save_model(tmp_path_factory.mktemp("models") / "model", tokenizer=False))
+    return add_mtp(save_model(tmp_path_factory.mktemp("models") / "model", "glm4_moe", tokenizer=False))
 
 
 def assert_has_mtp(directory: Path) -> None:

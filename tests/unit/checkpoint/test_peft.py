@@ -47,6 +47,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "mixtral": ("mixtral", {}, {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]}),
+    "shared experts": ("glm4_moe", {}, {"target_modules": ["q_proj", "shared_experts.up_proj", "shared_experts.down_proj"]}),
     "vocabulary": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "rank_pattern": {"lm_head": 3}}),
     "tied head": ("qwen2", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "v_proj"]}),
     "tied embedding and head": ("qwen3", {"tie_word_embeddings": True}, {"target_modules": ["lm_head", "embed_tokens"]}),

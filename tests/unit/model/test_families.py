@@ -18,6 +18,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
+from megadpo.checkpoint.megatron import refuse_other_layers
 from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -33,6 +34,7 @@ from megadpo.model.families import (
     with_reward_head,
 )
 from megadpo.model.families.refused import REFUSED
+from megadpo.model.layer_specs import softmax_scale
 from megadpo.model.rope import angles_of, kinds_of_segments
 from megadpo.model.weights import fill_shard
 from megadpo.validation.data import check_shared_prompts, num_turned_differently
@@ -109,7 +111,7 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3"])
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -199,7 +201,8 @@ def test_logical_names_and_shapes_are_those_of_the_transformers_model(family: st
     config = config_of(family, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    in_files = oracle.in_files(dict(model.named_parameters()), config)
+    kept = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    in_files = oracle.in_files(dict(model.named_parameters()) | kept, config)
     expected = {name: tuple(tensor.shape) for name, tensor in in_files.items()}
     assert logical_shapes(shape_of(config)) == expected
 
@@ -478,12 +481,41 @@ def test_transformer_config_arguments(family: str) -> None:
             "no_rope_layers has 2 entries for 4 layers",
         ),
         ("smollm3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}, "use_sliding_window is false"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "num_key_value_heads is 4, but latents are made into .* all 8 heads"),
+        (
+            "deepseek_v3",
+            {"scoring_func": "softmax"},
+            "scoring_func: 'softmax'; deepseek_v3 is supported with 'sigmoid' only",
+        ),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: 'greedy'; deepseek_v3"),
+        ("deepseek_v3", {"topk_group": None}, "no topk_group, which deepseek_v3 needs"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq: 2; deepseek_v2 is supported with 1 only"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "no num_experts_per_tok, which deepseek_v2 needs"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; it must be a list"),
     ],
 )
 def test_what_the_layers_cannot_express_is_refused_by_name(family: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         shape_of(config_of(family, **changes))
+
+
+@pytest.mark.parametrize(("family", "mscale_all_dim"), [("deepseek_v2", 0.707), ("deepseek_v3", 1.0), ("deepseek_v3", None)])
+def test_yarn_s_factor_on_the_scores_is_that_of_transformers(family: str, mscale_all_dim: float | None) -> None:
+    of_all = {} if mscale_all_dim is None else {"mscale": 0.707, "mscale_all_dim": mscale_all_dim}
+    config = config_of(family, rope_parameters=YARN | of_all)
+    with torch.device("meta"):
+        attention = AutoModelForCausalLM.from_config(config).model.layers[0].self_attn
+    assert softmax_scale(shape_of(config)) == pytest.approx(attention.scaling, rel=1e-12)
+
+
+def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_latents_is_refused() -> None:
+    shape = shape_of(config_of("deepseek_v3", first_k_dense_replace=4))
+    assert shape.only_local == "multi-head latent attention"
+    with pytest.raises(
+        UserError, match="/m has multi-head latent attention, of which checkpoints of Megatron-core are neither"
+    ):
+        refuse_other_layers(shape, "/m")
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 
 from megadpo.config.schema import ParallelConfig
 from megadpo.errors import UserError
@@ -45,6 +45,22 @@ def test_a_number_of_processes_that_the_sizes_do_not_divide_is_refused(num_proce
 def test_a_layout_the_model_or_the_batch_cannot_be_spread_over_is_refused(layout, message):
     with pytest.raises(UserError, match=message):
         check_layout(layout, SHAPE, pairs_per_step=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kv_lora_rank": 33},
+            r"2 does not divide the model's 97 columns of keys' and values' latent \(kv_lora_rank \+ qk_rope",
+        ),
+        ({"q_lora_rank": 31}, r"2 does not divide the model's 31 columns of queries' latent \(q_lora_rank\)"),
+    ],
+)
+def test_latents_that_tensor_ranks_do_not_divide_are_refused(changes, message):
+    shape = shape_of(DeepseekV3Config(num_attention_heads=8, num_key_value_heads=8, **changes))
+    with pytest.raises(UserError, match=message):
+        check_layout(Layout(tensor=2, sequence=True), shape)
 
 
 def test_a_layout_that_fits_is_let_through():

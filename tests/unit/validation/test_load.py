@@ -70,7 +70,8 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "schedule optimizer momentum learning_rates freeze decay_norms_and_biases "
         "neftune_alpha weight_decay betas eps moments_dtype clip_norm on_spike spike_deviations recompute recompute_method "
         "recompute_num_layers hang_timeout "
-        "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef hang_timeout seed",
+        "activation_offload activation_offload_dir activation_offload_window_mib router_aux_coef "
+        "router_bias_update_rate hang_timeout seed",
         "eval": "every pairs at_start best_metric best_direction patience min_improvement",
         "checkpoint": "every at_end before_deadline keep resume changed_inputs verify asynchronous on_failed_write",
         "logging": "every tensorboard report model_card trackers project run_name tags directory offline peak_tflops "

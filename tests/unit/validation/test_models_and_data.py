@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MixtralConfig
+from transformers import Glm4MoeConfig, LlamaConfig, MixtralConfig
 
 from megadpo.config.schema import Config
 from megadpo.data.store import GroupStore
@@ -21,12 +21,23 @@ from tests.helpers.models import random_groups, save_tokenizer
 
 LLAMA = shape_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
 MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
+GLM = shape_of(Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"]))
 
 
 @pytest.mark.parametrize(
     ("override", "model", "message"),
     [
         ("train.router_aux_coef=0.1", LLAMA, "train.router_aux_coef is 0.1, but m has no experts; remove it"),
+        (
+            "train.router_bias_update_rate=0.001",
+            MIXTRAL,
+            "train.router_bias_update_rate is 0.001, but m has no routers with a correction bias .*; remove it",
+        ),
+        (
+            ["train.router_bias_update_rate=0.001", "adapter.kind=lora"],
+            GLM,
+            "router_bias_update_rate is 0.001, but with adapter.kind lora the model, .* stays as it is; set it to 0",
+        ),
         ("model.expert_products=loop", LLAMA, "model.expert_products is loop, but m has no experts; remove it"),
         (
             ["model.expert_products=grouped", "model.quantization=nf4", "adapter.kind=lora"],

@@ -60,14 +60,14 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
 
 def _routing(routing: Routing, per_token: int) -> Iterator[str]:
     """Of what Megatron-core's `topk_routing_with_score_function` does otherwise."""
-    is_softmax = routing.score_function == "softmax"
+    is_softmax, is_grouped = routing.score_function == "softmax", routing.groups_per_token < routing.num_groups
     if not is_softmax and routing.renormalised != (per_token > 1):
         yield "sigmoid scores that are renormalised otherwise than where a token has several experts (norm_topk_prob)"
-    if is_softmax and routing.renormalised and (per_token == 1 or routing.num_groups > 1):
+    if is_softmax and routing.renormalised and (per_token == 1 or is_grouped):
         yield "softmax scores renormalised for one expert a token, or with groups of experts (norm_topk_prob)"
     if is_softmax and routing.has_correction_bias:
         yield "a correction bias on softmax scores"
-    if routing.num_groups > 1:
+    if is_grouped:
         of_megatron = per_token // routing.groups_per_token
         if of_megatron != {"max": 1, "two_best": 2}[routing.group_score]:
             yield (
@@ -195,7 +195,7 @@ def _routing_flags(routing: Routing) -> Iterator[str]:
         yield "--moe-router-score-function sigmoid"
     elif not routing.renormalised:
         yield "--moe-router-pre-softmax"
-    if routing.num_groups > 1:
+    if routing.groups_per_token < routing.num_groups:
         yield f"--moe-router-num-groups {routing.num_groups} --moe-router-group-topk {routing.groups_per_token}"
     if routing.scaling_factor != 1.0:
         yield f"--moe-router-topk-scaling-factor {routing.scaling_factor:g}"

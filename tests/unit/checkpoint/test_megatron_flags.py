@@ -131,7 +131,8 @@ def test_a_router_with_these_flags_chooses_and_weighs_as_ours(name: str) -> None
     experts = replace(model.experts, count=16, per_token=per_token, routing=routing)
     model = replace(model, experts=experts)
     refuse_other_models(model, "the model")
-    said, words = " ".join(behaviour_flags(model)), {}
+    said = " ".join(behaviour_flags(model))
+    words: dict[str, str] = {}
     for flag in ("score-function", "num-groups", "group-topk", "topk-scaling-factor"):
         words[flag] = said.partition(f"--moe-router-{flag} ")[2].split(" ")[0]
     probabilities, chosen = topk_routing_with_score_function(

@@ -50,14 +50,11 @@ LONGEST_FIRST = (
     "unit/model/test_reward_training.py",
 )
 
-EXHAUSTIVE_FOLDERS = "MEGADPO_TEST_EXHAUSTIVE"
-"""The variable with the folders whose exhaustive tests are run, too, but for those that are for a person to start."""
-
 LOCKS = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="the tests that are marked exhaustive or by_hand, too")
+    parser.addoption("--exhaustive", action="store_true", help="the tests that are marked exhaustive, too")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -79,10 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     items.sort(key=rank)
     if not config.getoption("exhaustive"):
-        folders = [config.rootpath / folder for folder in os.environ.get(EXHAUSTIVE_FOLDERS, "").split()]
         for item in items:
-            is_asked_for = any(item.path.is_relative_to(folder) for folder in folders)
-            if "by_hand" in item.keywords or ("exhaustive" in item.keywords and not is_asked_for):
+            if "exhaustive" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="only with --exhaustive"))
 
 

@@ -58,7 +58,8 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
     )
     yield from ((case.layout, MEGATRON, "llama-tied", True) for case in test_pipeline.FOUR_STAGES)
     for model, (_, by_size) in test_mixtures.MODELS.items():
-        yield from ((case.layout, MEGATRON, model, False) for some in by_size.values() for case in some)
+        name = model.removesuffix("-more")
+        yield from ((case.layout, MEGATRON, name, False) for some in by_size.values() for case in some)
     for by_size in (test_mixtures.ONE, test_mixtures.TWO, test_mixtures.FOUR):
         yield from ((case.layout, MEGATRON, "mixtral", True) for some in by_size.values() for case in some)
     for model, cases in (
@@ -66,6 +67,7 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         ("qwen3-tied", test_deepspeed.TIED),
         ("qwen3", test_deepspeed.UNEVEN),
         ("qwen3_moe", test_deepspeed.EXPERTS),
+        ("glm4_moe", test_deepspeed.SHARED),
     ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True

@@ -122,13 +122,12 @@ class MegatronSource:
         """Rows beyond the vocabulary are left out where Megatron pads so."""
         if not is_padded(num_rows, vocab_size):
             raise UserError(
-                f"{self._directory}: {name} has {num_rows} rows, but its config says vocab_size {vocab_size}: Megatron "
-                "pads otherwise (to the next multiple of --make-vocab-size-divisible-by, at most 128, times the tensor "
-                "ranks); give the config.json of this model"
+                f"{self._directory}: {name} has {num_rows} rows, but its config says vocab_size {vocab_size}, which "
+                "Megatron does not pad to so many (the next multiple of --make-vocab-size-divisible-by, at most 128, times "
+                "the tensor ranks); give the config.json of this model"
             )
-        self.notes += (
-            f"{name}: the {num_rows - vocab_size} rows beyond vocab_size {vocab_size} are Megatron's padding, left out",
-        )
+        beyond = f"the {num_rows - vocab_size} rows beyond vocab_size {vocab_size}"
+        self.notes += (f"{name}: {beyond} are Megatron's padding, left out",)
 
     def _check_stack(self, place: Place) -> None:
         """As many layers and experts as the model has lie in the tensor."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.frequencies import Rope
-from megadpo.model.shape import Experts, ModelShape, Norms
+from megadpo.model.shape import ModelShape, Norms, Routing
 
 DIVISORS = tuple(1 << power for power in range(8))
 """Of ``--make-vocab-size-divisible-by``, whose default is the last."""
@@ -42,30 +42,38 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
         yield "other norms than RMSNorms before attention and MLP, and of each head's queries and keys"
     if shape.attention_sinks:
         yield "attention sinks"
-    if shape.latents is not None:
-        yield "multi-head latent attention"
     if shape.experts is not None and (shape.experts.has_biases or shape.experts.clamp is not None):
         yield "experts with biases"
+    if shape.latents is not None:
+        yield "multi-head latent attention"
     if shape.activation != "silu":
         yield f"the activation {shape.activation} (hidden_act)"
     if shape.output_bias != shape.mlp_bias or (shape.mlp_bias and not shape.qkv_bias):
-        yield "biases in some of its matrices (attention_bias, mlp_bias): Megatron-core has them in all, or in q, k and v"
+        yield "biases in some matrices only (attention_bias, mlp_bias), which Megatron-core has in all or in q, k and v"
     if shape.mlp_bias and shape.experts is not None:
         yield "biases (mlp_bias) and experts"
     if shape.experts is not None:
-        yield from _routing(shape.experts)
+        yield from _routing(shape.experts.routing, shape.experts.per_token)
     yield from _factors(shape)
     yield from _ropes_and_windows(shape)
 
 
-def _routing(experts: Experts) -> Iterator[str]:
-    """What Megatron-core's router does otherwise (`topk_routing_with_score_function`)."""
-    routing = experts.routing
-    if routing.score_function == "sigmoid" and not routing.renormalised:
-        yield "sigmoids of a router that are not scaled to add up to 1 (norm_topk_prob: false)"
-    num_best = {"max": 1, "two_best": 2}[routing.group_score]
-    if routing.groups_per_token < routing.num_groups and experts.per_token // routing.groups_per_token != num_best:
-        yield f"groups of experts that are chosen by their best {num_best} (n_group, topk_group)"
+def _routing(routing: Routing, per_token: int) -> Iterator[str]:
+    """Of what Megatron-core's `topk_routing_with_score_function` does otherwise."""
+    is_softmax, is_grouped = routing.score_function == "softmax", routing.groups_per_token < routing.num_groups
+    if not is_softmax and routing.renormalised != (per_token > 1):
+        yield "sigmoid scores that are renormalised otherwise than where a token has several experts (norm_topk_prob)"
+    if is_softmax and routing.renormalised and (per_token == 1 or is_grouped):
+        yield "softmax scores renormalised for one expert a token, or with groups of experts (norm_topk_prob)"
+    if is_softmax and routing.has_correction_bias:
+        yield "a correction bias on softmax scores"
+    if is_grouped:
+        of_megatron = per_token // routing.groups_per_token
+        if of_megatron != {"max": 1, "two_best": 2}[routing.group_score]:
+            yield (
+                f"groups of experts chosen by their {'best expert' if routing.group_score == 'max' else 'two best experts'} "
+                f"(topk_group: {routing.groups_per_token}), where Megatron-core takes the sum of the best {of_megatron}"
+            )
 
 
 def _factors(shape: ModelShape) -> Iterator[str]:
@@ -76,8 +84,8 @@ def _factors(shape: ModelShape) -> Iterator[str]:
     }
     for name, value in fields.items():
         if value != 1.0:
-            of_field = 1 / value if name == "logits_scaling" else value
-            yield f"a factor that Megatron-core does not apply ({name}: {of_field:g})"
+            said = 1 / value if name == "logits_scaling" else value
+            yield f"a factor that Megatron-core does not apply ({name}: {said:g})"
     scale = shape.attention_multiplier
     if scale is not None and not math.isclose(scale, shape.head_dim**-0.5, rel_tol=1e-6):
         yield f"another factor on attention's scores than 1 / sqrt(head_dim) (attention_multiplier: {scale:g})"
@@ -94,7 +102,7 @@ def _ropes_and_windows(shape: ModelShape) -> Iterator[str]:
     elif len(distinct) > 1:
         yield "several ropes (rope_parameters by layer)"
     elif scaling_flags(next(iter(distinct.values()))) is None:
-        yield "a rope that Megatron-core's GPT model has not (rope_parameters: longrope, dynamic, yarn or own factors)"
+        yield "a rope that Megatron-core's GPT model does not have (rope_parameters: its rope_type, or factors of its own)"
     if len({window for window in shape.windows if window is not None}) > 1:
         yield "windows of several sizes (sliding_window)"
 
@@ -153,7 +161,9 @@ def size_flags(shape: ModelShape) -> list[str]:
         flags += [f"--num-experts {shape.experts.count}", f"--moe-ffn-hidden-size {shape.experts.columns}"]
         flags += [] if all(has_experts) else [f"--moe-layer-freq {_list(has_experts)}"]
         if shape.experts.shared is not None:
-            flags.append(f"--moe-shared-expert-intermediate-size {shape.experts.shared_columns}")
+            flags.append(f"--moe-shared-expert-intermediate-size {shape.experts.shared.columns}")
+            flags += ["--moe-shared-expert-gate"] if shape.experts.shared.has_gate else []
+        flags += ["--moe-router-enable-expert-bias"] if shape.experts.routing.has_correction_bias else []
     return flags
 
 
@@ -175,25 +185,22 @@ def behaviour_flags(shape: ModelShape) -> list[str]:
         is_local = [int(other is not None) for other in shape.windows]
         flags.append(f"--window-size {window - 1},0")
         flags += [] if all(is_local) else [f"--window-attn-skip-freq {_list(is_local)}"]
-    return flags if shape.experts is None else flags + _routing_flags(shape.experts)
-
-
-def _routing_flags(experts: Experts) -> list[str]:
-    routing = experts.routing
-    flags = [f"--moe-router-topk {experts.per_token}"]
-    if routing.score_function == "sigmoid":
-        flags.append("--moe-router-score-function sigmoid")
-    elif not routing.renormalised:
-        flags.append("--moe-router-pre-softmax")
-    if routing.scaling_factor != 1.0:
-        flags.append(f"--moe-router-topk-scaling-factor {routing.scaling_factor:g}")
-    if routing.num_groups > 1:
-        flags += [f"--moe-router-num-groups {routing.num_groups}", f"--moe-router-group-topk {routing.groups_per_token}"]
-    if routing.has_correction_bias:
-        flags += ["--moe-router-enable-expert-bias", "--moe-router-bias-update-rate 0"]
-    if experts.shared is not None and experts.shared.has_gate:
-        flags.append("--moe-shared-expert-gate")
+    if shape.experts is not None:
+        flags += [f"--moe-router-topk {shape.experts.per_token}", *_routing_flags(shape.experts.routing)]
     return flags
+
+
+def _routing_flags(routing: Routing) -> Iterator[str]:
+    if routing.score_function == "sigmoid":
+        yield "--moe-router-score-function sigmoid"
+    elif not routing.renormalised:
+        yield "--moe-router-pre-softmax"
+    if routing.groups_per_token < routing.num_groups:
+        yield f"--moe-router-num-groups {routing.num_groups} --moe-router-group-topk {routing.groups_per_token}"
+    if routing.scaling_factor != 1.0:
+        yield f"--moe-router-topk-scaling-factor {routing.scaling_factor:g}"
+    if routing.logits_in_float32:
+        yield "--moe-router-dtype fp32"
 
 
 def _list(values: list[int]) -> str:

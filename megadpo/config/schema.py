@@ -37,7 +37,8 @@ class ModelConfig:
     expert_products: str = "auto"
     """How a mixture's experts are multiplied: `loop` (one expert after the other, each a module of its own), `grouped` (all
     of a layer in one operation, product by product), `grouped_mm` (torch's kernel for all of them, which reads a copy of
-    their weights), or `auto`: grouped; the loop under ZeRO stage 3, and always for experts with adapters or in 4 bits."""
+    their weights), or `auto`: grouped; the loop under ZeRO stage 3, for experts with biases and where a rank has one
+    expert; always the loop for experts with adapters or in 4 bits."""
     layers: str = "local"
     """Whose linear layers and norms: `local` (Megatron's, and ours), or `transformer_engine` on CUDA where that is installed
     (`engine: megatron`, no experts, no offloaded activations)."""

@@ -261,12 +261,15 @@ ZERO_CASES = {
         Case(Layout(data=2), overlap=True),
     ],
 }
+ALL_AND_ENDS = [*ALL, "embed_tokens", "lm_head"]
 ZERO_3 = {2: [Case(Layout(data=2), zero_stage=3), Case(Layout(data=2), zero_stage=1, dtype=torch.bfloat16)]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"target_modules": [*ALL, "embed_tokens", "lm_head"]}], ids=["LoRA", "DoRA", "ends"]
+    "options",
+    [{}, *(pytest.param(o, marks=pytest.mark.exhaustive) for o in ({"use_dora": True}, {"target_modules": ALL_AND_ENDS}))],
+    ids=["LoRA", "DoRA", "ends"],
 )
 def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, options):
     tied = "target_modules" in options

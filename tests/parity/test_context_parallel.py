@@ -41,11 +41,15 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+OFTEN = {size: [case for n, case in enumerate(some) if n % 4 in (0, 3)] for size, some in CASES.items()}
+"""Both methods, recomputation, three ranks, and each other kind of parallelism beside them."""
+
+
+@pytest.fixture(scope="module", params=[OFTEN, pytest.param(CASES, marks=pytest.mark.exhaustive)], ids=["often", "all"])
+def trained(request, tmp_path_factory):
     """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
     changes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return trained_outcomes(tmp_path_factory.mktemp("context"), changes, CASES, scores=True)
+    return trained_outcomes(tmp_path_factory.mktemp("context"), changes, request.param, scores=True)
 
 
 @pytest.mark.slow

@@ -69,7 +69,14 @@ SHARED = {
         (PIPELINE, 1),
     ],
 }
+OFTEN = {
+    1: [(Layout(), 3)],
+    2: [(DATA, 0), (DATA, 2), (TENSOR, 1), (SEQUENCE, 3), (PIPELINE, 1), (PIPELINE, 3), (CONTEXT, 3)],
+    4: [(FOUR[0], 3), (Layout(context=2, context_method="allgather", pipeline=2), 1)],
+}
+"""Of the untied ones: each stage, each kind of layout, each time."""
 CELLS = {
+    "often": (2, OFTEN),
     "untied": (2, UNTIED),
     "tied": (2, TIED),
     "uneven": (3, UNEVEN),
@@ -100,12 +107,13 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
+EXHAUSTIVE = ("untied", "shared experts")
 OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe"}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.exhaustive if name == "shared experts" else ()) for name in CELLS],
+    params=[pytest.param(name, marks=pytest.mark.exhaustive if name in EXHAUSTIVE else ()) for name in CELLS],
 )
 def trained(request, tmp_path_factory):
     """One process under Megatron's engine, and every cell: three steps, clipped, on the same global batch."""

@@ -48,7 +48,14 @@ CASES = {
 BETA = 0.1
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+OFTEN = ("llama", "qwen3-tied")
+"""Measured each time; the others, whose layers are in test_families.py's kit too, are exhaustive."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in OFTEN else pytest.mark.exhaustive) for name in FAMILIES],
+)
 def measured(request, tmp_path_factory):
     """A policy, a reference and 9 real pairs: what transformers says, and what every case says."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("size", CASES)
+@pytest.mark.parametrize("size", [4, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_gradients_are_those_of_1f1b_bit_for_bit(tmp_path, size):
     policy = save_model(tmp_path / "policy", num_hidden_layers=size, tie_word_embeddings=True, tokenizer=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 HH, ZH, KTO = "hh-rlhf-harmless-test.jsonl.gz", "dpo_zh_demo.json", "kto_en_demo.json"
 FILES = {"sft": HH, "dpo": HH, "dpo_zh": ZH, "kto": KTO, "orpo": HH, "listwise": HH, "reward": HH}
 """Recipe -> the file that it cannot do without."""
+TOGETHER = (("sft", "dpo", "kto"), ("dpo_zh", "orpo", "listwise", "reward"))
+"""Recipes that one call of the example runs; `exhaustive` are the second ones."""
 NUM_ROWS, NUM_PASSES = 32, 5
 
 pytestmark = pytest.mark.timeout(600)
+
+
+def each(recipes: Iterable[str]) -> list[Any]:
+    """For `parametrize`: the recipes, of which those of the second call are exhaustive."""
+    return [pytest.param(recipe, marks=pytest.mark.exhaustive if recipe in TOGETHER[1] else ()) for recipe in recipes]
 
 
 def real_data(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -69,10 +78,16 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runs]:
+    """The runs among which a recipe's is, made once."""
+    run = functools.cache(functools.partial(run_together, tmp_path_factory))
+    return lambda recipe: run(next(together for together in TOGETHER if recipe in together))
+
+
+def run_together(tmp_path_factory: pytest.TempPathFactory, together: Sequence[str]) -> Runs:
     """The example as it is, on the real rows; of hh-rlhf made-up ones where its file is missing."""
     output, data = tmp_path_factory.mktemp("runs"), DATA
-    recipes = [recipe for recipe, file in FILES.items() if file == HH or (DATA / file).is_file()]
+    recipes = [recipe for recipe in together if FILES[recipe] == HH or (DATA / FILES[recipe]).is_file()]
     if not (DATA / HH).is_file():
         data = tmp_path_factory.mktemp("data")
         with gzip.open(data / HH, "wt", encoding="utf-8") as file:
@@ -104,8 +119,9 @@ LEAST_CHANGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "changes"), LEAST_CHANGE.items())
-def test_each_recipe_learns_its_rows(runs: Runs, recipe: str, changes: dict[str, float]) -> None:
+@pytest.mark.parametrize("recipe", each(LEAST_CHANGE))
+def test_each_recipe_learns_its_rows(runs_with: Callable[[str], Runs], recipe: str) -> None:
+    runs, changes = runs_with(recipe), LEAST_CHANGE[recipe]
     first, last = runs.passes(recipe)
     share = 1 if runs.are_real else 0.1
     for metric, least in changes.items():
@@ -115,8 +131,9 @@ def test_each_recipe_learns_its_rows(runs: Runs, recipe: str, changes: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [recipe for recipe in FILES if recipe != "sft"])
-def test_preferences_begin_undecided_and_end_on_the_right_side(runs: Runs, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", each(recipe for recipe in FILES if recipe != "sft"))
+def test_preferences_begin_undecided_and_end_on_the_right_side(runs_with: Callable[[str], Runs], recipe: str) -> None:
+    runs = runs_with(recipe)
     first, last = runs.passes(recipe)
     if recipe not in ("orpo", "reward"):  # these have no reference, whose equal the model is before its first step
         assert first[0]["rewards/margins"] == 0.0
@@ -126,15 +143,16 @@ def test_preferences_begin_undecided_and_end_on_the_right_side(runs: Runs, recip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sft", "orpo"])
-def test_what_is_learned_from_answers_helps_with_others(runs: Runs, recipe: str) -> None:
-    first, last = runs.passes(recipe)
+@pytest.mark.parametrize("recipe", each(["sft", "orpo"]))
+def test_what_is_learned_from_answers_helps_with_others(runs_with: Callable[[str], Runs], recipe: str) -> None:
+    first, last = runs_with(recipe).passes(recipe)
     assert last[-1]["eval_loss"] < first[-1]["eval_loss"] - 0.1  # about a third of what was measured
     assert last[-1]["eval_loss"] < first[0]["loss"] - 0.5
 
 
 @pytest.mark.slow
-def test_dpo_goes_on_from_what_sft_exported(runs: Runs) -> None:
+def test_dpo_goes_on_from_what_sft_exported(runs_with: Callable[[str], Runs]) -> None:
+    runs = runs_with("dpo")
     settings = yaml.safe_load((runs.output / "dpo" / "config.yaml").read_text(encoding="utf-8"))
     assert settings["model"]["path"] == settings["reference"]["path"] == str(runs.output / "sft" / "hf")
     start, sft, dpo = (runs.weights(name) for name in ("start", "sft/hf", "dpo/hf"))
@@ -142,16 +160,18 @@ def test_dpo_goes_on_from_what_sft_exported(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dpo_zh", "kto", "orpo", "listwise"])
-def test_what_is_exported_loads_in_transformers(runs: Runs, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", each(["dpo_zh", "kto", "orpo", "listwise"]))
+def test_what_is_exported_loads_in_transformers(runs_with: Callable[[str], Runs], recipe: str) -> None:
+    runs = runs_with(recipe)
     from transformers import AutoTokenizer
 
     assert runs.weights(f"{recipe}/hf").isfinite().all()
     assert AutoTokenizer.from_pretrained(runs.output / recipe / "hf").chat_template
 
 
-@pytest.mark.slow
-def test_the_exported_reward_model_ranks_its_training_pairs_in_transformers(runs: Runs) -> None:
+@pytest.mark.exhaustive
+def test_the_exported_reward_model_ranks_its_training_pairs_in_transformers(runs_with: Callable[[str], Runs]) -> None:
+    runs = runs_with("reward")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     directory = runs.output / "reward" / "hf"

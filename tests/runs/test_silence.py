@@ -98,7 +98,7 @@ def test_no_silence_is_long_before_the_first_step(tmp_path: Path) -> None:
     assert "megadpo: loading torch" in said and "rows" in said
 
 
-@pytest.mark.by_hand
+@pytest.mark.exhaustive
 @pytest.mark.alone
 @pytest.mark.timeout(1800)
 def test_no_silence_is_long_before_the_first_step_of_a_run_on_30_000_rows(tmp_path: Path) -> None:

@@ -182,7 +182,9 @@ def test_a_run_over_two_machines_gives_the_metrics_of_one_process(nodes, files, 
     check(runs, files / name, alone)
 
 
-@pytest.mark.parametrize("launcher", ["megadpo", "torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher", ["megadpo", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("torchrun", "deepspeed"))]
+)
 def test_so_does_a_run_over_the_machines_of_a_hostfile(nodes, files, config, alone, launcher):
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")

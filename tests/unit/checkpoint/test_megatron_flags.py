@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megadpo.cli import main
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
 from megadpo.model.moe.routing import route
-from megadpo.model.shape import ModelShape
+from megadpo.model.shape import ModelShape, Routing
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.models import save_model, tiny_config
 
@@ -47,15 +48,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "attention_multiplier: 0.3",
     ),
     "norms": ("gemma2", {}, "other norms"),
+    "latents": ("deepseek_v3", {}, "multi-head latent attention"),
+    "groups": ("glm4_moe", {}, r"two best experts .topk_group: 2.*the best 1"),
+    "sigmoid": ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}, "norm_topk_prob"),
     "sinks": ("gpt_oss", {}, "attention sinks"),
     "biases": ("llama", {"attention_bias": True}, "attention_bias, mlp_bias"),
     "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh .hidden_act"),
     "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
     "llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}, "rope_parameters"),
-    "groups by their best two of three": ("glm4_moe", {}, "n_group, topk_group"),
-    "sigmoids as they are": ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob: false"),
-    "latents": ("deepseek_v3", {}, "multi-head latent attention"),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}, "rope_parameters"),
 }
 
@@ -111,6 +112,44 @@ def test_what_it_must_be_told_is_said_and_gives_its_rope_our_frequencies(name: s
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
 
 
+ROUTINGS = {
+    "softmax": Routing(),
+    "renormalised": Routing(renormalised=True, scaling_factor=1.5),
+    "groups by their best": Routing(num_groups=8, groups_per_token=4),
+    "sigmoid": Routing("sigmoid", renormalised=True, scaling_factor=2.5, has_correction_bias=True),
+    "sigmoid in groups": Routing("sigmoid", True, 1.0, 4, 2, "two_best", has_correction_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_router_with_these_flags_chooses_and_weighs_as_ours(name: str) -> None:
+    routing, per_token = ROUTINGS[name], 4
+    torch.manual_seed(0)
+    logits, bias = torch.randn(50, 16), torch.randn(16) if ROUTINGS[name].has_correction_bias else None
+    model = shape("qwen3_moe")
+    assert model.experts is not None
+    experts = replace(model.experts, count=16, per_token=per_token, routing=routing)
+    model = replace(model, experts=experts)
+    refuse_other_models(model, "the model")
+    said = " ".join(behaviour_flags(model))
+    words: dict[str, str] = {}
+    for flag in ("score-function", "num-groups", "group-topk", "topk-scaling-factor"):
+        words[flag] = said.partition(f"--moe-router-{flag} ")[2].split(" ")[0]
+    probabilities, chosen = topk_routing_with_score_function(
+        logits,
+        per_token,
+        use_pre_softmax="--moe-router-pre-softmax" in said,
+        num_groups=int(words["num-groups"] or 0) or None,
+        group_topk=int(words["group-topk"] or 0) or None,
+        scaling_factor=float(words["topk-scaling-factor"] or 0) or None,
+        score_function=words["score-function"] or "softmax",
+        expert_bias=bias,
+    )
+    ours = route(logits, routing, per_token, bias)
+    assert torch.equal(chosen.bool(), ours.chosen_TE)
+    torch.testing.assert_close(probabilities, ours.probabilities_TE, rtol=1e-6, atol=1e-7)
+
+
 def test_sizes_and_experts_are_said() -> None:
     flags = size_flags(shape("qwen2", tie_word_embeddings=True))
     assert {"--num-layers 4", "--group-query-attention", "--num-query-groups 2", "--add-qkv-bias"} <= set(flags)
@@ -120,38 +159,11 @@ def test_sizes_and_experts_are_said() -> None:
         size_flags(mixture)
     )
     assert {"--moe-router-topk 3", "--moe-router-pre-softmax"} <= set(behaviour_flags(mixture))
+    shared = shape("glm4_moe", n_group=1, topk_group=1)
+    refuse_other_models(shared, "the model")
+    assert {"--moe-router-enable-expert-bias", "--moe-shared-expert-intermediate-size 64"} <= set(size_flags(shared))
+    assert {"--moe-router-score-function sigmoid", "--moe-router-topk-scaling-factor 1.5"} <= set(behaviour_flags(shared))
     assert "--moe-router-pre-softmax" not in behaviour_flags(shape("mixtral"))
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mixtral", {}),
-        ("qwen3_moe", {"norm_topk_prob": False}),
-        ("glm4_moe", {"num_experts_per_tok": 4}),
-        ("glm4_moe", {"n_group": 1, "topk_group": 1}),
-    ],
-)
-def test_megatron_s_router_gives_our_numbers_with_these_flags(family: str, changes: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    mixture = shape(family, **changes)
-    assert mixture.experts is not None
-    logits, bias = torch.randn(200, mixture.experts.count), torch.randn(mixture.experts.count) / 5
-    has_bias = mixture.experts.routing.has_correction_bias
-    values = dict(flag.partition(" ")[::2] for flag in behaviour_flags(mixture))
-    assert has_bias == ("--moe-router-enable-expert-bias" in values)
-    theirs, _ = topk_routing_with_score_function(
-        logits,
-        int(values["--moe-router-topk"]),
-        use_pre_softmax="--moe-router-pre-softmax" in values,
-        num_groups=int(values["--moe-router-num-groups"]) if "--moe-router-num-groups" in values else None,
-        group_topk=int(values["--moe-router-group-topk"]) if "--moe-router-group-topk" in values else None,
-        scaling_factor=float(values.get("--moe-router-topk-scaling-factor", 0)) or None,
-        score_function=values.get("--moe-router-score-function", "softmax"),
-        expert_bias=bias if has_bias else None,
-    )
-    ours = route(logits, mixture.experts.routing, mixture.experts.per_token, bias if has_bias else None)
-    torch.testing.assert_close(theirs, ours.probabilities_TE)
 
 
 def test_padding_is_megatron_s_own() -> None:
@@ -186,7 +198,7 @@ def test_rows_of_padding_are_left_out_and_said_and_others_refused(
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(model))
     given = padded(model, 701, tmp_path / "701")
-    with pytest.raises(UserError, match="has 701 rows, but its config says vocab_size 499: Megatron pads otherwise"):
+    with pytest.raises(UserError, match="has 701 rows, but its config says vocab_size 499, which Megatron does not pad"):
         import_model(given, tmp_path / "out", ImportOptions(config=str(model)))
 
 

@@ -128,7 +128,7 @@ def test_doctor_reports_of_a_config_that_is_no_json(model: Path, content: str, c
     assert failed[0]["fix"].startswith("Fetch config.json anew")
 
 
-OTHERS = {
+OTHERS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "empty": ((), "is empty", "Fetch the model into it"),
     "peft": (("adapter_config.json",), "is an adapter of PEFT", "megadpo convert merge {}"),
     "torch_dist": ((".metadata", "__0_0.distcp"), "checkpoint of Megatron-core", "megadpo convert import {} OUT --config"),

@@ -260,7 +260,7 @@ def _memory_of_a_stream(options: DataConfig, file: str, tokenizer: str, num_grou
     "count",
     [
         pytest.param(20_000, marks=pytest.mark.slow),
-        pytest.param(1_000_000, marks=[pytest.mark.by_hand, pytest.mark.timeout(3600)]),
+        pytest.param(1_000_000, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
     ],
 )
 def test_memory_holds_a_buffer_however_many_rows_there_are(

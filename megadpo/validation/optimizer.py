@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.by_name import check_expressions, check_matches, first_match
-from megadpo.model.families import is_correction_bias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -188,6 +187,8 @@ def check_optimizer_names(config: Config, shapes: Mapping[str, Any], fused: Iter
         UserError: a pattern that matches nothing, nothing is left to train, or a difference within a parameter of
             DeepSpeed's.
     """
+    from megadpo.model.families import is_correction_bias  # it imports torch, without which `megadpo doctor` still reports
+
     train, names = config.train, [name for name in shapes if not is_correction_bias(name)]
     check_matches(FREEZE, train.freeze, names)
     trained = [name for name in names if first_match(train.freeze, name) is None]

@@ -29,10 +29,13 @@ def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
         value_dim=hf_config.v_head_dim,
         norm_epsilon=LATENT_EPSILON,
     )
+    is_interleaved = bool(getattr(hf_config, "rope_interleave", True))
+    if hf_config.model_type == "deepseek_v2" and not is_interleaved:
+        raise UserError("the model's rope_interleave is false, which no deepseek_v2 model is computed with; leave it out")
     return {
         "latents": latents,
         "attention_multiplier": _yarn_factor(hf_config) ** 2 / math.sqrt(latents.head_dim),
-        "rope_is_interleaved": bool(getattr(hf_config, "rope_interleave", True)),
+        "rope_is_interleaved": is_interleaved,
     }
 
 

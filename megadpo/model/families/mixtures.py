@@ -20,7 +20,7 @@ def experts_after_dense_layers(hf_config: PretrainedConfig, routing: Routing) ->
     first, num_layers = hf_config.first_k_dense_replace or 0, hf_config.num_hidden_layers
     if first >= num_layers:
         return None
-    if hf_config.n_shared_experts < 1:
+    if (hf_config.n_shared_experts or 0) < 1:
         raise UserError(f"the model's n_shared_experts is {hf_config.n_shared_experts}; it must be 1 or more")
     _check_groups(hf_config, routing)
     return Experts(

@@ -492,6 +492,7 @@ def test_transformer_config_arguments(family: str) -> None:
         ("deepseek_v3", {"topk_group": None}, "no topk_group, which deepseek_v3 needs"),
         ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq: 2; deepseek_v2 is supported with 1 only"),
         ("deepseek_v2", {"num_experts_per_tok": None}, "no num_experts_per_tok, which deepseek_v2 needs"),
+        ("deepseek_v2", {"rope_interleave": False}, "rope_interleave is false, which no deepseek_v2 model is computed with"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; it must be a list"),
     ],
 )

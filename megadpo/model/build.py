@@ -63,7 +63,8 @@ class Stage:
             values lie in the Hugging Face tensors. With adapters, those that are trained: they and what is trained whole.
         base: the others in the same way, with adapters: the model itself, frozen. Of weights in 4 bits the parameter has no
             memory, and its attribute `four_bit` is what is held.
-        correction_biases: of routers, in the same way: no optimizer moves them, and no engine casts or cuts them.
+        correction_biases: of routers, in the same way, but for frozen ones: no optimizer moves them, and no engine casts
+            or cuts them.
         held: `parameters`, with what `train.freeze` has taken out of them and the correction biases, in the model's order:
             what is saved and exported. With adapters, the model's correction biases are not.
         noise: of the embeddings in training, with `train.neftune_alpha`.

@@ -190,7 +190,7 @@ def check_optimizer_names(config: Config, shapes: Mapping[str, Any], fused: Iter
     from megadpo.model.families import is_correction_bias  # it imports torch, without which `megadpo doctor` still reports
 
     train, names = config.train, [name for name in shapes if not is_correction_bias(name)]
-    check_matches(FREEZE, train.freeze, names)
+    check_matches(FREEZE, train.freeze, list(shapes))
     trained = [name for name in names if first_match(train.freeze, name) is None]
     if not trained:
         raise UserError(f"{FREEZE} names all that is trained; leave something out of it")

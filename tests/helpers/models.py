@@ -46,13 +46,7 @@ PREFIXES = {
 }
 """What transformers' classes of each family begin with."""
 
-DEEPSEEK: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "first_k_dense_replace": 1,
+AFTER_DENSE_LAYERS: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_group": 4,
@@ -60,6 +54,15 @@ DEEPSEEK: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "n_shared_experts": 2,
     "routed_scaling_factor": 1.5,
+}
+DEEPSEEK: dict[str, Any] = {
+    **AFTER_DENSE_LAYERS,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
@@ -85,16 +88,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 40,
     },
-    "glm4_moe": {
-        "head_dim": 24,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "moe_intermediate_size": 32,
-        "n_shared_experts": 2,
-        "routed_scaling_factor": 1.5,
-    },
+    "glm4_moe": {"head_dim": 24, **AFTER_DENSE_LAYERS},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},

@@ -51,7 +51,7 @@ def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_
 
     def settings(name: str) -> dict[str, Any]:
         made = settings_of(tmp_path, tmp_path / name, {"expert": 2}, "bf16")
-        made["train"]["router_bias_update_rate"] = RATE
+        made["train"] |= {"router_bias_update_rate": RATE, "freeze": [r"layers\.2\.mlp\.gate\..*"]}
         return made
 
     resumed, whole = resumed_and_whole(2, settings, 3)
@@ -61,6 +61,8 @@ def test_a_resumed_run_with_expert_parallelism_is_bit_for_bit_the_uninterrupted_
     before, after = weights_in(tmp_path / "model"), exported_weights(tmp_path / "whole")
     biases = [name for name in before if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and all(after[name].dtype is torch.float32 for name in biases)
+    frozen = biases.pop()
+    assert torch.equal(before[frozen], after[frozen]), "train.freeze holds a router with its bias"
     # Four steps, each up, down or (where an expert had an even share) not at all.
     moved = torch.stack([(after[name] - before[name]) / RATE for name in biases])
     assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() >= 2 and moved.abs().max() <= 4.001

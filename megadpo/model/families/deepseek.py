@@ -54,7 +54,7 @@ _OF_GROUPS = ("n_group", "topk_group")
 
 
 def _check(hf_config: PretrainedConfig) -> None:
-    _check_given(hf_config, _NUMBERS)
+    _check_given(hf_config, (*_NUMBERS, *(["q_lora_rank"] if hf_config.q_lora_rank is not None else [])))
     if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
         has_groups = getattr(hf_config, "topk_method", "noaux_tc") != "greedy"
         _check_given(hf_config, (*_OF_MIXTURES, *(_OF_GROUPS if has_groups else ())))
@@ -69,8 +69,11 @@ def _check(hf_config: PretrainedConfig) -> None:
 def _check_given(hf_config: PretrainedConfig, fields: Sequence[str]) -> None:
     """transformers lets some of them be null."""
     for field in fields:
-        if getattr(hf_config, field, None) is None:
+        found = getattr(hf_config, field, None)
+        if found is None:
             raise UserError(f"the model's config has no {field}, which {hf_config.model_type} needs; give its number")
+        if found < (0 if field == "first_k_dense_replace" else 1):
+            raise UserError(f"the model's {field} is {found}; it must be 1 or more")
 
 
 def _refuse_others(hf_config: PretrainedConfig, **known: object) -> None:

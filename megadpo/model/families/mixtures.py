@@ -82,6 +82,8 @@ def _check_groups(hf_config: PretrainedConfig, routing: Routing) -> None:
     size, per_token = count // groups, hf_config.num_experts_per_tok
     if routing.group_score == "two_best" and size < 2:
         raise UserError(f"the model's n_group is {groups} of {count} experts, but a group is scored by its best two")
+    if per_token < 1:
+        raise UserError(f"the model's num_experts_per_tok is {per_token}; it must be 1 or more")
     if per_token > chosen * size:
         raise UserError(
             f"the model's num_experts_per_tok is {per_token}, but a token's {chosen} groups (topk_group) have "

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ MOST_PROCESSES = 8
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job in the background of a shell; what is started by the tests of interrupts has to hear them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is compiled is kept, also where an image says otherwise: some hundred processes import this project, a second each.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Of torch, where a tracker has brought that package along: what processes print is compared line by line.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:The pynvml package is deprecated:FutureWarning")

@@ -182,9 +182,7 @@ def _as_worker(argv: list[str]) -> list[str]:
     return [word for number, word in enumerate(argv) if not {word, argv[number - 1]} & set(of_launcher)]
 
 
-def _command_in(
-    argv: list[str], log: str, directory: str, environment: dict[str, str], network: str | None = None
-) -> None:
+def _command_in(argv: list[str], log: str, directory: str, environment: dict[str, str], network: str | None = None) -> None:
     if network is not None:
         _enter(network)
     os.chdir(directory)

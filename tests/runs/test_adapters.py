@@ -143,7 +143,9 @@ def test_an_adapter_goes_on_as_model_path_and_as_adapter_path_alike(files: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parallel", [{"tensor": 2}, {"pipeline": 2}, {"engine": "deepspeed", "zero_stage": 3}], ids=["TP2", "PP2", "ZeRO-3"]
+    "parallel",
+    [{"tensor": 2}, pytest.param({"pipeline": 2}, marks=pytest.mark.exhaustive), {"engine": "deepspeed", "zero_stage": 3}],
+    ids=["TP2", "PP2", "ZeRO-3"],
 )
 def test_a_run_goes_on_in_another_layout_and_exports_the_same(
     parallel: dict[str, Any], files: Path, runs: Path, tmp_path: Path

@@ -111,7 +111,8 @@ def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files
 
 
 @pytest.mark.parametrize(
-    ("loss", "rows", "extra"), [("bco", "labelled", {}), ("bco_pair", "pairs", {"bco_running_delta": True})]
+    ("loss", "rows", "extra"),
+    [pytest.param("bco", "labelled", {}, marks=pytest.mark.exhaustive), ("bco_pair", "pairs", {"bco_running_delta": True})],
 )
 @pytest.mark.slow
 def test_delta_is_the_running_mean_of_rewards_and_outlives_a_restart(files, tmp_path, loss, rows, extra):

@@ -55,7 +55,9 @@ def test_a_part_move_is_the_mixture_of_both(files, tmp_path):
         assert not torch.equal(moved, before), name
 
 
-@pytest.mark.parametrize(("num_processes", "parallel"), [(2, {"tensor": 2}), (2, {"pipeline": 2})])
+@pytest.mark.parametrize(
+    ("num_processes", "parallel"), [(2, {"tensor": 2}), pytest.param(2, {"pipeline": 2}, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.slow
 def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, parallel):
     def settings(name: str) -> dict[str, Any]:

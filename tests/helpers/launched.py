@@ -81,6 +81,9 @@ class Launched:
             assert time.monotonic() < deadline and self._process.is_alive(), self.output()
             time.sleep(0.01)
 
+    def is_running(self) -> bool:
+        return bool(self._process.is_alive())
+
     def send(self, number: int) -> None:
         os.kill(self.process, number)
 
@@ -125,7 +128,7 @@ def finish_script(script: Path, argv: list[str], directory: Path, **environment:
     log = directory / f"{script.stem}-{time.monotonic_ns()}.log"
     log.touch()
     ours, its = pipe()
-    running = Launched(forked(_script, str(script), argv, str(log), environment, its), log)
+    running = Launched(forked(_script, str(script), argv, str(log), str(directory), environment, its), log)
     its.close()
     try:
         while True:
@@ -163,7 +166,7 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     from megadpo.launch.worker import run_as_one
 
     _print_to(log)
-    if "--nnodes" in argv or ("--nproc" in argv and argv[argv.index("--nproc") + 1] != "1"):
+    if _starts_workers(argv):
 
         def work() -> int:
             _arrange(moments, output_dir)
@@ -176,10 +179,17 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     _leave(run_as_one(lambda: main(argv)))
 
 
+LAUNCH_OPTIONS = {"--nproc", "--nnodes", "--node-rank", "--master", "--launcher", "--hostfile", "--port"}
+
+
+def _starts_workers(argv: list[str]) -> bool:
+    is_alone = "--nproc" not in argv or argv[argv.index("--nproc") + 1] == "1"
+    return not is_alone or "--nnodes" in argv or "--hostfile" in argv
+
+
 def _as_worker(argv: list[str]) -> list[str]:
     """A launcher's arguments without what says which processes there are: a word and its value each."""
-    of_launcher = ("--nproc", "--nnodes", "--node-rank", "--master")
-    return [word for number, word in enumerate(argv) if not {word, argv[number - 1]} & set(of_launcher)]
+    return [word for number, word in enumerate(argv) if not {word, argv[number - 1]} & LAUNCH_OPTIONS]
 
 
 def _command_in(argv: list[str], log: str, directory: str, environment: dict[str, str], network: str | None = None) -> None:
@@ -198,9 +208,10 @@ def _enter(network: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {network}")
 
 
-def _script(script: str, argv: list[str], log: str, environment: dict[str, str], asked: Any) -> None:
+def _script(script: str, argv: list[str], log: str, directory: str, environment: dict[str, str], asked: Any) -> None:
     """In a process of its own: a script, as `python SCRIPT …`."""
     _print_to(log)
+    os.chdir(directory)
     os.environ.update(environment)
     sys.argv = [script, *argv]
     sys.path.insert(0, str(Path(script).parent))
@@ -222,7 +233,7 @@ def _popen_or_asked(command: Any, *arguments: Any, **options: Any) -> Any:
 
 
 class _Asked:
-    """What a script asks of Popen. It has computed, so that nothing more can be forked from it: the test's process is asked."""
+    """What a script asks of Popen. It has computed, so that nothing can be forked from it: the test's process is asked."""
 
     of: Any
 

@@ -65,8 +65,8 @@ print(groups.digest, (__file__, __spec__) == before, report)
 def said_by_script(
     hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
-    """The file that a script has read with two workers, and what it printed: a digest, whether the names of its own module are
-    as they were, a report."""
+    """The file that a script has read with two workers, and what it printed: a digest, whether what names its own module is
+    as it was, a report."""
     directory = tmp_path_factory.mktemp("script")
     (directory / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows))
     (directory / "script.py").write_text(SCRIPT.format(tokenizer=bpe_dir, file=str(directory / "hh.jsonl")))

@@ -65,19 +65,29 @@ WAYS: list[tuple[int, dict[str, Any]]] = [
 OBJECTIVES = {"kto": "labelled", "bco": "labelled", "plackett_luce": "lists", "sft": "labelled", "reward": "pairs"}
 
 
-@pytest.mark.parametrize(("loss", "rows"), OBJECTIVES.items())
+@pytest.fixture(scope="module")
+def three_steps(files, tmp_path_factory) -> dict[str, list[list[dict[str, float]]]]:
+    """By objective the records of one process, then of WAYS; runs on as many processes are trained by the same ones."""
+    directory, runs = tmp_path_factory.mktemp("layouts"), []
+    for loss, rows in OBJECTIVES.items():
+        reference = {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}
+        other = {"reference": reference, "model": {"path": str(files / "other")}}
+        for number, (num_processes, changes) in enumerate([(1, {}), *WAYS]):
+            output = directory / f"{loss} {number}"
+            runs.append((num_processes, loss, _of_kind(files, output, rows, {"loss_type": loss}, **other, **changes)))
+    records: dict[int, Any] = {
+        size: iter(run_world(size, train_each, [made for number, _, made in runs if number == size])[0]) for size in (1, 2)
+    }
+    found: dict[str, list[list[dict[str, float]]]] = {loss: [] for loss in OBJECTIVES}
+    for num_processes, loss, _ in runs:
+        found[loss].append(next(records[num_processes]))
+    return found
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.slow
-def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
-    without = {"reference": {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}}
-    without["model"] = {"path": str(files / "other")}
-    runs: dict[int, list[dict[str, Any]]] = {1: [_of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without)]}
-    for number, (num_processes, changes) in enumerate(WAYS):
-        changes = without | changes | {"data": changes.get("data", {})}
-        settings = _of_kind(files, tmp_path / str(number), rows, {"loss_type": loss}, **changes)
-        runs.setdefault(num_processes, []).append(settings)
-    base, *found = [
-        records for num_processes, some in runs.items() for records in run_world(num_processes, train_each, some)[0]
-    ]
+def test_three_steps_are_the_same_in_every_layout(three_steps, loss):
+    base, *found = three_steps[loss]
     names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
     assert all(abs(base[-1][name]) > 1e-4 for name in names)
     for (_, changes), records in zip(WAYS, found, strict=True):

@@ -72,6 +72,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) + 1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[Any]:
+    """Of all tests some will import Megatron: it is imported as a run of ours does it, in half the time (no compiler, no
+    tracker); a process that only hands out tests needs none of it."""
+    collects = "PYTEST_XDIST_WORKER" in os.environ or not session.config.getoption("numprocesses", None)
+    if collects and any(Path(argument).name == "tests" for argument in session.config.args):
+        from megadpo.platform.megatron_cpu import prepare_megatron
+        from megadpo.platform.patches import patches_undone
+
+        with patches_undone():
+            prepare_megatron()
+    return (yield)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes longest first; each file's tests keep their order. Exhaustive ones only where they are asked for."""
 

@@ -49,10 +49,11 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
 
 
 SCRIPT = """
-import sys
+from importlib.machinery import ModuleSpec
 from megadpo.config.sources import parse_sources
 from megadpo.data.rows.dataset import TokeniseJob, make_groups
 
+__spec__ = ModuleSpec("started_with_python_m", None)
 before = (__file__, __spec__)
 job = TokeniseJob({tokenizer!r}, None, 256, "prompt_left")
 groups, report = make_groups(parse_sources({file!r}), job, num_workers=2)

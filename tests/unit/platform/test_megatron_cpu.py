@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from tests.helpers.launched import finish_script
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import run_world
 
@@ -148,10 +147,7 @@ print(json.dumps([meanwhile, patched(), [kinds, *num_groups], kept()]))
 """
     import torch
 
-    (tmp_path / "script.py").write_text(code)
-    status, output = finish_script(tmp_path / "script.py", [], tmp_path)
-    assert status == 0, output
-    meanwhile, left, kept_meanwhile, kept = json.loads(output.strip().splitlines()[-1])
+    meanwhile, left, kept_meanwhile, kept = json.loads(_run(code).strip().splitlines()[-1])
     assert not left and not kept[0] and "TransformerLayer" in kept_meanwhile[0]
     assert kept[1] <= 4 < 10 < kept_meanwhile[1], "torch keeps its last default group, DeepSpeed some of its own"
     if engine == "deepspeed":

@@ -70,6 +70,7 @@ def in_peft(base: Path, adapter: Path, load: Callable[..., Any] = AutoModelForCa
     return logits_of(peft.PeftModel.from_pretrained(load(base), adapter))
 
 
+@pytest.mark.slow
 def test_the_first_margins_are_zero_to_the_bit_and_the_reference_needs_no_model(runs: Path) -> None:
     first = json.loads((runs / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards/margins"] == 0.0 and first["rewards/chosen"] == 0.0

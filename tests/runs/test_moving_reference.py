@@ -32,6 +32,7 @@ def _moving(files: Any, output: Any, **changes: Any) -> dict[str, Any]:
 NO_WARM_UP = {"steps": 5, "warmup_steps": 0}
 
 
+@pytest.mark.slow
 def test_margins_after_a_full_move_are_exactly_zero(files, tmp_path):
     reference = {"sync_every": 2, "mixup_alpha": 1.0}
     settings = run_settings(files, tmp_path / "run", reference=reference, parallel={"tensor": 2}, train=NO_WARM_UP)

@@ -198,6 +198,7 @@ def manual_s_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", manual_s_commands()[:-1])
+@pytest.mark.slow
 def test_the_manual_s_commands_do_what_it_says(
     workplace: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

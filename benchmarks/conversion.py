@@ -9,6 +9,7 @@ both parts' is said.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import add_shared, interleaved, median_ratio, print_table
+from benchmarks.common import MALLOC, add_shared, interleaved, median_ratio, print_table
 
 MIB = 1 << 20
 
@@ -91,7 +92,9 @@ def make_model(directory: Path, mib: int) -> dict[str, int]:
 
 def _peak_in_a_process(model: Path, rank: int) -> int:
     child = [sys.executable, "-m", "benchmarks", "conversion", "--arm", str(model), "--rank", str(rank)]
-    return int(subprocess.run(child, capture_output=True, text=True, check=True).stdout.split()[-1])
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC}  # as a user has it
+    done = subprocess.run(child, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def peak_of_a_part(model: Path, rank: int) -> int:

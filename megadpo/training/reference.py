@@ -28,11 +28,12 @@ from megadpo.data.store import GroupStore
 from megadpo.model.adapters.attach import adapters_off, reference_adapters
 from megadpo.model.build import Stage, add_reference_adapters, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.neftune import without_noise
 from megadpo.model.router_load import watch_of
 from megadpo.model.routes import Routes
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard, keep_originals, load_weights
+from megadpo.model.weights import keep_originals, load_weights
 from megadpo.parallel.context import on_device
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
@@ -229,6 +230,7 @@ def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References
     """
     mode, ld_alpha, schedule = setup.config.reference.mode, setup.config.objective.ld_alpha, setup.config.schedule
     options = setup.config.model
+    kind: Callable[..., ResidentReference]
     kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
     if setup.config.reference.router_replay:
         assert setup.reference.shape.experts is not None, "refused when the model is opened"

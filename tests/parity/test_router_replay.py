@@ -1,4 +1,4 @@
-"""Router replay: the policy's tokens go to the experts that the reference chose, as if transformers' routers were told to."""
+"""Router replay: the policy's tokens go to the experts that the reference chose, as in transformers with routers told so."""
 
 from __future__ import annotations
 

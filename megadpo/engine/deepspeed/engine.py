@@ -45,11 +45,12 @@ from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource, names_in
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.moe.layer import is_expert
 from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_of, watch_step
 from megadpo.model.routes import Routes
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard, load_weights
+from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import set_whole, whole
 from megadpo.pipeline.base import PipelineSchedule

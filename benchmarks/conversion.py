@@ -9,7 +9,6 @@ both parts' is said.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MALLOC, add_shared, interleaved, median_ratio, print_table
+from benchmarks.common import add_shared, interleaved, median_ratio, print_table
 
 MIB = 1 << 20
 
@@ -92,16 +91,16 @@ def make_model(directory: Path, mib: int) -> dict[str, int]:
 
 def _peak_in_a_process(model: Path, rank: int) -> int:
     child = [sys.executable, "-m", "benchmarks", "conversion", "--arm", str(model), "--rank", str(rank)]
-    environment = {name: value for name, value in os.environ.items() if name not in MALLOC}  # as a user has it
-    done = subprocess.run(child, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1])
+    return int(subprocess.run(child, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def peak_of_a_part(model: Path, rank: int) -> int:
     """Bytes that the resident set grows by while this process imports the part of one of two tensor ranks."""
     from megadpo.checkpoint.importing import ImportOptions, _import_part, _open_import
     from megadpo.checkpoint.staging import begin
+    from megadpo.platform.allocator import give_back_freed_blocks
 
+    give_back_freed_blocks()
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         out = Path(folder) / "out"
         begin(out)

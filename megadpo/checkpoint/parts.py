@@ -15,7 +15,7 @@ from typing import Any
 
 from megadpo.checkpoint.integrity import check_bytes, records_in
 from megadpo.checkpoint.staging import begin, staging, writing
-from megadpo.checkpoint.workers import share_cores, start_workers
+from megadpo.checkpoint.workers import begin_worker, start_workers
 from megadpo.console.activity import activity
 from megadpo.errors import UserError
 
@@ -56,7 +56,7 @@ def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes
     done = {}
     context, num_workers = start_workers(), min(num_processes, len(names))
     with (
-        ProcessPoolExecutor(num_workers, context, share_cores, (num_workers,)) as pool,
+        ProcessPoolExecutor(num_workers, context, begin_worker, (num_workers,)) as pool,
         activity("converting", len(names), "parts") as converting,
     ):
         futures = {pool.submit(work, name): name for name in names}

@@ -6,6 +6,8 @@ import multiprocessing
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
+from megadpo.platform.allocator import give_back_freed_blocks
+
 IMPORTED = (
     *("megadpo.checkpoint.importing", "megadpo.checkpoint.convert"),
     *("transformers.utils.type_validators", "transformers.models.auto.configuration_auto"),
@@ -24,8 +26,12 @@ def start_workers() -> ForkServerContext:
     return context
 
 
-def share_cores(num_workers: int) -> None:
-    """Threads of torch that find no core wait busily: with twice as many as cores a part takes three times as long."""
+def begin_worker(num_workers: int) -> None:
+    """A worker gives memory back, and has its share of the cores.
+
+    Threads of torch that find no core wait busily: with twice as many as cores a part takes three times as long.
+    """
     import torch
 
+    give_back_freed_blocks()
     torch.set_num_threads(max(torch.get_num_threads() // num_workers, 1))

@@ -17,6 +17,7 @@ from megadpo.commands.parsing import report_written
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity
 from megadpo.errors import UserError
+from megadpo.platform.allocator import give_back_freed_blocks
 from megadpo.validation.load import load_config
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    give_back_freed_blocks()
     return {
         "import": _import,
         "export": _export,

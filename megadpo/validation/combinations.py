@@ -145,12 +145,6 @@ NOT_PAIRS = (
 )
 
 EXCLUDED: tuple[Rule, ...] = (
-    Rule(
-        "DeepSpeed",
-        "virtual pipeline",
-        "its engine sums gradients in the last backward of one module, and chunks of a stage have last backwards of their "
-        "own; use engine megatron, or leave virtual_pipeline at 1",
-    ),
     Rule("TransformerEngine", "DeepSpeed", "its layers are built for engine megatron only; use that, or local layers"),
     Rule("TransformerEngine", "experts", "experts are built with local layers only; use those"),
     Rule(

@@ -114,6 +114,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
             num_data_parallel=layout.data,
             stream_multiple=layout.stream_multiple,
             hidden_size=64,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
         ),
     )
     run_reference: Reference = NoReference()
@@ -122,7 +123,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         run_reference = ResidentReference(frozen(case, *opened(reference)), routes=routes)
     engine = make_engine(case, hf_config, source)
     engine.routes = run_reference.routes
-    engine.stage.model.train()
+    engine.stage.train()
     outcome, running_mean, gradients = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean(), {}
 
     def keep_gradients() -> None:

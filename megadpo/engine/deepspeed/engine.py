@@ -352,6 +352,8 @@ class _ScheduledModel(torch.nn.Module):
     A module, as Megatron's interleaved schedule wants, but without parameters: those are DeepSpeed's engine's.
     """
 
+    module: Any
+
     def __init__(self, chunk: Any, run: Callable[..., Any]) -> None:
         super().__init__()
         self.__dict__["module"] = chunk  # not as a part of this one
@@ -359,7 +361,8 @@ class _ScheduledModel(torch.nn.Module):
         self.__dict__["_run"] = run
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        return self._run(*arguments, **named)
+        run: Callable[..., Any] = self.__dict__["_run"]
+        return run(*arguments, **named)
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.module.set_input_tensor(tensor)
@@ -368,10 +371,11 @@ class _ScheduledModel(torch.nn.Module):
 def _scheduled(runtime: Runtime, runs_hooks: bool) -> list[_ScheduledModel]:
     """The chunks of the stage. `runs_hooks`: call DeepSpeed's engine, whose hooks then see the backward too; ZeRO stage 0
     needs none."""
+    engine: Any = runtime
     if not isinstance(runtime.module, Chunks):
-        return [_ScheduledModel(runtime.module, runtime if runs_hooks else runtime.module)]
+        return [_ScheduledModel(runtime.module, engine if runs_hooks else runtime.module)]
     return [
-        _ScheduledModel(chunk, functools.partial(runtime, chunk=number) if runs_hooks else chunk)
+        _ScheduledModel(chunk, functools.partial(engine, chunk=number) if runs_hooks else chunk)
         for number, chunk in enumerate(runtime.module.chunks)
     ]
 

@@ -28,7 +28,7 @@ CASES = {
     ],
 }
 NUM_OFTEN = {2: 5, 4: 2}
-"""So many of them each time: data parallelism beside stages, and cheap results made again, are in other tests without them."""
+"""So many of them each time. Data parallelism beside stages, and cheap results made again, are in tests of whole pairs."""
 NUM_GROUPS = 12
 """Four a step: as many micro-batches as the most stages."""
 

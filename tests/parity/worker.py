@@ -165,7 +165,8 @@ def outcomes_of_objectives(
 ) -> list[list[Outcome]] | None:
     """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step.
 
-    `chosen` has, for each case, the numbers of the objectives that are tried in it; None: all are in each. `groups` has some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
+    `chosen` has, for each case, the numbers of the objectives that are tried in it; None: all are in each. `groups` has
+    some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
     """
     from megadpo.objectives.specs import reading_of
 

@@ -85,13 +85,14 @@ def stepped(request, model):
         by_key |= {stage: cases for stage, cases in BY_ZERO_STAGE.items() if stage == 3 or request.param == MANY}
     cases = [(key, case) for key, some in by_key.items() for case in some]
     found = {key: [] for key in by_key}
-    made = run_world(2, outcomes, model, [case for _, case in cases], request.param)[0]
+    made = run_world(2, outcomes, model, [case for _, case in cases], request.param, timeout=3000)[0]
     for (key, case), outcome in zip(cases, made, strict=True):
         found[key].append((case, outcome))
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_are_those_of_the_library_on_the_same_gradients(stepped, layout):
     for case, outcome in stepped[layout]:
@@ -99,6 +100,7 @@ def test_steps_are_those_of_the_library_on_the_same_gradients(stepped, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_steps_of_deepspeed_are_those_of_the_library_on_the_same_gradients(stepped):
     pytest.importorskip("deepspeed")
     for key in stepped.keys() - LAYOUTS.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,10 +162,12 @@ def outcomes_of_objectives(
     groups: dict[str, Sequence[Group]],
     cases: Sequence[Case],
     objectives: Sequence[ObjectiveConfig],
+    chosen: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Outcome]] | None:
     """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step.
 
-    `groups` has some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
+    `chosen` has, for each case, the numbers of the objectives that are tried in it; None: all are in each. `groups` has
+    some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
     """
     from megadpo.objectives.specs import reading_of
 
@@ -176,13 +179,16 @@ def outcomes_of_objectives(
 
     dist.init_process_group("gloo")
     results = []
-    for case in cases:
+    for case, numbers in zip(cases, chosen or [range(len(objectives))] * len(cases), strict=True):
         with joined_world(case.layout, seed=1):
-            results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in objectives])
+            some = [objectives[number] for number in numbers]
+            results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in some])
     whole = completed([outcome for of_case in results for outcome in of_case])
     dist.destroy_process_group()
-    num = len(objectives)
-    return [whole[start : start + num] for start in range(0, len(whole), num)] if whole is not None else None
+    if whole is None:
+        return None
+    following = iter(whole)
+    return [list(itertools.islice(following, len(of_case))) for of_case in results]
 
 
 @functools.cache

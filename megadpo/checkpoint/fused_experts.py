@@ -1,11 +1,11 @@
 """Model files in which all experts of a layer are one tensor (GPT-OSS, Llama 4), read and written as the tensors of single
 experts, which is what everything else knows.
 
-In the files ``gate_up_proj`` [E, H, 2 I] has a column of the gate and one of the up projection in turns, or in halves the gate's
-columns before those of the up projection (`shape.Fused`); ``down_proj`` is [E, I, H], and GPT-OSS's have a ``_bias``. openai's
-own files have in place of either a ``_blocks`` [E, rows, columns / 32, 16] and
-a ``_scales`` [E, rows, columns / 32]: MXFP4 (OCP Microscaling 1.0), two numbers of 4 bits a byte and a power of 2 for each
-32 of them. They are read as bf16, which has all of their values, and not written.
+In the files ``gate_up_proj`` [E, H, 2 I] has a column of the gate and one of the up projection in turns, or in halves all of
+the gate's first (`shape.Fused`); ``down_proj`` is [E, I, H], and GPT-OSS has a ``_bias`` of each. openai's own files have in
+place of either a ``_blocks`` [E, rows, columns / 32, 16] and a ``_scales`` [E, rows, columns / 32]: MXFP4 (OCP Microscaling
+1.0), two numbers of 4 bits a byte and a power of 2 for each 32 of them. They are read as bf16, which has all of their
+values, and not written.
 
 Axes: E experts, H hidden size, I inner size of an expert.
 """

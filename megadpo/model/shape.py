@@ -33,8 +33,8 @@ class Clamp:
 
 
 Fused = Literal["in_turns", "in_halves"]
-"""How model files have the columns of gate and up of a layer's experts in one tensor: one of either in turns (GPT-OSS), or all
-of the gate's first (Llama 4)."""
+"""How model files have the columns of gate and up of a layer's experts in one tensor: one of either in turns (GPT-OSS), or
+all of the gate's first (Llama 4)."""
 
 
 @dataclass(frozen=True)

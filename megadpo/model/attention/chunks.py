@@ -1,5 +1,5 @@
-"""Attention in chunks (Llama 4), by any backend: a sequence is cut into parts of equal length, and a token sees those before it
-in its own part. So a segment becomes segments, one for each part that its queries lie in.
+"""Attention in chunks (Llama 4), by any backend: a sequence is cut into parts of equal length, and a token sees those before
+it in its own part. So a segment becomes segments, one for each part that its queries lie in.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Llama 4 (text): most layers with rope by neighbours, a norm of what it has turned and attention in chunks, the others without
-rope and with a temperature by position; mixtures on all or some layers, whose experts read what their scores multiply."""
+"""Llama 4 (text): most layers with rope by neighbours, a norm of what it has turned and attention in chunks, the others
+without rope and with a temperature by position; mixtures on all or some layers, where scores multiply what experts read."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _check(hf_config: PretrainedConfig) -> None:
         )
     if (hf_config.attention_chunk_size or 0) < 1:  # transformers computes no model without it, chunked layers or not
         raise UserError(
-            f"the model's attention_chunk_size is {hf_config.attention_chunk_size}; it must be 1 or more, and where all is to "
-            "be seen, max_position_embeddings"
+            f"the model's attention_chunk_size is {hf_config.attention_chunk_size}; it must be 1 or more, and where "
+            "tokens are to see all before them, max_position_embeddings"
         )
     if hf_config.attn_temperature_tuning and hf_config.floor_scale <= 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""From a router's logits to a token's experts, by the ways of Mixtral, DeepSeek-V2, DeepSeek-V3 and Llama 4, as in transformers.
+"""From a router's logits to a token's experts, as transformers' Mixtral, DeepSeek-V2, DeepSeek-V3 and Llama 4 do.
 
 Not by Megatron's `topk_routing_with_score_function`, which gives other numbers in three places: it scores a group by the sum
 of its best `topk / group_topk` experts, where DeepSeek-V2 takes the best and DeepSeek-V3 the best two; it always scales

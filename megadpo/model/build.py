@@ -230,7 +230,7 @@ def _build_chunk(
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
         GroupAttention,
-        windows=shape.windows,
+        reaches=shape.reaches,
         scale=softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,

@@ -154,12 +154,12 @@ class Work:
 
     Attributes:
         num_tokens_G, num_scored_G: tokens of its stream with its prompt once, and of its responses.
-        attended_G: for each kind of layer, by its window, the query-key pairs.
+        attended_G: for each kind of layer, by its window and chunk, the query-key pairs.
     """
 
     num_tokens_G: IntArray
     num_scored_G: IntArray
-    attended_G: dict[int | None, FloatArray]
+    attended_G: dict[tuple[int | None, int | None], FloatArray]
 
     @staticmethod
     def of(groups: GroupStore, *shapes: ModelShape) -> Work:
@@ -168,8 +168,8 @@ class Work:
         starts = np.asarray(columns.segment_offsets_S)
         first = np.asarray(columns.group_segments_G)
         num_scored_G = starts[first[1:]] - starts[first[:-1] + columns.num_prompts_G]
-        windows = {window for shape in shapes for window in shape.windows}
-        attended_G = {window: attention_pairs(groups, True, window) for window in windows}
+        reaches = {reach for shape in shapes for reach in shape.reaches}
+        attended_G = {reach: attention_pairs(groups, True, *reach) for reach in reaches}
         return Work(groups.num_tokens(True), num_scored_G, attended_G)
 
     def forward(self, shape: ModelShape, group_ids: IntArray) -> tuple[float, float]:
@@ -177,9 +177,9 @@ class Work:
         tokens, scored = self._tokens(group_ids)
         products = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0)
         attention = 0.0
-        for window, num_layers in Counter(shape.windows).items():
+        for reach, num_layers in Counter(shape.reaches).items():
             width = num_layers * attention_width(shape)
-            attention += forward_flop(0, 0, float(self.attended_G[window][group_ids].sum()), 0, 0, width)
+            attention += forward_flop(0, 0, float(self.attended_G[reach][group_ids].sum()), 0, 0, width)
         return products, attention
 
     def _tokens(self, group_ids: IntArray) -> tuple[float, float]:

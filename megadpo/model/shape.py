@@ -32,6 +32,11 @@ class Clamp:
     limit: float
 
 
+Fused = Literal["in_turns", "in_halves"]
+"""How model files have the columns of gate and up of a layer's experts in one tensor: one of either in turns (GPT-OSS), or
+all of the gate's first (Llama 4)."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """How a router's logits become a token's experts, and what each of these counts.
@@ -47,6 +52,9 @@ class Routing:
         has_correction_bias: whether each expert has a number that is added to its score where groups and experts are chosen,
             and there only. No gradient moves it (arXiv:2408.15664).
         logits_in_float32: whether the logits are computed in float32, too; else in the model's type.
+        chooses_by_logits: whether a token's experts are those of the largest logits; else of the largest scores, of which
+            float32 may make equal ones where the logits are not.
+        scales_inputs: whether an expert's score multiplies what the expert reads (Llama 4); else what it gives.
     """
 
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -57,6 +65,8 @@ class Routing:
     group_score: Literal["max", "two_best"] = "max"
     has_correction_bias: bool = False
     logits_in_float32: bool = False
+    chooses_by_logits: bool = False
+    scales_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Experts:
         router: the router there.
         has_biases: whether the router and the experts' matrices have biases.
         clamp: in place of the model's activation; None: the experts have that.
-        is_fused: whether model files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
+        fused: how model files have all experts of a layer as one tensor (checkpoint/fused_experts.py); None: they do not.
     """
 
     count: int
@@ -106,7 +116,7 @@ class Experts:
     router: str = "gate"
     has_biases: bool = False
     clamp: Clamp | None = None
-    is_fused: bool = False
+    fused: Fused | None = None
 
     @property
     def columns_of_token(self) -> int:
@@ -143,6 +153,15 @@ class Norms:
         """Those that there are."""
         places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         return tuple(name for name in places if name is not None)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What queries of layers without rope are multiplied by: 1 + strength log(1 + floor((position + 1) / floor)), positions
+    counted from 0 in a token's own sequence (arXiv:2501.19399)."""
+
+    strength: float
+    floor: float
 
 
 @dataclass(frozen=True)
@@ -188,7 +207,9 @@ class ModelShape:
         qkv_bias: whether the projections to queries, keys and values have biases.
         output_bias: whether attention's output projection has one.
         mlp_bias: whether the MLP's matrices have them.
+        mlp_block: a dense layer's MLP in a layer's Hugging Face names.
         qk_norm: the norm of queries and keys; None: there is none.
+        norms_turned: whether each head's queries and keys have a norm without a weight after rope, in layers that have rope.
         activation: of the MLP's gate.
         fuses_qkv: whether the Hugging Face tensors have queries, keys and values as one, ``qkv_proj``, one after the other.
         fuses_gate_up: whether they have gate and up as one, ``gate_up_proj``.
@@ -203,6 +224,9 @@ class ModelShape:
         windows: for each layer, how many tokens a token attends to, itself included; None: all before it. A query at
             position i sees keys at positions j with i - window < j <= i, as in transformers 5.23.
         ropes: each layer's rotary embedding; None: it has none.
+        chunks: for each layer, into how many tokens each sequences are cut there, so that a token sees those before it in
+            its own part; None: into no parts. Empty: they are cut in no layer.
+        temperature: of queries in layers without rope; None: they stay.
         rope_is_interleaved: columns 2 i and 2 i + 1 of a head are turned together; else i and i + half of those turned.
         experts: None of a dense model.
         head: which head the model has.
@@ -227,7 +251,9 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    mlp_block: str = "mlp"
     qk_norm: QueryKeyNorm | None = None
+    norms_turned: bool = False
     activation: Activation = "silu"
     fuses_qkv: bool = False
     fuses_gate_up: bool = False
@@ -240,6 +266,8 @@ class ModelShape:
     tied_embeddings: bool
     windows: tuple[int | None, ...]
     ropes: tuple[Rope | None, ...]
+    chunks: tuple[int | None, ...] = ()
+    temperature: Temperature | None = None
     rope_is_interleaved: bool = False
     experts: Experts | None = None
     head: Head
@@ -281,10 +309,18 @@ class ModelShape:
         return any(window is not None for window in self.windows)
 
     @property
+    def reaches(self) -> tuple[tuple[int | None, int | None], ...]:
+        """Of each layer, its window and its chunk."""
+        return tuple(zip(self.windows, self.chunks or (None,) * self.num_layers, strict=True))
+
+    @property
     def plain_rope(self) -> Rope | None:
-        """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length."""
+        """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length, and
+        positions do nothing else."""
         rope = self.ropes[0]
         if rope is None or rope.by_length is not None or self.rope_is_interleaved or self.latents is not None:
+            return None
+        if self.norms_turned or self.temperature is not None:
             return None
         is_whole = 2 * len(rope.inverse_frequencies) == self.head_dim
         return rope if is_whole and all(other is rope for other in self.ropes) else None

@@ -118,6 +118,10 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
         yield Kept(ATTENTION, latents * w)
         yield Kept(ATTENTION, latents * w, again=True)  # their norms' results
     yield Kept(ATTENTION, 4 * (2 + heads + (heads + groups if shape.qk_norm else 0)))  # rows' scales, log-sum-exp
+    if shape.norms_turned:
+        share = sum(rope is not None for rope in shape.ropes) / shape.num_layers
+        yield Kept(ATTENTION, 4 * share * (heads + groups))
+        yield Kept(ATTENTION, share * (q + k) * w, again=True)  # rope's results, which the norm reads
     method = context_method(layout, shape.num_key_value_heads)
     if plan.on_cpu:
         if shape.qk_norm:
@@ -148,7 +152,11 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     routed, columns = experts.per_token / share, experts.columns / layout.expert_tensor
     if layout.expert_tensor > 1:
         routed *= layout.expert_tensor
-    yield Kept(EXPERTS, routed * (2 * shape.hidden_size + 3 * columns) * w)  # in, out, gate, up, times the probability
+    if experts.routing.scales_inputs:
+        yield Kept(EXPERTS, routed * 2 * (shape.hidden_size + columns) * w)  # in, out, gate, up
+        yield Kept(EXPERTS, routed * shape.hidden_size * w, again=True)  # in times the probability
+    else:
+        yield Kept(EXPERTS, routed * (2 * shape.hidden_size + 3 * columns) * w)  # in, out, gate, up, times the probability
     yield Kept(EXPERTS, routed * columns * w, again=True)
     yield Kept(EXPERTS, 16 * experts.count / share)  # router: logits, probabilities, choices
 

@@ -65,7 +65,7 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
     product, copied = own / tensor / rates.product_rate(own), w * own / tensor / rates.memory
     products: float = dense_products(shape) * product
     busiest = 0.0
-    head_norms = q + k if shape.qk_norm else 0
+    head_norms = q + k if shape.qk_norm or shape.norms_turned else 0
     moved: float = 4 * h + 2 * head_norms + 2 * (q + k) + 3 * inner + 6 * h  # norms, rope, SwiGLU, residual adds
     moved += 2 * k + 2 * mix.keys * q + 2 * (q + k)  # keys gathered and repeated for their readers; strided copies
     moved_back = 6 * h + 3 * head_norms + 2 * (q + k) + 5 * inner + 6 * h + 2 * mix.keys * q + 2 * k + 2 * q + 6 * k

@@ -62,8 +62,8 @@ def dpo_step(
 
 def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     """Tensors by parameter name under the names that model files have: experts apart, gate and up apart."""
-    if config.model_type == "gpt_oss":  # type: ignore[attr-defined]
-        return _single_experts(tensors)
+    if config.model_type in ("gpt_oss", "llama4_text"):  # type: ignore[attr-defined]
+        return _single_experts(tensors, in_turns=config.model_type == "gpt_oss")  # type: ignore[attr-defined]
     mixtral = config.model_type == "mixtral"  # type: ignore[attr-defined]
     block, (gate, up, down) = (
         (".block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (".mlp.", ("gate_proj", "up_proj", "down_proj"))
@@ -81,8 +81,8 @@ def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     return named
 
 
-def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-OSS's experts, which its files have as one tensor, under the names of Mixtral's and others'."""
+def _single_experts(tensors: dict[str, Tensor], in_turns: bool) -> dict[str, Tensor]:
+    """GPT-OSS's and Llama 4's experts, which their files have as one tensor, under the names of Mixtral's and others'."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         before, _, kind = name.partition(".experts.")
@@ -90,7 +90,8 @@ def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not kind:
             named[name] = tensor
             continue
-        parts = {"gate_proj": tensor[..., ::2], "up_proj": tensor[..., 1::2]}
+        gate, up = (tensor[..., ::2], tensor[..., 1::2]) if in_turns else tensor.chunk(2, dim=-1)
+        parts = {"gate_proj": gate, "up_proj": up}
         for part, values in (parts if matrix == "gate_up_proj" else {"down_proj": tensor}).items():
             for number, expert in enumerate(values):
                 named[f"{before}.experts.{number}.{part}.{ending}"] = expert.T if expert.ndim == 2 else expert

@@ -69,12 +69,14 @@ SHARED = {
         (PIPELINE, 1),
     ],
 }
+SCALED = {1: [], 2: [(Layout(data=2, expert=2), 1), (Layout(data=2, expert=2), 3), (PIPELINE, 3)]}
 CELLS = {
     "untied": (2, UNTIED),
     "tied": (2, TIED),
     "uneven": (3, UNEVEN),
     "experts": (2, EXPERTS),
     "shared experts": (2, SHARED),
+    "scaled inputs": (2, SCALED),
 }
 """The model's layers, and by number of processes what is tried on it."""
 OFTEN = {
@@ -116,7 +118,7 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe"}
+OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe", "scaled inputs": "llama4_text"}
 
 
 @pytest.fixture(

@@ -15,6 +15,7 @@ from transformers import MixtralConfig
 from megadpo.config.schema import ModelConfig, ObjectiveConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
+from tests.helpers.families import LLAMA3
 from tests.helpers.models import hh_groups, random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, Outcome, outcomes, outcomes_of_objectives
@@ -98,7 +99,14 @@ MODELS |= {
     "deepseek_v3-more": ({"rope_parameters": YARN, "norm_topk_prob": False, "tie_word_embeddings": True}, ONE | TWO | FOUR),
     "deepseek_v2-greedy": ({**DEEPSEEK, "topk_method": "greedy", "n_group": None, "q_lora_rank": 32}, SHARED),
 }
-DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3")
+LLAMA4: dict[str, Any] = {"num_hidden_layers": 3, "rope_parameters": LLAMA3, "attention_bias": True}
+PLAIN = {"use_qk_norm": False, "attn_temperature_tuning": False, "num_experts_per_tok": 1, "tie_word_embeddings": True}
+MODELS |= {
+    "llama4_text": (LLAMA4, {1: SHARED[1], 2: SHARED[2][:1]}),
+    "llama4_text-plain": ({**PLAIN, "moe_layers": [2, 3], "attention_chunk_size": 2048}, SHARED),
+    "llama4_text-more": ({"rope_parameters": LLAMA3}, ONE | TWO | FOUR),
+}
+DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3", "llama4_text")
 BETA = 0.1
 
 

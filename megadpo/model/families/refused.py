@@ -38,7 +38,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "idefics2",
         "idefics3",
         "internvl",
-        "llama4",
         "llava",
         "llava_next",
         "mistral3",
@@ -56,6 +55,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "smolvlm",
         "voxtral",
     ),
+    "it reads images, and only text is trained on here; save its text part alone by transformers "
+    "(Llama4ForCausalLM.from_pretrained(DIR).save_pretrained(NEW)) and give that directory": ("llama4",),
     "it has an encoder and a decoder, and only decoders are trained here": (
         "bart",
         "bigbird_pegasus",

@@ -14,6 +14,7 @@ from megadpo.model.families.glm4_moe import GLM4_MOE
 from megadpo.model.families.gpt_oss import GPT_OSS
 from megadpo.model.families.granite import GRANITE
 from megadpo.model.families.llama import LLAMA
+from megadpo.model.families.llama4 import LLAMA4
 from megadpo.model.families.ministral import MINISTRAL
 from megadpo.model.families.mistral import MISTRAL
 from megadpo.model.families.mixtral import MIXTRAL
@@ -52,6 +53,7 @@ FAMILIES = (
     DEEPSEEK_V3,
     QWEN2_MOE,
     GLM4_MOE,
+    LLAMA4,
 )
 
 

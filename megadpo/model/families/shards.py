@@ -98,10 +98,11 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     experts, hidden = shape.experts, shape.hidden_size
     if experts is None or layer not in experts.layers:
         inner = {"gate_up_proj": 2 * shape.ffn_size} if shape.fuses_gate_up else dict.fromkeys(_GATED, shape.ffn_size)
-        shapes: dict[str, tuple[int, ...]] = {f"mlp.{name}.weight": (size, hidden) for name, size in inner.items()}
-        shapes["mlp.down_proj.weight"] = (hidden, shape.ffn_size)
+        block = shape.mlp_block
+        shapes: dict[str, tuple[int, ...]] = {f"{block}.{name}.weight": (size, hidden) for name, size in inner.items()}
+        shapes[f"{block}.down_proj.weight"] = (hidden, shape.ffn_size)
         if shape.mlp_bias:
-            shapes |= {f"mlp.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
+            shapes |= {f"{block}.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
         return shapes
     shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
     if experts.has_biases:
@@ -298,7 +299,7 @@ def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_a
 
 
 def _mlp_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterShard]:
-    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{shape.mlp_block}"
     shards = [cut.columns(f"{to}.linear_fc2.weight", f"{of}.down_proj.weight", shape.hidden_size, shape.ffn_size)]
     for kind, other in (("weight", (shape.hidden_size,)), *([("bias", ())] if shape.mlp_bias else [])):
         gate, up = ((f"{of}.{name}.{kind}", 0) for name in _GATED)

@@ -133,8 +133,9 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiG
         expert.activation_func = ModuleSpec(module=ClampedSwiGLU, params=clamp)
     use_own_linear_layers(expert, mlp_bias=experts.has_biases)
     mixture.submodules.experts.module = GroupedExperts
-    mixture.submodules.experts.params = {"products": products}
+    mixture.submodules.experts.params = {"products": products, "scales_inputs": experts.routing.scales_inputs}
     if experts.has_biases:
+        assert not experts.routing.scales_inputs
         mixture.submodules.experts.module, mixture.submodules.experts.params = BiasedExperts, {}
         expert.linear_fc2 = ExpertRowLinear
     mixture.submodules.router = functools.partial(Router, routing=experts.routing, has_bias=experts.has_biases)

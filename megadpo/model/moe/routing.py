@@ -1,4 +1,4 @@
-"""From a router's logits to a token's experts, by the ways of Mixtral, DeepSeek-V2 and DeepSeek-V3, as in transformers.
+"""From a router's logits to a token's experts, as transformers' Mixtral, DeepSeek-V2, DeepSeek-V3 and Llama 4 do.
 
 Not by Megatron's `topk_routing_with_score_function`, which gives other numbers in three places: it scores a group by the sum
 of its best `topk / group_topk` experts, where DeepSeek-V2 takes the best and DeepSeek-V3 the best two; it always scales
@@ -59,7 +59,9 @@ def route(
         scores_TE = logits_TE.float().sigmoid()
         shares_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
     with torch.no_grad():
-        choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
+        choice_TE = logits_TE if routing.chooses_by_logits else scores_TE
+        if correction_bias_E is not None:
+            choice_TE = choice_TE + correction_bias_E
         if routing.groups_per_token < routing.num_groups:
             choice_TE = _of_best_groups(choice_TE, routing)
         own_TK = choice_TE.topk(per_token, dim=-1).indices

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_oss bf16": {"dtype": torch.bfloat16},
     "glm4_moe bf16": {"dtype": torch.bfloat16},
     "qwen2_moe": {"mlp_only_layers": [1]},
+    "llama4_text bf16": {"dtype": torch.bfloat16},
     "qwen3_moe tied": {"mlp_only_layers": [0, 3], "tie_word_embeddings": True},
 }
 FAMILY = {name: name.split()[0].removesuffix("3.1") for name in MODELS}

@@ -51,8 +51,8 @@ def groups_of(*lengths: tuple[int, ...]) -> list[Group]:
     ]
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention_is_counted_pair_by_pair(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 3), (None, 4)])
+def test_attention_is_counted_pair_by_pair(window: int | None, chunk: int | None) -> None:
     groups = groups_of((4, 3, 5), (0, 2, 6))
     pairs = sum(
         1
@@ -61,9 +61,10 @@ def test_attention_is_counted_pair_by_pair(window: int | None) -> None:
         for query in range(len(group.prompts[0]) + len(response))
         for key in range(query + 1)
         if (window is None or query - key < window) and (number == 0 or query >= len(group.prompts[0]))
+        if chunk is None or query // chunk == key // chunk
     )
     shape = shape_of(config_of("llama"))
-    shape = replace(shape, windows=(window,) * shape.num_layers)
+    shape = replace(shape, windows=(window,) * shape.num_layers, chunks=(chunk,) * shape.num_layers)
     work = Work.of(GroupStore.of(groups), shape)
     _, attention = work.forward(shape, np.arange(2))
     assert attention == 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs

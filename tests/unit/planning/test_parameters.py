@@ -14,7 +14,7 @@ from megadpo.planning.plan import parameters_of
 from tests.helpers.families import config_of
 from tests.helpers.models import PREFIXES
 
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3", "llama4_text")
 DENSE: dict[str, dict[str, Any]] = {
     **{family: {} for family in PREFIXES if family not in MIXTURES},
     "llama-biased": {"attention_bias": True, "mlp_bias": True},

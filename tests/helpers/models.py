@@ -43,6 +43,7 @@ PREFIXES = {
     "deepseek_v3": "DeepseekV3",
     "qwen2_moe": "Qwen2Moe",
     "glm4_moe": "Glm4Moe",
+    "qwen3_next": "Qwen3Next",
 }
 """What transformers' classes of each family begin with."""
 
@@ -89,6 +90,18 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 40,
     },
     "glm4_moe": {"head_dim": 24, **AFTER_DENSE_LAYERS},
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},

@@ -22,7 +22,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "qwen3_5_moe",
         "qwen3_5_moe_text",
         "qwen3_5_text",
-        "qwen3_next",
         "recurrent_gemma",
         "rwkv",
         "xlstm",

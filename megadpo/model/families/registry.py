@@ -23,6 +23,7 @@ from megadpo.model.families.qwen2 import QWEN2
 from megadpo.model.families.qwen2_moe import QWEN2_MOE
 from megadpo.model.families.qwen3 import QWEN3
 from megadpo.model.families.qwen3_moe import QWEN3_MOE
+from megadpo.model.families.qwen3_next import QWEN3_NEXT
 from megadpo.model.families.refused import why_refused
 from megadpo.model.families.smollm3 import SMOLLM3
 
@@ -52,6 +53,7 @@ FAMILIES = (
     DEEPSEEK_V3,
     QWEN2_MOE,
     GLM4_MOE,
+    QWEN3_NEXT,
 )
 
 

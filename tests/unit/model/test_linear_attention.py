@@ -35,9 +35,9 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """Queries, keys, values, logarithms of decays, rates."""
     torch.manual_seed(0)
     heads = (KEY_HEADS, KEY_HEADS, VALUE_HEADS)
-    rows = (torch.randn(NUM_TOKENS, *size, dtype=dtype) for size in zip(heads, (K, K, V), strict=True))
-    decays, rates = (torch.randn(NUM_TOKENS, VALUE_HEADS, dtype=dtype) for _ in range(2))
-    return tuple(x.detach().requires_grad_() for x in (*rows, -decays.exp(), rates.sigmoid()))
+    rows = [torch.randn(NUM_TOKENS, *size, dtype=torch.float64) for size in zip(heads, (K, K, V), strict=True)]
+    decays, rates = (torch.randn(NUM_TOKENS, VALUE_HEADS, dtype=torch.float64) for _ in range(2))
+    return tuple(x.to(dtype).requires_grad_() for x in (*rows, -decays.exp(), rates.sigmoid()))
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, rate: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def outputs_and_gradients(rule: Any, dtype: torch.dtype = torch.float64) -> list
     leaves = inputs(dtype)
     output = rule(*leaves)
     torch.manual_seed(1)
-    output.backward(torch.randn_like(output))
+    output.backward(torch.randn(output.shape, dtype=torch.float64).to(dtype))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 

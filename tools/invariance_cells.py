@@ -68,6 +68,7 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         ("qwen3", test_deepspeed.UNEVEN),
         ("qwen3_moe", test_deepspeed.EXPERTS),
         ("glm4_moe", test_deepspeed.SHARED),
+        ("qwen3_next", test_deepspeed.LINEAR),
     ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True

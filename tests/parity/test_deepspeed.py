@@ -69,6 +69,7 @@ SHARED = {
         (PIPELINE, 1),
     ],
 }
+LINEAR = {1: [], 2: [(DATA, 2), (Layout(tensor=2, sequence=True, expert=2), 3), (PIPELINE, 1)]}
 OFTEN = {
     1: [(Layout(), 3)],
     2: [(DATA, 0), (DATA, 2), (TENSOR, 1), (SEQUENCE, 3), (PIPELINE, 1), (PIPELINE, 3), (CONTEXT, 3)],
@@ -82,6 +83,7 @@ CELLS = {
     "uneven": (3, UNEVEN),
     "experts": (2, EXPERTS),
     "shared experts": (2, SHARED),
+    "linear attention": (2, LINEAR),
 }
 """The model's layers, and by number of processes what is tried on it."""
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
@@ -107,8 +109,8 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-EXHAUSTIVE = ("untied", "shared experts")
-OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe"}
+EXHAUSTIVE = ("untied", "shared experts", "linear attention")
+OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe", "linear attention": "qwen3_next"}
 
 
 @pytest.fixture(

@@ -32,8 +32,8 @@ class ModelConfig:
     `flex` (torch's FlexAttention, on CUDA), `buckets` (padded batches, on CUDA, slower), `sdpa` (anywhere, slowest), or
     `auto`: the first of them that can be used."""
     linear_attention: str = "auto"
-    """The kernel of linear attention, of models that have such layers: `fla` (flash-linear-attention, in bf16 on CUDA; untried),
-    `torch` (anywhere), or `auto`: fla where it can be used."""
+    """The kernel of linear attention, of models that have such layers: `fla` (flash-linear-attention, in bf16 on CUDA;
+    untried), `torch` (anywhere), or `auto`: fla where it can be used."""
     small_ops: str = "auto"
     """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
     where that is installed."""

@@ -70,9 +70,7 @@ def block_spec(
             layer = expert_layer_spec(layer, experts, small_ops.activation_of(shape), products)
         return _in_four_bits(layer, quantization)
 
-    specs = [
-        layer_of(layer in shape.linear_layers, experts is not None and layer in experts.layers) for layer in layers
-    ]
+    specs = [layer_of(layer in shape.linear_layers, experts is not None and layer in experts.layers) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=small_ops.norm_of(shape))
 
 

@@ -183,9 +183,7 @@ def _linear_attention_keeps(plan: Plan) -> Iterator[Kept]:
     yield Kept(ATTENTION, (12 + 2 * w) * heads)  # decays, in float32, and rates
 
 
-def kept_by_kind(
-    plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float, is_linear: bool = False
-) -> Sums:
+def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float, is_linear: bool = False) -> Sums:
     """Bytes that a layer keeps of so many tokens; with offloaded activations, large ones under MOVED."""
     if recompute == "full":
         h = plan.shape.hidden_size / (plan.layout.tensor if plan.layout.sequence else 1)
@@ -199,9 +197,7 @@ def kept_by_kind(
     return kinds
 
 
-def layer_works_with(
-    plan: Plan, mix: Mix, is_mixture: bool, backward: bool, is_linear: bool = False
-) -> tuple[float, float]:
+def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool, is_linear: bool = False) -> tuple[float, float]:
     """The most that the operations of a layer under way need beside what is kept: bytes of a token, and bytes in all.
 
     Backward, that is SwiGLU's gradient with what it is made of, or attention's; and where the products do not add to where
@@ -355,7 +351,9 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
         away["gradients"] = 4 * trained(plan, stage)[0] / (plan.replicas if plan.zero_stage > 1 else 1)
     reference = 0.0
     if plan.runs_reference:
-        reference = max(_works_with(plan, mix, kinds, False, one), tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0)
+        reference = max(
+            _works_with(plan, mix, kinds, False, one), tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0
+        )
         reference += kept["masks of attention"] / together
     return RankMemory(stage, between, passes, reference, _update(plan, stage), host)
 

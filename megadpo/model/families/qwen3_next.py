@@ -71,7 +71,9 @@ def check_gated_delta(hf_config: PretrainedConfig) -> None:
             f"{hf_config.linear_num_key_heads} do not divide"
         )
     if hf_config.hidden_act not in ("silu", "swish"):  # of the convolution, too
-        raise UserError(f"the model's hidden_act is {hf_config.hidden_act!r}; {hf_config.model_type} is supported with silu only")
+        raise UserError(
+            f"the model's hidden_act is {hf_config.hidden_act!r}; {hf_config.model_type} is supported with silu only"
+        )
 
 
 def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:

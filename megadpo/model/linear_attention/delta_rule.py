@@ -56,17 +56,18 @@ def _outputs(
     query, key = (in_chunks(_of_length_1(x.to(wide))).unsqueeze(2) for x in (query_TGK, key_TGK))
     query = query * query.shape[-1] ** -0.5
     value, log_decay, rate = (by_key_head(in_chunks(x)) for x in (value_THV, log_decay_TH, rate_TH))
-    decay_to = log_decay.cumsum(-1)  # from the chunk's beginning up to each token, its own included
-    between = _decay_between(decay_to)
+    # From the chunk's beginning up to each token, its own included: in float64, as differences of large sums follow.
+    decay_to = log_decay.double().cumsum(-1)
+    between, to_token, to_end = _decay_between(decay_to).to(wide), decay_to.exp().to(wide), _decay_to_end(decay_to).to(wide)
     system = rate.unsqueeze(-1) * (key @ key.mT) * between
     scores = (query @ key.mT) * between
     # Both right sides at once: what values would be written, and what the state at the chunk's beginning takes off them.
-    sides = torch.cat([rate.unsqueeze(-1) * value, (rate * decay_to.exp()).unsqueeze(-1) * key], dim=-1)
+    sides = torch.cat([rate.unsqueeze(-1) * value, (rate * to_token).unsqueeze(-1) * key], dim=-1)
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
     written, taken = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
-    reading = query * decay_to.exp().unsqueeze(-1)
-    writing = key * (decay_to[..., -1:] - decay_to).exp().unsqueeze(-1)
-    outputs = _by_steps(written, taken, scores, reading, writing, decay_to[..., -1].exp(), chunks)
+    reading = query * to_token.unsqueeze(-1)
+    writing = key * to_end.unsqueeze(-1)
+    outputs = _by_steps(written, taken, scores, reading, writing, to_token[..., -1], chunks)
     return outputs.flatten(1, 2).transpose(1, 2).flatten(0, 1)[chunks.place_T].to(value_THV.dtype)
 
 
@@ -97,6 +98,11 @@ def _decay_between(decay_to: Tensor) -> Tensor:
     difference = decay_to.unsqueeze(-1) - decay_to.unsqueeze(-2)
     later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
     return difference.masked_fill(later, float("-inf")).exp()
+
+
+def _decay_to_end(decay_to: Tensor) -> Tensor:
+    """[..., C]: from each token up to the chunk's end."""
+    return (decay_to[..., -1:] - decay_to).exp()
 
 
 def _of_length_1(x: Tensor) -> Tensor:

@@ -97,9 +97,7 @@ class GatedDeltaNet(MegatronModule):
         query, key, value, gate, rate, decay = by_head.split([K, K, R * V, R * V, R, R], dim=-1)
         mixed_TF = torch.cat([x.flatten(1) for x in (query, key, value)], dim=1)
         device = mixed_TF.device
-        contexts = stream.once(
-            "contexts", lambda: Contexts.of(segments, num_tokens, device, context=sizes.kernel_size - 1)
-        )
+        contexts = stream.once("contexts", lambda: Contexts.of(segments, num_tokens, device, context=sizes.kernel_size - 1))
         convolved_TF = recomputable(F.silu, self.conv1d(mixed_TF, contexts))
         query, key, value = convolved_TF.split([x.shape[1] * x.shape[2] for x in (query, key, value)], dim=1)
         # In float32, where a decay near 1 would else be 1.

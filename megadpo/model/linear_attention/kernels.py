@@ -24,6 +24,7 @@ from megadpo.model.attention.sequences import copied_to
 from megadpo.model.linear_attention.chunks import Chunks
 from megadpo.model.linear_attention.delta_rule import gated_delta_rule
 
+
 class DeltaRule(Protocol):
     """One way to compute the rule over a packed stream."""
 
@@ -128,9 +129,7 @@ class FlaDeltaRule:
 def _turn(segments: Sequence[Segment], before: np.ndarray[Any, Any] | None, device: torch.device) -> Turn:
     tokens = np.concatenate([np.arange(s.start, s.end) for s in segments])
     starts = np.concatenate([[0], np.cumsum([s.end - s.start for s in segments])]).astype(np.int64)
-    return Turn(
-        copied_to(device, tokens), copied_to(device, starts), None if before is None else copied_to(device, before)
-    )
+    return Turn(copied_to(device, tokens), copied_to(device, starts), None if before is None else copied_to(device, before))
 
 
 def choose_delta_rule(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, DeltaRule]:

@@ -496,8 +496,16 @@ def test_transformer_config_arguments(family: str) -> None:
         ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank is 0; it must be 1 or more"),
         ("glm4_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; it must be 1 or more"),
         ("deepseek_v2", {"rope_interleave": False}, "rope_interleave is false, which no deepseek_v2 model is computed with"),
-        ("qwen3_next", {"layer_types": ["linear_attention", "sliding_attention"] * 2}, "layer_types has 'sliding_attention'"),
-        ("qwen3_next", {"linear_num_value_heads": 6}, "linear_num_value_heads is 6, which its linear_num_key_heads 4 do not"),
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "sliding_attention"] * 2},
+            "layer_types has 'sliding_attention'",
+        ),
+        (
+            "qwen3_next",
+            {"linear_num_value_heads": 6},
+            "linear_num_value_heads is 6, which its linear_num_key_heads 4 do not",
+        ),
         ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; it must be 1 or more"),
         ("qwen3_next", {"hidden_act": "gelu_pytorch_tanh"}, "'gelu_pytorch_tanh'; qwen3_next is supported with silu only"),
         ("qwen3_next", {"mlp_bias": True}, "mlp_bias"),

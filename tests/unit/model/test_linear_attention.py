@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import Segment
+from megadpo.errors import UserError
 from megadpo.model.linear_attention.by_inputs import keeping_inputs
 from megadpo.model.linear_attention.chunks import Chunks, Contexts
 from megadpo.model.linear_attention.delta_rule import gated_delta_rule
 from megadpo.model.linear_attention.gated_delta_net import CausalConvolution
 from megadpo.model.linear_attention.kernels import FlaDeltaRule, choose_delta_rule
-from megadpo.errors import UserError
 
 SEGMENTS = (
     Segment(0, 13),  # a prompt of several chunks, the last of them short
@@ -43,9 +43,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
 def by_definition(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, rate: Tensor) -> Tensor:
     """Token by token, of each segment behind its prompt: the state from which transformers' recurrent rule starts."""
     repeats = value.shape[1] // key.shape[1]
-    query, key = (
-        (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(repeats, 1) for x in (query, key)
-    )
+    query, key = ((x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(repeats, 1) for x in (query, key))
     found: list[Tensor] = []
     for segment in SEGMENTS:
         state = value.new_zeros(value.shape[1], key.shape[2], value.shape[2])

@@ -16,8 +16,8 @@ from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout
 from megadpo.validation.data import check_mismatched_fit
-from megadpo.validation.load import load_config
 from megadpo.validation.layout import check_layout
+from megadpo.validation.load import load_config
 from megadpo.validation.model import check_experts, check_linear_attention, check_same_tokenizer, check_same_vocabulary
 from tests.helpers.models import random_groups, save_tokenizer
 
@@ -53,7 +53,9 @@ def test_options_about_linear_attention_are_for_models_that_have_it(
 
 
 def test_a_sequence_whose_state_runs_on_is_not_cut_over_context_ranks() -> None:
-    with pytest.raises(UserError, match="parallel.context is 2, but the model has layers with linear attention, whose state"):
+    with pytest.raises(
+        UserError, match="parallel.context is 2, but the model has layers with linear attention, whose state"
+    ):
         check_layout(Layout(context=2), NEXT)
     with pytest.raises(UserError, match=r"parallel.tensor 4 does not divide .* 2 key heads of linear attention .*; use one"):
         check_layout(Layout(tensor=4, sequence=True), replace(NEXT, linear=replace(NEXT.linear, num_key_heads=2)))

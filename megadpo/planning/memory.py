@@ -232,8 +232,8 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool, is_
 
 
 def delta_rule_works_with(plan: Plan, backward: bool) -> float:
-    """Bytes of a token that linear attention's rule needs while it is computed, by torch's operations in float32: what goes in
-    by chunks, the system and its solution, states; backward all of it, which autograd keeps, and the gradients."""
+    """Bytes of a token that linear attention's rule needs while it is computed, by torch's operations in float32: what goes
+    in by chunks, the system and its solution, states; backward all of it, which autograd keeps, and the gradients."""
     linear = plan.shape.linear
     assert linear is not None
     keys, heads, K, V = linear.num_key_heads, linear.num_value_heads, linear.key_dim, linear.value_dim
@@ -359,7 +359,7 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
 
 
 def _works_with(plan: Plan, mix: Mix, kinds: Iterable[tuple[bool, bool]], backward: bool, num_tokens: float) -> float:
-    """Bytes of a micro-batch: of the layers that there are, as (has experts, has linear attention), the one that needs most."""
+    """Bytes of a micro-batch: of the layers that there are, by (has experts, has linear attention), that which needs most."""
     found = (layer_works_with(plan, mix, is_mixture, backward, is_linear) for is_mixture, is_linear in kinds)
     return max(of_token * num_tokens + in_all for of_token, in_all in found)
 

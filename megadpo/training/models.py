@@ -233,8 +233,8 @@ def check_modules(config: Config, shape: ModelShape) -> None:
         choose_delta_rule(config.model.linear_attention, compute_device(), dtype)
         if config.model.quantization != "none":
             raise UserError(
-                f"model.quantization is {config.model.quantization}, but the model has layers with linear attention, which are "
-                "not held in 4 bits; set it to none"
+                f"model.quantization is {config.model.quantization}, but the model has layers with linear attention, which "
+                "are not held in 4 bits; set it to none"
             )
     if shape.experts is not None and shape.experts.has_biases:
         _check_biased_experts(config)

@@ -39,8 +39,8 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
             )
     if shape.linear is not None and layout.context > 1:
         raise UserError(
-            f"parallel.context is {layout.context}, but the model has layers with linear attention, whose state is not handed "
-            "from one rank's part of a sequence to the next; leave it at 1"
+            f"parallel.context is {layout.context}, but the model has layers with linear attention, whose state is not "
+            "handed from one rank's part of a sequence to the next; leave it at 1"
         )
     _check_experts(layout, experts)
     _check_layers(layout, shape.num_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ RECURRENT = {
         Case(Layout(pipeline=2), recompute="small", tokens_per_micro_batch=200),
         Case(Layout(pipeline=2), schedule=PipelineScheduleConfig(name="1f1b", zero_bubble=True), tokens_per_micro_batch=200),
         Case(Layout(data=2, expert=2), recompute="selective", tokens_per_micro_batch=200),
-        Case(Layout(data=2), memory=Activations(offload="cpu"), tokens_per_micro_batch=200),
+        Case(Layout(data=2), memory=Activations(offload="disk", offload_dir=Path(tempfile.gettempdir()))),
     ],
     4: [
         Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),

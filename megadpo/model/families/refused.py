@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "it has layers with a recurrent state (state-space or linear attention) of another kind than Qwen3-Next's, and others are "
-    "not built here": (
+    "it has layers with a recurrent state (state-space or linear attention) of another kind than Qwen3-Next's, which is not "
+    "built here": (
         "bamba",
         "falcon_h1",
         "falcon_mamba",

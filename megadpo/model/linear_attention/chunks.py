@@ -5,7 +5,8 @@ A segment is cut into chunks of C tokens, the last of which may be shorter. A ch
 a response's first chunk, that after the last of its prompt. So chunks are ordered by how many come before them in their
 sequence: all chunks of one step are computed together, and each state that they begin with is one of the step before.
 
-Axes: T stream tokens, N chunks, C tokens of a chunk, S segments, E rows of the stream with each segment's context put before it.
+Axes: T stream tokens, N chunks, C tokens of a chunk, S segments, E rows of the stream with each segment's context put before
+it.
 """
 
 from __future__ import annotations

@@ -75,9 +75,10 @@ def _by_steps(
     written: Tensor, taken: Tensor, scores: Tensor, reading: Tensor, writing: Tensor, decay: Tensor, chunks: Chunks
 ) -> Tensor:
     """Outputs [N, G, R, C, V] of all chunks, the states [.., G, R, K, V] going from step to step."""
-    outputs, state, step = [], None, 0
+    outputs: list[Tensor] = []
+    state: Tensor | None = None
     of_steps = (x.split(chunks.steps) for x in (written, taken, scores, reading, writing, decay))
-    for new, old, score, read, write, decayed in zip(*of_steps, strict=True):
+    for step, (new, old, score, read, write, decayed) in enumerate(zip(*of_steps, strict=True)):
         if state is None:
             output = score @ new
         else:
@@ -86,8 +87,7 @@ def _by_steps(
             output = read @ state + score @ new
             state = state * decayed[..., None, None]
         outputs.append(output)
-        step += 1
-        if step < len(chunks.steps):
+        if step + 1 < len(chunks.steps):
             added = write.mT @ new
             state = added if state is None else state + added
     return torch.cat(outputs)

@@ -1,13 +1,14 @@
 """Linear attention by a gated delta net (arXiv:2412.06464), as Qwen3-Next's layers have it, over a packed stream.
 
-Queries, keys and values go through a short causal convolution, each column by itself; then the gated delta rule, a norm of each
-head's outputs, and a gate. Under tensor parallelism a rank has some key heads with the value heads that read them, so that
-nothing crosses the ranks but what does so around any column- and row-parallel layer.
+Queries, keys and values go through a short causal convolution, each column by itself; then the gated delta rule, a norm of
+each head's outputs, and a gate. Under tensor parallelism a rank has some key heads with the value heads that read them, so
+that nothing crosses the ranks but what does so around any column- and row-parallel layer.
 
 Megatron-core's own `GatedDeltaNet` has the same parts, but knows no packed sequences and no other kernels than fla's.
 
-Axes: T stream tokens, t of this rank's part under sequence parallelism, G key heads of this tensor rank, R value heads that read
-each of them, H = G R, K columns of a query and key head, V of a value head, F columns of queries, keys and values together.
+Axes: T stream tokens, t of this rank's part under sequence parallelism, G key heads of this tensor rank, R value heads that
+read each of them, H = G R, K columns of a query and key head, V of a value head, F columns of queries, keys and values
+together, E rows that the convolution reads.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class CausalConvolution(torch.nn.Module):
 
 
 class GatedNorm(torch.nn.Module):
-    """x / rms(x) * weight * silu(gate), from x and gate [T, H, V]; rounded where transformers does: before the weight, and last.
+    """x / rms(x) * weight * silu(gate), from x and gate [T, H, V]; rounded where transformers does: before the weight, and at
+    last.
 
     Each tensor rank has its heads' part of the gradient of the weight [V], which all have whole: it is summed.
     """

@@ -544,7 +544,7 @@ def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_what_it_lacks_is
     shape = shape_of(config_of(family, **changes))
     assert shape.only_local == what
     assert what in list(_reasons(shape))
-    with pytest.raises(UserError, match="/m has .*, of which checkpoints of Megatron-core are neither"):
+    with pytest.raises(UserError, match=r"/m has .*, of which checkpoints of Megatron-core are neither"):
         refuse_other_models(shape, "/m")
 
 

@@ -141,5 +141,5 @@ def test_only_inputs_are_kept_and_gradients_of_frozen_ones_are_not_made() -> Non
 
 def test_fla_is_refused_where_it_cannot_be_had() -> None:
     assert choose_delta_rule("auto", CPU, torch.float32)[0] == "torch"
-    with pytest.raises(UserError, match="model.linear_attention is fla, but that needs a CUDA device"):
+    with pytest.raises(UserError, match=r"model.linear_attention is fla, but that needs a CUDA device"):
         choose_delta_rule("fla", CPU, torch.bfloat16)

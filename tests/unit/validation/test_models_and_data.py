@@ -54,7 +54,7 @@ def test_options_about_linear_attention_are_for_models_that_have_it(
 
 def test_a_sequence_whose_state_runs_on_is_not_cut_over_context_ranks() -> None:
     with pytest.raises(
-        UserError, match="parallel.context is 2, but the model has layers with linear attention, whose state"
+        UserError, match=r"parallel.context is 2, but the model has layers with linear attention, whose state"
     ):
         check_layout(Layout(context=2), NEXT)
     with pytest.raises(UserError, match=r"parallel.tensor 4 does not divide .* 2 key heads of linear attention .*; use one"):

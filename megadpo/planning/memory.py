@@ -359,7 +359,7 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
 
 
 def _works_with(plan: Plan, mix: Mix, kinds: Iterable[tuple[bool, bool]], backward: bool, num_tokens: float) -> float:
-    """Bytes of a micro-batch: of the layers that there are, by (has experts, has linear attention), that which needs most."""
+    """Bytes of a micro-batch: of kinds of layers (has experts, has linear attention), that which needs most."""
     found = (layer_works_with(plan, mix, is_mixture, backward, is_linear) for is_mixture, is_linear in kinds)
     return max(of_token * num_tokens + in_all for of_token, in_all in found)
 

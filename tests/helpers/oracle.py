@@ -18,7 +18,7 @@ from megadpo.data.groups import Group
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The model in eager attention, linear attention by its definition."""
-    # transformers' chunks take differences of sums of decays in float32: gradients of A_log are 1e-4 from its recurrent rule's.
+    # transformers' chunks take differences of large sums in float32: A_log's gradients are 1e-4 from its recurrent rule's.
     qwen3_next.torch_chunk_gated_delta_rule = qwen3_next.torch_recurrent_gated_delta_rule
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
 

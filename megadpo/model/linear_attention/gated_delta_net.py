@@ -135,8 +135,8 @@ class CausalConvolution(torch.nn.Module):
 
 
 class GatedNorm(torch.nn.Module):
-    """x / rms(x) * weight * silu(gate), from x and gate [T, H, V]; rounded where transformers does: before the weight, and at
-    last.
+    """x / rms(x) * weight * silu(gate), from x and gate [T, H, V]; rounded where transformers does: before the weight and
+    at last.
 
     Each tensor rank has its heads' part of the gradient of the weight [V], which all have whole: it is summed.
     """

@@ -1,7 +1,7 @@
 """What computes the gated delta rule: torch's operations, or fla's kernels (flash-linear-attention) on CUDA.
 
-fla's kernels are untried: no machine with them was at hand. They are called as transformers calls them, with the sequences of
-a stream one after the other (`cu_seqlens`) and the states that these begin with.
+fla's kernels are untried: no machine with them was at hand. They are called as transformers calls them, with the sequences
+of a stream one after the other (`cu_seqlens`) and the states that these begin with.
 
 Axes: T stream tokens, S sequences, G key heads, H value heads, K columns of a query and key head, V of a value head.
 """

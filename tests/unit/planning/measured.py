@@ -34,13 +34,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "llama": {},
     "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
-    "qwen3_next": {
-        "head_dim": 32,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "num_experts": 4,
-        "moe_intermediate_size": 192,
-    },
 }
 PAIRS_PER_STEP, MEASURED_STEP = 16, 2
 
@@ -72,7 +65,6 @@ CASES = (
     Case(1, BF16),
     Case(1, family="llama"),
     Case(1, family="qwen3_moe"),
-    Case(1, family="qwen3_next"),
     Case(2, {"parallel.tensor": 2}),
     Case(2, {"parallel.tensor": 2, "train.recompute": "full"}),
     Case(2, {"parallel.pipeline": 2}),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MAX_JSON_BYTES = 1 << 30
-MAPPED_BYTES = 64 << 20
+MAPPED_BYTES = 32 << 20
 
 _LFS = b"version https://git-lfs"
 
@@ -141,7 +141,8 @@ class _HfSource:
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         values = self._files[name].read(name, dim, start, length)
-        self._num_mapped += values.nbytes
+        # Along another axis than the first, pages of the whole tensor are looked at.
+        self._num_mapped += values.nbytes if dim == 0 else values.element_size() * prod(self.shape(name))
         if self._num_mapped > MAPPED_BYTES and not self._keep_mapped:
             self.release()
         return values

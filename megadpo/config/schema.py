@@ -110,6 +110,8 @@ class ReferenceConfig:
     """TR-DPO: every this many steps a resident reference moves towards the policy; null = it never moves."""
     mixup_alpha: float = 0.6
     """TR-DPO: how far it moves, in (0, 1]: reference = alpha policy + (1 - alpha) reference."""
+    router_replay: bool = False
+    """In a mixture of experts, the policy sends each token to the experts that the reference chose for it."""
 
 
 @dataclass

@@ -40,6 +40,7 @@ from megadpo.validation.model import (
     check_experts,
     check_linear_attention,
     check_reference_adapter,
+    check_same_routes,
     check_same_tokenizer,
     check_same_vocabulary,
 )
@@ -113,6 +114,7 @@ def open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]
         reference = open_model(config.reference.path, "reference.path", config)
         check_same_vocabulary(reference.path, reference.shape, policy.shape)
         check_same_tokenizer(str(reference.huggingface), str(policy.huggingface))
+        check_same_routes(config, reference.shape, policy.shape)
         check_layout(layout, reference.shape)
         check_modules(config, reference.shape)
     check_layout(layout, policy.shape, config.train.pairs_per_step)

@@ -139,6 +139,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(setup, policy)
     engine = build_engine(setup, policy(), references.train.interleaved)
+    engine.routes = references.train.routes
     policy.cache_clear()
     statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or setup.config.objective.wpo]
     engine.stage.configure_head(statistics)

@@ -48,6 +48,7 @@ class Case:
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
     schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
+    router_replay: bool = False
 
     @property
     def activations(self) -> Activations:
@@ -207,6 +208,7 @@ def _outcome(
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
+    from megadpo.model.routes import Routes
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
@@ -243,7 +245,8 @@ def _outcome(
     if objective.needs_reference:
         reference_config, reference_source = opened(reference)
         frozen = frozen_stage(shape_of(reference_config), layout, dtype, reference_source, case.model)
-        run_reference = ResidentReference(frozen, objective.ld_alpha)
+        routes = Routes(hf_config.num_local_experts) if case.router_replay else None
+        run_reference = ResidentReference(frozen, objective.ld_alpha, case.schedule, routes=routes)
     stage.train()
     train = TrainConfig(
         learning_rate=1e-3,
@@ -259,6 +262,7 @@ def _outcome(
         gradient_dtype=case.gradient_dtype,
     )
     engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
+    engine.routes = run_reference.routes
     running_mean, gradients = RunningMean(), {}
 
     def keep_gradients() -> None:

@@ -45,10 +45,12 @@ from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource, names_in
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.moe.layer import is_expert
-from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_step
+from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_of, watch_step
+from megadpo.model.routes import Routes
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard, load_weights
+from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import set_whole, whole
 from megadpo.pipeline.base import PipelineSchedule
@@ -77,9 +79,13 @@ class ZeroEngine:
         stage.configure_head(gradient_buffer=self.gradient_buffer)
         self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
         self.watch: RouterWatch | None = None
+        self.routes: Routes | None = None
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        watch = None
+        if self.routes is not None:
+            watch = watch_of(self.stage.model.config, compute_device(), replays=self.routes.of(micro_batches))
+        return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha, watch)
 
     def forward_backward(
         self,
@@ -96,6 +102,7 @@ class ZeroEngine:
             lambda counting: self.schedule.forward_only(
                 [_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha, counting
             ),
+            None if self.routes is None else self.routes.of(micro_batches),
         )
         self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, self.watch)
         if self.parallel.zero_stage == 0:

@@ -20,7 +20,7 @@ from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, step_checkpoints, write_shard_file
 from megadpo.errors import UserError
 from megadpo.model.families import logical_shapes, shape_of, shard_parameters
-from megadpo.model.weights import fill_shard
+from megadpo.model.families.fill import fill_shard
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.families import LLAMA3, WIDE
 from tests.helpers.models import save_model

@@ -33,10 +33,10 @@ from megadpo.model.families import (
     shard_parameters,
     with_reward_head,
 )
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.families.refused import REFUSED
 from megadpo.model.layer_specs import softmax_scale
 from megadpo.model.rope import angles_of, kinds_of_segments
-from megadpo.model.weights import fill_shard
 from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of

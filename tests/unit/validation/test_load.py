@@ -53,7 +53,7 @@ def test_the_contract_has_exactly_these_keys() -> None:
         "quantization_block_size double_quantization",
         "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
         "path merge",
-        "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",
+        "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha router_replay",
         "data": "train eval streaming streaming_buffer "
         "shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "ignore_columns allow_no_prompt "

@@ -77,7 +77,7 @@ def _by_steps(
     """Outputs [N, G, R, C, V] of all chunks, the states [.., G, R, K, V] going from step to step."""
     outputs: list[Tensor] = []
     state: Tensor | None = None
-    of_steps = (x.split(chunks.steps) for x in (written, taken, scores, reading, writing, decay))
+    of_steps = (x.split(list(chunks.steps)) for x in (written, taken, scores, reading, writing, decay))
     for step, (new, old, score, read, write, decayed) in enumerate(zip(*of_steps, strict=True)):
         if state is None:
             output = score @ new

@@ -67,7 +67,8 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group = pg_collection.tp
         self.num_key_heads = sizes.num_key_heads // self.tp_group.size()
         num_value_heads = sizes.num_value_heads // self.tp_group.size()
-        linear = {"config": config, "bias": False, "skip_bias_add": False, "is_expert": False, "tp_group": self.tp_group}
+        linear: dict[str, Any] = {"config": config, "bias": False, "skip_bias_add": False, "is_expert": False}
+        linear["tp_group"] = self.tp_group
         self.linear_in = submodules.linear_in(
             config.hidden_size, sizes.num_inputs, init_method=config.init_method, gather_output=False, **linear
         )
@@ -78,7 +79,8 @@ class GatedDeltaNet(MegatronModule):
             input_is_parallel=True,
             **linear,
         )
-        made = {"dtype": config.params_dtype, "device": None if config.use_cpu_initialization else compute_device()}
+        made: dict[str, Any] = {"dtype": config.params_dtype}
+        made["device"] = None if config.use_cpu_initialization else compute_device()
         self.conv1d = CausalConvolution(sizes.num_convolved // self.tp_group.size(), sizes.kernel_size, **made)
         self.norm = GatedNorm(sizes.value_dim, config.layernorm_epsilon, self.tp_group, **made)
         self.A_log = torch.nn.Parameter(torch.empty(num_value_heads, **made))

@@ -107,7 +107,8 @@ class FlaDeltaRule:
     ) -> Tensor:
         repeats = value_THV.shape[1] // key_TGK.shape[1]
         query_THK, key_THK = (x.repeat_interleave(repeats, dim=1) for x in (query_TGK, key_TGK))
-        found, states = [], None
+        found: list[Tensor] = []
+        states: Tensor | None = None
         for turn in prepared.turns:
             inputs = (x.index_select(0, turn.tokens_T)[None] for x in (query_THK, key_THK, value_THV, log_decay_TH, rate_TH))
             query, key, value, log_decay, rate = inputs

@@ -180,8 +180,6 @@ class LinearAttention:
         num_key_heads, num_value_heads: each key head is read by num_value_heads / num_key_heads value heads.
         key_dim, value_dim: columns of a query and key head, and of a value head.
         kernel_size: tokens that the causal convolution sees, the token itself included.
-        fuses_inputs: whether the Hugging Face tensors have what a token is projected to by key heads, as ``in_proj_qkvz``
-            and ``in_proj_ba``; else one kind after the other, as ``in_proj_qkv``, ``_z``, ``_b`` and ``_a``.
     """
 
     layers: tuple[int, ...]
@@ -190,7 +188,6 @@ class LinearAttention:
     key_dim: int
     value_dim: int
     kernel_size: int
-    fuses_inputs: bool = True
 
     @property
     def num_convolved(self) -> int:

@@ -16,18 +16,17 @@ if TYPE_CHECKING:
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-def gated_delta_facts(hf_config: PretrainedConfig, fuses_inputs: bool) -> dict[str, Any]:
-    """Of all models that are built so; `fuses_inputs` as in LinearAttention."""
+def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {
         "norms": Norms(adds_one=True),
         "qk_norm": "head",
         "attention_gate": True,
-        "linear": _linear_attention(hf_config, fuses_inputs),
+        "linear": _linear_attention(hf_config),
         **biases_of_config(hf_config, "attention_bias"),
     }
 
 
-def _linear_attention(hf_config: PretrainedConfig, fuses_inputs: bool) -> LinearAttention | None:
+def _linear_attention(hf_config: PretrainedConfig) -> LinearAttention | None:
     layers = tuple(layer for layer, kind in enumerate(hf_config.layer_types) if kind == LINEAR)
     if not layers:
         return None
@@ -38,17 +37,16 @@ def _linear_attention(hf_config: PretrainedConfig, fuses_inputs: bool) -> Linear
         key_dim=hf_config.linear_key_head_dim,
         value_dim=hf_config.linear_value_head_dim,
         kernel_size=hf_config.linear_conv_kernel_dim,
-        fuses_inputs=fuses_inputs,
     )
 
 
-def has_rope(hf_config: PretrainedConfig) -> list[bool]:
+def _with_rope(hf_config: PretrainedConfig) -> list[bool]:
     """Of each layer: those with linear attention have none."""
     return [kind == FULL for kind in hf_config.layer_types]
 
 
-def check_gated_delta(hf_config: PretrainedConfig) -> None:
-    """Refuse what no such model is computed with.
+def _check(hf_config: PretrainedConfig) -> None:
+    """Refuse what the layers cannot express.
 
     Raises:
         UserError: kinds of layers, heads or an activation.
@@ -76,10 +74,6 @@ def check_gated_delta(hf_config: PretrainedConfig) -> None:
         )
 
 
-def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
-    return gated_delta_facts(hf_config, fuses_inputs=True)
-
-
 def _experts(hf_config: PretrainedConfig) -> Experts | None:
     shared = SharedExpert(hf_config.shared_expert_intermediate_size, "shared_expert", has_gate=True)
     return qwen_experts(hf_config, shared)
@@ -92,7 +86,7 @@ QWEN3_NEXT = Family(
     no_windows,
     _facts,
     _experts,
-    check_gated_delta,
+    _check,
     rotates_part=True,
-    with_rope=has_rope,
+    with_rope=_with_rope,
 )

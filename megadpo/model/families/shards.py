@@ -75,14 +75,12 @@ def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
 def _linear_attention_shapes(linear: LinearAttention, hidden: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a layer's linear attention."""
     columns, gates, heads = linear.num_convolved, linear.num_outputs, linear.num_value_heads
-    inputs = {"in_proj_qkv": columns, "in_proj_z": gates, "in_proj_b": heads, "in_proj_a": heads}
-    if linear.fuses_inputs:
-        inputs = {"in_proj_qkvz": columns + gates, "in_proj_ba": 2 * heads}
     return {
         "dt_bias": (heads,),
         "A_log": (heads,),
         "conv1d.weight": (columns, 1, linear.kernel_size),
-        **{f"{name}.weight": (rows, hidden) for name, rows in inputs.items()},
+        "in_proj_qkvz.weight": (columns + gates, hidden),
+        "in_proj_ba.weight": (2 * heads, hidden),
         "norm.weight": (linear.value_dim,),
         "out_proj.weight": (hidden, gates),
     }
@@ -333,19 +331,11 @@ def _linear_attention_shards(
 
 
 def _linear_input_runs(linear: LinearAttention, of: str) -> list[NamedRange]:
-    """For each key head its query, key, values and gates, rates and decays."""
-    key, ratio = linear.key_dim, linear.num_value_heads // linear.num_key_heads
-    values, queries, runs = ratio * linear.value_dim, linear.num_key_heads * linear.key_dim, []
-    for head in range(linear.num_key_heads):
-        if linear.fuses_inputs:
-            size = 2 * key + 2 * values
-            runs += [("in_proj_qkvz", head * size, size), ("in_proj_ba", head * 2 * ratio, 2 * ratio)]
-            continue
-        starts = (head * key, queries + head * key, 2 * queries + head * values)
-        runs += [("in_proj_qkv", first, size) for first, size in zip(starts, (key, key, values), strict=True)]
-        runs += [("in_proj_z", head * values, values)]
-        runs += [(name, head * ratio, ratio) for name in ("in_proj_b", "in_proj_a")]
-    return [(f"{of}.{name}.weight", first, size) for name, first, size in runs]
+    """For each key head its query, key, values and gates, then their rates and decays."""
+    ratio = linear.num_value_heads // linear.num_key_heads
+    sizes = {"in_proj_qkvz": 2 * linear.key_dim + 2 * ratio * linear.value_dim, "in_proj_ba": 2 * ratio}
+    heads = range(linear.num_key_heads)
+    return [(f"{of}.{name}.weight", head * size, size) for head in heads for name, size in sizes.items()]
 
 
 def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention: str) -> list[ParameterShard]:

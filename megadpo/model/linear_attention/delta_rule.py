@@ -47,7 +47,8 @@ def _outputs(
     def in_chunks(x: Tensor) -> Tensor:
         """[N, heads, C, ...], from [T, heads, ...]; zero where a chunk has no token: such a one changes no state."""
         padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).to(wide)
-        return padded[chunks.tokens_NC].transpose(1, 2)
+        rows = padded.index_select(0, chunks.tokens_NC.flatten())
+        return rows.unflatten(0, chunks.tokens_NC.shape).transpose(1, 2)
 
     def by_key_head(x: Tensor) -> Tensor:
         """[N, G, R, ...], from [N, H, ...]."""
@@ -68,7 +69,8 @@ def _outputs(
     reading = query * to_token.unsqueeze(-1)
     writing = key * to_end.unsqueeze(-1)
     outputs = _by_steps(written, taken, scores, reading, writing, to_token[..., -1], chunks)
-    return outputs.flatten(1, 2).transpose(1, 2).flatten(0, 1)[chunks.place_T].to(value_THV.dtype)
+    rows = outputs.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return rows.index_select(0, chunks.place_T).to(value_THV.dtype)
 
 
 def _by_steps(

@@ -204,7 +204,7 @@ def linear_parameters(plan: Plan, stage: int) -> float:
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 
-ROW_MODULES = ("o_proj", "down_proj", "w2")
+ROW_MODULES = ("o_proj", "out_proj", "down_proj", "w2")
 """Linear layers whose inputs are cut over tensor ranks, by the last part of their names; the others' outputs are."""
 
 

@@ -25,7 +25,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("files")
     model = save_model(directory / "model", "qwen3_next", num_hidden_layers=2, mlp_only_layers=[1])
     save_file(load_file(model / "model.safetensors") | MTP, model / "model.safetensors", {"format": "pt"})
-    write_hh(directory / "train.jsonl", 40)
+    write_hh(directory / "train.jsonl", 24)
     return directory
 
 

@@ -76,6 +76,7 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         ("qwen3_moe", test_deepspeed.EXPERTS),
         ("glm4_moe", test_deepspeed.SHARED),
         ("llama4_text", test_deepspeed.SCALED),
+        ("qwen3_next", test_deepspeed.LINEAR),
     ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True

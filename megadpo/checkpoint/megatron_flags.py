@@ -48,6 +48,10 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
         yield "attention sinks"
     if shape.experts is not None and (shape.experts.has_biases or shape.experts.clamp is not None):
         yield "experts with biases"
+    if shape.linear is not None:
+        yield "layers with linear attention"
+    if shape.attention_gate:
+        yield "a gate on attention's outputs"
     if shape.latents is not None:
         yield "multi-head latent attention"
     if shape.activation != "silu":

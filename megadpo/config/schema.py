@@ -31,6 +31,9 @@ class ModelConfig:
     """The kernel of attention: `cpu_flash`, `flash_attn`, `transformer_engine`, `varlen` (torch's; these in bf16 on CUDA),
     `flex` (torch's FlexAttention, on CUDA), `buckets` (padded batches, on CUDA, slower), `sdpa` (anywhere, slowest), or
     `auto`: the first of them that can be used."""
+    linear_attention: str = "auto"
+    """The kernel of linear attention, of models that have such layers: `fla` (flash-linear-attention, in bf16 on CUDA;
+    untried), `torch` (anywhere), or `auto`: fla where it can be used."""
     small_ops: str = "auto"
     """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
     where that is installed."""

@@ -190,6 +190,49 @@ class Latents:
         return self.plain_dim + self.rope_dim
 
 
+@dataclass(frozen=True)
+class LinearAttention:
+    """Layers whose attention is a gated delta net in place of a softmax (model/linear_attention/).
+
+    Attributes:
+        layers: their global numbers.
+        num_key_heads, num_value_heads: each key head is read by num_value_heads / num_key_heads value heads.
+        key_dim, value_dim: columns of a query and key head, and of a value head.
+        kernel_size: tokens that the causal convolution sees, the token itself included.
+    """
+
+    layers: tuple[int, ...]
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+
+    @property
+    def num_convolved(self) -> int:
+        """Columns of queries, keys and values together."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_outputs
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of all value heads, and of their gates."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of all that a token is projected to: the former, gates, and each value head's rate and decay."""
+        return self.num_convolved + self.num_outputs + 2 * self.num_value_heads
+
+    def matrices(self, hidden: int) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of a layer's matrices as it is built, each cut evenly over the tensor ranks."""
+        return (self.num_inputs, hidden), (hidden, self.num_outputs)
+
+    @property
+    def num_small(self) -> int:
+        """Entries of the other parameters that are cut over the tensor ranks."""
+        return self.num_convolved * self.kernel_size + 2 * self.num_value_heads
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and facts of a model.
@@ -235,6 +278,9 @@ class ModelShape:
         attention_sinks: whether each query head has a learned number in its softmax's denominator.
         latents: what queries, keys and values are made of; None: of hidden states. With them `head_dim` is that of queries
             and keys, and values may have another (`value_dim`).
+        attention_gate: whether what each head attends to is multiplied by the sigmoid of as many further columns of the
+            queries' projection, which the Hugging Face tensors have behind each head's query.
+        linear: the layers with linear attention; None: there are none.
     """
 
     num_layers: int
@@ -275,6 +321,8 @@ class ModelShape:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     latents: Latents | None = None
+    attention_gate: bool = False
+    linear: LinearAttention | None = None
 
     def __hash__(self) -> int:
         """Of sizes alone: what there is of every layer takes long, and few shapes differ in that only."""
@@ -287,11 +335,13 @@ class ModelShape:
 
     @property
     def attention_matrices(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the matrices of a layer's attention as it is built, each cut evenly over the tensor ranks."""
+        """Rows and columns of the matrices of a layer's softmax attention as it is built, each cut evenly over the tensor
+        ranks."""
         hidden, query = self.hidden_size, self.num_heads * self.head_dim
         output = (hidden, self.num_heads * self.value_dim)
         if self.latents is None:
-            return (query + 2 * self.num_key_value_heads * self.head_dim, hidden), output
+            gated = 2 * query if self.attention_gate else query
+            return (gated + 2 * self.num_key_value_heads * self.head_dim, hidden), output
         latents, rank = self.latents, self.latents.query_rank
         queries = ((query, hidden),) if rank is None else ((rank, hidden), (query, rank))
         down = (latents.key_value_rank + latents.rope_dim, hidden)
@@ -299,9 +349,28 @@ class ModelShape:
         return *queries, down, up, output
 
     @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Global numbers of the layers with linear attention."""
+        return () if self.linear is None else self.linear.layers
+
+    @property
+    def linear_matrices(self) -> tuple[tuple[int, int], ...]:
+        """As `attention_matrices`, of a layer with linear attention."""
+        return () if self.linear is None else self.linear.matrices(self.hidden_size)
+
+    @property
     def attention_parameters(self) -> int:
-        """Entries of these."""
-        return sum(rows * columns for rows, columns in self.attention_matrices)
+        """Entries of the matrices of all layers' attention."""
+        of_softmax, of_linear = (
+            sum(rows * columns for rows, columns in matrices) for matrices in (self.attention_matrices, self.linear_matrices)
+        )
+        num_linear = len(self.linear_layers)
+        return (self.num_layers - num_linear) * of_softmax + num_linear * of_linear
+
+    @property
+    def num_softmax_layers(self) -> int:
+        """Layers whose tokens attend to each other."""
+        return self.num_layers - len(self.linear_layers)
 
     @property
     def has_windows(self) -> bool:
@@ -333,6 +402,10 @@ class ModelShape:
             return "experts"
         if self.latents is not None:
             return "multi-head latent attention"
+        if self.linear is not None:
+            return "layers with linear attention"
+        if self.attention_gate:
+            return "a gate on attention's outputs"
         if self.norms != neutral or self.is_parallel:
             return "other norms than RMSNorms before attention and MLP"
         if self.output_bias or self.mlp_bias:
@@ -359,6 +432,7 @@ class ModelShape:
             "add_qkv_bias": self.qkv_bias,
             # With it Megatron takes the weights for whole on every tensor rank, and sums their gradients.
             "qk_layernorm": self.qk_norm == "head",
+            "attention_output_gate": self.attention_gate,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         }
@@ -380,8 +454,7 @@ class ModelShape:
 def head_work(shape: ModelShape) -> float:
     """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
     hidden, experts = shape.hidden_size, shape.experts
-    attention = shape.attention_parameters
     num_expert_layers = 0 if experts is None else len(experts.layers)
     columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
     columns += 0 if experts is None else num_expert_layers * experts.columns_of_token
-    return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)
+    return hidden * shape.vocab_size / (shape.attention_parameters + 3 * hidden * columns)

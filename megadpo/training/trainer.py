@@ -149,6 +149,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "attention": stage.attention,
         "small operations": stage.small_ops,
         "activations": stage.activations,
+        **({} if stage.linear_attention is None else {"linear attention": stage.linear_attention}),
         **({} if stage.expert_products is None else {"experts' products": stage.expert_products}),
     }
     if setup.config.model.quantization != "none":

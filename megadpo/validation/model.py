@@ -50,6 +50,29 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_linear_attention(config: Config, policy: ModelShape, reference: ModelShape | None = None) -> None:
+    """Options that do not go with linear attention, or that are about it while no model has any.
+
+    Args:
+        reference: None: it is the policy's.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    model = config.model
+    if policy.linear is None and (reference is None or reference.linear is None):
+        if model.linear_attention != "auto":
+            raise UserError(
+                f"model.linear_attention is {model.linear_attention}, but {model.path} has no layers with linear attention; "
+                "remove it"
+            )
+    elif config.schedule.split_pairs:
+        raise UserError(
+            "schedule.split_pairs is true, but the model has layers with linear attention, whose state is not handed from a "
+            "prompt in one half of a micro-batch to a response in the other; set it to false"
+        )
+
+
 def _check_bias_updates(config: Config, shape: ModelShape) -> None:
     rate = config.train.router_bias_update_rate
     if not rate:

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from megadpo.data.groups import Group
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The model in eager attention."""
+    """The model in eager attention, linear attention by its definition."""
+    # transformers' chunks take differences of large sums in float32: A_log's gradients are 1e-4 from its recurrent rule's.
+    qwen3_next.torch_chunk_gated_delta_rule = qwen3_next.torch_recurrent_gated_delta_rule
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
 
 

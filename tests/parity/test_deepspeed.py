@@ -70,6 +70,7 @@ SHARED = {
     ],
 }
 SCALED = {1: [], 2: [(Layout(data=2, expert=2), 1), (Layout(data=2, expert=2), 3), (PIPELINE, 3)]}
+LINEAR = {1: [], 2: [(DATA, 2), (Layout(tensor=2, sequence=True, expert=2), 3), (PIPELINE, 1)]}
 CELLS = {
     "untied": (2, UNTIED),
     "tied": (2, TIED),
@@ -77,6 +78,7 @@ CELLS = {
     "experts": (2, EXPERTS),
     "shared experts": (2, SHARED),
     "scaled inputs": (2, SCALED),
+    "linear attention": (2, LINEAR),
 }
 """The model's layers, and by number of processes what is tried on it."""
 OFTEN = {
@@ -118,7 +120,12 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe", "scaled inputs": "llama4_text"}
+OF_MIXTURES = {
+    "experts": "qwen3_moe",
+    "shared experts": "glm4_moe",
+    "scaled inputs": "llama4_text",
+    "linear attention": "qwen3_next",
+}
 
 
 @pytest.fixture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig
 
-from megadpo.config.schema import ModelConfig, ObjectiveConfig
+from megadpo.config.schema import ModelConfig, ObjectiveConfig, PipelineScheduleConfig
+from megadpo.model.activations import Activations
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3
@@ -106,7 +108,32 @@ MODELS |= {
     "llama4_text-plain": ({**PLAIN, "moe_layers": [2, 3], "attention_chunk_size": 2048}, SHARED),
     "llama4_text-more": ({"rope_parameters": LLAMA3}, ONE | TWO | FOUR),
 }
-DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3", "llama4_text")
+RECURRENT = {
+    1: ONE[1],
+    2: [
+        Case(Layout(tensor=2, sequence=True, expert=2), fusion=True),
+        Case(Layout(pipeline=2), share_prompts=False, recompute="full", tokens_per_micro_batch=200),
+        Case(Layout(pipeline=2), recompute="small", tokens_per_micro_batch=200),
+        Case(Layout(pipeline=2), schedule=PipelineScheduleConfig(name="1f1b", zero_bubble=True), tokens_per_micro_batch=200),
+        Case(Layout(data=2, expert=2), recompute="selective", tokens_per_micro_batch=200),
+        Case(Layout(data=2), memory=Activations(offload="disk", offload_dir=Path(tempfile.gettempdir()))),
+    ],
+    4: [
+        Case(Layout(tensor=2, pipeline=2, sequence=True, expert=2)),
+        Case(Layout(pipeline=2, virtual=2, data=2, expert=2), tokens_per_micro_batch=200),
+        Case(Layout(tensor=2, sequence=True, pipeline=2, virtual=2), share_prompts=False, recompute="full"),
+    ],
+}
+"""Of models whose layers have a state that goes from token to token, and no context parallelism."""
+MODELS |= {
+    "qwen3_next": ({"num_hidden_layers": 2}, {1: ONE[1][:1], 2: RECURRENT[2][:1]}),
+    "qwen3_next-more": ({"mlp_only_layers": [1], "attention_bias": True, "tie_word_embeddings": True}, RECURRENT),
+    "qwen3_next-dense": (
+        {"mlp_only_layers": [0, 1, 2, 3], "layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2},
+        {1: ONE[1][:1], 2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True), share_prompts=False)]},
+    ),
+}
+DEFAULT = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe-half-dense", "glm4_moe", "deepseek_v3", "llama4_text", "qwen3_next")
 BETA = 0.1
 
 

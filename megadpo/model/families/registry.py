@@ -24,6 +24,7 @@ from megadpo.model.families.qwen2 import QWEN2
 from megadpo.model.families.qwen2_moe import QWEN2_MOE
 from megadpo.model.families.qwen3 import QWEN3
 from megadpo.model.families.qwen3_moe import QWEN3_MOE
+from megadpo.model.families.qwen3_next import QWEN3_NEXT
 from megadpo.model.families.refused import why_refused
 from megadpo.model.families.smollm3 import SMOLLM3
 
@@ -54,6 +55,7 @@ FAMILIES = (
     QWEN2_MOE,
     GLM4_MOE,
     LLAMA4,
+    QWEN3_NEXT,
 )
 
 

@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text bf16": {"dtype": torch.bfloat16},
     "gpt_oss bf16": {"dtype": torch.bfloat16},
     "glm4_moe bf16": {"dtype": torch.bfloat16},
+    "qwen3_next bf16": {"dtype": torch.bfloat16, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     "qwen2_moe": {"mlp_only_layers": [1]},
     "llama4_text bf16": {"dtype": torch.bfloat16},
     "qwen3_moe tied": {"mlp_only_layers": [0, 3], "tie_word_embeddings": True},

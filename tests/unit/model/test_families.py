@@ -22,7 +22,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.checkpoint.megatron_flags import refuse_other_models
+from megadpo.checkpoint.megatron_flags import _reasons, refuse_other_models
 from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -115,7 +115,9 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4_text"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4_text", "qwen3_next"]
+)
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -539,6 +541,19 @@ def test_transformer_config_arguments(family: str) -> None:
             {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
             "no_rope_layers has 2 entries for 4 layers",
         ),
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "sliding_attention"] * 2},
+            "layer_types has 'sliding_attention'",
+        ),
+        (
+            "qwen3_next",
+            {"linear_num_value_heads": 6},
+            "linear_num_value_heads is 6, which its linear_num_key_heads 4 do not",
+        ),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; it must be 1 or more"),
+        ("qwen3_next", {"hidden_act": "gelu_pytorch_tanh"}, "'gelu_pytorch_tanh'; qwen3_next is supported with silu only"),
+        ("qwen3_next", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; it must be a list"),
     ],
 )
@@ -556,12 +571,25 @@ def test_yarn_s_factor_on_the_scores_is_that_of_transformers(family: str, mscale
     assert softmax_scale(shape_of(config)) == pytest.approx(attention.scaling, rel=1e-12)
 
 
-def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_latents_is_refused() -> None:
-    shape = shape_of(config_of("deepseek_v3", first_k_dense_replace=4))
-    assert shape.only_local == "multi-head latent attention"
-    with pytest.raises(
-        UserError, match="/m has multi-head latent attention, of which checkpoints of Megatron-core are neither"
-    ):
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 4}, "multi-head latent attention"),
+        ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "layers with linear attention"),
+        (
+            "qwen3_next",
+            {"mlp_only_layers": [0, 1, 2, 3], "layer_types": ["full_attention"] * 4},
+            "a gate on attention's outputs",
+        ),
+    ],
+)
+def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_what_it_lacks_is_refused(
+    family: str, changes: dict[str, Any], what: str
+) -> None:
+    shape = shape_of(config_of(family, **changes))
+    assert shape.only_local == what
+    assert what in list(_reasons(shape))
+    with pytest.raises(UserError, match=r"/m has .*, of which checkpoints of Megatron-core are neither"):
         refuse_other_models(shape, "/m")
 
 

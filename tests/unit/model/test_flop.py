@@ -99,6 +99,23 @@ def test_the_benchmarks_count_what_a_run_counts() -> None:
     assert useful_flop(groups, config, body_parameters(shape), live_reference=True) == of_run
 
 
+def test_linear_attention_counts_what_its_definition_does_with_a_state_and_sees_no_pairs() -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = config_of("qwen3_next", mlp_only_layers=[0, 1, 2, 3])
+    shape, groups = shape_of(config), groups_of((4, 3, 5), (7, 2, 6))
+    body = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers.parameters() if p.dim() == 2)
+    work, full = Work.of(GroupStore.of(groups), shape), replace(shape, linear=None)
+    products, attention = work.forward(shape, np.array([1]))
+    assert products == 2 * body * 15 + 2 * shape.hidden_size * shape.vocab_size * 8
+    linear, num_linear = config, 2
+    heads, state = linear.linear_num_value_heads, linear.linear_key_head_dim * linear.linear_value_head_dim
+    columns = 2 * linear.linear_num_key_heads * linear.linear_key_head_dim + heads * linear.linear_value_head_dim
+    of_token = num_linear * (6 * heads * state + 2 * linear.linear_conv_kernel_dim * columns)
+    assert attention == work.forward(full, np.array([1]))[1] / 2 + 15 * of_token
+    assert work.step(shape, None, np.array([1]), None) == 3 * (products + attention)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_modules_that_are_trained_whole_the_head_is_a_product_of_scored_tokens_and_the_embedding_none(tied: bool) -> None:
     shape = replace(shape_of(config_of("llama")), tied_embeddings=tied)

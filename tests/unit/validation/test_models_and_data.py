@@ -7,21 +7,64 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Glm4MoeConfig, LlamaConfig, MixtralConfig
+from transformers import Glm4MoeConfig, LlamaConfig, MixtralConfig, Qwen3NextConfig
 
 from megadpo.config.schema import Config
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
+from megadpo.parallel.layout import Layout
 from megadpo.validation.data import check_mismatched_fit
+from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
-from megadpo.validation.model import check_experts, check_same_routes, check_same_tokenizer, check_same_vocabulary
+from megadpo.validation.model import (
+    check_experts,
+    check_linear_attention,
+    check_same_routes,
+    check_same_tokenizer,
+    check_same_vocabulary,
+)
 from tests.helpers.models import random_groups, save_tokenizer
 
 LLAMA = shape_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
 MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
 GLM = shape_of(Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"]))
+NEXT = shape_of(Qwen3NextConfig(architectures=["Qwen3NextForCausalLM"], num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "message"),
+    [
+        (
+            ["model.linear_attention=torch"],
+            LLAMA,
+            "linear_attention is torch, but m has no layers with linear attention; remove it",
+        ),
+        (
+            ["schedule.split_pairs=true", "schedule.name=1f1b", "parallel.pipeline=2"],
+            NEXT,
+            "schedule.split_pairs is true, but the model has layers with linear attention, .*; set it to false",
+        ),
+    ],
+)
+def test_options_about_linear_attention_are_for_models_that_have_it(
+    overrides: list[str], model: ModelShape, message: str
+) -> None:
+    config = load_config({}, ["model.path=m", *overrides])
+    with pytest.raises(UserError, match=message):
+        check_linear_attention(config, model)
+    check_linear_attention(load_config({}), model)
+    check_linear_attention(load_config({}, ["model.linear_attention=torch"]), LLAMA, NEXT)
+
+
+def test_a_sequence_whose_state_runs_on_is_not_cut_over_context_ranks() -> None:
+    with pytest.raises(
+        UserError, match=r"parallel.context is 2, but the model has layers with linear attention, whose state"
+    ):
+        check_layout(Layout(context=2), NEXT)
+    with pytest.raises(UserError, match=r"parallel.tensor 4 does not divide .* 2 key heads of linear attention .*; use one"):
+        check_layout(Layout(tensor=4, sequence=True), replace(NEXT, linear=replace(NEXT.linear, num_key_heads=2)))
 
 
 @pytest.mark.parametrize(

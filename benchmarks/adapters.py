@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, mixes=MIXES, rounds=3, warm_up=1, pairs=8, capacity=4096, vocabulary=8192, tiny=False)
     parser.add_argument("--rank", type=int, default=16, help="of the adapters, which are on every linear layer")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="TRL's micro-batches, in pairs")
+    parser.add_argument("--precomputed", action="store_true", help="the reference's log-probs are known in all arms")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
 
 
@@ -74,7 +75,7 @@ def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> list[dic
 
     num_steps = options.rounds + options.warm_up
     with tempfile.TemporaryDirectory() as name:
-        setups = {arm: prepared_setup(Path(name) / arm, *_sizes(options), **_adapter(arm, options))[0] for arm in ARMS[:2]}
+        setups = {arm: prepared_setup(Path(name) / arm, *_sizes(options), **_settings(arm, options))[0] for arm in ARMS[:2]}
         groups = pairs_of_mix(setups["whole"], mix, num_steps, options.pairs, options.tiny)
         with joined_world(setups["whole"].layout, setups["whole"].config.train.seed):
             runs = {arm: build(setup_on(setup, groups), Callbacks()) for arm, setup in setups.items()}
@@ -93,7 +94,8 @@ def _seconds(mix: str, batch_size: int, options: argparse.Namespace) -> list[dic
                         note(arm, started)
 
             model, directory = str(setups["whole"].policy.path), Path(name)
-            trainer = trl_trainer(model, groups, batch_size, options.pairs, num_steps, directory, rank=options.rank)
+            more = {"rank": options.rank, "precompute_ref_log_probs": options.precomputed}
+            trainer = trl_trainer(model, groups, batch_size, options.pairs, num_steps, directory, **more)
             trainer.add_callback(Turns())
             trainer.train()
     return [{arm: [pair[n] for pair in pairs[options.warm_up :]] for arm, pairs in taken.items()} for n in (0, 1)]
@@ -103,15 +105,16 @@ def _sizes(options: argparse.Namespace) -> tuple[int, bool, int, int, int]:
     return options.vocabulary, options.tiny, options.pairs, options.capacity, 1024
 
 
-def _adapter(arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    return {} if arm == "whole" else {"adapter": {"kind": "lora", "rank": options.rank}}
+def _settings(arm: str, options: argparse.Namespace) -> dict[str, Any]:
+    made: dict[str, Any] = {} if arm == "whole" else {"adapter": {"kind": "lora", "rank": options.rank}}
+    return made | ({"reference": "precomputed"} if options.precomputed else {})
 
 
 def _in_own_process(arm: str, mix: str, options: argparse.Namespace) -> float:
     names = ("rank", "rounds", "pairs", "capacity", "vocabulary", "threads")
     command = [sys.executable, "-m", "benchmarks", "adapters", "--arm", arm, "--mixes", mix] + ["--tiny"] * options.tiny
     command += [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
-    command += ["--batch-sizes", str(min(options.batch_sizes))]
+    command += ["--batch-sizes", str(min(options.batch_sizes)), *["--precomputed"] * options.precomputed]
     environment = {name: value for name, value in os.environ.items() if name not in MALLOC}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
@@ -122,13 +125,13 @@ def _peak(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
-    from benchmarks.head_point import give_back_freed_blocks
     from benchmarks.memory_against_trl import resident_bytes, train
     from benchmarks.runs import prepared_setup, setup_on
+    from megadpo.platform.allocator import give_back_freed_blocks
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        setup, _ = prepared_setup(Path(name), *_sizes(options), **_adapter(options.arm, options))
+        setup, _ = prepared_setup(Path(name), *_sizes(options), **_settings(options.arm, options))
         groups = pairs_of_mix(setup, options.mixes[0], options.rounds, options.pairs, options.tiny)
         import trl.trainer.dpo_trainer  # noqa: F401 - as much is imported in every arm
 
@@ -137,7 +140,8 @@ def _peak(options: argparse.Namespace) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         if options.arm == "trl":
             sizes = options.batch_sizes[0], options.pairs, options.rounds
-            trl_trainer(str(setup.policy.path), groups, *sizes, Path(name), rank=options.rank).train()
+            more = {"rank": options.rank, "precompute_ref_log_probs": options.precomputed}
+            trl_trainer(str(setup.policy.path), groups, *sizes, Path(name), **more).train()
         else:
             train(setup_on(setup, groups), options.rounds)
         return {"peak_mib": (_peak_bytes() - before) / MIB}

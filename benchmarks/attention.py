@@ -106,7 +106,8 @@ def _seconds(case: tuple[str, int], options: argparse.Namespace) -> tuple[dict[s
 def _extra_mib(case: tuple[str, int], way: str, options: argparse.Namespace) -> float:
     import torch
 
-    from benchmarks.head_point import give_back_freed_blocks, peak_bytes
+    from benchmarks.head_point import peak_bytes
+    from megadpo.platform.allocator import give_back_freed_blocks
 
     torch.set_num_threads(options.threads)
     _step(("one pair", 64), way, options)(0)  # threads and code are there before the peak is read

@@ -65,12 +65,13 @@ def _measure(point: dict[str, Any]) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig
 
-    from benchmarks.head_point import give_back_freed_blocks, peak_bytes
+    from benchmarks.head_point import peak_bytes
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
     from megadpo.parallel.context import with_own_shard
     from megadpo.parallel.layout import Layout
     from megadpo.pipeline.megatron_schedule import MegatronSchedule
+    from megadpo.platform.allocator import give_back_freed_blocks
 
     config = LlamaConfig(
         vocab_size=512,

@@ -98,7 +98,9 @@ def peak_of_a_part(model: Path, rank: int) -> int:
     """Bytes that the resident set grows by while this process imports the part of one of two tensor ranks."""
     from megadpo.checkpoint.importing import ImportOptions, _import_part, _open_import
     from megadpo.checkpoint.staging import begin
+    from megadpo.platform.allocator import give_back_freed_blocks
 
+    give_back_freed_blocks()
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         out = Path(folder) / "out"
         begin(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import statistics
@@ -45,20 +44,13 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             medians = {way: statistics.median(values) for way, values in seconds.items()}
             times = {"seconds": seconds, "median_seconds": medians, "time_ratio": median_ratio(ours, plain)}
             return times | {"kernels_used": kernels}
+        from megadpo.platform.allocator import give_back_freed_blocks
+
         give_back_freed_blocks()
         before = peak_bytes()
         steps[point["way"]](0)
         extra = peak_bytes() - before
     return {"extra_mib": extra / MIB, "hidden_states_mib": 4 * point["tokens"] * point["hidden"] / MIB}
-
-
-def give_back_freed_blocks() -> None:
-    """Every large block its own mapping from here on, so that the peak is what was alive and no remains of the heap."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt is not None:
-        m_mmap_threshold, m_mmap_max = -3, -4
-        mallopt(m_mmap_threshold, 1 << 20)
-        mallopt(m_mmap_max, 1 << 20)
 
 
 def peak_bytes() -> int:

@@ -89,10 +89,11 @@ def _step(config: dict[str, Any], tokens: int, num_threads: int) -> dict[str, fl
     import numpy as np
     import torch
 
-    from benchmarks.head_point import give_back_freed_blocks, peak_bytes
+    from benchmarks.head_point import peak_bytes
     from benchmarks.runs import setup_on
     from megadpo.data.groups import Group
     from megadpo.parallel.world import joined_world
+    from megadpo.platform.allocator import give_back_freed_blocks
     from megadpo.training.run import Callbacks
     from megadpo.training.setup import prepare
     from megadpo.training.trainer import build, training_step

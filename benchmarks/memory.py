@@ -98,7 +98,7 @@ def _answer(function: str, settings: dict[str, Any], sender: Any) -> None:
 
 
 def _memory(settings: dict[str, Any]) -> dict[str, float]:
-    from benchmarks.head_point import give_back_freed_blocks
+    from megadpo.platform.allocator import give_back_freed_blocks
 
     give_back_freed_blocks()
     stage, step = stage_and_step(settings, *_ways(settings)[settings["way"]])

@@ -59,8 +59,9 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from benchmarks.against_trl import pairs_of_mix, trl_trainer
-    from benchmarks.head_point import give_back_freed_blocks, peak_bytes
+    from benchmarks.head_point import peak_bytes
     from benchmarks.runs import prepared_setup, setup_on
+    from megadpo.platform.allocator import give_back_freed_blocks
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:

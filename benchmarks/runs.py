@@ -23,10 +23,11 @@ def prepared_setup(
     capacity: int,
     max_length: int | None = None,
     adapter: dict[str, Any] | None = None,
+    reference: str = "auto",
 ) -> tuple[RunSetup, dict[str, Any]]:
     """The trainer's set-up on the preference rows with a fresh model and tokenizer in `directory`, and what the model is.
 
-    `adapter`: that section of the configuration.
+    `adapter`: that section of the configuration; `reference`: its `reference.mode`.
     """
     directory.mkdir(exist_ok=True)
     rows, _ = preference_file(directory)
@@ -34,6 +35,7 @@ def prepared_setup(
     num_body = save_llama(directory / "model", len(tokenizer), TINY_BODY if tiny else BODY)
     about = {"body_parameters": num_body, "vocabulary": len(tokenizer), "dtype": "fp32"}
     config = _config(directory, rows, num_pairs, capacity, max_length) | {"adapter": adapter or {}}
+    config |= {"reference": {"mode": reference}}
     return prepare(load_config(config)), about
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megadpo.parallel.layout import Layout
-from tests.parity import test_context_parallel, test_deepspeed, test_layouts, test_mixtures, test_pipeline
+from tests.parity import (
+    test_context_parallel,
+    test_deepspeed,
+    test_deepspeed_chunks,
+    test_layouts,
+    test_mixtures,
+    test_pipeline,
+)
 from tools.generated import Part
 
 PART = Part(
@@ -68,6 +75,8 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         ("qwen3", test_deepspeed.UNEVEN),
         ("qwen3_moe", test_deepspeed.EXPERTS),
         ("glm4_moe", test_deepspeed.SHARED),
+        ("llama4_text", test_deepspeed.SCALED),
+        ("qwen3_next", test_deepspeed.LINEAR),
     ):
         for layout, stage in (case for some in cases.values() for case in some):
             yield layout, ("DeepSpeed", str(stage), ""), model, True
@@ -75,6 +84,11 @@ def _cases() -> Iterator[tuple[Layout, Sequence[str], str, bool]]:
         yield layout, ("DeepSpeed", str(stage), ""), "qwen3", True
     for layout, stage in test_deepspeed.OFFLOADED:
         yield layout, ("DeepSpeed", str(stage), "cpu"), "llama", True
+    chunks = test_deepspeed_chunks
+    for model, chunked in (("llama", chunks.FEW + chunks.ALL), ("mixtral", chunks.MIXTURES)):
+        for each in chunked:
+            offload = "" if each.offload == "none" else each.offload
+            yield each.layout, ("DeepSpeed", str(each.zero_stage), offload), model, True
     for layout, _ in (case for some in test_deepspeed.NVME.values() for case in some):
         yield layout, ("DeepSpeed", "3", "nvme"), "llama", True
 

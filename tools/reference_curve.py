@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.models import DATA, save_model, write_hh
-from tests.helpers.runs import train_run
+from tests.helpers.runs import read_metrics
 from tests.helpers.worlds import run_world
 
 CURVE = Path(__file__).parents[1] / "tests" / "parity" / "reference_curve.json"
@@ -40,8 +40,9 @@ RELATIVE, FLOOR = 1e-4, 1e-6
 """Two values agree within RELATIVE of the reference, or FLOOR where that is less (margins pass through 0)."""
 
 
-def train(directory: Path, parallel: dict[str, Any]) -> dict[str, list[float]]:
-    """METRICS of each step of a 2-layer random Llama in fp32 on 48 rows of hh-rlhf; makes the model where it is missing."""
+def train(directory: Path, parallel: dict[str, Any], num_steps: int = TRAIN["steps"]) -> dict[str, list[float]]:
+    """METRICS of each of the first steps of a 2-layer random Llama in fp32 on 48 rows of hh-rlhf; makes the model where it
+    is missing."""
     model, rows = directory / "model", directory / "rows.jsonl"
     if not model.exists():
         save_model(model, "llama", num_hidden_layers=2)
@@ -54,8 +55,19 @@ def train(directory: Path, parallel: dict[str, Any]) -> dict[str, list[float]]:
         "parallel": parallel,
         "output_dir": tempfile.mkdtemp(dir=directory),
     }
-    steps = run_world(NUM_PROCESSES, train_run, settings)[0]
+    steps = run_world(NUM_PROCESSES, _train_first, settings, num_steps)[0]
     return {name: [step[name] for step in steps] for name in METRICS}
+
+
+def _train_first(settings: dict[str, Any], num_steps: int) -> list[dict[str, float]]:
+    """The metrics of a run that ends after so many of its steps."""
+    import megadpo
+
+    def goes_on(step: int, metrics: dict[str, float]) -> bool:
+        return step < num_steps
+
+    megadpo.train(settings, megadpo.Callbacks(on_step_end=goes_on))
+    return read_metrics(Path(settings["output_dir"]))
 
 
 def committed() -> dict[str, list[float]]:

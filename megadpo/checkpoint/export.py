@@ -37,6 +37,7 @@ from megadpo.model.families import (
     shape_of,
     tying_settings,
 )
+from megadpo.model.shape import Fused
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,18 +56,18 @@ class ExportPlan:
         shapes: logical name -> shape.
         dtypes: logical name -> type in the file.
         config: what config.json must say: architectures and dtype; of a reward model, its label and padding token too.
-        fuses_experts: whether the files have all experts of a layer as one tensor.
+        fused_experts: how the files have all experts of a layer as one tensor; None: they do not.
     """
 
     files: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     config: dict[str, Any]
-    fuses_experts: bool = False
+    fused_experts: Fused | None = None
 
     def in_file(self, file: str) -> list[str]:
         """Names of the tensors that a file has."""
-        return fused_names(self.files[file]) if self.fuses_experts else list(self.files[file])
+        return fused_names(self.files[file]) if self.fused_experts is not None else list(self.files[file])
 
 
 def plan_export(
@@ -101,7 +102,7 @@ def plan_export(
         "dtype": str(next(iter(dtypes.values()))).removeprefix("torch."),
         **head_settings(hf_config),
     }
-    return ExportPlan(files, shapes, dtypes, config, shape.experts is not None and shape.experts.is_fused)
+    return ExportPlan(files, shapes, dtypes, config, None if shape.experts is None else shape.experts.fused)
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -166,7 +167,8 @@ def write_export_files(plan: ExportPlan, directory: Path, tensors: Iterable[tupl
         if len(bundle) == len(plan.files[file]):
             del waiting[file]
             whole = {name: bundle.pop(name) for name in plan.files[file]}
-            written[file] = write_tensor_file(fused(whole) if plan.fuses_experts else whole, staging(directory) / file)
+            whole = whole if plan.fused_experts is None else fused(whole, plan.fused_experts)
+            written[file] = write_tensor_file(whole, staging(directory) / file)
             del bundle, whole
     if waiting:
         file, bundle = next(iter(waiting.items()))

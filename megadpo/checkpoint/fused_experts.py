@@ -1,10 +1,11 @@
-"""Model files in which all experts of a layer are one tensor (GPT-OSS), read and written as the tensors of single experts,
-which is what everything else knows.
+"""Model files in which all experts of a layer are one tensor (GPT-OSS, Llama 4), read and written as the tensors of single
+experts, which is what everything else knows.
 
-In the files ``gate_up_proj`` [E, H, 2 I] has a column of the gate and one of the up projection in turns, ``down_proj`` is
-[E, I, H], and each has a ``_bias``. openai's own files have in place of either a ``_blocks`` [E, rows, columns / 32, 16] and
-a ``_scales`` [E, rows, columns / 32]: MXFP4 (OCP Microscaling 1.0), two numbers of 4 bits a byte and a power of 2 for each
-32 of them. They are read as bf16, which has all of their values, and not written.
+In the files ``gate_up_proj`` [E, H, 2 I] has a column of the gate and one of the up projection in turns, or in halves all of
+the gate's first (`shape.Fused`); ``down_proj`` is [E, I, H], and GPT-OSS has a ``_bias`` of each. openai's own files have in
+place of either a ``_blocks`` [E, rows, columns / 32, 16] and a ``_scales`` [E, rows, columns / 32]: MXFP4 (OCP Microscaling
+1.0), two numbers of 4 bits a byte and a power of 2 for each 32 of them. They are read as bf16, which has all of their
+values, and not written.
 
 Axes: E experts, H hidden size, I inner size of an expert.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megadpo.errors import UserError
 from megadpo.model.families import TensorSource
+from megadpo.model.shape import Fused
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?")
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
@@ -41,9 +43,9 @@ class _Place:
 class SingleExperts:
     """A TensorSource on one whose experts are fused."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorSource, order: Fused = "in_turns") -> None:
         """Raises UserError where the fused tensors are not of the shapes above."""
-        self._source = source
+        self._source, self._order = source, order
         self._others: list[str] = []
         self._places: dict[str, _Place] = {}
         self._last: tuple[str, int, Tensor] | None = None
@@ -99,7 +101,7 @@ class SingleExperts:
             return self._source.read(name, dim, start, length)
         rows = self._expert(place)
         if place.part != "down_proj":
-            rows = rows[1 if place.part == "up_proj" else 0 :: 2]
+            rows = rows[_columns_of(place.part, self._order, len(rows))]
         return rows.narrow(dim, start, length).contiguous()
 
     def _expert(self, place: _Place) -> Tensor:
@@ -155,7 +157,15 @@ def _fused_name(name: str) -> str:
     return f"{block}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}{'_bias' if kind == 'bias' else ''}"
 
 
-def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _columns_of(part: str, order: Fused, num_columns: int) -> slice:
+    """Those of ``gate_proj`` or ``up_proj`` among the `num_columns` of both."""
+    number = int(part == "up_proj")
+    if order == "in_turns":
+        return slice(number, None, 2)
+    return slice(number * num_columns // 2, (number + 1) * num_columns // 2)
+
+
+def fused(tensors: Mapping[str, Tensor], order: Fused = "in_turns") -> dict[str, Tensor]:
     """Tensors as they are in the files, from all experts' of whole layers."""
     found: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -170,9 +180,9 @@ def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         part, to = match[3], _fused_name(name)
         columns = tensor.mT if tensor.ndim == 2 else tensor
-        num_turns = 1 if part == "down_proj" else 2
+        num_columns = columns.shape[-1] * (1 if part == "down_proj" else 2)
         if to not in found:
-            shape = (counts[to], *columns.shape[:-1], num_turns * columns.shape[-1])
-            found[to] = columns.new_empty(shape)
-        found[to][int(match[2])][..., 1 if part == "up_proj" else 0 :: num_turns] = columns
+            found[to] = columns.new_empty((counts[to], *columns.shape[:-1], num_columns))
+        place = slice(None) if part == "down_proj" else _columns_of(part, order, num_columns)
+        found[to][int(match[2])][..., place] = columns
     return found

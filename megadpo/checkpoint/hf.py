@@ -21,12 +21,13 @@ from megadpo.checkpoint.torch_file import TorchFile
 from megadpo.errors import UserError, reason
 from megadpo.model.families import FAMILIES, TensorSource, family_of, shape_of
 from megadpo.model.families.registry import as_config
+from megadpo.model.shape import Fused
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MAX_JSON_BYTES = 1 << 30
-MAPPED_BYTES = 64 << 20
+MAPPED_BYTES = 32 << 20
 
 _LFS = b"version https://git-lfs"
 
@@ -141,7 +142,8 @@ class _HfSource:
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         values = self._files[name].read(name, dim, start, length)
-        self._num_mapped += values.nbytes
+        # Along another axis than the first, pages of the whole tensor are looked at.
+        self._num_mapped += values.nbytes if dim == 0 else values.element_size() * prod(self.shape(name))
         if self._num_mapped > MAPPED_BYTES and not self._keep_mapped:
             self.release()
         return values
@@ -171,8 +173,9 @@ def open_hf(path: str | Path, keep_mapped: bool = False) -> TensorSource:
         raise UserError(f"model.path {directory} is not a directory; give a Hugging Face model directory")
     source = _HfSource(_files_of(directory), keep_mapped)
     settings = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    if _fuses_experts(settings):
-        return SingleExperts(source)
+    order = _fused_experts(settings)
+    if order is not None:
+        return SingleExperts(source, order)
     return Fp8Source(source, settings) if is_block_fp8(settings) else source
 
 
@@ -198,10 +201,10 @@ def _files_of(directory: Path) -> Mapping[str, SafetensorsFile | TorchFile]:
     raise UserError(f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{more}")
 
 
-def _fuses_experts(settings: dict[str, Any]) -> bool:
+def _fused_experts(settings: dict[str, Any]) -> Fused | None:
     families = [family for family in FAMILIES if family.name == settings.get("model_type")]
     experts = families[0].experts(as_config(settings)) if families else None
-    return experts is not None and experts.is_fused
+    return None if experts is None else experts.fused
 
 
 def _files_of_index(
@@ -348,7 +351,7 @@ def _can_be_read(settings: dict[str, Any]) -> bool:
     """Whether weights in fewer bits are those that `open_hf` reads as plain ones."""
     method = settings["quantization_config"]
     is_mxfp4 = isinstance(method, dict) and method.get("quant_method") == "mxfp4"
-    return _fuses_experts(settings) if is_mxfp4 else is_block_fp8(settings)
+    return _fused_experts(settings) == "in_turns" if is_mxfp4 else is_block_fp8(settings)
 
 
 def read_json(path: Path) -> dict[str, Any]:

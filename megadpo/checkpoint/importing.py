@@ -52,8 +52,8 @@ from megadpo.model.families import (
     shape_of,
     shard_parameters,
 )
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard
 from megadpo.parallel.layout import Layout
 from megadpo.validation.layout import check_layout
 

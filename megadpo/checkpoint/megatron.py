@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +22,15 @@ from megadpo.checkpoint.export import kept_dtype, write_json
 from megadpo.checkpoint.finite import is_finite
 from megadpo.checkpoint.megatron_flags import is_padded, refuse_other_models
 from megadpo.checkpoint.staging import abandon, begin, publish, staging, writing
-from megadpo.checkpoint.torch_dist import LATEST, TorchDistFiles, TorchDistWriter, regions
+from megadpo.checkpoint.torch_dist import LATEST, TorchDistFiles, regions
 from megadpo.console.activity import counted_through
 from megadpo.errors import UserError
 from megadpo.model.families import ParameterShard, ShardPiece, TensorSource, names_in, shard_parameters
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard
+
+if TYPE_CHECKING:
+    from megadpo.checkpoint.torch_dist_writer import TorchDistWriter
 
 PREFIXES = ("", "module.", "model.", "model.module.", "module.module.")
 """Of Megatron-LM and Bridge, then of NeMo and of wrapped models."""
@@ -226,6 +230,8 @@ def write_megatron(
     try:
         with writing(release):
             release.mkdir()
+        from megadpo.checkpoint.torch_dist_writer import TorchDistWriter  # what it imports takes more than a second
+
         writer = TorchDistWriter(release)
         try:
             _write_tensors(writer, source, shape, dtype, what)

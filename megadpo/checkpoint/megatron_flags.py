@@ -40,10 +40,18 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
         yield "a scalar head"
     if shape.norms != Norms() or shape.is_parallel or shape.qk_norm not in (None, "head"):
         yield "other norms than RMSNorms before attention and MLP, and of each head's queries and keys"
+    if shape.norms_turned:
+        yield "norms without a weight of queries and keys that rope has turned (use_qk_norm)"
+    if shape.temperature is not None:
+        yield "a temperature on queries of layers without rope (attn_temperature_tuning)"
     if shape.attention_sinks:
         yield "attention sinks"
     if shape.experts is not None and (shape.experts.has_biases or shape.experts.clamp is not None):
         yield "experts with biases"
+    if shape.linear is not None:
+        yield "layers with linear attention"
+    if shape.attention_gate:
+        yield "a gate on attention's outputs"
     if shape.latents is not None:
         yield "multi-head latent attention"
     if shape.activation != "silu":
@@ -60,6 +68,8 @@ def _reasons(shape: ModelShape) -> Iterator[str]:
 
 def _routing(routing: Routing, per_token: int) -> Iterator[str]:
     """Of what Megatron-core's `topk_routing_with_score_function` does otherwise."""
+    if routing.scales_inputs:
+        yield "experts that read what their scores multiply"
     is_softmax, is_grouped = routing.score_function == "softmax", routing.groups_per_token < routing.num_groups
     if not is_softmax and routing.renormalised != (per_token > 1):
         yield "sigmoid scores that are renormalised otherwise than where a token has several experts (norm_topk_prob)"
@@ -103,6 +113,9 @@ def _ropes_and_windows(shape: ModelShape) -> Iterator[str]:
         yield "several ropes (rope_parameters by layer)"
     elif scaling_flags(next(iter(distinct.values()))) is None:
         yield "a rope that Megatron-core's GPT model does not have (rope_parameters: its rope_type, or factors of its own)"
+    chunk = next((chunk for _, chunk in shape.reaches if chunk is not None), None)
+    if chunk is not None:
+        yield f"attention in chunks (attention_chunk_size: {chunk})"
     if len({window for window in shape.windows if window is not None}) > 1:
         yield "windows of several sizes (sliding_window)"
 

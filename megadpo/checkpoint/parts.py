@@ -7,14 +7,15 @@ the same command takes parts that are there as they are, another one begins anew
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from megadpo.checkpoint.integrity import check_bytes, records_in
 from megadpo.checkpoint.staging import begin, staging, writing
+from megadpo.checkpoint.workers import begin_worker, start_workers
 from megadpo.console.activity import activity
 from megadpo.errors import UserError
 
@@ -53,9 +54,9 @@ def in_parts(directory: Path, key: dict[str, Any], names: Sequence[str], work: W
 
 def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes: int) -> dict[str, Any]:
     done = {}
-    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    context, num_workers = start_workers(), min(num_processes, len(names))
     with (
-        ProcessPoolExecutor(min(num_processes, len(names)), context) as pool,
+        ProcessPoolExecutor(num_workers, context, begin_worker, (num_workers,)) as pool,
         activity("converting", len(names), "parts") as converting,
     ):
         futures = {pool.submit(work, name): name for name in names}
@@ -63,6 +64,11 @@ def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes
             for future in as_completed(futures):
                 done[futures[future]] = _finished(partial, futures[future], future.result())
                 converting.advance()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that converts was killed, as where memory is short; the same command goes on with the parts that "
+                f"are not there yet, fewer at once with --processes {max(num_workers - 1, 1)}"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

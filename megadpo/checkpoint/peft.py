@@ -265,9 +265,10 @@ def why_peft_cannot(spec: AdapterSpec, shape: ModelShape) -> str | None:
 
     Since transformers 5 has the matrices of all experts in one, PEFT joins their adapters, which it does for plain LoRA of
     one rank that gate and up both have, and leaves other modules of the same names (of dense layers and shared experts)
-    out. Without adapters of experts it takes these names for experts', too.
+    out. Without adapters of experts it takes these names for experts', too. Experts that are one tensor in the files as well
+    it leaves alone.
     """
-    if shape.experts is None:
+    if shape.experts is None or shape.experts.fused is not None:
         return None
     names = {"gate": shape.experts.gate, "up": shape.experts.up, "down": shape.experts.down}
     of_experts = {kind for kind, name in names.items() for m in spec.modules if ".experts." in m and m.endswith(f".{name}")}

@@ -31,6 +31,9 @@ class ModelConfig:
     """The kernel of attention: `cpu_flash`, `flash_attn`, `transformer_engine`, `varlen` (torch's; these in bf16 on CUDA),
     `flex` (torch's FlexAttention, on CUDA), `buckets` (padded batches, on CUDA, slower), `sdpa` (anywhere, slowest), or
     `auto`: the first of them that can be used."""
+    linear_attention: str = "auto"
+    """The kernel of linear attention, of models that have such layers: `fla` (flash-linear-attention, in bf16 on CUDA;
+    untried), `torch` (anywhere), or `auto`: fla where it can be used."""
     small_ops: str = "auto"
     """What computes RMSNorm, SwiGLU and rope: `torch`, `triton` (one kernel each way, on CUDA), or `auto`: triton on CUDA
     where that is installed."""
@@ -107,6 +110,8 @@ class ReferenceConfig:
     """TR-DPO: every this many steps a resident reference moves towards the policy; null = it never moves."""
     mixup_alpha: float = 0.6
     """TR-DPO: how far it moves, in (0, 1]: reference = alpha policy + (1 - alpha) reference."""
+    router_replay: bool = False
+    """In a mixture of experts, the policy sends each token to the experts that the reference chose for it."""
 
 
 @dataclass

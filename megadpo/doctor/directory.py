@@ -76,7 +76,8 @@ def _is_broken(config: Path) -> bool:
 def _words(directory: Path, shape: ModelShape) -> str:
     kind = read_json(hf_directory(directory) / "config.json").get("model_type")
     experts = "" if shape.experts is None else f", {shape.experts.count} experts"
-    return f"{kind}, {shape.num_layers} layers of {shape.hidden_size}{experts}, vocabulary {shape.vocab_size:,}"
+    linear = "" if shape.linear is None else f", {len(shape.linear_layers)} of them with linear attention"
+    return f"{kind}, {shape.num_layers} layers of {shape.hidden_size}{linear}{experts}, vocabulary {shape.vocab_size:,}"
 
 
 def _fix_of_config(directory: Path, is_broken: bool) -> str:

@@ -13,14 +13,20 @@ from megadpo.pipeline.stage_ops import ResponseGradient
 if TYPE_CHECKING:
     from megadpo.model.build import Stage
     from megadpo.model.families import ParameterShard
+    from megadpo.model.routes import Routes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):
-    """Owns the policy's parameters, gradients and optimizer on this rank."""
+    """Owns the policy's parameters, gradients and optimizer on this rank.
+
+    Attributes:
+        routes: the reference's, by which every pass sends tokens to experts; None: the policy's routers choose.
+    """
 
     stage: Stage
+    routes: Routes | None
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
         """Response sums [R, S] of each micro-batch on the last pipeline stage, elsewhere an empty list; no gradients."""

@@ -20,7 +20,8 @@ from megadpo.engine.optimizer import OverPieces, Piece, moments_of, set_moments
 from megadpo.engine.parameter_groups import is_plain, kept_of, runs_of
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard
-from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_step
+from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_of, watch_step
+from megadpo.model.routes import Routes
 from megadpo.model.weight_gradients import choose_fusion, fuse_gradients
 from megadpo.pipeline.base import PipelineSchedule
 from megadpo.pipeline.select import pipeline_schedule
@@ -59,6 +60,7 @@ class MegatronEngine:
         self.optimizers = list(self.optimizer.chained_optimizers)
         self._choose_rules("host" if parallel.offload == "cpu" else train.moments_dtype)
         self.watch: RouterWatch | None = None
+        self.routes: Routes | None = None
         self._clear_gradients()
         when_undone(self._break_circles)
 
@@ -81,7 +83,10 @@ class MegatronEngine:
         return fusion
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.schedule.forward_only(self.models, micro_batches, ld_alpha)
+        watch = None
+        if self.routes is not None:
+            watch = watch_of(self.stage.models[0].config, compute_device(), replays=self.routes.of(micro_batches))
+        return self.schedule.forward_only(self.models, micro_batches, ld_alpha, watch)
 
     def forward_backward(
         self,
@@ -94,6 +99,7 @@ class MegatronEngine:
             compute_device(),
             self.train.router_aux_coef,
             lambda counting: self.schedule.forward_only(self.models, micro_batches, ld_alpha, counting),
+            None if self.routes is None else self.routes.of(micro_batches),
         )
         self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
 

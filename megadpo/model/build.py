@@ -39,6 +39,7 @@ from megadpo.model.heads.logprob import GradientBuffer, LogProbHead
 from megadpo.model.heads.reward import RewardHead
 from megadpo.model.layer_specs import block_spec, softmax_scale
 from megadpo.model.layers import Layers, choose_layers, local_name
+from megadpo.model.linear_attention.kernels import DeltaRule, choose_delta_rule
 from megadpo.model.megatron_config import transformer_config
 from megadpo.model.moe.layer import bias_beside, is_expert, moved, with_correction_biases
 from megadpo.model.moe.products import choose_expert_products
@@ -73,6 +74,7 @@ class Stage:
         small_ops: what computes norms, SwiGLU and rope, "torch" or "triton".
         expert_products: how the products of a mixture's experts are computed, one of `moe.products.WAYS`; None of a dense
             model.
+        linear_attention: what computes the gated delta rule, "torch" or "fla"; None: no layer has one.
         offloader: what offloads activations, where `train.activation_offload` says so.
         activations: what becomes of them between forward and backward pass, `auto` settled.
         recomputer: what computes cheap results again, with `train.recompute: small`.
@@ -91,6 +93,7 @@ class Stage:
     held: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
     expert_products: str | None = None
+    linear_attention: str | None = None
 
     def __post_init__(self) -> None:
         for name, parameter in ({} if self.held else self.parameters).items():
@@ -168,8 +171,11 @@ def build_stage(
     if shape.experts is not None:
         num_local, has_biases = shape.experts.count // layout.expert, shape.experts.has_biases
         products = choose_expert_products(options.expert_products, num_local, device is not None, has_biases)
+    rule_name, delta_rule = None, None
+    if shape.linear is not None:
+        rule_name, delta_rule = choose_delta_rule(options.linear_attention, compute_device(), dtype)
     models = [
-        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization, products)
+        _build_chunk(shape, layout, config, chunk, device, backend, layers, small_ops, quantization, products, delta_rule)
         for chunk in range(layout.virtual)
     ]
     parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]] = {}
@@ -193,7 +199,7 @@ def build_stage(
     offloader = offload_activations(models, activations)
     recomputer = recompute_small(models, activations, offloader)
     stage = Stage(models, parameters, backend.name, layers, small_ops.name, activations, offloader, recomputer, base, biases)
-    stage.expert_products = products
+    stage.expert_products, stage.linear_attention = products, rule_name
     return stage
 
 
@@ -226,11 +232,12 @@ def _build_chunk(
     small_ops: SmallOps,
     quantization: FourBit | None,
     products: str | None,
+    delta_rule: DeltaRule | None,
 ) -> GPTModel:
     is_first, is_last = _has_embedding(chunk), _has_head(layout, chunk)
     attention = functools.partial(
         GroupAttention,
-        windows=shape.windows,
+        reaches=shape.reaches,
         scale=softmax_scale(shape),
         context_method=context_method(layout, shape.num_key_value_heads),
         backend=backend,
@@ -244,7 +251,16 @@ def _build_chunk(
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but")
         model = (_UnjoinedModel if device else GPTModel)(
             config,
-            block_spec(shape, _layers(shape, layout, chunk), layers.kind, attention, small_ops, quantization, products),
+            block_spec(
+                shape,
+                _layers(shape, layout, chunk),
+                layers.kind,
+                attention,
+                small_ops,
+                quantization,
+                products,
+                delta_rule,
+            ),
             vocab_size=-(-shape.vocab_size // layout.tensor) * layout.tensor,
             max_sequence_length=shape.max_positions,
             pre_process=is_first,

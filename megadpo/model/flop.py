@@ -2,7 +2,8 @@
 
 Counted are the products of the model's own tokens: 2 FLOP a parameter forward, 4 backward, 2 for a live reference; each
 prompt once for all its responses, no credit for recomputation, for the optimizer or for padding. Attention counts the
-query-key pairs that the mask lets through, the head scored tokens only, a mixture the experts that a token goes to. Frozen
+query-key pairs that the mask lets through, linear attention what its definition does with a head's state, the head scored
+tokens only, a mixture the experts that a token goes to. Frozen
 weights need no gradient: with adapters these products cost 2 backward, and the adapters' own are added.
 """
 
@@ -82,11 +83,26 @@ def attention_width(shape: ModelShape) -> float:
     return shape.num_heads * (shape.head_dim + shape.value_dim) / 2
 
 
+def softmax_reaches(shape: ModelShape) -> list[tuple[int | None, int | None]]:
+    """Window and chunk of the layers whose tokens attend to each other."""
+    return [reach for layer, reach in enumerate(shape.reaches) if layer not in shape.linear_layers]
+
+
+def linear_attention_flop(shape: ModelShape) -> float:
+    """Of a token, in the layers with linear attention, beside the products with their matrices: the convolution, and the
+    definition of the delta rule (what the state has at the key, the update, what it has at the query)."""
+    linear = shape.linear
+    if linear is None:
+        return 0.0
+    of_layer = 2 * linear.kernel_size * linear.num_convolved + 6 * linear.key_dim * linear.num_outputs
+    return len(linear.layers) * float(of_layer)
+
+
 def body_parameters(shape: ModelShape) -> int:
     """Entries of the matrices of all layers that a token meets."""
     hidden, experts = shape.hidden_size, shape.experts
     num_mixtures = 0 if experts is None else len(experts.layers)
-    total = shape.num_layers * shape.attention_parameters + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
+    total = shape.attention_parameters + (shape.num_layers - num_mixtures) * 3 * hidden * shape.ffn_size
     if experts is not None:
         has_gate = experts.shared is not None and experts.shared.has_gate
         total += num_mixtures * (3 * hidden * experts.columns_of_token + hidden * (experts.count + has_gate))
@@ -154,12 +170,12 @@ class Work:
 
     Attributes:
         num_tokens_G, num_scored_G: tokens of its stream with its prompt once, and of its responses.
-        attended_G: for each kind of layer, by its window, the query-key pairs.
+        attended_G: for each kind of layer, by its window and chunk, the query-key pairs.
     """
 
     num_tokens_G: IntArray
     num_scored_G: IntArray
-    attended_G: dict[int | None, FloatArray]
+    attended_G: dict[tuple[int | None, int | None], FloatArray]
 
     @staticmethod
     def of(groups: GroupStore, *shapes: ModelShape) -> Work:
@@ -168,18 +184,18 @@ class Work:
         starts = np.asarray(columns.segment_offsets_S)
         first = np.asarray(columns.group_segments_G)
         num_scored_G = starts[first[1:]] - starts[first[:-1] + columns.num_prompts_G]
-        windows = {window for shape in shapes for window in shape.windows}
-        attended_G = {window: attention_pairs(groups, True, window) for window in windows}
+        reaches = {reach for shape in shapes for reach in softmax_reaches(shape)}
+        attended_G = {reach: attention_pairs(groups, True, *reach) for reach in reaches}
         return Work(groups.num_tokens(True), num_scored_G, attended_G)
 
     def forward(self, shape: ModelShape, group_ids: IntArray) -> tuple[float, float]:
         """FLOP of products with weights, and of attention, of a forward pass on these groups."""
         tokens, scored = self._tokens(group_ids)
         products = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0)
-        attention = 0.0
-        for window, num_layers in Counter(shape.windows).items():
+        attention = tokens * linear_attention_flop(shape)
+        for reach, num_layers in Counter(softmax_reaches(shape)).items():
             width = num_layers * attention_width(shape)
-            attention += forward_flop(0, 0, float(self.attended_G[window][group_ids].sum()), 0, 0, width)
+            attention += forward_flop(0, 0, float(self.attended_G[reach][group_ids].sum()), 0, 0, width)
         return products, attention
 
     def _tokens(self, group_ids: IntArray) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megadpo.model.attention.core import GroupAttention
 from megadpo.model.attention.latent import LatentAttention
@@ -20,6 +21,8 @@ from megadpo.model.attention.packed_projection import PackedSelfAttention
 from megadpo.model.four_bit.linear import use_four_bit_layers
 from megadpo.model.four_bit.weight import FourBit
 from megadpo.model.head_norms import HeadsNorm, ProjectionNorm
+from megadpo.model.linear_attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megadpo.model.linear_attention.kernels import DeltaRule
 from megadpo.model.moe.layer import expert_layer_spec
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import SmallOps
@@ -44,6 +47,7 @@ def block_spec(
     small_ops: SmallOps,
     quantization: FourBit | None,
     products: str | None,
+    delta_rule: DeltaRule | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers with these numbers, and the model's last norm.
 
@@ -51,15 +55,23 @@ def block_spec(
         kind: "local" or "transformer_engine".
         core_attention: makes what fills the layers' slot of that name.
         products: how experts multiply, where there are some; see `moe.products`.
+        delta_rule: what computes linear attention, where there is some.
     """
-    dense = functools.partial(_layer_spec, shape, kind, core_attention, small_ops)
-    experts, plain, norm = shape.experts, _in_four_bits(dense(), quantization), small_ops.norm_of(shape)
-    if experts is None:
-        return TransformerBlockSubmodules(layer_specs=[plain] * len(layers), layer_norm=norm)
-    assert products is not None
-    mixture = _in_four_bits(expert_layer_spec(dense(), experts, small_ops.activation_of(shape), products), quantization)
-    specs = [mixture if layer in experts.layers else plain for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+    experts = shape.experts
+
+    @functools.cache
+    def layer_of(is_linear: bool, is_mixture: bool) -> ModuleSpec:
+        layer = _layer_spec(shape, kind, core_attention, small_ops)
+        if is_linear:
+            assert delta_rule is not None
+            _use_linear_attention(layer.submodules, shape, delta_rule)
+        if is_mixture:
+            assert experts is not None and products is not None
+            layer = expert_layer_spec(layer, experts, small_ops.activation_of(shape), products)
+        return _in_four_bits(layer, quantization)
+
+    specs = [layer_of(layer in shape.linear_layers, experts is not None and layer in experts.layers) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=small_ops.norm_of(shape))
 
 
 def _in_four_bits(layer: ModuleSpec, quantization: FourBit | None) -> ModuleSpec:
@@ -108,6 +120,11 @@ def _use_latent_attention(attention: ModuleSpec, shape: ModelShape, small_ops: S
     slots.linear_kv_down_proj = slots.linear_kv_up_proj = ColumnLinear
     slots.linear_proj = RowLinear
     slots.q_layernorm = slots.kv_layernorm = small_ops.norm_of(shape)
+
+
+def _use_linear_attention(slots: TransformerLayerSubmodules, shape: ModelShape, delta_rule: DeltaRule) -> None:
+    params = {"sizes": shape.linear, "delta_rule": delta_rule}
+    slots.self_attention = ModuleSpec(module=GatedDeltaNet, params=params, submodules=GatedDeltaNetSubmodules())
 
 
 def _norm_of_heads(shape: ModelShape, small_ops: SmallOps, num_heads: int) -> ModuleSpec:

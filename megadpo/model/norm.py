@@ -47,19 +47,25 @@ class RMSNorm(torch.nn.RMSNorm):
         return normed.reshape(-1, x.shape[-1]).view(x.shape)
 
 
+def unweighted_norm(x: Tensor, eps: float) -> Tensor:
+    """[..., H]: x / rms(x), in float32, rounded once."""
+    return _RMSNorm.apply(x, None, eps) if x.device.type == "cpu" else F.rms_norm(x, x.shape[-1:], None, eps)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """What torch computes, from x [..., H] and weight [H]: x / rms(x) * weight, in float32, rounded once.
+    """What torch computes, from x [..., H] and weight [H], or None: x / rms(x) * weight, in float32, rounded once.
 
     On a CPU torch does it in steps, of which autograd keeps x and x / rms(x) in float32; here x as it came is kept and one
     number a row. (On CUDA torch has a kernel that does so.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        normed = wide * scale
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -70,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
         weight_gradient = None
         if ctx.needs_input_grad[1]:  # not of a frozen model
             weight_gradient = (gradient * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        gradient = gradient * weight
+        gradient = gradient if weight is None else gradient * weight
         mean = (gradient * normed).mean(-1, keepdim=True)
         x_gradient = torch.addcmul(gradient, normed, mean, value=-1).mul_(scale)
         return x_gradient.to(x.dtype), weight_gradient, None

@@ -16,7 +16,9 @@ from torch import Tensor
 from megadpo.data.batches.micro_batch import MicroBatch
 from megadpo.errors import UserError
 from megadpo.model.frequencies import ByLength, Rope
-from megadpo.model.recompute import remember
+from megadpo.model.norm import unweighted_norm
+from megadpo.model.recompute import recomputable, remember
+from megadpo.model.shape import Temperature
 
 if TYPE_CHECKING:  # it imports Megatron-core, for which `prepare_megatron` comes first
     from megadpo.model.attention.core import StreamParams
@@ -49,21 +51,33 @@ class PositionRope(torch.nn.Module):
 
 
 class LayerRopes(torch.nn.Module):
-    """Ropes that are not the same in all layers, turn a part of a head, or depend on a sequence's length.
+    """Ropes that are not the same in all layers, turn a part of a head, or depend on a sequence's length; and what goes with
+    being turned, or not.
 
     It leaves it to attention to rotate queries and keys (`StreamParams.rotate`), each layer's by the rope that it has.
     """
 
-    def __init__(self, ropes: Sequence[Rope | None], is_interleaved: bool, turns_last: bool = False) -> None:
+    def __init__(
+        self,
+        ropes: Sequence[Rope | None],
+        is_interleaved: bool,
+        turns_last: bool = False,
+        norm_epsilon: float | None = None,
+        temperature: Temperature | None = None,
+    ) -> None:
         """`ropes` has one entry a layer of the whole model; None: the layer has no rope.
 
-        `turns_last`: the part of a head that is turned is its last columns, not its first.
+        Args:
+            turns_last: the part of a head that is turned is its last columns, not its first.
+            norm_epsilon: of the norm that turned queries and keys have; None: they have none.
+            temperature: of queries that are not turned.
         """
         super().__init__()
         self.distinct = list({id(rope): rope for rope in ropes if rope is not None}.values())
         numbers = {id(rope): number for number, rope in enumerate(self.distinct)}
         self.number_of_layer = [None if rope is None else numbers[id(rope)] for rope in ropes]
         self.is_interleaved, self.turns_last = is_interleaved, turns_last
+        self.norm_epsilon, self.temperature = norm_epsilon, temperature
 
     def get_rotary_seq_len(self, *args: Any) -> StreamParams:
         """As in PositionRope."""
@@ -76,16 +90,37 @@ class LayerRopes(torch.nn.Module):
         for rope in self.distinct:
             angles_TN = angles_of(rope, stream.micro_batch)
             turns.append((angles_TN.cos() * rope.scaling, angles_TN.sin() * rope.scaling))
-        stream.rotate = functools.partial(self._rotated, turns)
+        factor_T = None
+        if self.temperature is not None:
+            factor_T = temperatures(self.temperature, stream.micro_batch.local.positions_T)
+        stream.rotate = functools.partial(self._rotated, turns, factor_T)
 
     def _rotated(
-        self, turns: Sequence[tuple[Tensor, Tensor]], query_TAD: Tensor, key_TKD: Tensor, layer: int
+        self,
+        turns: Sequence[tuple[Tensor, Tensor]],
+        factor_T: Tensor | None,
+        query_TAD: Tensor,
+        key_TKD: Tensor,
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
         number = self.number_of_layer[layer]
         if number is None:
-            return query_TAD, key_TKD
-        turned = (rotated(x, *turns[number], self.is_interleaved, self.turns_last) for x in (query_TAD, key_TKD))
-        return tuple(turned)  # type: ignore[return-value]
+            return query_TAD if factor_T is None else recomputable(_times, query_TAD, factor_T), key_TKD
+        query, key = (rotated(x, *turns[number], self.is_interleaved, self.turns_last) for x in (query_TAD, key_TKD))
+        if self.norm_epsilon is None:
+            return query, key
+        norm = functools.partial(unweighted_norm, eps=self.norm_epsilon)
+        return recomputable(norm, query), recomputable(norm, key)
+
+
+def temperatures(temperature: Temperature, positions_T: Tensor) -> Tensor:
+    """float32 [T], what a query at each position is multiplied by."""
+    return torch.log1p(torch.floor((positions_T.float() + 1.0) / temperature.floor)) * temperature.strength + 1.0
+
+
+def _times(x_TAD: Tensor, factor_T: Tensor) -> Tensor:
+    """In float32, rounded once."""
+    return (x_TAD * factor_T[:, None, None]).to(x_TAD.dtype)
 
 
 def angles_of(rope: Rope, micro_batch: MicroBatch) -> Tensor:

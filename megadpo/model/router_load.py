@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadpo.data.batches.micro_batch import MicroBatch
+from megadpo.model.routes import Routes
 
 Biases = Mapping[str, tuple[Tensor, object]]
 """Routers' correction biases, by Megatron's name with the layer's number in the whole model (`Stage.correction_biases`)."""
@@ -39,11 +40,13 @@ class Load:
         choices_LE: float64, weight of the tokens that chose the expert.
         probability_LE: float64, its probabilities summed over all tokens by their weight.
         per_token: experts that each token chooses.
+        agreed_LE: float64, of `choices_LE` what the routers would have chosen themselves; None: nobody chose for them.
     """
 
     choices_LE: Tensor
     probability_LE: Tensor
     per_token: int
+    agreed_LE: Tensor | None = None
 
     @property
     def num_tokens(self) -> float:
@@ -57,17 +60,21 @@ class Load:
 
     def metrics(self) -> dict[str, float]:
         """``moe/aux_loss`` (mean over layers, 1 = even), ``moe/largest_load`` (busiest expert of any layer over an even
-        share), ``moe/mean_largest_load`` (the same, mean over layers); nan where nothing was routed."""
+        share), ``moe/mean_largest_load`` (the same, mean over layers), and under router replay ``moe/replay_agreement`` (the
+        part of the choices that the routers would have made themselves); nan where nothing was routed."""
+        agreement = (
+            {} if self.agreed_LE is None else {"moe/replay_agreement": float(self.agreed_LE.sum() / self.choices_LE.sum())}
+        )
         choices_LE = self.choices_LE[self.choices_LE.sum(1) > 0]
         if not len(choices_LE):
-            return dict.fromkeys(("moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"), math.nan)
+            return dict.fromkeys(("moe/aux_loss", "moe/largest_load", "moe/mean_largest_load"), math.nan) | agreement
         load_LE = choices_LE / choices_LE.mean(1, keepdim=True)
         probability_LE = self.probability_LE[self.choices_LE.sum(1) > 0] / self.num_tokens
         return {
             "moe/aux_loss": float((load_LE * probability_LE).sum(1).mean()),
             "moe/largest_load": float(load_LE.max()),
             "moe/mean_largest_load": float(load_LE.amax(1).mean()),
-        }
+        } | agreement
 
 
 @dataclass
@@ -77,8 +84,10 @@ class RouterWatch:
     Attributes:
         coefficient: weight of the load-balancing loss.
         whole: the load of the global batch, where the pass is to have the loss's gradient.
-        seen: (micro-batch number, layer) -> [2, E], choices and probabilities; a layer computed again (recomputation)
-            finds itself there and is not counted twice.
+        records: where the routers' choices are noted for another model.
+        replays: the choices of another model, which the routers take in place of their own.
+        seen: (micro-batch number, layer) -> [3, E], choices, probabilities, and of the choices the routers' own; a layer
+            computed again (recomputation) finds itself there and is not counted twice.
     """
 
     num_layers: int
@@ -87,6 +96,8 @@ class RouterWatch:
     device: torch.device
     coefficient: float = 0.0
     whole: Load | None = None
+    records: Routes | None = None
+    replays: Routes | None = None
     seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _load: Load | None = None
 
@@ -95,11 +106,11 @@ class RouterWatch:
         is collective over the world."""
         if self._load is not None:
             return self._load
-        table = torch.zeros(2, self.num_layers, self.num_experts, dtype=torch.float64, device=self.device)
+        table = torch.zeros(3, self.num_layers, self.num_experts, dtype=torch.float64, device=self.device)
         for (_, layer), sums in self.seen.items():
             table[:, layer] += sums
         dist.all_reduce(table)
-        self._load = Load(table[0], table[1], self.per_token)
+        self._load = Load(table[0], table[1], self.per_token, None if self.replays is None else table[2])
         return self._load
 
 
@@ -135,25 +146,37 @@ def balance_metrics(biases: Biases, watch: RouterWatch | None, rate: float) -> d
     return watch.load().metrics() | {"moe/largest_bias": float(largest)}
 
 
-def watch_of(config: Any, device: torch.device, coefficient: float) -> RouterWatch | None:
+def watch_of(
+    config: Any,
+    device: torch.device,
+    coefficient: float = 0.0,
+    records: Routes | None = None,
+    replays: Routes | None = None,
+) -> RouterWatch | None:
     """A watch for a pass over a model with this TransformerConfig; None without experts."""
     if config.num_moe_experts is None:
         return None
-    return RouterWatch(config.num_layers, config.num_moe_experts, config.moe_router_topk, device, coefficient)
+    sizes = config.num_layers, config.num_moe_experts, config.moe_router_topk
+    return RouterWatch(*sizes, device, coefficient, records=records, replays=replays)
 
 
 def watch_step(
-    config: Any, device: torch.device, coefficient: float, count: Callable[[RouterWatch], object]
+    config: Any,
+    device: torch.device,
+    coefficient: float,
+    count: Callable[[RouterWatch], object],
+    replays: Routes | None = None,
 ) -> RouterWatch | None:
     """What follows the routers through a step's forward and backward passes.
 
     Args:
         count: runs the global batch forward without gradients, followed by the watch it is given; called where the
             load-balancing loss needs the load first.
+        replays: the choices that the routers take.
     """
-    watch = watch_of(config, device, coefficient)
+    watch = watch_of(config, device, coefficient, replays=replays)
     if watch is not None and coefficient > 0:
-        counting = watch_of(config, device, coefficient)
+        counting = watch_of(config, device, coefficient, replays=replays)
         assert counting is not None
         count(counting)
         watch.whole = counting.load()

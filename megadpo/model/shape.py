@@ -32,6 +32,11 @@ class Clamp:
     limit: float
 
 
+Fused = Literal["in_turns", "in_halves"]
+"""How model files have the columns of gate and up of a layer's experts in one tensor: one of either in turns (GPT-OSS), or
+all of the gate's first (Llama 4)."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """How a router's logits become a token's experts, and what each of these counts.
@@ -47,6 +52,9 @@ class Routing:
         has_correction_bias: whether each expert has a number that is added to its score where groups and experts are chosen,
             and there only. No gradient moves it (arXiv:2408.15664).
         logits_in_float32: whether the logits are computed in float32, too; else in the model's type.
+        chooses_by_logits: whether a token's experts are those of the largest logits; else of the largest scores, of which
+            float32 may make equal ones where the logits are not.
+        scales_inputs: whether an expert's score multiplies what the expert reads (Llama 4); else what it gives.
     """
 
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -57,6 +65,8 @@ class Routing:
     group_score: Literal["max", "two_best"] = "max"
     has_correction_bias: bool = False
     logits_in_float32: bool = False
+    chooses_by_logits: bool = False
+    scales_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Experts:
         router: the router there.
         has_biases: whether the router and the experts' matrices have biases.
         clamp: in place of the model's activation; None: the experts have that.
-        is_fused: whether model files have all experts of a layer as one tensor (checkpoint/fused_experts.py).
+        fused: how model files have all experts of a layer as one tensor (checkpoint/fused_experts.py); None: they do not.
     """
 
     count: int
@@ -106,7 +116,7 @@ class Experts:
     router: str = "gate"
     has_biases: bool = False
     clamp: Clamp | None = None
-    is_fused: bool = False
+    fused: Fused | None = None
 
     @property
     def columns_of_token(self) -> int:
@@ -146,6 +156,15 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """What queries of layers without rope are multiplied by: 1 + strength log(1 + floor((position + 1) / floor)), positions
+    counted from 0 in a token's own sequence (arXiv:2501.19399)."""
+
+    strength: float
+    floor: float
+
+
+@dataclass(frozen=True)
 class Latents:
     """Sizes of multi-head latent attention (model/attention/latent.py).
 
@@ -171,6 +190,49 @@ class Latents:
         return self.plain_dim + self.rope_dim
 
 
+@dataclass(frozen=True)
+class LinearAttention:
+    """Layers whose attention is a gated delta net in place of a softmax (model/linear_attention/).
+
+    Attributes:
+        layers: their global numbers.
+        num_key_heads, num_value_heads: each key head is read by num_value_heads / num_key_heads value heads.
+        key_dim, value_dim: columns of a query and key head, and of a value head.
+        kernel_size: tokens that the causal convolution sees, the token itself included.
+    """
+
+    layers: tuple[int, ...]
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+
+    @property
+    def num_convolved(self) -> int:
+        """Columns of queries, keys and values together."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_outputs
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns of all value heads, and of their gates."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of all that a token is projected to: the former, gates, and each value head's rate and decay."""
+        return self.num_convolved + self.num_outputs + 2 * self.num_value_heads
+
+    def matrices(self, hidden: int) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of a layer's matrices as it is built, each cut evenly over the tensor ranks."""
+        return (self.num_inputs, hidden), (hidden, self.num_outputs)
+
+    @property
+    def num_small(self) -> int:
+        """Entries of the other parameters that are cut over the tensor ranks."""
+        return self.num_convolved * self.kernel_size + 2 * self.num_value_heads
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and facts of a model.
@@ -188,7 +250,9 @@ class ModelShape:
         qkv_bias: whether the projections to queries, keys and values have biases.
         output_bias: whether attention's output projection has one.
         mlp_bias: whether the MLP's matrices have them.
+        mlp_block: a dense layer's MLP in a layer's Hugging Face names.
         qk_norm: the norm of queries and keys; None: there is none.
+        norms_turned: whether each head's queries and keys have a norm without a weight after rope, in layers that have rope.
         activation: of the MLP's gate.
         fuses_qkv: whether the Hugging Face tensors have queries, keys and values as one, ``qkv_proj``, one after the other.
         fuses_gate_up: whether they have gate and up as one, ``gate_up_proj``.
@@ -203,6 +267,9 @@ class ModelShape:
         windows: for each layer, how many tokens a token attends to, itself included; None: all before it. A query at
             position i sees keys at positions j with i - window < j <= i, as in transformers 5.23.
         ropes: each layer's rotary embedding; None: it has none.
+        chunks: for each layer, into how many tokens each sequences are cut there, so that a token sees those before it in
+            its own part; None: into no parts. Empty: they are cut in no layer.
+        temperature: of queries in layers without rope; None: they stay.
         rope_is_interleaved: columns 2 i and 2 i + 1 of a head are turned together; else i and i + half of those turned.
         experts: None of a dense model.
         head: which head the model has.
@@ -211,6 +278,9 @@ class ModelShape:
         attention_sinks: whether each query head has a learned number in its softmax's denominator.
         latents: what queries, keys and values are made of; None: of hidden states. With them `head_dim` is that of queries
             and keys, and values may have another (`value_dim`).
+        attention_gate: whether what each head attends to is multiplied by the sigmoid of as many further columns of the
+            queries' projection, which the Hugging Face tensors have behind each head's query.
+        linear: the layers with linear attention; None: there are none.
     """
 
     num_layers: int
@@ -227,7 +297,9 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    mlp_block: str = "mlp"
     qk_norm: QueryKeyNorm | None = None
+    norms_turned: bool = False
     activation: Activation = "silu"
     fuses_qkv: bool = False
     fuses_gate_up: bool = False
@@ -240,6 +312,8 @@ class ModelShape:
     tied_embeddings: bool
     windows: tuple[int | None, ...]
     ropes: tuple[Rope | None, ...]
+    chunks: tuple[int | None, ...] = ()
+    temperature: Temperature | None = None
     rope_is_interleaved: bool = False
     experts: Experts | None = None
     head: Head
@@ -247,6 +321,8 @@ class ModelShape:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     latents: Latents | None = None
+    attention_gate: bool = False
+    linear: LinearAttention | None = None
 
     def __hash__(self) -> int:
         """Of sizes alone: what there is of every layer takes long, and few shapes differ in that only."""
@@ -259,11 +335,13 @@ class ModelShape:
 
     @property
     def attention_matrices(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the matrices of a layer's attention as it is built, each cut evenly over the tensor ranks."""
+        """Rows and columns of the matrices of a layer's softmax attention as it is built, each cut evenly over the tensor
+        ranks."""
         hidden, query = self.hidden_size, self.num_heads * self.head_dim
         output = (hidden, self.num_heads * self.value_dim)
         if self.latents is None:
-            return (query + 2 * self.num_key_value_heads * self.head_dim, hidden), output
+            gated = 2 * query if self.attention_gate else query
+            return (gated + 2 * self.num_key_value_heads * self.head_dim, hidden), output
         latents, rank = self.latents, self.latents.query_rank
         queries = ((query, hidden),) if rank is None else ((rank, hidden), (query, rank))
         down = (latents.key_value_rank + latents.rope_dim, hidden)
@@ -271,9 +349,28 @@ class ModelShape:
         return *queries, down, up, output
 
     @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Global numbers of the layers with linear attention."""
+        return () if self.linear is None else self.linear.layers
+
+    @property
+    def linear_matrices(self) -> tuple[tuple[int, int], ...]:
+        """As `attention_matrices`, of a layer with linear attention."""
+        return () if self.linear is None else self.linear.matrices(self.hidden_size)
+
+    @property
     def attention_parameters(self) -> int:
-        """Entries of these."""
-        return sum(rows * columns for rows, columns in self.attention_matrices)
+        """Entries of the matrices of all layers' attention."""
+        of_softmax, of_linear = (
+            sum(rows * columns for rows, columns in matrices) for matrices in (self.attention_matrices, self.linear_matrices)
+        )
+        num_linear = len(self.linear_layers)
+        return (self.num_layers - num_linear) * of_softmax + num_linear * of_linear
+
+    @property
+    def num_softmax_layers(self) -> int:
+        """Layers whose tokens attend to each other."""
+        return self.num_layers - len(self.linear_layers)
 
     @property
     def has_windows(self) -> bool:
@@ -281,10 +378,18 @@ class ModelShape:
         return any(window is not None for window in self.windows)
 
     @property
+    def reaches(self) -> tuple[tuple[int | None, int | None], ...]:
+        """Of each layer, its window and its chunk."""
+        return tuple(zip(self.windows, self.chunks or (None,) * self.num_layers, strict=True))
+
+    @property
     def plain_rope(self) -> Rope | None:
-        """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length."""
+        """The rotary embedding of all layers, where they have the same, of whole heads in halves, for every length, and
+        positions do nothing else."""
         rope = self.ropes[0]
         if rope is None or rope.by_length is not None or self.rope_is_interleaved or self.latents is not None:
+            return None
+        if self.norms_turned or self.temperature is not None:
             return None
         is_whole = 2 * len(rope.inverse_frequencies) == self.head_dim
         return rope if is_whole and all(other is rope for other in self.ropes) else None
@@ -297,6 +402,10 @@ class ModelShape:
             return "experts"
         if self.latents is not None:
             return "multi-head latent attention"
+        if self.linear is not None:
+            return "layers with linear attention"
+        if self.attention_gate:
+            return "a gate on attention's outputs"
         if self.norms != neutral or self.is_parallel:
             return "other norms than RMSNorms before attention and MLP"
         if self.output_bias or self.mlp_bias:
@@ -323,6 +432,7 @@ class ModelShape:
             "add_qkv_bias": self.qkv_bias,
             # With it Megatron takes the weights for whole on every tensor rank, and sums their gradients.
             "qk_layernorm": self.qk_norm == "head",
+            "attention_output_gate": self.attention_gate,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         }
@@ -344,8 +454,7 @@ class ModelShape:
 def head_work(shape: ModelShape) -> float:
     """What a row of the head costs in tokens' worth of the layers: vocabulary x hidden over a token's parameters there."""
     hidden, experts = shape.hidden_size, shape.experts
-    attention = shape.attention_parameters
     num_expert_layers = 0 if experts is None else len(experts.layers)
     columns = (shape.num_layers - num_expert_layers) * shape.ffn_size
     columns += 0 if experts is None else num_expert_layers * experts.columns_of_token
-    return hidden * shape.vocab_size / (shape.num_layers * attention + 3 * hidden * columns)
+    return hidden * shape.vocab_size / (shape.attention_parameters + 3 * hidden * columns)

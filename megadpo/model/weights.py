@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from megadpo.console.activity import activity
 from megadpo.model.adapters.attach import switch_of
 from megadpo.model.adapters.shards import is_adapters
 from megadpo.model.build import Stage
 from megadpo.model.families import ParameterShard, TensorSource
+from megadpo.model.families.fill import fill_shard
 from megadpo.parallel.zero3 import is_partitioned, own_part, set_whole
 
 
@@ -54,17 +54,3 @@ def _fill(parameters: dict[str, tuple[torch.nn.Parameter, ParameterShard]], sour
             fill_shard(shard, source, values)
             set_whole(parameter, values)
     source.release()
-
-
-def fill_shard(shard: ParameterShard, source: TensorSource, out: Tensor) -> None:
-    """Copy a shard's pieces from `source` into `out` [shard.shape], cast to its type; what no piece covers is zeroed.
-
-    One piece at a time is in memory besides `out`.
-    """
-    assert tuple(out.shape) == shard.shape, (shard.name, tuple(out.shape), shard.shape)
-    with torch.no_grad():
-        if not shard.pieces or sum(piece.length for piece in shard.pieces) < out.shape[shard.pieces[0].dim]:
-            out.zero_()
-        for piece in shard.pieces:
-            values = source.read(piece.logical_name, piece.dim, piece.logical_start, piece.length)
-            out.narrow(piece.dim, piece.local_start, piece.length).copy_(values)

@@ -11,10 +11,12 @@ inner size; T tokens of this context rank.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megadpo.model.heads.tile import CPU_TILE_BYTES, CUDA_TILE_SHARE, TILE_ROWS
+from megadpo.model.linear_attention.chunks import CHUNK_SIZE
 from megadpo.model.offload import MIN_BYTES
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import Layout, context_method
@@ -25,6 +27,7 @@ from megadpo.planning.plan import (
     expert_replicas,
     linear_parameters,
     num_expert_layers,
+    num_linear_layers,
     parameters,
     trained,
 )
@@ -98,12 +101,15 @@ WORKING, TILE, HEAD, BUFFERS = "layer under way", "tile of logits", "head", "com
 MOVED = "window of what is moved"
 
 
-def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
-    """Of a token of this context rank, in a layer of which nothing is computed again."""
+def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool, is_linear: bool = False) -> Iterator[Kept]:
+    """Of a token of this context rank, in a layer of which nothing is computed again.
+
+    Args:
+        is_linear: it has linear attention.
+    """
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
-    tensor, heads, groups = layout.tensor, shape.num_heads / layout.tensor, shape.num_key_value_heads / layout.tensor
+    tensor = layout.tensor
     h = shape.hidden_size / (tensor if layout.sequence else 1)
-    q, k = heads * shape.head_dim, groups * shape.head_dim
     norms = shape.norms
     num_before, num_after = (
         sum(name is not None for name in names)
@@ -111,25 +117,7 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     )
     yield Kept(STREAM, ((1 if shape.is_parallel else 2) + num_after) * h * w)  # what is added to, and normed after
     yield Kept(STREAM, num_before * h * w, again=True)  # norms' results
-    yield Kept(ATTENTION, (q + 2 * k) * w)  # the packed projection
-    yield Kept(ATTENTION, heads * shape.value_dim * w)  # attention's result
-    if shape.latents is not None:
-        latents = ((shape.latents.query_rank or 0) + shape.latents.key_value_rank) / (tensor if layout.sequence else 1)
-        yield Kept(ATTENTION, latents * w)
-        yield Kept(ATTENTION, latents * w, again=True)  # their norms' results
-    yield Kept(ATTENTION, 4 * (2 + heads + (heads + groups if shape.qk_norm else 0)))  # rows' scales, log-sum-exp
-    method = context_method(layout, shape.num_key_value_heads)
-    if plan.on_cpu:
-        if shape.qk_norm:
-            yield Kept(ATTENTION, q * w, again=True)  # a copy of the queries
-        yield Kept(ATTENTION, (q + k + 4 * shape.head_dim) * w)  # rope's results, cosines and sines
-        if method is not None:  # what came from the other ranks, or goes to them
-            yield Kept(ATTENTION, (q + 2 * k if method == "ulysses" else 2 * k * layout.context - k) * w)
-    else:
-        yield Kept(ATTENTION, q * w, again=True)  # rope's
-        yield Kept(ATTENTION, 2 * mix.keys * q * w, again=True)  # keys and values copied behind prompts, and repeated
-        if method == "allgather":
-            yield Kept(ATTENTION, 2 * k * layout.context * w)
+    yield from _linear_attention_keeps(plan) if is_linear else _attention_keeps(plan, mix)
     if plan.adapter is not None:
         yield Kept("adapters' inner results", adapter_numbers(plan, 0)[2] * w)
     experts = shape.experts
@@ -148,18 +136,68 @@ def layer_keeps(plan: Plan, mix: Mix, is_mixture: bool) -> Iterator[Kept]:
     routed, columns = experts.per_token / share, experts.columns / layout.expert_tensor
     if layout.expert_tensor > 1:
         routed *= layout.expert_tensor
-    yield Kept(EXPERTS, routed * (2 * shape.hidden_size + 3 * columns) * w)  # in, out, gate, up, times the probability
+    if experts.routing.scales_inputs:
+        yield Kept(EXPERTS, routed * 2 * (shape.hidden_size + columns) * w)  # in, out, gate, up
+        yield Kept(EXPERTS, routed * shape.hidden_size * w, again=True)  # in times the probability
+    else:
+        yield Kept(EXPERTS, routed * (2 * shape.hidden_size + 3 * columns) * w)  # in, out, gate, up, times the probability
     yield Kept(EXPERTS, routed * columns * w, again=True)
     yield Kept(EXPERTS, 16 * experts.count / share)  # router: logits, probabilities, choices
 
 
-def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float) -> Sums:
+def _attention_keeps(plan: Plan, mix: Mix) -> Iterator[Kept]:
+    shape, layout, w = plan.shape, plan.layout, plan.number_bytes
+    tensor, heads, groups = layout.tensor, shape.num_heads / layout.tensor, shape.num_key_value_heads / layout.tensor
+    q, k = heads * shape.head_dim, groups * shape.head_dim
+    yield Kept(ATTENTION, (q + 2 * k) * w)  # the packed projection
+    if shape.attention_gate:
+        yield Kept(ATTENTION, 3 * q * w)  # in it the gates, a copy of these, and their sigmoid
+        yield Kept(ATTENTION, q * w, again=True)  # the gated result
+    yield Kept(ATTENTION, heads * shape.value_dim * w)  # attention's result
+    if shape.latents is not None:
+        latents = ((shape.latents.query_rank or 0) + shape.latents.key_value_rank) / (tensor if layout.sequence else 1)
+        yield Kept(ATTENTION, latents * w)
+        yield Kept(ATTENTION, latents * w, again=True)  # their norms' results
+    yield Kept(ATTENTION, 4 * (2 + heads + (heads + groups if shape.qk_norm else 0)))  # rows' scales, log-sum-exp
+    if shape.norms_turned:
+        share = sum(rope is not None for rope in shape.ropes) / shape.num_layers
+        yield Kept(ATTENTION, 4 * share * (heads + groups))
+        yield Kept(ATTENTION, share * (q + k) * w, again=True)  # rope's results, which the norm reads
+    method = context_method(layout, shape.num_key_value_heads)
+    if plan.on_cpu:
+        if shape.qk_norm:
+            yield Kept(ATTENTION, q * w, again=True)  # a copy of the queries
+        yield Kept(ATTENTION, (q + k + 4 * shape.head_dim) * w)  # rope's results, cosines and sines
+        if method is not None:  # what came from the other ranks, or goes to them
+            yield Kept(ATTENTION, (q + 2 * k if method == "ulysses" else 2 * k * layout.context - k) * w)
+    else:
+        yield Kept(ATTENTION, q * w, again=True)  # rope's
+        yield Kept(ATTENTION, 2 * mix.keys * q * w, again=True)  # keys and values copied behind prompts, and repeated
+        if method == "allgather":
+            yield Kept(ATTENTION, 2 * k * layout.context * w)
+
+
+def _linear_attention_keeps(plan: Plan) -> Iterator[Kept]:
+    linear, w = plan.shape.linear, plan.number_bytes
+    assert linear is not None
+    convolved, outputs, heads = (
+        each / plan.layout.tensor for each in (linear.num_convolved, linear.num_outputs, linear.num_value_heads)
+    )
+    yield Kept(ATTENTION, convolved * w)  # what the convolution reads
+    yield Kept(ATTENTION, convolved * w)  # and gives
+    yield Kept(ATTENTION, convolved * w, again=True)  # SiLU's results, which the delta rule reads
+    yield Kept(ATTENTION, 2 * outputs * w)  # what that gives, and the gates
+    yield Kept(ATTENTION, outputs * w, again=True)  # the gated norm's results
+    yield Kept(ATTENTION, (12 + 2 * w) * heads)  # decays, in float32, and rates
+
+
+def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tokens: float, is_linear: bool = False) -> Sums:
     """Bytes that a layer keeps of so many tokens; with offloaded activations, large ones under MOVED."""
     if recompute == "full":
         h = plan.shape.hidden_size / (plan.layout.tensor if plan.layout.sequence else 1)
         found = [Kept(STREAM, h * plan.number_bytes)]
     else:
-        found = [each for each in layer_keeps(plan, mix, is_mixture) if recompute != "small" or not each.again]
+        found = [each for each in layer_keeps(plan, mix, is_mixture, is_linear) if recompute != "small" or not each.again]
     kinds = Sums()
     for each in found:
         is_moved = plan.activation_offload != "none" and each.num_bytes * num_tokens >= MIN_BYTES
@@ -167,7 +205,7 @@ def kept_by_kind(plan: Plan, mix: Mix, is_mixture: bool, recompute: str, num_tok
     return kinds
 
 
-def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> tuple[float, float]:
+def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool, is_linear: bool = False) -> tuple[float, float]:
     """The most that the operations of a layer under way need beside what is kept: bytes of a token, and bytes in all.
 
     Backward, that is SwiGLU's gradient with what it is made of, or attention's; and where the products do not add to where
@@ -177,6 +215,9 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
     tensor = layout.tensor
     h, own_h = shape.hidden_size, shape.hidden_size / (tensor if layout.sequence else 1)
     q, k = shape.num_heads * shape.head_dim / tensor, shape.num_key_value_heads * shape.head_dim / tensor
+    if is_linear:
+        q = k = 0.0
+    rule = delta_rule_works_with(plan, backward) if is_linear else 0.0
     f = shape.ffn_size / tensor
     if is_mixture:
         assert shape.experts is not None
@@ -190,11 +231,24 @@ def layer_works_with(plan: Plan, mix: Mix, is_mixture: bool, backward: bool) -> 
         of_attention = max(rows * columns for rows, columns in shape.attention_matrices)
         in_all = w * max(of_attention / tensor, 2 * h * inner)
     if not backward:
-        return w * (2 * own_h + h + max(3 * f, 3 * q + 4 * k)), in_all
+        return w * (2 * own_h + h) + max(w * max(3 * f, 3 * q + 4 * k), rule), in_all
     if plan.on_cpu:  # the MLP's results are gone when attention goes backward, which there pads queries, keys and values
         of_token = w * max(own_h + h + 3 * f, own_h + 9 * q + 2 * k - 3 * f, 6 * own_h)
+        of_token = max(of_token, w * own_h + rule)
         return of_token, in_all if plan.fusion or plan.adapter is not None else 2.0 * w * shape.hidden_size * f
-    return w * max(own_h + h + 3 * f, own_h + 3 * q + 2 * mix.keys * q), in_all
+    return max(w * max(own_h + h + 3 * f, own_h + 3 * q + 2 * mix.keys * q), w * own_h + rule), in_all
+
+
+def delta_rule_works_with(plan: Plan, backward: bool) -> float:
+    """Bytes of a token that linear attention's rule needs while it is computed, by torch's operations in float32: what goes
+    in by chunks, the system and its solution, states; backward all of it, which autograd keeps, and the gradients."""
+    linear = plan.shape.linear
+    assert linear is not None
+    keys, heads, K, V = linear.num_key_heads, linear.num_value_heads, linear.key_dim, linear.value_dim
+    inputs = 4 * keys * K + 2 * heads * V
+    solved = 2 * heads * (K + V) + 4 * heads * CHUNK_SIZE
+    of_steps = 2 * heads * K + 2 * heads * V + 2 * heads * K * V / CHUNK_SIZE
+    return 4 * (inputs + solved + of_steps) * (2 if backward else 1) / plan.layout.tensor
 
 
 def between_steps(plan: Plan, stage: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -249,7 +303,10 @@ def small_parameters(plan: Plan, stage: int) -> tuple[float, float]:
         return sum(h * each / ranks for each in columns if h * each / ranks <= ZERO_3_WHOLE)
 
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    dense = num_layers * small((rows * columns / h for rows, columns in shape.attention_matrices), layout.tensor)
+    num_linear = num_linear_layers(shape, layout, stage)
+    dense = 0.0
+    for number, matrices in ((num_layers - num_linear, shape.attention_matrices), (num_linear, shape.linear_matrices)):
+        dense += number * small((rows * columns / h for rows, columns in matrices), layout.tensor)
     dense += (num_layers - mixtures) * small((2 * shape.ffn_size, shape.ffn_size), layout.tensor)
     if shape.experts is None:
         return dense, 0.0
@@ -278,19 +335,18 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     # Forwards of chunks that wait for their backward, in tokens.
     waiting = micro_batches.most_tokens(together) / layout.context * under_way / (together * layout.virtual * halves)
     kept = Sums()
-    for is_mixture, num_layers, recomputed in _layers(plan, stage):
-        for kind, size in kept_by_kind(plan, mix, is_mixture, recomputed, one).items():
+    for is_mixture, is_linear, num_layers, recomputed in _layers(plan, stage):
+        for kind, size in kept_by_kind(plan, mix, is_mixture, recomputed, one, is_linear).items():
             kept[kind] += size / one * waiting * num_layers
     if kept[MOVED]:
         host["activations"] = kept[MOVED]
         kept[MOVED] = min(kept[MOVED], 2.0 * plan.window_bytes)
-    is_mixture = any(mixture for mixture, _, _ in _layers(plan, stage))
+    kinds = {(is_mixture, is_linear) for is_mixture, is_linear, _, _ in _layers(plan, stage)}
     scored = mix.scored * one
     own_h = shape.hidden_size / (layout.tensor if layout.sequence else 1)
     if plan.on_cpu:
         kept["masks of attention"] = micro_batches.mask_bytes * w / 4 * together
-    of_token, in_all = layer_works_with(plan, mix, is_mixture, backward=True)
-    working = of_token * one + in_all + _made_again(plan, mix, stage, one)
+    working = _works_with(plan, mix, kinds, True, one) + _made_again(plan, mix, stage, one)
     tile = tile_bytes(plan, scored) if is_last and has_head else 0.0
     # Before the last layer's backward: the last norm's input and result, the rows that are scored and their gradients.
     streams = 2 if plan.recompute in ("small", "full") else 3
@@ -301,12 +357,19 @@ def rank_memory(plan: Plan, mix: Mix, micro_batches: MicroBatches, stage: int) -
     if plan.engine == "deepspeed" and plan.zero_stage > 0:
         away = host if plan.offload != "none" else passes
         away["gradients"] = 4 * trained(plan, stage)[0] / (plan.replicas if plan.zero_stage > 1 else 1)
-    forward, made_dense = layer_works_with(plan, mix, is_mixture, backward=False)
     reference = 0.0
     if plan.runs_reference:
-        reference = max(forward * one + made_dense, tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0)
+        reference = max(
+            _works_with(plan, mix, kinds, False, one), tile + (scored + 2 * one) * shape.hidden_size * w if tile else 0.0
+        )
         reference += kept["masks of attention"] / together
     return RankMemory(stage, between, passes, reference, _update(plan, stage), host)
+
+
+def _works_with(plan: Plan, mix: Mix, kinds: Iterable[tuple[bool, bool]], backward: bool, num_tokens: float) -> float:
+    """Bytes of a micro-batch: of kinds of layers (has experts, has linear attention), that which needs most."""
+    found = (layer_works_with(plan, mix, is_mixture, backward, is_linear) for is_mixture, is_linear in kinds)
+    return max(of_token * num_tokens + in_all for of_token, in_all in found)
 
 
 def _made_again(plan: Plan, mix: Mix, stage: int, num_tokens: float) -> float:
@@ -314,8 +377,8 @@ def _made_again(plan: Plan, mix: Mix, stage: int, num_tokens: float) -> float:
     the method block these are the last ones."""
     if plan.recompute != "full":
         return 0.0
-    mixtures = _mixtures(plan.shape, plan.layout, stage)
-    whole = sum(kept_by_kind(plan, mix, mixtures[-1][0], "none", num_tokens).values())
+    is_mixture, is_linear, _ = _kinds(plan.shape, plan.layout, stage)[-1]
+    whole = sum(kept_by_kind(plan, mix, is_mixture, "none", num_tokens, is_linear).values())
     if plan.block_layers is None:
         return plan.unit_layers * whole
     chunk = max(chunk_layers(plan.layout, plan.shape.num_layers)[stage])
@@ -325,31 +388,38 @@ def _made_again(plan: Plan, mix: Mix, stage: int, num_tokens: float) -> float:
 def moved_bytes(plan: Plan, mix: Mix, stage: int, num_tokens: float) -> float:
     """Bytes of a micro-batch's activations that are moved away and back."""
     return sum(
-        kept_by_kind(plan, mix, is_mixture, recomputed, num_tokens)[MOVED] * num_layers
-        for is_mixture, num_layers, recomputed in _layers(plan, stage)
+        kept_by_kind(plan, mix, is_mixture, recomputed, num_tokens, is_linear)[MOVED] * num_layers
+        for is_mixture, is_linear, num_layers, recomputed in _layers(plan, stage)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _mixtures(shape: ModelShape, layout: Layout, stage: int) -> tuple[tuple[bool, int], ...]:
-    """(whether they have experts, how many) of a stage's layers."""
-    count = num_expert_layers(shape, layout, stage)
-    rest = sum(chunk_layers(layout, shape.num_layers)[stage]) - count
-    return tuple((is_mixture, number) for is_mixture, number in ((False, rest), (True, count)) if number)
+def _kinds(shape: ModelShape, layout: Layout, stage: int) -> tuple[tuple[bool, bool, int], ...]:
+    """(whether they have experts, whether linear attention, how many) of a stage's layers."""
+    if shape.linear is None:
+        count = num_expert_layers(shape, layout, stage)
+        rest = sum(chunk_layers(layout, shape.num_layers)[stage]) - count
+        return tuple((is_mixture, False, number) for is_mixture, number in ((False, rest), (True, count)) if number)
+    chunks = layout.layers_of_chunks(shape.num_layers)[stage :: layout.pipeline]
+    mixtures = frozenset(() if shape.experts is None else shape.experts.layers)
+    linear = frozenset(shape.linear_layers)
+    counts = Counter((layer in mixtures, layer in linear) for chunk in chunks for layer in chunk)
+    return tuple((*kind, number) for kind, number in sorted(counts.items()))
 
 
-def _layers(plan: Plan, stage: int) -> list[tuple[bool, float, str]]:
-    """(whether they have experts, how many, how they are recomputed) of a stage's layers."""
-    found: list[tuple[bool, float, str]] = []
+def _layers(plan: Plan, stage: int) -> list[tuple[bool, bool, float, str]]:
+    """(whether they have experts, whether linear attention, how many, how they are recomputed) of a stage's layers."""
+    found: list[tuple[bool, bool, float, str]] = []
     chunk = max(chunk_layers(plan.layout, plan.shape.num_layers)[stage])
-    for is_mixture, number in _mixtures(plan.shape, plan.layout, stage):
+    for is_mixture, is_linear, number in _kinds(plan.shape, plan.layout, stage):
         if plan.recompute != "full":
-            found.append((is_mixture, number, plan.recompute))
+            found.append((is_mixture, is_linear, number, plan.recompute))
         elif plan.block_layers is None:
-            found.append((is_mixture, number / plan.unit_layers, "full"))
+            found.append((is_mixture, is_linear, number / plan.unit_layers, "full"))
         else:
             again = min(1.0, plan.block_layers / chunk)
-            found += [(is_mixture, number * again, "full"), (is_mixture, number * (1 - again), "none")]
+            found.append((is_mixture, is_linear, number * again, "full"))
+            found.append((is_mixture, is_linear, number * (1 - again), "none"))
     return found
 
 

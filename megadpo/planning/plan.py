@@ -135,22 +135,42 @@ def num_expert_layers(shape: ModelShape, layout: Layout, stage: int) -> int:
     return sum(layer in shape.experts.layers for chunk in chunks for layer in chunk)
 
 
+@functools.cache
+def num_linear_layers(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Layers of a stage that have linear attention."""
+    if shape.linear is None:
+        return 0
+    there, chunks = frozenset(shape.linear_layers), layout.layers_of_chunks(shape.num_layers)[stage :: layout.pipeline]
+    return sum(layer in there for chunk in chunks for layer in chunk)
+
+
+def _attention_entries(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Of the matrices of a stage's attention, over all tensor ranks."""
+    num_layers, num_linear = sum(chunk_layers(layout, shape.num_layers)[stage]), num_linear_layers(shape, layout, stage)
+    softmax, linear = (sum(rows * columns for rows, columns in m) for m in (shape.attention_matrices, shape.linear_matrices))
+    return (num_layers - num_linear) * softmax + num_linear * linear
+
+
 @functools.lru_cache(maxsize=4096)
 def parameters_of(shape: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
     """Of a rank of a stage: those replicated over data and context ranks, and its experts'."""
     h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    attention = shape.attention_parameters / layout.tensor + len(shape.norms.names) * h
+    num_linear = num_linear_layers(shape, layout, stage)
+    attention = 0.0  # of a layer's softmax attention, beside its matrices
     if shape.latents is not None:
         attention += (shape.latents.query_rank or 0) + shape.latents.key_value_rank  # their norms
-    attention += (q + 2 * k) / layout.tensor if shape.qkv_bias else 0
+    attention += ((2 * q if shape.attention_gate else q) + 2 * k) / layout.tensor if shape.qkv_bias else 0
     attention += h if shape.output_bias else 0
     attention += shape.num_heads / layout.tensor if shape.attention_sinks else 0
     if shape.qk_norm is not None:
         attention += 2 * shape.head_dim if shape.qk_norm == "head" else (q + k) / layout.tensor
     mlp = 3 * h * shape.ffn_size / layout.tensor
     mlp += 2 * shape.ffn_size / layout.tensor + h if shape.mlp_bias else 0
-    dense = num_layers * attention + (num_layers - mixtures) * mlp
+    dense = _attention_entries(shape, layout, stage) / layout.tensor + (num_layers - num_linear) * attention
+    dense += num_layers * len(shape.norms.names) * h + (num_layers - mixtures) * mlp
+    if shape.linear is not None:
+        dense += num_linear * (shape.linear.num_small / layout.tensor + shape.linear.value_dim)
     own_experts = 0.0
     if shape.experts is not None:
         count, columns, has_biases = shape.experts.count, shape.experts.columns, shape.experts.has_biases
@@ -178,13 +198,13 @@ def linear_parameters(plan: Plan, stage: int) -> float:
     """Of `parameters`, the entries of linear layers: what is neither norm nor bias, router, embedding nor head."""
     shape, layout = plan.shape, plan.layout
     num_layers, mixtures = sum(chunk_layers(layout, shape.num_layers)[stage]), num_expert_layers(shape, layout, stage)
-    dense = num_layers * shape.attention_parameters + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
+    dense = _attention_entries(shape, layout, stage) + (num_layers - mixtures) * 3 * shape.hidden_size * shape.ffn_size
     if shape.experts is not None:
         dense += mixtures * 3 * shape.hidden_size * shape.experts.shared_columns
     return dense / layout.tensor + parameters(plan, stage)[1]
 
 
-ROW_MODULES = ("o_proj", "down_proj", "w2")
+ROW_MODULES = ("o_proj", "out_proj", "down_proj", "w2")
 """Linear layers whose inputs are cut over tensor ranks, by the last part of their names; the others' outputs are."""
 
 

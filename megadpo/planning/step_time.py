@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megadpo.model.flop import attention_width, body_parameters, forward_flop, head_parameters, training_flop
+from megadpo.model.flop import (
+    attention_width,
+    body_parameters,
+    forward_flop,
+    head_parameters,
+    linear_attention_flop,
+    training_flop,
+)
 from megadpo.model.shape import ModelShape
 from megadpo.parallel.layout import context_method
 from megadpo.pipeline.fill import Progress, with_reference, with_reference_before
@@ -58,18 +65,25 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
     tensor rank has its share of all of them. A frozen weight's gradient is no product.
     """
     shape, layout, w = plan.shape, plan.layout, plan.number_bytes
-    h, q, k = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    of_softmax = shape.num_softmax_layers / shape.num_layers  # q and k are those of a mean layer, of which some have none
+    h, q = shape.hidden_size, of_softmax * shape.num_heads * shape.head_dim
+    k = of_softmax * shape.num_key_value_heads * shape.head_dim
     experts, tensor = shape.experts, layout.tensor
     inner = shape.ffn_size if experts is None else experts.columns_of_token
     own = tokens / layout.context
     product, copied = own / tensor / rates.product_rate(own), w * own / tensor / rates.memory
     products: float = dense_products(shape) * product
     busiest = 0.0
-    head_norms = q + k if shape.qk_norm else 0
+    head_norms = q + k if shape.qk_norm or shape.norms_turned else 0
     moved: float = 4 * h + 2 * head_norms + 2 * (q + k) + 3 * inner + 6 * h  # norms, rope, SwiGLU, residual adds
     moved += 2 * k + 2 * mix.keys * q + 2 * (q + k)  # keys gathered and repeated for their readers; strided copies
     moved_back = 6 * h + 3 * head_norms + 2 * (q + k) + 5 * inner + 6 * h + 2 * mix.keys * q + 2 * k + 2 * q + 6 * k
     num_launches = 26.0
+    if shape.attention_gate:
+        moved, moved_back = moved + 3 * q, moved_back + 5 * q
+    if shape.linear is not None:  # convolution and SiLU, copies of what goes into the rule, the gated norm
+        columns = (1 - of_softmax) * (6 * shape.linear.num_convolved + 4 * shape.linear.num_outputs)
+        moved, moved_back = moved + columns, moved_back + 2 * columns
     if experts is not None:
         routed = 6 * experts.per_token * h  # sorted by expert here and there, and back
         moved, moved_back = moved + routed, moved_back + routed
@@ -83,7 +97,7 @@ def layer_seconds(plan: Plan, mix: Mix, rates: Rates, tokens: float) -> tuple[Su
     if experts is not None:  # a token meets those of its experts
         low_rank += of_experts * layout.expert * experts.per_token / experts.count / tensor
     adapters = low_rank * own / rates.product_rate(own)
-    attention = 4 * q / tensor * own * mix.attended / rates.attention
+    attention = (4 * q * mix.attended + linear_attention_flop(shape) / shape.num_layers) / tensor * own / rates.attention
     forward = Sums({PRODUCTS: 2 * (products + adapters), "attention": attention, KERNELS: moved * copied})
     back = 4 if plan.adapter is None else 2
     backward = Sums({PRODUCTS: back * products + 4 * adapters, "attention": 2 * attention, KERNELS: moved_back * copied})
@@ -103,15 +117,15 @@ def _rest(way: Sums, rates: Rates, num_launches: float) -> float:
     return max(rates.rest * named, num_launches * rates.launch - named)
 
 
-def dense_products(shape: ModelShape) -> int:
-    """Weights of a layer that a token is multiplied with, but those of the experts that it is sent to."""
+def dense_products(shape: ModelShape) -> float:
+    """Weights of a mean layer that a token is multiplied with, but those of the experts that it is sent to."""
     experts = shape.experts
-    return shape.attention_parameters + shape.hidden_size * (
+    return shape.attention_parameters / shape.num_layers + shape.hidden_size * (
         3 * shape.ffn_size if experts is None else 3 * experts.shared_columns + experts.count
     )
 
 
-def _context_seconds(plan: Plan, rates: Rates, own: float, q: int, k: int) -> float:
+def _context_seconds(plan: Plan, rates: Rates, own: float, q: float, k: float) -> float:
     """Attention's messages over context ranks, each way: queries, keys, values and outputs, or keys and values to all."""
     layout, w = plan.layout, plan.number_bytes
     method = context_method(layout, plan.shape.num_key_value_heads)
@@ -130,7 +144,9 @@ def _add_tensor_messages(forward: Sums, backward: Sums, plan: Plan, rates: Rates
     one = rates.ring(plan.number_bytes * own * shape.hidden_size, 1, layout.tensor)
     inner = shape.ffn_size if shape.experts is None else shape.experts.shared_columns
     num_blocks = 2 if inner else 1
-    weights = shape.attention_parameters - shape.hidden_size * shape.num_heads * shape.value_dim
+    row = shape.num_softmax_layers * shape.num_heads * shape.value_dim
+    row += 0 if shape.linear is None else len(shape.linear_layers) * shape.linear.num_outputs
+    weights = (shape.attention_parameters - shape.hidden_size * row) / shape.num_layers
     weights += 2 * shape.hidden_size * inner
     beside = rates.hidden * 4 * weights * product
     forward["tensor messages"] = 2 * num_blocks * one
@@ -304,7 +320,7 @@ def _add_optimizer(seconds_by: Sums, plan: Plan, rates: Rates, forward: float, b
 def _useful_flop(plan: Plan, mix: Mix) -> float:
     """As megadpo/model/flop.py counts them, but of mean lengths, and every layer attending without a window."""
     shape, tokens = plan.shape, mix.pair * plan.num_pairs
-    scored, width = mix.scored * tokens, shape.num_layers * attention_width(shape)
-    attention = forward_flop(0, 0, mix.attended * tokens, 0, 0, width)
+    scored, width = mix.scored * tokens, shape.num_softmax_layers * attention_width(shape)
+    attention = forward_flop(0, 0, mix.attended * tokens, 0, 0, width) + tokens * linear_attention_flop(shape)
     forward = forward_flop(tokens, scored, 0, body_parameters(shape), head_parameters(shape), 0) + attention
     return training_flop(shape, tokens, scored, attention, adapter_work(plan)) + (plan.num_forwards - 1) * forward

@@ -7,10 +7,11 @@ a name such as `HF_TOKEN` or `WANDB_API_KEY` has them as its value. A password t
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -96,7 +97,11 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     Args:
         environ: variables whose values are secrets where their names say so; None: this process's.
     """
-    for value in _values_of(os.environ if environ is None else environ):
+    return _without(_values_of(os.environ if environ is None else environ), text)
+
+
+def _without(values: Sequence[str], text: str) -> str:
+    for value in values:
         text = text.replace(value, HIDDEN)
     for pattern, hidden in _PLACES:
         text = pattern.sub(hidden, text)
@@ -106,13 +111,17 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 def redacted(value: Any, name: str = "") -> Any:
     """A value of nested dicts, lists and scalars with `redact` applied to every text in it, and no text under a secret's
     name."""
+    return _redacted(value, name, _values_of(os.environ))
+
+
+def _redacted(value: Any, name: str, values: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        return {key: _redacted(item, str(key), values) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(item, name) for item in value]
+        return [_redacted(item, name, values) for item in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if value and is_secret_name(name) else redact(value)
+    return HIDDEN if value and is_secret_name(name) else _without(values, value)
 
 
 def redacted_paths(value: Any) -> Any:
@@ -160,6 +169,7 @@ def redact_exception(error: BaseException) -> None:
                     setattr(one, name, redact(value))
 
 
+@functools.lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Whether a variable or field of this name holds a secret: one of its last two words says so, unless the last one says
     that it only tells where the secret is, or which (S3_SECRET_NAME; but AWS_ACCESS_KEY_ID is half of one)."""

@@ -49,7 +49,7 @@ def log_setup(setup: RunSetup) -> None:
         if getattr(setup.policy.config, name, 0.0):
             log(f"the model's {name} {getattr(setup.policy.config, name)} is not used: training runs with dropout 0")
     if setup.policy.shape.experts is not None:
-        log(balancing_text(setup.policy.shape.experts, setup.config.train))
+        log(balancing_text(setup.policy.shape.experts, setup.config.train, setup.config.reference.router_replay))
     for warning in dict.fromkeys(model.warning for model in (setup.policy, setup.reference)):
         if warning is not None:
             log(f"warning: {warning}")
@@ -80,9 +80,15 @@ def log_setup(setup: RunSetup) -> None:
         log(f"{setup.output_dir} holds this run without a checkpoint to resume from: starting over, hf/ will be replaced")
 
 
-def balancing_text(experts: Experts, train: TrainConfig) -> str:
-    """What balances the load of a mixture's experts, if anything."""
+def balancing_text(experts: Experts, train: TrainConfig, is_replayed: bool = False) -> str:
+    """Where a mixture's tokens go: what balances the load of its experts, if anything.
+
+    Args:
+        is_replayed: by the reference's routes.
+    """
     ways = []
+    if is_replayed:
+        return f"{experts.count} experts: each token goes to those that the reference chose (reference.router_replay)"
     if train.router_aux_coef:
         ways.append(f"balanced by a loss of weight {train.router_aux_coef:g}")
     if train.router_bias_update_rate:

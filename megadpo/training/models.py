@@ -25,6 +25,7 @@ from megadpo.model.attention.backends import choose_backend
 from megadpo.model.attention.base import AttentionNeeds
 from megadpo.model.families import TensorSource, check_tensors, shape_of, untied
 from megadpo.model.layers import choose_layers
+from megadpo.model.linear_attention.kernels import choose_delta_rule
 from megadpo.model.shape import ModelShape
 from megadpo.model.small_ops.choice import choose_small_ops
 from megadpo.objectives.specs import has_reward_head
@@ -37,7 +38,9 @@ from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_recompute_layers
 from megadpo.validation.model import (
     check_experts,
+    check_linear_attention,
     check_reference_adapter,
+    check_same_routes,
     check_same_tokenizer,
     check_same_vocabulary,
 )
@@ -111,10 +114,12 @@ def open_models(config: Config, layout: Layout) -> tuple[ModelFiles, ModelFiles]
         reference = open_model(config.reference.path, "reference.path", config)
         check_same_vocabulary(reference.path, reference.shape, policy.shape)
         check_same_tokenizer(str(reference.huggingface), str(policy.huggingface))
+        check_same_routes(config, reference.shape, policy.shape)
         check_layout(layout, reference.shape)
         check_modules(config, reference.shape)
     check_layout(layout, policy.shape, config.train.pairs_per_step)
     check_modules(config, policy.shape)
+    check_linear_attention(config, policy.shape, reference.shape)
     check_recompute_layers(config.train, layout, policy.shape.num_layers)
     check_experts(config, policy.shape)
     return policy, reference
@@ -226,6 +231,13 @@ def check_modules(config: Config, shape: ModelShape) -> None:
     dtype = resolve_dtype(config.model.dtype)
     choose_backend(config.model.attention, AttentionNeeds.of(shape, compute_device(), dtype))
     choose_small_ops(config.model.small_ops, compute_device())
+    if shape.linear is not None:
+        choose_delta_rule(config.model.linear_attention, compute_device(), dtype)
+        if config.model.quantization != "none":
+            raise UserError(
+                f"model.quantization is {config.model.quantization}, but the model has layers with linear attention, which "
+                "are not held in 4 bits; set it to none"
+            )
     if shape.experts is not None and shape.experts.has_biases:
         _check_biased_experts(config)
     choose_layers(config.model, compute_device(), dtype, shape.only_local)

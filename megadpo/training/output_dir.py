@@ -27,7 +27,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
         *("kind", "rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "layers_to_transform"),
         *("modules_to_save", "init", "path"),
     ),
-    "reference": ("mode", "path", "adapter", "sync_every", "mixup_alpha"),
+    "reference": ("mode", "path", "adapter", "sync_every", "mixup_alpha", "router_replay"),
     "data": ("train", "shuffle", "max_length", "truncation", "chat_template", "columns", "step_tokens_multiple_of"),
     "objective": (),
     "train": (

@@ -28,9 +28,12 @@ from megadpo.data.store import GroupStore
 from megadpo.model.adapters.attach import adapters_off, reference_adapters
 from megadpo.model.build import Stage, add_reference_adapters, build_stage
 from megadpo.model.families import TensorSource
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.neftune import without_noise
+from megadpo.model.router_load import watch_of
+from megadpo.model.routes import Routes
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard, keep_originals, load_weights
+from megadpo.model.weights import keep_originals, load_weights
 from megadpo.parallel.context import on_device
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import own_part
@@ -59,10 +62,12 @@ class Reference:
     Attributes:
         stage: the reference's model on this rank while it is resident; else None.
         interleaved: what the engine's schedule runs among the policy's operations; else None.
+        routes: where it notes which experts it sends tokens to, for the policy's passes; else None.
     """
 
     stage: Stage | None = None
     interleaved: InterleavedReference | None = None
+    routes: Routes | None = None
 
     def logps(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
         """Log-probs of micro-batches, at once. Collective."""
@@ -108,13 +113,19 @@ class ResidentReference(Reference):
         ld_alpha: float | None = None,
         schedule: PipelineScheduleConfig | None = None,
         within: Within = contextlib.nullcontext,
+        routes: Routes | None = None,
     ) -> None:
         self.stage: Stage = stage
+        self.routes = routes
         self._ld_alpha, self._schedule, self._within = ld_alpha, pipeline_schedule(schedule), within
 
     def logps(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        watch = None
+        if self.routes is not None:
+            records = self.routes.begin(micro_batches)
+            watch = watch_of(self.stage.models[0].config, compute_device(), records=records)
         with self._within():
-            sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha)
+            sums = self._schedule.forward_only(self.stage.models, micro_batches, self._ld_alpha, watch)
         return [sums_RS[:, 0] for sums_RS in sums]
 
 
@@ -219,7 +230,11 @@ def build_references(setup: RunSetup, policy: Callable[[], Stage]) -> References
     """
     mode, ld_alpha, schedule = setup.config.reference.mode, setup.config.objective.ld_alpha, setup.config.schedule
     options = setup.config.model
+    kind: Callable[..., ResidentReference]
     kind = ResidentInterleavedReference if schedule.reference == "interleaved" else ResidentReference
+    if setup.config.reference.router_replay:
+        assert setup.reference.shape.experts is not None, "refused when the model is opened"
+        kind = functools.partial(ResidentReference, routes=Routes(setup.reference.shape.experts.count))
 
     @functools.cache  # training and held-out groups may both need it
     def frozen() -> Stage:

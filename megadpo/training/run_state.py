@@ -32,8 +32,9 @@ from megadpo.engine.parameter_groups import kept_of
 from megadpo.errors import UserError
 from megadpo.model.build import stage_shards
 from megadpo.model.families import ParameterShard
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.moe.layer import is_expert, moved
-from megadpo.model.weights import fill_shard, load_weights
+from megadpo.model.weights import load_weights
 from megadpo.objectives.coupled import RunningMean
 from megadpo.parallel.agreement import first_problem, from_all_ranks, problem_of
 from megadpo.parallel.zero3 import whole

@@ -139,6 +139,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
     # A precomputed reference comes and goes before the policy takes its memory.
     references = build_references(setup, policy)
     engine = build_engine(setup, policy(), references.train.interleaved)
+    engine.routes = references.train.routes
     policy.cache_clear()
     statistics = [name for name in TOKEN_STATISTICS if name != "log_square" or setup.config.objective.wpo]
     engine.stage.configure_head(statistics)
@@ -148,6 +149,7 @@ def build(setup: RunSetup, callbacks: Callbacks) -> Run:
         "attention": stage.attention,
         "small operations": stage.small_ops,
         "activations": stage.activations,
+        **({} if stage.linear_attention is None else {"linear attention": stage.linear_attention}),
         **({} if stage.expert_products is None else {"experts' products": stage.expert_products}),
     }
     if setup.config.model.quantization != "none":

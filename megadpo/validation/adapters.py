@@ -117,3 +117,8 @@ def _check_reference(config: Config) -> None:
             f"reference.adapter is {reference.adapter}, which only reference.mode adapter reads, not {reference.mode}; "
             "remove it"
         )
+    if reference.router_replay and reference.mode == "none":
+        raise UserError(
+            "reference.router_replay is true, but there is no reference (reference.mode none) whose routes could be taken; "
+            "remove it"
+        )

@@ -99,6 +99,12 @@ FEATURES: tuple[Feature, ...] = (
         lambda c: c.reference.sync_every is not None,
         ("reference.sync_every=8",),
     ),
+    Feature(
+        "router replay",
+        "reference.router_replay",
+        lambda c: c.reference.router_replay,
+        ("reference.router_replay=true",),
+    ),
     Feature("adapters", "adapter.kind", lambda c: c.adapter.kind != "none", ("adapter.kind=lora",)),
     Feature(
         "4-bit weights",
@@ -139,12 +145,6 @@ NOT_PAIRS = (
 )
 
 EXCLUDED: tuple[Rule, ...] = (
-    Rule(
-        "DeepSpeed",
-        "virtual pipeline",
-        "its engine sums gradients in the last backward of one module, and chunks of a stage have last backwards of their "
-        "own; use engine megatron, or leave virtual_pipeline at 1",
-    ),
     Rule("TransformerEngine", "DeepSpeed", "its layers are built for engine megatron only; use that, or local layers"),
     Rule("TransformerEngine", "experts", "experts are built with local layers only; use those"),
     Rule(
@@ -172,6 +172,18 @@ EXCLUDED: tuple[Rule, ...] = (
         "streaming",
         "precomputed reference",
         "log-probs are computed once for rows that are all known; set reference.mode to auto, or streaming to false",
+    ),
+    Rule(
+        "router replay",
+        "precomputed reference",
+        "the policy goes by what the reference's routers chose for each micro-batch, and this reference has none; set "
+        "reference.mode to resident, or adapter with adapters, or router_replay to false",
+    ),
+    Rule(
+        "router replay",
+        "interleaved reference",
+        "a reference that runs among the policy's operations has not chosen yet when the policy needs it; set "
+        "schedule.reference to before",
     ),
     Rule("TransformerEngine", "4-bit weights", "local layers only have weights in 4 bits; use those"),
     Rule("moving reference", "4-bit weights", "weights in 4 bits are frozen, those of the reference too; remove sync_every"),

@@ -25,6 +25,8 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
         )
         if latents.query_rank is not None:
             divided["columns of queries' latent (q_lora_rank)"] = latents.query_rank
+    if shape.linear is not None:
+        divided["key heads of linear attention (linear_num_key_heads)"] = shape.linear.num_key_heads
     if experts is None or len(experts.layers) < shape.num_layers:
         divided["MLP columns"] = shape.ffn_size
     if experts is not None and experts.shared is not None:
@@ -35,6 +37,11 @@ def check_layout(layout: Layout, shape: ModelShape, pairs_per_step: int | None =
                 f"parallel.tensor {layout.tensor} does not divide the model's {number} {what}; "
                 f"use one of {_divisors(*divided.values())}"
             )
+    if shape.linear is not None and layout.context > 1:
+        raise UserError(
+            f"parallel.context is {layout.context}, but the model has layers with linear attention, whose state is not "
+            "handed from one rank's part of a sequence to the next; leave it at 1"
+        )
     _check_experts(layout, experts)
     _check_layers(layout, shape.num_layers)
     if layout.context_method == "ulysses":

@@ -28,6 +28,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
     """
     coefficient, path = config.train.router_aux_coef, config.model.path
     _check_bias_updates(config, shape)
+    _check_router_replay(config, shape)
     if shape.experts is None:
         if coefficient:
             raise UserError(f"train.router_aux_coef is {coefficient!r}, but {path} has no experts; remove it")
@@ -49,6 +50,29 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_linear_attention(config: Config, policy: ModelShape, reference: ModelShape | None = None) -> None:
+    """Options that do not go with linear attention, or that are about it while no model has any.
+
+    Args:
+        reference: None: it is the policy's.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    model = config.model
+    if policy.linear is None and (reference is None or reference.linear is None):
+        if model.linear_attention != "auto":
+            raise UserError(
+                f"model.linear_attention is {model.linear_attention}, but {model.path} has no layers with linear attention; "
+                "remove it"
+            )
+    elif config.schedule.split_pairs:
+        raise UserError(
+            "schedule.split_pairs is true, but the model has layers with linear attention, whose state is not handed from a "
+            "prompt in one half of a micro-batch to a response in the other; set it to false"
+        )
+
+
 def _check_bias_updates(config: Config, shape: ModelShape) -> None:
     rate = config.train.router_bias_update_rate
     if not rate:
@@ -60,6 +84,52 @@ def _check_bias_updates(config: Config, shape: ModelShape) -> None:
         reason = f"with adapter.kind {config.adapter.kind} the model, its routers' biases too, stays as it is; set it to 0"
     if reason is not None:
         raise UserError(f"train.router_bias_update_rate is {rate!r}, but {reason}")
+
+
+def _check_router_replay(config: Config, shape: ModelShape) -> None:
+    if not config.reference.router_replay:
+        return
+    reason = None
+    if shape.experts is None:
+        reason = f"{config.model.path} has no experts; remove it"
+    elif config.train.router_aux_coef or config.train.router_bias_update_rate:
+        name = "router_aux_coef" if config.train.router_aux_coef else "router_bias_update_rate"
+        reason = (
+            f"the load is then the reference's, which nothing that train.{name} does to the policy could balance; set one "
+            "of the two to its default"
+        )
+    if reason is not None:
+        raise UserError(f"reference.router_replay is true, but {reason}")
+
+
+def check_same_routes(config: Config, reference: ModelShape, policy: ModelShape) -> None:
+    """Refuse router replay from a reference whose experts are not those of the policy one by one.
+
+    Args:
+        reference: of `reference.path`.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    if not config.reference.router_replay:
+        return
+
+    def facts(shape: ModelShape) -> dict[str, object]:
+        experts = shape.experts
+        if experts is None:
+            return {"experts": 0}
+        return {
+            "experts": experts.count,
+            "experts per token": experts.per_token,
+            "layers with experts": experts.layers,
+        }
+
+    for (what, ours), (_, theirs) in zip(facts(policy).items(), facts(reference).items(), strict=False):
+        if ours != theirs:
+            raise UserError(
+                f"reference.router_replay is true, but {config.reference.path} has {theirs} {what} and {config.model.path} "
+                f"{ours}; their routes can't be the same: set it to false"
+            )
 
 
 def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: AdapterSpec) -> None:

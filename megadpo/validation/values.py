@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.kernels": ("auto", "torch", "native"),
     "model.attention": ("auto", *BACKENDS),
     "model.small_ops": ("auto", "torch", "triton"),
+    "model.linear_attention": ("auto", "torch", "fla"),
     "model.expert_products": ("auto", "loop", "grouped", "grouped_mm"),
     "model.layers": ("local", "transformer_engine"),
     "model.quantization": ("none", "nf4"),

@@ -46,8 +46,10 @@ def config_of(family: str, **changes: Any) -> Any:
         changes = {"num_local_experts": 4} | changes
     if family == "qwen3_moe":
         changes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]} | changes
-    if family in ("qwen2_moe", "glm4_moe"):
+    if family in ("qwen2_moe", "glm4_moe", "llama4_text"):
         changes = OWN_SIZES[family] | changes
+    if family == "qwen3_next":
+        changes = OWN_SIZES[family] | {"linear_num_key_heads": 4} | changes
     if family == "gpt_oss":
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
     if family in ("ministral", "glm", "glm4", "gemma2", "gemma3_text", "gpt_oss"):

@@ -43,6 +43,8 @@ PREFIXES = {
     "deepseek_v3": "DeepseekV3",
     "qwen2_moe": "Qwen2Moe",
     "glm4_moe": "Glm4Moe",
+    "llama4_text": "Llama4Text",
+    "qwen3_next": "Qwen3Next",
 }
 """What transformers' classes of each family begin with."""
 
@@ -89,6 +91,29 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 40,
     },
     "glm4_moe": {"head_dim": 24, **AFTER_DENSE_LAYERS},
+    "llama4_text": {
+        "head_dim": 24,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 80,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_layers": [0, 1, 3],
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 24,
+        "floor_scale": 16,
+    },
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
     "cohere2": {"logit_scale": 0.25, "sliding_window": 24, "sliding_window_pattern": 2},
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32},

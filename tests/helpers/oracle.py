@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from megadpo.data.groups import Group
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The model in eager attention."""
+    """The model in eager attention, linear attention by its definition."""
+    # transformers' chunks take differences of large sums in float32: A_log's gradients are 1e-4 from its recurrent rule's.
+    qwen3_next.torch_chunk_gated_delta_rule = qwen3_next.torch_recurrent_gated_delta_rule
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
 
 
@@ -62,8 +65,8 @@ def dpo_step(
 
 def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     """Tensors by parameter name under the names that model files have: experts apart, gate and up apart."""
-    if config.model_type == "gpt_oss":  # type: ignore[attr-defined]
-        return _single_experts(tensors)
+    if config.model_type in ("gpt_oss", "llama4_text"):  # type: ignore[attr-defined]
+        return _single_experts(tensors, in_turns=config.model_type == "gpt_oss")  # type: ignore[attr-defined]
     mixtral = config.model_type == "mixtral"  # type: ignore[attr-defined]
     block, (gate, up, down) = (
         (".block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (".mlp.", ("gate_proj", "up_proj", "down_proj"))
@@ -81,8 +84,8 @@ def in_files(tensors: dict[str, Tensor], config: object) -> dict[str, Tensor]:
     return named
 
 
-def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-OSS's experts, which its files have as one tensor, under the names of Mixtral's and others'."""
+def _single_experts(tensors: dict[str, Tensor], in_turns: bool) -> dict[str, Tensor]:
+    """GPT-OSS's and Llama 4's experts, which their files have as one tensor, under the names of Mixtral's and others'."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         before, _, kind = name.partition(".experts.")
@@ -90,7 +93,8 @@ def _single_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not kind:
             named[name] = tensor
             continue
-        parts = {"gate_proj": tensor[..., ::2], "up_proj": tensor[..., 1::2]}
+        gate, up = (tensor[..., ::2], tensor[..., 1::2]) if in_turns else tensor.chunk(2, dim=-1)
+        parts = {"gate_proj": gate, "up_proj": up}
         for part, values in (parts if matrix == "gate_up_proj" else {"down_proj": tensor}).items():
             for number, expert in enumerate(values):
                 named[f"{before}.experts.{number}.{part}.{ending}"] = expert.T if expert.ndim == 2 else expert

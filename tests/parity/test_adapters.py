@@ -58,6 +58,27 @@ EVERY_WAY = {
     ],
     4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(tensor=2, data=2), zero_stage=3)],
 }
+OFTEN_WAYS = {
+    1: [
+        Case(),
+        Case(memory=Activations("full")),
+        Case(memory=Activations("small")),
+        Case(memory=Activations(offload="disk", offload_dir=Path(tempfile.gettempdir()))),
+        Case(offload="cpu"),
+    ],
+    2: [
+        Case(Layout(tensor=2, sequence=True)),
+        Case(Layout(pipeline=2, virtual=2)),
+        Case(STAGES, schedule=OWN(reference="interleaved")),
+        Case(STAGES, schedule=OWN(zero_bubble=True)),
+        Case(STAGES, schedule=OWN(split_pairs=True)),
+        Case(Layout(context=2, context_method="allgather")),
+        Case(Layout(data=2), overlap=True),
+        Case(Layout(data=2), zero_stage=2),
+        Case(Layout(data=2), zero_stage=3),
+    ],
+}
+"""Of these, each time."""
 SOME_WAYS = {
     1: [Case()],
     2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True)), Case(STAGES)],
@@ -91,7 +112,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list[Case]
         },
         SOME_WAYS,
     ),
-    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
+    "many ways": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, OFTEN_WAYS),
 }
 """Family, changes to the model, the adapters' options, and the ways to train them."""
 
@@ -118,8 +139,9 @@ OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list
         {"target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": False},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
+    "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
 }
-"""The same of models whose layers are other ones."""
+"""The same of models whose layers are other ones, and all ways."""
 
 OF_VOCABULARY = {
     1: [Case(), Case(memory=Activations("full")), Case(offload="cpu"), Case(zero_stage=0)],
@@ -151,19 +173,30 @@ VOCABULARY = {
     for name, modules in ENDS.items()
 }
 """The same with adapters of matrices of the vocabulary, which two ranks cannot share alike."""
+BOTH_ENDS = {
+    "both ends, untied": (
+        *VOCABULARY["embedding and head, untied"][:3],
+        {1: [Case(), Case(offload="cpu")], 2: [OF_VOCABULARY[2][n] for n in (1, 3, 5, 8)]},
+    ),
+    "both ends, tied": (
+        *VOCABULARY["embedding and head, tied"][:3],
+        {1: [Case(), Case(memory=Activations("full"))], 2: [OF_VOCABULARY[2][n] for n in (0, 2, 4, 6)]},
+    ),
+}
+"""Of these, each time: each way with one of two models."""
 
 
 @pytest.fixture(
     scope="module",
     params=[
         *all_but_the_first_slow(KINDS),
-        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in OF_FAMILIES),
-        *(pytest.param(kind, marks=pytest.mark.slow if " and " in kind else pytest.mark.exhaustive) for kind in VOCABULARY),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in BOTH_ENDS),
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (*OF_FAMILIES, *VOCABULARY)),
     ],
 )
 def measured(request, tmp_path_factory):
     """What PEFT says of a step, and what every case says."""
-    family, changes, options, cases = (KINDS | OF_FAMILIES | VOCABULARY)[request.param]
+    family, changes, options, cases = (KINDS | BOTH_ENDS | OF_FAMILIES | VOCABULARY)[request.param]
     changes = {"num_hidden_layers": 2, **changes}
     model = save_model(tmp_path_factory.mktemp("adapters") / "model", family, tokenizer=False, **changes)
     groups = random_groups(8)
@@ -263,19 +296,25 @@ ZERO_CASES = {
 }
 ALL_AND_ENDS = [*ALL, "embed_tokens", "lm_head"]
 ZERO_3 = {2: [Case(Layout(data=2), zero_stage=3), Case(Layout(data=2), zero_stage=1, dtype=torch.bfloat16)]}
+ZERO_OFTEN = {1: ZERO_CASES[1][1:], 2: [*ZERO_CASES[2][2:3], *ZERO_CASES[2][4:], ZERO_3[2][0]]}
+"""Of LoRA, each time: one of each kind of layout, bf16, ZeRO-3."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, *(pytest.param(o, marks=pytest.mark.exhaustive) for o in ({"use_dora": True}, {"target_modules": ALL_AND_ENDS}))],
-    ids=["LoRA", "DoRA", "ends"],
+    [
+        None,
+        *(pytest.param(o, marks=pytest.mark.exhaustive) for o in ({}, {"use_dora": True}, {"target_modules": ALL_AND_ENDS})),
+    ],
+    ids=["often", "LoRA", "DoRA", "ends"],
 )
 def test_a_new_adapter_has_margins_of_exactly_zero_and_leaves_the_base_as_it_was(tmp_path, options):
+    ways = [ZERO_OFTEN] if options is None else [ZERO_CASES] if "use_dora" in options else [ZERO_CASES, ZERO_3]
+    options = options or {}
     tied = "target_modules" in options
     model = save_model(tmp_path / "model", "qwen2", tokenizer=False, tie_word_embeddings=tied)
     adapted = Adapted(model, options)
-    ways = [ZERO_CASES] if "use_dora" in options else [ZERO_CASES, ZERO_3]
     for case, outcome in [pair for cases in ways for pair in in_every_case(adapted, random_groups(8), cases, 2)]:
         assert len(outcome.margins) >= 16 and not outcome.margins.any(), str(case)
         assert outcome.loss == pytest.approx(0.6931471805599453, abs=1e-6), str(case)
@@ -296,7 +335,7 @@ BODY = ["q_proj", "o_proj", "up_proj"]
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": BODY, "modules_to_save": ["lm_head"]},
+        pytest.param({"target_modules": BODY, "modules_to_save": ["lm_head"]}, marks=pytest.mark.exhaustive),
         {"target_modules": BODY, "modules_to_save": ["lm_head"], "use_dora": True},
         {"target_modules": [*BODY, "embed_tokens", "lm_head"]},
     ],

@@ -41,8 +41,8 @@ CASES = {
 }
 
 
-OFTEN = {size: [case for n, case in enumerate(some) if n % 4 in (0, 3)] for size, some in CASES.items()}
-"""Both methods, recomputation, three ranks, and each other kind of parallelism beside them."""
+OFTEN = {1: CASES[1], 2: [CASES[2][n] for n in (0, 3, 4)], 3: CASES[3], 4: [CASES[4][n] for n in (0, 3, 7)]}
+"""Both methods, recomputation, three and four ranks, and each other kind of parallelism beside them (data: below)."""
 
 
 @pytest.fixture(scope="module", params=[OFTEN, pytest.param(CASES, marks=pytest.mark.exhaustive)], ids=["often", "all"])

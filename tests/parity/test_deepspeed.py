@@ -69,28 +69,41 @@ SHARED = {
         (PIPELINE, 1),
     ],
 }
-OFTEN = {
-    1: [(Layout(), 3)],
-    2: [(DATA, 0), (DATA, 2), (TENSOR, 1), (SEQUENCE, 3), (PIPELINE, 1), (PIPELINE, 3), (CONTEXT, 3)],
-    4: [(FOUR[0], 3), (Layout(context=2, context_method="allgather", pipeline=2), 1)],
-}
-"""Of the untied ones: each stage, each kind of layout, each time."""
+SCALED = {1: [], 2: [(Layout(data=2, expert=2), 1), (Layout(data=2, expert=2), 3), (PIPELINE, 3)]}
+LINEAR = {1: [], 2: [(DATA, 2), (Layout(tensor=2, sequence=True, expert=2), 3), (PIPELINE, 1)]}
 CELLS = {
-    "often": (2, OFTEN),
     "untied": (2, UNTIED),
     "tied": (2, TIED),
     "uneven": (3, UNEVEN),
     "experts": (2, EXPERTS),
     "shared experts": (2, SHARED),
+    "scaled inputs": (2, SCALED),
+    "linear attention": (2, LINEAR),
 }
 """The model's layers, and by number of processes what is tried on it."""
+OFTEN = {
+    "untied": {
+        1: [(Layout(), 3)],
+        2: [(DATA, 0), (DATA, 2), (SEQUENCE, 3), (PIPELINE, 1), (CONTEXT, 3)],
+        4: [(FOUR[0], 3)],
+    },
+    "tied": {1: [], 2: [(PIPELINE, stage) for stage in (0, 1, 2)], 4: [(FOUR[1], 3)]},
+    "uneven": {1: [], 4: UNEVEN[4][1:]},
+    "experts": {
+        1: [],
+        2: [(Layout(data=2, expert=2), 0), (Layout(data=2, expert=2), 3), (Layout(tensor=2, sequence=True, expert=2), 1)],
+        4: [(Layout(pipeline=2, data=2, expert=2), 2)],
+    },
+}
+"""Of these, what is tried each time: every stage, and every kind of layout, of each model."""
 RECOMPUTED = [(DATA, 1, "full"), (DATA, 2, "full"), (DATA, 3, "full"), (PIPELINE, 3, "selective")]
 NVME = {
-    2: [(DATA, "none"), (DATA, "full"), (SEQUENCE, "none"), (PIPELINE, "none")],
+    2: [(DATA, "full"), (PIPELINE, "none"), (SEQUENCE, "none"), (DATA, "none")],
     4: [(Layout(pipeline=2, data=2), "none")],
 }
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "tokenizer": False}
 OFFLOADED = [(DATA, 1), (DATA, 2), (DATA, 3), (SEQUENCE, 3), (PIPELINE, 3)]
+OFFLOADED_OFTEN = {"AdamW": [(DATA, 1), (PIPELINE, 3)], "DeepSpeedCPUAdam": [(DATA, 2), (SEQUENCE, 3)]}
 
 
 def _small_pieces(directory: Path) -> str:
@@ -107,20 +120,29 @@ def _difference_of_updates(a: Outcome, b: Outcome, before: dict[str, torch.Tenso
     return float((apart / moved).detach())
 
 
-EXHAUSTIVE = ("untied", "shared experts")
-OF_MIXTURES = {"experts": "qwen3_moe", "shared experts": "glm4_moe"}
+OF_MIXTURES = {
+    "experts": "qwen3_moe",
+    "shared experts": "glm4_moe",
+    "scaled inputs": "llama4_text",
+    "linear attention": "qwen3_next",
+}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.exhaustive if name in EXHAUSTIVE else ()) for name in CELLS],
+    params=[
+        *((name, True) for name in OFTEN),
+        *(pytest.param((name, False), marks=pytest.mark.exhaustive) for name in CELLS),
+    ],
+    ids=lambda param: f"{param[0]}, often" if param[1] else param[0],
 )
 def trained(request, tmp_path_factory):
     """One process under Megatron's engine, and every cell: three steps, clipped, on the same global batch."""
     directory = tmp_path_factory.mktemp("zero")
-    num_layers, chosen = CELLS[request.param]
-    changes = {"tie_word_embeddings": request.param == "tied", "num_key_value_heads": 4, "num_hidden_layers": num_layers}
-    family = OF_MIXTURES.get(request.param, "qwen3")
+    name, is_often = request.param
+    num_layers, chosen = CELLS[name][0], OFTEN[name] if is_often else CELLS[name][1]
+    changes = {"tie_word_embeddings": name == "tied", "num_key_value_heads": 4, "num_hidden_layers": num_layers}
+    family = OF_MIXTURES.get(name, "qwen3")
     policy = save_model(directory / "policy", family, tokenizer=False, **changes)
     reference = save_model(directory / "reference", family, seed=1, tokenizer=False, **changes)
     groups, json_file = random_groups(9, seed=3), _small_pieces(directory)
@@ -129,7 +151,7 @@ def trained(request, tmp_path_factory):
     cells = {
         size: [Case(layout, stage, deepspeed_config=json_file) for layout, stage in some] for size, some in chosen.items()
     }
-    if request.param == "untied":
+    if request.param == ("untied", False):
         cells[2] += [Case(layout, stage, recompute=how) for layout, stage, how in RECOMPUTED]
     cells[1].insert(0, Case(Layout()))
     found = [
@@ -155,17 +177,17 @@ def test_weights_after_three_clipped_steps_are_too(trained):
         assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
 
 
+ZERO = {2: (DATA, SEQUENCE, PIPELINE), 4: FOUR[:2]}
+
+
 @pytest.mark.slow
-def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(tmp_path):
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_a_sharded_reference_equal_to_the_policy_gives_margins_of_exactly_zero(tmp_path, size):
     policy, groups, json_file = save_model(tmp_path / "policy", **SMALL), random_groups(8), _small_pieces(tmp_path)
-    for size, layouts in {2: (DATA, SEQUENCE, PIPELINE), 4: FOUR[:2]}.items():
-        cases = [
-            Case(layout, 3, deepspeed_config=json_file, dtype=dtype)
-            for layout in layouts
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-        for case, outcome in zip(cases, run_world(size, outcomes, policy, policy, groups, cases, 1)[0], strict=True):
-            assert len(outcome.margins) >= 8 and not outcome.margins.any(), str(case)
+    dtypes = torch.float32, torch.bfloat16
+    cases = [Case(layout, 3, deepspeed_config=json_file, dtype=dtype) for layout in ZERO[size] for dtype in dtypes]
+    for case, outcome in zip(cases, run_world(size, outcomes, policy, policy, groups, cases, 1)[0], strict=True):
+        assert len(outcome.margins) >= 8 and not outcome.margins.any(), str(case)
 
 
 @pytest.mark.slow
@@ -192,14 +214,16 @@ def test_in_bf16_gradients_are_added_up_in_fp32_and_small_updates_are_kept(tmp_p
         assert _difference_of_updates(outcome, base, before) <= 1e-4, str(case)
 
 
-@pytest.mark.parametrize("cpu_adam", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["AdamW", "DeepSpeedCPUAdam"])
+@pytest.mark.parametrize("often", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["often", "all"])
+@pytest.mark.parametrize("optimizer", OFFLOADED_OFTEN)
 @pytest.mark.slow
-def test_offload_to_the_cpu_changes_nothing(tmp_path, cpu_adam):
+def test_offload_to_the_cpu_changes_nothing(tmp_path, optimizer, often):
     """DeepSpeedCPUAdam is compiled at its first use, which takes minutes."""
     policy = save_model(tmp_path / "policy", **SMALL)
     reference = save_model(tmp_path / "reference", seed=1, **SMALL)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
-    cases = [Case(layout, stage, offload="cpu", cpu_adam=cpu_adam) for layout, stage in OFFLOADED]
+    cpu_adam, chosen = optimizer == "DeepSpeedCPUAdam", OFFLOADED_OFTEN[optimizer] if often else OFFLOADED
+    cases = [Case(layout, stage, offload="cpu", cpu_adam=cpu_adam) for layout, stage in chosen]
     (base,) = run_world(1, outcomes, policy, reference, random_groups(7), [Case(Layout())])[0]
     found = run_world(2, outcomes, policy, reference, random_groups(7), cases)[0]
     for case, outcome in zip(cases, found, strict=True):
@@ -234,8 +258,11 @@ def _no_parameter_stays_whole(directory: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
-def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
+@pytest.mark.parametrize(
+    ("num_processes", "num_cases"),
+    [(2, 2), *(pytest.param(size, len(cases), marks=pytest.mark.exhaustive) for size, cases in NVME.items())],
+)
+def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes, num_cases):
     policy = save_model(tmp_path / "policy", tokenizer=False, **LARGE)
     reference = save_model(tmp_path / "reference", seed=1, tokenizer=False, **LARGE)
     before = {name: tensor.clone() for name, tensor in oracle.load(policy).named_parameters()}
@@ -243,7 +270,7 @@ def test_offload_to_files_changes_nothing(tmp_path, async_io, num_processes):
     json_file = _no_parameter_stays_whole(tmp_path)
     cases = [
         Case(layout, 3, recompute=how, offload="nvme", offload_dir=str(tmp_path / f"{n}"), deepspeed_config=json_file)
-        for n, (layout, how) in enumerate(NVME[num_processes])
+        for n, (layout, how) in enumerate(NVME[num_processes][:num_cases])
     ]
     found = run_world(num_processes, outcomes, policy, reference, random_groups(7), cases)[0]
     for case, outcome in zip(cases, found, strict=True):
@@ -269,15 +296,15 @@ def _settings(files: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     ("parallel", "dtype", "moving"),
     [
         ({"zero_stage": 3}, "fp32", True),
-        ({"zero_stage": 3, "pipeline": 2}, "bf16", False),
         ({"zero_stage": 1, "offload": "cpu"}, "fp32", False),
+        pytest.param({"zero_stage": 3, "pipeline": 2}, "bf16", False, marks=pytest.mark.exhaustive),  # below, with files
         pytest.param({"zero_stage": 2}, "bf16", False, marks=pytest.mark.exhaustive),
         pytest.param({"zero_stage": 0, "tensor": 2}, "fp32", False, marks=pytest.mark.exhaustive),
     ],
     ids=[
         "ZeRO-3 with a moving reference",
-        "ZeRO-3 x pipeline 2 in bf16",
         "ZeRO-1 with offload",
+        "ZeRO-3 x pipeline 2 in bf16",
         "ZeRO-2 in bf16",
         "ZeRO-0 x tensor 2",
     ],
@@ -307,7 +334,7 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
     def settings(name: str, **offload: str) -> dict[str, Any]:
         options = {"engine": "deepspeed", "zero_stage": 3, "deepspeed_config": json_file, **layout, **offload}
         # Few pairs: a processor that does not multiply bf16 itself takes minutes for many in models as wide as these.
-        own = {"train": {"steps": 3, "warmup_steps": 0, "pairs_per_step": 2}, "checkpoint": {"every": 1, "keep": 1}}
+        own = {"train": {"steps": 2, "warmup_steps": 0, "pairs_per_step": 2}, "checkpoint": {"every": 1, "keep": 1}}
         own["data"] = {"max_length": 32}
         return _settings(files, tmp_path / name, parallel=options, model={"path": str(model), "dtype": dtype}, **own)
 
@@ -315,7 +342,7 @@ def test_a_resumed_run_with_offload_to_files_is_bit_for_bit_one_in_memory(files,
         return settings(name, offload="nvme", offload_dir=str(tmp_path / "nvme"))
 
     whole = run_world(2, train_run, settings("whole", offload="cpu"))[0]
-    run_world(2, train_run, to_files("broken"), 2)
+    run_world(2, train_run, to_files("broken"), 1)
     assert run_world(2, train_run, to_files("broken"))[0] == whole, "the same optimizer, in memory and never broken off"
     assert_same_weights(tmp_path / "broken", tmp_path / "whole")
 
@@ -411,12 +438,12 @@ def _bytes_by_stage(model: Path, json_file: str) -> tuple[int, dict[int, int]]:
     from benchmarks.zero_memory import bytes_by_stage
 
     dist.init_process_group("gloo")
-    return bytes_by_stage(model, random_groups(16), json_file)
+    return bytes_by_stage(model, random_groups(8), json_file)
 
 
 @pytest.mark.slow
 def test_what_a_rank_holds_follows_the_formula(tmp_path):
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = save_model(tmp_path / "model", tokenizer=False, **sizes)
     path = tmp_path / "deepspeed.json"
     # Nothing stays gathered because it is small or soon used again.

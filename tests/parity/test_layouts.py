@@ -48,19 +48,28 @@ CASES = {
 BETA = 0.1
 
 
-OFTEN = ("llama", "qwen3-tied")
-"""Measured each time; the others, whose layers are in test_families.py's kit too, are exhaustive."""
+OFTEN = {
+    "llama": {1: CASES[1], 2: CASES[2][1:3] + CASES[2][4:], 4: CASES[4][:1]},
+    "qwen3-tied": {1: CASES[1][:1], 2: CASES[2][:1] + CASES[2][3:4], 4: CASES[4][1:]},
+}
+"""Measured each time: every case with one of two models. The others' layers are in test_families.py's kit too."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in OFTEN else pytest.mark.exhaustive) for name in FAMILIES],
+    params=[
+        *((name, True) for name in OFTEN),
+        *(pytest.param((name, False), marks=pytest.mark.exhaustive) for name in FAMILIES),
+    ],
+    ids=lambda param: f"{param[0]}, often" if param[1] else param[0],
 )
 def measured(request, tmp_path_factory):
     """A policy, a reference and 9 real pairs: what transformers says, and what every case says."""
-    directory = tmp_path_factory.mktemp(request.param)
-    family = request.param.split("-")[0]
-    changes = {"num_hidden_layers": 2, **FAMILIES[request.param]}
+    name, is_often = request.param
+    some_cases = OFTEN[name] if is_often else CASES
+    directory = tmp_path_factory.mktemp(name)
+    family = name.split("-")[0]
+    changes = {"num_hidden_layers": 2, **FAMILIES[name]}
     policy = save_model(directory / "policy", family, **changes)
     reference = save_model(directory / "reference", family, seed=1, **changes)
     groups = hh_groups(9, policy, max_length=160)
@@ -69,11 +78,11 @@ def measured(request, tmp_path_factory):
     reference_logps = oracle.all_logps(oracle.load(reference), groups)
     loss, gradients = oracle.dpo_step(model, groups, reference_logps, BETA, 0.1)
     expected = oracle.all_logps(model, groups), loss, gradients
-    cases = [case for cases in CASES.values() for case in cases]
+    cases = [case for some in some_cases.values() for case in some]
     measure = functools.partial(outcomes, objective=objective)
     found = [
         outcome
-        for num_processes, some in CASES.items()
+        for num_processes, some in some_cases.items()
         for outcome in run_world(num_processes, measure, policy, reference, groups, some)[0]
     ]
     return expected, list(zip(cases, found, strict=True))
@@ -154,22 +163,34 @@ MANY_STAGES = {
     ],
 }
 """What two layers are too few for."""
+INVARIANCE_OFTEN = {
+    1: INVARIANCE[1],
+    2: [INVARIANCE[2][n] for n in (1, 3, 4)],
+    4: [INVARIANCE[4][n] for n in (1, 4)],
+}
+MANY_STAGES_OFTEN = {
+    1: MANY_STAGES[1],
+    2: [MANY_STAGES[2][n] for n in (1, 2)],
+    4: [MANY_STAGES[4][n] for n in (0, 3)],
+}
+"""Measured each time: each kind of layout, alone and with another one."""
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        (2, False),
-        (4, True),
-        *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in ((2, True), (4, False))),
+        (2, False, True),
+        (4, True, True),
+        *(pytest.param((size, tied, False), marks=pytest.mark.exhaustive) for size in (2, 4) for tied in (False, True)),
     ],
-    ids=lambda param: f"{'tied' if param[1] else 'untied'}, {param[0]} layers",
+    ids=lambda param: f"{'tied' if param[1] else 'untied'}, {param[0]} layers{', often' if param[2] else ''}",
 )
 def trained(request, tmp_path_factory):
     """The same global batch in every way of computing it: gradients, and weights after three AdamW steps."""
-    num_layers, tied = request.param
+    num_layers, tied, is_often = request.param
     changes = {"tie_word_embeddings": tied, "num_key_value_heads": 4, "num_hidden_layers": num_layers}
-    return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, INVARIANCE if num_layers == 2 else MANY_STAGES)
+    every, often = (INVARIANCE, INVARIANCE_OFTEN) if num_layers == 2 else (MANY_STAGES, MANY_STAGES_OFTEN)
+    return trained_outcomes(tmp_path_factory.mktemp("invariance"), changes, often if is_often else every)
 
 
 @pytest.mark.slow
@@ -207,18 +228,23 @@ ZERO = {
         Case(Layout(tensor=2)),
         Case(Layout(tensor=2, sequence=True)),
         Case(Layout(pipeline=2)),
+        Case(Layout(pipeline=2, virtual=2)),
         Case(Layout(data=2), recompute="full"),
     ],
     4: [Case(Layout(tensor=2, pipeline=2, sequence=True)), Case(Layout(pipeline=2, virtual=2, data=2))],
 }
+ZERO_OFTEN = {1: ZERO[1], 2: ZERO[2][1:]}
 
 
+@pytest.mark.parametrize(
+    "by_size", [ZERO_OFTEN, pytest.param(ZERO, marks=pytest.mark.exhaustive)], ids=["up to two processes", "all"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.slow
-def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype):
+def test_a_resident_reference_gives_margins_of_exactly_zero_at_step_0(tmp_path, dtype, by_size):
     policy: Path = save_model(tmp_path / "policy", "llama")
     groups: list[Group] = random_groups(8)
-    for num_processes, cases in ZERO.items():
+    for num_processes, cases in by_size.items():
         for case, outcome in zip(
             cases, run_world(num_processes, outcomes, policy, policy, groups, cases, 0, dtype)[0], strict=True
         ):

@@ -10,7 +10,7 @@ import torch
 from megadpo.config.schema import PipelineScheduleConfig
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
-from tests.helpers.marks import all_but_the_first_slow
+from tests.helpers.marks import all_but_a_few_exhaustive
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.worlds import run_world
 from tests.parity.worker import Case, outcomes
@@ -22,23 +22,29 @@ CASES = {
     "2 stages x 2 replicas": (
         {"tie_word_embeddings": True},
         [
-            Case(layout, tokens_per_micro_batch=SMALL, schedule=schedule)
-            for layout in (Layout(pipeline=2, data=2), Layout(pipeline=2, virtual=2, data=2))
-            for schedule in (PipelineScheduleConfig(), OURS)
+            Case(Layout(pipeline=2, data=2), tokens_per_micro_batch=SMALL, schedule=OURS),
+            Case(Layout(pipeline=2, virtual=2, data=2), tokens_per_micro_batch=SMALL),
+        ],
+    ),
+    "the other schedule of each": (
+        {"tie_word_embeddings": True},
+        [
+            Case(Layout(pipeline=2, data=2), tokens_per_micro_batch=SMALL),
+            Case(Layout(pipeline=2, virtual=2, data=2), tokens_per_micro_batch=SMALL, schedule=OURS),
         ],
     ),
     "experts": ({"family": "mixtral"}, [Case(Layout(data=2, expert=2), tokens_per_micro_batch=SMALL)]),
 }
 
 
-@pytest.mark.parametrize("which", all_but_the_first_slow(CASES))
+@pytest.mark.parametrize("which", all_but_a_few_exhaustive(CASES, slow=(1, 3)))
 @pytest.mark.slow
 def test_weights_after_three_steps_are_the_same(which, tmp_path):
     changes, cases = CASES[which]
     policy = save_model(tmp_path / "policy", **{"family": "qwen3", **changes}, tokenizer=False)
     reference = save_model(tmp_path / "reference", **{"family": "qwen3", **changes}, seed=1, tokenizer=False)
     both = [replace(case, overlap=overlap) for case in cases for overlap in (False, True)]
-    found = run_world(cases[0].layout.world_size, outcomes, policy, reference, random_groups(11, seed=3), both, 3)[0]
+    found = run_world(cases[0].layout.world_size, outcomes, policy, reference, random_groups(8, seed=3), both, 3)[0]
     for case, after, overlapped in zip(both[1::2], found[::2], found[1::2], strict=True):
         assert oracle.worst_relative_error(overlapped.gradients, after.gradients)[0] <= 1e-6, str(case)
         worst, name = oracle.worst_relative_error(overlapped.weights, after.weights)

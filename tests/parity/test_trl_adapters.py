@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.marks import all_but_the_first_slow
 from tests.helpers.models import save_model, save_reward_model
 from tests.parity.trl_runs import (
     KTO_METRICS,
@@ -48,7 +47,11 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", all_but_the_first_slow(RUNS))
+MARKS = {"dpo": (), "kto": pytest.mark.slow, "reward": pytest.mark.slow}
+"""The others are exhaustive: their objectives are in test_trl.py, DoRA on some modules in test_adapters.py."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.exhaustive)) for name in RUNS])
 def test_twenty_steps_equal_trl(tmp_path, name):
     save = save_reward_model if name == "reward" else save_model
     model = save(tmp_path / "model", "llama", num_hidden_layers=2)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from tests.helpers.models import hh_rows
-from tests.helpers.runs import train_run
+from tests.helpers.runs import train_each, train_run
 from tests.helpers.worlds import run_world
 
 NUM_STEPS, UNITS_PER_STEP, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 20, 8, 1e-3, 5, 0.01
@@ -79,6 +82,7 @@ class Run:
     weight_decay: float = WEIGHT_DECAY
 
 
+@functools.cache
 def _short_prompts() -> list[dict[str, Any]]:
     """Real pairs with explicit prompts, so that both sides read the same three texts."""
     found = []
@@ -129,6 +133,12 @@ ROWS = {"pairs": pairs, "labels": labels, "examples": examples}
 
 def trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]]:
     """What TRL logs at each step. An adapter that it trains is in `directory`/adapter as it was before."""
+    # accelerate reads packages' metadata at each step, a tenth of all the time that a run takes.
+    with mock.patch.object(importlib.metadata, "metadata", functools.cache(importlib.metadata.metadata)):
+        return _trl_history(run, model, directory)
+
+
+def _trl_history(run: Run, model: Path, directory: Path) -> list[dict[str, float]]:
     import peft
     import torch
     from datasets import Dataset, disable_progress_bars
@@ -189,10 +199,23 @@ def our_history(
     run: Run, model: Path, directory: Path, num_processes: int = 1, parallel: dict[str, int] | None = None, **data: Any
 ) -> list[dict[str, float]]:
     """What we log at each step; an adapter is in `directory`/adapter."""
+    return run_world(num_processes, train_run, our_settings(run, model, directory, parallel, **data))[0]
+
+
+def our_histories(runs: dict[str, Run], model: Path, directory: Path) -> dict[str, list[dict[str, float]]]:
+    """The same of several runs, one after the other in one process."""
+    settings = [our_settings(run, model, directory / f"run{number}") for number, run in enumerate(runs.values())]
+    return dict(zip(runs, run_world(1, train_each, settings)[0], strict=True))
+
+
+def our_settings(
+    run: Run, model: Path, directory: Path, parallel: dict[str, int] | None = None, **data: Any
+) -> dict[str, Any]:
+    """The configuration of `run`, whose files are in `directory`."""
     directory.mkdir(exist_ok=True)
     rows = directory / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[run.rows]()))
-    settings = {
+    return {
         "model": {"path": str(model), "dtype": "fp32"},
         "data": {
             "train": str(rows),
@@ -217,7 +240,6 @@ def our_history(
         },
         "output_dir": str(directory / "run"),
     }
-    return run_world(num_processes, train_run, settings)[0]
 
 
 def worst_errors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class Case:
     model: ModelConfig = field(default_factory=ModelConfig)
     """What it asks of kernels and layers, of the policy and the reference."""
     schedule: PipelineScheduleConfig = field(default_factory=PipelineScheduleConfig)
+    router_replay: bool = False
 
     @property
     def activations(self) -> Activations:
@@ -160,10 +162,12 @@ def outcomes_of_objectives(
     groups: dict[str, Sequence[Group]],
     cases: Sequence[Case],
     objectives: Sequence[ObjectiveConfig],
+    chosen: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Outcome]] | None:
     """[case][objective] on rank 0: each objective's first-step loss and gradients, and the weights after one step.
 
-    `groups` has some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
+    `chosen` has, for each case, the numbers of the objectives that are tried in it; None: all are in each. `groups` has
+    some for each kind of rows, and "numbered" pairs for objectives that read what rows say of them.
     """
     from megadpo.objectives.specs import reading_of
 
@@ -175,13 +179,16 @@ def outcomes_of_objectives(
 
     dist.init_process_group("gloo")
     results = []
-    for case in cases:
+    for case, numbers in zip(cases, chosen or [range(len(objectives))] * len(cases), strict=True):
         with joined_world(case.layout, seed=1):
-            results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in objectives])
+            some = [objectives[number] for number in numbers]
+            results.append([_outcome(model, reference, read_by(o), case, 1, torch.float32, o) for o in some])
     whole = completed([outcome for of_case in results for outcome in of_case])
     dist.destroy_process_group()
-    num = len(objectives)
-    return [whole[start : start + num] for start in range(0, len(whole), num)] if whole is not None else None
+    if whole is None:
+        return None
+    following = iter(whole)
+    return [list(itertools.islice(following, len(of_case))) for of_case in results]
 
 
 @functools.cache
@@ -207,6 +214,7 @@ def _outcome(
     from megadpo.engine.megatron import MegatronEngine
     from megadpo.model.build import build_stage
     from megadpo.model.families import shape_of
+    from megadpo.model.routes import Routes
     from megadpo.model.weights import load_weights
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
@@ -243,7 +251,8 @@ def _outcome(
     if objective.needs_reference:
         reference_config, reference_source = opened(reference)
         frozen = frozen_stage(shape_of(reference_config), layout, dtype, reference_source, case.model)
-        run_reference = ResidentReference(frozen, objective.ld_alpha)
+        routes = Routes(hf_config.num_local_experts) if case.router_replay else None
+        run_reference = ResidentReference(frozen, objective.ld_alpha, case.schedule, routes=routes)
     stage.train()
     train = TrainConfig(
         learning_rate=1e-3,
@@ -259,6 +268,7 @@ def _outcome(
         gradient_dtype=case.gradient_dtype,
     )
     engine = MegatronEngine(stage, train, parallel, pipeline_schedule(case.schedule))
+    engine.routes = run_reference.routes
     running_mean, gradients = RunningMean(), {}
 
     def keep_gradients() -> None:

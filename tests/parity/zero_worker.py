@@ -50,6 +50,7 @@ class Case:
     cpu_adam: bool = False
     memory: Activations | None = None
     """Instead of `recompute`."""
+    router_replay: bool = False
 
     @property
     def activations(self) -> Activations:
@@ -93,6 +94,7 @@ def outcomes(
 def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, num_steps: int) -> Outcome:
     from megadpo.checkpoint.reward_model import as_reward_model
     from megadpo.data.batches.packed_dataset import PackedDataset, PackingOptions
+    from megadpo.model.routes import Routes
     from megadpo.objectives.coupled import RunningMean
     from megadpo.objectives.objective import Objective
     from megadpo.training.global_batch import pack_global_batch
@@ -112,13 +114,16 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
             num_data_parallel=layout.data,
             stream_multiple=layout.stream_multiple,
             hidden_size=64,
+            micro_batches_multiple_of=layout.micro_batches_multiple_of,
         ),
     )
     run_reference: Reference = NoReference()
     if objective.needs_reference:
-        run_reference = ResidentReference(frozen(case, *opened(reference)))
+        routes = Routes(hf_config.num_local_experts) if case.router_replay else None
+        run_reference = ResidentReference(frozen(case, *opened(reference)), routes=routes)
     engine = make_engine(case, hf_config, source)
-    engine.stage.model.train()
+    engine.routes = run_reference.routes
+    engine.stage.train()
     outcome, running_mean, gradients = Outcome(optimizer=engine.describe()["optimizer"]), RunningMean(), {}
 
     def keep_gradients() -> None:
@@ -134,6 +139,7 @@ def _outcome(model: Path, reference: Path, groups: Sequence[Group], case: Case, 
         if step == 0:
             outcome.parts["gradients"] = parts_of(engine.stage, gradients)
             outcome.grad_norm = result.grad_norm
+            outcome.router = engine.router_metrics()
             outcome.loss = reduce_metrics(result.metric_sums, objective)["loss"]
             both = zip(result.response_sums, result.reference_logps, strict=False)
             ratios = [sums_RS[:, 0] - reference_R for sums_RS, reference_R in both if reference_R is not None]

@@ -130,3 +130,18 @@ def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
     settings = run_settings(tmp_path, tmp_path / "run", train={"router_aux_coef": 0.01})
     with pytest.raises(UserError, match=r"train.router_aux_coef is 0.01, but .*model has no experts; remove it"):
         prepare(load_config(settings))
+
+
+@pytest.mark.slow
+def test_under_router_replay_a_new_adapter_routes_as_the_reference_and_a_resumed_run_as_the_whole_one(files, tmp_path):
+    def settings(name: str) -> dict[str, Any]:
+        made = settings_of(files, tmp_path / name, {"expert": 2})
+        made["train"] |= {"router_aux_coef": 0.0, "learning_rate": 1e-2, "warmup_steps": 0}
+        evaluation = {"data": made["data"] | {"eval": str(files / "train.jsonl")}, "eval": {"every": 4, "pairs": 8}}
+        return made | {"adapter": {"kind": "lora"}, "reference": {"router_replay": True}} | evaluation
+
+    resumed, whole = resumed_and_whole(2, settings, 3)
+    assert resumed == whole
+    agreement = [line["moe/replay_agreement"] for line in whole if "moe/replay_agreement" in line]
+    assert agreement[0] == 1 and 0.5 < agreement[-1] < 1, "the reference is the model before it has learned anything"
+    assert whole[0]["rewards/margins"] == 0

@@ -27,6 +27,7 @@ MORE = (
     "gemma3_text",
     "deepseek_v2",
     "deepseek_v3",
+    "llama4_text",
 )
 
 

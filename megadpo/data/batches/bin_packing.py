@@ -124,16 +124,26 @@ def group_costs(
     return groups.num_tokens(share_prompts) + pairs_G / (6.0 * hidden_size) + head_work * num_scored_G
 
 
-def attention_pairs(groups: GroupStore, share_prompts: bool, window: int | None = None) -> FloatArray:
+def attention_pairs(
+    groups: GroupStore, share_prompts: bool, window: int | None = None, chunk: int | None = None
+) -> FloatArray:
     """float64 [G]: query-key pairs of each group's causal attention; a response attends to its prompt and itself, of a
-    layer with a window to that many of these tokens."""
+    layer with a window to that many of these tokens, of one with chunks to those of its chunk."""
     group_R, lengths_R, prompts_R = _response_lengths(groups)
     is_first_R = np.diff(group_R, prepend=-1) > 0
     shared_R = (groups.columns.num_prompts_G[group_R] == 1) & share_prompts
-    to_prompt_R = _causal_pairs(prompts_R, window)
-    own_R = _causal_pairs(prompts_R + lengths_R, window) - to_prompt_R
+    to_prompt_R = _chunked_pairs(prompts_R, window, chunk)
+    own_R = _chunked_pairs(prompts_R + lengths_R, window, chunk) - to_prompt_R
     of_prompt_R = np.where(is_first_R | ~shared_R, to_prompt_R, 0.0)
     return np.bincount(group_R, own_R + of_prompt_R, minlength=len(groups)).astype(np.float64)
+
+
+def _chunked_pairs(lengths: IntArray, window: int | None, chunk: int | None) -> FloatArray:
+    """Query-key pairs of sequences of these lengths, cut into chunks."""
+    if chunk is None:
+        return _causal_pairs(lengths, window)
+    whole, rest = np.divmod(lengths, chunk)
+    return whole * _causal_pairs(np.asarray(chunk), window) + _causal_pairs(rest, window)
 
 
 def _causal_pairs(lengths: IntArray, window: int | None) -> FloatArray:

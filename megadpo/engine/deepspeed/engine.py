@@ -9,6 +9,7 @@ A tied embedding is a parameter group of its own, so that both stages partition 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +33,9 @@ from megadpo.engine.deepspeed.offload import (
 from megadpo.engine.deepspeed.partitions import Partition, Unpartitioned, partitions_of
 from megadpo.engine.deepspeed.runtime import (
     GROUP_OF_EXPERTS,
+    Chunks,
     Runtime,
+    as_one_module,
     gather_while_running,
     prepare_deepspeed,
     read_elsewhere,
@@ -45,10 +48,12 @@ from megadpo.model.activations import KEEP, Activations
 from megadpo.model.adapters.spec import AdapterSpec
 from megadpo.model.build import Stage, build_stage
 from megadpo.model.families import ParameterShard, TensorSource, names_in
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.moe.layer import is_expert
-from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_step
+from megadpo.model.router_load import RouterWatch, balance_metrics, move_correction_biases, watch_of, watch_step
+from megadpo.model.routes import Routes
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard, load_weights
+from megadpo.model.weights import load_weights
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.zero3 import set_whole, whole
 from megadpo.pipeline.base import PipelineSchedule
@@ -72,14 +77,18 @@ class ZeroEngine:
         self._shapes = {name: shard.shape for name, (_, shard) in stage.parameters.items()}
         adam = cpu_adam() if train.optimizer == "adamw" and parallel.offload != "none" else None
         config = _config(stage, parallel, adam is not None)
-        self.runtime = Runtime(stage.model, _optimizer(stage, train, adam), config)
+        self.runtime = Runtime(as_one_module(stage.models), _optimizer(stage, train, adam), config)
         self.partitions = partitions_of(self.runtime)
         stage.configure_head(gradient_buffer=self.gradient_buffer)
-        self.model = _ScheduledModel(self.runtime, runs_hooks=parallel.zero_stage > 0)
+        self.models = _scheduled(self.runtime, runs_hooks=parallel.zero_stage > 0)
         self.watch: RouterWatch | None = None
+        self.routes: Routes | None = None
 
     def forward(self, micro_batches: Sequence[MicroBatch], ld_alpha: float | None = None) -> list[Tensor]:
-        return self.schedule.forward_only([_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha)
+        watch = None
+        if self.routes is not None:
+            watch = watch_of(self.stage.models[0].config, compute_device(), replays=self.routes.of(micro_batches))
+        return self.schedule.forward_only(_scheduled(self.runtime, runs_hooks=False), micro_batches, ld_alpha, watch)
 
     def forward_backward(
         self,
@@ -87,17 +96,26 @@ class ZeroEngine:
         response_gradient: ResponseGradient,
         ld_alpha: float | None = None,
     ) -> None:
-        self.runtime.num_backwards_left = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
-        self.runtime.keeps_gradients = self.parallel.offload == "nvme"
+        num_backwards = sum(len(micro_batch.halves) or 1 for micro_batch in micro_batches)
+        self.runtime.num_backwards_left = num_backwards * len(self.models)
+        if len(self.models) > 1:
+            self.partitions.begin_sums()
+        hands_over_later = self.parallel.offload == "cpu" and self.parallel.zero_stage >= 2 and len(self.models) > 1
+        self.runtime.keeps_gradients = hands_over_later or self.parallel.offload == "nvme"
         self.watch = watch_step(
-            self.stage.model.config,
+            self.stage.models[0].config,
             compute_device(),
             self.train.router_aux_coef,
             lambda counting: self.schedule.forward_only(
-                [_ScheduledModel(self.runtime, runs_hooks=False)], micro_batches, ld_alpha, counting
+                _scheduled(self.runtime, runs_hooks=False), micro_batches, ld_alpha, counting
             ),
+            None if self.routes is None else self.routes.of(micro_batches),
         )
-        self.schedule.forward_backward([self.model], micro_batches, response_gradient, ld_alpha, self.watch)
+        self.schedule.forward_backward(self.models, micro_batches, response_gradient, ld_alpha, self.watch)
+        if hands_over_later:
+            # In the last backward, which is of one chunk, that chunk's gradients alone would go to the host.
+            self.runtime.optimizer.finalize_gradient_accumulation_boundary()
+            self.runtime.set_gradient_accumulation_boundary(True)
         if self.parallel.zero_stage == 0:
             self.runtime.set_gradient_accumulation_boundary(True)
             self.runtime.allreduce_gradients()
@@ -202,7 +220,7 @@ class ZeroEngine:
 
     def _is_partial_over_tensor_ranks(self, name: str) -> bool:
         """Whether each tensor rank has the gradient of its own tokens or heads only (norms)."""
-        config, parameter = self.stage.model.config, self.stage.parameters[name][0]
+        config, parameter = self.stage.models[0].config, self.stage.parameters[name][0]
         by_tokens = config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
         by_heads = config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
         return bool(by_tokens or by_heads)
@@ -268,10 +286,11 @@ def frozen_sharded_stage(
 ) -> Stage:
     """The reference of a ZeRO-3 run: sharded like the policy, gathered module by module while it runs."""
     stage = sharded_stage(shape, source, layout, dtype, KEEP, parallel, options, "reference")
-    stage.model.requires_grad_(False)
-    stage.model.eval()
+    model = as_one_module(stage.models)
+    model.requires_grad_(False)
+    model.eval()
     stage.configure_head(statistics=("logp",))
-    gather_while_running(stage.model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
+    gather_while_running(model, _config(stage, parallel, ds_cpu_adam=False, role="reference"))
     return stage
 
 
@@ -309,43 +328,61 @@ def sharded_stage(
             parameter.__dict__.update(empty.__dict__)
             with torch.no_grad():
                 fill_shard(shard, values, parameter.data)
-            _put_in_place(stage.model, empty, parameter)
+            _put_in_place(stage.models, empty, parameter)
             (cut_of_experts if is_expert(name) else cut)._convert_to_zero_parameters([parameter])
             filled[name] = (parameter, shard)
         values.release()
-    assert not any(tensor.is_meta for tensor in stage.model.buffers())
-    model = stage.model
-    if model.post_process and model.output_layer.weight is None:
-        read_elsewhere(model.output_layer, model.embedding.word_embeddings.weight)
+    assert not any(tensor.is_meta for model in stage.models for tensor in model.buffers())
+    first, last = stage.models[0], stage.models[-1]
+    if last.post_process and last.output_layer.weight is None:
+        read_elsewhere(last.output_layer, first.embedding.word_embeddings.weight)
     return replace(stage, parameters=parameters, base=base, held={})
 
 
-def _put_in_place(model: torch.nn.Module, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
-    for module in model.modules():
+def _put_in_place(models: Sequence[torch.nn.Module], old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
+    for module in (module for model in models for module in model.modules()):
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
 
 
-class _ScheduledModel:
-    """DeepSpeed's engine with the attributes of a model that pipeline schedules read."""
+class _ScheduledModel(torch.nn.Module):
+    """DeepSpeed's engine with the attributes of a model that pipeline schedules read: those of a chunk of the stage.
 
-    def __init__(self, runtime: Runtime, runs_hooks: bool) -> None:
-        """`runs_hooks`: call DeepSpeed's engine, whose hooks then see the backward too; ZeRO stage 0 needs none."""
-        self.module = runtime.module
-        self.config, self.model_type = self.module.config, getattr(self.module, "model_type", None)
-        self._run = runtime if runs_hooks else self.module
+    A module, as Megatron's interleaved schedule wants, but without parameters: those are DeepSpeed's engine's.
+    """
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._run(*arguments, **named)
+    module: Any
+
+    def __init__(self, chunk: Any, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["module"] = chunk  # not as a part of this one
+        self.config, self.model_type = chunk.config, getattr(chunk, "model_type", None)
+        self.__dict__["_run"] = run
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        run: Callable[..., Any] = self.__dict__["_run"]
+        return run(*arguments, **named)
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.module.set_input_tensor(tensor)
 
 
+def _scheduled(runtime: Runtime, runs_hooks: bool) -> list[_ScheduledModel]:
+    """The chunks of the stage. `runs_hooks`: call DeepSpeed's engine, whose hooks then see the backward too; ZeRO stage 0
+    needs none."""
+    engine: Any = runtime
+    if not isinstance(runtime.module, Chunks):
+        return [_ScheduledModel(runtime.module, engine if runs_hooks else runtime.module)]
+    return [
+        _ScheduledModel(chunk, functools.partial(engine, chunk=number) if runs_hooks else chunk)
+        for number, chunk in enumerate(runtime.module.chunks)
+    ]
+
+
 def _config(stage: Stage, parallel: ParallelConfig, ds_cpu_adam: bool, role: str = "policy") -> dict[str, Any]:
     sizes = [math.prod(shard.shape) for _, shard in (stage.base | stage.parameters).values()]
-    config = engine_config(parallel, stage.model.config.params_dtype, sum(sizes), ds_cpu_adam)
+    config = engine_config(parallel, stage.models[0].config.params_dtype, sum(sizes), ds_cpu_adam)
     if parallel.offload == "nvme":
         assert parallel.offload_dir is not None, "config_check refuses it"
         parts = [

@@ -42,6 +42,10 @@ class Partitions(Protocol):
         """Copy the fp32 weights to the model; collective."""
         ...
 
+    def begin_sums(self) -> None:
+        """Called before a step's first backward, where a backward is of one of several chunks: no sum has anything in it."""
+        ...
+
     def before_step(self) -> None:
         """Called before a step, when the gradients are final."""
         ...
@@ -95,6 +99,9 @@ class Unpartitioned:
         _make_moments(self.optimizer, [p for group in self.optimizer.param_groups for p in group["params"]], num_steps)
 
     def publish_weights(self) -> None:
+        pass
+
+    def begin_sums(self) -> None:
         pass
 
     def before_step(self) -> None:
@@ -151,6 +158,11 @@ class FlatGroupPartitions:
     def publish_weights(self) -> None:
         self.zero.update_lp_params()
 
+    def begin_sums(self) -> None:
+        # On the host DeepSpeed writes over the last step's sums in the first backward, and adds in all others.
+        for values in self.zero.accumulated_grads_in_cpu.values() if self.zero.cpu_offload else ():
+            values.zero_()
+
     def before_step(self) -> None:
         pass
 
@@ -195,6 +207,10 @@ class ParameterPartitions:
 
     def _publish(self, group: int) -> None:
         self.zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def begin_sums(self) -> None:
+        # DeepSpeed writes over the last step's sums in the first backward, here of one chunk, and adds in all others.
+        self.zero.grad_partitions_flat_buffer.zero_()
 
     def before_step(self) -> None:
         pass

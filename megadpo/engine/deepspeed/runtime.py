@@ -21,6 +21,7 @@ import importlib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -155,6 +156,22 @@ def _assert_same_in_replicas(numbers: list[int]) -> None:
     others = gathered([number - first for number in numbers], data_parallel_group())
     if any(other != others[0] for other in others):
         raise RuntimeError(f"replicas walk through different parameters: {others}")
+
+
+class Chunks(torch.nn.Module):
+    """The chunks of a pipeline stage as one module, of which a call runs one."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def forward(self, *arguments: Any, chunk: int, **named: Any) -> Any:
+        return self.chunks[chunk](*arguments, **named)
+
+
+def as_one_module(chunks: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """What DeepSpeed's engine is given: the only chunk, or all in one."""
+    return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 
 
 class Runtime(DeepSpeedEngine):

@@ -134,7 +134,7 @@ def adaptable_modules(shape: ModelShape) -> tuple[str, ...]:
     linear layers here. Experts that are one tensor in the model's files are
     no modules, to which PEFT could add one.
     """
-    routers, fused = _routers(shape), shape.experts is not None and shape.experts.is_fused
+    routers, fused = _routers(shape), shape.experts is not None and shape.experts.fused is not None
     matrices = (name for name, size in all_shapes(shape).items() if len(size) == 2 and name.endswith(_WEIGHT))
     modules = (name.removesuffix(_WEIGHT) for name in matrices)
     modules = (m for m in modules if m not in routers and not (fused and ".experts." in m))

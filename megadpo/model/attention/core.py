@@ -25,6 +25,7 @@ from torch import Tensor
 from megadpo.data.batches.halves import PairHalf
 from megadpo.data.batches.micro_batch import MicroBatch, Segment, ShardSegment, StreamShard
 from megadpo.model.attention.base import AttentionBackend
+from megadpo.model.attention.chunks import in_chunks
 from megadpo.model.attention.prompt_kv import PromptKeys
 from megadpo.model.router_load import RouterWatch, token_weights
 from megadpo.parallel.context import gathered_stream, heads_of_stream, stream_of_heads
@@ -38,13 +39,13 @@ class StreamParams(PackedSeqParams):
     qkv_format stays None, so that Megatron neither reshapes q, k, v nor applies its own packed rope.
 
     Attributes:
-        prepared: by window, what the attention backend prepared for the layers that have it.
+        prepared: by window and chunk, what the attention backend prepared for the layers that have these.
         number: of the micro-batch in the step.
         watch: what records the routers' choices, where the model has experts.
         weights_T: see `token_weights`.
         prompt_keys: keys and values of shared prompts that the first half of a micro-batch keeps for the second.
         rotate: turns queries [T, A, D] and keys [T, K, D] by their tokens' positions, in a layer that is counted from 0 over
-            the whole model, where Megatron has not done it.
+            the whole model, where Megatron has not done it; and does what else positions, or being turned, decide.
     """
 
     micro_batch: MicroBatch | None = None
@@ -81,7 +82,7 @@ class GroupAttention(MegatronModule):
         config: Any,
         layer_number: int,
         *unused: Any,
-        windows: Sequence[int | None],
+        reaches: Sequence[tuple[int | None, int | None]],
         scale: float,
         backend: AttentionBackend,
         context_method: str | None = None,
@@ -90,7 +91,7 @@ class GroupAttention(MegatronModule):
         rotates: bool = True,
         **also_unused: Any,
     ) -> None:
-        """`windows` has one entry a layer of the whole model; `layer_number` counts from 1 over the whole model.
+        """`reaches` has one entry a layer of the whole model, as `ModelShape.reaches`; `layer_number` counts from 1 over it.
 
         `scale` is what scores are multiplied by before their softmax. `context_method` says how micro-batches of
         which this rank holds a part are attended to: "ulysses" or "allgather".
@@ -99,7 +100,7 @@ class GroupAttention(MegatronModule):
         """
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.window = windows[layer_number - 1]
+        self.window, self.chunk = reaches[layer_number - 1]
         self.context_method = context_method
         self.backend = backend
         self.softmax_scale = scale  # Megatron hands over a `softmax_scale` of its own
@@ -169,7 +170,10 @@ class GroupAttention(MegatronModule):
         sinks_A: Tensor | None,
     ) -> Tensor:
         """[T, A, D of the values], from query [T, A, D], key and value [stream tokens, K, D]."""
-        prepared = stream.once(self.window, lambda: self.backend.prepare(segments, self.window, key))
+        prepared = stream.once(
+            (self.window, self.chunk),
+            lambda: self.backend.prepare(in_chunks(segments, self.chunk), self.window, key),
+        )
         return self.backend.attend(query, key, value, prepared, self.softmax_scale, self.softcap, sinks_A)
 
 

@@ -250,11 +250,12 @@ def _batch(units: Sequence[_Unit], is_square: bool, window: int | None, dtype: t
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Padded:
-    longest = max(map(len, rows))
-    index = np.stack([np.pad(row, (0, longest - len(row)), constant_values=row[0]) for row in rows])
-    is_padding = np.arange(longest) >= np.array([len(row) for row in rows])[:, None]
-    real = np.flatnonzero(~is_padding)
-    return Padded(*map(torch.from_numpy, (index.ravel(), is_padding, real, index.ravel()[real])))
+    lengths = np.array([len(row) for row in rows])[:, None]
+    is_real = np.arange(lengths.max()) < lengths
+    index, stream = np.empty(is_real.shape, np.int64), np.concatenate(rows)
+    index[:] = np.array([row[0] for row in rows])[:, None]
+    index[is_real] = stream
+    return Padded(*map(torch.from_numpy, (index.ravel(), ~is_real, np.flatnonzero(is_real), stream)))
 
 
 def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int | None) -> Tensor:
@@ -262,9 +263,10 @@ def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int 
 
     Padding sees what its unit's last query sees, and no query sees padding.
     """
-    longest = queries.is_padding.shape[1]
-    ranges_of_units = [np.concatenate([_visible_ranges(segment) for segment in unit.segments]) for unit in units]
-    ranges_BL4 = np.stack([np.pad(some, ((0, longest - len(some)), (0, 0)), mode="edge") for some in ranges_of_units])
+    ranges = np.concatenate([_visible_ranges(segment) for unit in units for segment in unit.segments])
+    lengths = np.array([unit.num_queries for unit in units])[:, None]
+    in_unit = np.minimum(np.arange(queries.is_padding.shape[1]), lengths - 1)
+    ranges_BL4 = ranges[np.cumsum(lengths)[:, None] - lengths + in_unit]
     prompt_start, prompt_end, own_start, own_end = np.moveaxis(ranges_BL4[..., None], 2, 0)
     key = keys.index.view(keys.is_padding.shape).masked_fill(keys.is_padding, -1).numpy()[:, None]
     in_prompt = (key >= prompt_start) & (key < prompt_end)
@@ -279,6 +281,7 @@ def _visible(units: Sequence[_Unit], queries: Padded, keys: Padded, window: int 
 def _visible_ranges(segment: Segment | ShardSegment) -> np.ndarray:
     """int64 [queries, 4]: the ranges of prompt and own keys that each query sees, windows left aside."""
     num_queries = segment.end - segment.start
-    own_end = np.arange(segment.keys.stop - num_queries, segment.keys.stop) + 1
-    ranges = np.array([segment.prompt_start, segment.prompt_end, segment.keys.start])
-    return np.column_stack([np.broadcast_to(ranges, (num_queries, 3)), own_end])
+    ranges = np.empty((num_queries, 4), np.int64)
+    ranges[:, :3] = segment.prompt_start, segment.prompt_end, segment.keys.start
+    ranges[:, 3] = np.arange(segment.keys.stop - num_queries, segment.keys.stop) + 1
+    return ranges

@@ -23,11 +23,14 @@ class PackedSelfAttention(SelfAttention):
     """Queries are normed where they lie, by norms that can do so; else copied, and where that is wanted copied again."""
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *unused: Any, **options: Any) -> Any:
-        """Query [T, 1, A, D], key and value [T, 1, K, D], normed where the model has these norms."""
+        """Query [T, 1, A, D], key and value [T, 1, K, D], normed where the model has these norms; where it has one, the gate
+        [T, 1, A, D], too."""
+        if options.get("output_gate", False):
+            return super().get_query_key_value_tensors(hidden_states, *unused, **options)
         reads_views = isinstance(self.q_layernorm, RMSNorm) and self.q_layernorm.reads_views
         if not (reads_views or is_remembering()) or self.config.num_query_groups < self.world_size:
             return super().get_query_key_value_tensors(hidden_states, *unused, **options)
-        assert options.get("split_qkv", True) and not options.get("output_gate", False)
+        assert options.get("split_qkv", True)
         head_dim = self.hidden_size_per_attention_head
         mixed, _ = self.linear_qkv(hidden_states)
         grouped = mixed.view(*mixed.shape[:-1], self.num_query_groups_per_partition, -1)
@@ -39,6 +42,15 @@ class PackedSelfAttention(SelfAttention):
             query = query if self.q_layernorm is None else self.q_layernorm(query)
         key = key if self.k_layernorm is None else self.k_layernorm(key)
         return query, key, value
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """[T, 1, A D], from attention's outputs in this shape and the gate [T, 1, A, D]."""
+        return recomputable(_gated, x, gate)
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Rounded as transformers does."""
+    return x * gate.reshape(x.shape).sigmoid()
 
 
 def _heads(query: Tensor, head_dim: int) -> Tensor:

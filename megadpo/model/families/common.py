@@ -121,6 +121,27 @@ def refuse_biases(hf_config: PretrainedConfig, *fields: str) -> None:
             raise UserError(f"the model's config has {field}: true; {hf_config.model_type} is supported without it only")
 
 
+def refuse_jitter(hf_config: PretrainedConfig) -> None:
+    """Raises UserError for noise in what routers read."""
+    if hf_config.router_jitter_noise:
+        raise UserError(
+            f"the model's router_jitter_noise is {hf_config.router_jitter_noise}; only 0 is supported: with noise, a "
+            "reference equal to the policy would give other log-probs"
+        )
+
+
+def layers_with_rope(hf_config: PretrainedConfig) -> list[bool]:
+    """``no_rope_layers``, whose ones are the layers that have rope.
+
+    Raises:
+        UserError: it is shorter than the model.
+    """
+    num_layers, has_rope = hf_config.num_hidden_layers, hf_config.no_rope_layers
+    if len(has_rope) < num_layers:
+        raise UserError(f"the model's no_rope_layers has {len(has_rope)} entries for {num_layers} layers; give one a layer")
+    return [bool(each) for each in has_rope[:num_layers]]
+
+
 def no_biases(hf_config: PretrainedConfig) -> dict[str, Any]:
     """No facts, for families without biases."""
     refuse_biases(hf_config, "attention_bias", "mlp_bias")

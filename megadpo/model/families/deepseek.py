@@ -4,12 +4,18 @@ experts."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.families.common import Family, no_windows, refuse_biases
-from megadpo.model.families.mixtures import experts_after_dense_layers, sigmoid_routing, softmax_routing
+from megadpo.model.families.mixtures import (
+    check_given,
+    experts_after_dense_layers,
+    has_mixtures,
+    refuse_others,
+    sigmoid_routing,
+    softmax_routing,
+)
 from megadpo.model.shape import Experts, Latents
 
 if TYPE_CHECKING:
@@ -54,10 +60,10 @@ _OF_GROUPS = ("n_group", "topk_group")
 
 
 def _check(hf_config: PretrainedConfig) -> None:
-    _check_given(hf_config, (*_NUMBERS, *(["q_lora_rank"] if hf_config.q_lora_rank is not None else [])))
-    if hf_config.first_k_dense_replace < hf_config.num_hidden_layers:
+    check_given(hf_config, (*_NUMBERS, *(["q_lora_rank"] if hf_config.q_lora_rank is not None else [])))
+    if has_mixtures(hf_config):
         has_groups = getattr(hf_config, "topk_method", "noaux_tc") != "greedy"
-        _check_given(hf_config, (*_OF_MIXTURES, *(_OF_GROUPS if has_groups else ())))
+        check_given(hf_config, (*_OF_MIXTURES, *(_OF_GROUPS if has_groups else ())))
     heads, of_keys = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if of_keys != heads:
         raise UserError(
@@ -66,33 +72,17 @@ def _check(hf_config: PretrainedConfig) -> None:
         )
 
 
-def _check_given(hf_config: PretrainedConfig, fields: Sequence[str]) -> None:
-    """transformers lets some of them be null."""
-    for field in fields:
-        found = getattr(hf_config, field, None)
-        if found is None:
-            raise UserError(f"the model's config has no {field}, which {hf_config.model_type} needs; give its number")
-        if found < (0 if field == "first_k_dense_replace" else 1):
-            raise UserError(f"the model's {field} is {found}; it must be 1 or more")
-
-
-def _refuse_others(hf_config: PretrainedConfig, **known: object) -> None:
-    """Refuse what DeepSeek's own code reads and transformers' model does not, unless it is what that computes."""
-    for field, value in {"moe_layer_freq": 1, **known}.items():
-        found = getattr(hf_config, field, value)
-        if found not in (value, None):
-            raise UserError(
-                f"the model's config has {field}: {found!r}; {hf_config.model_type} is supported with {value!r} only"
-            )
-
-
 def _experts_of_2(hf_config: PretrainedConfig) -> Experts | None:
-    _refuse_others(hf_config, scoring_func="softmax")
+    if not has_mixtures(hf_config):
+        return None
+    refuse_others(hf_config, scoring_func="softmax")
     return experts_after_dense_layers(hf_config, softmax_routing(hf_config))
 
 
 def _experts_of_3(hf_config: PretrainedConfig) -> Experts | None:
-    _refuse_others(hf_config, scoring_func="sigmoid", topk_method="noaux_tc")
+    if not has_mixtures(hf_config):
+        return None
+    refuse_others(hf_config, scoring_func="sigmoid", topk_method="noaux_tc")
     return experts_after_dense_layers(hf_config, sigmoid_routing(hf_config))
 
 

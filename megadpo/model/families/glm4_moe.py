@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megadpo.model.families.common import Family, no_windows, refuse_biases
-from megadpo.model.families.mixtures import experts_after_dense_layers, sigmoid_routing
+from megadpo.model.families.mixtures import experts_after_dense_layers, has_mixtures, refuse_others, sigmoid_routing
 from megadpo.model.shape import Experts
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _experts(hf_config: PretrainedConfig) -> Experts | None:
+    if not has_mixtures(hf_config):
+        return None
+    refuse_others(hf_config, scoring_func="sigmoid", topk_method="noaux_tc")
     return experts_after_dense_layers(hf_config, sigmoid_routing(hf_config))
 
 

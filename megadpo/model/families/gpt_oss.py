@@ -26,7 +26,7 @@ def _experts(hf_config: PretrainedConfig) -> Experts:
         router="router",
         has_biases=True,
         clamp=Clamp(float(hf_config.swiglu_alpha), float(hf_config.swiglu_limit)),
-        is_fused=True,
+        fused="in_turns",
     )
 
 

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megadpo.errors import UserError
-from megadpo.model.families.common import Family, no_biases, window_on_every_layer
+from megadpo.model.families.common import Family, no_biases, refuse_jitter, window_on_every_layer
 from megadpo.model.shape import Experts, Routing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-def _refuse_jitter(hf_config: PretrainedConfig) -> None:
-    if hf_config.router_jitter_noise:
-        raise UserError(
-            f"the model's router_jitter_noise is {hf_config.router_jitter_noise}; only 0 is supported: with noise, a "
-            "reference equal to the policy would give other log-probs"
-        )
 
 
 def _experts(hf_config: PretrainedConfig) -> Experts:
@@ -41,5 +32,5 @@ MIXTRAL = Family(
     window_on_every_layer,
     no_biases,
     experts=_experts,
-    check=_refuse_jitter,
+    check=refuse_jitter,
 )

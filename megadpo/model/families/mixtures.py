@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+def has_mixtures(hf_config: PretrainedConfig) -> bool:
+    """Whether there are layers behind the first `first_k_dense_replace`."""
+    return (hf_config.first_k_dense_replace or 0) < int(hf_config.num_hidden_layers)
+
+
 def experts_after_dense_layers(hf_config: PretrainedConfig, routing: Routing) -> Experts | None:
     """The mixtures of all layers but the first `first_k_dense_replace`; None where that leaves none.
 
@@ -18,7 +24,7 @@ def experts_after_dense_layers(hf_config: PretrainedConfig, routing: Routing) ->
         UserError: no shared expert, or groups that the experts cannot be divided in.
     """
     first, num_layers = hf_config.first_k_dense_replace or 0, hf_config.num_hidden_layers
-    if first >= num_layers:
+    if not has_mixtures(hf_config):
         return None
     if (hf_config.n_shared_experts or 0) < 1:
         raise UserError(f"the model's n_shared_experts is {hf_config.n_shared_experts}; it must be 1 or more")
@@ -89,3 +95,23 @@ def _check_groups(hf_config: PretrainedConfig, routing: Routing) -> None:
             f"the model's num_experts_per_tok is {per_token}, but a token's {chosen} groups (topk_group) have "
             f"{chosen * size} experts"
         )
+
+
+def check_given(hf_config: PretrainedConfig, fields: Sequence[str]) -> None:
+    """transformers lets some of them be null."""
+    for field in fields:
+        found = getattr(hf_config, field, None)
+        if found is None:
+            raise UserError(f"the model's config has no {field}, which {hf_config.model_type} needs; give its number")
+        if found < (0 if field == "first_k_dense_replace" else 1):
+            raise UserError(f"the model's {field} is {found}; it must be 1 or more")
+
+
+def refuse_others(hf_config: PretrainedConfig, **known: object) -> None:
+    """Refuse what the makers' own code reads and transformers' model does not, unless it is what that computes."""
+    for field, value in {"moe_layer_freq": 1, **known}.items():
+        found = getattr(hf_config, field, value)
+        if found not in (value, None):
+            raise UserError(
+                f"the model's config has {field}: {found!r}; {hf_config.model_type} is supported with {value!r} only"
+            )

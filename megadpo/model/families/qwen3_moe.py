@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadpo.model.families.common import Family, window_on_every_layer
+from megadpo.model.families.mixtures import check_given
 from megadpo.model.families.qwen3 import qwen3_facts
 from megadpo.model.shape import Experts, Routing, SharedExpert
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def qwen_experts(hf_config: PretrainedConfig, shared: SharedExpert | None = None) -> Experts | None:
-    """The mixtures of Qwen2-MoE and Qwen3-MoE; None where all layers are dense."""
+    """The mixtures of Qwen2-MoE and Qwen3-MoE; None where all layers are dense.
+
+    Raises:
+        UserError: a size that is missing, or less than 1.
+    """
+    check_given(hf_config, ["decoder_sparse_step"])
     layers = tuple(
         layer
         for layer in range(hf_config.num_hidden_layers)
@@ -26,6 +32,7 @@ def qwen_experts(hf_config: PretrainedConfig, shared: SharedExpert | None = None
     )
     if not layers:
         return None
+    check_given(hf_config, ["num_experts_per_tok", "moe_intermediate_size"])
     return Experts(
         count=hf_config.num_experts,
         per_token=hf_config.num_experts_per_tok,

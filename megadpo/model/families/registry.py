@@ -14,6 +14,7 @@ from megadpo.model.families.glm4_moe import GLM4_MOE
 from megadpo.model.families.gpt_oss import GPT_OSS
 from megadpo.model.families.granite import GRANITE
 from megadpo.model.families.llama import LLAMA
+from megadpo.model.families.llama4 import LLAMA4
 from megadpo.model.families.ministral import MINISTRAL
 from megadpo.model.families.mistral import MISTRAL
 from megadpo.model.families.mixtral import MIXTRAL
@@ -23,6 +24,7 @@ from megadpo.model.families.qwen2 import QWEN2
 from megadpo.model.families.qwen2_moe import QWEN2_MOE
 from megadpo.model.families.qwen3 import QWEN3
 from megadpo.model.families.qwen3_moe import QWEN3_MOE
+from megadpo.model.families.qwen3_next import QWEN3_NEXT
 from megadpo.model.families.refused import why_refused
 from megadpo.model.families.smollm3 import SMOLLM3
 
@@ -52,6 +54,8 @@ FAMILIES = (
     DEEPSEEK_V3,
     QWEN2_MOE,
     GLM4_MOE,
+    LLAMA4,
+    QWEN3_NEXT,
 )
 
 

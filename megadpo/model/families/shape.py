@@ -36,7 +36,7 @@ def shape_of(hf_config: PretrainedConfig | dict[str, Any]) -> ModelShape:
     return ModelShape(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
-        ffn_size=hf_config.intermediate_size,
+        ffn_size=facts.pop("ffn_size", hf_config.intermediate_size),
         num_heads=num_heads,
         num_key_value_heads=getattr(hf_config, "num_key_value_heads", None) or num_heads,
         head_dim=latents.head_dim if (latents := facts.get("latents")) else head_dim,

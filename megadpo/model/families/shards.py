@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megadpo.model.families.common import EMBEDDING, HEAD, SCORE, ExpertPlace, ParameterShard, ShardPiece
-from megadpo.model.shape import Experts, ModelShape
+from megadpo.model.shape import Experts, LinearAttention, ModelShape
 
 # (logical name, first element, number of elements) along the dimension at hand.
 NamedRange = tuple[str, int, int]
@@ -48,6 +48,10 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     hidden, (first, *other_norms) = shape.hidden_size, shape.norms.names
     shapes: dict[str, tuple[int, ...]] = {f"{first}.weight": (hidden,)}
+    if shape.linear is not None and layer in shape.linear.layers:
+        shapes |= {f"linear_attn.{name}": size for name, size in _linear_attention_shapes(shape.linear, hidden).items()}
+        shapes |= {f"{name}.weight": (hidden,) for name in other_norms}
+        return shapes | _mlp_shapes(shape, layer)
     shapes |= {f"self_attn.{name}.weight": size for name, size in _projections(shape).items()}
     shapes["self_attn.o_proj.weight"] = (hidden, shape.num_heads * shape.value_dim)
     shapes |= {f"{name}.weight": (hidden,) for name in other_norms}
@@ -68,10 +72,26 @@ def _layer_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _linear_attention_shapes(linear: LinearAttention, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer's linear attention."""
+    columns, gates, heads = linear.num_convolved, linear.num_outputs, linear.num_value_heads
+    return {
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "conv1d.weight": (columns, 1, linear.kernel_size),
+        "in_proj_qkvz.weight": (columns + gates, hidden),
+        "in_proj_ba.weight": (2 * heads, hidden),
+        "norm.weight": (linear.value_dim,),
+        "out_proj.weight": (hidden, gates),
+    }
+
+
 def _projections(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """The matrices that queries, keys and values come from."""
     query, key, hidden = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim, shape.hidden_size
     latents = shape.latents
+    if shape.attention_gate:  # behind each head's query, its gate
+        return {"q_proj": (2 * query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden)}
     if latents is not None:
         rank, of_keys = latents.query_rank, latents.key_value_rank
         queries = {"q_proj": (query, hidden)}
@@ -98,10 +118,11 @@ def _mlp_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     experts, hidden = shape.experts, shape.hidden_size
     if experts is None or layer not in experts.layers:
         inner = {"gate_up_proj": 2 * shape.ffn_size} if shape.fuses_gate_up else dict.fromkeys(_GATED, shape.ffn_size)
-        shapes: dict[str, tuple[int, ...]] = {f"mlp.{name}.weight": (size, hidden) for name, size in inner.items()}
-        shapes["mlp.down_proj.weight"] = (hidden, shape.ffn_size)
+        block = shape.mlp_block
+        shapes: dict[str, tuple[int, ...]] = {f"{block}.{name}.weight": (size, hidden) for name, size in inner.items()}
+        shapes[f"{block}.down_proj.weight"] = (hidden, shape.ffn_size)
         if shape.mlp_bias:
-            shapes |= {f"mlp.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
+            shapes |= {f"{block}.{name}.bias": (size,) for name, size in {**inner, "down_proj": hidden}.items()}
         return shapes
     shapes = {f"{experts.block}.{experts.router}.weight": (experts.count, hidden)}
     if experts.has_biases:
@@ -231,7 +252,7 @@ def _interval(runs: list[NamedRange], start: int, length: int) -> Iterator[Shard
 def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterShard]:
     to, of, norms = f"decoder.layers.{layer}", f"model.layers.{layer}", shape.norms
     attention, hf_attention = f"{to}.self_attention", f"{of}.self_attn"
-    num_qkv = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+    num_qkv = (shape.num_heads * (2 if shape.attention_gate else 1) + 2 * shape.num_key_value_heads) * shape.head_dim
     shards = [
         cut.whole(f"{to}.{megatron_name}.weight", f"{of}.{name}.weight", shape.hidden_size)
         for megatron_name, name in (
@@ -242,6 +263,8 @@ def _layer_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[Parameter
         )
         if name is not None
     ]
+    if shape.linear is not None and layer in shape.linear.layers:
+        return shards + _linear_attention_shards(shape.linear, cut, attention, f"{of}.linear_attn", shape.hidden_size)
     num_outputs = shape.num_heads * shape.value_dim
     shards.append(
         cut.columns(f"{attention}.linear_proj.weight", f"{hf_attention}.o_proj.weight", shape.hidden_size, num_outputs)
@@ -284,6 +307,38 @@ def _latent_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention
     ]
 
 
+def _linear_attention_shards(
+    linear: LinearAttention, cut: _Cutter, attention: str, of: str, hidden: int
+) -> list[ParameterShard]:
+    """Key heads, with the value heads that read them, are spread over the tensor ranks."""
+    columns, heads = linear.num_convolved, linear.num_value_heads
+    # The files have all heads' queries, then keys, then values; a rank has its heads' of each.
+    queries = linear.num_key_heads * linear.key_dim
+    kinds = [(0, queries), (queries, queries), (2 * queries, linear.num_outputs)]
+    pieces, start = [], 0
+    for first, number in kinds:
+        share = number // cut.num_ranks
+        pieces.append(ShardPiece(f"{of}.conv1d.weight", 0, first + cut.rank * share, start, share))
+        start += share
+    convolution = (columns // cut.num_ranks, 1, linear.kernel_size)
+    return [
+        cut.rows(f"{attention}.linear_in.weight", _linear_input_runs(linear, of), linear.num_inputs, hidden),
+        ParameterShard(f"{attention}.conv1d.weight", convolution, 0, tuple(pieces)),
+        cut.rows(f"{attention}.A_log", [(f"{of}.A_log", 0, heads)], heads),
+        cut.rows(f"{attention}.dt_bias", [(f"{of}.dt_bias", 0, heads)], heads),
+        cut.whole(f"{attention}.norm.weight", f"{of}.norm.weight", linear.value_dim),
+        cut.columns(f"{attention}.linear_proj.weight", f"{of}.out_proj.weight", hidden, linear.num_outputs),
+    ]
+
+
+def _linear_input_runs(linear: LinearAttention, of: str) -> list[NamedRange]:
+    """For each key head its query, key, values and gates, then their rates and decays."""
+    ratio = linear.num_value_heads // linear.num_key_heads
+    sizes = {"in_proj_qkvz": 2 * linear.key_dim + 2 * ratio * linear.value_dim, "in_proj_ba": 2 * ratio}
+    heads = range(linear.num_key_heads)
+    return [(f"{of}.{name}.weight", head * size, size) for head in heads for name, size in sizes.items()]
+
+
 def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_attention: str) -> list[ParameterShard]:
     shards = []
     for norm, heads in (("q", shape.num_heads), ("k", shape.num_key_value_heads)):
@@ -298,7 +353,7 @@ def _query_key_norm_shards(shape: ModelShape, cut: _Cutter, attention: str, hf_a
 
 
 def _mlp_shards(shape: ModelShape, cut: _Cutter, layer: int) -> list[ParameterShard]:
-    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+    to, of = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.{shape.mlp_block}"
     shards = [cut.columns(f"{to}.linear_fc2.weight", f"{of}.down_proj.weight", shape.hidden_size, shape.ffn_size)]
     for kind, other in (("weight", (shape.hidden_size,)), *([("bias", ())] if shape.mlp_bias else [])):
         gate, up = ((f"{of}.{name}.{kind}", 0) for name in _GATED)
@@ -360,7 +415,11 @@ def _qkv_runs(shape: ModelShape, attention: str, kind: str) -> list[NamedRange]:
     (query_name, query_first), *others = places
     runs = []
     for group in range(shape.num_key_value_heads):
-        runs.append((query_name, query_first + group * heads, heads))
+        if shape.attention_gate:  # the queries of a group's heads, then the gates
+            of_group = range(2 * group * heads, 2 * (group + 1) * heads, 2 * head)
+            runs += [(query_name, first + of_gate, head) for of_gate in (0, head) for first in of_group]
+        else:
+            runs.append((query_name, query_first + group * heads, heads))
         runs += [(name, first + group * head, head) for name, first in others]
     return runs
 

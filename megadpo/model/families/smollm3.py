@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadpo.errors import UserError
-from megadpo.model.families.common import Family, windows_of_layer_types
+from megadpo.model.families.common import Family, layers_with_rope, windows_of_layer_types
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,18 +20,11 @@ def _check(hf_config: PretrainedConfig) -> None:
         )
 
 
-def _with_rope(hf_config: PretrainedConfig) -> list[bool]:
-    num_layers, has_rope = hf_config.num_hidden_layers, hf_config.no_rope_layers
-    if len(has_rope) < num_layers:
-        raise UserError(f"the model's no_rope_layers has {len(has_rope)} entries for {num_layers} layers; give one a layer")
-    return [bool(each) for each in has_rope[:num_layers]]
-
-
 SMOLLM3 = Family(
     "smollm3",
     ("SmolLM3ForCausalLM",),
     "SmolLM3ForSequenceClassification",
     windows_of_layer_types,
     check=_check,
-    with_rope=_with_rope,
+    with_rope=layers_with_rope,
 )

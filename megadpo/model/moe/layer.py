@@ -67,19 +67,25 @@ class Router(TopKRouter):
             input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
         logits_TE = F.linear(input, weight, bias).flatten(0, 1)
         correction_bias_E = None if self.correction_bias is None else self.correction_bias.values
-        routed = route(logits_TE, self.routing, self.topk, correction_bias_E)
-        if self.stream is None or self.stream.watch is None:
+        watch, replayed_TK = None if self.stream is None else self.stream.watch, None
+        if self.stream is not None and watch is not None and watch.replays is not None:
+            replayed_TK = watch.replays.chosen_TK(self.stream.number, self.layer_number - 1)
+        routed = route(logits_TE, self.routing, self.topk, correction_bias_E, replayed_TK)
+        if self.stream is None or watch is None:
             return routed.probabilities_TE, routed.chosen_TE
-        return self._watched(self.stream, self.stream.watch, routed), routed.chosen_TE
+        return self._watched(self.stream, watch, routed), routed.chosen_TE
 
     def _watched(self, stream: StreamParams, watch: RouterWatch, routed: Routed) -> Tensor:
         """Note the load, and tie the load-balancing loss to the probabilities where the pass wants its gradient."""
         layer = self.layer_number - 1
+        if watch.records is not None:
+            watch.records.note(stream.number, layer, routed.expert_TK)
         weight_T = stream.token_weights()
         if self.config.sequence_parallel:
             weight_T = weight_T.chunk(self.config.tensor_model_parallel_size)[self.tp_group.rank()]
         probability_E = weight_T @ routed.shares_TE
-        sums = torch.stack([weight_T.double() @ routed.chosen_TE.double(), probability_E.detach().double()])
+        choices_E, agreed_E = (weight_T.double() @ each_TE.double() for each_TE in (routed.chosen_TE, routed.agreed_TE))
+        sums = torch.stack([choices_E, probability_E.detach().double(), agreed_E])
         watch.seen[stream.number, layer] = sums
         if watch.whole is None or not torch.is_grad_enabled():
             return routed.probabilities_TE
@@ -127,8 +133,9 @@ def expert_layer_spec(dense: ModuleSpec, experts: Experts, activation: type[SwiG
         expert.activation_func = ModuleSpec(module=ClampedSwiGLU, params=clamp)
     use_own_linear_layers(expert, mlp_bias=experts.has_biases)
     mixture.submodules.experts.module = GroupedExperts
-    mixture.submodules.experts.params = {"products": products}
+    mixture.submodules.experts.params = {"products": products, "scales_inputs": experts.routing.scales_inputs}
     if experts.has_biases:
+        assert not experts.routing.scales_inputs
         mixture.submodules.experts.module, mixture.submodules.experts.params = BiasedExperts, {}
         expert.linear_fc2 = ExpertRowLinear
     mixture.submodules.router = functools.partial(Router, routing=experts.routing, has_bias=experts.has_biases)

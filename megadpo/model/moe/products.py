@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megadpo.errors import UserError
+from megadpo.model.recompute import recomputable
 from megadpo.model.weight_gradients import delayed_products
 
 WAYS = ("loop", "grouped", "grouped_mm")
@@ -54,20 +55,25 @@ def choose_expert_products(requested: str, num_local: int, is_gathered: bool, ha
 class Experts(SequentialMLP):
     """SequentialMLP with the products of its experts joined; it fills the experts slot of a mixture's spec."""
 
-    def __init__(self, *arguments: Any, products: str, **options: Any) -> None:
+    def __init__(self, *arguments: Any, products: str, scales_inputs: bool = False, **options: Any) -> None:
+        """`scales_inputs`: as in `Routing`."""
         super().__init__(*arguments, **options)
-        self.products = products
+        self.products, self.scales_inputs = products, scales_inputs
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         """hidden [T, H] in the experts' order, tokens of each [E], probabilities [T] -> what the experts give [T, H]."""
+        if self.scales_inputs:
+            permuted_local_hidden_states = recomputable(_scaled, permuted_local_hidden_states, permuted_probs)
+            permuted_probs = torch.ones_like(permuted_probs)
         if self.products == "loop":
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         counts = tuple(tokens_per_expert.tolist())
         inner = self._linear("linear_fc1", permuted_local_hidden_states, counts)
         inner = self.local_experts[0].activation_func(inner)
-        inner = (inner * permuted_probs.unsqueeze(-1)).to(inner.dtype)
+        if not self.scales_inputs:
+            inner = _scaled(inner, permuted_probs)
         return self._linear("linear_fc2", inner, counts), None
 
     def _linear(self, name: str, input_TI: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -78,6 +84,11 @@ class Experts(SequentialMLP):
         weights = [layer.weight for layer in layers]
         output: Tensor = _Products.apply(input_TI, counts, self.products, layers[0].add_weight_gradient, *weights)
         return output
+
+
+def _scaled(rows_TI: Tensor, factor_T: Tensor) -> Tensor:
+    """In the wider of both types, rounded once."""
+    return (rows_TI * factor_T.unsqueeze(-1)).to(rows_TI.dtype)
 
 
 class _Products(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""From a router's logits to a token's experts, by the ways of Mixtral, DeepSeek-V2 and DeepSeek-V3, as in transformers.
+"""From a router's logits to a token's experts, as transformers' Mixtral, DeepSeek-V2, DeepSeek-V3 and Llama 4 do.
 
 Not by Megatron's `topk_routing_with_score_function`, which gives other numbers in three places: it scores a group by the sum
 of its best `topk / group_topk` experts, where DeepSeek-V2 takes the best and DeepSeek-V3 the best two; it always scales
@@ -28,19 +28,30 @@ class Routed:
         probabilities_TE: float32, what each expert counts; zero where it is not chosen.
         chosen_TE: boolean.
         shares_TE: float32, each expert's part of all scores of a token, which load balancing is about.
+        expert_TK: numbers of those that are chosen.
+        agreed_TE: those of the chosen that the router would have chosen itself: all, unless it was told which to take.
     """
 
     probabilities_TE: Tensor
     chosen_TE: Tensor
     shares_TE: Tensor
+    expert_TK: Tensor
+    agreed_TE: Tensor
 
 
-def route(logits_TE: Tensor, routing: Routing, per_token: int, correction_bias_E: Tensor | None = None) -> Routed:
+def route(
+    logits_TE: Tensor,
+    routing: Routing,
+    per_token: int,
+    correction_bias_E: Tensor | None = None,
+    replayed_TK: Tensor | None = None,
+) -> Routed:
     """Choose `per_token` experts of each token.
 
     Args:
         logits_TE: of any floating type; all else is float32.
         correction_bias_E: float32, where `routing` has one.
+        replayed_TK: int64, the experts to take; None: those that the scores say.
     """
     if routing.score_function == "softmax":
         scores_TE = shares_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
@@ -48,10 +59,13 @@ def route(logits_TE: Tensor, routing: Routing, per_token: int, correction_bias_E
         scores_TE = logits_TE.float().sigmoid()
         shares_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
     with torch.no_grad():
-        choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
+        choice_TE = logits_TE if routing.chooses_by_logits else scores_TE
+        if correction_bias_E is not None:
+            choice_TE = choice_TE + correction_bias_E
         if routing.groups_per_token < routing.num_groups:
             choice_TE = _of_best_groups(choice_TE, routing)
-        expert_TK = choice_TE.topk(per_token, dim=-1).indices
+        own_TK = choice_TE.topk(per_token, dim=-1).indices
+    expert_TK = own_TK if replayed_TK is None else replayed_TK
     top_TK = scores_TE.gather(1, expert_TK)
     if routing.renormalised:
         top_TK = top_TK / (top_TK.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
@@ -59,7 +73,10 @@ def route(logits_TE: Tensor, routing: Routing, per_token: int, correction_bias_E
         top_TK = top_TK * routing.scaling_factor
     probabilities_TE = torch.zeros_like(scores_TE).scatter(1, expert_TK, top_TK)
     chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, expert_TK, True)
-    return Routed(probabilities_TE, chosen_TE, shares_TE)
+    agreed_TE = chosen_TE
+    if replayed_TK is not None:
+        agreed_TE = torch.zeros_like(chosen_TE).scatter(1, own_TK, True) & chosen_TE
+    return Routed(probabilities_TE, chosen_TE, shares_TE, expert_TK, agreed_TE)
 
 
 def _of_best_groups(choice_TE: Tensor, routing: Routing) -> Tensor:

@@ -49,7 +49,13 @@ class SmallOps:
         plain = shape.plain_rope
         if plain is not None:
             return self.rope(plain.inverse_frequencies)
-        return LayerRopes(shape.ropes, shape.rope_is_interleaved, turns_last=shape.latents is not None)
+        return LayerRopes(
+            shape.ropes,
+            shape.rope_is_interleaved,
+            turns_last=shape.latents is not None,
+            norm_epsilon=shape.norm_epsilon if shape.norms_turned else None,
+            temperature=shape.temperature,
+        )
 
 
 def choose_small_ops(requested: str, device: torch.device) -> SmallOps:

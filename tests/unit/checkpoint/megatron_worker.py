@@ -20,8 +20,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megadpo.checkpoint.hf import open_hf, read_hf_config
 from megadpo.model.families import shape_of, shard_parameters
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard
 from megadpo.parallel.layout import Layout
 from megadpo.parallel.world import joined_world
 

@@ -21,12 +21,18 @@ def tensors() -> dict[str, torch.Tensor]:
     return made | {"model.layers.1.mlp.router.bias": torch.randn(3)}
 
 
-def test_a_single_expert_computes_what_the_fused_one_does_and_any_part_of_it_can_be_read(tensors) -> None:
-    source = SingleExperts(DictSource(tensors))
+COLUMNS = {"in_turns": (slice(0, None, 2), slice(1, None, 2)), "in_halves": (slice(0, 6), slice(6, None))}
+"""Of gate and up."""
+
+
+@pytest.mark.parametrize("order", COLUMNS)
+def test_a_single_expert_computes_what_the_fused_one_does_and_any_part_of_it_can_be_read(tensors, order) -> None:
+    source = SingleExperts(DictSource(tensors), order)
+    of_gate, of_up = COLUMNS[order]
     token = torch.randn(8)
     for number in range(3):
         both = token @ tensors[f"{BLOCK}.gate_up_proj"][number] + tensors[f"{BLOCK}.gate_up_proj_bias"][number]
-        for part, theirs in (("gate_proj", both[::2]), ("up_proj", both[1::2])):
+        for part, theirs in (("gate_proj", both[of_gate]), ("up_proj", both[of_up])):
             name = f"{BLOCK}.{number}.{part}"
             weight, bias = (source.read(f"{name}.{kind}", 0, 0, 6) for kind in ("weight", "bias"))
             torch.testing.assert_close(weight @ token + bias, theirs)
@@ -39,12 +45,13 @@ def test_a_single_expert_computes_what_the_fused_one_does_and_any_part_of_it_can
     assert torch.equal(source.read(router, 0, 0, 3), tensors[router])
 
 
-def test_single_experts_go_back_into_the_files_bit_for_bit(tensors) -> None:
-    source = SingleExperts(DictSource(tensors))
+@pytest.mark.parametrize("order", COLUMNS)
+def test_single_experts_go_back_into_the_files_bit_for_bit(tensors, order) -> None:
+    source = SingleExperts(DictSource(tensors), order)
     single = {name: source.read(name, 0, 0, source.shape(name)[0]) for name in source.names()}
     assert len(single) == 1 + 3 * 6
     assert set(fused_names(single)) == tensors.keys()
-    back = fused(dict(reversed(single.items())))
+    back = fused(dict(reversed(single.items())), order)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 

@@ -19,7 +19,8 @@ from megadpo.checkpoint.convert import export_checkpoint, export_megatron
 from megadpo.checkpoint.hf import read_hf_config
 from megadpo.checkpoint.importing import ImportOptions, _open_import, import_model
 from megadpo.checkpoint.megatron import MegatronSource
-from megadpo.checkpoint.torch_dist import TorchDistFiles, TorchDistWriter, torch_dist_directory
+from megadpo.checkpoint.torch_dist import TorchDistFiles, torch_dist_directory
+from megadpo.checkpoint.torch_dist_writer import TorchDistWriter
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
 from tests.helpers.checkpoints import assert_same, tensors_of

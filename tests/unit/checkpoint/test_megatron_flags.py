@@ -51,6 +51,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "latents": ("deepseek_v3", {}, "multi-head latent attention"),
     "groups": ("glm4_moe", {}, r"two best experts .topk_group: 2.*the best 1"),
     "sigmoid": ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}, "norm_topk_prob"),
+    "turned norms": ("llama4_text", {}, "use_qk_norm"),
+    "temperature": ("llama4_text", {"use_qk_norm": False}, "attn_temperature_tuning"),
+    "scaled inputs": (
+        "llama4_text",
+        {"use_qk_norm": False, "attn_temperature_tuning": False},
+        "experts that read what their scores multiply",
+    ),
+    "chunks": (
+        "llama4_text",
+        {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": []},
+        "attention_chunk_size: 24",
+    ),
     "sinks": ("gpt_oss", {}, "attention sinks"),
     "biases": ("llama", {"attention_bias": True}, "attention_bias, mlp_bias"),
     "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh .hidden_act"),

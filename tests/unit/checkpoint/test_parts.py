@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from megadpo.checkpoint import convert, importing
 from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.importing import ImportOptions, import_model
 from megadpo.checkpoint.parts import in_parts
+from megadpo.errors import UserError
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.models import save_model
 
@@ -95,7 +100,7 @@ def test_an_export_goes_on_with_the_files_that_are_not_there(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_processes_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
     import_model(model, tmp_path / "one", FOUR)
     import_model(model, tmp_path / "two", ImportOptions(2, 2, num_processes=2))
@@ -113,3 +118,31 @@ def test_a_part_that_fails_ends_all(tmp_path: Path) -> None:
         in_parts(tmp_path / "out", {}, ["a", "b", "c"], work, 1)
     assert json.loads((tmp_path / "out.tmp" / "a.part").read_text()) == {"files": {}}
     assert not (tmp_path / "out.tmp" / "c.part").exists()
+
+
+def _threads(name: str) -> dict[str, object]:
+    import torch
+
+    return {"files": {}, "threads": torch.get_num_threads()}
+
+
+def _killed(name: str) -> dict[str, object]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"a process that converts was killed, .* goes on .* with --processes 1"):
+        in_parts(tmp_path / "out", {}, ["a", "b"], _killed, 2)
+
+
+@pytest.mark.slow
+def test_workers_share_the_cores_out(tmp_path):
+    manifests = in_parts(tmp_path / "out", {}, ["a", "b"], _threads, 2)
+    assert [manifest["threads"] for manifest in manifests] == [max(torch.get_num_threads() // 2, 1)] * 2
+
+
+def test_conversions_do_without_megatron_core_whose_import_takes_longer_than_they_do():
+    code = "import sys, megadpo.checkpoint.importing, megadpo.checkpoint.convert; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

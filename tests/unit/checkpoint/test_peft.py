@@ -123,11 +123,13 @@ def test_a_merge_of_a_bf16_base_is_rounded_once(root: Path, tmp_path: Path) -> N
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
 
 
-def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
-    """transformers 5 has experts' matrices in one tensor; PEFT turns adapters of the names that vLLM reads into its own."""
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+def test_adapters_of_mixtures_load_in_peft(family: str, tmp_path: Path) -> None:
+    """transformers 5 has experts' matrices in one tensor; PEFT turns adapters of the names that vLLM reads into its own.
+    Llama 4's experts, which its files have so, take none; its dense layers' and shared experts' matrices do."""
     import peft
 
-    base = save_model(tmp_path / "base", "mixtral", tokenizer=False, num_hidden_layers=2)
+    base = save_model(tmp_path / "base", family, tokenizer=False, num_hidden_layers=3 if family == "llama4_text" else 2)
     shape = shape_of(read_hf_config(base))
     spec = resolve(AdapterConfig(kind="lora", rank=4, alpha=8), shape)
     torch.manual_seed(0)
@@ -154,6 +156,7 @@ def test_experts_adapters_load_in_peft(tmp_path: Path) -> None:
             "leaves out adapters of dense layers' matrices of the same names (model.layers.1.mlp.gate_proj)",
         ),
         ("glm4_moe", {}, {"target_modules": ["q_proj", "o_proj"]}, None),
+        ("llama4_text", {}, {}, None),
         (
             "glm4_moe",
             {"first_k_dense_replace": 0},

@@ -20,7 +20,7 @@ from megadpo.checkpoint.reward_model import RewardModel, as_reward_model, refuse
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, write_shard_file
 from megadpo.errors import UserError
 from megadpo.model.families import check_tensors, head_of, logical_shapes, shape_of, shard_parameters
-from megadpo.model.weights import fill_shard
+from megadpo.model.families.fill import fill_shard
 from tests.helpers.checkpoints import assert_same, load_reward_model, tensors_of
 from tests.helpers.families import WIDE, DictSource
 from tests.helpers.models import hh_rows, save_model, save_reward_model, save_tokenizer

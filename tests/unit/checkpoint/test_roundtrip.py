@@ -20,7 +20,7 @@ from megadpo.checkpoint.importing import import_hf
 from megadpo.checkpoint.sharded import begin, commit, open_checkpoint, open_weights, step_checkpoints, write_shard_file
 from megadpo.errors import UserError
 from megadpo.model.families import logical_shapes, shape_of, shard_parameters
-from megadpo.model.weights import fill_shard
+from megadpo.model.families.fill import fill_shard
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.families import LLAMA3, WIDE
 from tests.helpers.models import save_model
@@ -40,7 +40,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text bf16": {"dtype": torch.bfloat16},
     "gpt_oss bf16": {"dtype": torch.bfloat16},
     "glm4_moe bf16": {"dtype": torch.bfloat16},
+    "qwen3_next bf16": {"dtype": torch.bfloat16, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     "qwen2_moe": {"mlp_only_layers": [1]},
+    "llama4_text bf16": {"dtype": torch.bfloat16},
     "qwen3_moe tied": {"mlp_only_layers": [0, 3], "tie_word_embeddings": True},
 }
 FAMILY = {name: name.split()[0].removesuffix("3.1") for name in MODELS}

@@ -20,9 +20,9 @@ from megadpo.model.adapters.products import ColumnParallel, Operands
 from megadpo.model.adapters.shards import adapter_shards, is_adapters
 from megadpo.model.adapters.spec import AdapterSpec, adapter_shapes, resolve
 from megadpo.model.families import ExpertPlace, shape_of, shard_parameters
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.layer_ranks import LayerRanks
 from megadpo.model.shape import ModelShape
-from megadpo.model.weights import fill_shard
 from megadpo.parallel.layout import Layout
 from megadpo.validation.model import check_adapters, check_reference_adapter
 from tests.helpers.families import config_of

@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
 )
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megadpo.checkpoint.export import join_tensor_ranks
 from megadpo.checkpoint.hf import open_hf, read_hf_config
-from megadpo.checkpoint.megatron_flags import refuse_other_models
+from megadpo.checkpoint.megatron_flags import _reasons, refuse_other_models
 from megadpo.data.batches.micro_batch import Segment
 from megadpo.data.groups import Group
 from megadpo.data.store import GroupStore
@@ -33,14 +37,14 @@ from megadpo.model.families import (
     shard_parameters,
     with_reward_head,
 )
+from megadpo.model.families.fill import fill_shard
 from megadpo.model.families.refused import REFUSED
 from megadpo.model.layer_specs import softmax_scale
 from megadpo.model.rope import angles_of, kinds_of_segments
-from megadpo.model.weights import fill_shard
 from megadpo.validation.data import check_shared_prompts, num_turned_differently
 from tests.helpers import oracle
 from tests.helpers.families import LLAMA3, DictSource, config_of
-from tests.helpers.models import PREFIXES, save_model
+from tests.helpers.models import PREFIXES, save_model, tiny_config
 
 FAMILIES = tuple(PREFIXES)
 LONGROPE = {
@@ -111,7 +115,9 @@ def test_shards_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     assert all(torch.equal(joined[name], source.tensors[name]) for name in joined)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4_text", "qwen3_next"]
+)
 @pytest.mark.parametrize(("num_expert", "num_tensor"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_experts_of_all_ranks_join_to_the_hugging_face_tensors_bit_for_bit(
     family: str, num_expert: int, num_tensor: int
@@ -382,12 +388,27 @@ def test_shared_prompts_that_are_turned_differently_are_counted_before_anything_
         ("jamba", "recurrent state"),
         ("granitemoehybrid", "recurrent state"),
         ("qwen2_5_vl", "only text"),
+        ("llama4", r"images.*text part alone by transformers .Llama4ForCausalLM.from_pretrained"),
         ("t5", "an encoder and a decoder"),
     ],
 )
 def test_models_that_cannot_be_trained_are_refused_with_the_reason(model_type: str, word: str) -> None:
     with pytest.raises(UserError, match=rf"XForCausalLM \(model_type '{model_type}'\) is not supported: it .*{word}"):
         family_of({"architectures": ["XForCausalLM"], "model_type": model_type})
+
+
+def test_the_text_part_of_a_llama_4_that_reads_images_is_saved_by_transformers_as_its_refusal_says(tmp_path: Path) -> None:
+    of_images = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    of_images |= {"vision_output_dim": 32, "image_size": 28, "projector_input_dim": 32, "projector_output_dim": 32}
+    text = tiny_config("llama4_text", num_hidden_layers=2)
+    config = Llama4Config(text_config=text.to_dict(), vision_config=of_images)
+    Llama4ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="text part alone"):
+        read_hf_config(tmp_path / "whole")
+    Llama4ForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "text")
+    check_tensors(shape_of(read_hf_config(tmp_path / "text")), open_hf(tmp_path / "text"))
+    whole, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "text"))
+    assert all(torch.equal(tensor, whole[f"language_model.{name}"]) for name, tensor in alone.items())
 
 
 def test_refused_models_are_named_as_transformers_names_them() -> None:
@@ -424,6 +445,16 @@ def test_refused_models_are_named_as_transformers_names_them() -> None:
 )
 def test_sliding_windows_by_layer(family: str, changes: dict[str, Any], expected: list[int | None]) -> None:
     assert shape_of(config_of(family, **changes)).windows == tuple(expected)
+
+
+def test_llama_4_s_layers_have_rope_chunks_and_experts_where_its_config_says() -> None:
+    lists = {"moe_layers": None, "no_rope_layers": None, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 4}
+    shape = shape_of(config_of("llama4_text", **lists))
+    assert [rope is not None for rope in shape.ropes] == [True, True, True, False]
+    assert shape.reaches == ((None, 24), (None, 24), (None, 24), (None, None))
+    assert shape.experts is not None and shape.experts.layers == (1, 3)
+    assert (shape.ffn_size, shape.experts.columns, shape.experts.shared_columns) == (80, 48, 48)
+    assert shape_of(config_of("llama4_text", moe_layers=[])).experts is None
 
 
 def test_a_window_counts_the_token_itself_as_transformers_masks_do() -> None:
@@ -495,7 +526,34 @@ def test_transformer_config_arguments(family: str) -> None:
         ("deepseek_v2", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; it must be 1 or more"),
         ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank is 0; it must be 1 or more"),
         ("glm4_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; it must be 1 or more"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func: 'softmax'; glm4_moe is supported with 'sigmoid' only"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0; it must be 1 or more"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be 1 or more"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0; it must be 1 or more"),
         ("deepseek_v2", {"rope_interleave": False}, "rope_interleave is false, which no deepseek_v2 model is computed with"),
+        ("llama4_text", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; only 0"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types has 'sliding_attention'; llama4_text"),
+        ("llama4_text", {"attention_chunk_size": None}, "attention_chunk_size is None; it must be 1 or more"),
+        ("llama4_text", {"floor_scale": 0}, "floor_scale is 0; with attn_temperature_tuning it must be more"),
+        ("llama4_text", {"mlp_bias": True}, "mlp_bias: true; llama4_text"),
+        (
+            "llama4_text",
+            {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
+            "no_rope_layers has 2 entries for 4 layers",
+        ),
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "sliding_attention"] * 2},
+            "layer_types has 'sliding_attention'",
+        ),
+        (
+            "qwen3_next",
+            {"linear_num_value_heads": 6},
+            "linear_num_value_heads is 6, which its linear_num_key_heads 4 do not",
+        ),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; it must be 1 or more"),
+        ("qwen3_next", {"hidden_act": "gelu_pytorch_tanh"}, "'gelu_pytorch_tanh'; qwen3_next is supported with silu only"),
+        ("qwen3_next", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; it must be a list"),
     ],
 )
@@ -513,16 +571,29 @@ def test_yarn_s_factor_on_the_scores_is_that_of_transformers(family: str, mscale
     assert softmax_scale(shape_of(config)) == pytest.approx(attention.scaling, rel=1e-12)
 
 
-def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_latents_is_refused() -> None:
-    shape = shape_of(config_of("deepseek_v3", first_k_dense_replace=4))
-    assert shape.only_local == "multi-head latent attention"
-    with pytest.raises(
-        UserError, match="/m has multi-head latent attention, of which checkpoints of Megatron-core are neither"
-    ):
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 4}, "multi-head latent attention"),
+        ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "layers with linear attention"),
+        (
+            "qwen3_next",
+            {"mlp_only_layers": [0, 1, 2, 3], "layer_types": ["full_attention"] * 4},
+            "a gate on attention's outputs",
+        ),
+    ],
+)
+def test_a_transformer_engine_layer_or_a_megatron_checkpoint_of_what_it_lacks_is_refused(
+    family: str, changes: dict[str, Any], what: str
+) -> None:
+    shape = shape_of(config_of(family, **changes))
+    assert shape.only_local == what
+    assert what in list(_reasons(shape))
+    with pytest.raises(UserError, match=r"/m has .*, of which checkpoints of Megatron-core are neither"):
         refuse_other_models(shape, "/m")
 
 
-@pytest.mark.parametrize("family", ["granite", "cohere", "cohere2"])
+@pytest.mark.parametrize("family", ["granite", "cohere", "cohere2", "llama4_text"])
 def test_families_without_a_sequence_classifier_make_no_reward_models(family: str) -> None:
     with pytest.raises(UserError, match=f"transformers has no sequence classifier of {family} models"):
         with_reward_head(config_of(family), 1)

@@ -51,8 +51,8 @@ def groups_of(*lengths: tuple[int, ...]) -> list[Group]:
     ]
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention_is_counted_pair_by_pair(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 3), (None, 4)])
+def test_attention_is_counted_pair_by_pair(window: int | None, chunk: int | None) -> None:
     groups = groups_of((4, 3, 5), (0, 2, 6))
     pairs = sum(
         1
@@ -61,9 +61,10 @@ def test_attention_is_counted_pair_by_pair(window: int | None) -> None:
         for query in range(len(group.prompts[0]) + len(response))
         for key in range(query + 1)
         if (window is None or query - key < window) and (number == 0 or query >= len(group.prompts[0]))
+        if chunk is None or query // chunk == key // chunk
     )
     shape = shape_of(config_of("llama"))
-    shape = replace(shape, windows=(window,) * shape.num_layers)
+    shape = replace(shape, windows=(window,) * shape.num_layers, chunks=(chunk,) * shape.num_layers)
     work = Work.of(GroupStore.of(groups), shape)
     _, attention = work.forward(shape, np.arange(2))
     assert attention == 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
@@ -96,6 +97,23 @@ def test_the_benchmarks_count_what_a_run_counts() -> None:
     assert shape.num_heads * shape.head_dim == shape.hidden_size
     of_run = Work.of(GroupStore.of(groups), shape).step(shape, shape, np.arange(2), None)
     assert useful_flop(groups, config, body_parameters(shape), live_reference=True) == of_run
+
+
+def test_linear_attention_counts_what_its_definition_does_with_a_state_and_sees_no_pairs() -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = config_of("qwen3_next", mlp_only_layers=[0, 1, 2, 3])
+    shape, groups = shape_of(config), groups_of((4, 3, 5), (7, 2, 6))
+    body = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers.parameters() if p.dim() == 2)
+    work, full = Work.of(GroupStore.of(groups), shape), replace(shape, linear=None)
+    products, attention = work.forward(shape, np.array([1]))
+    assert products == 2 * body * 15 + 2 * shape.hidden_size * shape.vocab_size * 8
+    linear, num_linear = config, 2
+    heads, state = linear.linear_num_value_heads, linear.linear_key_head_dim * linear.linear_value_head_dim
+    columns = 2 * linear.linear_num_key_heads * linear.linear_key_head_dim + heads * linear.linear_value_head_dim
+    of_token = num_linear * (6 * heads * state + 2 * linear.linear_conv_kernel_dim * columns)
+    assert attention == work.forward(full, np.array([1]))[1] / 2 + 15 * of_token
+    assert work.step(shape, None, np.array([1]), None) == 3 * (products + attention)
 
 
 @pytest.mark.parametrize("tied", [False, True])

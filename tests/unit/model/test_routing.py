@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeConfig, Qwen2MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeConfig, Llama4TextConfig, Qwen2MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from megadpo.errors import UserError
+from megadpo.model.families.llama4 import LLAMA4
 from megadpo.model.families.mixtures import experts_after_dense_layers, sigmoid_routing, softmax_routing
 from megadpo.model.families.qwen2_moe import QWEN2_MOE
 from megadpo.model.moe.routing import route
@@ -135,3 +137,19 @@ def test_the_scores_of_a_group_are_those_of_its_best_two() -> None:
         routing = Routing("sigmoid", num_groups=2, groups_per_token=1, group_score=group_score)  # type: ignore[arg-type]
         chosen = route(logits_TE, routing, 2).chosen_TE[0].nonzero().flatten().tolist()
         assert chosen == expected or (group_score == "max" and chosen == [3, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_llama_4_s_experts_are_those_of_the_largest_logits_also_where_their_sigmoids_are_equal(dtype: torch.dtype) -> None:
+    config = Llama4TextConfig(hidden_size=HIDDEN, num_local_experts=NUM_EXPERTS, num_experts_per_tok=PER_TOKEN)
+    made = LLAMA4.experts(config)
+    assert made is not None and made.routing.scales_inputs
+    torch.manual_seed(0)
+    theirs, hidden_TH = Llama4Router(config).to(dtype), torch.randn(NUM_TOKENS, HIDDEN).to(dtype)
+    with torch.no_grad():
+        theirs.weight.normal_(std=8.0)
+        scores_TE, logits_TE = theirs(hidden_TH)
+    routed = route(logits_TE, made.routing, PER_TOKEN)
+    assert (logits_TE.float().sigmoid() == 1.0).sum(1).max() > PER_TOKEN, "float32 has no larger sigmoid for some"
+    assert torch.equal(routed.chosen_TE, scores_TE > 0)
+    assert torch.equal(routed.probabilities_TE.to(dtype), scores_TE)

@@ -14,11 +14,22 @@ from megadpo.planning.plan import parameters_of
 from tests.helpers.families import config_of
 from tests.helpers.models import PREFIXES
 
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
+MIXTURES = (
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen2_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "llama4_text",
+    "qwen3_next",
+)
 DENSE: dict[str, dict[str, Any]] = {
     **{family: {} for family in PREFIXES if family not in MIXTURES},
     "llama-biased": {"attention_bias": True, "mlp_bias": True},
     "deepseek_v2-dense": {"first_k_dense_replace": 4},
+    "qwen3_next-dense": {"mlp_only_layers": [0, 1, 2, 3], "attention_bias": True},
     "cohere-normed": {"use_qk_norm": True, "attention_bias": True},
 }
 

@@ -49,11 +49,11 @@ def test_defaults_are_those_that_users_of_trl_know() -> None:
 
 def test_the_contract_has_exactly_these_keys() -> None:
     contract = {
-        "model": "path revision dtype kernels attention small_ops expert_products layers fp8 quantization "
+        "model": "path revision dtype kernels attention linear_attention small_ops expert_products layers fp8 quantization "
         "quantization_block_size double_quantization",
         "adapter": "kind rank alpha dropout use_rslora use_dora target_modules layers_to_transform modules_to_save init "
         "path merge",
-        "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha",
+        "reference": "mode path adapter tokens_per_micro_batch sync_every mixup_alpha router_replay",
         "data": "train eval streaming streaming_buffer "
         "shuffle step_tokens_multiple_of max_length truncation chat_template share_prompts columns "
         "ignore_columns allow_no_prompt "

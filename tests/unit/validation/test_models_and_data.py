@@ -7,21 +7,64 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Glm4MoeConfig, LlamaConfig, MixtralConfig
+from transformers import Glm4MoeConfig, LlamaConfig, MixtralConfig, Qwen3NextConfig
 
 from megadpo.config.schema import Config
 from megadpo.data.store import GroupStore
 from megadpo.errors import UserError
 from megadpo.model.families import shape_of
 from megadpo.model.shape import ModelShape
+from megadpo.parallel.layout import Layout
 from megadpo.validation.data import check_mismatched_fit
+from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
-from megadpo.validation.model import check_experts, check_same_tokenizer, check_same_vocabulary
+from megadpo.validation.model import (
+    check_experts,
+    check_linear_attention,
+    check_same_routes,
+    check_same_tokenizer,
+    check_same_vocabulary,
+)
 from tests.helpers.models import random_groups, save_tokenizer
 
 LLAMA = shape_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
 MIXTRAL = shape_of(MixtralConfig(architectures=["MixtralForCausalLM"]))
 GLM = shape_of(Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"]))
+NEXT = shape_of(Qwen3NextConfig(architectures=["Qwen3NextForCausalLM"], num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "message"),
+    [
+        (
+            ["model.linear_attention=torch"],
+            LLAMA,
+            "linear_attention is torch, but m has no layers with linear attention; remove it",
+        ),
+        (
+            ["schedule.split_pairs=true", "schedule.name=1f1b", "parallel.pipeline=2"],
+            NEXT,
+            "schedule.split_pairs is true, but the model has layers with linear attention, .*; set it to false",
+        ),
+    ],
+)
+def test_options_about_linear_attention_are_for_models_that_have_it(
+    overrides: list[str], model: ModelShape, message: str
+) -> None:
+    config = load_config({}, ["model.path=m", *overrides])
+    with pytest.raises(UserError, match=message):
+        check_linear_attention(config, model)
+    check_linear_attention(load_config({}), model)
+    check_linear_attention(load_config({}, ["model.linear_attention=torch"]), LLAMA, NEXT)
+
+
+def test_a_sequence_whose_state_runs_on_is_not_cut_over_context_ranks() -> None:
+    with pytest.raises(
+        UserError, match=r"parallel.context is 2, but the model has layers with linear attention, whose state"
+    ):
+        check_layout(Layout(context=2), NEXT)
+    with pytest.raises(UserError, match=r"parallel.tensor 4 does not divide .* 2 key heads of linear attention .*; use one"):
+        check_layout(Layout(tensor=4, sequence=True), replace(NEXT, linear=replace(NEXT.linear, num_key_heads=2)))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +92,17 @@ GLM = shape_of(Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"]))
             MIXTRAL,
             "model.expert_products is grouped_mm with parallel.zero_stage 3, which gathers the matrices of one",
         ),
+        ("reference.router_replay=true", LLAMA, "reference.router_replay is true, but m has no experts; remove it"),
+        (
+            ["reference.router_replay=true", "train.router_aux_coef=0.1"],
+            MIXTRAL,
+            "router_replay is true, but the load is then the reference's, which nothing that train.router_aux_coef does",
+        ),
+        (
+            ["reference.router_replay=true", "train.router_bias_update_rate=0.1"],
+            GLM,
+            "router_replay is true, but the load is then the reference's, which nothing that train.router_bias_update_rate",
+        ),
     ],
 )
 def test_options_about_experts_are_for_models_that_have_some(
@@ -58,6 +112,31 @@ def test_options_about_experts_are_for_models_that_have_some(
     with pytest.raises(UserError, match=message):
         check_experts(config, model)
     check_experts(load_config({}), model)
+
+
+def test_routes_are_replayed_from_a_reference_with_the_same_experts_only() -> None:
+    def glm(**changes: int) -> ModelShape:
+        return shape_of(Glm4MoeConfig(architectures=["Glm4MoeForCausalLM"], **changes))
+
+    config = load_config({}, ["model.path=m", "reference.path=r", "reference.router_replay=true"])
+    check_same_routes(config, GLM, GLM)
+    for reference, message in (
+        (LLAMA, "but r has 0 experts and m 128; their routes can't be the same"),
+        (glm(num_experts_per_tok=4), "but r has 4 experts per token and m 8"),
+        (glm(first_k_dense_replace=45), r"but r has \(45.* layers with experts and m \(1,"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same_routes(config, reference, GLM)
+    check_same_routes(load_config({}, ["model.path=m", "reference.path=r"]), LLAMA, GLM)
+
+
+def test_routes_are_replayed_from_a_reference_that_runs_with_the_policy() -> None:
+    for overrides, message in (
+        (["objective.loss_type=sft"], r"router_replay is true, but there is no reference \(reference.mode none\)"),
+        (["reference.mode=precomputed"], "reference.router_replay is true, but the policy goes by what the reference's"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config({}, ["reference.router_replay=true", *overrides])
 
 
 def test_a_reference_reads_the_policy_s_tokens() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -48,36 +49,6 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
     assert 0.5 < hh_pairs.num_tokens(True).sum() / hh_pairs.num_tokens(False).sum() < 0.7
 
 
-SCRIPT = """
-from importlib.machinery import ModuleSpec
-from megadpo.config.sources import parse_sources
-from megadpo.data.rows.dataset import TokeniseJob, make_groups
-
-__spec__ = ModuleSpec("started_with_python_m", None)
-before = (__file__, __spec__)
-job = TokeniseJob({tokenizer!r}, None, 256, "prompt_left")
-groups, report = make_groups(parse_sources({file!r}), job, num_workers=2)
-print(groups.digest, (__file__, __spec__) == before, report)
-"""
-"""Without `if __name__ == "__main__"`."""
-
-
-@pytest.fixture(scope="module")
-def said_by_script(
-    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[str]]:
-    """The file that a script has read with two workers, and what it printed: a digest, whether what names its own module is
-    as it was, a report."""
-    directory = tmp_path_factory.mktemp("script")
-    (directory / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows))
-    (directory / "script.py").write_text(SCRIPT.format(tokenizer=bpe_dir, file=str(directory / "hh.jsonl")))
-    command = [sys.executable, str(directory / "script.py")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return directory / "hh.jsonl", done.stdout.rstrip().split(maxsplit=2)
-
-
 @pytest.mark.slow
 def test_processes_give_the_groups_that_one_process_gives(said_by_script: tuple[Path, list[str]], bpe_dir: str) -> None:
     file, (digest, _, report) = said_by_script
@@ -90,6 +61,14 @@ def test_processes_give_the_groups_that_one_process_gives(said_by_script: tuple[
 def test_a_script_without_a_main_guard_may_use_workers(said_by_script: tuple[Path, list[str]]) -> None:
     _, (_, is_as_it_was, _) = said_by_script
     assert is_as_it_was == "True", "put back after the workers were started"
+
+
+def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:
+    """What a rank does: its digest, and whether it made the groups itself."""
+    made: list[bool] = []
+    make, prepare.make_groups = prepare.make_groups, lambda *rest: (made.append(True), make(*rest))[1]  # type: ignore
+    groups = prepare_groups(DataConfig(cache_dir=cache_dir), file, tokenizer).groups
+    answers.send((groups.digest, bool(made)))
 
 
 def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:

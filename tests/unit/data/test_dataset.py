@@ -63,6 +63,38 @@ def test_a_script_without_a_main_guard_may_use_workers(said_by_script: tuple[Pat
     assert is_as_it_was == "True", "put back after the workers were started"
 
 
+@pytest.mark.slow
+def test_processes_give_the_groups_that_one_process_gives(
+    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec("started_with_python_m", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    sources = parse_sources(write_jsonl(tmp_path / "hh.jsonl", hh_rows))
+    job = prepare.TokeniseJob(bpe_dir, None, 256, "prompt_left")
+    alone, alone_report = make_groups(sources, job, num_workers=1)
+    many, many_report = make_groups(sources, job, num_workers=2)
+    assert many.digest == alone.digest and many_report == alone_report
+    assert sys.modules["__main__"].__spec__ is spec  # put back after the workers were started
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2001)
+    lines = [
+        "from megadpo.config.schema import DataConfig",
+        "from megadpo.data.rows.dataset import prepare_groups",
+        f"options = DataConfig(cache_dir={str(tmp_path / 'cache')!r}, num_workers=2)",
+        f"print('kept', prepare_groups(options, {file!r}, {bpe_dir!r}).report.num_kept)",
+    ]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": root}
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout == "kept 2001\n", run.stderr
+
+
 def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:
     """What a rank does: its digest, and whether it made the groups itself."""
     made: list[bool] = []

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ MOST_PROCESSES = 8
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job in the background of a shell; what is started by the tests of interrupts has to hear them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is compiled is kept, also where an image says otherwise: some hundred processes import this project, a second each.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Of torch, where a tracker has brought that package along: what processes print is compared line by line.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:The pynvml package is deprecated:FutureWarning")
@@ -65,6 +70,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if len(asked) == 1 and Path(asked[0]).is_file():
         return 0
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) + 1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[Any]:
+    """Of all tests some will import Megatron: it is imported as a run of ours does it, in half the time (no compiler, no
+    tracker); a process that only hands out tests needs none of it."""
+    collects = "PYTEST_XDIST_WORKER" in os.environ or not session.config.getoption("numprocesses", None)
+    if collects and any(Path(argument).name == "tests" for argument in session.config.args):
+        from megadpo.platform.megatron_cpu import prepare_megatron
+        from megadpo.platform.patches import patches_undone
+
+        with patches_undone():
+            prepare_megatron()
+    return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,13 +16,13 @@ PART = Part(
 )
 
 
-def render() -> str:
-    """The tables of the command without options."""
+def render(*options: str) -> str:
+    """The tables of the command; those of the page are without options."""
     from benchmarks import predict
     from benchmarks.__main__ import parser_of
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        predict.run(parser_of("predict", predict).parse_args([]), {})
+        predict.run(parser_of("predict", predict).parse_args(options), {})
     return printed.getvalue()
 
 

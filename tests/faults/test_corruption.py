@@ -279,6 +279,7 @@ def attacks(numbers: range, run: Path, directory: Path, search: Search) -> None:
         shutil.rmtree(directory / str(number))
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_named_and_the_newest_intact_checkpoint_is_taken(broken_off, search, tmp_path):
     attacks(range(NUM_FAST), broken_off, tmp_path, search)
 

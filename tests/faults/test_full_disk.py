@@ -195,6 +195,7 @@ def _one_after_the_other(files: Path, disk: Path) -> dict[str, tuple[str | None,
     return heard
 
 
+@pytest.mark.slow
 def test_what_can_be_done_without_is_and_all_else_is_named(files, disk):
     heard = run_world(1, _one_after_the_other, files, disk)[0]
     assert all("Traceback" not in said for _, said in heard.values())

@@ -224,7 +224,7 @@ def saying(runs: list[dict[str, Any]], at: tuple[int, ...] = ()) -> list[tuple[l
     return found
 
 
-@pytest.mark.parametrize("layout", all_but_a_few_exhaustive(SKIPPING, slow=[1, 2, 7]), ids=str)
+@pytest.mark.parametrize("layout", all_but_a_few_exhaustive(SKIPPING, slow=[1, 7]), ids=str)
 def test_a_step_left_out_changes_nothing_and_is_resumed_over(
     files: Path, tmp_path: Path, layout: tuple[int, str, dict[str, Any]]
 ) -> None:

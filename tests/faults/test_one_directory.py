@@ -199,6 +199,7 @@ def test_a_linked_directory_is_followed_when_it_is_replaced_and_only_the_link_is
     assert not link.exists() and (tmp_path / "disk" / "moved" / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_model_was_moved_and_linked_goes_on_into_the_link(files: Path, tmp_path: Path) -> None:
     def of(steps: int) -> dict[str, Any]:
         return run_settings(files, tmp_path / "run", train={"steps": steps, "schedule": "constant"})

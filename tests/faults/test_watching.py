@@ -53,6 +53,7 @@ def records(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_trackers_whose_server_hangs_do_not_stop_the_run(files: Path, tmp_path: Path, dead_server: str) -> None:
     for name in ("wandb", "mlflow"):
         pytest.importorskip(name, reason=f"{name} is an extra of its own")
@@ -82,6 +83,7 @@ def found_in(directory: Path, *but: str) -> list[Path]:
     return [p for p in directory.rglob("*") if p.is_file() and p.name not in but and CANARY.encode() in p.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_secret_in_what_it_writes_and_says(files: Path, tmp_path: Path) -> None:
     changes = {"train": FEW, "checkpoint": {"every": 1}, "logging": {"tensorboard": True, "run_name": f"x {URL}"}}
     settings = run_settings(files, tmp_path / "run", **changes)

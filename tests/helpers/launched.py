@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.worlds import forked
+from tests.helpers.worlds import forked, pipe
 
 LIMIT_SECONDS = 120.0
+SCRIPT_SECONDS = 580.0
+"""For what a script starts; the script itself may take as long before and after."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Launched:
             assert time.monotonic() < deadline and self._process.is_alive(), self.output()
             time.sleep(0.01)
 
+    def is_running(self) -> bool:
+        return bool(self._process.is_alive())
+
     def send(self, number: int) -> None:
         os.kill(self.process, number)
 
@@ -101,11 +107,35 @@ def finish(settings: dict[str, Any], nproc: int, *moments: Moment) -> tuple[int,
 
 
 def finish_command(argv: list[str], directory: Path, **environment: str) -> tuple[int, str]:
-    """Exit status and output of any `megadpo` command, on one process, whose relative paths are below `directory`."""
+    """Exit status and output of any `megadpo` command whose relative paths are below `directory`."""
+    launched = start_command(argv, directory, **environment)
+    return launched.wait(), launched.output()
+
+
+def start_command(argv: list[str], directory: Path, network: Path | None = None, **environment: str) -> Launched:
+    """Any `megadpo` command, whose workers are forked, too.
+
+    Args:
+        network: the file of a network namespace, in which it runs.
+    """
     log = directory / f"{argv[0]}-{time.monotonic_ns()}.log"
     log.touch()
-    launched = Launched(forked(_command_in, argv, str(log), str(directory), environment), log)
-    return launched.wait(), launched.output()
+    return Launched(forked(_command_in, argv, str(log), str(directory), environment, network and str(network)), log)
+
+
+def finish_script(script: Path, argv: list[str], directory: Path, **environment: str) -> tuple[int, str]:
+    """Exit status and output of a Python script that starts `megadpo` by Popen and waits: both forked from the server."""
+    log = directory / f"{script.stem}-{time.monotonic_ns()}.log"
+    log.touch()
+    ours, its = pipe()
+    running = Launched(forked(_script, str(script), argv, str(log), str(directory), environment, its), log)
+    its.close()
+    try:
+        while True:
+            command, variables, cwd = ours.recv()
+            ours.send(Launched(forked(_command_in, command, str(log), cwd, variables), log).wait(SCRIPT_SECONDS))
+    except EOFError:  # the script is over
+        return running.wait(), running.output()
 
 
 def finish_workers(nproc: int, log: Path, main: Callable[..., int], *arguments: Any) -> tuple[int, str]:
@@ -136,11 +166,11 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     from megadpo.launch.worker import run_as_one
 
     _print_to(log)
-    if "--nproc" in argv:
+    if _starts_workers(argv):
 
         def work() -> int:
             _arrange(moments, output_dir)
-            return main(argv[: argv.index("--nproc")])
+            return main(_as_worker(argv))
 
         _Worker.main = staticmethod(work)
         subprocess.Popen = _Worker  # type: ignore[assignment,misc]
@@ -149,10 +179,73 @@ def _command(argv: list[str], log: str, moments: tuple[Moment, ...], output_dir:
     _leave(run_as_one(lambda: main(argv)))
 
 
-def _command_in(argv: list[str], log: str, directory: str, environment: dict[str, str]) -> None:
+LAUNCH_OPTIONS = {"--nproc", "--nnodes", "--node-rank", "--master", "--launcher", "--hostfile", "--port"}
+
+
+def _starts_workers(argv: list[str]) -> bool:
+    is_alone = "--nproc" not in argv or argv[argv.index("--nproc") + 1] == "1"
+    return not is_alone or "--nnodes" in argv or "--hostfile" in argv
+
+
+def _as_worker(argv: list[str]) -> list[str]:
+    """A launcher's arguments without what says which processes there are: a word and its value each."""
+    return [word for number, word in enumerate(argv) if not {word, argv[number - 1]} & LAUNCH_OPTIONS]
+
+
+def _command_in(argv: list[str], log: str, directory: str, environment: dict[str, str], network: str | None = None) -> None:
+    if network is not None:
+        _enter(network)
     os.chdir(directory)
     os.environ.update(environment)
     _command(argv, log, (), directory)
+
+
+def _enter(network: str) -> None:
+    import ctypes
+
+    with open(network, "rb") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter {network}")
+
+
+def _script(script: str, argv: list[str], log: str, directory: str, environment: dict[str, str], asked: Any) -> None:
+    """In a process of its own: a script, as `python SCRIPT …`."""
+    _print_to(log)
+    os.chdir(directory)
+    os.environ.update(environment)
+    sys.argv = [script, *argv]
+    sys.path.insert(0, str(Path(script).parent))
+    _Asked.of = asked
+    subprocess.Popen = _popen_or_asked  # type: ignore[assignment,misc]
+    status = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    _leave(status)
+
+
+def _popen_or_asked(command: Any, *arguments: Any, **options: Any) -> Any:
+    """Popen, which `subprocess.run` calls, too."""
+    if command[1:3] == ["-m", "megadpo"]:
+        return _Asked(command[3:], options["env"], options.get("cwd") or os.getcwd())
+    return _popen(command, *arguments, **options)
+
+
+class _Asked:
+    """What a script asks of Popen. It has computed, so that nothing can be forked from it: the test's process is asked."""
+
+    of: Any
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: Any) -> None:
+        sys.stdout.flush()
+        self.of.send((argv, env, str(cwd)))
+
+    def wait(self) -> int:
+        return int(self.of.recv())
+
+    def terminate(self) -> None:
+        pass  # it has ended
 
 
 def _print_to(log: str) -> None:

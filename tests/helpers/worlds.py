@@ -32,6 +32,11 @@ def forked(function: Callable[..., Any], *arguments: Any) -> Any:
     return process
 
 
+def pipe() -> tuple[Any, Any]:
+    """Both ends of a pipe, of which one can be given to a forked process."""
+    return _context.Pipe()
+
+
 def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """Run `function(*arguments)` on `num_processes` ranks with torchrun's environment; results in rank order.
 

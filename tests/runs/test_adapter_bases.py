@@ -52,6 +52,7 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "pissa"])
+@pytest.mark.slow
 def test_the_first_margins_are_zero_and_a_resumed_run_ends_with_the_same_bits(kind: str, runs: Path) -> None:
     first = json.loads((runs / kind / "metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards/margins"] == 0.0 and first["rewards/chosen"] == 0.0

@@ -70,6 +70,7 @@ def in_peft(base: Path, adapter: Path, load: Callable[..., Any] = AutoModelForCa
     return logits_of(peft.PeftModel.from_pretrained(load(base), adapter))
 
 
+@pytest.mark.slow
 def test_the_first_margins_are_zero_to_the_bit_and_the_reference_needs_no_model(runs: Path) -> None:
     first = json.loads((runs / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards/margins"] == 0.0 and first["rewards/chosen"] == 0.0
@@ -143,7 +144,9 @@ def test_an_adapter_goes_on_as_model_path_and_as_adapter_path_alike(files: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parallel", [{"tensor": 2}, {"pipeline": 2}, {"engine": "deepspeed", "zero_stage": 3}], ids=["TP2", "PP2", "ZeRO-3"]
+    "parallel",
+    [{"tensor": 2}, pytest.param({"pipeline": 2}, marks=pytest.mark.exhaustive), {"engine": "deepspeed", "zero_stage": 3}],
+    ids=["TP2", "PP2", "ZeRO-3"],
 )
 def test_a_run_goes_on_in_another_layout_and_exports_the_same(
     parallel: dict[str, Any], files: Path, runs: Path, tmp_path: Path

@@ -24,6 +24,7 @@ def _train(settings: dict[str, Any]) -> tuple[str, list[dict[str, float]]]:
     return told.getvalue(), read_metrics(Path(settings["output_dir"]))
 
 
+@pytest.mark.slow
 def test_every_kernel_of_this_machine_trains_alike_and_is_told(tmp_path):
     save_model(tmp_path / "model", "mistral", num_hidden_layers=2)
     write_hh(tmp_path / "train.jsonl", 40)

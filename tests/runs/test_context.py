@@ -31,7 +31,9 @@ def _run(files: Path, output: Path, parallel: dict[str, Any], **changes: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("method", "mode"), [("ulysses", "resident"), ("allgather", "precomputed")], ids=lambda option: str(option)
+    ("method", "mode"),
+    [("ulysses", "resident"), pytest.param("allgather", "precomputed", marks=pytest.mark.exhaustive)],
+    ids=lambda option: str(option),
 )
 @pytest.mark.slow
 def test_a_run_on_two_context_ranks_writes_what_one_process_writes_and_resumes_bit_for_bit(

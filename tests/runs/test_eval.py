@@ -91,6 +91,7 @@ def of_run(files: Path) -> tuple[list[dict[str, float]], list[Any]]:
     return run_world(1, train_and_evaluate, settings, commands, str(files / "cache"))[0]
 
 
+@pytest.mark.slow
 def test_a_run_s_evaluation_is_the_one_that_training_did_after_its_last_step(
     files: Path, of_run: tuple[list[dict[str, float]], list[Any]]
 ) -> None:
@@ -197,6 +198,7 @@ def manual_s_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", manual_s_commands()[:-1])
+@pytest.mark.slow
 def test_the_manual_s_commands_do_what_it_says(
     workplace: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

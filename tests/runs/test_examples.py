@@ -7,8 +7,6 @@ import gzip
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 import yaml
 
 from megadpo.validation.load import load_config
+from tests.helpers.launched import finish_script
 from tests.helpers.models import DATA, hh_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -37,9 +36,9 @@ def each(recipes: Iterable[str]) -> list[Any]:
     return [pytest.param(recipe, marks=pytest.mark.exhaustive if recipe in TOGETHER[1] else ()) for recipe in recipes]
 
 
-def real_data(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "real_data" / "run.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=590)
+def real_data(directory: Path, *arguments: object) -> tuple[int, str]:
+    """Exit status and what is printed."""
+    return finish_script(EXAMPLES / "real_data" / "run.py", list(map(str, arguments)), directory)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Runs:
     """What one call of the example has left behind."""
 
     output: Path
-    stdout: str
+    said: str
     are_real: bool  # made-up answers are random words, which are harder to tell apart than real ones
 
     @property
@@ -96,9 +95,9 @@ def run_together(tmp_path_factory: pytest.TempPathFactory, together: Sequence[st
             if (DATA / name).is_file():
                 (data / name).symlink_to((DATA / name).resolve())
     sizes = ("--rows", NUM_ROWS, "--passes", NUM_PASSES)
-    done = real_data("--data", data, "--output", output, "--recipes", *recipes, *sizes)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Runs(output, done.stdout, are_real=data == DATA)
+    status, said = real_data(output, "--data", data, "--output", output, "--recipes", *recipes, *sizes)
+    assert status == 0, said
+    return Runs(output, said, are_real=data == DATA)
 
 
 def mean(records: list[dict[str, Any]], metric: str) -> float:
@@ -127,7 +126,7 @@ def test_each_recipe_learns_its_rows(runs_with: Callable[[str], Runs], recipe: s
     for metric, least in changes.items():
         before, after = mean(first, metric), mean(last, metric)
         assert (after - before) / least > share, f"{metric}: {before} in the first pass, {after} in the last one"
-        assert re.search(rf"^  {recipe} +{metric} +{before:.3f} +{after:.3f} ", runs.stdout, re.MULTILINE)
+        assert re.search(rf"^  {recipe} +{metric} +{before:.3f} +{after:.3f} ", runs.said, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -202,9 +201,9 @@ def test_a_recipe_says_the_command_that_runs_it(recipe: Path) -> None:
 
 
 def test_a_data_directory_without_the_files_is_one_sentence(tmp_path: Path) -> None:
-    done = real_data("--data", tmp_path, "--output", tmp_path / "out", "--recipes", "kto", "listwise")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{tmp_path} has no {KTO}, {HH}; name the directory" in " ".join(done.stderr.split())
+    status, said = real_data(tmp_path, "--data", tmp_path, "--output", tmp_path / "out", "--recipes", "kto", "listwise")
+    assert status == 2 and "Traceback" not in said
+    assert f"{tmp_path} has no {KTO}, {HH}; name the directory" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -212,5 +211,5 @@ def test_earlier_runs_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     for name in FILES.values():
         (tmp_path / name).touch()
-    done = real_data("--data", tmp_path, "--output", tmp_path)
-    assert done.returncode == 2 and "holds such runs already" in done.stderr
+    status, said = real_data(tmp_path, "--data", tmp_path, "--output", tmp_path)
+    assert status == 2 and "holds such runs already" in said

@@ -127,7 +127,11 @@ def test_a_run_that_overfits_ends_early_and_exports_its_best_checkpoint_and_is_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "dtype"), [({"tensor": 2}, "fp32"), ({}, "bf16")], ids=["tensor 2", "data 2 in bf16"])
+@pytest.mark.parametrize(
+    ("parallel", "dtype"),
+    [({"tensor": 2}, "fp32"), pytest.param({}, "bf16", marks=pytest.mark.exhaustive)],
+    ids=["tensor 2", "data 2 in bf16"],
+)
 def test_a_run_that_is_broken_off_goes_on_with_its_best_and_its_patience(parallel, dtype, files, tmp_path):
     def settings(name: str) -> dict[str, Any]:
         changes: dict[str, Any] = {"parallel": parallel, "model": {"dtype": dtype}}

@@ -104,66 +104,89 @@ def test_a_run_takes_its_model_from_the_hub_and_gives_what_it_trained(hub: Hub, 
 
 
 ASKED = """
-import sys
+import json, os, sys
 from megadpo.errors import UserError
 from megadpo.doctor import examine
 from megadpo.platform import hub
-try:
-    print(eval(sys.argv[1]))
-except UserError as error:
-    print("refused:", error)
+answers = []
+for call, token in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None) if token is None else os.environ.update(HF_TOKEN=token)
+    try:
+        answers.append(str(eval(call)))
+    except UserError as error:
+        answers.append(f"refused: {error}")
+print(json.dumps(answers))
 """
 DOCTOR = 'examine.pushing("acme/out", True)'
 PUSH, FETCH = 'hub.check_push("acme/out", True)', 'hub.fetched({!r}, "model.path", {!r})'
+OFFLINE, NOBODY_THERE = {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}
+NOT_GIVEN: list[tuple[str, str | None, dict[str, str], str]] = [
+    (PUSH, WRITER, {}, "somebody"),
+    (PUSH, None, {}, "refused: hub.push acme/out: there is no token; put one that may write into HF_TOKEN, or run"),
+    (DOCTOR, None, {}, "status='failed', found='hub.push acme/out: there is no token"),
+    (DOCTOR, WRITER, {}, "status='ok', found='acme/out, as somebody'"),
+    (PUSH, READER, {}, "refused: hub.push acme/out: this token may only read"),
+    (PUSH, "hf_" + "x" * 36, {}, "does not know this token"),
+    (PUSH, WRITER, OFFLINE, "refused: hub.push acme/out: HF_HUB_OFFLINE is set"),
+    (
+        PUSH,
+        WRITER,
+        NOBODY_THERE,
+        "refused: hub.push acme/out: the Hub (http://127.0.0.1:9) cannot",
+    ),
+    (
+        FETCH.format("acme/none", None),
+        None,
+        {},
+        "refused: model.path: acme/none is no directory here, and there is no model",
+    ),
+    (FETCH.format("acme/tiny", "v9"), None, {}, "acme/tiny has no branch, tag or commit 'v9' on the Hub"),
+    (FETCH.format("acme/gated", None), None, {}, "a model whose licence has to be accepted at http://127.0.0.1"),
+    (
+        FETCH.format("acme/never", None),
+        None,
+        OFFLINE,
+        "HF_HUB_OFFLINE is set and the Hub's cache does not",
+    ),
+    (
+        FETCH.format("acme/tiny", None),
+        None,
+        NOBODY_THERE,
+        "(http://127.0.0.1:9) cannot be reached",
+    ),
+]
+"""What is called, the token, the environment, words of the answer."""
+
+
+def ask(known: dict[str, str], *calls: tuple[str, str | None]) -> list[str]:
+    """The answers of one process."""
+    command = [sys.executable, "-c", ASKED, json.dumps(calls)]
+    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """By the number of a case: a process for each environment, as huggingface_hub reads it when it is imported."""
+    found: dict[int, str] = {}
+    with local_hub() as hub:
+        hub.add("acme/tiny", files / "model")
+        hub.add("acme/gated", files / "model", is_gated=True)
+        for more in ({}, OFFLINE, NOBODY_THERE):
+            numbers = [number for number, case in enumerate(NOT_GIVEN) if case[2] == more]
+            empty_cache = environment(hub, tmp_path_factory.mktemp("cache"), None, **more)
+            said = ask(empty_cache, *(NOT_GIVEN[number][:2] for number in numbers))
+            found |= dict(zip(numbers, said, strict=True))
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("call", "token", "more", "words"),
-    [
-        (PUSH, WRITER, {}, "somebody"),
-        (PUSH, None, {}, "refused: hub.push acme/out: there is no token; put one that may write into HF_TOKEN, or run"),
-        (DOCTOR, None, {}, "status='failed', found='hub.push acme/out: there is no token"),
-        (DOCTOR, WRITER, {}, "status='ok', found='acme/out, as somebody'"),
-        (PUSH, READER, {}, "refused: hub.push acme/out: this token may only read"),
-        (PUSH, "hf_" + "x" * 36, {}, "does not know this token"),
-        (PUSH, WRITER, {"HF_HUB_OFFLINE": "1"}, "refused: hub.push acme/out: HF_HUB_OFFLINE is set"),
-        (
-            PUSH,
-            WRITER,
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "refused: hub.push acme/out: the Hub (http://127.0.0.1:9) cannot",
-        ),
-        (
-            FETCH.format("acme/none", None),
-            None,
-            {},
-            "refused: model.path: acme/none is no directory here, and there is no model",
-        ),
-        (FETCH.format("acme/tiny", "v9"), None, {}, "acme/tiny has no branch, tag or commit 'v9' on the Hub"),
-        (FETCH.format("acme/gated", None), None, {}, "a model whose licence has to be accepted at http://127.0.0.1"),
-        (
-            FETCH.format("acme/never", None),
-            None,
-            {"HF_HUB_OFFLINE": "1"},
-            "HF_HUB_OFFLINE is set and the Hub's cache does not",
-        ),
-        (
-            FETCH.format("acme/tiny", None),
-            None,
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "(http://127.0.0.1:9) cannot be reached",
-        ),
-    ],
-)
-def test_what_the_hub_does_not_give_is_one_sentence(
-    call: str, token: str | None, more: dict[str, str], words: str, hub: Hub, files: Path, tmp_path: Path
-) -> None:
-    hub.add("acme/gated", files / "model", is_gated=True)
-    known = environment(hub, tmp_path, token, **more)  # a cache with nothing in it
-    done = subprocess.run([sys.executable, "-c", ASKED, call], env=known, capture_output=True, text=True, timeout=120)
-    said = done.stdout.strip()
-    assert done.returncode == 0 and words in said and "\n" not in said, (said, done.stderr)
+@pytest.mark.parametrize("number", range(len(NOT_GIVEN)))
+def test_what_the_hub_does_not_give_is_one_sentence(number: int, answers: dict[int, str]) -> None:
+    _, token, _, words = NOT_GIVEN[number]
+    said = answers[number]
+    assert words in said and "\n" not in said
     assert token is None or token not in said
 
 
@@ -208,10 +231,10 @@ def test_an_adapter_is_pushed_with_its_base_as_others_know_it(hub: Hub, files: P
     assert Path(here["base_model_name_or_path"]).is_dir(), "here it is loaded from the cache"
 
 
+@pytest.mark.slow
 def test_a_public_repository_is_not_pushed_to_where_a_private_one_is_asked_for(hub: Hub, files: Path) -> None:
     hub.add("acme/out", files / "model")
-    for is_private, said in ((True, "refused: hub.push acme/out: that repository is there and public"), (False, "somebody")):
-        call = f'hub.check_push("acme/out", {is_private})'
-        command = [sys.executable, "-c", ASKED, call]
-        done = subprocess.run(command, env=environment(hub, files), capture_output=True, text=True, timeout=120)
-        assert done.stdout.startswith(said), done.stdout + done.stderr
+    calls = [(f'hub.check_push("acme/out", {is_private})', WRITER) for is_private in (True, False)]
+    private, public = ask(environment(hub, files), *calls)
+    assert private.startswith("refused: hub.push acme/out: that repository is there and public")
+    assert public.startswith("somebody")

@@ -65,19 +65,29 @@ WAYS: list[tuple[int, dict[str, Any]]] = [
 OBJECTIVES = {"kto": "labelled", "bco": "labelled", "plackett_luce": "lists", "sft": "labelled", "reward": "pairs"}
 
 
-@pytest.mark.parametrize(("loss", "rows"), OBJECTIVES.items())
+@pytest.fixture(scope="module")
+def three_steps(files, tmp_path_factory) -> dict[str, list[list[dict[str, float]]]]:
+    """By objective the records of one process, then of WAYS; runs on as many processes are trained by the same ones."""
+    directory, runs = tmp_path_factory.mktemp("layouts"), []
+    for loss, rows in OBJECTIVES.items():
+        reference = {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}
+        other = {"reference": reference, "model": {"path": str(files / "other")}}
+        for number, (num_processes, changes) in enumerate([(1, {}), *WAYS]):
+            output = directory / f"{loss} {number}"
+            runs.append((num_processes, loss, _of_kind(files, output, rows, {"loss_type": loss}, **other, **changes)))
+    records: dict[int, Any] = {
+        size: iter(run_world(size, train_each, [made for number, _, made in runs if number == size])[0]) for size in (1, 2)
+    }
+    found: dict[str, list[list[dict[str, float]]]] = {loss: [] for loss in OBJECTIVES}
+    for num_processes, loss, _ in runs:
+        found[loss].append(next(records[num_processes]))
+    return found
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.slow
-def test_three_steps_are_the_same_in_every_layout(files, tmp_path, loss, rows):
-    without = {"reference": {"mode": "none"} if loss in ("sft", "reward") else {"path": str(files / "model")}}
-    without["model"] = {"path": str(files / "other")}
-    runs: dict[int, list[dict[str, Any]]] = {1: [_of_kind(files, tmp_path / "base", rows, {"loss_type": loss}, **without)]}
-    for number, (num_processes, changes) in enumerate(WAYS):
-        changes = without | changes | {"data": changes.get("data", {})}
-        settings = _of_kind(files, tmp_path / str(number), rows, {"loss_type": loss}, **changes)
-        runs.setdefault(num_processes, []).append(settings)
-    base, *found = [
-        records for num_processes, some in runs.items() for records in run_world(num_processes, train_each, some)[0]
-    ]
+def test_three_steps_are_the_same_in_every_layout(three_steps, loss):
+    base, *found = three_steps[loss]
     names = {"kto": ["kl"], "bco": ["delta"], "sft": ["logps/chosen"]}.get(loss, ["rewards/margins"])
     assert all(abs(base[-1][name]) > 1e-4 for name in names)
     for (_, changes), records in zip(WAYS, found, strict=True):
@@ -111,7 +121,8 @@ def test_lists_of_different_lengths_have_the_same_reference_computed_ahead(files
 
 
 @pytest.mark.parametrize(
-    ("loss", "rows", "extra"), [("bco", "labelled", {}), ("bco_pair", "pairs", {"bco_running_delta": True})]
+    ("loss", "rows", "extra"),
+    [pytest.param("bco", "labelled", {}, marks=pytest.mark.exhaustive), ("bco_pair", "pairs", {"bco_running_delta": True})],
 )
 @pytest.mark.slow
 def test_delta_is_the_running_mean_of_rewards_and_outlives_a_restart(files, tmp_path, loss, rows, extra):

@@ -32,6 +32,7 @@ def _moving(files: Any, output: Any, **changes: Any) -> dict[str, Any]:
 NO_WARM_UP = {"steps": 5, "warmup_steps": 0}
 
 
+@pytest.mark.slow
 def test_margins_after_a_full_move_are_exactly_zero(files, tmp_path):
     reference = {"sync_every": 2, "mixup_alpha": 1.0}
     settings = run_settings(files, tmp_path / "run", reference=reference, parallel={"tensor": 2}, train=NO_WARM_UP)
@@ -55,7 +56,9 @@ def test_a_part_move_is_the_mixture_of_both(files, tmp_path):
         assert not torch.equal(moved, before), name
 
 
-@pytest.mark.parametrize(("num_processes", "parallel"), [(2, {"tensor": 2}), (2, {"pipeline": 2})])
+@pytest.mark.parametrize(
+    ("num_processes", "parallel"), [(2, {"tensor": 2}), pytest.param(2, {"pipeline": 2}, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.slow
 def test_resuming_keeps_the_moved_reference(files, tmp_path, num_processes, parallel):
     def settings(name: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from tests.fixtures.make_old_runs import digest_of, machine
 from tests.helpers.runs import train_run
 from tests.helpers.worlds import run_world
 
+pytestmark = pytest.mark.slow
+
 OLD_RUNS = Path(__file__).parents[1] / "fixtures" / "old_runs"
 NAMES = sorted(path.parent.name for path in OLD_RUNS.glob("*/expected.json"))
 

@@ -47,8 +47,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: list[str], workplace: Path) -> str:
-    """What a command prints. Those of megadpo are forked, but for `train` and those that start processes themselves."""
-    if command[0] == "megadpo" and command[1] not in ("train", "doctor"):
+    """What a command prints. Those of megadpo are forked with their workers, but for `doctor`, which starts processes."""
+    if command[0] == "megadpo" and command[1] != "doctor":
         status, output = finish_command(command[1:], workplace, MEGADPO_CACHE=str(workplace / "cache"))
         assert status == 0, f"{command}: {output}"
         return output

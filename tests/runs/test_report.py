@@ -108,6 +108,7 @@ def findings(directory: Path) -> dict[str, Any]:
     return {finding.name: finding for finding in findings_of(read_run(directory))}
 
 
+@pytest.mark.slow
 def test_a_healthy_run_on_real_rows_leaves_a_page_and_is_silent(made: dict[str, Any]) -> None:
     run = read_run(made["run"])
     assert findings(made["run"]) == {} and run.damaged == () and run.spikes == []
@@ -163,6 +164,7 @@ def test_a_disk_that_refuses_the_record_and_the_page_is_a_warning(
     assert json.dumps(said).count("gone") == 3
 
 
+@pytest.mark.slow
 def test_a_spike_is_written_down_where_a_rank_has_a_micro_batch_without_pairs(tmp_path: Path) -> None:
     files = save_files(tmp_path / "files", "llama", 30, num_hidden_layers=1, hidden_size=16, intermediate_size=16)
     settings = run_settings(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megadpo.checkpoint.sharded import open_checkpoint, step_directories
+from tests.helpers.marks import all_but_a_few_exhaustive
 from tests.helpers.runs import assert_same_weights, run_settings, save_files, train_each, train_run
 from tests.helpers.worlds import run_world
 
@@ -48,7 +49,7 @@ def hashes_in(checkpoint: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", all_but_a_few_exhaustive(ENGINES, slow=[4]))
 def test_saves_behind_the_loop_are_those_in_it_to_the_byte(engine, files, tmp_path):
     if "deepspeed" in engine:
         pytest.importorskip("deepspeed")
@@ -113,7 +114,7 @@ def _killed_while_writing(settings: dict[str, Any], step: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("behind", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_rank_that_dies_in_a_save_takes_that_save_along_and_no_other(behind, files, tmp_path):
     def settings(name: str) -> dict[str, Any]:
         return settings_of(files, tmp_path / name, {"tensor": 2}, asynchronous=behind)

@@ -66,6 +66,7 @@ def _train_on_own_rows(files: Path, output_dir: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_stream_in_the_file_s_order_is_bit_for_bit_the_stored_run_over_two_passes(files: Path, tmp_path: Path) -> None:
     changes = {"train": {"steps": 4, "pairs_per_step": 24}}
     stored, streamed = run_world(

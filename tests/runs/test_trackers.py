@@ -63,6 +63,7 @@ def written(directory: Path) -> dict[str, dict[int, float]]:
     return {name: {record["step"]: record[name] for record in records} for name in ("loss", "rewards/margins", "grad_norm")}
 
 
+@pytest.mark.slow
 def test_wandb_has_the_metrics_of_both_parts_in_one_run(made: tuple[Path, dict[str, Any]]) -> None:
     directory, found = made
     ids, series, config, exit_code = found["wandb"]

@@ -39,7 +39,7 @@ def files(tmp_path_factory) -> Path:
     ("num_processes", "parallel", "dtype", "moments"),
     [
         pytest.param(2, {"tensor": 2}, "fp32", "fp32", marks=pytest.mark.exhaustive),
-        pytest.param(2, {"pipeline": 2}, "bf16", "fp32", marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2}, "bf16", "fp32", marks=pytest.mark.exhaustive),
         pytest.param(2, {}, "bf16", "bf16", marks=pytest.mark.slow),
     ],
     ids=["tensor 2", "pipeline 2 in bf16", "data 2 in bf16, moments too"],
@@ -289,7 +289,9 @@ def five_pairs_alone(files, tmp_path_factory) -> list[list[dict[str, float]]]:
 
 
 @pytest.mark.parametrize(
-    "parallel", [{}, {"pipeline": 2}, {"tensor": 2}], ids=["data 4", "data 2 x pipeline 2", "data 2 x tensor 2"]
+    "parallel",
+    [{}, {"pipeline": 2}, pytest.param({"tensor": 2}, marks=pytest.mark.exhaustive)],
+    ids=["data 4", "data 2 x pipeline 2", "data 2 x tensor 2"],
 )
 @pytest.mark.slow
 def test_a_last_batch_of_fewer_pairs_than_replicas_is_trained_on_like_any_other(files, five_pairs_alone, tmp_path, parallel):

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.helpers.launched import Launched, finish_command, start_command
 from tests.helpers.models import save_model, write_hh
 from tests.helpers.worlds import path_with_mpirun
 
@@ -99,11 +101,20 @@ def start(node: str | None, command: list[str], **environment: str) -> subproces
     )
 
 
-def on_both(nodes: list[str], config: Path, options: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+def fork(node: str, files: Path, command: list[str], **environment: str) -> Launched:
+    """A command with ./launch.sh on one of the machines: what launch.sh makes of it, forked with its workers."""
+    own = {"MEGADPO_DRY_RUN": "1", "VIRTUAL_ENV": sys.prefix}
+    made = subprocess.run(command, cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, check=True)
+    words = shlex.split(made.stdout)
+    assert words[1:4] == ["-m", "megadpo", "train"], made.stdout
+    return start_command(words[3:], files, Path("/run/netns", node), **environment)
+
+
+def on_both(nodes: list[str], config: Path, options: list[str], **environment: str) -> list[Launched]:
     return [on_node(number, nodes, config, options, **environment) for number in range(2)]
 
 
-def on_node(number: int, nodes: list[str], config: Path, options: list[str], **environment: str) -> subprocess.Popen[str]:
+def on_node(number: int, nodes: list[str], config: Path, options: list[str], **environment: str) -> Launched:
     """The README's command on one of the machines, with one process each."""
     command = readme_command()
     for placeholder, value in (
@@ -114,7 +125,7 @@ def on_node(number: int, nodes: list[str], config: Path, options: list[str], **e
     ):
         assert command.count(placeholder) == 1, command
         command = command.replace(placeholder, value)
-    return start(nodes[number], [*command.split(), *options], **environment)
+    return fork(nodes[number], config.parent, [*command.split(), *options], **environment)
 
 
 def with_hostfile(row: str, files: Path, config: Path) -> list[str]:
@@ -126,19 +137,21 @@ def with_hostfile(row: str, files: Path, config: Path) -> list[str]:
     return [{"hosts": str(hosts), "run.yaml": str(config)}.get(word, word) for word in command]
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str] | Launched, seconds: float = 200) -> tuple[int, str]:
+    if isinstance(process, Launched):
+        return process.wait(seconds), process.output()
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        stop(process)
+        stop(process.pid)
         output, _ = process.communicate()
         pytest.fail(f"still running after {seconds} s: {output}")
     return process.returncode, output
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: int) -> None:
     """Kill a process and everything it has started, as a machine that loses its power does."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    family = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
     for pid in family:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -162,12 +175,12 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def alone(files: Path, config: Path) -> list[dict[str, float]]:
     """The metrics of one process."""
-    status, output = finish(start(None, ["./launch.sh", "train", str(config), *overrides(files, "alone")]))
+    status, output = finish_command(["train", str(config), *overrides(files, "alone")], files)
     assert status == 0, output
     return metrics(files / "alone")
 
 
-def check(runs: list[subprocess.Popen[str]], directory: Path, alone: list[dict[str, float]]) -> None:
+def check(runs: Sequence[subprocess.Popen[str] | Launched], directory: Path, alone: list[dict[str, float]]) -> None:
     """All runs end well and leave the metrics of one process."""
     for status, output in [finish(run) for run in runs]:
         assert status == 0, output
@@ -188,9 +201,11 @@ def test_a_run_over_two_machines_gives_the_metrics_of_one_process(nodes, files, 
 def test_so_does_a_run_over_the_machines_of_a_hostfile(nodes, files, config, alone, launcher):
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of its own")
-    command = [*with_hostfile("… listed in a file", files, config), "--launcher", launcher]
-    runs = [start(node, [*command, *overrides(files, launcher)]) for node in nodes]
-    check(runs, files / launcher, alone)
+    command = [*with_hostfile("… listed in a file", files, config), "--launcher", launcher, *overrides(files, launcher)]
+    if launcher == "megadpo":
+        check([fork(node, files, command) for node in nodes], files / launcher, alone)
+    else:
+        check([start(node, command) for node in nodes], files / launcher, alone)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +234,9 @@ def test_when_a_machine_dies_the_other_stops_and_says_so(nodes, files, config):
     survivor, victim = on_both(nodes, config, overrides(files, "dying", **{"train.steps": 100000}))
     records, deadline = files / "dying" / "metrics.jsonl", time.monotonic() + 200
     while not records.exists() or not records.read_text():
-        assert time.monotonic() < deadline and survivor.poll() is None, finish(survivor)
+        assert time.monotonic() < deadline and survivor.is_running(), survivor.output()
         time.sleep(0.1)
-    stop(victim)
+    stop(victim.process)
     started = time.monotonic()
     status, output = finish(survivor, LIMIT_SECONDS)
     assert status == 1 and time.monotonic() - started < LIMIT_SECONDS

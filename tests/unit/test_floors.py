@@ -48,6 +48,7 @@ def test_a_floor_names_every_room_once_and_the_root_is_no_lumber_room() -> None:
     assert len(list((ROOT / PACKAGE).glob("*.py"))) <= MOST_FILES_AT_THE_ROOT
 
 
+@pytest.mark.slow
 def test_the_picture_is_current() -> None:
     assert PICTURE.read_text(encoding="utf-8") == render(), "run: python -m tools.floors --write"
 

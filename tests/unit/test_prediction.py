@@ -125,5 +125,12 @@ def test_what_does_not_fit_is_not_planned() -> None:
 
 
 @pytest.mark.slow
+def test_the_page_has_the_lines_that_the_command_prints_for_some_of_its_models_and_sizes() -> None:
+    printed = set(render("--models", "8B", "70B", "--gpus", "8", "128").splitlines())
+    assert printed - {""} <= set(PART.written().splitlines()), "run: python -m tools.prediction_table --write"
+    assert len([line for line in printed if line.startswith(("| 8B |", "| 70B |"))]) >= 6
+
+
+@pytest.mark.exhaustive
 def test_the_page_has_what_the_command_prints() -> None:
     assert PART.written() == render(), "run: python -m tools.prediction_table --write"

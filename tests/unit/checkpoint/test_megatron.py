@@ -57,6 +57,7 @@ def check_saved(root: Path, cases: list[Case], tmp_path: Path) -> None:
         assert (out / "config.json").read_text() == (case.model / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_in_one_process_both_ways_for_layers_that_are_stacked_and_by_number(root: Path, tmp_path: Path) -> None:
     saved = [Case(root / name, tmp_path / name) for name in MODELS]
     saved.append(Case(root / "qwen3", tmp_path / "by-number", is_stacked=False))

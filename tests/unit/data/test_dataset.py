@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megadpo.data.rows import dataset as prepare
 from megadpo.data.rows.cache_key import cache_key
 from megadpo.data.rows.dataset import make_groups, prepare_groups
 from megadpo.errors import UserError
+from tests.helpers.worlds import forked, pipe
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
 
@@ -48,36 +48,56 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
     assert 0.5 < hh_pairs.num_tokens(True).sum() / hh_pairs.num_tokens(False).sum() < 0.7
 
 
+SCRIPT = """
+from importlib.machinery import ModuleSpec
+from megadpo.config.sources import parse_sources
+from megadpo.data.rows.dataset import TokeniseJob, make_groups
+
+__spec__ = ModuleSpec("started_with_python_m", None)
+before = (__file__, __spec__)
+job = TokeniseJob({tokenizer!r}, None, 256, "prompt_left")
+groups, report = make_groups(parse_sources({file!r}), job, num_workers=2)
+print(groups.digest, (__file__, __spec__) == before, report)
+"""
+"""Without `if __name__ == "__main__"`."""
+
+
+@pytest.fixture(scope="module")
+def said_by_script(
+    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """The file that a script has read with two workers, and what it printed: a digest, whether what names its own module is
+    as it was, a report."""
+    directory = tmp_path_factory.mktemp("script")
+    (directory / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows))
+    (directory / "script.py").write_text(SCRIPT.format(tokenizer=bpe_dir, file=str(directory / "hh.jsonl")))
+    command = [sys.executable, str(directory / "script.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return directory / "hh.jsonl", done.stdout.rstrip().split(maxsplit=2)
+
+
 @pytest.mark.slow
-def test_processes_give_the_groups_that_one_process_gives(
-    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = ModuleSpec("started_with_python_m", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    sources = parse_sources(write_jsonl(tmp_path / "hh.jsonl", hh_rows))
+def test_processes_give_the_groups_that_one_process_gives(said_by_script: tuple[Path, list[str]], bpe_dir: str) -> None:
+    file, (digest, _, report) = said_by_script
     job = prepare.TokeniseJob(bpe_dir, None, 256, "prompt_left")
-    alone, alone_report = make_groups(sources, job, num_workers=1)
-    many, many_report = make_groups(sources, job, num_workers=2)
-    assert many.digest == alone.digest and many_report == alone_report
-    assert sys.modules["__main__"].__spec__ is spec  # put back after the workers were started
+    alone, alone_report = make_groups(parse_sources(str(file)), job, num_workers=1)
+    assert (digest, report) == (alone.digest, str(alone_report))
 
 
 @pytest.mark.slow
-def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2001)
-    lines = [
-        "from megadpo.config.schema import DataConfig",
-        "from megadpo.data.rows.dataset import prepare_groups",
-        f"options = DataConfig(cache_dir={str(tmp_path / 'cache')!r}, num_workers=2)",
-        f"print('kept', prepare_groups(options, {file!r}, {bpe_dir!r}).report.num_kept)",
-    ]
-    (tmp_path / "script.py").write_text("\n".join(lines))
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": root}
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.stdout == "kept 2001\n", run.stderr
+def test_a_script_without_a_main_guard_may_use_workers(said_by_script: tuple[Path, list[str]]) -> None:
+    _, (_, is_as_it_was, _) = said_by_script
+    assert is_as_it_was == "True", "put back after the workers were started"
+
+
+def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:
+    """What a rank does: its digest, and whether it made the groups itself."""
+    made: list[bool] = []
+    make, prepare.make_groups = prepare.make_groups, lambda *rest: (made.append(True), make(*rest))[1]  # type: ignore
+    groups = prepare_groups(DataConfig(cache_dir=cache_dir), file, tokenizer).groups
+    answers.send((groups.digest, bool(made)))
 
 
 @pytest.mark.slow
@@ -85,21 +105,13 @@ def test_the_cache_is_read_the_second_time_and_by_processes_that_waited(
     options: DataConfig, bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 3)
-    code = (
-        "import sys; from megadpo.config.schema import DataConfig; from megadpo.data.rows import dataset as prepare\n"
-        "made = prepare.make_groups\n"
-        "prepare.make_groups = lambda *a: (print('made'), made(*a))[1]\n"
-        f"prepared = prepare.prepare_groups(DataConfig(cache_dir={options.cache_dir!r}), {file!r}, {bpe_dir!r})\n"
-        "print('digest', prepared.groups.digest)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)
-    ]
-    lines = "".join(rank.communicate(timeout=120)[0] for rank in ranks).split("\n")
-    assert lines.count("made") == 1
-    digests = {line for line in lines if line.startswith("digest")}
-    assert digests == {f"digest {prepare_groups(options, file, bpe_dir).groups.digest}"}
+    pipes = [pipe() for _ in range(3)]
+    ranks = [forked(_prepared, options.cache_dir, file, bpe_dir, its) for _, its in pipes]
+    answers = [ours.recv() for ours, _ in pipes if ours.poll(120)]
+    for rank in ranks:
+        rank.join()
+    assert sorted(made for _, made in answers) == [False, False, True]
+    assert {digest for digest, _ in answers} == {prepare_groups(options, file, bpe_dir).groups.digest}
 
 
 def test_the_key_changes_with_everything_that_changes_a_group(

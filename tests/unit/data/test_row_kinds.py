@@ -239,6 +239,7 @@ def test_a_row_of_another_kind_is_told_what_it_is_and_who_reads_it(row: dict[str
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels", "lists", "examples"])
+@pytest.mark.slow
 def test_real_hh_pairs_are_read_in_every_kind(
     kind: str,
     options: DataConfig,
@@ -284,6 +285,7 @@ def test_real_chinese_pairs_are_read_in_every_kind(
     assert kept["examples"] == [1] * len(sharegpt_rows)
 
 
+@pytest.mark.slow
 def test_real_labelled_conversations_are_read_as_they_are(
     options: DataConfig, labelled_rows: list[dict[str, Any]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:

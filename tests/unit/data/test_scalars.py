@@ -148,7 +148,7 @@ def test_numbers_follow_their_rows_past_dropped_ones_and_through_the_cache(
         monkeypatch.setattr(prepare, "make_groups", None)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_give_the_numbers_that_one_process_gives(
     hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:

@@ -57,6 +57,7 @@ def assert_equal_to_trl(pairs: list[GroupTokens | str], expected: list[dict[str,
 
 
 @pytest.mark.parametrize("directory", ["bpe_dir", "merging_dir", "bos_dir", "sentencepiece_dir"])
+@pytest.mark.slow
 def test_raw_hh_rows_tokenise_as_trl_tokenises_the_same_split(
     directory: str, hh_rows: list[dict[str, str]], request: pytest.FixtureRequest
 ) -> None:
@@ -180,6 +181,7 @@ def answers_as_trl(rows: list[dict[str, Any]], tokenizer: Any, kind: str) -> lis
 
 @pytest.mark.parametrize("kind", ["labels", "examples"])
 @pytest.mark.parametrize("directory", ["bpe_dir", "merging_dir", "bos_dir", "sentencepiece_dir"])
+@pytest.mark.slow
 def test_single_answers_tokenise_as_trls_kto_and_sft_do(
     kind: str, directory: str, hh_rows: list[dict[str, str]], request: pytest.FixtureRequest
 ) -> None:

@@ -289,6 +289,7 @@ def gpu_libraries(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 6, 33])
 @pytest.mark.parametrize("backend", FOR_SEQUENCES)
+@pytest.mark.slow
 def test_gpu_kernels_are_given_what_makes_them_give_the_definition(gpu_libraries, backend, window, shape):
     for heads, share_prompts, part in (((4, 2), True, None), ((4, 4), False, None), ((6, 2), True, 0), ((4, 2), True, 1)):
         segments, num_queries, num_keys = stream(SHAPES[shape], share_prompts, part)
@@ -309,6 +310,7 @@ def test_gpu_kernels_of_one_head_dimension_are_given_values_of_another_one_and_s
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("version", OLDER_TORCH)
+@pytest.mark.slow
 def test_what_an_older_torch_s_kernel_lacks_is_done_before_the_call(gpu_libraries, monkeypatch, version, heads, shape):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", OLDER_TORCH[version])
     for share_prompts, part in ((True, None), (False, None), (True, 1)):

@@ -10,6 +10,8 @@ from megadpo.model.attention.flex import _function, block_mask_of
 from tests.helpers.attention import SCORES, SHAPES, operands, sinks_of, stream
 from tests.helpers.attention import assert_same as held_to_the_definition
 
+pytestmark = pytest.mark.slow
+
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
 LONG = [(200, 90, 130), (20, 10, 12), (300, 1, 8)]

@@ -21,6 +21,8 @@ from tests.helpers.oracle import worst_relative_error
 from tests.helpers.worlds import run_world
 from tests.unit.model.reward_worker import Case, Outcome, outcomes, transformers_outcome
 
+pytestmark = pytest.mark.slow
+
 ALONE = [Case(Layout()), Case(Layout(), share_prompts=False)]
 TOGETHER = [
     Case(Layout(tensor=2)),

@@ -75,8 +75,7 @@ def test_what_is_exported_gives_in_transformers_the_rewards_that_training_saw(
     "parallel",
     [
         {"tensor": 2},
-        {"pipeline": 2},
-        *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ({"tensor": 2, "sequence": False}, {})),
+        *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ({"pipeline": 2}, {"tensor": 2, "sequence": False}, {})),
     ],
     ids=["tp-sp", "pp", "tp", "dp"],
 )

@@ -247,9 +247,14 @@ def test_only_inputs_are_kept_for_the_backward_pass_and_a_number_a_row(dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has it")
-def test_a_model_of_these_operations_has_the_log_probs_and_gradients_of_torch_s_and_margins_of_exactly_zero(tmp_path):
+@pytest.mark.parametrize(
+    "recompute", [("none", "small"), pytest.param(("full",), marks=pytest.mark.exhaustive)], ids=["kept", "recomputed"]
+)
+def test_a_model_of_these_operations_has_the_log_probs_and_gradients_of_torch_s_and_margins_of_exactly_zero(
+    tmp_path, recompute
+):
     model, groups = save_model(tmp_path, "qwen3", seed=0, num_hidden_layers=2, tokenizer=False), random_groups(1, seed=3)
-    cases = [Case(Layout()), *(Case(Layout(), model=TRITON, recompute=recompute) for recompute in ("none", "small", "full"))]
+    cases = [Case(Layout()), *(Case(Layout(), model=TRITON, recompute=one) for one in recompute)]
     torch_s, *ours = run_world(1, outcomes, model, model, groups, cases)[0]
     for found in ours:
         torch.testing.assert_close(found.logps, torch_s.logps, rtol=1e-6, atol=1e-5)

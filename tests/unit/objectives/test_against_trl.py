@@ -11,6 +11,8 @@ import torch
 
 from tests.unit.objectives.trl_cases import CASES, Case, on_a_real_batch, on_random_logits
 
+pytestmark = pytest.mark.slow
+
 DOUBLE, SINGLE = 1e-7, 1e-5
 """Largest relative error in float64 (TRL keeps some constants in fp32) and where anything is computed in fp32."""
 

@@ -96,7 +96,7 @@ def runs_without_buffers(schedule: Schedule, costs: Costs, receives_early: bool 
     return all(entry(stage) is None for stage in range(len(programs)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(sizes, all_costs)
 @pytest.mark.slow
 def test_no_schedule_can_dead_lock_even_if_nothing_is_buffered(size: tuple[int, int, int], costs: Costs) -> None:

@@ -75,6 +75,7 @@ def found(run_yaml: Path) -> Search:
     return search(job_of(load_config(run_yaml), 16), Rates(), 72 * GIB, top=8)
 
 
+@pytest.mark.slow
 def test_llama_3_405b_on_4096_devices_takes_less_than_ten_seconds(tmp_path: Path) -> None:
     path = write(tmp_path, LLAMA_3_405B, train={"pairs_per_step": 4096})
     started = time.process_time()
@@ -135,6 +136,7 @@ def test_what_the_command_line_names_is_held_to(run_yaml: Path) -> None:
         assert (plan.layout.tensor, plan.layout.pipeline, plan.recompute, plan.capacity) == (2, 4, "full", 4096)
 
 
+@pytest.mark.slow
 def test_experts_are_spread_under_both_engines_and_over_context_ranks(tmp_path: Path) -> None:
     path = write(tmp_path, MIXTRAL, **EIGHT_B)
     result = search(job_of(load_config(path), 16), Rates(), 72 * GIB)
@@ -214,6 +216,7 @@ def test_wrong_input_is_one_sentence(run_yaml: Path, arguments: list[str], sente
         cli.main(["plan", str(run_yaml), *arguments])
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_work(
     run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

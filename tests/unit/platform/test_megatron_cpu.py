@@ -49,6 +49,7 @@ def test_megatron_is_imported_after_it_was_prepared_for():
     assert "'torch'" in imported and "'megatron'" not in imported and "'triton'" not in imported
 
 
+@pytest.mark.slow
 def test_megatron_and_deepspeed_bring_no_tracker_along_and_they_can_be_imported_after():
     """They import them for logs that are not written here, at the price of seconds of every process."""
     pytest.importorskip("deepspeed")

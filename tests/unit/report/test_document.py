@@ -143,6 +143,7 @@ def test_values_that_are_no_numbers_are_kept_as_such(tmp_path: Path) -> None:
     assert curves["grad_norm"].values[-2:] == [float("inf"), float("inf")]
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_pictures_and_says_what_it_found(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +226,7 @@ def browser() -> Iterator[Browser]:
 
 @needs_chromium
 @pytest.mark.parametrize("names", [("wild",), ("calm", "wild")], ids=len)
+@pytest.mark.slow
 def test_chromium_shows_the_page_narrow_and_wide_without_an_error(
     browser: Browser, runs: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:

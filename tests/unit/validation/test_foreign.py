@@ -26,6 +26,7 @@ def refusal(text: str) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_every_field_of_trl_s_configuration_typed_as_a_key_is_ours_or_answered_with_ours_or_with_the_reason() -> None:
     trl = pytest.importorskip("trl")
     fields = [field.name for field in dataclasses.fields(trl.DPOConfig)]

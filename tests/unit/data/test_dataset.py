@@ -50,20 +50,6 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
 
 
 @pytest.mark.slow
-def test_processes_give_the_groups_that_one_process_gives(said_by_script: tuple[Path, list[str]], bpe_dir: str) -> None:
-    file, (digest, _, report) = said_by_script
-    job = prepare.TokeniseJob(bpe_dir, None, 256, "prompt_left")
-    alone, alone_report = make_groups(parse_sources(str(file)), job, num_workers=1)
-    assert (digest, report) == (alone.digest, str(alone_report))
-
-
-@pytest.mark.slow
-def test_a_script_without_a_main_guard_may_use_workers(said_by_script: tuple[Path, list[str]]) -> None:
-    _, (_, is_as_it_was, _) = said_by_script
-    assert is_as_it_was == "True", "put back after the workers were started"
-
-
-@pytest.mark.slow
 def test_processes_give_the_groups_that_one_process_gives(
     hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,14 +79,6 @@ def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: P
         [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.stdout == "kept 2001\n", run.stderr
-
-
-def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:
-    """What a rank does: its digest, and whether it made the groups itself."""
-    made: list[bool] = []
-    make, prepare.make_groups = prepare.make_groups, lambda *rest: (made.append(True), make(*rest))[1]  # type: ignore
-    groups = prepare_groups(DataConfig(cache_dir=cache_dir), file, tokenizer).groups
-    answers.send((groups.digest, bool(made)))
 
 
 def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:

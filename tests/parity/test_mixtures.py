@@ -129,7 +129,7 @@ MODELS |= {
     "qwen3_next": ({"num_hidden_layers": 2}, {1: ONE[1][:1], 2: RECURRENT[2][:1]}),
     "qwen3_next-more": ({"mlp_only_layers": [1], "attention_bias": True, "tie_word_embeddings": True}, RECURRENT),
     "qwen3_next-dense": (
-        {"mlp_only_layers": [0, 1, 2, 3], "layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2},
+        {"num_hidden_layers": 2, "mlp_only_layers": [0, 1]},
         {1: ONE[1][:1], 2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True), share_prompts=False)]},
     ),
 }

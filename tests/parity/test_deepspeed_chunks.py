@@ -9,12 +9,13 @@ import pytest
 
 from megadpo.parallel.layout import Layout
 from tests.helpers import oracle
+from tests.helpers.marks import skip_without
 from tests.helpers.models import random_groups, save_model
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, save_files
 from tests.helpers.worlds import run_world
 from tests.parity.zero_worker import Case, outcomes
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 pytestmark = pytest.mark.slow
 
 TWO, FOUR = Layout(pipeline=2, virtual=2), Layout(pipeline=2, virtual=2, data=2)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from megadpo.validation.combinations import rule_between
+from tests.helpers.marks import skip_without
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 
 FEATURES = {
     "tensor": "tensor",

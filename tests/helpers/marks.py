@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,3 +20,9 @@ def all_but_a_few_exhaustive(values: Iterable[Any], slow: Iterable[int]) -> list
     first, *others = values
     marks = [pytest.mark.slow if number in slow else pytest.mark.exhaustive for number in range(1, len(others) + 1)]
     return [first, *(pytest.param(value, marks=mark) for value, mark in zip(others, marks, strict=True))]
+
+
+def skip_without(package: str) -> None:
+    """Skip a module's tests where a package is missing, which is not imported for that: DeepSpeed takes three seconds."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is missing", allow_module_level=True)

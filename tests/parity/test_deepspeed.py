@@ -16,12 +16,13 @@ from megadpo.parallel.layout import Layout
 from megadpo.validation.deepspeed import OURS, OURS_IN_ZERO, check_deepspeed_machine, engine_config
 from megadpo.validation.load import load_config
 from tests.helpers import oracle
+from tests.helpers.marks import skip_without
 from tests.helpers.models import random_groups, save_model, write_hh
 from tests.helpers.runs import assert_same_weights, resumed_and_whole, run_settings, train_run
 from tests.helpers.worlds import run_world
 from tests.parity.zero_worker import Case, Outcome, outcomes
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 
 DATA, TENSOR, SEQUENCE, PIPELINE = Layout(data=2), Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)
 CONTEXT = Layout(context=2, context_method="allgather")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers.marks import skip_without
 from tools.reference_curve import METRICS, ROWS, RUNS, TRAIN, committed, train, worst_error
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 
 
 NUM_STEPS = TRAIN["steps"]

@@ -22,7 +22,7 @@ ZERO = {
 }
 
 
-NUM_GROUPS = 12
+NUM_GROUPS = 18
 
 
 @pytest.mark.parametrize(

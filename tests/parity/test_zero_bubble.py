@@ -24,7 +24,7 @@ CASES = {
         Case(Layout(pipeline=2, context=2, context_method="allgather")),
     ],
 }
-NUM_GROUPS = 12
+NUM_GROUPS = 18
 """Four a step: as many micro-batches as the most stages."""
 
 

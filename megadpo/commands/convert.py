@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadpo.checkpoint.no_directory import why_no_model
-from megadpo.checkpoint.workers import start_workers
 from megadpo.commands.parsing import report_written
 from megadpo.config.schema import Config
 from megadpo.console.activity import activity
@@ -80,7 +79,6 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     layout = _layout(arguments.layout)
     _check_positive("--processes", arguments.processes)
-    _begin_workers(arguments.processes)
     with activity("loading torch"):
         from megadpo.checkpoint.importing import ImportOptions, import_model
     options = ImportOptions(
@@ -102,7 +100,6 @@ def _export(arguments: argparse.Namespace) -> int:
     _check_positive("--processes", arguments.processes)
     if arguments.format != "hf" and arguments.processes > 1:
         raise UserError("--processes is for --format hf; Megatron-core's format is written by one process")
-    _begin_workers(arguments.processes)
     with activity("loading torch"):
         from megadpo.checkpoint.convert import export_checkpoint, export_megatron
     source, out, verify = arguments.checkpoint, arguments.out, not arguments.no_verify
@@ -114,12 +111,6 @@ def _export(arguments: argparse.Namespace) -> int:
         report_written(out)
         _say(flags)
     return 0
-
-
-def _begin_workers(num_processes: int) -> None:
-    """They import while this process does."""
-    if num_processes > 1:
-        start_workers()
 
 
 def _say(*sentences: str) -> None:

@@ -111,7 +111,7 @@ class ReferenceConfig:
     mixup_alpha: float = 0.6
     """TR-DPO: how far it moves, in (0, 1]: reference = alpha policy + (1 - alpha) reference."""
     router_replay: bool = False
-    """In a mixture of experts, the policy sends each token to the experts that the reference chose for it."""
+    """In a mixture of experts, training sends each of the policy's tokens to the experts that the reference chose for it."""
 
 
 @dataclass

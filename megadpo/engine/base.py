@@ -22,7 +22,7 @@ class Engine(Protocol):
     """Owns the policy's parameters, gradients and optimizer on this rank.
 
     Attributes:
-        routes: the reference's, by which every pass sends tokens to experts; None: the policy's routers choose.
+        routes: the reference's, by which its passes send tokens to experts; None: the policy's routers choose.
     """
 
     stage: Stage

@@ -24,7 +24,7 @@ from megadpo.training.reference import frozen_stage
 from megadpo.training.score import response_logps
 from megadpo.training.setup import scoring_packing
 from megadpo.validation.layout import check_layout
-from megadpo.validation.model import check_same_tokenizer, check_same_vocabulary
+from megadpo.validation.model import check_linear_attention, check_same_tokenizer, check_same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def open_models(model: str, reference: str | None, config: Config) -> Models:
     for files in [policy] if found is None else [policy, found]:
         check_layout(layout, files.shape)
         check_modules(config, files.shape)
+    check_linear_attention(config, policy.shape, None if found is None else found.shape)
     if found is not None:
         check_same_vocabulary(found.path, found.shape, policy.shape)
         check_same_tokenizer(str(found.huggingface), str(policy.huggingface))

@@ -55,8 +55,3 @@ class Routes:
     def chosen_TK(self, number: int, layer: int) -> Tensor:
         """What was noted, int64."""
         return self._chosen[number, layer].long()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all choices that are kept."""
-        return sum(expert_TK.nbytes for expert_TK in self._chosen.values())

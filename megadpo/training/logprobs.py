@@ -23,6 +23,7 @@ from megadpo.training.console import log
 from megadpo.training.models import check_modules, open_model
 from megadpo.training.setup import check_token_ids, scoring_packing
 from megadpo.validation.layout import check_layout
+from megadpo.validation.model import check_linear_attention
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -45,6 +46,7 @@ def run_logprobs(model: str, data: str, out: str, config: Config, force: bool = 
     files = open_model(fetched(model, "--model"), "--model", config)
     check_layout(layout, files.shape)
     check_modules(config, files.shape)
+    check_linear_attention(config, files.shape)
     prepared = prepare_groups(config.data, data, str(files.huggingface))
     groups = prepared.groups
     for line in (prepared.report.sentence(), *prepared.report.remarks()):

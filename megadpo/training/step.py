@@ -8,7 +8,8 @@ Axes as in global_batch.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -138,23 +139,36 @@ def evaluate_batch(
 ) -> Tensor:
     """The metrics' sums [2 M] of one global batch, see `StepResult`, without gradients: nothing changes. Collective.
 
+    Under router replay the policy chooses its experts itself, as the model that is exported does.
+
     Args:
         seen: on last stages called with each micro-batch, its response sums [R, S] and the reference's log-probs [R].
     """
-    batch = batch.on_device()
-    normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
-    reference_logps = reference.logps(batch.micro_batches)
-    sums = engine.forward(batch.micro_batches, objective.ld_alpha)
-    for micro_batch, sums_RS, reference_R in zip(batch.micro_batches, sums, reference_logps, strict=False):
-        if seen is not None:
-            seen(micro_batch, sums_RS, reference_R)
-    if objective.couples_batch:
-        coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=False)
-        return metric_sums + coupled.metric_sums
-    for number, sums_RS in enumerate(sums):
-        micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
-        metric_sums += evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)[1]
-    return metric_sums
+    with _own_routes(engine):
+        batch = batch.on_device()
+        normalisers, metric_sums = _measure_kl(engine, reference, batch, objective)
+        reference_logps = reference.logps(batch.micro_batches)
+        sums = engine.forward(batch.micro_batches, objective.ld_alpha)
+        for micro_batch, sums_RS, reference_R in zip(batch.micro_batches, sums, reference_logps, strict=False):
+            if seen is not None:
+                seen(micro_batch, sums_RS, reference_R)
+        if objective.couples_batch:
+            coupled = evaluate_coupled(objective, normalisers, batch, sums, reference_logps, running_mean, is_training=False)
+            return metric_sums + coupled.metric_sums
+        for number, sums_RS in enumerate(sums):
+            micro_batch, reference_R = batch.micro_batches[number], reference_logps[number]
+            metric_sums += evaluate_micro_batch(objective, normalisers, micro_batch, sums_RS, reference_R)[1]
+        return metric_sums
+
+
+@contextlib.contextmanager
+def _own_routes(engine: Engine) -> Iterator[None]:
+    """Within, the policy's routers choose."""
+    routes, engine.routes = engine.routes, None
+    try:
+        yield
+    finally:
+        engine.routes = routes
 
 
 def reduce_metrics(

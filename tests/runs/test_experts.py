@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from megadpo.training.setup import prepare
 from megadpo.validation.layout import check_layout
 from megadpo.validation.load import load_config
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.runs import assert_same_weights, exported_weights, resumed_and_whole, run_settings, train_run, weights_in
+from tests.helpers.runs import (
+    assert_same_weights,
+    exported_weights,
+    log_probs,
+    resumed_and_whole,
+    run_settings,
+    train_run,
+    weights_in,
+)
 from tests.helpers.worlds import run_world
 
 
@@ -134,10 +143,13 @@ def test_a_dense_model_s_routers_cannot_be_balanced(tmp_path):
 
 @pytest.mark.slow
 def test_under_router_replay_a_new_adapter_routes_as_the_reference_and_a_resumed_run_as_the_whole_one(files, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join((files / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+
     def settings(name: str) -> dict[str, Any]:
         made = settings_of(files, tmp_path / name, {"expert": 2})
         made["train"] |= {"router_aux_coef": 0.0, "learning_rate": 1e-2, "warmup_steps": 0}
-        evaluation = {"data": made["data"] | {"eval": str(files / "train.jsonl")}, "eval": {"every": 4, "pairs": 8}}
+        evaluation = {"data": made["data"] | {"eval": str(held_out)}, "eval": {"every": 4}}
         return made | {"adapter": {"kind": "lora"}, "reference": {"router_replay": True}} | evaluation
 
     resumed, whole = resumed_and_whole(2, settings, 3)
@@ -145,3 +157,6 @@ def test_under_router_replay_a_new_adapter_routes_as_the_reference_and_a_resumed
     agreement = [line["moe/replay_agreement"] for line in whole if "moe/replay_agreement" in line]
     assert agreement[0] == 1 and 0.5 < agreement[-1] < 1, "the reference is the model before it has learned anything"
     assert whole[0]["rewards/margins"] == 0
+    run_world(1, log_probs, tmp_path / "whole" / "hf", held_out, tmp_path / "out.jsonl", {}, True, tmp_path / "cache")
+    logps = [json.loads(line)["chosen_logp"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert whole[-1]["eval_logps/chosen"] == pytest.approx(sum(logps) / len(logps), rel=1e-5), "held out, it routes itself"

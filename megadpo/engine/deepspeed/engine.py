@@ -371,12 +371,12 @@ class _ScheduledModel(torch.nn.Module):
 def _scheduled(runtime: Runtime, runs_hooks: bool) -> list[_ScheduledModel]:
     """The chunks of the stage. `runs_hooks`: call DeepSpeed's engine, whose hooks then see the backward too; ZeRO stage 0
     needs none."""
-    engine: Any = runtime
+    run: Any = runtime if runs_hooks else runtime.module
     if not isinstance(runtime.module, Chunks):
-        return [_ScheduledModel(runtime.module, engine if runs_hooks else runtime.module)]
+        return [_ScheduledModel(runtime.module, run)]
+    # Forwards without gradients, too, go by the module of all chunks: there DeepSpeed begins its list of modules anew.
     return [
-        _ScheduledModel(chunk, functools.partial(engine, chunk=number) if runs_hooks else chunk)
-        for number, chunk in enumerate(runtime.module.chunks)
+        _ScheduledModel(chunk, functools.partial(run, chunk=number)) for number, chunk in enumerate(runtime.module.chunks)
     ]
 
 

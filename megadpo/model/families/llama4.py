@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadpo.errors import UserError
 from megadpo.model.families.common import Family, biases_of_config, layers_with_rope, no_windows, refuse_jitter
+from megadpo.model.families.mixtures import check_given
 from megadpo.model.shape import Experts, Routing, SharedExpert, Temperature
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _experts(hf_config: PretrainedConfig) -> Experts | None:
 
 def _check(hf_config: PretrainedConfig) -> None:
     refuse_jitter(hf_config)
+    check_given(hf_config, ["intermediate_size", "intermediate_size_mlp", "num_local_experts", "num_experts_per_tok"])
     unknown = set(hf_config.layer_types) - {"full_attention", "chunked_attention"}
     if unknown:
         raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megadpo.model.families.common import Family, refuse_biases, windows_of_layer_types
-from megadpo.model.families.mixtures import check_given
 from megadpo.model.families.qwen3_moe import qwen_experts
 from megadpo.model.shape import Experts, SharedExpert
 
@@ -20,10 +19,7 @@ def _facts(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 def _experts(hf_config: PretrainedConfig) -> Experts | None:
     shared = SharedExpert(hf_config.shared_expert_intermediate_size, "shared_expert", has_gate=True)
-    experts = qwen_experts(hf_config, shared)
-    if experts is not None:
-        check_given(hf_config, ["shared_expert_intermediate_size"])
-    return experts
+    return qwen_experts(hf_config, shared)
 
 
 QWEN2_MOE = Family(

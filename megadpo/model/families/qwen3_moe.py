@@ -32,7 +32,8 @@ def qwen_experts(hf_config: PretrainedConfig, shared: SharedExpert | None = None
     )
     if not layers:
         return None
-    check_given(hf_config, ["num_experts_per_tok", "moe_intermediate_size"])
+    of_shared = () if shared is None else ("shared_expert_intermediate_size",)
+    check_given(hf_config, ["num_experts_per_tok", "moe_intermediate_size", *of_shared])
     return Experts(
         count=hf_config.num_experts,
         per_token=hf_config.num_experts_per_tok,

@@ -92,7 +92,7 @@ class GatedDeltaNet(MegatronModule):
         """[t, 1, hidden] and no bias, from hidden [t, 1, hidden]."""
         assert packed_seq_params is not None and packed_seq_params.micro_batch is not None
         stream, micro_batch, sizes = packed_seq_params, packed_seq_params.micro_batch, self.sizes
-        assert micro_batch.shard is None  # refused by validation/model.py
+        assert micro_batch.shard is None  # context parallelism is refused
         segments, num_tokens = micro_batch.segments, len(micro_batch.tokens_T)
         inputs, _ = self.linear_in(hidden_states)
         by_head = inputs.view(num_tokens, self.num_key_heads, -1)

@@ -551,6 +551,8 @@ def test_transformer_config_arguments(family: str) -> None:
             {"linear_num_value_heads": 6},
             "linear_num_value_heads is 6, which its linear_num_key_heads 4 do not",
         ),
+        ("qwen3_next", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0; it must be 1 or more"),
+        ("llama4_text", {"num_local_experts": 0}, "num_local_experts is 0; it must be 1 or more"),
         ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0; it must be 1 or more"),
         ("qwen3_next", {"hidden_act": "gelu_pytorch_tanh"}, "'gelu_pytorch_tanh'; qwen3_next is supported with silu only"),
         ("qwen3_next", {"mlp_bias": True}, "mlp_bias"),

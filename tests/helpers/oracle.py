@@ -18,9 +18,14 @@ from megadpo.data.groups import Group
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The model in eager attention, linear attention by its definition."""
-    # transformers' chunks take differences of large sums in float32: A_log's gradients are 1e-4 from its recurrent rule's.
-    qwen3_next.torch_chunk_gated_delta_rule = qwen3_next.torch_recurrent_gated_delta_rule
+    use_definitions()
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+
+
+def use_definitions() -> None:
+    """Have transformers compute linear attention by its recurrent rule: its chunks take differences of large sums in
+    float32, and A_log's gradients are then 1e-4 away."""
+    qwen3_next.torch_chunk_gated_delta_rule = qwen3_next.torch_recurrent_gated_delta_rule
 
 
 def response_logp(model: torch.nn.Module, group: Group, response: int) -> Tensor:

@@ -26,6 +26,7 @@ def new_model(directory: Path, seed: int = 0, quantization: Any = None, **option
     how = {"dtype": torch.float32, "attn_implementation": "eager"}
     if quantization is not None:
         how |= {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    oracle.use_definitions()
     base = AutoModelForCausalLM.from_pretrained(directory, **how)
     torch.manual_seed(seed)
     return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))

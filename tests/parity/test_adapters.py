@@ -139,6 +139,21 @@ OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[int, list
         {"target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": False},
         {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)]},
     ),
+    "linear attention, gates": (
+        "qwen3_next",
+        {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]},
+        {"target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "v_proj"], "use_dora": True, "rank": 6},
+        {
+            1: [Case()],
+            2: [Case(Layout(tensor=2)), Case(Layout(tensor=2, sequence=True)), Case(Layout(data=2), zero_stage=3)],
+        },
+    ),
+    "norms after rope, attention in chunks": (
+        "llama4_text",
+        {"moe_layers": []},
+        {"target_modules": ALL, "use_dora": True, "modules_to_save": ["norm"]},
+        {1: [Case()], 2: [Case(Layout(tensor=2, sequence=True)), Case(STAGES)]},
+    ),
     "every way": ("llama", {"num_hidden_layers": 4}, {"target_modules": ALL}, EVERY_WAY),
 }
 """The same of models whose layers are other ones, and all ways."""

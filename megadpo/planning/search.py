@@ -31,7 +31,7 @@ from megadpo.planning.workload import Workload
 from megadpo.validation.combinations import check_combinations
 from megadpo.validation.layout import check_layout
 from megadpo.validation.memory import check_memory_options, check_recompute_layers
-from megadpo.validation.model import check_adapters, check_experts, check_linear_attention
+from megadpo.validation.model import check_adapters, check_experts, check_linear_attention, check_same_routes
 from megadpo.validation.values import validate
 
 CAPACITIES = (2048, 4096, 8192, 16_384)
@@ -317,6 +317,7 @@ def _checked(job: Job, config: Config) -> Plan:
     if job.adapter is not None:
         check_adapters(config, job.shape, plan.layout, job.adapter)
     if job.reference is not None:
+        check_same_routes(config, job.reference, job.shape)
         check_layout(plan.layout, job.reference)
     return plan
 

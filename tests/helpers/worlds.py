@@ -152,10 +152,14 @@ def _serve(work: Any) -> None:
             try:
                 function, arguments = pickle.loads(function_and_arguments)  # noqa: S301 - from our own parent process
                 answer = _as_bytes(function(*arguments))
-                del arguments
-                work.send((None, answer, _is_reusable and not torch.distributed.is_initialized()))
+                del function, arguments
+                is_clean = _is_reusable and not torch.distributed.is_initialized()
+                work.send((None, answer, is_clean))
             except BaseException:
+                is_clean = False
                 work.send((traceback.format_exc(), None, False))
+            if not is_clean:
+                return  # now: its connections end with it, for which others may wait
 
 
 def _as_bytes(value: Any) -> bytes:

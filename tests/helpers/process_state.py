@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -44,4 +43,3 @@ class ProcessState:
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)
-        gc.collect()

@@ -7,6 +7,7 @@ a fraction of a second; those of a world that ended well are ranks of later worl
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -57,6 +58,9 @@ class _Rank:
         if self.process.is_alive():
             self.process.kill()
 
+
+MOST_THREADS = 24
+"""Of a process that is used again: what has left more behind would take the others' time."""
 
 _idle: list[_Rank] = []
 _is_reusable = True
@@ -153,7 +157,9 @@ def _serve(work: Any) -> None:
                 function, arguments = pickle.loads(function_and_arguments)  # noqa: S301 - from our own parent process
                 answer = _as_bytes(function(*arguments))
                 del function, arguments
-                is_clean = _is_reusable and not torch.distributed.is_initialized()
+                gc.collect()  # groups go with what refers to them in circles, each with threads that wake 100 times a second
+                num_threads = len(os.listdir("/proc/self/task"))
+                is_clean = _is_reusable and not torch.distributed.is_initialized() and num_threads <= MOST_THREADS
                 work.send((None, answer, is_clean))
             except BaseException:
                 is_clean = False

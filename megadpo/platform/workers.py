@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn, TypeVar
@@ -102,36 +103,38 @@ def _received(worker: Any) -> _Answer:
 def _started(begin: Callable[[], Work], num_workers: int) -> Iterator[list[Connection]]:
     """Pipes to workers, which end with this context."""
     context = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pipes = [_pipe(stack) for _ in range(num_workers)]
+    with contextlib.ExitStack() as processes, contextlib.ExitStack() as ends:
+        pipes = [_pipe(ends) for _ in range(num_workers)]
         ours, theirs = [end for end, _ in pipes], [end for _, end in pipes]
-        watching, watched = _pipe(stack)
+        _, lifeline = _pipe(ends)
         for some in [theirs] if CAN_FORK else [[end] for end in theirs]:
-            process = context.Process(target=_begin, args=(begin, some, watched), daemon=True)
+            process = context.Process(target=_begin, args=(begin, some, lifeline), daemon=True)
             with _without_main_module(), _deaf_to_interrupts():
                 process.start()
-                stack.callback(process.join)
-                stack.callback(process.terminate)
-        _close(watched, *theirs)
+                processes.callback(process.join)
+                processes.callback(process.terminate)  # one that still imports does not look at its lifeline
+        _close(lifeline, *theirs)
         yield ours
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[Connection, Connection]:
-    return tuple(stack.enter_context(end) for end in multiprocessing.Pipe())
+def _pipe(ends: contextlib.ExitStack) -> tuple[Connection, Connection]:
+    ours, theirs = multiprocessing.Pipe()
+    return ends.enter_context(ours), ends.enter_context(theirs)
 
 
-def _begin(begin: Callable[[], Work], pipes: Sequence[Connection], watched: Connection) -> None:
-    """What the process does that workers are forked from, until the one that watches ends or sends SIGTERM."""
+def _begin(begin: Callable[[], Work], pipes: Sequence[Connection], lifeline: Connection) -> None:
+    """What the process does that workers are forked from, until the other end of its lifeline is closed or SIGTERM comes; of
+    one worker, its work."""
     try:
         work = begin()
     except Exception as error:
         work = functools.partial(_refuse, error)
-    if not CAN_FORK:
+    if len(pipes) == 1:
         _serve(work, *pipes)
         return
     gc.freeze()  # what is shared by all stays shared: no collection writes to it
     children: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *unused: sys.exit())
+    signal.signal(signal.SIGTERM, lambda *unused: lifeline.close())  # which is then no longer read
     try:
         for pipe in pipes:
             child = os.fork()
@@ -139,8 +142,9 @@ def _begin(begin: Callable[[], Work], pipes: Sequence[Connection], watched: Conn
                 _be_worker(work, pipe, [other for other in pipes if other is not pipe])
             children.append(child)
         _close(*pipes)
-        with contextlib.suppress(EOFError):
-            watched.recv()
+        lifeline.recv()
+    except (EOFError, OSError):
+        pass  # the end; or the system gives no more processes
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
@@ -192,6 +196,7 @@ def _close(*ends: Connection) -> None:
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Within, Ctrl-C waits, and processes that are started here never hear of it: the one that started them ends them."""
+    resource_tracker.ensure_running()  # Python starts it with the first process, and hears Ctrl-C again after that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

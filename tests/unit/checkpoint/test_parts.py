@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,26 +122,21 @@ def test_a_part_that_fails_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out.tmp" / "c.part").exists()
 
 
-def _threads(name: str) -> dict[str, object]:
-    import torch
-
+def _killed_at_last(directory: Path, name: str) -> dict[str, object]:
+    """The part `c` is killed as soon as the others are there."""
+    if name == "c":
+        while len([*directory.glob("*.part")]) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
     return {"files": {}, "threads": torch.get_num_threads()}
 
 
-def _killed(name: str) -> dict[str, object]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_in_one_sentence(tmp_path):
+def test_workers_share_the_cores_out_and_one_that_is_killed_is_told_in_one_sentence(tmp_path: Path) -> None:
+    work = functools.partial(_killed_at_last, tmp_path / "out.tmp")
     with pytest.raises(UserError, match=r"a process that converts was killed, .* goes on .* with --processes 1"):
-        in_parts(tmp_path / "out", {}, ["a", "b"], _killed, 2)
-
-
-@pytest.mark.slow
-def test_workers_share_the_cores_out(tmp_path):
-    manifests = in_parts(tmp_path / "out", {}, ["a", "b"], _threads, 2)
+        in_parts(tmp_path / "out", {}, ["a", "b", "c"], work, 2)
+    manifests = [json.loads((tmp_path / "out.tmp" / f"{name}.part").read_text()) for name in "ab"]
     assert [manifest["threads"] for manifest in manifests] == [max(torch.get_num_threads() // 2, 1)] * 2
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def test_results_come_in_order_from_workers_that_began_once_and_need_no_semaphor
     def refuse(*arguments: Any) -> Any:
         raise OSError(38, "Function not implemented")  # what Python's semaphores say where /dev/shm is missing
 
+    spec = ModuleSpec("started_with_python_m", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr("_multiprocessing.SemLock", refuse)
     monkeypatch.setenv(VARIABLE, "as it is now")
     num_read, num_ahead = 0, []
@@ -59,6 +62,7 @@ def test_results_come_in_order_from_workers_that_began_once_and_need_no_semaphor
     assert len(doing) == 2 and len(forked_from) == 1 and os.getpid() not in doing | forked_from
     assert {result[3:] for result in seen} == {("as it is now", True)}
     assert multiprocessing.active_children() == [] and not any(map(is_there, doing | forked_from))
+    assert sys.modules["__main__"].__spec__ is spec  # put back after they were started
 
 
 def test_where_a_fork_is_not_safe_each_worker_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

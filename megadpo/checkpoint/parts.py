@@ -78,7 +78,7 @@ def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes
 
 def _begin_worker(partial: Path, work: Work, num_threads: int) -> Work:
     """What every worker calls with the name of a part."""
-    from transformers import AutoConfig  # noqa: F401 - takes as long to import as torch, and a part's model needs it
+    from transformers import AutoConfig, LlamaConfig  # noqa: F401 - with the first model's config comes as much as with torch
 
     give_back_freed_blocks()
     return functools.partial(_write, partial, work, num_threads)

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 Work = Callable[[Any], Any]
 
 ITEMS_A_WORKER = 4
-"""So many are in memory at most: done, or under way."""
+"""So many are in memory at most: read, under way or done."""
 CAN_FORK = sys.platform == "linux"
 """Libraries of macOS that a process has loaded do not survive a fork: there each worker begins anew."""
 
@@ -64,11 +64,12 @@ def in_workers(
         Exception: what `begin` or the work raised, with the other process's traceback as its cause.
     """
     with _started(begin, num_workers) as workers:
-        idle, busy, done = list(workers), dict[Any, int](), dict[int, _Answer]()
+        idle: list[Any] = [*workers]
+        busy, done = dict[Any, int](), dict[int, _Answer]()
         numbered, num_yielded = iter(enumerate(items)), 0
         coming = next(numbered, None)
         while coming is not None or busy:
-            while coming is not None and idle and coming[0] < num_yielded + ITEMS_A_WORKER * num_workers:
+            while coming is not None and idle and coming[0] + 1 < num_yielded + ITEMS_A_WORKER * num_workers:
                 worker = idle.pop()
                 _send(worker, coming[1])
                 busy[worker] = coming[0]

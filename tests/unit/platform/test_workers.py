@@ -52,10 +52,10 @@ def test_results_come_in_order_from_workers_that_began_once_and_need_no_semaphor
             num_read += 1
             yield item
 
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for result in in_workers(looking_around, items(), 2):
-        seen.append(result)
         num_ahead.append(num_read - len(seen))
+        seen.append(result)
     assert [item for item, *_ in seen] == list(range(40))
     assert max(num_ahead) <= 4 * 2
     doing, forked_from = {result[1] for result in seen}, {result[2] for result in seen}

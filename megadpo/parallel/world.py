@@ -128,17 +128,22 @@ def _joined(layout: Layout, seed: int, timeout_minutes: float, left_groups: list
             dist.destroy_process_group()
 
 
-_rendezvous: list[dist.Store] = []
-"""The store where the processes of this run meet; kept, because its server lives in rank 0's first store."""
+_rendezvous: dict[tuple[str | None, ...], list[dist.Store]] = {}
+"""The stores where the processes of this run meet, by what the environment says of the run; kept, because their server lives
+in rank 0's first store."""
 
 
 def _initialize(timeout: timedelta) -> None:
-    """Join through the environment's rendezvous, every time under keys of its own: a process may train more than once."""
+    """Join through the environment's rendezvous, every time under keys of its own: a process may train more than once, and
+    in one world after another."""
     if "RANK" not in os.environ:
         dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    if not _rendezvous:
-        _rendezvous.append(meet(rank(), int(os.environ["WORLD_SIZE"]), timeout))
-    _rendezvous.append(dist.PrefixStore(f"megadpo-{len(_rendezvous)}", _rendezvous[0]))
     size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(communication_backend(), store=_rendezvous[-1], rank=rank(), world_size=size, timeout=timeout)
+    run = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    if run not in _rendezvous:
+        _rendezvous.clear()
+        _rendezvous[run] = [meet(rank(), size, timeout)]
+    stores = _rendezvous[run]
+    stores.append(dist.PrefixStore(f"megadpo-{len(stores)}", stores[0]))
+    dist.init_process_group(communication_backend(), store=stores[-1], rank=rank(), world_size=size, timeout=timeout)

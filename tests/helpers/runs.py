@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megadpo.checkpoint.sharded import step_checkpoints
 from tests.helpers.models import save_model, write_hh
-from tests.helpers.worlds import run_world
+from tests.helpers.worlds import run_world, this_process_is_not_used_again
 
 CLOCK = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib", "data_wait_seconds"}
 CLOCK |= {"time", "mfu", "slowest_rank", "slowest_rank_ratio"}
@@ -61,6 +61,7 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> list[d
         # The other ranks notice only that rank 0 has gone.
         if stop_after is None or not (isinstance(error, _Interrupted) or "onnect" in str(error)):
             raise
+        this_process_is_not_used_again()
     return read_metrics(Path(settings["output_dir"]))
 
 

@@ -1,17 +1,21 @@
 """Real multi-process gloo worlds for tests: a function runs on every rank, its results come back by rank.
 
 Processes are forked from a server that has imported the heavy libraries and computed nothing, so that a world starts in
-a fraction of a second.
+a fraction of a second; those of a world that ended well are ranks of later worlds, which is faster still.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import shutil
 import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +41,47 @@ def pipe() -> tuple[Any, Any]:
     return _context.Pipe()
 
 
-def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
+class _Rank:
+    """A process that does what it is sent, one world after the other."""
+
+    def __init__(self) -> None:
+        self.pipe, its = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(its,), daemon=True)
+        self.process.start()
+        its.close()
+
+    def end(self) -> None:
+        """One that waits for work ends by itself; what does not is in a world that has failed."""
+        self.pipe.close()
+        self.process.join(timeout=1)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+_idle: list[_Rank] = []
+_is_reusable = True
+
+
+def this_process_is_not_used_again() -> None:
+    """For what leaves its process as no run leaves it; it ends with its world."""
+    global _is_reusable
+    _is_reusable = False
+
+
+def run_world(
+    num_processes: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600, new: bool = False
+) -> list[Any]:
     """Run `function(*arguments)` on `num_processes` ranks with torchrun's environment; results in rank order.
 
     `function` must be importable (a module's function); arguments and results must pickle.
+
+    Args:
+        timeout: seconds.
+        new: in processes that have run nothing and run nothing afterwards, as where their memory is measured or one breaks
+            off; others are ranks of many worlds.
     """
     for _ in range(3):
-        answers, failure = _run_world(num_processes, function, arguments, timeout)
+        answers, failure = _run_world(num_processes, function, arguments, timeout, new)
         if failure is None or not any(words in failure for words in ("EADDRINUSE", "Address already in use")):
             break  # else the port was free a moment ago
     assert failure is None, failure
@@ -51,45 +89,77 @@ def run_world(num_processes: int, function: Callable[..., Any], *arguments: Any,
 
 
 def _run_world(
-    num_processes: int, function: Callable[..., Any], arguments: Any, timeout: float
+    num_processes: int, function: Callable[..., Any], arguments: Any, timeout: float, new: bool
 ) -> tuple[dict[int, Any], str | None]:
     """Answers by rank, and what the first rank to fail said."""
-    port = free_port()
-    results: Any = _context.Queue()
-    processes = [
-        _context.Process(target=_rank_main, args=(rank, num_processes, port, results, function, arguments), daemon=True)
-        for rank in range(num_processes)
-    ]
-    for process in processes:
-        process.start()
+    ranks = [_Rank() if new else _idle_rank() for _ in range(num_processes)]
+    port, work = free_port(), _as_bytes((function, arguments))
+    for number, rank in enumerate(ranks):
+        rank.pipe.send((number, num_processes, port, os.getcwd(), list(sys.path), work))
+    deadline = time.monotonic() + timeout
+    waiting = dict(enumerate(ranks))
     answers: dict[int, Any] = {}
     failure = None
-    try:
-        while len(answers) < num_processes and failure is None:
-            rank, error, answer = results.get(timeout=timeout)
-            if error is not None:
-                failure = f"rank {rank} of {num_processes} failed:\n{error}"
-            else:
-                answers[rank] = pickle.loads(answer)  # noqa: S301 - from our own child process
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
+    while waiting and failure is None:
+        ready = multiprocessing.connection.wait([rank.pipe for rank in waiting.values()], deadline - time.monotonic())
+        if not ready:
+            failure = f"ranks {sorted(waiting)} of {num_processes} gave no answer within {timeout:.0f} s"
+        for number in [number for number, rank in waiting.items() if rank.pipe in ready]:
+            error, answer, is_clean = _answer_of(waiting.pop(number))
+            answers[number] = answer
+            new = new or not is_clean
+            failure = failure or (error and f"rank {number} of {num_processes} failed:\n{error}")
+    if failure or new:
+        for rank in ranks:
+            rank.end()
+    else:
+        _idle.extend(ranks)
     return answers, failure
 
 
-def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+def _idle_rank() -> _Rank:
+    while _idle:
+        rank = _idle.pop()
+        if rank.process.is_alive():
+            return rank
+    return _Rank()
+
+
+def _answer_of(rank: _Rank) -> tuple[str | None, Any, bool]:
+    try:
+        error, answer, is_clean = rank.pipe.recv()
+    except (EOFError, ConnectionError):
+        return "its process ended", None, False
+    return error, answer and pickle.loads(answer), is_clean  # noqa: S301 - from our own child process
+
+
+def _serve(work: Any) -> None:
+    """What a rank does until nobody can send it anything."""
     import torch
 
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    try:
-        results.put((rank, None, _as_bytes(function(*arguments))))
-    except BaseException:
-        results.put((rank, traceback.format_exc(), None))
+    from tests.helpers.process_state import ProcessState
+
+    begun = ProcessState.now()
+    with contextlib.suppress(EOFError):
+        while True:
+            rank, size, port, directory, path, function_and_arguments = work.recv()
+            begun.restore()
+            os.chdir(directory)
+            sys.path[:] = path
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )
+            try:
+                function, arguments = pickle.loads(function_and_arguments)  # noqa: S301 - from our own parent process
+                answer = _as_bytes(function(*arguments))
+                del function, arguments
+                is_clean = _is_reusable and not torch.distributed.is_initialized()
+                work.send((None, answer, is_clean))
+            except BaseException:
+                is_clean = False
+                work.send((traceback.format_exc(), None, False))
+            if not is_clean:
+                return  # now: its connections end with it, for which others may wait
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -274,6 +274,6 @@ def test_memory_holds_a_buffer_however_many_rows_there_are(
     from tests.helpers.worlds import run_world
 
     arguments = options, str(tmp_path / "a.jsonl"), bpe_dir, count - 2000
-    ((early, late),) = run_world(1, _memory_of_a_stream, *arguments, timeout=3400)
+    ((early, late),) = run_world(1, _memory_of_a_stream, *arguments, timeout=3400, new=True)
     assert late - early < 12 << 20, f"{(late - early) >> 20} MiB more"
     assert late < 150 << 20

@@ -6,11 +6,10 @@ the same command takes parts that are there as they are, another one begins anew
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megadpo.checkpoint.staging import begin, staging, writing
 from megadpo.console.activity import activity
 from megadpo.errors import UserError
 from megadpo.platform.allocator import give_back_freed_blocks
+from megadpo.platform.workers import WorkerDiedError, in_workers
 
 KEY, END = "parts.json", ".part"
 Work = Callable[[str], dict[str, Any]]
@@ -54,38 +54,41 @@ def in_parts(directory: Path, key: dict[str, Any], names: Sequence[str], work: W
 
 
 def _in_processes(partial: Path, names: Sequence[str], work: Work, num_processes: int) -> dict[str, Any]:
-    done = {}
-    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    num_workers = min(num_processes, len(names))
-    with (
-        ProcessPoolExecutor(num_workers, context, _begin_worker, (num_workers,)) as pool,
-        activity("converting", len(names), "parts") as converting,
-    ):
-        futures = {pool.submit(work, name): name for name in names}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = _finished(partial, futures[future], future.result())
+    import torch
+
+    num_workers, done = min(num_processes, len(names)), {}
+    # Threads of torch that find no core wait busily: with twice as many as cores a part takes three times as long.
+    num_threads = max(torch.get_num_threads() // num_workers, 1)
+    begin = functools.partial(_begin_worker, partial, work, num_threads)
+    try:
+        with (
+            contextlib.closing(in_workers(begin, names, num_workers)) as manifests,
+            activity("converting", len(names), "parts") as converting,
+        ):
+            for name, manifest in zip(names, manifests, strict=True):
+                done[name] = manifest
                 converting.advance()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that converts was killed, as where memory is short; the same command goes on with the parts that "
-                f"are not there yet, fewer at once with --processes {max(num_workers - 1, 1)}"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    except WorkerDiedError as error:
+        raise UserError(
+            "a process that converts was killed, as where memory is short; the same command goes on with the parts that "
+            f"are not there yet, fewer at once with --processes {max(num_workers - 1, 1)}"
+        ) from error
     return done
 
 
-def _begin_worker(num_workers: int) -> None:
-    """A worker gives memory back, and has its share of the cores.
-
-    Threads of torch that find no core wait busily: with twice as many as cores a part takes three times as long.
-    """
-    import torch
+def _begin_worker(partial: Path, work: Work, num_threads: int) -> Work:
+    """What every worker calls with the name of a part."""
+    from transformers import AutoConfig, LlamaConfig  # noqa: F401 - with the first model's config comes as much as with torch
 
     give_back_freed_blocks()
-    torch.set_num_threads(max(torch.get_num_threads() // num_workers, 1))
+    return functools.partial(_write, partial, work, num_threads)
+
+
+def _write(partial: Path, work: Work, num_threads: int, name: str) -> Any:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    return _finished(partial, name, work(name))
 
 
 def _finished(partial: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:

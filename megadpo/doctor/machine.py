@@ -21,7 +21,7 @@ from megadpo.platform.device import communication_backend, compute_device, resol
 USUAL_HEAD_DIM = 128
 SECONDS_FOR_MPI = 20
 LEAST_SHARED_MEMORY = 64 << 20
-"""Below this, processes that tokenise may die of a full /dev/shm; containers come with 64 MiB."""
+"""Below this, NCCL may fail between the GPUs of a machine; containers come with 64 MiB."""
 OLDEST_BF16 = (8, 0)
 """CUDA compute capability from which bf16 is computed in hardware."""
 
@@ -142,9 +142,9 @@ def check_shared_memory(directory: Path = Path("/dev/shm")) -> Check:
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        fix = "Mount it; without it one process tokenises, and NCCL may fail."
+        fix = "Mount it; without it NCCL may fail."
         return Check("shared memory", "warning", f"{directory}: {error.strerror}", fix)
     if free < LEAST_SHARED_MEMORY:
-        fix = "Give the container more (docker run --shm-size=8g): tokenisation and NCCL use it."
+        fix = "Give the container more (docker run --shm-size=8g): NCCL uses it."
         return Check("shared memory", "warning", f"{free / 2**20:.0f} MiB free in {directory}", fix)
     return Check("shared memory", "ok", f"{free / 2**30:.1f} GiB free in {directory}")

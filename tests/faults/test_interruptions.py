@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.rows import dataset
 from megadpo.errors import UserError
 from megadpo.files import require_new_file
 from megadpo.parallel import world
@@ -87,23 +86,6 @@ def test_one_interrupt_ends_the_tokenising_workers_in_one_line(files: Path, tmp_
     assert left_over == [] and took < 2 * max(1, os.getloadavg()[0] / len(os.sched_getaffinity(0))), took
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == [] and not (tmp_path / "run").exists()
-
-
-def test_without_shared_memory_one_process_tokenises(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from megadpo.config.schema import DataConfig
-
-    def refuse(*arguments: Any, **named: Any) -> Any:
-        raise OSError(38, "Function not implemented")  # what Python's semaphores say where /dev/shm is missing
-
-    monkeypatch.setattr(dataset, "ProcessPoolExecutor", refuse)
-    monkeypatch.setattr(dataset, "MIN_ROWS_FOR_WORKERS", 5)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in hh_rows(20)))
-    options = DataConfig(cache_dir=str(tmp_path / "cache"), num_workers=2)
-    assert len(dataset.prepare_groups(options, str(rows), str(files / "model")).groups) >= 15
-    assert "is /dev/shm there and writable?), so that one process tokenises" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

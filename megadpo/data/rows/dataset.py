@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import pickle
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +30,7 @@ from megadpo.data.rows.tokenise import TRUNCATIONS, GroupTokens, last_turn_lengt
 from megadpo.data.store import GroupColumns, GroupStore, read_about
 from megadpo.errors import UserError, reason
 from megadpo.files import cannot_be_used, expanded, put_away
+from megadpo.platform.workers import WorkerDiedError, in_workers
 
 # Workers take seconds to start: fewer rows than this are tokenised faster in this process.
 MIN_ROWS_FOR_WORKERS = 2000
@@ -323,82 +321,34 @@ def _truncate(row: Row, tokens: GroupTokens, job: TokeniseJob, tokenizer: Any, l
     return truncate(tokens, job.max_length, job.truncation, protected)
 
 
-_worker: tuple[TokeniseJob, Any] | None = None
-
-
-def _start_worker(job: TokeniseJob) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = (job, load_tokenizer(job.tokenizer_path, job.chat_template))
-
-
-def _process_in_worker(process: Callable[..., Result], chunk: list[LocatedRow]) -> Result:
-    assert _worker is not None
-    return process(chunk, *_worker)
-
-
 def _in_workers(
     chunks: Iterator[list[LocatedRow]], job: TokeniseJob, num_workers: int, process: Callable[..., Result]
 ) -> Generator[Result, None, None]:
-    """Results in the chunks' order; at most 4 chunks a worker are in memory. However this ends, the workers have ended."""
+    """Results in the chunks' order. However this ends, the workers have ended."""
     with activity("loading the tokenizer"):
-        tokenizer = load_tokenizer(job.tokenizer_path, job.chat_template)  # its errors are raised here, not in a worker
+        begin = partial(_begin_worker, _as_bytes(load_tokenizer(job.tokenizer_path, job.chat_template)), job, process)
     try:
-        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
-    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores without /dev/shm
-        print(
-            f"megadpo: warning: processes cannot share memory here ({reason(error)}; is /dev/shm there and writable?), so "
-            "that one process tokenises",
-            file=sys.stderr,
-        )
-        yield from (process(chunk, job, tokenizer) for chunk in chunks)
-        return
-    waiting: deque[Future[Result]] = deque()
-    starting = contextlib.ExitStack()
-    starting.enter_context(activity(f"starting {num_workers} processes that tokenise"))
-    try:
-        for chunk in chunks:
-            with _without_main_module(), _deaf_to_interrupts():
-                waiting.append(pool.submit(_process_in_worker, process, chunk))
-            if len(waiting) >= 4 * num_workers:
-                result = waiting.popleft().result()
-                starting.close()
-                yield result
-        while waiting:
-            result = waiting.popleft().result()
-            starting.close()
-            yield result
-    except BrokenProcessPool as error:
+        with contextlib.closing(in_workers(begin, chunks, num_workers)) as results:
+            with activity(f"starting {num_workers} processes that tokenise"):
+                first = list(islice(results, 1))
+            yield from chain(first, results)
+    except WorkerDiedError as error:
         raise UserError(
             "data: a tokenisation worker died, perhaps for lack of memory; set data.num_workers lower"
         ) from error
-    finally:
-        starting.close()
-        if waiting:  # nobody wants the rest
-            for worker in list((pool._processes or {}).values()):
-                worker.kill()
-        pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Within, Ctrl-C waits, and processes that are started here never hear of it: the one that started them ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _as_bytes(tokenizer: Any) -> bytes | None:
+    """A tokenizer of the tokenizers library, for the workers: to load one, they would have to import torch, in three times
+    the seconds and memory. None: they load it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return pickle.dumps(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else None
 
 
-@contextlib.contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Keeps spawned workers from importing the caller's script, which may lack an `if __name__ == "__main__"`."""
-    main: Mapping[str, Any] = vars(sys.modules["__main__"])
-    saved = {name: main[name] for name in ("__file__", "__spec__") if name in main}
-    for name in saved:
-        setattr(sys.modules["__main__"], name, None)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(sys.modules["__main__"], name, value)
+def _begin_worker(tokenizer: bytes | None, job: TokeniseJob, process: Callable[..., Result]) -> Callable[..., Result]:
+    """What every worker calls with a chunk."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    path, template = job.tokenizer_path, job.chat_template
+    loaded = load_tokenizer(path, template) if tokenizer is None else pickle.loads(tokenizer)  # noqa: S301 - made for this
+    return partial(process, job=job, tokenizer=loaded)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from megadpo.checkpoint import convert, importing
 from megadpo.checkpoint.convert import export_checkpoint
 from megadpo.checkpoint.importing import ImportOptions, import_model
 from megadpo.checkpoint.parts import in_parts
+from megadpo.checkpoint.staging import staging
 from megadpo.errors import UserError
 from tests.helpers.checkpoints import assert_same, tensors_of
 from tests.helpers.models import save_model
@@ -120,29 +123,37 @@ def test_a_part_that_fails_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out.tmp" / "c.part").exists()
 
 
-def _threads(name: str) -> dict[str, object]:
-    import torch
+def _killed_at_last(directory: Path, name: str) -> dict[str, object]:
+    """The part `c` is killed as soon as the others are there."""
+    if name == "c":
+        while len([*directory.glob("*.part")]) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"files": {}, "threads": torch.get_num_threads(), "megatron": "megatron.core" in sys.modules}
 
-    return {"files": {}, "threads": torch.get_num_threads()}
 
-
-def _killed(name: str) -> dict[str, object]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
+@pytest.fixture(scope="module")
+def killed_and_left(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """What is said where one of two processes is killed, and the manifests of the parts that were there."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    with pytest.raises(UserError) as caught:
+        in_parts(out, {}, ["a", "b", "c"], functools.partial(_killed_at_last, staging(out)), 2)
+    return str(caught.value), [json.loads((staging(out) / f"{name}.part").read_text()) for name in "ab"]
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_in_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"a process that converts was killed, .* goes on .* with --processes 1"):
-        in_parts(tmp_path / "out", {}, ["a", "b"], _killed, 2)
+def test_a_process_that_is_killed_is_told_in_one_sentence(killed_and_left: tuple[str, list[dict[str, Any]]]) -> None:
+    assert re.search(r"^a process that converts was killed, .* goes on .* with --processes 1$", killed_and_left[0])
 
 
 @pytest.mark.slow
-def test_workers_share_the_cores_out(tmp_path):
-    manifests = in_parts(tmp_path / "out", {}, ["a", "b"], _threads, 2)
-    assert [manifest["threads"] for manifest in manifests] == [max(torch.get_num_threads() // 2, 1)] * 2
+def test_workers_share_the_cores_out(killed_and_left: tuple[str, list[dict[str, Any]]]) -> None:
+    assert [manifest["threads"] for manifest in killed_and_left[1]] == [max(torch.get_num_threads() // 2, 1)] * 2
 
 
-def test_conversions_do_without_megatron_core_whose_import_takes_longer_than_they_do():
-    code = "import sys, megadpo.checkpoint.importing, megadpo.checkpoint.convert; sys.exit('megatron.core' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.slow
+def test_conversions_do_without_megatron_core_whose_import_takes_longer_than_they_do(
+    killed_and_left: tuple[str, list[dict[str, Any]]],
+) -> None:
+    """Their workers have imported this file, and with it all of `checkpoint.importing` and `checkpoint.convert`."""
+    assert [manifest["megatron"] for manifest in killed_and_left[1]] == [False] * 2

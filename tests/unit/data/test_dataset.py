@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ from megadpo.config.schema import DataConfig
 from megadpo.config.sources import parse_sources
 from megadpo.data.rows import dataset as prepare
 from megadpo.data.rows.cache_key import cache_key
-from megadpo.data.rows.dataset import make_groups, prepare_groups
+from megadpo.data.rows.dataset import look_through, make_groups, prepare_groups
+from megadpo.data.rows.encode import encode
+from megadpo.data.rows.tokenise import PROBES, load_tokenizer
 from megadpo.errors import UserError
 from tests.helpers.worlds import forked, pipe
+from tests.unit.data.conftest import CHATML
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
 
@@ -49,36 +51,47 @@ def test_sharing_prompts_saves_a_third_of_the_tokens_of_hh_rows(hh_pairs: Any) -
     assert 0.5 < hh_pairs.num_tokens(True).sum() / hh_pairs.num_tokens(False).sum() < 0.7
 
 
+@pytest.fixture
+def few_rows_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started for few rows, too."""
+    monkeypatch.setattr(prepare, "MIN_ROWS_FOR_WORKERS", 100)
+    monkeypatch.setattr(prepare, "_CHUNK", 100)
+
+
+def torch_is_there(*unused: Any) -> bool:
+    """A look at rows."""
+    return "torch" in sys.modules
+
+
 @pytest.mark.slow
-def test_processes_give_the_groups_that_one_process_gives(
-    hh_rows: list[dict[str, str]], bpe_dir: str, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("few_rows_for_workers")
+def test_processes_give_the_groups_that_one_process_gives_without_importing_torch(
+    hh_rows: list[dict[str, str]], sharegpt_rows: list[dict[str, Any]], bpe_dir: str, tmp_path: Path, write_jsonl: Any
 ) -> None:
-    spec = ModuleSpec("started_with_python_m", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    sources = parse_sources(write_jsonl(tmp_path / "hh.jsonl", hh_rows))
+    sources = parse_sources(
+        [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("hh", hh_rows[:600]), ("zh", sharegpt_rows))]
+    )
     job = prepare.TokeniseJob(bpe_dir, None, 256, "prompt_left")
     alone, alone_report = make_groups(sources, job, num_workers=1)
-    many, many_report = make_groups(sources, job, num_workers=2)
+    many, many_report, seen = look_through(sources, job, 2, torch_is_there)
     assert many.digest == alone.digest and many_report == alone_report
-    assert sys.modules["__main__"].__spec__ is spec  # put back after the workers were started
+    assert len(seen) >= 7 and not any(seen)
 
 
-@pytest.mark.slow
-def test_a_script_without_a_main_guard_may_use_workers(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2001)
-    lines = [
-        "from megadpo.config.schema import DataConfig",
-        "from megadpo.data.rows.dataset import prepare_groups",
-        f"options = DataConfig(cache_dir={str(tmp_path / 'cache')!r}, num_workers=2)",
-        f"print('kept', prepare_groups(options, {file!r}, {bpe_dir!r}).report.num_kept)",
-    ]
-    (tmp_path / "script.py").write_text("\n".join(lines))
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": root}
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.stdout == "kept 2001\n", run.stderr
+@pytest.mark.parametrize("kind", ["bpe_dir", "merging_dir", "bos_dir", "sentencepiece_dir"])
+def test_the_tokenizer_that_workers_get_is_the_one_that_is_loaded(
+    kind: str, hh_rows: list[dict[str, str]], request: pytest.FixtureRequest
+) -> None:
+    loaded = load_tokenizer(request.getfixturevalue(kind), CHATML)
+    sent = prepare._as_bytes(loaded)
+    assert sent is not None
+    theirs = pickle.loads(sent)  # noqa: S301 - made a line above
+    texts = [*PROBES, *(row["chosen"] + loaded.eos_token for row in hh_rows[:20])]
+    for special in (True, False):
+        assert encode(theirs, texts, special) == encode(loaded, texts, special)
+    turns = [{"role": "user", "content": text} for text in texts]
+    assert theirs.apply_chat_template(turns) == loaded.apply_chat_template(turns)
+    assert (theirs.model_max_length, theirs.eos_token) == (loaded.model_max_length, loaded.eos_token)
 
 
 def _prepared(cache_dir: str, file: str, tokenizer: str, answers: Any) -> None:
@@ -220,12 +233,13 @@ def test_user_mistakes_leave_nothing_in_the_cache(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows_for_workers")
 def test_errors_in_a_worker_reach_the_user_as_they_are(bpe_dir: str, tmp_path: Path, write_jsonl: Any) -> None:
     refused = {"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"}
     template = "{% if messages[0]['content'] == 'x' %}{{ raise_exception('no x') }}{% endif %}"
-    sources = parse_sources(write_jsonl(tmp_path / "a.jsonl", [PAIR] * 2100 + [refused]))
+    sources = parse_sources(write_jsonl(tmp_path / "a.jsonl", [PAIR] * 300 + [refused]))
     job = prepare.TokeniseJob(bpe_dir, template, None, "prompt_left")
-    with pytest.raises(UserError, match=r"a.jsonl:2101: the chat template refuses the row: no x"):
+    with pytest.raises(UserError, match=r"a.jsonl:301: the chat template refuses the row: no x"):
         make_groups(sources, job, num_workers=2)
 
 

@@ -16,6 +16,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -158,6 +159,9 @@ def _serve(work: Any) -> None:
                 answer = _as_bytes(function(*arguments))
                 del function, arguments
                 gc.collect()  # groups go with what refers to them in circles, each with threads that wake 100 times a second
+                for thread in threading.enumerate():
+                    if thread.name == "left process groups":
+                        thread.join()
                 num_threads = len(os.listdir("/proc/self/task"))
                 is_clean = _is_reusable and not torch.distributed.is_initialized() and num_threads <= MOST_THREADS
                 work.send((None, answer, is_clean))

@@ -41,6 +41,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
         "betas",
         "eps",
         "clip_norm",
+        *("router_aux_coef", "router_bias_update_rate"),
         "seed",
     ),
 }

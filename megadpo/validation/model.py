@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from megadpo.data.rows.tokenise import tokenizers_differ
@@ -121,7 +122,7 @@ def check_same_routes(config: Config, reference: ModelShape, policy: ModelShape)
         return {
             "experts": experts.count,
             "experts per token": experts.per_token,
-            "layers with experts": experts.layers,
+            "layers with experts": _ranges(experts.layers),
         }
 
     for (what, ours), (_, theirs) in zip(facts(policy).items(), facts(reference).items(), strict=False):
@@ -130,6 +131,17 @@ def check_same_routes(config: Config, reference: ModelShape, policy: ModelShape)
                 f"reference.router_replay is true, but {config.reference.path} has {theirs} {what} and {config.model.path} "
                 f"{ours}; their routes can't be the same: set it to false"
             )
+
+
+def _ranges(numbers: Collection[int]) -> str:
+    """ "0-3, 5"; "no" without any."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "no"
 
 
 def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: AdapterSpec) -> None:

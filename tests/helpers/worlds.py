@@ -104,16 +104,21 @@ def _run_world(
     deadline = time.monotonic() + timeout
     waiting = dict(enumerate(ranks))
     answers: dict[int, Any] = {}
-    failure = None
+    failure, ended = None, None
     while waiting and failure is None:
         ready = multiprocessing.connection.wait([rank.pipe for rank in waiting.values()], deadline - time.monotonic())
         if not ready:
             failure = f"ranks {sorted(waiting)} of {num_processes} gave no answer within {timeout:.0f} s"
         for number in [number for number, rank in waiting.items() if rank.pipe in ready]:
-            error, answer, is_clean = _answer_of(waiting.pop(number))
-            answers[number] = answer
+            try:
+                error, answer, is_clean = waiting.pop(number).pipe.recv()
+            except (EOFError, ConnectionError):  # the others may have more to say
+                ended = ended or f"rank {number} of {num_processes} failed: its process ended"
+                continue
+            answers[number] = answer and pickle.loads(answer)  # noqa: S301 - from our own child process
             new = new or not is_clean
             failure = failure or (error and f"rank {number} of {num_processes} failed:\n{error}")
+    failure = failure or ended
     if failure or new:
         for rank in ranks:
             rank.end()
@@ -128,14 +133,6 @@ def _idle_rank() -> _Rank:
         if rank.process.is_alive():
             return rank
     return _Rank()
-
-
-def _answer_of(rank: _Rank) -> tuple[str | None, Any, bool]:
-    try:
-        error, answer, is_clean = rank.pipe.recv()
-    except (EOFError, ConnectionError):
-        return "its process ended", None, False
-    return error, answer and pickle.loads(answer), is_clean  # noqa: S301 - from our own child process
 
 
 def _serve(work: Any) -> None:
@@ -164,6 +161,7 @@ def _serve(work: Any) -> None:
                         thread.join()
                 num_threads = len(os.listdir("/proc/self/task"))
                 is_clean = _is_reusable and not torch.distributed.is_initialized() and num_threads <= MOST_THREADS
+                is_clean = is_clean and begun.has_modules_as_they_were()
                 work.send((None, answer, is_clean))
             except BaseException:
                 is_clean = False

@@ -115,7 +115,8 @@ def adapter_shapes(shape: ModelShape, spec: AdapterSpec) -> dict[str, tuple[int,
 
 
 def fused_tensors(shape: ModelShape, spec: AdapterSpec | None) -> list[tuple[str, ...]]:
-    """Names of trained tensors that are one parameter in Megatron's layers: queries, keys and values, gate and up."""
+    """Names of trained tensors that are one parameter in Megatron's layers: queries, keys and values, gate and up, what a
+    layer of linear attention projects its inputs to."""
     layers = range(shape.num_layers)
     shards = shard_parameters(shape, tensor_rank=0, num_tensor=1, layers=layers, has_embedding=True, has_head=True)
     found = [tuple(dict.fromkeys(piece.logical_name for piece in shard.pieces)) for shard in shards]

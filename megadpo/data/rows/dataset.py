@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -326,7 +325,7 @@ def _in_workers(
 ) -> Generator[Result, None, None]:
     """Results in the chunks' order. However this ends, the workers have ended."""
     with activity("loading the tokenizer"):
-        begin = partial(_begin_worker, _as_bytes(load_tokenizer(job.tokenizer_path, job.chat_template)), job, process)
+        begin = partial(_begin_worker, _for_workers(load_tokenizer(job.tokenizer_path, job.chat_template)), job, process)
     try:
         with contextlib.closing(in_workers(begin, chunks, num_workers)) as results:
             with activity(f"starting {num_workers} processes that tokenise"):
@@ -338,17 +337,16 @@ def _in_workers(
         ) from error
 
 
-def _as_bytes(tokenizer: Any) -> bytes | None:
-    """A tokenizer of the tokenizers library, for the workers: to load one, they would have to import torch, in three times
-    the seconds and memory. None: they load it."""
+def _for_workers(tokenizer: Any) -> Any:
+    """A tokenizer of the tokenizers library, which the workers are sent: to load one, they would have to import torch, in
+    three times the seconds and memory. None: they load it."""
     from transformers import PreTrainedTokenizerFast
 
-    return pickle.dumps(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
 
 
-def _begin_worker(tokenizer: bytes | None, job: TokeniseJob, process: Callable[..., Result]) -> Callable[..., Result]:
+def _begin_worker(tokenizer: Any, job: TokeniseJob, process: Callable[..., Result]) -> Callable[..., Result]:
     """What every worker calls with a chunk."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    path, template = job.tokenizer_path, job.chat_template
-    loaded = load_tokenizer(path, template) if tokenizer is None else pickle.loads(tokenizer)  # noqa: S301 - made for this
+    loaded = tokenizer if tokenizer is not None else load_tokenizer(job.tokenizer_path, job.chat_template)
     return partial(process, job=job, tokenizer=loaded)

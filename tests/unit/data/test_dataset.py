@@ -83,9 +83,8 @@ def test_the_tokenizer_that_workers_get_is_the_one_that_is_loaded(
     kind: str, hh_rows: list[dict[str, str]], request: pytest.FixtureRequest
 ) -> None:
     loaded = load_tokenizer(request.getfixturevalue(kind), CHATML)
-    sent = prepare._as_bytes(loaded)
-    assert sent is not None
-    theirs = pickle.loads(sent)  # noqa: S301 - made a line above
+    assert prepare._for_workers(loaded) is loaded
+    theirs = pickle.loads(pickle.dumps(loaded))  # noqa: S301 - as multiprocessing sends it
     texts = [*PROBES, *(row["chosen"] + loaded.eos_token for row in hh_rows[:20])]
     for special in (True, False):
         assert encode(theirs, texts, special) == encode(loaded, texts, special)

@@ -336,7 +336,7 @@ def by_our_launcher(nproc: int, config: str) -> tuple[list[Check], list[Check]]:
 
 def test_nproc_has_our_launcher_start_the_processes_and_says_where_they_die(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}/run\n")
-    ((found, died),) = run_world(1, by_our_launcher, 2, str(tmp_path / "run.yaml"))
+    ((found, died),) = run_world(1, by_our_launcher, 2, str(tmp_path / "run.yaml"), new=True)  # it forks: no threads yet
     names = ["2 processes", "same versions", "all-reduce", "shared output_dir"]
     assert [check.name for check in found] == names and not has_failed(found)
     words = "they ended with status 7 and said nothing"

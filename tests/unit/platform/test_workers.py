@@ -44,7 +44,7 @@ def test_results_come_in_order_from_workers_that_began_once_and_need_no_semaphor
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr("_multiprocessing.SemLock", refuse)
     monkeypatch.setenv(VARIABLE, "as it is now")
-    num_read, num_ahead = 0, []
+    before, num_read, num_ahead = multiprocessing.active_children(), 0, []
 
     def items() -> Iterator[int]:
         nonlocal num_read
@@ -61,7 +61,7 @@ def test_results_come_in_order_from_workers_that_began_once_and_need_no_semaphor
     doing, forked_from = {result[1] for result in seen}, {result[2] for result in seen}
     assert len(doing) == 2 and len(forked_from) == 1 and os.getpid() not in doing | forked_from
     assert {result[3:] for result in seen} == {("as it is now", True)}
-    assert multiprocessing.active_children() == [] and not any(map(is_there, doing | forked_from))
+    assert multiprocessing.active_children() == before and not any(map(is_there, doing | forked_from))
     assert sys.modules["__main__"].__spec__ is spec  # put back after they were started
 
 
@@ -131,9 +131,10 @@ def killed() -> Callable[[int], None]:
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
+    before = multiprocessing.active_children()
     with pytest.raises(WorkerDiedError):
         next(in_workers(killed, range(4), 2))
-    assert multiprocessing.active_children() == []
+    assert multiprocessing.active_children() == before
 
 
 def test_when_nobody_wants_the_rest_busy_workers_end_at_once() -> None:

@@ -122,7 +122,7 @@ def check_same_routes(config: Config, reference: ModelShape, policy: ModelShape)
         return {
             "experts": experts.count,
             "experts per token": experts.per_token,
-            "layers with experts": _ranges(experts.layers),
+            "with experts": f"layers {_ranges(experts.layers)}",
         }
 
     for (what, ours), (_, theirs) in zip(facts(policy).items(), facts(reference).items(), strict=False):
@@ -134,14 +134,14 @@ def check_same_routes(config: Config, reference: ModelShape, policy: ModelShape)
 
 
 def _ranges(numbers: Collection[int]) -> str:
-    """ "0-3, 5"; "no" without any."""
+    """ "0-3, 5"; "none" without any."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and parts[-1][-1] == number - 1:
             parts[-1][1:] = [number]
         else:
             parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts) or "no"
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
 
 
 def check_adapters(config: Config, shape: ModelShape, layout: Layout, adapter: AdapterSpec) -> None:

@@ -123,7 +123,7 @@ def test_routes_are_replayed_from_a_reference_with_the_same_experts_only() -> No
     for reference, message in (
         (LLAMA, "but r has 0 experts and m 128; their routes can't be the same"),
         (glm(num_experts_per_tok=4), "but r has 4 experts per token and m 8"),
-        (glm(first_k_dense_replace=45), "but r has 45 layers with experts and m 1-45"),
+        (glm(first_k_dense_replace=45), "but r has layers 45 with experts and m layers 1-45; their routes"),
     ):
         with pytest.raises(UserError, match=message):
             check_same_routes(config, reference, GLM)

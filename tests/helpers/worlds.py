@@ -137,8 +137,6 @@ def _idle_rank() -> _Rank:
 
 def _serve(work: Any) -> None:
     """What a rank does until nobody can send it anything."""
-    import torch
-
     from tests.helpers.process_state import ProcessState
 
     begun = ProcessState.now()
@@ -155,19 +153,27 @@ def _serve(work: Any) -> None:
                 function, arguments = pickle.loads(function_and_arguments)  # noqa: S301 - from our own parent process
                 answer = _as_bytes(function(*arguments))
                 del function, arguments
-                gc.collect()  # groups go with what refers to them in circles, each with threads that wake 100 times a second
-                for thread in threading.enumerate():
-                    if thread.name == "left process groups":
-                        thread.join()
-                num_threads = len(os.listdir("/proc/self/task"))
-                is_clean = _is_reusable and not torch.distributed.is_initialized() and num_threads <= MOST_THREADS
-                is_clean = is_clean and begun.has_modules_as_they_were()
+                is_clean = _is_as_it_was(begun)
                 work.send((None, answer, is_clean))
             except BaseException:
                 is_clean = False
                 work.send((traceback.format_exc(), None, False))
             if not is_clean:
                 return  # now: its connections end with it, for which others may wait
+
+
+def _is_as_it_was(begun: Any) -> bool:
+    """Whether this process may be a rank of another world; frees what the last one has left."""
+    import torch
+
+    gc.collect()  # groups go with what refers to them in circles, each with threads that wake 100 times a second
+    for thread in threading.enumerate():
+        if thread.name == "left process groups":
+            thread.join()
+    tasks = Path("/proc/self/task")  # Linux's
+    num_threads = len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
+    is_over = _is_reusable and not torch.distributed.is_initialized() and num_threads <= MOST_THREADS
+    return is_over and begun.has_modules_as_they_were()
 
 
 def _as_bytes(value: Any) -> bytes:
